@@ -1,0 +1,212 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from mot_jax.config import Config, ConfigError, check, field_names, nearest, type_words
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`mot COMMAND ...`"""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "describe": _describe}
+    parser = argparse.ArgumentParser(prog="mot", description="Mixture-of-Tokens language models in JAX.")
+    parser.add_argument("command", choices=commands, help="; ".join(f"{n}: {c.__doc__}" for n, c in commands.items()))
+    command = parser.parse_args(arguments[:1]).command
+    with _errors_for_people():
+        commands[command](arguments[1:])
+
+
+def train() -> None:
+    """`python train.py ...`, the same as `mot train ...`."""
+    main(["train", *sys.argv[1:]])
+
+
+def _train(arguments: list[str]) -> None:
+    """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
+    options, config = _parse("mot train", arguments, "configs/demo.py", ["--workdir"])
+    from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
+
+    loop.train(config, os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}"))
+
+
+def _describe(arguments: list[str]) -> None:
+    """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
+    options, config = _parse("mot describe", arguments, None, ["--json"])
+    from mot_jax import accounting
+
+    description = accounting.describe(config)
+    for line in description.lines():
+        print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps(description.to_dict(), indent=1) + "\n")
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(
+    prog: str, arguments: list[str], default: str | None, own: list[str]
+) -> tuple[argparse.Namespace, Config]:
+    """The command's own options, and the config of the file it names with the fields that the flags change."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    for option in own:
+        parser.add_argument(option)
+    options, rest = parser.parse_known_args(arguments)
+    options.config = default
+    if rest and not rest[0].startswith("-"):
+        options.config = rest.pop(0)
+    if options.config is None:
+        raise ConfigError(f"CONFIG is missing; try {prog} configs/demo.py")
+    config = _override(prog, load_config(options.config), rest, own)
+    check(config)
+    return options, config
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """What `get_config()` of a config file returns. Raises ConfigError for a file that is missing or broken."""
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        found = [str(p) for p in sorted(folder.glob("*.py"))]
+        raise ConfigError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
+    try:
+        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config = {path}{_place_of(error, path)}: {_in_words(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
+    return config
+
+
+def _place_of(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _in_words(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        from mot_jax import config as module
+
+        cls = getattr(module, unknown[1], None)
+        if dataclasses.is_dataclass(cls):
+            names = [field.name for field in dataclasses.fields(cls)]
+            return f"{unknown[1]} has no field '{unknown[2]}'{nearest(unknown[2], names)}"
+    if isinstance(error, AttributeError) and "get_config" in text:
+        return "must define get_config() -> Config"
+    return text
+
+
+def _override(prog: str, config: Config, flags: list[str], own: list[str]) -> Config:
+    """The config with the fields that `--group.field VALUE` flags name. Raises ConfigError with every mistake."""
+    help_wanted = any(flag in ("-h", "--help") for flag in flags)
+    if help_wanted:
+        print(f"usage: {prog} [CONFIG] {' '.join(f'[{o} VALUE]' for o in own)} [--group.field VALUE ...]\n")
+        _tyro(prog, config, ["--help"])
+    chunks = _chunks(flags)
+    names = {name: hint for name, hint in field_names(config)}
+    faults = []
+    for chunk in chunks:
+        name = chunk[0].removeprefix("--").partition("=")[0].replace("-", "_")
+        if not chunk[0].startswith("--"):
+            faults.append(f"{chunk[0]}: not understood; flags are --group.field VALUE, as --training.steps 100")
+        elif name.rpartition(".no_")[1] and name.replace(".no_", ".") in names:
+            pass  # tyro's way to say False
+        elif name not in names:
+            faults.append(f"{chunk[0]}: no such field{nearest(name, [*names, *(o.strip('-') for o in own)])}")
+    if not faults:
+        with contextlib.suppress(SystemExit), _silence():
+            return _tyro(prog, config, flags)
+        for chunk in chunks:  # each by itself, to find which
+            try:
+                with _silence():
+                    _tyro(prog, config, chunk)
+            except SystemExit:
+                name = chunk[0].removeprefix("--").partition("=")[0].replace("-", "_")
+                value = " ".join(chunk[1:]) or chunk[0].partition("=")[2]
+                hint = type_words(names.get(name, bool))
+                faults.append(f"{name} = {value!r}: must be {hint}; here it is {_get(config, name)!r}")
+    raise ConfigError(*faults)
+
+
+def _tyro(prog: str, config: Config, flags: Sequence[str]) -> Config:
+    """The kind of feed-forward layer is the file's: flags change its fields, never the kind."""
+    return tyro.cli(tyro.conf.AvoidSubcommands[Config], prog=prog, default=config, args=flags)
+
+
+def _chunks(flags: list[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    chunks: list[list[str]] = []
+    for flag in flags:
+        if flag.startswith("--") or not chunks:
+            chunks.append([flag])
+        else:
+            chunks[-1].append(flag)
+    return chunks
+
+
+def _get(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """One line for each of the user's mistakes, and for a full disk; exit code 2. All else is ours, with a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        print(f"error: no space left on the disk ({_in_words(error)}); free some and run the same command", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

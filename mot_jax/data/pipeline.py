@@ -1,0 +1,81 @@
+"""From windows and their order to batches in memory, read ahead by Grain's threads.
+
+Row b of batch t is example t B + b of one global order, whatever the mesh and the number of processes. A process reads
+the rows that its devices hold, and no others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.windows import Windows
+
+
+class Batch(NamedTuple):
+    """This process's rows of a batch. tokens: int32 [b, S + 1]; mask: bool [b, S], True where the target is real."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class TrainBatch(NamedTuple):
+    """As `Batch`, and the share of the whole batch's groups in which two rows share a document (0 to 1)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    shared_document_share: float
+
+
+def train_batches(
+    windows: Windows,
+    order: TrainingOrder,
+    batch_size: int,
+    rows: np.ndarray,
+    first_example: int,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> grain.DatasetIterator[TrainBatch]:
+    """The endless training batches from `first_example` on; `close()` stops their threads.
+
+    batch_size: B, rows of the whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
+    first_example: the example to begin with, a multiple of B. prefetch: batches held ready.
+    """
+    if batch_size % order.group_size or first_example % batch_size:
+        raise ValueError(
+            f"batch_size = {batch_size} must be a multiple of the group size {order.group_size}, "
+            f"and first_example = {first_example} of batch_size"
+        )
+
+    def read(number: int) -> TrainBatch:
+        ids = order.window_ids(number * batch_size, (number + 1) * batch_size)
+        shared = shared_document_pairs(order.documents, ids.reshape(-1, order.group_size))
+        return TrainBatch(*windows.read(ids[rows]), float(shared.mean()))
+
+    numbers = grain.MapDataset.range(first_example // batch_size, sys.maxsize)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(numbers.map(read).to_iter_dataset(options))
+
+
+def validation_batches(
+    windows: Windows, group_size: int, rows_per_batch: int, rows: np.ndarray, limit: int | None
+) -> Iterator[Batch]:
+    """One pass over the validation windows, in the same groups and order every time; absent rows fill the last batch.
+
+    rows_per_batch: rows of a whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
+    limit: stop after the group that completes that many windows; None reads them all.
+    """
+    if rows_per_batch % group_size:
+        raise ValueError(f"rows_per_batch = {rows_per_batch} must be a multiple of group_size = {group_size}")
+    groups = validation_order(windows.documents, group_size)
+    if limit is not None:
+        groups = groups[: np.searchsorted((groups >= 0).sum(axis=1).cumsum(), limit) + 1]
+    ids = groups.reshape(-1)
+    ids = np.pad(ids, (0, -len(ids) % rows_per_batch), constant_values=-1)
+    for batch in ids.reshape(-1, rows_per_batch):
+        yield Batch(*windows.read(batch[rows]))

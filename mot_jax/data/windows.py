@@ -1,0 +1,209 @@
+"""Tokenised text, cut once into windows of fixed length that can be read in any order.
+
+Packing `concatenate`: a split is one stream of tokens, EOT doc EOT doc ... doc EOT. With S = context_length, window i
+holds tokens i S .. i S + S of it. The one token of overlap is the last target here and the first input there, so each
+token after the first is predicted exactly once. The last window may be shorter; reading pads it.
+
+On disk, in `<directory>/windows/<fingerprint>/`:
+
+    tokens.array_record   one record a window: its tokens, little-endian uint16 (int32 for more than 65,536 tokens)
+    documents.npy         int32 [windows, 2], the first and last document that each window touches
+    windows.json          everything the fingerprint is made of, and the counts; a directory without it is unfinished
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from rich.console import Console
+from rich.progress import track
+
+from mot_jax.config import ConfigError
+from mot_jax.data.corpora import Corpus, open_corpus
+from mot_jax.data.tokenizers import Tokenizer
+
+FORMAT_VERSION = 1
+PACKING = "concatenate"
+
+
+class DamagedError(Exception):
+    """A directory of windows that is unfinished or damaged."""
+
+
+class WindowBatch(NamedTuple):
+    """tokens: int32 [k, S + 1]; mask: bool [k, S], True where the target, tokens[:, 1:], is real."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class Windows:
+    """The windows in a finished directory; threads may share it. Raises DamagedError.
+
+    documents: int32 [n, 2], the first and last document of each window, mapped from disk; neither column decreases.
+    info: what the fingerprint is made of, and the counts of documents, bytes (of text), tokens and windows.
+    """
+
+    def __init__(self, directory: Path):
+        try:
+            self.info: dict[str, Any] = json.loads((directory / "windows.json").read_text())
+            self.documents: np.ndarray = np.load(directory / "documents.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DamagedError(directory) from error
+        # No reading ahead: the next record that is wanted lies anywhere.
+        self._records = ArrayRecordReader(str(directory / "tokens.array_record"), options="readahead_buffer_size:0")
+        if not self.info["windows"] == len(self.documents) == self._records.num_records():
+            raise DamagedError(directory)
+        self._dtype = np.dtype(self.info["dtype"])
+        self.context_length: int = self.info["context_length"]
+        self.fingerprint = directory.name
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> WindowBatch:
+        """The windows `ids` [k]. An id of -1 is an absent row: all end-of-text, nothing to predict.
+
+        Raises RuntimeError for a record whose checksum is wrong, and for an id past the end.
+        """
+        tokens = np.full((len(ids), self.context_length + 1), self.info["end_of_text"], np.int32)
+        mask = np.zeros((len(ids), self.context_length), bool)
+        rows = [row for row, window in enumerate(ids) if window >= 0]
+        for row, record in zip(rows, self._records.read([int(ids[row]) for row in rows]), strict=True):
+            window = np.frombuffer(record, self._dtype)
+            tokens[row, : len(window)] = window
+            mask[row, : len(window) - 1] = True
+        return WindowBatch(tokens, mask)
+
+
+def open_windows(
+    corpus: str | Corpus, split: str, tokenizer: Tokenizer, context_length: int, directory: str | os.PathLike[str]
+) -> Windows:
+    """The windows of one split of a corpus (its name, or that split already open), built if they are not there yet.
+
+    `directory` is on a local or shared file system: windows are mapped and renamed, which object stores cannot do.
+    Raises ConfigError for an unknown corpus or split, and for a split shorter than a window.
+    """
+    if isinstance(corpus, str):
+        corpus = open_corpus(corpus, split, directory)
+    inputs = {
+        "format": FORMAT_VERSION,
+        "corpus": corpus.name,
+        "corpus_fingerprint": corpus.fingerprint,
+        "split": split,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "packing": PACKING,
+        "context_length": context_length,
+    }
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    final = Path(directory) / "windows" / fingerprint
+    with contextlib.suppress(DamagedError):
+        return Windows(final)
+    with _building(final) as temporary:
+        _write(temporary, corpus, tokenizer, inputs)
+    return Windows(final)
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def pack(texts: Iterable[np.ndarray], context_length: int, end_of_text: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(tokens [2 .. S + 1], first document, last document) of each window of the stream that `texts` make.
+
+    An end-of-text token counts to the document that it opens; the very last one, to the document before it.
+    """
+    held, owners, document = np.zeros(0, np.uint16), np.zeros(0, np.int32), -1
+    for document, text in enumerate(texts):
+        held = np.concatenate([held.astype(text.dtype), np.array([end_of_text], text.dtype), text])
+        owners = np.concatenate([owners, np.full(1 + len(text), document, np.int32)])
+        start = 0  # at least one token is held back, so the last end-of-text always has a window to close
+        for start in range(context_length, len(held), context_length):
+            yield held[start - context_length : start + 1], owners[start - context_length], owners[start]
+        held, owners = held[start:], owners[start:]
+    if document >= 0:
+        yield np.append(held, held.dtype.type(end_of_text)), owners[0], owners[-1]
+
+
+def _write(directory: Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
+    """Fills `directory`. Memory stays at the size of the largest document."""
+    context_length, end_of_text = inputs["context_length"], tokenizer.end_of_text
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<i4")
+    counts = {"documents": 0, "bytes": 0, "tokens": 1, "windows": 0}
+
+    def texts() -> Iterator[np.ndarray]:
+        bar = Console(stderr=True)
+        title = f"tokenising {corpus.name} {corpus.split}"
+        for _, text in track(corpus, title, len(corpus), console=bar, transient=True, disable=not bar.is_terminal):
+            tokens = tokenizer.encode(text).astype(dtype, copy=False)
+            counts["documents"] += 1
+            counts["bytes"] += len(text)
+            counts["tokens"] += 1 + len(tokens)
+            yield tokens
+
+    records = ArrayRecordWriter(str(directory / "tokens.array_record"), "group_size:1")
+    with open(directory / "documents.npy", "wb") as documents:
+        _write_header(documents, 0)
+        for window, first, last in pack(texts(), context_length, end_of_text):
+            records.write(window.tobytes())
+            documents.write(np.array([first, last], "<i4").tobytes())
+            counts["windows"] += 1
+        _write_header(documents, counts["windows"])
+    records.close()
+    if counts["tokens"] <= context_length:
+        raise ConfigError(
+            f"model.context_length = {context_length}: the {corpus.split} split of data.corpus = {corpus.name!r} has "
+            f"{counts['tokens']} tokens, and a window takes one more than context_length; "
+            f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"
+        )
+    info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
+    (directory / "windows.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def _write_header(file: BinaryIO, rows: int) -> None:
+    """Begins an .npy file of int32 [rows, 2]. NumPy pads it, so it can be rewritten when the rows have been counted."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (rows, 2)})
+
+
+@contextlib.contextmanager
+def _building(final: Path) -> Iterator[Path]:
+    """A new directory to fill, which then becomes `final` at one stroke. Several processes may build the same one."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in final.parent.glob("*.building"):
+        _remove_if_dead(leftover)
+    temporary = final.parent / f"{final.name}.{uuid.uuid4().hex}.building"
+    temporary.mkdir()
+    try:
+        with open(temporary / "lock", "wb") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay, nothing else changes
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+        (temporary / "lock").unlink()
+        try:
+            temporary.rename(final)
+        except OSError:  # there is one already
+            try:
+                Windows(final)  # another process was first, with the same windows
+            except DamagedError:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_if_dead(leftover: Path) -> None:
+    """Removes a build whose process is gone: the system has dropped its lock."""
+    with contextlib.suppress(OSError), open(leftover / "lock", "rb+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,30 @@
+"""The feed-forward layers, one kind a file. A new kind is one file, its config, and one line here."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.feed_forward.dense import Dense
+from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
+from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
+
+KINDS: dict[type, type[nnx.Module]] = {
+    DenseConfig: Dense,
+    MixtureOfTokensConfig: MixtureOfTokens,
+}
+
+__all__ = ["KINDS", "Dense", "FeedForwardContext", "FeedForwardOutput", "MixtureOfTokens", "make_feed_forward"]
+
+
+def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The layer of this kind, with the model's widths, init and dtypes."""
+    return KINDS[type(kind)](
+        model.d_model,
+        model.d_ff,
+        kind,
+        init=model.init,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,35 @@
+"""What the transformer knows of a feed-forward layer: `layer(x, context) -> FeedForwardOutput`."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["token_mask", "token_ids", "step", "key"], meta_fields=["train"])
+@dataclasses.dataclass(frozen=True)
+class FeedForwardContext:
+    """What a layer may want to know beside its input. The transformer builds one a step and hands it down unread.
+
+    token_mask: bool [B, S], True = real; None: all are.
+    token_ids: int32 [B, S].
+    step: int32 scalar, the training step. key: a PRNG key. train: static.
+    """
+
+    token_mask: jax.Array | None = None
+    token_ids: jax.Array | None = None
+    step: jax.Array | None = None
+    key: jax.Array | None = None
+    train: bool = False
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["y", "losses", "metrics"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class FeedForwardOutput:
+    """y: the update [B, S, D]. losses: unweighted scalars. metrics: scalars, the same keys in every layer of a kind."""
+
+    y: jax.Array
+    losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)

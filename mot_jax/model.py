@@ -1,0 +1,168 @@
+"""The transformer: a causal decoder with learned positions, pre-LayerNorm and an untied head (PAPER.md section 5).
+
+Equal neighbouring blocks are stacked: their parameters carry a leading dimension, and `jax.lax.scan` runs them, so
+that neither the compiled program nor its compile time grows with depth.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mot_jax.attention import Attention
+from mot_jax.config import FeedForwardConfig, ModelConfig
+from mot_jax.feed_forward import FeedForwardContext, make_feed_forward
+from mot_jax.init import draw
+from mot_jax.losses import cross_entropy_sum
+from mot_jax.sharding import spec
+
+Params = dict[str, jax.Array]
+
+
+class ModelOutput(NamedTuple):
+    """hidden [B, S, D], what the head reads; losses and metrics as `{name}/{block}`, scalars."""
+
+    hidden: jax.Array
+    losses: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, kind: FeedForwardConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.feed_forward_norm = _norm(config, rngs)
+        self.feed_forward = make_feed_forward(config, kind, rngs)
+
+    def __call__(self, x: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, dict, dict]:
+        """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins."""
+        x = x + self.attention(self.attention_norm(x), context.token_mask)
+        out = self.feed_forward(self.feed_forward_norm(x), context)
+        metrics = dict(out.metrics)
+        if metrics:  # of the layers that mix
+            metrics["update_ratio"] = jax.lax.stop_gradient(_rms(out.y) / (_rms(x) + 1e-30))
+        return x + out.y, out.losses, metrics
+
+
+class Transformer(nnx.Module):
+    """Token and position embeddings, stacks of blocks, head.
+
+    Parameters: `token_embedding` [V, D], `position_embedding` [S, D], `stacks/i/j/…` (the j-th block of the i-th
+    stack's period, stacked over its repeats), `head` [D, V], and `final_norm` if the config has one.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d, init, dtype = config.d_model, config.init, config.param_dtype
+        self.token_embedding = nnx.Param(draw(rngs.params(), (config.vocab_size, d), 1, init, dtype))
+        self.position_embedding = nnx.Param(draw(rngs.params(), (config.context_length, d), 1, init, dtype))
+        self.plan = stack_plan(config.block_kinds())
+        self.stacks = nnx.List(nnx.List(_stack(config, kind, n, rngs) for kind in period) for period, n in self.plan)
+        self.final_norm = _norm(config, rngs) if config.final_norm else None
+        self.head = nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
+
+    def __call__(self, tokens: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> ModelOutput:
+        """tokens int32 [B, S], S at most the context length; `context.token_mask` [B, S] says which are real."""
+        table, positions = self.token_embedding[...], self.position_embedding[: tokens.shape[1]]
+        x = table.at[tokens].get(out_sharding=spec("rows", None, None)) + positions
+        x = x.astype(self.config.dtype)
+        losses: dict[str, jax.Array] = {}
+        metrics: dict[str, jax.Array] = {}
+        block = 0
+        for stack, (period, repeats) in zip(self.stacks, self.plan, strict=True):
+            x, scanned = _run(stack, x, context, self.config.remat == "blocks")
+            for i in range(repeats):
+                for found in scanned:
+                    for collected, new in zip((losses, metrics), found, strict=True):
+                        collected.update({f"{name}/{block:02d}": value[i] for name, value in new.items()})
+                    block += 1
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return ModelOutput(x, losses, metrics)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] in float32 (or wider)."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, self.head[...].astype(hidden.dtype), preferred_element_type=wide)
+
+    def loss_sum(self, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        """Sum of -log p(target) in nats over the True entries of `mask`; the logits exist for a chunk at a time."""
+        head = self.head[...].astype(hidden.dtype)
+        return cross_entropy_sum(hidden, head, targets, mask, min(self.config.loss_chunk, hidden.shape[1]))
+
+
+def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
+    """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one for each run of equals."""
+    n = len(kinds)
+    for period in range(1, n // 2 + 1):
+        if n % period == 0 and kinds == kinds[:period] * (n // period):
+            return [(tuple(kinds[:period]), n // period)]
+    plan: list[tuple[tuple[FeedForwardConfig, ...], int]] = []
+    for kind in kinds:
+        if plan and plan[-1][0] == (kind,):
+            plan[-1] = ((kind,), plan[-1][1] + 1)
+        else:
+            plan.append(((kind,), 1))
+    return plan
+
+
+def _stack(config: ModelConfig, kind: FeedForwardConfig, repeats: int, rngs: nnx.Rngs) -> Block:
+    """A block whose parameters have a leading dimension of `repeats`, each drawn from a key of its own."""
+
+    def create(key: jax.Array) -> nnx.State:
+        return nnx.state(Block(config, kind, rngs=nnx.Rngs(params=key)))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(params=0))))
+    return nnx.merge(graph, jax.vmap(create)(jax.random.split(rngs.params(), repeats)))
+
+
+def _run(stack: nnx.List, x: jax.Array, context: FeedForwardContext, remat: bool) -> tuple[jax.Array, list]:
+    """Runs a stack's period over its repeats. Returns x and, by block of the period, (losses, metrics), stacked."""
+    graph, state = nnx.split(stack)
+
+    def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, list]:
+        found = []
+        for block in nnx.merge(graph, state):
+            x, losses, metrics = block(x, context)
+            found.append((losses, metrics))
+        return x, found
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, state)
+
+
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.d_model, epsilon=config.norm_epsilon, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+    )
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))))
+
+
+# --- the model as a pure function of flat parameters ------------------------------------------------------------------
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """All parameters by name (`stacks/0/0/feed_forward/w_in`, say)."""
+    return get_params(Transformer(config, rngs=nnx.Rngs(params=key)))
+
+
+def get_params(model: nnx.Module) -> Params:
+    """The parameters of a module, flat."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): variable[...] for path, variable in flat}
+
+
+def bind(config: ModelConfig, params: Params) -> Transformer:
+    """The model with these parameters; inside or outside of jit."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
+    graph, state = nnx.split(abstract)
+    flat = nnx.to_flat_state(state)
+    values = [(path, variable.replace(params["/".join(map(str, path))])) for path, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(values))

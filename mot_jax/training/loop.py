@@ -1,0 +1,258 @@
+"""A training run from its config to its result. Read `train` from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mot_jax import accounting
+from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
+from mot_jax.data.order import TrainingOrder
+from mot_jax.data.pipeline import Batch, TrainBatch, train_batches, validation_batches
+from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mot_jax.data.windows import Windows, open_windows
+from mot_jax.inference.sample import sample
+from mot_jax.sharding import local_rows, make_mesh, place_rows
+from mot_jax.training import metrics as log
+from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.state import TrainState, abstract_state, create_state
+from mot_jax.training.step import Metrics, make_eval_step, make_train_step
+
+DATA_DIRECTORY = "~/.cache/mot_jax"
+
+
+def train(config: Config, workdir: epath.PathLike) -> log.Row:
+    """Trains as `config` says, or goes on where the run in `workdir` stopped. Returns the last validation row.
+
+    Raises ConfigError, before the workdir is touched, for whatever in the config or the workdir cannot work.
+    """
+    # --- all that can fail, before anything is touched ----------------------------------------------------------------
+    check(config)
+    workdir = epath.Path(workdir)
+    mesh = make_mesh(config)
+    _check_workdir(config, workdir)
+    _check_space(abstract_state(config, mesh), config.checkpoint.keep, workdir)
+    tokenizer = _tokenizer(config)
+    directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
+    length = config.model.context_length
+    windows, unseen = (open_windows(config.data.corpus, s, tokenizer, length, directory) for s in ("train", "validation"))
+    group_size = config.data.group_size or config.model.group_size
+    order = TrainingOrder(windows.documents, group_size, config.training.seed)
+
+    # --- the run, new or resumed --------------------------------------------------------------------------------------
+    t = config.training
+    workdir.mkdir(parents=True, exist_ok=True)
+    _replace(workdir / "config.json", to_json(config))
+    console = log.Console(t.steps)
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+        done = checkpoints.latest() or 0
+        if done >= t.steps:
+            console.line(f"{workdir} has its {t.steps} steps: nothing left to train")
+            return _report(console, workdir)
+        state, next_example = create_state(config, mesh), 0
+        if done:
+            state, next_example = checkpoints.restore(done, config, mesh)
+        console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
+        console.line(_summary(config, mesh, windows))
+
+        # --- compile ----------------------------------------------------------------------------------------------
+        rows = local_rows(mesh, t.batch_size)
+        batches = train_batches(windows, order, t.batch_size, rows, next_example)
+        example = _place(mesh, windows.read([-1] * len(rows)))
+        start = time.perf_counter()
+        train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, *example).compile()
+        token_bytes = np.pad(tokenizer.token_bytes, (0, config.model.vocab_size - tokenizer.vocab_size))
+        eval_step = jax.jit(make_eval_step(config, token_bytes))
+        console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
+
+        # --- the loop -------------------------------------------------------------------------------------------------
+        metrics_log = log.MetricsLog(workdir, done, config.logging.tensorboard)
+        meter = _Meter(config, mesh)
+        meter.restart(done)
+        pending: tuple[int, Metrics, TrainBatch] | None = None
+
+        def log_pending() -> None:
+            """Writes the row that waits. Its numbers are fetched while the device computes the next step."""
+            nonlocal pending
+            if pending is not None:
+                step, values, batch = pending
+                row = {"step": step, "split": "train", **{name: float(value) for name, value in values.items()}}
+                row |= {**meter.read(step), "shared_document_share": batch.shared_document_share}
+                metrics_log.write(row)
+                console.line(log.train_line(row, t.steps))
+                pending = None
+
+        try:
+            for step in console.track(range(done + 1, t.steps + 1), done):
+                with meter.waiting():
+                    batch = next(batches)
+                state, values = train_step(state, *_place(mesh, batch))
+                log_pending()
+                last = step == t.steps
+                if step % t.log_every == 0 or last:
+                    pending = (step, values, batch)
+                validates = step % t.validate_every == 0 or last
+                saves = step % t.checkpoint_every == 0 or last
+                if validates or saves:
+                    log_pending()  # a checkpoint never outlives the rows before it
+                if validates:
+                    limit = None if last else config.data.validation_windows
+                    row = {"step": step, "split": "validation"}
+                    row |= _validate(config, mesh, eval_step, state, unseen, limit)
+                    metrics_log.write(row)
+                    console.line(log.validation_line(row))
+                if saves:
+                    checkpoints.save(step, state, step * t.batch_size, config)
+                if validates or saves:
+                    meter.restart(step)
+        finally:
+            batches.close()
+            metrics_log.close()
+        checkpoints.wait()
+
+        # --- what came of it ------------------------------------------------------------------------------------------
+        log.plot_curves({workdir.name: log.read_rows(workdir)}, workdir / "loss.png")
+        if config.logging.sample_tokens:
+            text = _sample(config, mesh, state, unseen, tokenizer)
+            (workdir / "sample.txt").write_text(text)
+        return _report(console, workdir)
+
+
+def _check_workdir(config: Config, workdir: epath.Path) -> None:
+    """Raises ConfigError unless `workdir` is new, empty, or holds a run that `config` may continue."""
+    path = workdir / "config.json"
+    if path.exists():
+        changes = identity_changes(from_json(path.read_text()), config)
+        if changes:
+            raise ConfigError(*(f"workdir = {workdir} holds another run: {change}; try a new --workdir" for change in changes))
+    elif workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
+    elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
+        raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
+
+
+def _check_space(state: TrainState, keep: int, workdir: epath.Path) -> None:
+    """Raises ConfigError if the disk cannot hold the checkpoints: those kept, and the one being written."""
+    if "://" in str(workdir):
+        return
+    needed = (keep + 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConfigError(
+            f"workdir = {workdir}: {keep} + 1 checkpoints need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are "
+            f"free; try a --workdir on a larger disk"
+        )
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} of tokenizer "
+            f"{config.data.tokenizer!r}; try {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def _place(mesh: Mesh, batch: Batch | TrainBatch) -> tuple[jax.Array, jax.Array]:
+    return place_rows(mesh, batch.tokens), place_rows(mesh, batch.mask)
+
+
+class _Meter:
+    """Speed since the last reading."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._steps = config.training.steps
+        self._tokens = config.training.batch_size * config.model.context_length
+        self._flops = accounting.flops_per_token(config)
+        peak = accounting.peak_flops(mesh.devices.flat[0], config.model.dtype)
+        self._peak = None if peak is None else peak * mesh.size
+
+    def restart(self, step: int) -> None:
+        """Begins to measure after `step`."""
+        self._since, self._step, self._waited = time.perf_counter(), step, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the time in which the loop waits for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float]:
+        """tokens/s, model FLOP/s (`mfu` where the peak is known), share of time spent waiting for data, seconds left."""
+        seconds, steps = time.perf_counter() - self._since, step - self._step
+        speed = steps * self._tokens / seconds
+        found = {"tokens_per_second": speed, "model_flops_per_second": speed * self._flops}
+        if self._peak is not None:
+            found["mfu"] = speed * self._flops / self._peak
+        found["data_wait"] = self._waited / seconds
+        found["seconds_left"] = (self._steps - step) * seconds / steps
+        self.restart(step)
+        return found
+
+
+def _validate(
+    config: Config, mesh: Mesh, eval_step: Any, state: TrainState, windows: Windows, limit: int | None
+) -> dict[str, float | int]:
+    """Mean loss in nats per token and bits per byte over the validation split, in its one fixed grouping."""
+    rows = config.training.batch_size // config.training.accumulation
+    batches = validation_batches(windows, config.model.group_size, rows, local_rows(mesh, rows), limit)
+    sums = np.zeros(3)
+    for batch in batches:
+        sums += np.array(jax.device_get(eval_step(state.params, *_place(mesh, batch))), np.float64)
+    nats, tokens, size = sums
+    scored = len(windows) if limit is None else min(limit, len(windows))
+    return {"loss": nats / tokens, "bits_per_byte": nats / np.log(2) / size, "tokens": int(tokens), "windows": scored}
+
+
+def _sample(config: Config, mesh: Mesh, state: TrainState, windows: Windows, tokenizer: Tokenizer) -> str:
+    """A group of validation texts, continued by the model: for people to read."""
+    size = config.model.group_size * mesh.size
+    batch = next(validation_batches(windows, config.model.group_size, size, local_rows(mesh, size), None))
+    prompt = config.model.context_length // 2
+    prompts, present = place_rows(mesh, batch.tokens[:, :prompt]), place_rows(mesh, batch.mask[:, 0])
+    key = jax.random.key(config.training.seed)
+    tokens = sample(config.model, state.params, prompts, present, key, config.logging.sample_tokens)
+    texts = []
+    for row in np.asarray(jax.device_get(tokens))[: config.model.group_size]:
+        begin, end = (tokenizer.decode(part).decode(errors="replace") for part in (row[:prompt], row[prompt:]))
+        texts.append(f"--- prompt\n{begin}\n--- continued\n{end}\n")
+    return "\n".join(texts)
+
+
+def _summary(config: Config, mesh: Mesh, windows: Windows) -> str:
+    t, total = config.training, sum(accounting.count_parameters(config.model).values())
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    epochs = t.steps * t.batch_size / len(windows)
+    return (
+        f"{total / 1e6:,.1f} M parameters | mesh {axes} of {mesh.devices.flat[0].device_kind} | "
+        f"{t.batch_size * config.model.context_length:,} tokens a step | {len(windows):,} windows, {epochs:.1f} epochs"
+    )
+
+
+def _report(console: log.Console, workdir: epath.Path) -> log.Row:
+    """Prints the result of a finished run; returns its last validation row."""
+    result = [row for row in log.read_rows(workdir) if row["split"] == "validation"][-1]
+    console.line(log.validation_line(result))
+    sampled = workdir / "sample.txt"
+    if sampled.exists():
+        console.line(sampled.read_text().split("\n--- prompt\n")[0])
+    console.line(f"in {workdir}: {', '.join(sorted(child.name for child in workdir.iterdir()))}")
+    return result

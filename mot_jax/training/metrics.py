@@ -1,0 +1,157 @@
+"""What a run says of itself: `metrics.jsonl`, TensorBoard, lines or a progress bar, a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import rich.console
+import rich.progress
+from etils import epath
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """Writes each row to `metrics.jsonl` and TensorBoard. Opening cuts the rows after `step`: they come again."""
+
+    def __init__(self, workdir: epath.Path, step: int, tensorboard: bool):
+        self._path = workdir / "metrics.jsonl"
+        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        if self._path.exists():
+            replacement = workdir / "metrics.jsonl.new"
+            replacement.write_text("".join(map(_line, kept)))
+            replacement.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+
+    def write(self, row: Row) -> None:
+        """Rows are on disk when this returns, so that a checkpoint that follows never outlives its rows."""
+        self._file.write(_line(row))
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_rows(workdir: epath.Path) -> list[Row]:
+    """The rows of a run so far; a last line that a kill cut short is left out."""
+    path = workdir / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def layer_metrics(row: Row, name: str) -> list[float]:
+    """The values of a layer metric (`{name}/{block}`), in the order of the blocks."""
+    return [row[key] for key in sorted(row) if key.startswith(name + "/")]
+
+
+class Console:
+    """Lines of a run: plain in a log, above a progress bar on a terminal."""
+
+    def __init__(self, steps: int, interactive: bool | None = None):
+        self._interactive = sys.stdout.isatty() if interactive is None else interactive
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._interactive,
+        )
+        self._steps = steps
+
+    def line(self, text: str = "") -> None:
+        if self._interactive:
+            self._console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def track(self, steps: Iterable[int], done: int) -> Iterator[int]:
+        """`steps`, with a bar that starts at `done`."""
+        with self._bar as bar:
+            task = bar.add_task("training", total=self._steps, completed=done)
+            for step in steps:
+                yield step
+                bar.advance(task)
+
+
+def train_line(row: Row, steps: int) -> str:
+    """One line of a training row for people."""
+    parts = [
+        f"step {row['step']:>{len(str(steps))}}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"rms grad {row['gradient_rms']:.1e} update {row['update_rms']:.1e} params {row['parameter_rms']:.3f}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+        f"{row['model_flops_per_second'] / 1e9:,.1f} GFLOP/s",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    parts.append(f"data wait {row['data_wait']:.1%}")
+    parts.append(f"left {duration(row['seconds_left'])}")
+    for name, label in (("mixing_entropy", "entropy"), ("update_ratio", "update/residual")):
+        if values := layer_metrics(row, name):
+            parts.append(f"{label} " + " ".join(f"{value:.2f}" for value in values))
+    if row["shared_document_share"]:
+        parts.append(f"groups with two windows of one document {row['shared_document_share']:.1%}")
+    return " | ".join(parts)
+
+
+def validation_line(row: Row) -> str:
+    """One line of a validation row for people."""
+    return (
+        f"validation after {row['step']} steps: {row['bits_per_byte']:.4f} bits per byte | loss {row['loss']:.4f} | "
+        f"{row['windows']:,} windows"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `4:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def plot_curves(runs: dict[str, list[Row]], path: epath.Path) -> None:
+    """A PNG of the loss curves of runs by name: training as a thin line, validation as dots on a thick one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, (name, rows) in enumerate(runs.items()):
+        color = f"C{index}"
+        for split, style in (("train", {"linewidth": 0.7, "alpha": 0.5}), ("validation", {"marker": "o"})):
+            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, label=f"{name}, {split}", **style)
+    axes.set(xlabel="step", ylabel="loss in nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,50 @@
+"""The state of a run: one pytree, born sharded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mot_jax.config import Config
+from mot_jax.model import Params, init_params
+from mot_jax.sharding import parameter_spec
+from mot_jax.training.schedule import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """step: int32 scalar, updates made so far. params: by name. opt_state: optax's."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def create_state(config: Config, mesh: Mesh) -> TrainState:
+    """A new state; each device makes only the shards it holds. The values do not depend on the mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(partial(_create, config), out_shardings=shardings)(jax.random.key(config.training.seed))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    shapes = jax.eval_shape(partial(_create, config), jax.random.key(config.training.seed))
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The optimizer keeps its moments in dictionaries of the parameters' names: they lie where their parameter does.
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        spec = parameter_spec(names[-1], leaf.ndim) if names else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _create(config: Config, key: jax.Array) -> TrainState:
+    params = init_params(config.model, key)
+    optimizer = make_optimizer(config.training.optimizer, config.training.steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -1,0 +1,131 @@
+"""Batches: one global order, whoever reads which part of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mot_jax.data.corpora import Corpus
+from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
+from mot_jax.data.tokenizers import load_tokenizer
+from mot_jax.data.windows import WindowBatch, Windows, open_windows
+
+NAME = "python_source/stdlib"
+
+
+@pytest.fixture(scope="module")
+def windows(data_directory: Path, toy_corpus: Callable[..., Corpus]) -> Windows:
+    texts = [np.random.default_rng(i).bytes(20 + i) for i in range(60)]
+    return open_windows(toy_corpus(*texts), "train", load_tokenizer("bytes"), 8, data_directory)
+
+
+def take(windows: Windows, order: TrainingOrder, rows: list[int], first: int, count: int) -> list[TrainBatch]:
+    batches = train_batches(windows, order, 12, np.array(rows), first)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def test_training_batches_follow_the_order(windows: Windows) -> None:
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    per_epoch = len(windows) // 12
+    for t, batch in enumerate(take(windows, order, list(range(12)), 0, per_epoch + 5)):
+        ids = order.window_ids(12 * t, 12 * t + 12)
+        tokens, mask = windows.read(ids)
+        np.testing.assert_array_equal(batch.tokens, tokens)
+        np.testing.assert_array_equal(batch.mask, mask)
+        assert batch.shared_document_share == shared_document_pairs(windows.documents, ids.reshape(3, 4)).mean()
+
+
+def test_processes_together_read_the_batch_of_one(windows: Windows) -> None:
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    whole = take(windows, order, list(range(12)), 24, 6)
+    for parts in ([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]):
+        for rows in parts:
+            for mine, all_rows in zip(take(windows, order, rows, 24, 6), whole, strict=True):
+                np.testing.assert_array_equal(mine.tokens, all_rows.tokens[rows])
+                np.testing.assert_array_equal(mine.mask, all_rows.mask[rows])
+                assert mine.shared_document_share == all_rows.shared_document_share
+
+
+def test_a_run_continues_where_it_stopped(windows: Windows) -> None:
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    whole = take(windows, order, [0, 5], 0, 9)
+    rest = take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 5], 48, 5)
+    for a, b in zip(whole[4:], rest, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    read = windows.read
+
+    def counting_read(ids: np.ndarray) -> WindowBatch:
+        asked.append(len(ids))
+        return read(ids)
+
+    monkeypatch.setattr(windows, "read", counting_read)
+    take(windows, TrainingOrder(windows.documents, 4, seed=3), [1, 7], 0, 3)
+    list(validation_batches(windows, 4, 12, np.array([1, 7]), None))
+    assert set(asked) == {2}
+
+
+def test_batches_and_starts_that_cut_groups_are_refused(windows: Windows) -> None:
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    with pytest.raises(ValueError, match="multiple"):
+        train_batches(windows, order, 10, np.arange(10), 0)
+    with pytest.raises(ValueError, match="multiple"):
+        train_batches(windows, order, 12, np.arange(12), 6)
+    with pytest.raises(ValueError, match="multiple"):
+        next(validation_batches(windows, 4, 10, np.arange(10), None))
+
+
+def test_an_error_while_reading_reaches_the_reader(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ids: np.ndarray) -> None:
+        raise RuntimeError("checksum")
+
+    monkeypatch.setattr(windows, "read", fail)
+    with pytest.raises(RuntimeError, match="checksum"):
+        take(windows, TrainingOrder(windows.documents, 4, seed=3), [0], 0, 1)
+
+
+def test_validation_predicts_every_token_once(windows: Windows) -> None:
+    batches = list(validation_batches(windows, 4, 12, np.arange(12), None))
+    assert sum(int(batch.mask.sum()) for batch in batches) == windows.info["tokens"] - 1
+    assert {batch.tokens.shape for batch in batches} == {(12, 9)}
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]):
+        for part, whole in zip(validation_batches(windows, 4, 12, np.array(rows), None), batches, strict=True):
+            np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
+            np.testing.assert_array_equal(part.mask, whole.mask[rows])
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 50, 10**6])
+def test_the_validation_limit_takes_the_first_whole_groups(windows: Windows, limit: int) -> None:
+    def rows_of(limit: int | None) -> np.ndarray:
+        batches = validation_batches(windows, 4, 12, np.arange(12), limit)
+        return np.concatenate([batch.tokens[batch.mask.any(axis=1)] for batch in batches])
+
+    some, whole = rows_of(limit), rows_of(None)
+    assert min(limit, len(windows)) <= len(some) < limit + 4
+    np.testing.assert_array_equal(some, whole[: len(some)])
+
+
+def test_the_standard_library_keeps_documents_apart(data_directory: Path) -> None:
+    """At the group size and context length of the examples."""
+    tokenizer = load_tokenizer("bytes")
+    validation = open_windows(NAME, "validation", tokenizer, 128, data_directory)
+    order = validation_order(validation.documents, 32)
+    assert not shared_document_pairs(validation.documents, order).any()
+    assert (order >= 0).mean() > 0.97
+    test = open_windows(NAME, "test", tokenizer, 128, data_directory)
+    assert (validation_order(test.documents, 32) >= 0).mean() > 0.65
+    train = open_windows(NAME, "train", tokenizer, 128, data_directory)
+    training = TrainingOrder(train.documents, 32, seed=0)
+    groups = training.window_ids(0, training.groups_per_epoch * 32).reshape(-1, 32)
+    assert not shared_document_pairs(train.documents, groups).any()

@@ -1,0 +1,271 @@
+"""Windows: every token predicted once, and a build that survives anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mot_jax.config import ConfigError
+from mot_jax.data import windows as windows_module
+from mot_jax.data.corpora import Corpus
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.windows import Windows, open_windows, pack
+
+TOKENIZER = ByteTokenizer()
+EOT = TOKENIZER.end_of_text
+TEXTS = [b"def f(x):\n", b"", b"    return x + 1\n" * 20, b"x", b"\x00\xff" * 9]
+
+
+def stream_of(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The stream of tokens and the document of each, written down directly."""
+    tokens, owners = [], []
+    for i, text in enumerate(texts):
+        tokens += [EOT, *text]
+        owners += [i] * (1 + len(text))
+    return np.array([*tokens, EOT]), np.array([*owners, len(texts) - 1])
+
+
+@given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 12))
+def test_packing_covers_the_stream(texts: list[bytes], context_length: int) -> None:
+    stream, owners = stream_of(texts)
+    windows = list(pack((TOKENIZER.encode(text) for text in texts), context_length, EOT))
+    assert len(windows) == -(-(len(stream) - 1) // context_length)
+    for i, (tokens, first, last) in enumerate(windows):
+        begin, end = i * context_length, i * context_length + context_length + 1
+        np.testing.assert_array_equal(tokens, stream[begin:end])
+        assert (first, last) == (owners[begin:end][0], owners[begin:end][-1])
+
+
+@settings(max_examples=10)
+@given(st.lists(st.binary(max_size=40), min_size=2, max_size=8), st.integers(1, 3))
+def test_every_token_is_predicted_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    toy_corpus: Callable[..., Corpus],
+    texts: list[bytes],
+    context_length: int,
+) -> None:
+    windows = open_windows(toy_corpus(*texts), "train", TOKENIZER, context_length, tmp_path_factory.mktemp("windows"))
+    stream, _ = stream_of(texts)
+    tokens, mask = windows.read(range(len(windows)))
+    np.testing.assert_array_equal(tokens[:, 1:][mask], stream[1:])
+    np.testing.assert_array_equal(tokens[:, :-1][mask], stream[:-1])
+    assert (tokens[:, 1:][~mask] == EOT).all()
+    assert windows.info["tokens"] == len(stream)
+    assert windows.info["bytes"] == sum(map(len, texts))
+    assert windows.info["documents"] == len(texts)
+
+
+def test_reading(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    assert windows.context_length == 16
+    assert len(windows) == len(windows.documents) == windows.info["windows"]
+    assert windows.documents.dtype == np.int32 and windows.documents.shape == (len(windows), 2)
+    assert isinstance(windows.documents, np.memmap)
+    ids = np.array([3, -1, len(windows) - 1, 3, 0])
+    tokens, mask = windows.read(ids)
+    assert tokens.dtype == np.int32 and tokens.shape == (5, 17)
+    assert mask.dtype == np.bool_ and mask.shape == (5, 16)
+    np.testing.assert_array_equal(tokens[0], tokens[3])
+    assert (tokens[1] == EOT).all() and not mask[1].any()
+    assert mask[0].all() and not mask[2].all()
+    assert windows.read([-1]).tokens.tolist() == [[EOT] * 17]
+    with pytest.raises(RuntimeError):
+        windows.read([len(windows)])
+
+
+def test_threads_may_share_windows(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    windows = open_windows(toy_corpus(bytes(range(256)) * 64), "train", TOKENIZER, 8, tmp_path)
+    whole, _ = windows.read(range(len(windows)))
+    draws = [np.random.default_rng(i).integers(0, len(windows), 50) for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for ids, (tokens, _) in zip(draws, pool.map(windows.read, draws), strict=True):
+            np.testing.assert_array_equal(tokens, whole[ids])
+
+
+def test_large_vocabularies_are_kept_in_int32(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    class Wide(ByteTokenizer):
+        vocab_size = 100_001
+        end_of_text = 100_000
+        fingerprint = "wide"
+
+        def encode(self, text: bytes) -> np.ndarray:
+            return super().encode(text).astype(np.int32) + 99_000
+
+    tokens, _ = open_windows(toy_corpus(b"abc"), "train", Wide(), 4, tmp_path).read([0])
+    assert tokens.tolist() == [[100_000, 99_097, 99_098, 99_099, 100_000]]
+
+
+def test_the_fingerprint_changes_with_every_input(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other(ByteTokenizer):
+        fingerprint = "other"
+
+    def fingerprint(
+        text: bytes = b"abcdefgh", tokenizer: ByteTokenizer = TOKENIZER, context_length: int = 4, **names: Any
+    ) -> str:
+        corpus = toy_corpus(text, **names)
+        return open_windows(corpus, corpus.split, tokenizer, context_length, tmp_path).fingerprint
+
+    seen = [fingerprint(), fingerprint(b"abcdefgH"), fingerprint(name="other"), fingerprint(split="validation")]
+    seen += [fingerprint(tokenizer=Other()), fingerprint(context_length=5)]
+    monkeypatch.setattr(windows_module, "FORMAT_VERSION", 0)
+    seen += [fingerprint()]
+    monkeypatch.undo()
+    monkeypatch.setattr(windows_module, "PACKING", "other")
+    seen += [fingerprint()]
+    assert len(set(seen)) == len(seen)
+    monkeypatch.undo()
+    assert fingerprint() == seen[0]
+
+
+def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model.context_length = 12: .*data.corpus = 'toy'.* 12 tokens.* try 11 "
+    ) as e:
+        open_windows(toy_corpus(b"0123456789"), "train", TOKENIZER, 12, tmp_path)
+    assert "\n" not in str(e.value)
+    assert not any((tmp_path / "windows").iterdir())
+    assert len(open_windows(toy_corpus(b"0123456789"), "train", TOKENIZER, 11, tmp_path)) == 1
+    with pytest.raises(ConfigError, match="try 1 "):
+        open_windows(toy_corpus(), "train", TOKENIZER, 12, tmp_path)
+
+
+# --- building once, whatever happens ----------------------------------------------------------------------------------
+
+
+def directories(path: Path) -> list[str]:
+    return sorted(entry.name for entry in (path / "windows").iterdir())
+
+
+def test_a_second_opening_builds_nothing(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    monkeypatch.setattr(windows_module, "_write", None)
+    second = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    np.testing.assert_array_equal(first.read(range(len(first))).tokens, second.read(range(len(first))).tokens)
+    assert directories(tmp_path) == [first.fingerprint]
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    class Failing(ByteTokenizer):
+        def encode(self, text: bytes) -> np.ndarray:
+            if text == TEXTS[3]:
+                raise KeyboardInterrupt
+            return super().encode(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_windows(toy_corpus(*TEXTS), "train", Failing(), 16, tmp_path)
+    assert directories(tmp_path) == []
+    assert len(open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)) > 1
+
+
+@pytest.mark.parametrize("damage", ["no info", "half an info", "short documents", "no tokens", "short tokens", "empty"])
+def test_unfinished_and_damaged_windows_are_built_again(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], damage: str
+) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    expected = windows.read(range(len(windows))).tokens
+    place = tmp_path / "windows" / windows.fingerprint
+    if damage == "no info":
+        (place / "windows.json").unlink()
+    elif damage == "no tokens":
+        (place / "tokens.array_record").unlink()
+    elif damage == "empty":
+        shutil.rmtree(place)
+        place.mkdir()
+    else:
+        names = {"half an info": "windows.json", "short documents": "documents.npy"}
+        file = place / names.get(damage, "tokens.array_record")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    again = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    np.testing.assert_array_equal(again.read(range(len(again))).tokens, expected)
+    assert directories(tmp_path) == [windows.fingerprint]
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+    windows = open_windows(toy_corpus(np.random.default_rng(0).bytes(100_000)), "train", TOKENIZER, 16, tmp_path)
+    file = tmp_path / "windows" / windows.fingerprint / "tokens.array_record"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RuntimeError):
+        damaged = Windows(file.parent)
+        damaged.read(range(len(damaged)))
+
+
+SLOW_BUILD = """
+import sys, time
+from mot_jax.data.corpora import Corpus
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.windows import open_windows
+
+class Slow(ByteTokenizer):
+    def encode(self, text):
+        if text == b"stop":
+            print("building", flush=True)
+            time.sleep(float(sys.argv[2]))
+        return super().encode(text)
+
+records = [{"name": b"a", "text": text} for text in (b"x" * 5000, b"stop", b"y" * 5000)]
+print(len(open_windows(Corpus("toy", "train", "1", "f", records), "train", Slow(), 16, sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def slow_build() -> Iterator[Callable[[Path, float], subprocess.Popen[bytes]]]:
+    """Starts builds in processes of their own; returns when they are half-way."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    started = []
+
+    def start(directory: Path, seconds: float) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SLOW_BUILD, str(directory), str(seconds)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+        output = started[-1].stdout
+        assert output is not None and output.readline() == b"building\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
+
+
+def test_a_killed_build_leaves_nothing_half_valid(
+    tmp_path: Path, slow_build: Callable[[Path, float], subprocess.Popen[bytes]]
+) -> None:
+    killed = slow_build(tmp_path, 60)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert [name[-9:] for name in directories(tmp_path)] == [".building"]
+    output, _ = slow_build(tmp_path, 0).communicate()
+    assert output == b"626\n"
+    (left,) = directories(tmp_path)
+    assert not left.endswith(".building")
+
+
+def test_two_processes_may_build_at_once(
+    tmp_path: Path, slow_build: Callable[[Path, float], subprocess.Popen[bytes]]
+) -> None:
+    slow = slow_build(tmp_path, 3)
+    fast = slow_build(tmp_path, 0)
+    assert fast.communicate()[0] == b"626\n", "the fast one leaves the slow one's directory alone"
+    assert slow.communicate()[0] == b"626\n"
+    assert slow.returncode == fast.returncode == 0
+    (left,) = directories(tmp_path)
+    info = json.loads((tmp_path / "windows" / left / "windows.json").read_text())
+    assert info["windows"] == 626
