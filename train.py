@@ -1,4 +1,4 @@
-"""Trains a model: `python train.py [configs/NAME.py] [--workdir DIR] [--training.steps N ...]`, the same as `mot train`."""
+"""`python train.py [configs/NAME.py] [--workdir DIR] [--training.steps N ...]` trains a model, as `mot train` does."""
 
 from mot_jax.cli import train
 

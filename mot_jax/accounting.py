@@ -42,7 +42,7 @@ def forward_flops(model: ModelConfig) -> dict[str, float]:
     """FLOPs of the forward pass per token, by part."""
     parts: Counter[str] = Counter()
     for kind in model.block_kinds():
-        parts.update(_block_flops(model, kind))  # type: ignore[arg-type]  # Counters of floats work
+        parts.update(_block_flops(model, kind))
     parts["head"] = 2 * model.d_model * model.vocab_size
     return {name: float(value) for name, value in parts.items() if value}
 
@@ -60,8 +60,8 @@ def recomputed_flops(model: ModelConfig) -> float:
     """FLOPs per token that the backward pass spends on computing again what was not kept.
 
     By `saved` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
-    `nothing` their input products as well. With `remat: blocks`, whatever `saved`, each stack's period runs forward
-    again, but for the product that ends its last block, which no derivative reads.
+    `nothing` their input products as well. With `remat: attention`, the scores. With `remat: blocks`, whatever `saved`,
+    each stack's period runs forward again, but for the product that ends its last block, which no derivative reads.
     """
     d, kinds = model.d_model, model.block_kinds()
     if model.remat == "blocks":
@@ -71,7 +71,7 @@ def recomputed_flops(model: ModelConfig) -> float:
             width = last.num_experts + last.shared_dim if isinstance(last, MixtureOfTokensConfig) else model.d_ff
             total -= repeats * 2 * d * width
         return total
-    total = 0.0
+    total = model.num_blocks * 2.0 * model.context_length * d if model.remat == "attention" else 0.0
     for kind in kinds:
         if isinstance(kind, MixtureOfTokensConfig):
             merge, product = 2 * d * kind.num_experts, _block_flops(model, kind)["experts"] / 2
@@ -88,10 +88,8 @@ _PARTS |= {"head": "^head$"}
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Numbers of parameters by part."""
-    counts = {
-        part: sum(math.prod(a.shape) for name, a in _shapes(model).items() if re.search(pattern, name))
-        for part, pattern in _PARTS.items()
-    }
+    sizes = {name: math.prod(shape.shape) for name, shape in _shapes(model).items()}
+    counts = {part: sum(n for name, n in sizes.items() if re.search(word, name)) for part, word in _PARTS.items()}
     return {part: count for part, count in counts.items() if count}
 
 
@@ -151,7 +149,9 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     parts: Counter[str] = Counter()
     largest = 0  # of the periods, with `remat`
     # All that a block depends on, so that equal blocks are traced once.
-    base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig(), remat="none")
+    base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig())
+    if model.remat == "blocks":
+        base = dataclasses.replace(base, remat="none")
     for period, repeats in stack_plan(model.block_kinds()):
         here: Counter[str] = Counter()
         for kind in period:
@@ -212,20 +212,19 @@ class Description:
 
     def lines(self) -> list[str]:
         """Plain text for a terminal."""
-        total, forward = self.total_parameters, self.forward_flops_per_token
+        total, forward, now = self.total_parameters, self.forward_flops_per_token, {self.policy: " *"}
         sizes = {**self.sizes, "FLOPs_per_run": f"{self.training_flops:.3e}"}
         counts = {**self.parameters, "total": total, "active": self.active_parameters}
         flops = {**self.flops, "forward": forward, "training, 3 x forward": self.training_flops_per_token}
         flops["computed again"] = self.policies[self.policy][0]
         memory = {**self.memory, **{f"  of it {name}": size for name, size in self.kept.items()}}
-        now = {self.policy: " *"}
-        choices = [(n + now.get(n, ""), _unit(1e6, f), _unit(2**20, b)) for n, (f, b) in self.policies.items()]
+        choices = [(n + now.get(n, ""), again / 1e6, kept / 2**20) for n, (again, kept) in self.policies.items()]
         return [
-            *_table("Sizes", [(k.replace("_", " "), v if isinstance(v, str) else f"{v:,}") for k, v in sizes.items()]),
-            *_table("Parameters", [(name, f"{n:,}", f"{n / total:.1%}") for name, n in counts.items()]),
-            *_table("MFLOPs per token", [(name, _unit(1e6, n), f"{n / forward:.1%}") for name, n in flops.items()]),
+            *_table("Sizes", [(name.replace("_", " "), size) for name, size in sizes.items()]),
+            *_table("Parameters", [(name, n, f"{n / total:.1%}") for name, n in counts.items()]),
+            *_table("MFLOPs per token", [(name, n / 1e6, f"{n / forward:.1%}") for name, n in flops.items()]),
             *([f"  mixing costs {self.mixing_share:.1%} of the experts' FLOPs", ""] if self.mixing_share else []),
-            *_table("MiB, of all devices together", [(name, _unit(2**20, size)) for name, size in memory.items()]),
+            *_table("MiB, of all devices together", [(name, size / 2**20) for name, size in memory.items()]),
             *_table("What to keep for backward (* now)", [("", "MFLOPs again", "MiB kept"), *choices]),
         ]
 
@@ -234,8 +233,8 @@ def describe(config: Config) -> Description:
     """The experiment in numbers, in a second or two. `config` must be valid (`config.check`)."""
     m, t, kind = config.model, config.training, config.model.feed_forward
     counts, flops, tokens = count_parameters(m), forward_flops(m), t.batch_size * m.context_length
-    kinds, steps = Counter(block.kind for block in m.block_kinds()), t.steps
-    sizes: dict[str, int | float | str] = {f"{name}_blocks": n for name, n in kinds.items()}
+    steps, rows = t.steps, t.batch_size // t.accumulation
+    sizes: dict[str, int | float | str] = dict(Counter(f"{block.kind}_blocks" for block in m.block_kinds()))
     choices = {"remat: none": dataclasses.replace(m, remat="none")}
     if isinstance(kind, MixtureOfTokensConfig):
         g, e = kind.group_size, kind.num_experts
@@ -243,15 +242,15 @@ def describe(config: Config) -> Description:
         if kind.expert_dim is None:
             sizes["expert_dim_rule"] = f"E F = G (d_ff - shared_dim) = {g * (m.d_ff - kind.shared_dim):,}"
         sizes |= {"granularity_E/G": e // g if e % g == 0 else e / g, "groups_per_batch": t.batch_size // g}
-        sizes["groups_per_microbatch"] = t.batch_size // t.accumulation // g
+        sizes["groups_per_microbatch"] = rows // g
         choices = {
             f"saved: {s}": dataclasses.replace(m, remat="none", feed_forward=dataclasses.replace(kind, saved=s))
             for s in ("nothing", "pre_activations", "all")
         }
-    sizes |= {"windows_per_step": t.batch_size, "tokens_per_step": tokens, "steps": steps}
-    sizes |= {"windows_per_run": t.batch_size * steps, "tokens_per_run": tokens * steps}
+    sizes |= {"windows_per_step": t.batch_size, "tokens_per_step": tokens}
+    sizes |= {"steps": steps, "windows_per_run": t.batch_size * steps, "tokens_per_run": tokens * steps}
+    choices["remat: attention"] = dataclasses.replace(m, remat="attention")
     choices["remat: blocks"] = dataclasses.replace(m, remat="blocks")
-    rows = t.batch_size // t.accumulation
     return Description(
         sizes=sizes,
         parameters=counts,
@@ -269,14 +268,11 @@ def describe(config: Config) -> Description:
     )
 
 
-def _unit(unit: float, value: float) -> str:
-    return f"{value / unit:,.2f}"
-
-
-def _table(title: str, rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return [title, *("  " + "  ".join(line) for line in cells), ""]
+def _table(title: str, rows: Sequence[tuple[str | float, ...]]) -> list[str]:
+    forms = {int: "{:,}", float: "{:,.2f}", str: "{}"}
+    texts = [[forms[type(value)].format(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return [title, *("  " + "  ".join([t[0].ljust(widths[0]), *map(str.rjust, t[1:], widths[1:])]) for t in texts), ""]
 
 
 # --- what a device can do ---------------------------------------------------------------------------------------------

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
-import importlib.util
 import io
 import json
 import os
-import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
-from mot_jax.config import Config, ConfigError, check, field_names, nearest, type_words
+from mot_jax.config import Config, ConfigError, check, error_words, field_names, load_config, nearest, type_words
 
 BAD_INPUT = 2
 
@@ -62,9 +58,7 @@ def _describe(arguments: list[str]) -> None:
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(
-    prog: str, arguments: list[str], default: str | None, own: list[str]
-) -> tuple[argparse.Namespace, Config]:
+def _parse(prog: str, arguments: list[str], default: str | None, own: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own options, and the config of the file it names with the fields that the flags change."""
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     for option in own:
@@ -75,53 +69,11 @@ def _parse(
         options.config = rest.pop(0)
     if options.config is None:
         raise ConfigError(f"CONFIG is missing; try {prog} configs/demo.py")
-    config = _override(prog, load_config(options.config), rest, own)
+    config = load_config(options.config)
+    check(config)
+    config = _override(prog, config, rest, own)
     check(config)
     return options, config
-
-
-def load_config(path: str | os.PathLike[str]) -> Config:
-    """What `get_config()` of a config file returns. Raises ConfigError for a file that is missing or broken."""
-    path = Path(path)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        found = [str(p) for p in sorted(folder.glob("*.py"))]
-        raise ConfigError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
-    try:
-        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"config = {path}{_place_of(error, path)}: {_in_words(error)}") from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
-    return config
-
-
-def _place_of(error: Exception, path: Path) -> str:
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _in_words(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    if unknown:
-        from mot_jax import config as module
-
-        cls = getattr(module, unknown[1], None)
-        if dataclasses.is_dataclass(cls):
-            names = [field.name for field in dataclasses.fields(cls)]
-            return f"{unknown[1]} has no field '{unknown[2]}'{nearest(unknown[2], names)}"
-    if isinstance(error, AttributeError) and "get_config" in text:
-        return "must define get_config() -> Config"
-    return text
 
 
 def _override(prog: str, config: Config, flags: list[str], own: list[str]) -> Config:
@@ -131,7 +83,7 @@ def _override(prog: str, config: Config, flags: list[str], own: list[str]) -> Co
         print(f"usage: {prog} [CONFIG] {' '.join(f'[{o} VALUE]' for o in own)} [--group.field VALUE ...]\n")
         _tyro(prog, config, ["--help"])
     chunks = _chunks(flags)
-    names = {name: hint for name, hint in field_names(config)}
+    names = dict(field_names(config))
     faults = []
     for chunk in chunks:
         name = chunk[0].removeprefix("--").partition("=")[0].replace("-", "_")
@@ -190,7 +142,7 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_for_people() -> Iterator[None]:
-    """One line for each of the user's mistakes, and for a full disk; exit code 2. All else is ours, with a traceback."""
+    """One line for each of the user's mistakes, and for a full disk; exit code 2. Else it is ours: a traceback."""
     try:
         yield
     except ConfigError as error:
@@ -200,7 +152,8 @@ def _errors_for_people() -> Iterator[None]:
     except Exception as error:
         if not _disk_is_full(error):
             raise
-        print(f"error: no space left on the disk ({_in_words(error)}); free some and run the same command", file=sys.stderr)
+        advice = "free some and run the same command, which goes on from the last checkpoint"
+        print(f"error: no space left on the disk ({error_words(error)}); {advice}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 
@@ -210,3 +163,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+if __name__ == "__main__":
+    main()

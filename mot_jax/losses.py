@@ -11,9 +11,7 @@ from mot_jax.sharding import shards, spec
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy_sum(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
-) -> jax.Array:
+def cross_entropy_sum(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int) -> jax.Array:
     """Sum of -log softmax(hidden @ head)[target] over the True entries of `mask`, in nats.
 
     A scan over chunks of positions: logits exist for B x `chunk` tokens at a time. Under differentiation the same pass

@@ -79,6 +79,25 @@ def mixing_weights(
     return weights if token_mask is None else jnp.where(real, weights, 0)
 
 
+@jax.custom_vjp
+def _softmax(logits: jax.Array) -> jax.Array:
+    """Over the group. JAX's own may keep more than its result for the backward pass."""
+    return jax.nn.softmax(logits, axis=1)
+
+
+def _softmax_forward(logits):
+    weights = _softmax(logits)
+    return weights, weights
+
+
+def _softmax_backward(weights, cotangent):
+    product = weights * cotangent
+    return (product - weights * product.sum(axis=1, keepdims=True),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
 def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Mixtures: the tokens of a group averaged by the mixing weights of each expert.
 
@@ -96,7 +115,8 @@ def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     """
     chex.assert_rank([weights, outputs], 4, custom_message="weights are [N, G, S, E], outputs are [N, S, E, D]")
     n, _, s, e = weights.shape
-    chex.assert_shape(outputs, (n, s, e, None), custom_message="expert outputs are [N, S, E, D] beside weights [N, G, S, E]")
+    words = "expert outputs are [N, S, E, D] beside weights [N, G, S, E]"
+    chex.assert_shape(outputs, (n, s, e, None), custom_message=words)
     out = spec("groups", None, None, None)
     return jnp.einsum("ngse,nsed->ngsd", weights.astype(outputs.dtype), outputs, out_sharding=out)
 
@@ -106,7 +126,7 @@ def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None) 
 
     Groups with fewer than two real tokens at a position do not count.
     """
-    n, g, s, e = weights.shape
+    n, g, s, _ = weights.shape
     real = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
     counts = real > 1
     entropy = jax.scipy.special.entr(weights).sum(axis=1).mean(axis=-1) / jnp.log(jnp.maximum(real, 2))
@@ -153,7 +173,8 @@ def _forward(project_in, project_out, saved, x, weights, w_in, w_out):
 
 
 def _backward(project_in, project_out, saved, residuals, dy):
-    x, weights, w_in, w_out, kept = residuals
+    # Or else the compiler, finding the forward pass in the same program, keeps what we mean to compute again.
+    x, weights, w_in, w_out, kept, dy = jax.lax.optimization_barrier((*residuals, dy))
     do = merge(weights, dy)  # emit's transpose
     if saved == "all":
         u, (do,) = kept[1], _to_experts(do)

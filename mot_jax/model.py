@@ -74,7 +74,7 @@ class Transformer(nnx.Module):
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}
         block = 0
-        for stack, (period, repeats) in zip(self.stacks, self.plan, strict=True):
+        for stack, (_, repeats) in zip(self.stacks, self.plan, strict=True):
             x, scanned = _run(stack, x, context, self.config.remat == "blocks")
             for i in range(repeats):
                 for found in scanned:
@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
 
 
 def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
-    """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one for each run of equals."""
+    """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one a run of equals."""
     n = len(kinds)
     for period in range(1, n // 2 + 1):
         if n % period == 0 and kinds == kinds[:period] * (n // period):
@@ -132,7 +132,9 @@ def _run(stack: nnx.List, x: jax.Array, context: FeedForwardContext, remat: bool
             found.append((losses, metrics))
         return x, found
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, state)
+    if remat:  # inside a loop no common subexpression can undo it; a loop of one is no loop
+        body = jax.checkpoint(body, prevent_cse=jax.tree.leaves(state)[0].shape[0] == 1)
+    return jax.lax.scan(body, x, state)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -110,7 +110,7 @@ def rows_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending. int [rows]."""
     index = rows_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in index.values()]))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in index.values()]))
 
 
 def place_rows(mesh: jax.sharding.Mesh, rows: np.ndarray) -> jax.Array:

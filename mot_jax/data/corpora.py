@@ -46,7 +46,17 @@ TEST_MODULES = (
 # A document with more than 1/32 of all windows must meet itself in groups of 32, whatever the shuffle does: hence
 # without pydoc_data, one generated file of 0.7 MB (7.6 % of the corpus), and _pydecimal.py (3 % under Python 3.13).
 _EXCLUDED_DIRECTORIES = frozenset(
-    "site-packages dist-packages lib-dynload __pycache__ test tests idlelib encodings pydoc_data".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "__pycache__",
+        "test",
+        "tests",
+        "idlelib",
+        "encodings",
+        "pydoc_data",
+    ]
 )
 # The last two are written when Python is built, with that machine's paths in them.
 _EXCLUDED_PREFIXES = ("_pydecimal", "_sysconfigdata", "config-")

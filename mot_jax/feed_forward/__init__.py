@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flax import nnx
 
 from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
@@ -9,7 +11,7 @@ from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
 
-KINDS: dict[type, type[nnx.Module]] = {
+KINDS: dict[type, Callable[..., nnx.Module]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
 }

@@ -14,7 +14,7 @@ from mot_jax.init import draw
 class Dense(nnx.Module):
     """ReLU(x W_in + b_in) W_out + b_out.
 
-    Parameters: `kernel_in` [D, F], `kernel_out` [F, D], with `bias` also `bias_in` [F] and `bias_out` [D], zero at first.
+    Parameters: `kernel_in` [D, F], `kernel_out` [F, D]. With `bias`: `bias_in` [F], `bias_out` [D], zero at first.
     """
 
     def __init__(

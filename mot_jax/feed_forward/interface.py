@@ -7,8 +7,10 @@ from functools import partial
 
 import jax
 
+_ARRAYS = ["token_mask", "token_ids", "step", "key"]
 
-@partial(jax.tree_util.register_dataclass, data_fields=["token_mask", "token_ids", "step", "key"], meta_fields=["train"])
+
+@partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["train"])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardContext:
     """What a layer may want to know beside its input. The transformer builds one a step and hands it down unread.

@@ -60,8 +60,8 @@ class MixtureOfTokens(nnx.Module):
             preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
         )
         weights = mixing.mixing_weights(logits, config.mixing, mask)
-        w_in, w_out = self.w_in[...].astype(self.dtype), self.w_out[...].astype(self.dtype)
-        y = mixing.ungroup(mixing.mix_through(_project_in, _project_out, config.saved, grouped, weights, w_in, w_out))
+        experts = (self.w_in[...], self.w_out[...])
+        y = mixing.ungroup(mixing.mix_through(_project_in, _project_out, config.saved, grouped, weights, *experts))
         if self.shared is not None:
             y += self.shared(x, context).y
         entropy = mixing.normalised_entropy(jax.lax.stop_gradient(weights), mask)
@@ -70,9 +70,9 @@ class MixtureOfTokens(nnx.Module):
 
 def _project_in(u: jax.Array, w_in: jax.Array) -> jax.Array:
     out = spec("exchanged_groups", None, "experts", None)
-    return jnp.einsum("nsed,edf->nsef", u, w_in, out_sharding=out)
+    return jnp.einsum("nsed,edf->nsef", u, w_in.astype(u.dtype), out_sharding=out)
 
 
 def _project_out(h: jax.Array, w_out: jax.Array) -> jax.Array:
     out = spec("exchanged_groups", None, "experts", None)
-    return jnp.einsum("nsef,efd->nsed", jax.nn.relu(h), w_out, out_sharding=out)
+    return jnp.einsum("nsef,efd->nsed", jax.nn.relu(h), w_out.astype(h.dtype), out_sharding=out)

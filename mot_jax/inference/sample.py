@@ -26,7 +26,7 @@ def sample(
 
     The rows are whole groups, and rows of a group influence each other. Text longer than the context slides through it.
 
-    prompts: int32 [B, P], P at most the context length. present: bool [B]; rows that are not are left out of the mixing.
+    prompts: int32 [B, P], P at most the context length. present: bool [B]; other rows are left out of the mixing.
     Returns int32 [B, P + length].
     """
     prompt = prompts.shape[1]

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from mot_jax.config import Config, ConfigError, check, from_json, identity_chang
 from mot_jax.data.order import TrainingOrder
 from mot_jax.data.pipeline import Batch, TrainBatch, train_batches, validation_batches
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
-from mot_jax.data.windows import Windows, open_windows
+from mot_jax.data.windows import WindowBatch, Windows, open_windows
 from mot_jax.inference.sample import sample
 from mot_jax.sharding import local_rows, make_mesh, place_rows
 from mot_jax.training import metrics as log
@@ -42,8 +43,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     _check_space(abstract_state(config, mesh), config.checkpoint.keep, workdir)
     tokenizer = _tokenizer(config)
     directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
-    length = config.model.context_length
-    windows, unseen = (open_windows(config.data.corpus, s, tokenizer, length, directory) for s in ("train", "validation"))
+    split_of = partial(open_windows, config.data.corpus, tokenizer=tokenizer, directory=directory)
+    windows, unseen = (split_of(split, context_length=config.model.context_length) for split in ("train", "validation"))
     group_size = config.data.group_size or config.model.group_size
     order = TrainingOrder(windows.documents, group_size, config.training.seed)
 
@@ -132,7 +133,7 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
     if path.exists():
         changes = identity_changes(from_json(path.read_text()), config)
         if changes:
-            raise ConfigError(*(f"workdir = {workdir} holds another run: {change}; try a new --workdir" for change in changes))
+            raise ConfigError(*(f"workdir = {workdir} holds another run: {c}; try a new --workdir" for c in changes))
     elif workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
     elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
@@ -170,7 +171,7 @@ def _replace(path: epath.Path, text: str) -> None:
     new.replace(path)
 
 
-def _place(mesh: Mesh, batch: Batch | TrainBatch) -> tuple[jax.Array, jax.Array]:
+def _place(mesh: Mesh, batch: Batch | TrainBatch | WindowBatch) -> tuple[jax.Array, jax.Array]:
     return place_rows(mesh, batch.tokens), place_rows(mesh, batch.mask)
 
 
@@ -196,7 +197,7 @@ class _Meter:
         self._waited += time.perf_counter() - start
 
     def read(self, step: int) -> dict[str, float]:
-        """tokens/s, model FLOP/s (`mfu` where the peak is known), share of time spent waiting for data, seconds left."""
+        """tokens/s, model FLOP/s (`mfu` where the peak is known), share of time waiting for data, seconds left."""
         seconds, steps = time.perf_counter() - self._since, step - self._step
         speed = steps * self._tokens / seconds
         found = {"tokens_per_second": speed, "model_flops_per_second": speed * self._flops}

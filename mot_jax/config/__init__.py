@@ -1,0 +1,50 @@
+"""Experiment configuration: fields, checks, files."""
+
+from mot_jax.config.checks import batch_fault, check
+from mot_jax.config.fields import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    DenseConfig,
+    FeedForwardConfig,
+    InitConfig,
+    LoggingConfig,
+    MeshConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    nearest,
+)
+from mot_jax.config.files import FORMAT_VERSION, error_words, from_json, identity_changes, load_config, to_json
+from mot_jax.config.hints import field_names, type_words
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DenseConfig",
+    "FeedForwardConfig",
+    "InitConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "MixingConfig",
+    "MixtureOfTokensConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "batch_fault",
+    "check",
+    "error_words",
+    "field_names",
+    "from_json",
+    "identity_changes",
+    "load_config",
+    "nearest",
+    "to_json",
+    "type_words",
+]

@@ -1,0 +1,128 @@
+"""Configs to and from files: the Python file of an experiment, and the strict, versioned JSON of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import traceback
+import typing
+from pathlib import Path
+from typing import Any
+
+from mot_jax.config import fields
+from mot_jax.config.checks import check
+from mot_jax.config.fields import Config, ConfigError, nearest
+from mot_jax.config.hints import leaves, options
+
+FORMAT_VERSION = 1
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """What `get_config()` of a config file returns. Raises ConfigError for a file that is missing or broken."""
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        found = [str(p) for p in sorted(folder.glob("*.py"))]
+        raise ConfigError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
+    try:
+        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"config = {path}{_place_of(error, path)}: {error_words(error)}") from error
+    if not isinstance(config, Config):
+        raise ConfigError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
+    return config
+
+
+def _place_of(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def error_words(error: Exception) -> str:
+    """An exception in one line, with the nearest name for a field that does not exist."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        cls = getattr(fields, unknown[1], None)
+        if dataclasses.is_dataclass(cls):
+            names = [field.name for field in dataclasses.fields(cls)]
+            return f"{unknown[1]} has no field '{unknown[2]}'{nearest(unknown[2], names)}"
+    if isinstance(error, AttributeError) and "get_config" in text:
+        return "must define get_config() -> Config"
+    return text
+
+
+def to_json(config: Config) -> str:
+    """The whole config as JSON text; a feed-forward kind carries its tag as `kind`."""
+    return json.dumps({"version": FORMAT_VERSION, **_encode(config)}, indent=1) + "\n"
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}
+        return kind | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_json(text: str) -> Config:
+    """The config of `to_json`. Raises ConfigError on unknown or mistyped fields and on another format version."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
+    version = data.pop("version", None) if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json")
+    config = _decode(data, Config, "")
+    check(config)
+    return config
+
+
+def _decode(data: Any, hint: Any, path: str) -> Any:
+    classes: list[Any] = [option for option in options(hint) if dataclasses.is_dataclass(option)]
+    if not classes:
+        return tuple(data) if isinstance(data, list) else data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} = {data!r}: must be a group of fields")
+    data = dict(data)
+    if len(classes) > 1:
+        kinds = {c.kind: c for c in classes}
+        kind = str(data.pop("kind", None))
+        if kind not in kinds:
+            raise ConfigError(f"{path}.kind = {kind!r}: no such kind{nearest(kind, kinds)}")
+        classes = [kinds[kind]]
+    hints = typing.get_type_hints(classes[0])
+    names = [f.name for f in dataclasses.fields(classes[0])]
+    for name in data:
+        if name not in names:
+            raise ConfigError(f"{'.'.join(filter(None, [path, name]))}: no such field{nearest(name, names)}")
+    return classes[0](**{k: _decode(v, hints[k], ".".join(filter(None, [path, k]))) for k, v in data.items()})
+
+
+def identity_changes(old: Config, new: Config) -> list[str]:
+    """One line for each field in which `new` may not continue a run that `old` began."""
+    before = {name: (field, value) for name, field, value in leaves(old)}
+    changes = []
+    if type(old.model.feed_forward) is not type(new.model.feed_forward):
+        return [f"model.feed_forward is {old.model.feed_forward.kind} there and {new.model.feed_forward.kind} here"]
+    for name, field, value in leaves(new):
+        was = before[name][1]
+        rule = field.metadata.get("resume", "identity")
+        if value == was or rule == "free":
+            continue
+        if rule == "identity":
+            changes.append(f"{name}: {was!r} there, {value!r} here; it is part of a run's identity")
+        elif value < was:
+            changes.append(f"{name}: {was!r} there, {value!r} here; a run can be extended, not cut short")
+    return changes

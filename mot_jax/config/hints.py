@@ -1,0 +1,64 @@
+"""The types of config fields, at run time: what fits, and what to call it."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def matches(value: Any, hint: Any) -> bool:
+    for option in options(hint):
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option) and isinstance(value, str):
+                return True
+        elif typing.get_origin(option) is tuple:
+            if isinstance(value, tuple) and all(matches(item, typing.get_args(option)[0]) for item in value):
+                return True
+        elif option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return True
+        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return True
+    return False
+
+
+def field_names(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field that is not itself a group of fields."""
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            yield from field_names(item, f"{path}{field.name}.")
+        else:
+            yield path + field.name, hints[field.name]
+
+
+def type_words(hint: Any) -> str:
+    """A type in words, for messages."""
+    words = []
+    for option in options(hint):
+        if typing.get_origin(option) is Literal:
+            words += [repr(v) for v in typing.get_args(option)]
+        elif typing.get_origin(option) is tuple:
+            words.append("a tuple of " + typing.get_args(option)[0].__name__)
+        else:
+            words.append("None" if option is type(None) else option.__name__)
+    return " or ".join(words)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(dotted name, field, value) of every field that is not itself a group of fields."""
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            yield from leaves(item, f"{path}{field.name}.")
+        else:
+            yield path + field.name, field, item

@@ -1,0 +1,192 @@
+"""A run as its user sees it: files, resuming, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+
+from mot_jax.config import Config, ConfigError, to_json
+from mot_jax.training import loop
+from mot_jax.training import metrics as log
+
+NOT_OF_THE_MACHINE = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """These runs use one device of the eight."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+
+
+def numbers(workdir: epath.Path) -> list[log.Row]:
+    """The rows without what depends on how fast the machine was."""
+    return [{k: v for k, v in row.items() if k not in NOT_OF_THE_MACHINE} for row in log.read_rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
+    """The undisturbed run."""
+    workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        first = jax.devices()[:1]
+        patch.setattr(jax, "devices", lambda *_: first)
+        loop.train(tiny, workdir)
+    return workdir
+
+
+def test_a_run_leaves_everything_that_the_readme_names(finished, tiny):
+    rows = numbers(finished)
+    assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 13))
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert [row["step"] for row in validation] == [6, 12]
+    assert validation[0]["windows"] == 64 < validation[1]["windows"]  # the last one scores the whole split
+    # Every byte of the split is scored, and every text has one end of text: a few more tokens than bytes.
+    assert validation[1]["bits_per_byte"] > validation[1]["loss"] / 0.6932
+    assert validation[1]["loss"] < validation[0]["loss"] < rows[0]["loss"]
+    assert json.loads((finished / "config.json").read_text())["training"]["steps"] == 12
+    assert (finished / "config.json").read_text() == to_json(tiny)
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "sample.txt").read_text().count("--- continued") == 4  # one full group
+    assert {int(p.name) for p in (finished / "checkpoints").iterdir()} == {8, 12}
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, tiny, capsys):
+    before = {str(p): p.read_bytes() for p in sorted(finished.glob("*")) if p.is_file()}
+    result = loop.train(tiny, finished)
+    assert result["step"] == 12 and result["split"] == "validation"
+    assert "nothing left to train" in capsys.readouterr().out
+    assert before == {str(p): p.read_bytes() for p in sorted(finished.glob("*")) if p.is_file()}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Ends the next run in the middle of that step."""
+    track = log.Console.track
+
+    def stopping(self, steps, done):
+        for at in track(self, steps, done):
+            if at == step:
+                raise Stopped
+            yield at
+
+    monkeypatch.setattr(log.Console, "track", stopping)
+
+
+@pytest.mark.parametrize("step", [2, 7, 9])
+def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, tmp_path, monkeypatch, step):
+    workdir = epath.Path(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stopped):
+            loop.train(tiny, workdir)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "split": "tra')  # a row that the end cut short
+    loop.train(dataclasses.replace(tiny, logging=dataclasses.replace(tiny.logging, tensorboard=False)), workdir)
+    assert numbers(workdir) == numbers(finished)
+    assert (workdir / "sample.txt").read_text() == (finished / "sample.txt").read_text()
+
+
+def test_a_run_can_be_extended(tiny, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=4)), workdir)
+    loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6)), workdir)
+    assert [row["step"] for row in numbers(workdir) if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 6
+    with pytest.raises(ConfigError, match="training.steps: 6 there, 5 here; a run can be extended"):
+        loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=5)), workdir)
+
+
+def modified(directory: epath.Path) -> dict[str, int]:
+    """When each file below was last written."""
+    return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
+
+
+def test_another_experiment_does_not_touch_a_workdir(finished, tiny):
+    files = modified(finished)
+    other = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, seed=3, batch_size=64))
+    with pytest.raises(ConfigError) as error:
+        loop.train(other, finished)
+    assert [
+        ("seed: 0 there, 3 here" in f, "batch_size: 32 there, 64 here" in f) for f in sorted(error.value.faults)
+    ] == [
+        (False, True),
+        (True, False),
+    ]
+    assert files == modified(finished)
+
+
+def test_a_directory_of_other_things_is_not_a_workdir(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds files, but no run .* try .*/run"):
+        loop.train(tiny, tmp_path)
+    with pytest.raises(ConfigError, match="must be a directory, and is a file"):
+        loop.train(tiny, tmp_path / "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_too_little_disk_is_known_before_the_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ConfigError, match=r"2 \+ 1 checkpoints need .* MB, and 0 MB are free"):
+        loop.train(tiny, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):
+    small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=256))
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 256: must be at least the 257 .* try 257"):
+        loop.train(small, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ten_kills_change_no_bit(finished, tiny, tmp_path):
+    """SIGKILL at random moments, during saves too: every row that follows equals the undisturbed run's."""
+    steps = dataclasses.replace(tiny.training, steps=400, checkpoint_every=3, validate_every=100)
+    config = dataclasses.replace(tiny, training=steps, data=dataclasses.replace(tiny.data, validation_windows=32))
+    (tmp_path / "long.py").write_text(
+        "from mot_jax.config import from_json\n\n\ndef get_config():\n    return from_json("
+        + repr(to_json(config))
+        + ")\n"
+    )
+    undisturbed, killed = epath.Path(tmp_path / "undisturbed"), epath.Path(tmp_path / "killed")
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+    def start(workdir: epath.Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "mot_jax.cli", "train", str(tmp_path / "long.py"), "--workdir", str(workdir)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start(undisturbed).wait() == 0
+    moments, kills = random.Random(0), 0
+    rows_seen = []
+    while kills < 10:
+        process = start(killed)
+        begun = len(log.read_rows(killed))
+        # Not before it trains again, and then anywhere within the next steps and saves.
+        target = begun + moments.randrange(1, 30)
+        while process.poll() is None and len(log.read_rows(killed)) < target:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.2)
+        assert process.poll() is None, "finished before ten kills: make the run longer"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        rows_seen.append(len(log.read_rows(killed)))
+    assert start(killed).wait() == 0
+    assert numbers(killed) == numbers(undisturbed)
+    assert len(set(rows_seen)) > 3

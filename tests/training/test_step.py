@@ -1,0 +1,174 @@
+"""The training step: the same numbers on every mesh, with the collectives that the design promises and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, OptimizerConfig
+from mot_jax.model import bind
+from mot_jax.sharding import make_mesh, place_rows
+from mot_jax.training.schedule import learning_rate, make_optimizer
+from mot_jax.training.state import TrainState, abstract_state, create_state
+from mot_jax.training.step import make_eval_step, make_train_step
+
+COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")
+
+
+def batches(config: Config, count: int) -> np.ndarray:
+    """Tokens with something to learn: runs of neighbouring numbers. int32 [count, B, S + 1]."""
+    rng = np.random.default_rng(0)
+    size = (count, config.training.batch_size, 1)
+    return ((rng.integers(0, 256, size) + np.arange(config.model.context_length + 1)) % 256).astype(np.int32)
+
+
+def compiled_step(config: Config):
+    """(mesh, new state, compiled step)."""
+    mesh = make_mesh(config, jax.devices()[: config.mesh.data * config.mesh.expert])
+    state = create_state(config, mesh)
+    tokens = batches(config, 1)[0]
+    with jax.set_mesh(mesh):
+        args = place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0)
+        return mesh, state, jax.jit(make_train_step(config), donate_argnums=0).lower(state, *args).compile()
+
+
+def run(config: Config, steps: int = 20) -> tuple[list[dict[str, float]], str]:
+    """The metrics of each step, and the compiled program."""
+    mesh, state, step = compiled_step(config)
+    rows = []
+    for tokens in batches(config, steps):
+        placed = place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0)
+        with jax.transfer_guard("disallow"):  # the step itself never talks to Python
+            state, metrics = step(state, *placed)
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return rows, step.as_text()
+
+
+def collectives(program: str) -> Counter[str]:
+    return Counter(name for name in re.findall(r" ([a-z-]+?)(?:-start)?\(", program) if name in COLLECTIVES)
+
+
+@pytest.fixture(scope="module")
+def one_device(tiny: Config) -> list[dict[str, float]]:
+    rows, program = run(tiny)
+    assert not collectives(program)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    return rows
+
+
+@pytest.mark.parametrize("data, expert", [(8, 1), (1, 8), (2, 4)])
+def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, data, expert):
+    config = dataclasses.replace(tiny, mesh=MeshConfig(data=data, expert=expert))
+    rows, program = run(config)
+    for row, expected in zip(rows, one_device, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert row == pytest.approx(expected, rel=1e-3)
+    found = collectives(program)
+    # The blocks are one scan: its body holds one MoT layer forward, and one backward.
+    assert found["all-to-all"] == (4 if expert > 1 else 0)
+    assert not found["all-gather"] + found["collective-permute"] + found["reduce-scatter"]
+
+
+@pytest.mark.parametrize("data, expert", [(1, 1), (2, 4)])
+def test_accumulation_changes_nothing_but_rounding(tiny, one_device, data, expert):
+    training = dataclasses.replace(tiny.training, accumulation=(8 if data * expert == 1 else 1))
+    config = dataclasses.replace(tiny, training=training, mesh=MeshConfig(data=data, expert=expert))
+    if data * expert > 1:  # 8 shards x groups of 4 leave one group a shard: two microbatches need twice the rows
+        model = dataclasses.replace(tiny.model, feed_forward=dataclasses.replace(tiny.model.feed_forward, group_size=2))
+        model = dataclasses.replace(model, feed_forward=dataclasses.replace(model.feed_forward, num_experts=4))
+        expected = run(dataclasses.replace(tiny, model=model), 5)[0]
+        training = dataclasses.replace(tiny.training, accumulation=2)
+        rows = run(dataclasses.replace(config, model=model, training=training), 5)[0]
+    else:
+        rows, expected = run(config, 5)[0], one_device[:5]
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert row["gradient_rms"] == pytest.approx(wanted["gradient_rms"], rel=1e-4)
+
+
+def test_metrics_are_what_their_names_say(tiny):
+    mesh, state, step = compiled_step(tiny)
+    before = jax.device_get(state.params)
+    tokens = batches(tiny, 1)[0]
+    state, metrics = step(state, place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0))
+    after = jax.device_get(state.params)
+
+    def rms(tree):
+        return np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) ** 2))
+
+    assert float(metrics["parameter_rms"]) == pytest.approx(rms(after), rel=1e-5)
+    assert float(metrics["update_rms"]) == pytest.approx(rms(jax.tree.map(np.subtract, after, before)), rel=1e-4)
+    assert float(metrics["learning_rate"]) == pytest.approx(tiny.training.optimizer.learning_rate / 4)
+    assert set(metrics) >= {f"{name}/{i:02d}" for name in ("mixing_entropy", "update_ratio") for i in range(2)}
+    model = bind(tiny.model, before)
+    logits = model.logits(model(tokens[:, :-1]).hidden)
+    naive = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    assert float(metrics["loss"]) == pytest.approx(float(naive), rel=1e-5)
+
+
+def test_the_state_is_born_sharded_with_its_optimizer(tiny):
+    config = dataclasses.replace(tiny, mesh=MeshConfig(data=2, expert=4))
+    mesh = make_mesh(config)
+    state: TrainState = create_state(config, mesh)
+    shards = {
+        jax.tree_util.keystr(path): leaf.sharding.shard_shape(leaf.shape)[1] * 4 == leaf.shape[1]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if "w_in" in jax.tree_util.keystr(path) or "w_out" in jax.tree_util.keystr(path)
+    }
+    assert len(shards) == 6 and all(shards.values())  # parameters and two moments
+    single = create_state(tiny, make_mesh(tiny, jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(single))
+    jax.tree.map(lambda a, b: None, state, abstract_state(config, mesh))
+
+
+def test_evaluation_counts_real_targets_and_their_bytes(tiny):
+    mesh = make_mesh(tiny, jax.devices()[:1])
+    state = create_state(tiny, mesh)
+    tokens = batches(tiny, 1)[0]
+    tokens[:, 5] = 256
+    mask = np.ones((32, 16), bool)
+    mask[3, 7:] = False
+    mask[4] = False
+    sizes = np.array([1] * 256 + [0])
+    with jax.set_mesh(mesh):
+        evaluate = jax.jit(make_eval_step(tiny, sizes))
+        nats, count, size = map(float, evaluate(state.params, place_rows(mesh, tokens), place_rows(mesh, mask)))
+        changed = tokens.copy()
+        changed[4], changed[3, 8:] = 77, 78
+        again = evaluate(state.params, place_rows(mesh, changed), place_rows(mesh, mask))
+    assert count == mask.sum()
+    assert size == (mask & (tokens[:, 1:] != 256)).sum()
+    assert float(again.nats) == nats  # bit for bit: what is masked does not count
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 10])
+def test_learning_rate_warms_up_and_ends_at_its_fraction(warmup):
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=warmup, final_fraction=0.1), 100)
+    values = [float(schedule(step)) for step in range(100)]
+    assert max(values) == pytest.approx(2.0, rel=1e-2)
+    assert values[-1] == pytest.approx(0.2)
+    assert values[0] == pytest.approx(2.0 / max(warmup, 1), rel=1e-2)
+    assert np.all(np.diff(values[max(warmup - 1, 0) :]) <= 0)
+
+
+def test_the_optimizer_clips_the_whole_gradient():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.5)
+    optimizer = make_optimizer(config, 10)
+    gradients = {"a": np.full(4, 30.0, np.float32), "b": np.full(3, 40.0, np.float32)}
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    first = optax.tree.get(state, "mu")
+    assert float(optax.tree.norm(first)) == pytest.approx(0.5 * 0.1, rel=1e-5)  # (1 - beta1) of the clipped
+
+
+def test_a_dense_model_trains_without_groups(tiny):
+    model = dataclasses.replace(tiny.model, feed_forward=DenseConfig())
+    rows, _ = run(dataclasses.replace(tiny, model=model), 10)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert not any("entropy" in name for name in rows[0])
+    assert isinstance(model, ModelConfig)
