@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
+from etils import epath
 
 from mot_jax.config import Config, ConfigError, check, error_words, field_names, load_config, nearest, type_words
 
@@ -22,7 +23,7 @@ BAD_INPUT = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "describe": _describe}
+    commands = {"train": _train, "describe": _describe, "curves": _curves}
     parser = argparse.ArgumentParser(prog="mot", description="Mixture-of-Tokens language models in JAX.")
     parser.add_argument("command", choices=commands, help="; ".join(f"{n}: {c.__doc__}" for n, c in commands.items()))
     command = parser.parse_args(arguments[:1]).command
@@ -53,6 +54,24 @@ def _describe(arguments: list[str]) -> None:
         print(line)
     if options.json:
         Path(options.json).write_text(json.dumps(description.to_dict(), indent=1) + "\n")
+
+
+def _curves(arguments: list[str]) -> None:
+    """draw the loss curves of runs into one picture: mot curves WORKDIR [WORKDIR ...] [--output curves.png]"""
+    parser = argparse.ArgumentParser(prog="mot curves", allow_abbrev=False)
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    parser.add_argument("--output", default="curves.png", metavar="FILE")
+    options = parser.parse_args(arguments)
+    from mot_jax.training import metrics
+
+    runs = {path.name: metrics.read_rows(path) for path in map(epath.Path, options.workdirs)}
+    for path, rows in zip(options.workdirs, runs.values(), strict=True):
+        if not rows:
+            raise ConfigError(
+                f"WORKDIR = {path}: holds no metrics.jsonl with rows; try the --workdir of a training run"
+            )
+    metrics.plot_curves(runs, epath.Path(options.output))
+    print(options.output)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

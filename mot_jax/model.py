@@ -6,6 +6,7 @@ that neither the compiled program nor its compile time grows with depth.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -93,7 +94,7 @@ class Transformer(nnx.Module):
     def loss_sum(self, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         """Sum of -log p(target) in nats over the True entries of `mask`; the logits exist for a chunk at a time."""
         head = self.head[...].astype(hidden.dtype)
-        return cross_entropy_sum(hidden, head, targets, mask, min(self.config.loss_chunk, hidden.shape[1]))
+        return cross_entropy_sum(hidden, head, targets, mask, math.gcd(self.config.loss_chunk, hidden.shape[1]))
 
 
 def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:

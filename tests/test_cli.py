@@ -191,6 +191,19 @@ def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
     assert not workdir.exists()
 
 
+def test_curves_of_two_runs_become_one_picture(capsys, tmp_path):
+    for name in ("mot", "dense"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "split": split, "loss": 3.0 / i} for i in (1, 2) for split in ("train", "validation")]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = tmp_path / "both.png"
+    cli.main(["curves", str(tmp_path / "mot"), str(tmp_path / "dense"), "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    (line,) = fails(capsys, "curves", str(tmp_path / "nothing"))
+    assert "holds no metrics.jsonl with rows" in line
+
+
 def test_config_errors_hold_all_faults():
     with pytest.raises(ConfigError) as error:
         check(

@@ -71,7 +71,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, tiny, capsys):
     assert before == {str(p): p.read_bytes() for p in sorted(finished.glob("*")) if p.is_file()}
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -82,7 +82,7 @@ def stop_at(monkeypatch, step: int) -> None:
     def stopping(self, steps, done):
         for at in track(self, steps, done):
             if at == step:
-                raise Stopped
+                raise StoppedError
             yield at
 
     monkeypatch.setattr(log.Console, "track", stopping)
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, tmp_path, monkeypatch
     workdir = epath.Path(tmp_path / "run")
     with monkeypatch.context() as patch:
         stop_at(patch, step)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             loop.train(tiny, workdir)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "split": "tra')  # a row that the end cut short
@@ -108,7 +108,7 @@ def test_a_run_can_be_extended(tiny, tmp_path):
     loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6)), workdir)
     assert [row["step"] for row in numbers(workdir) if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 6
-    with pytest.raises(ConfigError, match="training.steps: 6 there, 5 here; a run can be extended"):
+    with pytest.raises(ConfigError, match=r"training.steps: 6 there, 5 here; a run can be extended"):
         loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=5)), workdir)
 
 
