@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -35,27 +36,27 @@ def _default(field: dataclasses.Field) -> str:
     return type(default).__name__ + "()" if dataclasses.is_dataclass(default) else repr(default)
 
 
-_MINIMUM = {"expert_dim": 1, "group_size": 1, "validation_windows": 1, "norm_epsilon": 1e-12, "epsilon": 1e-30}
-_MINIMUM |= dict.fromkeys(["num_blocks", "d_model", "d_ff", "num_heads", "context_length", "loss_chunk"], 1)
-_MINIMUM |= dict.fromkeys(["num_experts", "steps", "batch_size", "accumulation", "log_every", "keep"], 1)
-_MINIMUM |= dict.fromkeys(["vocab_size", "validate_every", "checkpoint_every"], 1)
-_AT_MOST_ONE = {"beta1", "beta2", "final_fraction"}
+# (least, most) by the last part of a field's name; other numbers are finite and not negative.
+_RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
+    "num_blocks d_model d_ff num_heads context_length vocab_size loss_chunk num_experts group_size expert_dim steps "
+    "batch_size accumulation log_every validate_every checkpoint_every keep validation_windows".split(),
+    (1, sys.maxsize),
+)
+_RANGES |= {"beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
+_RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon"], (1e-30, sys.float_info.max))
 
 
 def _range_faults(config: Config) -> Iterator[str]:
     for name, _, value in leaves(config):
-        last = name.rpartition(".")[2]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        least, most = _RANGES.get(name.rpartition(".")[2], (0, sys.float_info.max))
         if name.startswith("mesh."):
             if value < 1 and value != -1:
                 yield f"{name} = {value}: must be at least 1, or -1 for the devices that are left; try 1"
-        elif value < _MINIMUM.get(last, 0) or value != value:
-            yield f"{name} = {value}: must be at least {_MINIMUM.get(last, 0)}; try {max(_MINIMUM.get(last, 0), 1)}"
-        elif last in _AT_MOST_ONE and value > 1:
-            yield f"{name} = {value}: must be at most 1; try {0.1 if last == 'final_fraction' else 0.9}"
-        elif name == "training.optimizer.clip_norm" and value == 0:
-            yield f"{name} = {value}: must be above 0; try 0.5"
+        elif not least <= value <= most:
+            limit = f"at least {least}" if not value >= least else f"at most {most}"
+            yield f"{name} = {value}: must be {limit}; try {min(max(least, 1), most)}"
     if config.mesh.data == config.mesh.expert == -1:
         yield "mesh.data = -1, mesh.expert = -1: only one axis may take the devices that are left; try mesh.expert = 1"
 
