@@ -54,11 +54,16 @@ class Checkpoints:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def restore(self, step: int, config: Config, mesh: Mesh) -> tuple[TrainState, int]:
-        """(state, next example) of a checkpoint, on this mesh, whichever it was saved from."""
+    def restore(self, step: int, config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
+        """A checkpoint's state, on this mesh, whichever it was saved from, and its next example.
+
+        Also a line for each version that has changed since: then numbers may differ in their last bits.
+        """
         about = self._checkpointer.metadata(step).custom_metadata
         state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
-        return TrainState(**state), int(about["next_example"])
+        now = versions()
+        changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in about["versions"].items() if v != now.get(k)]
+        return TrainState(**state), int(about["next_example"]), changed
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -55,12 +55,15 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     console = log.Console(t.steps)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         done = checkpoints.latest() or 0
-        if done >= t.steps:
+        if done >= t.steps and (workdir / "loss.png").exists():  # the last thing that a run writes
             console.line(f"{workdir} has its {t.steps} steps: nothing left to train")
             return _report(console, workdir)
-        state, next_example = create_state(config, mesh), 0
         if done:
-            state, next_example = checkpoints.restore(done, config, mesh)
+            state, next_example, changed = checkpoints.restore(done, config, mesh)
+            for line in changed:
+                console.line(f"warning: another version, so last bits may differ: {line}")
+        else:
+            state, next_example = create_state(config, mesh), 0
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
 
@@ -120,10 +123,9 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         checkpoints.wait()
 
         # --- what came of it ------------------------------------------------------------------------------------------
-        log.plot_curves({workdir.name: log.read_rows(workdir)}, workdir / "loss.png")
         if config.logging.sample_tokens:
-            text = _sample(config, mesh, state, unseen, tokenizer)
-            (workdir / "sample.txt").write_text(text)
+            (workdir / "sample.txt").write_text(_sample(config, mesh, state, unseen, tokenizer))
+        log.plot_curves({workdir.name: log.read_rows(workdir)}, workdir / "loss.png")
         return _report(console, workdir)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, tiny, capsys):
     assert result["step"] == 12 and result["split"] == "validation"
     assert "nothing left to train" in capsys.readouterr().out
     assert before == {str(p): p.read_bytes() for p in sorted(finished.glob("*")) if p.is_file()}
+
+
+def test_what_a_finished_run_lacks_is_made(finished, tiny, tmp_path):
+    """A kill between the last checkpoint and the picture."""
+    workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    (workdir / "loss.png").unlink()
+    (workdir / "sample.txt").unlink()
+    loop.train(tiny, workdir)
+    assert (workdir / "loss.png").exists()
+    assert (workdir / "sample.txt").read_text() == (finished / "sample.txt").read_text()
+    assert numbers(workdir) == numbers(finished)
 
 
 class StoppedError(Exception):
