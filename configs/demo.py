@@ -2,9 +2,8 @@
 
 Command:   python train.py
 Size:      `mot describe configs/demo.py`
-Recipe:    small experts (granularity 2) beside a shared dense expert of half the width, and a controller that starts out
-           decided, with three times the usual standard deviation: the lead of the paper's maths that pays from the
-           first hundreds of steps on. The model is small because few steps fit: what counts here is steps.
+Recipe:    small experts (granularity 2) beside a shared dense expert of half the width, and a controller that starts
+           out decided, with three times the usual standard deviation. The model is small, so that many steps fit.
 Expect:    see the README, with its dense twin (configs/demo_dense.py) beside it.
 """
 

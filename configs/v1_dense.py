@@ -9,7 +9,7 @@ Here:      not run, see configs/v1_mot.py.
 import dataclasses
 from pathlib import Path
 
-from mot_jax.config import Config, DataConfig, DenseConfig, load_config
+from mot_jax.config import Config, DenseConfig, load_config
 
 
 def get_config() -> Config:
@@ -19,6 +19,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         mot,
         model=dataclasses.replace(mot.model, feed_forward=DenseConfig()),
-        data=DataConfig(group_size=mot.model.group_size),  # the same batches
+        data=dataclasses.replace(mot.data, group_size=mot.model.group_size),  # the same batches
         training=dataclasses.replace(mot.training, optimizer=optimizer),
     )

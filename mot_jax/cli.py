@@ -11,24 +11,35 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, check, error_words, field_names, load_config, nearest, type_words
+from mot_jax.config import Config, ConfigError, check, error_words, leaves, load_config, nearest, type_words
 
 BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake as we tell all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help tells more")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "describe": _describe, "curves": _curves}
-    parser = argparse.ArgumentParser(prog="mot", description="Mixture-of-Tokens language models in JAX.")
-    parser.add_argument("command", choices=commands, help="; ".join(f"{n}: {c.__doc__}" for n, c in commands.items()))
-    command = parser.parse_args(arguments[:1]).command
+    epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        "mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form
+    )
+    parser.add_argument("command", choices=commands)
     with _errors_for_people():
-        commands[command](arguments[1:])
+        commands[parser.parse_args(arguments[:1]).command](arguments[1:])
 
 
 def train() -> None:
@@ -53,12 +64,17 @@ def _describe(arguments: list[str]) -> None:
     for line in description.lines():
         print(line)
     if options.json:
-        Path(options.json).write_text(json.dumps(description.to_dict(), indent=1) + "\n")
+        try:
+            Path(options.json).write_text(json.dumps(description.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"--json = {options.json}: cannot be written ({error.strerror}); try description.json"
+            ) from None
 
 
 def _curves(arguments: list[str]) -> None:
     """draw the loss curves of runs into one picture: mot curves WORKDIR [WORKDIR ...] [--output curves.png]"""
-    parser = argparse.ArgumentParser(prog="mot curves", allow_abbrev=False)
+    parser = _Parser(prog="mot curves", allow_abbrev=False)
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--output", default="curves.png", metavar="FILE")
     options = parser.parse_args(arguments)
@@ -70,7 +86,7 @@ def _curves(arguments: list[str]) -> None:
             raise ConfigError(
                 f"WORKDIR = {path}: holds no metrics.jsonl with rows; try the --workdir of a training run"
             )
-    metrics.plot_curves(runs, epath.Path(options.output))
+    epath.Path(options.output).write_bytes(metrics.plot_curves(runs))
     print(options.output)
 
 
@@ -79,11 +95,11 @@ def _curves(arguments: list[str]) -> None:
 
 def _parse(prog: str, arguments: list[str], default: str | None, own: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own options, and the config of the file it names with the fields that the flags change."""
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     for option in own:
         parser.add_argument(option)
     options, rest = parser.parse_known_args(arguments)
-    options.config = default
+    options.config = "configs/demo.py" if "--help" in rest else default
     if rest and not rest[0].startswith("-"):
         options.config = rest.pop(0)
     if options.config is None:
@@ -102,7 +118,7 @@ def _override(prog: str, config: Config, flags: list[str], own: list[str]) -> Co
         print(f"usage: {prog} [CONFIG] {' '.join(f'[{o} VALUE]' for o in own)} [--group.field VALUE ...]\n")
         _tyro(prog, config, ["--help"])
     chunks = _chunks(flags)
-    names = dict(field_names(config))
+    names = {name: hint for name, _, hint, _ in leaves(config)}
     faults = []
     for chunk in chunks:
         name = chunk[0].removeprefix("--").partition("=")[0].replace("-", "_")

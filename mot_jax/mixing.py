@@ -42,6 +42,8 @@ def group(x: jax.Array, group_size: int) -> jax.Array:
 
 def ungroup(x: jax.Array) -> jax.Array:
     """[N, G, S, ...] -> [B, S, ...], the inverse of `group`."""
+    if x.ndim < 3:
+        raise AssertionError(f"x is [N, G, S, ...]: groups, group size, sequence; its rank is {x.ndim}")
     shape = (x.shape[0] * x.shape[1], *x.shape[2:])
     return jnp.reshape(x, shape, out_sharding=spec("rows", *[None] * (len(shape) - 1)))
 
@@ -60,39 +62,38 @@ def mixing_weights(
         [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where no token is real.
     """
     chex.assert_rank(logits, 4, custom_message="logits are [N, G, S, E]: groups, group size, sequence, experts")
+    chex.assert_type(logits, jnp.floating)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     real = jnp.ones((), bool) if token_mask is None else token_mask[..., None]
     if token_mask is not None:
-        chex.assert_shape(token_mask, logits.shape[:3], custom_message="token mask is [N, G, S] as the logits are")
+        _check_mask(token_mask, logits)
     if config.merge == "uniform":
         weights = jnp.broadcast_to(real, logits.shape).astype(logits.dtype)
         return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
-    # The lowest finite number instead of -inf: a group without real tokens gives no NaN.
-    if config.merge == "one_hot" or config.temperature == 0:
+    if config.merge == "one_hot" or config.temperature < jnp.finfo(logits.dtype).tiny:
         best = jnp.argmax(jnp.where(real, logits, jnp.finfo(logits.dtype).min), axis=1)  # the first of equals
-        weights = jax.nn.one_hot(best, logits.shape[1], axis=1, dtype=logits.dtype)
-    else:
-        scaled = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
-        # The largest is 0 before the division, so that neither a huge logit nor a tiny temperature overflows.
-        scaled = (scaled - jax.lax.stop_gradient(scaled.max(axis=1, keepdims=True))) / config.temperature
-        weights = jax.nn.softmax(scaled, axis=1)
-    return weights if token_mask is None else jnp.where(real, weights, 0)
+        return jnp.where(real, jax.nn.one_hot(best, logits.shape[1], axis=1, dtype=logits.dtype), 0)
+    return _softmax(logits, jnp.broadcast_to(real, logits.shape), config.temperature)
 
 
-@jax.custom_vjp
-def _softmax(logits: jax.Array) -> jax.Array:
-    """Over the group. JAX's own may keep more than its result for the backward pass."""
-    return jax.nn.softmax(logits, axis=1)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _softmax(logits: jax.Array, real: jax.Array, temperature: float) -> jax.Array:
+    """Over the real tokens of the group; the others get 0. It keeps nothing but its result for the backward pass."""
+    # The lowest finite number instead of -inf: a group without real tokens gives no NaN. The largest is 0 before the
+    # division, so that neither a huge logit nor a tiny temperature overflows.
+    scaled = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
+    scaled = (scaled - scaled.max(axis=1, keepdims=True)) / temperature
+    return jnp.where(real, jax.nn.softmax(scaled, axis=1), 0)
 
 
-def _softmax_forward(logits):
-    weights = _softmax(logits)
+def _softmax_forward(logits, real, temperature):
+    weights = _softmax(logits, real, temperature)
     return weights, weights
 
 
-def _softmax_backward(weights, cotangent):
+def _softmax_backward(temperature, weights, cotangent):
     product = weights * cotangent
-    return (product - weights * product.sum(axis=1, keepdims=True),)
+    return (product - weights * product.sum(axis=1, keepdims=True)) / temperature, None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -217,4 +218,11 @@ def _check_pair(weights: jax.Array, x: jax.Array) -> None:
     chex.assert_rank([weights, x], 4, custom_message="weights are [N, G, S, E], x is [N, G, S, D]")
     chex.assert_equal_shape_prefix(
         [weights, x], 3, custom_message="weights [N, G, S, E] and x [N, G, S, D] share groups, group size and sequence"
+    )
+
+
+def _check_mask(token_mask: jax.Array, beside: jax.Array) -> None:
+    chex.assert_type(token_mask, bool)
+    chex.assert_shape(
+        token_mask, beside.shape[:3], custom_message="token mask is [N, G, S]: groups, group size, sequence"
     )

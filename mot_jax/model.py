@@ -44,10 +44,8 @@ class Block(nnx.Module):
         """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins."""
         x = x + self.attention(self.attention_norm(x), context.token_mask)
         out = self.feed_forward(self.feed_forward_norm(x), context)
-        metrics = dict(out.metrics)
-        if metrics:  # of the layers that mix
-            metrics["update_ratio"] = jax.lax.stop_gradient(_rms(out.y) / (_rms(x) + 1e-30))
-        return x + out.y, out.losses, metrics
+        ratio = jax.lax.stop_gradient(_rms(out.y) / (_rms(x) + 1e-30))
+        return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}
 
 
 class Transformer(nnx.Module):

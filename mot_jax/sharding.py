@@ -42,7 +42,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> ja
     sizes = _sizes(config.mesh, len(devices))
     shards = math.prod(sizes)
     faults = []
-    if config.training.batch_size % (config.model.group_size * config.training.accumulation * shards):
+    if config.training.batch_size % (config.group_size * config.training.accumulation * shards):
         faults.append(batch_fault(config, shards))
     experts = getattr(config.model.feed_forward, "num_experts", None)
     if experts and experts % sizes[1]:

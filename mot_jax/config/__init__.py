@@ -19,7 +19,7 @@ from mot_jax.config.fields import (
     nearest,
 )
 from mot_jax.config.files import FORMAT_VERSION, error_words, from_json, identity_changes, load_config, to_json
-from mot_jax.config.hints import field_names, type_words
+from mot_jax.config.hints import leaves, type_words
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,9 +40,9 @@ __all__ = [
     "batch_fault",
     "check",
     "error_words",
-    "field_names",
     "from_json",
     "identity_changes",
+    "leaves",
     "load_config",
     "nearest",
     "to_json",

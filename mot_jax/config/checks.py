@@ -42,12 +42,12 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "batch_size accumulation log_every validate_every checkpoint_every keep validation_windows".split(),
     (1, sys.maxsize),
 )
-_RANGES |= {"beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
+_RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon"], (1e-30, sys.float_info.max))
 
 
 def _range_faults(config: Config) -> Iterator[str]:
-    for name, _, value in leaves(config):
+    for name, _, _, value in leaves(config):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         least, most = _RANGES.get(name.rpartition(".")[2], (0, sys.float_info.max))
@@ -75,14 +75,14 @@ def _size_faults(config: Config) -> Iterator[str]:
             yield f"model.moe_blocks = {m.moe_blocks}: must be blocks, which are 0 to {m.num_blocks - 1}; try {there}"
     if isinstance(m.feed_forward, MixtureOfTokensConfig):
         yield from _mixture_faults(m, m.feed_forward)
-    multiple = m.group_size * t.accumulation
-    if multiple > 0 and t.batch_size % multiple:
-        yield batch_fault(config, 1)
     if config.data.group_size and config.data.group_size % max(m.group_size, 1):
         yield (
             f"data.group_size = {config.data.group_size}: must be a multiple of "
             f"model.feed_forward.group_size = {m.group_size}; try {m.group_size}"
         )
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_size=None))
+    if config.group_size * t.accumulation > 0 and t.batch_size % (config.group_size * t.accumulation):
+        yield batch_fault(config, 1)
 
 
 def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator[str]:
@@ -95,17 +95,20 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator
     rule = f"num_experts x expert_dim = group_size x (d_ff - shared_dim) = {wanted}"
     if kind.num_experts < 1 or kind.group_size < 1:
         return
+    divides = wanted % kind.num_experts == 0
+    if divides and (kind.expert_dim is None or not kind.flop_matched):
+        return
     good = min((e for e in range(1, wanted + 1) if wanted % e == 0), key=lambda e: abs(e - kind.num_experts))
-    if kind.expert_dim is None and good != kind.num_experts:
+    if kind.expert_dim is None:
         yield f"{name}.num_experts = {kind.num_experts}: must divide {wanted} by the rule {rule}; try {good}"
     if kind.flop_matched and kind.expert_dim is not None and kind.num_experts * kind.expert_dim != wanted:
-        advice = "None" if good == kind.num_experts else f"{name}.expert_dim = None, {name}.num_experts = {good}"
+        advice = "None" if divides else f"{name}.expert_dim = None, {name}.num_experts = {good}"
         yield f"{name}.expert_dim = {kind.expert_dim}: breaks the rule {rule} that flop_matched asks for; try {advice}"
 
 
 def batch_fault(config: Config, shards: int) -> str:
     """The fault of a batch that does not split into whole groups on `shards` devices."""
-    t, group_size = config.training, config.model.group_size
+    t, group_size = config.training, config.group_size
     multiple = group_size * t.accumulation * shards
     parts = f"group size {group_size} x accumulation {t.accumulation}" + (f" x shards {shards}" if shards > 1 else "")
     good = max(1, round(t.batch_size / multiple)) * multiple

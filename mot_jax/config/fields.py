@@ -227,3 +227,8 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def group_size(self) -> int:
+        """Rows that the data keeps together, and gives to different documents."""
+        return self.data.group_size or self.model.group_size

@@ -112,17 +112,17 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
 
 def identity_changes(old: Config, new: Config) -> list[str]:
     """One line for each field in which `new` may not continue a run that `old` began."""
-    before = {name: (field, value) for name, field, value in leaves(old)}
+    before = {name: value for name, _, _, value in leaves(old)}
     changes = []
-    if type(old.model.feed_forward) is not type(new.model.feed_forward):
-        return [f"model.feed_forward is {old.model.feed_forward.kind} there and {new.model.feed_forward.kind} here"]
-    for name, field, value in leaves(new):
-        was = before[name][1]
+    kinds = old.model.feed_forward.kind, new.model.feed_forward.kind
+    if kinds[0] != kinds[1]:
+        changes.append(f"model.feed_forward: {kinds[0]} there, {kinds[1]} here; it is part of a run's identity")
+    for name, field, _, value in leaves(new):
         rule = field.metadata.get("resume", "identity")
-        if value == was or rule == "free":
+        if name not in before or value == before[name] or rule == "free":
             continue
         if rule == "identity":
-            changes.append(f"{name}: {was!r} there, {value!r} here; it is part of a run's identity")
-        elif value < was:
-            changes.append(f"{name}: {was!r} there, {value!r} here; a run can be extended, not cut short")
+            changes.append(f"{name}: {before[name]!r} there, {value!r} here; it is part of a run's identity")
+        elif value < before[name]:
+            changes.append(f"{name}: {before[name]!r} there, {value!r} here; a run can be extended, not cut short")
     return changes

@@ -30,17 +30,6 @@ def matches(value: Any, hint: Any) -> bool:
     return False
 
 
-def field_names(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every field that is not itself a group of fields."""
-    hints = typing.get_type_hints(type(value))
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            yield from field_names(item, f"{path}{field.name}.")
-        else:
-            yield path + field.name, hints[field.name]
-
-
 def type_words(hint: Any) -> str:
     """A type in words, for messages."""
     words = []
@@ -54,11 +43,12 @@ def type_words(hint: Any) -> str:
     return " or ".join(words)
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """(dotted name, field, value) of every field that is not itself a group of fields."""
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
+    """(dotted name, field, type, value) of every field that is not itself a group of fields."""
+    types_ = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item):
             yield from leaves(item, f"{path}{field.name}.")
         else:
-            yield path + field.name, field, item
+            yield path + field.name, field, types_[field.name], item

@@ -14,18 +14,14 @@ import grain
 import numpy as np
 
 from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
-from mot_jax.data.windows import Windows
-
-
-class Batch(NamedTuple):
-    """This process's rows of a batch. tokens: int32 [b, S + 1]; mask: bool [b, S], True where the target is real."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
+from mot_jax.data.windows import WindowBatch, Windows
 
 
 class TrainBatch(NamedTuple):
-    """As `Batch`, and the share of the whole batch's groups in which two rows share a document (0 to 1)."""
+    """This process's rows, as a `WindowBatch`, and what is known of the whole batch.
+
+    shared_document_share: of the batch's groups, those in which two rows share a document, 0 to 1.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -64,7 +60,7 @@ def train_batches(
 
 def validation_batches(
     windows: Windows, group_size: int, rows_per_batch: int, rows: np.ndarray, limit: int | None
-) -> Iterator[Batch]:
+) -> Iterator[WindowBatch]:
     """One pass over the validation windows, in the same groups and order every time; absent rows fill the last batch.
 
     rows_per_batch: rows of a whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
@@ -78,4 +74,4 @@ def validation_batches(
     ids = groups.reshape(-1)
     ids = np.pad(ids, (0, -len(ids) % rows_per_batch), constant_values=-1)
     for batch in ids.reshape(-1, rows_per_batch):
-        yield Batch(*windows.read(batch[rows]))
+        yield windows.read(batch[rows])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from jax.sharding import Mesh
 from mot_jax import accounting
 from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
 from mot_jax.data.order import TrainingOrder
-from mot_jax.data.pipeline import Batch, TrainBatch, train_batches, validation_batches
+from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import WindowBatch, Windows, open_windows
 from mot_jax.inference.sample import sample
@@ -28,6 +30,7 @@ from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_eval_step, make_train_step
 
 DATA_DIRECTORY = "~/.cache/mot_jax"
+_SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 
 
 def train(config: Config, workdir: epath.PathLike) -> log.Row:
@@ -40,18 +43,20 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     workdir = epath.Path(workdir)
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
-    _check_space(abstract_state(config, mesh), config.checkpoint.keep, workdir)
+    _check_space(abstract_state(config, mesh), config, workdir)
     tokenizer = _tokenizer(config)
     directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
     split_of = partial(open_windows, config.data.corpus, tokenizer=tokenizer, directory=directory)
     windows, unseen = (split_of(split, context_length=config.model.context_length) for split in ("train", "validation"))
-    group_size = config.data.group_size or config.model.group_size
-    order = TrainingOrder(windows.documents, group_size, config.training.seed)
+    order = TrainingOrder(windows.documents, config.group_size, config.training.seed)
+    data = {"train": windows.fingerprint, "validation": unseen.fingerprint}
+    _check_data(data, workdir)
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
     t = config.training
     workdir.mkdir(parents=True, exist_ok=True)
-    _replace(workdir / "config.json", to_json(config))
+    _replace(workdir / "config.json", to_json(config).encode())
+    _replace(workdir / "data.json", json.dumps(data, indent=1).encode())
     console = log.Console(t.steps)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         done = checkpoints.latest() or 0
@@ -66,6 +71,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             state, next_example = create_state(config, mesh), 0
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
+
+        (workdir / "loss.png").unlink(missing_ok=True)
 
         # --- compile ----------------------------------------------------------------------------------------------
         rows = local_rows(mesh, t.batch_size)
@@ -124,8 +131,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
 
         # --- what came of it ------------------------------------------------------------------------------------------
         if config.logging.sample_tokens:
-            (workdir / "sample.txt").write_text(_sample(config, mesh, state, unseen, tokenizer))
-        log.plot_curves({workdir.name: log.read_rows(workdir)}, workdir / "loss.png")
+            _replace(workdir / "sample.txt", _sample(config, mesh, state, unseen, tokenizer).encode())
+        _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
 
 
@@ -142,16 +149,34 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
         raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
 
 
-def _check_space(state: TrainState, keep: int, workdir: epath.Path) -> None:
-    """Raises ConfigError if the disk cannot hold the checkpoints: those kept, and the one being written."""
+def _check_data(data: dict[str, str], workdir: epath.Path) -> None:
+    """Raises ConfigError if the run in `workdir` reads other text: the standard library of another Python, say."""
+    path = workdir / "data.json"
+    there = json.loads(path.read_text()) if path.exists() else data
+    changes = [
+        f"{split}: {there.get(split)} there, {data[split]} here" for split in data if there.get(split) != data[split]
+    ]
+    if changes:
+        raise ConfigError(
+            *(f"workdir = {workdir} was trained on other text: {c}; try a new --workdir" for c in changes)
+        )
+
+
+def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:
+    """Raises ConfigError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
     if "://" in str(workdir):
         return
-    needed = (keep + 1) * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    folder, keep = workdir / "checkpoints", config.checkpoint.keep
+    there = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if max(there, default=0) >= config.training.steps:
+        return
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = max(keep + 1 - len(there), 1) * size
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConfigError(
-            f"workdir = {workdir}: {keep} + 1 checkpoints need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are "
+            f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
             f"free; try a --workdir on a larger disk"
         )
 
@@ -166,14 +191,14 @@ def _tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def _replace(path: epath.Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_bytes(content)
     new.replace(path)
 
 
-def _place(mesh: Mesh, batch: Batch | TrainBatch | WindowBatch) -> tuple[jax.Array, jax.Array]:
+def _place(mesh: Mesh, batch: TrainBatch | WindowBatch) -> tuple[jax.Array, jax.Array]:
     return place_rows(mesh, batch.tokens), place_rows(mesh, batch.mask)
 
 
@@ -216,25 +241,31 @@ def _validate(
 ) -> dict[str, float | int]:
     """Mean loss in nats per token and bits per byte over the validation split, in its one fixed grouping."""
     rows = config.training.batch_size // config.training.accumulation
-    batches = validation_batches(windows, config.model.group_size, rows, local_rows(mesh, rows), limit)
-    sums = np.zeros(3)
+    batches = validation_batches(windows, config.group_size, rows, local_rows(mesh, rows), limit)
+    sums = np.zeros(4)
     for batch in batches:
         sums += np.array(jax.device_get(eval_step(state.params, *_place(mesh, batch))), np.float64)
-    nats, tokens, size = sums
-    scored = len(windows) if limit is None else min(limit, len(windows))
-    return {"loss": nats / tokens, "bits_per_byte": nats / np.log(2) / size, "tokens": int(tokens), "windows": scored}
+    nats, tokens, size, scored = map(float, sums)
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / math.log(2) / size,
+        "tokens": int(tokens),
+        "windows": int(scored),
+    }
 
 
 def _sample(config: Config, mesh: Mesh, state: TrainState, windows: Windows, tokenizer: Tokenizer) -> str:
     """A group of validation texts, continued by the model: for people to read."""
-    size = config.model.group_size * mesh.size
-    batch = next(validation_batches(windows, config.model.group_size, size, local_rows(mesh, size), None))
+    size = config.group_size * mesh.size
+    batch = next(validation_batches(windows, config.group_size, size, local_rows(mesh, size), None))
     prompt = config.model.context_length // 2
     prompts, present = place_rows(mesh, batch.tokens[:, :prompt]), place_rows(mesh, batch.mask[:, 0])
     key = jax.random.key(config.training.seed)
-    tokens = sample(config.model, state.params, prompts, present, key, config.logging.sample_tokens)
+    tokens = sample(
+        config.model, state.params, prompts, present, key, config.logging.sample_tokens, tokenizer.vocab_size
+    )
     texts = []
-    for row in np.asarray(jax.device_get(tokens))[: config.model.group_size]:
+    for row in np.asarray(jax.device_get(tokens))[: config.group_size]:
         begin, end = (tokenizer.decode(part).decode(errors="replace") for part in (row[:prompt], row[prompt:]))
         texts.append(f"--- prompt\n{begin}\n--- continued\n{end}\n")
     return "\n".join(texts)
@@ -256,6 +287,6 @@ def _report(console: log.Console, workdir: epath.Path) -> log.Row:
     console.line(log.validation_line(result))
     sampled = workdir / "sample.txt"
     if sampled.exists():
-        console.line(sampled.read_text().split("\n--- prompt\n")[0])
+        console.line("\n--- prompt\n".join(sampled.read_text().split("\n--- prompt\n")[:_SHOWN]))
     console.line(f"in {workdir}: {', '.join(sorted(child.name for child in workdir.iterdir()))}")
     return result

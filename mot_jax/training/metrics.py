@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -32,7 +34,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def write(self, row: Row) -> None:
-        """Rows are on disk when this returns, so that a checkpoint that follows never outlives its rows."""
+        """The system has the row when this returns, so that a checkpoint that follows never outlives its rows."""
         self._file.write(_line(row))
         self._file.flush()
         if self._board is not None:
@@ -47,7 +49,9 @@ class MetricsLog:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
+    """JSON has no word for what is not finite: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_rows(workdir: epath.Path) -> list[Row]:
@@ -135,7 +139,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def plot_curves(runs: dict[str, list[Row]], path: epath.Path) -> None:
+def plot_curves(runs: dict[str, list[Row]]) -> bytes:
     """A PNG of the loss curves of runs by name: training as a thin line, validation as dots on a thick one."""
     import matplotlib
 
@@ -146,12 +150,13 @@ def plot_curves(runs: dict[str, list[Row]], path: epath.Path) -> None:
     for index, (name, rows) in enumerate(runs.items()):
         color = f"C{index}"
         for split, style in (("train", {"linewidth": 0.7, "alpha": 0.5}), ("validation", {"marker": "o"})):
-            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split]
+            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, label=f"{name}, {split}", **style)
     axes.set(xlabel="step", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    return picture.getvalue()

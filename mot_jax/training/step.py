@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,11 +22,12 @@ Metrics = dict[str, jax.Array]
 
 
 class Evaluation(NamedTuple):
-    """Sums over a batch: nats, real targets, and bytes of text that they stand for. Scalars, float32."""
+    """Sums over a batch: nats, real targets, bytes of text that they stand for, windows. Scalars, float32."""
 
     nats: jax.Array
     tokens: jax.Array
     bytes: jax.Array
+    windows: jax.Array
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
@@ -42,26 +44,30 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, jax.Arra
         model = bind(config.model, params)
         inputs = tokens[:, :-1]
         out = model(inputs, FeedForwardContext(token_mask=mask, token_ids=inputs, step=step, train=True))
+        if out.losses:
+            raise NotImplementedError(f"the training config has no weights for the losses {sorted(out.losses)}")
         return model.loss_sum(out.hidden, tokens[:, 1:], mask) / targets, out.metrics
 
     def train_step(state: TrainState, tokens: jax.Array, mask: jax.Array) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
-        gradient_of = jax.value_and_grad(loss, has_aux=True)
 
-        def microbatch(total: tuple, part: tuple) -> tuple[tuple, None]:
-            (value, metrics), gradients = gradient_of(state.params, *part, state.step, targets)
-            mean = jax.tree.map(lambda m: m / accumulation, metrics)
-            return jax.tree.map(jnp.add, total, (value, mean, gradients)), None
+        def microbatch(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics, Params]:
+            gradient = jax.value_and_grad(loss, has_aux=True)
+            (value, metrics), gradients = gradient(state.params, tokens, mask, state.step, targets)
+            return value, jax.tree.map(lambda m: m / accumulation, metrics), gradients
 
         if accumulation == 1:
-            (value, metrics), gradients = gradient_of(state.params, tokens, mask, state.step, targets)
+            value, metrics, gradients = microbatch(tokens, mask)
         else:
-            parts = (split_rows(tokens, accumulation), split_rows(mask, accumulation))
-            first = jax.tree.map(lambda x: x[0], parts)
-            (value, metrics), gradients = gradient_of(state.params, *first, state.step, targets)
-            start = (value, jax.tree.map(lambda m: m / accumulation, metrics), gradients)
-            rest = jax.tree.map(lambda x: x[1:], parts)
-            (value, metrics, gradients), _ = jax.lax.scan(microbatch, start, rest)
+            parts = split_rows(tokens, accumulation), split_rows(mask, accumulation)
+            shapes = jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
+            # Sums in float32, whatever the parameters are.
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
+            add = partial(jax.tree.map, jnp.add)
+            (value, metrics, gradients), _ = jax.lax.scan(
+                lambda sum, part: (add(sum, microbatch(*part)), None), zeros, parts
+            )
+            gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -86,7 +92,8 @@ def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params,
         out = model(inputs, FeedForwardContext(token_mask=mask, token_ids=inputs))
         sizes = jnp.asarray(token_bytes, jnp.float32).at[targets].get(out_sharding=spec("rows", None))
         nats = model.loss_sum(out.hidden, targets, mask).astype(jnp.float32)
-        return Evaluation(nats, mask.sum().astype(jnp.float32), jnp.where(mask, sizes, 0).sum())
+        windows = mask.any(axis=1).sum().astype(jnp.float32)
+        return Evaluation(nats, mask.sum().astype(jnp.float32), jnp.where(mask, sizes, 0).sum(), windows)
 
     return eval_step
 
@@ -102,5 +109,10 @@ def split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _rms(tree: Params) -> jax.Array:
-    """Root mean square of all numbers of a tree."""
-    return optax.tree.norm(tree) / np.sqrt(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+    """Root mean square of all numbers of a tree, in float32 at least."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf.dtype)), tree)
+    return optax.tree.norm(wide) / np.sqrt(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)

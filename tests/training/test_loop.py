@@ -13,37 +13,26 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, to_json
+from mot_jax.config import Config, ConfigError, MeshConfig, to_json
 from mot_jax.training import loop
 from mot_jax.training import metrics as log
 
-NOT_OF_THE_MACHINE = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """These runs use one device of the eight."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *_: first)
+OF_THE_MACHINE = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
 
 
 def numbers(workdir: epath.Path) -> list[log.Row]:
     """The rows without what depends on how fast the machine was."""
-    return [{k: v for k, v in row.items() if k not in NOT_OF_THE_MACHINE} for row in log.read_rows(workdir)]
+    return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in log.read_rows(workdir)]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
     """The undisturbed run."""
     workdir = epath.Path(tmp_path_factory.mktemp("runs")) / "undisturbed"
-    with pytest.MonkeyPatch.context() as patch:
-        first = jax.devices()[:1]
-        patch.setattr(jax, "devices", lambda *_: first)
-        loop.train(tiny, workdir)
+    loop.train(tiny, workdir)
     return workdir
 
 
@@ -154,9 +143,62 @@ def test_a_directory_of_other_things_is_not_a_workdir(tiny, tmp_path):
 
 def test_too_little_disk_is_known_before_the_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ConfigError, match=r"2 \+ 1 checkpoints need .* MB, and 0 MB are free"):
+    with pytest.raises(ConfigError, match=r"its checkpoints need .* MB more, and 0 MB are free"):
         loop.train(tiny, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_holds_the_checkpoints_already_needs_no_room_for_them(finished, tiny, monkeypatch):
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    assert loop.train(tiny, finished)["step"] == 12
+
+
+def test_a_run_on_other_text_is_not_gone_on_with(finished, tiny, tmp_path):
+    workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    there = json.loads((workdir / "data.json").read_text())
+    (workdir / "data.json").write_text(json.dumps(there | {"train": "another"}))
+    longer = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=20))
+    with pytest.raises(ConfigError, match=rf"other text: train: another there, {there['train']} here"):
+        loop.train(longer, workdir)
+    assert (workdir / "config.json").read_text() == to_json(tiny)
+
+
+def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, tiny, tmp_path, monkeypatch):
+    workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    longer = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=14))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_sample", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(longer, workdir)
+    assert not (workdir / "loss.png").exists()  # the mark of a finished run, which was that of the shorter one
+    loop.train(longer, workdir)
+    assert (workdir / "loss.png").exists()
+
+
+def test_a_run_goes_on_on_another_mesh(finished, tiny, tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(StoppedError):
+            loop.train(tiny, workdir)
+    loop.train(dataclasses.replace(tiny, mesh=MeshConfig(data=2, expert=4)), workdir)
+    for row, expected in zip(numbers(workdir), numbers(finished), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert (workdir / "sample.txt").read_text().count("--- continued") == 4
+
+
+def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, tmp_path):
+    roomy = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=4096))
+    short = dataclasses.replace(roomy, training=dataclasses.replace(tiny.training, steps=1))
+    loop.train(short, tmp_path / "run")
+    assert (tmp_path / "run" / "sample.txt").exists()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    metrics = log.MetricsLog(epath.Path(tmp_path), 0, tensorboard=False)
+    metrics.write({"step": 1, "split": "train", "loss": float("nan"), "mfu": float("inf")})
+    metrics.close()
+    assert log.read_rows(epath.Path(tmp_path)) == [{"step": 1, "split": "train", "loss": None, "mfu": None}]
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, OptimizerConfig
+from mot_jax.config import Config, DenseConfig, MeshConfig, OptimizerConfig
 from mot_jax.model import bind
 from mot_jax.sharding import make_mesh, place_rows
 from mot_jax.training.schedule import learning_rate, make_optimizer
@@ -58,7 +58,7 @@ def collectives(program: str) -> Counter[str]:
 def one_device(tiny: Config) -> list[dict[str, float]]:
     rows, program = run(tiny)
     assert not collectives(program)
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.03
     return rows
 
 
@@ -106,10 +106,15 @@ def test_metrics_are_what_their_names_say(tiny):
     assert float(metrics["update_rms"]) == pytest.approx(rms(jax.tree.map(np.subtract, after, before)), rel=1e-4)
     assert float(metrics["learning_rate"]) == pytest.approx(tiny.training.optimizer.learning_rate / 4)
     assert set(metrics) >= {f"{name}/{i:02d}" for name in ("mixing_entropy", "update_ratio") for i in range(2)}
-    model = bind(tiny.model, before)
-    logits = model.logits(model(tokens[:, :-1]).hidden)
-    naive = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-    assert float(metrics["loss"]) == pytest.approx(float(naive), rel=1e-5)
+
+    def naive(params):
+        model = bind(tiny.model, params)
+        logits = model.logits(model(tokens[:, :-1]).hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    loss, gradient = jax.jit(jax.value_and_grad(naive))(before)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["gradient_rms"]) == pytest.approx(rms(gradient), rel=1e-4)
 
 
 def test_the_state_is_born_sharded_with_its_optimizer(tiny):
@@ -138,11 +143,13 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
     sizes = np.array([1] * 256 + [0])
     with jax.set_mesh(mesh):
         evaluate = jax.jit(make_eval_step(tiny, sizes))
-        nats, count, size = map(float, evaluate(state.params, place_rows(mesh, tokens), place_rows(mesh, mask)))
+        nats, count, size, windows = map(
+            float, evaluate(state.params, place_rows(mesh, tokens), place_rows(mesh, mask))
+        )
         changed = tokens.copy()
         changed[4], changed[3, 8:] = 77, 78
         again = evaluate(state.params, place_rows(mesh, changed), place_rows(mesh, mask))
-    assert count == mask.sum()
+    assert count == mask.sum() and windows == 31
     assert size == (mask & (tokens[:, 1:] != 256)).sum()
     assert float(again.nats) == nats  # bit for bit: what is masked does not count
 
@@ -171,4 +178,3 @@ def test_a_dense_model_trains_without_groups(tiny):
     rows, _ = run(dataclasses.replace(tiny, model=model), 10)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert not any("entropy" in name for name in rows[0])
-    assert isinstance(model, ModelConfig)
