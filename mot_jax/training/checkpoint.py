@@ -27,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of each step otherwise
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
         training = ocp.training
         self._checkpointer = training.Checkpointer(
             epath.Path(directory).absolute(),
