@@ -2,8 +2,8 @@
 
 Command:   python train.py
 Size:      `mot describe configs/demo.py`
-Recipe:    small experts (granularity 2) beside a shared dense expert of half the width, and a controller that starts
-           out decided, with three times the usual standard deviation. The model is small, so that many steps fit.
+Recipe:    small experts (granularity 4) beside a shared dense expert of a quarter of the width, and a controller that
+           starts out decided, with three times the usual standard deviation. The model is small, so that many steps fit.
 Expect:    see the README, with its dense twin (configs/demo_dense.py) beside it.
 """
 
@@ -29,7 +29,7 @@ def get_config() -> Config:
             num_heads=4,
             context_length=64,
             feed_forward=MixtureOfTokensConfig(
-                group_size=32, num_experts=64, shared_dim=192, controller_init_scale=3.0
+                group_size=32, num_experts=128, shared_dim=96, controller_init_scale=3.0
             ),
             final_norm=True,
             init=InitConfig(scale=1.0),
