@@ -3,7 +3,7 @@
 Command:   python train.py
 Size:      `mot describe configs/demo.py`
 Recipe:    small experts (granularity 4) beside a shared dense expert of a quarter of the width, and a controller that
-           starts out decided, with three times the usual standard deviation. The model is small, so that many steps fit.
+           starts out decided, with three times the usual standard deviation. The model is small: many steps fit.
 Expect:    see the README, with its dense twin (configs/demo_dense.py) beside it.
 """
 
