@@ -211,7 +211,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):
 @pytest.mark.slow
 def test_ten_kills_change_no_bit(finished, tiny, tmp_path):
     """SIGKILL at random moments, during saves too: every row that follows equals the undisturbed run's."""
-    steps = dataclasses.replace(tiny.training, steps=400, checkpoint_every=3, validate_every=100)
+    steps = dataclasses.replace(tiny.training, steps=600, checkpoint_every=3, validate_every=100)
     config = dataclasses.replace(tiny, training=steps, data=dataclasses.replace(tiny.data, validation_windows=32))
     (tmp_path / "long.py").write_text(
         "from mot_jax.config import from_json\n\n\ndef get_config():\n    return from_json("
