@@ -38,7 +38,7 @@ def sample(
     mask = jnp.repeat(present[:, None], window, axis=1)
 
     def body(i: jax.Array, text: jax.Array) -> jax.Array:
-        # What lies behind position `end` is padding, which no earlier position sees.
+        # What lies behind the last token so far is padding, which no earlier position sees.
         begin = jnp.maximum(prompt + i - window, 0)
         tokens = jax.lax.dynamic_slice_in_dim(text, begin, window, axis=1)
         hidden = model(tokens, FeedForwardContext(token_mask=mask, token_ids=tokens)).hidden

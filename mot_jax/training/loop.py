@@ -95,7 +95,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             nonlocal pending
             if pending is not None:
                 step, values, batch = pending
-                row = {"step": step, "split": "train", **{name: float(value) for name, value in values.items()}}
+                row = {"step": step, "split": "train"}
+                row |= {name: float(value) for name, value in jax.device_get(values).items()}
                 row |= {**meter.read(step), "shared_document_share": batch.shared_document_share}
                 metrics_log.write(row)
                 console.line(log.train_line(row, t.steps))

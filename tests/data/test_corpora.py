@@ -66,7 +66,7 @@ def test_split_sizes(splits: dict[str, Corpus]) -> None:
     sizes = {split: _size(corpus) for split, corpus in splits.items()}
     assert 450_000 < sizes["validation"] < 600_000
     assert sizes["train"] > 0.85 * sum(sizes.values())
-    for split, share in (("train", 1 / 40), ("validation", 1 / 30), ("test", 1 / 20)):
+    for split, share in (("train", 1 / 35), ("validation", 1 / 30), ("test", 1 / 20)):
         assert max(len(text) for _, text in splits[split]) < share * sizes[split]
 
 
