@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, ConfigError, MeshConfig, batch_fault
+from mot_jax.config import Config, ConfigError, MeshConfig, batch_faults
 
 AXES = ("data", "expert")
 
@@ -41,9 +41,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> ja
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config.mesh, len(devices))
     shards = math.prod(sizes)
-    faults = []
-    if config.training.batch_size % (config.group_size * config.training.accumulation * shards):
-        faults.append(batch_fault(config, shards))
+    faults = list(batch_faults(config, shards))
     experts = getattr(config.model.feed_forward, "num_experts", None)
     if experts and experts % sizes[1]:
         good = math.gcd(experts, sizes[1])

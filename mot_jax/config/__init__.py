@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import batch_fault, check
+from mot_jax.config.checks import batch_faults, check
 from mot_jax.config.fields import (
     CheckpointConfig,
     Config,
@@ -37,7 +37,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainingConfig",
-    "batch_fault",
+    "batch_faults",
     "check",
     "error_words",
     "from_json",

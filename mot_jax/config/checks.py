@@ -62,7 +62,7 @@ def _range_faults(config: Config) -> Iterator[str]:
 
 
 def _size_faults(config: Config) -> Iterator[str]:
-    m, t = config.model, config.training
+    m = config.model
     if min(m.num_heads, m.d_model) > 0 and m.d_model % m.num_heads:
         good = next(h for h in range(m.num_heads, 0, -1) if m.d_model % h == 0)
         yield f"model.num_heads = {m.num_heads}: must divide model.d_model = {m.d_model}; try {good}"
@@ -81,8 +81,7 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"model.feed_forward.group_size = {m.group_size}; try {m.group_size}"
         )
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_size=None))
-    if config.group_size * t.accumulation > 0 and t.batch_size % (config.group_size * t.accumulation):
-        yield batch_fault(config, 1)
+    yield from batch_faults(config, 1)
 
 
 def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator[str]:
@@ -106,10 +105,12 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator
         yield f"{name}.expert_dim = {kind.expert_dim}: breaks the rule {rule} that flop_matched asks for; try {advice}"
 
 
-def batch_fault(config: Config, shards: int) -> str:
-    """The fault of a batch that does not split into whole groups on `shards` devices."""
+def batch_faults(config: Config, shards: int) -> Iterator[str]:
+    """The fault of a batch that does not split into whole groups on `shards` devices, if it does not."""
     t, group_size = config.training, config.group_size
     multiple = group_size * t.accumulation * shards
+    if multiple < 1 or t.batch_size % multiple == 0:  # below 1, other faults tell of it
+        return
     parts = f"group size {group_size} x accumulation {t.accumulation}" + (f" x shards {shards}" if shards > 1 else "")
     good = max(1, round(t.batch_size / multiple)) * multiple
-    return f"training.batch_size = {t.batch_size}: must be a multiple of {parts} = {multiple}; try {good}"
+    yield f"training.batch_size = {t.batch_size}: must be a multiple of {parts} = {multiple}; try {good}"

@@ -46,8 +46,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     _check_space(abstract_state(config, mesh), config, workdir)
     tokenizer = _tokenizer(config)
     directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
-    split_of = partial(open_windows, config.data.corpus, tokenizer=tokenizer, directory=directory)
-    windows, unseen = (split_of(split, context_length=config.model.context_length) for split in ("train", "validation"))
+    length = config.model.context_length
+    open_split = partial(
+        open_windows, config.data.corpus, tokenizer=tokenizer, context_length=length, directory=directory
+    )
+    windows, unseen = open_split("train"), open_split("validation")
     order = TrainingOrder(windows.documents, config.group_size, config.training.seed)
     data = {"train": windows.fingerprint, "validation": unseen.fingerprint}
     _check_data(data, workdir)
