@@ -70,7 +70,7 @@ def mixing_weights(
     if config.merge == "uniform":
         weights = jnp.broadcast_to(real, logits.shape).astype(logits.dtype)
         return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
-    if config.merge == "one_hot" or config.temperature < jnp.finfo(logits.dtype).tiny:
+    if config.temperature < jnp.finfo(logits.dtype).tiny:
         best = jnp.argmax(jnp.where(real, logits, jnp.finfo(logits.dtype).min), axis=1)  # the first of equals
         return jnp.where(real, jax.nn.one_hot(best, logits.shape[1], axis=1, dtype=logits.dtype), 0)
     return _softmax(logits, jnp.broadcast_to(real, logits.shape), config.temperature)

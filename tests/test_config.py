@@ -74,6 +74,29 @@ unit = st.floats(0, 0.99)
 positive = st.floats(1e-6, 1e3)
 
 
+mixings = st.one_of(
+    st.builds(
+        MixingConfig, temperature=st.floats(0, 10), emit=st.sampled_from(["merge", "softmax_over_experts", "ones"])
+    ),
+    st.builds(MixingConfig, merge=st.sampled_from(["uniform", "logits"]), layer_norm=st.booleans()),
+    st.builds(
+        MixingConfig,
+        emit=st.just("softmax"),
+        controllers=st.just("common_base"),
+        base_weight=st.sampled_from(["sum", "one", "two"]),
+        learnt_temperature=st.sampled_from(["scalar", "per_expert"]),
+        separate_temperatures=st.booleans(),
+        frozen_steps=small,
+    ),
+    st.builds(
+        MixingConfig,
+        annealing=st.sampled_from(["linear", "cosine"]),
+        annealing_steps=st.tuples(small, st.integers(7, 9)),
+        straight_through=st.booleans(),
+    ),
+)
+
+
 @st.composite
 def configs(draw) -> Config:
     """Valid configs of every kind."""
@@ -90,7 +113,7 @@ def configs(draw) -> Config:
             expert_dim,
             flop_matched=draw(st.booleans()),
             shared_dim=shared,
-            mixing=MixingConfig(draw(st.sampled_from(["softmax", "uniform", "one_hot"])), draw(st.floats(0, 10))),
+            mixing=draw(mixings),
             controller_init_scale=draw(positive),
             saved=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
         )
@@ -112,7 +135,12 @@ def configs(draw) -> Config:
         loss_chunk=chunk,
     )
     group_size = model.group_size
-    optimizer = OptimizerConfig(draw(positive), beta1=draw(unit))
+    optimizer = OptimizerConfig(
+        draw(st.sampled_from(["adamw", "adafactor", "muon"])),
+        draw(positive),
+        beta1=draw(unit),
+        multipliers=draw(st.lists(st.tuples(st.text(), positive)).map(tuple)),
+    )
     data_group = draw(st.sampled_from([None, group_size, 2 * group_size]))
     rows = (data_group or group_size) * accumulation * draw(small)
     training = TrainingConfig(draw(small), rows, accumulation, optimizer=optimizer)
@@ -149,7 +177,27 @@ BROKEN = {
     "checkpoint.keep": 0,
     "logging.sample_tokens": -1,
     "model.norm_epsilon": 0.0,
+    "model.num_kv_heads": 3,
+    "model.feed_forward.mixing.groups": "within",
+    "model.feed_forward.mixing.controllers": "separate",
+    "model.feed_forward.mixing.base_weight": "one",
+    "model.feed_forward.mixing.emit": "softmax",
+    "model.feed_forward.mixing.separate_temperatures": True,
+    "data.corpus": (),
+    "data.weights": (1.0, 2.0),
+    "data.mask_share": 0.0,
+    "training.optimizer.multipliers": (("controller", -1.0),),
 }
+# Faults of combinations: what comes before, the field, its value.
+COMBINED = [
+    (MixingConfig("uniform"), "temperature", 0.5),
+    (MixingConfig("uniform"), "annealing", "linear"),
+    (MixingConfig("logits"), "learnt_temperature", "scalar"),
+    (MixingConfig("uniform"), "straight_through", True),
+    (MixingConfig(annealing="cosine"), "annealing_steps", (5, 5)),
+    (MixingConfig(annealing="cosine"), "learnt_temperature", "scalar"),
+    (MixingConfig(temperature=0.0), "learnt_temperature", "per_expert"),
+]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -157,8 +205,31 @@ def test_each_rule_has_one_line_with_field_value_rule_and_a_value_that_works(nam
     broken = put(MIXTURE, name, BROKEN[name])
     (fault,) = faults(broken)
     field = "training.batch_size" if name == "training.accumulation" else name
-    assert fault.startswith(f"{field} = {get(broken, field)}: ") and "\n" not in fault
+    assert (
+        fault.startswith((f"{field} = {get(broken, field)}: ", f"{field} = {get(broken, field)!r}: "))
+        and "\n" not in fault
+    )
     check(follow(broken, fault))
+
+
+@pytest.mark.parametrize(("mixing", "name", "value"), COMBINED)
+def test_mixing_that_means_nothing_is_refused(mixing, name, value):
+    broken = put(MIXTURE, "model.feed_forward.mixing", dataclasses.replace(mixing, **{name: value}))
+    (fault,) = faults(broken)
+    assert fault.startswith(f"model.feed_forward.mixing.{name} = {value!r}: ")
+    check(follow(broken, fault))
+
+
+def test_more_combinations_are_refused():
+    rotary = put(put(MIXTURE, "model.num_heads", 256), "model.positions", "rotary")
+    dense = put(MIXTURE, "model.feed_forward", DenseConfig())
+    entropy, upcycled = (
+        put(dense, name, value)
+        for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
+    )
+    for broken in (rotary, entropy, upcycled):
+        (fault,) = faults(broken)
+        check(follow(broken, fault))
 
 
 @pytest.mark.parametrize("experts", [32, 48])
@@ -180,6 +251,8 @@ def test_only_one_axis_takes_what_is_left():
 
 def test_all_faults_come_at_once():
     hidden_by_others = {"training.accumulation", "model.feed_forward.num_experts"}
+    hidden_by_others |= {"data.weights", "model.num_kv_heads"}
+    hidden_by_others |= {f"model.feed_forward.mixing.{name}" for name in ("groups", "emit", "controllers")}
     several = {name: value for name, value in BROKEN.items() if name not in hidden_by_others}
     broken = reduce(lambda config, item: put(config, *item), several.items(), MIXTURE)
     assert {fault.split(" = ")[0] for fault in faults(broken)} == set(several)
@@ -241,10 +314,10 @@ EDITS = {
     "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; the default is 256"),
     "not a group": (edited("model", 3), "model = 3: must be a group of fields"),
     "bad value": (edited("model.num_heads", 3), "model.num_heads = 3: must divide model.d_model = 256; try 2"),
-    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 1"),
-    "no version": ("{}", "version = None: this mot_jax reads version 1"),
+    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 2"),
+    "no version": ("{}", "version = None: this mot_jax reads version 2"),
     "no object": ("[]", "version = None"),
-    "no JSON": ('{"version": 1,\n"model"', "config.json, line 2: not JSON"),
+    "no JSON": ('{"version": 2,\n"model"', "config.json, line 2: not JSON"),
 }
 
 
@@ -259,7 +332,7 @@ def test_json_is_strict(case):
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 FREE = {"data.directory", "data.validation_windows", "mesh.data", "mesh.expert", "checkpoint.keep"}
-FREE |= {"logging.tensorboard", "logging.sample_tokens"}
+FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}
 
 

@@ -16,7 +16,7 @@ from mot_jax.config import MixingConfig
 N, G, S, E, D = 2, 4, 3, 5, 6
 SEEDS = st.integers(0, 2**16)
 MIXING = [MixingConfig(), MixingConfig(temperature=0.2), MixingConfig(temperature=0.0)]
-MIXING += [MixingConfig("uniform"), MixingConfig("one_hot")]
+MIXING += [MixingConfig("uniform")]
 EVERY_MIXING = pytest.mark.parametrize("config", MIXING, ids=lambda c: f"{c.merge}-{c.temperature}")
 
 weights_of = jax.jit(mixing.mixing_weights, static_argnums=1)
@@ -51,15 +51,14 @@ def test_one_hot_takes_the_first_maximum_of_the_real_tokens(seed):
     mask = some_mask(seed)
     best = np.where(mask[..., None], logits, -np.inf).argmax(axis=1)  # NumPy's is the first, too
     expected = (np.arange(G)[:, None, None] == best[:, None]) & mask[..., None]
-    for config in (MixingConfig("one_hot"), MixingConfig(temperature=0.0)):
-        np.testing.assert_array_equal(weights_of(logits, config, mask), expected)
+    np.testing.assert_array_equal(weights_of(logits, MixingConfig(temperature=0.0), mask), expected)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37])
 def test_tiny_temperatures_and_huge_logits_do_not_overflow(temperature):
     logits = 1e8 * normal(0, N, G, S, E)
     weights, pull = jax.vjp(lambda x: mixing.mixing_weights(x, MixingConfig(temperature=temperature)), logits)
-    np.testing.assert_array_equal(weights, weights_of(logits, MixingConfig("one_hot")))
+    np.testing.assert_array_equal(weights, weights_of(logits, MixingConfig(temperature=0.0)))
     chex.assert_tree_all_finite(pull(normal(1, N, G, S, E)))
 
 
@@ -106,8 +105,8 @@ def test_entropy_is_one_for_uniform_and_zero_for_one_token(seed):
     logits, mask = normal(seed, N, G, S, E), some_mask(seed)
     mask[1, :2] = True  # somewhere there is a choice
     entropies = [mixing.normalised_entropy(weights_of(logits, c, mask), mask) for c in MIXING]
-    softmax, cold, zero, uniform, one_hot = map(float, entropies)
-    assert (zero, one_hot) == (0, 0) and uniform == pytest.approx(1, abs=1e-5)
+    softmax, cold, zero, uniform = map(float, entropies)
+    assert zero == 0 and uniform == pytest.approx(1, abs=1e-5)
     assert 0 < cold < softmax < 1
 
 

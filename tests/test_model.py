@@ -35,7 +35,7 @@ MODEL = ModelConfig(
 )
 FEED_FORWARDS = {
     "softmax": MIXTURE,
-    "one_hot": dataclasses.replace(MIXTURE, mixing=MixingConfig("one_hot")),
+    "one_hot": dataclasses.replace(MIXTURE, mixing=MixingConfig(temperature=0.0)),
     "shared": dataclasses.replace(MIXTURE, shared_dim=8, mixing=MixingConfig(temperature=0.1)),
 }
 TOKENS = np.arange(B * S, dtype="int32").reshape(B, S)

@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import batch_faults, check
+from mot_jax.config.checks import batch_faults, check, mixing_faults
 from mot_jax.config.fields import (
     CheckpointConfig,
     Config,
@@ -10,6 +10,7 @@ from mot_jax.config.fields import (
     FeedForwardConfig,
     InitConfig,
     LoggingConfig,
+    LossWeights,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "FeedForwardConfig",
     "InitConfig",
     "LoggingConfig",
+    "LossWeights",
     "MeshConfig",
     "MixingConfig",
     "MixtureOfTokensConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "identity_changes",
     "leaves",
     "load_config",
+    "mixing_faults",
     "nearest",
     "to_json",
     "type_words",

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mot_jax.config.fields import Config, ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config.fields import Config, ConfigError, MixingConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.config.hints import leaves, matches, type_words
 
 
@@ -38,16 +38,20 @@ def _default(field: dataclasses.Field) -> str:
 
 # (least, most) by the last part of a field's name; other numbers are finite and not negative.
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
-    "num_blocks d_model d_ff num_heads context_length vocab_size loss_chunk num_experts group_size expert_dim steps "
-    "batch_size accumulation log_every validate_every checkpoint_every keep validation_windows".split(),
+    "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
+    "expert_dim steps batch_size accumulation log_every validate_every checkpoint_every keep "
+    "validation_windows".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
+_RANGES |= {"mask_share": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon"], (1e-30, sys.float_info.max))
 
 
 def _range_faults(config: Config) -> Iterator[str]:
     for name, _, _, value in leaves(config):
+        if isinstance(value, tuple) and name != "model.moe_blocks":
+            yield from _tuple_faults(name, value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         least, most = _RANGES.get(name.rpartition(".")[2], (0, sys.float_info.max))
@@ -61,31 +65,98 @@ def _range_faults(config: Config) -> Iterator[str]:
         yield "mesh.data = -1, mesh.expert = -1: only one axis may take the devices that are left; try mesh.expert = 1"
 
 
+def _tuple_faults(name: str, items: tuple) -> Iterator[str]:
+    """Numbers in tuples and in pairs: finite and not negative; weights not 0 either."""
+    least = 1e-30 if name == "data.weights" else 0
+    for item in items:
+        number = item[-1] if isinstance(item, tuple) else item
+        if not isinstance(number, str) and not least <= number <= sys.float_info.max:
+            good = tuple(i for i in items if i != item)
+            yield f"{name} = {items}: {number} must be finite and {'above' if least else 'at least'} 0; try {good}"
+
+
 def _size_faults(config: Config) -> Iterator[str]:
-    m = config.model
-    if min(m.num_heads, m.d_model) > 0 and m.d_model % m.num_heads:
-        good = next(h for h in range(m.num_heads, 0, -1) if m.d_model % h == 0)
-        yield f"model.num_heads = {m.num_heads}: must divide model.d_model = {m.d_model}; try {good}"
-    if min(m.loss_chunk, m.context_length) > 0 and m.context_length % m.loss_chunk:
-        good = next(c for c in range(min(m.loss_chunk, m.context_length), 0, -1) if m.context_length % c == 0)
-        yield f"model.loss_chunk = {m.loss_chunk}: must divide model.context_length = {m.context_length}; try {good}"
+    m, d = config.model, config.data
+    yield from _divisor_faults("model.num_heads", m.num_heads, "model.d_model", m.d_model)
+    if m.positions == "rotary" and m.num_heads > 0 and m.d_model % (2 * m.num_heads):
+        odd = m.d_model / m.num_heads
+        yield f"model.positions = 'rotary': needs an even d_model / num_heads, {odd:g} here; try 'learned'"
+    yield from _divisor_faults("model.num_kv_heads", m.num_kv_heads or 1, "model.num_heads", m.num_heads)
+    yield from _divisor_faults("model.loss_chunk", m.loss_chunk, "model.context_length", m.context_length)
     if isinstance(m.moe_blocks, tuple):
         there = tuple(i for i in m.moe_blocks if 0 <= i < m.num_blocks)
         if there != m.moe_blocks:
             yield f"model.moe_blocks = {m.moe_blocks}: must be blocks, which are 0 to {m.num_blocks - 1}; try {there}"
     if isinstance(m.feed_forward, MixtureOfTokensConfig):
         yield from _mixture_faults(m, m.feed_forward)
-    if config.data.group_size and config.data.group_size % max(m.group_size, 1):
+        for fault in mixing_faults(m.feed_forward.mixing):
+            yield f"model.feed_forward.mixing.{fault}"
+    elif config.training.upcycle_from is not None:
         yield (
-            f"data.group_size = {config.data.group_size}: must be a multiple of "
+            f"training.upcycle_from = {config.training.upcycle_from!r}: model.feed_forward must be a Mixture of "
+            f"Tokens, and is {m.feed_forward.kind}; try None"
+        )
+    if config.training.losses.mixing_entropy:
+        mixing = getattr(m.feed_forward, "mixing", MixingConfig("uniform"))
+        if not mixing.uses_temperature:
+            weight = config.training.losses.mixing_entropy
+            yield f"training.losses.mixing_entropy = {weight}: model.feed_forward learns no mixing weights; try 0"
+    if not d.corpus:
+        yield "data.corpus = (): must name a corpus; try ('python_source/stdlib',)"
+    elif d.weights and len(d.weights) != len(d.corpus):
+        yield (
+            f"data.weights = {d.weights}: must be one number for each of the {len(d.corpus)} of data.corpus, or none; "
+            f"try {(1,) * len(d.corpus)}"
+        )
+    if d.group_size and d.group_size % max(m.group_size, 1):
+        yield (
+            f"data.group_size = {d.group_size}: must be a multiple of "
             f"model.feed_forward.group_size = {m.group_size}; try {m.group_size}"
         )
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_size=None))
+        config = dataclasses.replace(config, data=dataclasses.replace(d, group_size=None))
     yield from batch_faults(config, 1)
+
+
+def _divisor_faults(name: str, value: int, of: str, whole: int) -> Iterator[str]:
+    """The fault of a `value` that does not divide `whole`. Where one is below 1, other faults tell of it."""
+    if min(value, whole) > 0 and whole % value:
+        good = next(n for n in range(min(value, whole), 0, -1) if whole % n == 0)
+        yield f"{name} = {value}: must divide {of} = {whole}; try {good}"
+
+
+def mixing_faults(c: MixingConfig) -> Iterator[str]:
+    """The combinations that mean nothing."""
+    if c.controllers != "shared" and not c.own_emit:
+        yield f"controllers = {c.controllers!r}: emit = {c.emit!r} reads none of its own; try 'shared'"
+    if c.base_weight != "sum" and c.controllers != "common_base":
+        yield f"base_weight = {c.base_weight!r}: needs controllers = 'common_base'; try 'sum'"
+    if c.emit == "softmax" and c.controllers == "shared" and not c.separate_temperatures:
+        yield "emit = 'softmax': with the controller and temperature of merge it is what merge has; try 'merge'"
+    if c.separate_temperatures and not (c.own_emit and c.learnt_temperature != "none"):
+        yield "separate_temperatures = True: emit must have a softmax of its own, and T be learnt; try False"
+    if not c.uses_temperature:
+        words = f"neither merge = {c.merge!r} nor emit = {c.emit!r} has a softmax"
+        for name, plain in {"temperature": 1, "annealing": "none", "learnt_temperature": "none"}.items():
+            if getattr(c, name) != plain:
+                yield f"{name} = {getattr(c, name)!r}: {words}; try {plain!r}"
+        if c.straight_through:
+            yield f"straight_through = True: {words}; try False"
+    if c.annealing != "none" and c.annealing_steps[0] >= c.annealing_steps[1]:
+        yield f"annealing_steps = {c.annealing_steps}: must be a step and a later one; try (0, 1000)"
+    if c.learnt_temperature != "none" and (c.annealing != "none" or c.straight_through or c.temperature == 0):
+        words = "a temperature that is annealed, 0 or passed straight through cannot be learnt"
+        yield f"learnt_temperature = {c.learnt_temperature!r}: {words}; try 'none'"
 
 
 def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator[str]:
     name = "model.feed_forward"
+    if kind.mixing.groups == "within":
+        if model.objective == "causal":
+            yield (
+                f"{name}.mixing.groups = 'within': a token would read later tokens of its own row, which a causal "
+                "model is to predict; must be across rows there; try 'across'"
+            )
+        yield from _divisor_faults(f"{name}.group_size", kind.group_size, "model.context_length", model.context_length)
     width = model.d_ff - kind.shared_dim
     if width < 1:
         yield f"{name}.shared_dim = {kind.shared_dim}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"

@@ -35,15 +35,51 @@ def _extendable(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MixingConfig:
-    """How the tokens of a group are mixed (PAPER.md sections 2 and 3).
+    """How the tokens of a group are mixed: every variant of the paper's code, composed (PAPER.md sections 2 and 3).
 
-    merge: where the mixing weights come from: `softmax` of the controller's logits over the group; `uniform`, 1/G, not
-        learned; `one_hot`, each expert takes its first arg-max token (the limit of temperature 0).
-    temperature: T of softmax(logits / T); 0 is the one-hot limit.
+    merge: the weights that tokens are averaged by: `softmax` of the logits over the group; `uniform`, 1/G, not learnt;
+        `logits`, as they are.
+    emit: the weights that expert outputs are handed back by: `merge`, the same; `softmax` over the group and
+        `softmax_over_experts`, of the emit controller's logits; `ones`; `top_token`, 1 for the token with the largest
+        merge weight of each expert, 0 for the others.
+    temperature: T of softmax(logits / T); 0 is the one-hot limit: each expert takes its first arg-max token.
+    groups: `across`, G rows at one position; `within`, G neighbouring positions of one row, for masked models only.
+    controllers: `shared`, one for merge and emit; `separate`; `common_base`, separate ones to which a third is added.
+    base_weight: of the common base: `sum`, C + C_base; `one`, a C + (1 - a) C_base with one learnt a; `two`, one for
+        merge and one for emit.
+    layer_norm: normalise mixtures and expert outputs.
+    annealing: T moves from `temperature` to `final_temperature` between the two `annealing_steps`.
+    learnt_temperature: T is `temperature` x exp(θ), θ = 0 at first, one number a layer (`scalar`) or one per expert.
+    positive_temperature: False is the authors' first form, `temperature` x (1 + θ), which nothing keeps positive.
+    separate_temperatures: merge and emit learn one each. frozen_steps: θ stays 0 for so many steps.
+    straight_through: forward softmax(logits / T), backward as if T were 1.
     """
 
-    merge: Literal["softmax", "uniform", "one_hot"] = "softmax"
+    merge: Literal["softmax", "uniform", "logits"] = "softmax"
+    emit: Literal["merge", "softmax", "softmax_over_experts", "ones", "top_token"] = "merge"
     temperature: float = 1.0
+    groups: Literal["across", "within"] = "across"
+    controllers: Literal["shared", "separate", "common_base"] = "shared"
+    base_weight: Literal["sum", "one", "two"] = "sum"
+    layer_norm: bool = False
+    annealing: Literal["none", "linear", "cosine"] = "none"
+    final_temperature: float = 0.0
+    annealing_steps: tuple[int, int] = (0, 1)
+    learnt_temperature: Literal["none", "scalar", "per_expert"] = "none"
+    positive_temperature: bool = True
+    separate_temperatures: bool = False
+    frozen_steps: int = 0
+    straight_through: bool = False
+
+    @property
+    def own_emit(self) -> bool:
+        """Whether emit has a softmax of its own."""
+        return self.emit in ("softmax", "softmax_over_experts")
+
+    @property
+    def uses_temperature(self) -> bool:
+        """Whether merge or emit has a softmax."""
+        return self.merge == "softmax" or self.own_emit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +142,15 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A causal pre-LayerNorm decoder with learned positions and an untied head.
+    """A pre-norm transformer; the defaults are the paper's.
 
+    objective: `causal`, a decoder that predicts the next token; `masked`, a bidirectional encoder that predicts the
+        tokens that were masked out.
+    num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries; None is num_heads.
+    positions: `learned` embeddings, or `rotary` ones in attention, with wavelengths up to 2π `rotary_base`.
+    activation, gated: of dense layer and experts alike; a gated one multiplies its activation by a second projection.
+    norm: `layer` or `rms`; final_norm: one more before the head. tied_head: the head is the token embedding.
+    document_mask: attention stays within the documents of a window.
     moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense.
     dtype: of activations and matrix products; logits, softmax, norms and loss are float32 at least.
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
@@ -119,11 +162,20 @@ class ModelConfig:
     d_model: int = 256
     d_ff: int = 1024
     num_heads: int = 4
+    num_kv_heads: int | None = None
     context_length: int = 256
     vocab_size: int = 257
+    objective: Literal["causal", "masked"] = "causal"
+    positions: Literal["learned", "rotary"] = "learned"
+    rotary_base: float = 10_000.0
+    document_mask: bool = False
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    gated: bool = False
     feed_forward: FeedForwardConfig = MixtureOfTokensConfig()
     moe_blocks: Literal["all", "last_half", "every_other"] | tuple[int, ...] = "all"
+    norm: Literal["layer", "rms"] = "layer"
     final_norm: bool = False
+    tied_head: bool = False
     norm_epsilon: float = 1e-5
     init: InitConfig = InitConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -144,32 +196,50 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """Rows that must stay together: G, or 1 for a model that mixes nothing."""
-        return getattr(self.feed_forward, "group_size", 1)
+        """Rows that must stay together: G, or 1 for a model that mixes nothing across rows."""
+        kind = self.feed_forward
+        across = isinstance(kind, MixtureOfTokensConfig) and kind.mixing.groups == "across"
+        return kind.group_size if across else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The text.
 
-    corpus, tokenizer: names, see `mot_jax.data`.
+    corpus: names of text corpora, see `mot_jax.data.corpora`; more than one are mixed.
+    weights: share of each corpus in a batch, in any unit; none given: by their sizes.
+    train_split, validation_split, feature: of the data sets, as TFDS names them.
+    tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
     group_size: rows that the shuffle gives to different documents; None is the model's group size. A dense twin that is
         to see the same batches as its MoT sets it.
+    mask_share: of the tokens, for the masked objective.
     directory: where prepared text is kept; None is `~/.cache/mot_jax`.
     validation_windows: score at most that many windows of the validation split; None is all of them.
     """
 
-    corpus: str = "python_source/stdlib"
+    corpus: tuple[str, ...] = ("python_source/stdlib",)
+    weights: tuple[float, ...] = ()
+    train_split: str = "train"
+    validation_split: str = "validation"
+    feature: str = "text"
     tokenizer: str = "bytes"
     group_size: int | None = None
+    mask_share: float = 0.15
     directory: str | None = _free(None)
     validation_windows: int | None = _free(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with global-norm clipping; linear warm-up, then a cosine to `final_fraction` of the learning rate."""
+    """Global-norm clipping, the optimizer; linear warm-up, then a cosine to `final_fraction` of the learning rate.
 
+    name: all from optax. `muon` takes the matrices of the blocks, and AdamW the rest.
+    decay: what `weight_decay` shrinks: `all` parameters, as in the paper, or the `matrices` of the blocks and the head.
+    moments_dtype: what the optimizer's first moment is kept in.
+    multipliers: (part of a parameter's name, factor of its learning rate), as ("controller", 3.0).
+    """
+
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     final_fraction: float = 0.1
@@ -177,18 +247,39 @@ class OptimizerConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.1
+    decay: Literal["all", "matrices"] = "all"
     clip_norm: float = 0.5
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    multipliers: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """What is added to the cross-entropy, each mean times its weight.
+
+    mixing_entropy: normalised entropy of the mixing weights, mean over the layers. head_z: (log Z)² of the head's
+    logits, Z being the sum of their exponentials.
+    """
+
+    mixing_entropy: float = 0.0
+    head_z: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The training run. `batch_size` counts sequences of the whole mesh; `accumulation` splits it into microbatches."""
+    """The training run.
+
+    batch_size counts sequences of the whole mesh; `accumulation` splits it into microbatches. upcycle_from: workdir of
+    a dense model of the same sizes, whose feed-forward layers the experts begin as.
+    """
 
     steps: int = _extendable(1000)
     batch_size: int = 64
     accumulation: int = 1
     seed: int = 0
+    upcycle_from: str | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
+    losses: LossWeights = LossWeights()
     log_every: int = _free(10)
     validate_every: int = _free(100)
     checkpoint_every: int = _free(100)
@@ -211,9 +302,11 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """`sample_tokens`: length of the text sampled at the end of a run; 0 samples none."""
+    """`wandb`: log to Weights & Biases as well. `sample_tokens`: text sampled at the end of a run; 0 samples none."""
 
     tensorboard: bool = _free(True)
+    wandb: bool = _free(False)
+    wandb_project: str = _free("mot_jax")
     sample_tokens: int = _free(200)
 
 

@@ -17,7 +17,7 @@ from mot_jax.config.checks import check
 from mot_jax.config.fields import Config, ConfigError, nearest
 from mot_jax.config.hints import leaves, options
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -72,7 +72,7 @@ def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         kind = {"kind": value.kind} if hasattr(value, "kind") else {}
         return kind | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 
 def from_json(text: str) -> Config:
@@ -92,7 +92,7 @@ def from_json(text: str) -> Config:
 def _decode(data: Any, hint: Any, path: str) -> Any:
     classes: list[Any] = [option for option in options(hint) if dataclasses.is_dataclass(option)]
     if not classes:
-        return tuple(data) if isinstance(data, list) else data
+        return tuple(_decode(item, None, path) for item in data) if isinstance(data, list) else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path} = {data!r}: must be a group of fields")
     data = dict(data)

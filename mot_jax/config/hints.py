@@ -20,7 +20,7 @@ def matches(value: Any, hint: Any) -> bool:
             if value in typing.get_args(option) and isinstance(value, str):
                 return True
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(matches(item, typing.get_args(option)[0]) for item in value):
+            if isinstance(value, tuple) and _items_match(value, typing.get_args(option)):
                 return True
         elif option is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -30,6 +30,13 @@ def matches(value: Any, hint: Any) -> bool:
     return False
 
 
+def _items_match(items: tuple, hints: tuple[Any, ...]) -> bool:
+    """Items of a `tuple[X, ...]` or a `tuple[X, Y]`."""
+    if hints[-1] is Ellipsis:
+        hints = hints[:1] * len(items)
+    return len(items) == len(hints) and all(map(matches, items, hints))
+
+
 def type_words(hint: Any) -> str:
     """A type in words, for messages."""
     words = []
@@ -37,7 +44,9 @@ def type_words(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             words += [repr(v) for v in typing.get_args(option)]
         elif typing.get_origin(option) is tuple:
-            words.append("a tuple of " + typing.get_args(option)[0].__name__)
+            first, *more = typing.get_args(option)
+            kinds = [first] if Ellipsis in more else [first, *more]
+            words.append("a tuple of " + " and ".join(map(type_words, kinds)))
         else:
             words.append("None" if option is type(None) else option.__name__)
     return " or ".join(words)

@@ -48,7 +48,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
     length = config.model.context_length
     open_split = partial(
-        open_windows, config.data.corpus, tokenizer=tokenizer, context_length=length, directory=directory
+        open_windows, config.data.corpus[0], tokenizer=tokenizer, context_length=length, directory=directory
     )
     windows, unseen = open_split("train"), open_split("validation")
     order = TrainingOrder(windows.documents, config.group_size, config.training.seed)

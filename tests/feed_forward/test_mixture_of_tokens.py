@@ -20,13 +20,18 @@ B, S, D, G, E, F = 8, 3, 5, 4, 3, 6
 # The generator that compiles in a fraction of the time.
 KEY = jax.random.key(0, impl="rbg")
 SEEDS = st.integers(0, 2**16)
+MERGES = {
+    "softmax": MixingConfig(),
+    "uniform": MixingConfig("uniform"),
+    "one_hot": MixingConfig(temperature=0.0),
+}
 SAVED = ("nothing", "pre_activations", "all")
 # (mixing, width of the shared expert, whether some tokens are masked)
 CASES = {
     "softmax": (MixingConfig(), 0, False),
     "tempered": (MixingConfig(temperature=0.3), 4, True),
     "uniform": (MixingConfig("uniform"), 4, True),
-    "one_hot": (MixingConfig("one_hot"), 0, True),
+    "one_hot": (MixingConfig(temperature=0.0), 0, True),
 }
 
 
@@ -141,7 +146,7 @@ def test_permuting_a_group_permutes_its_outputs(seed, order, masked):
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]), st.booleans())
 def test_groups_and_positions_are_independent(seed, merge, shared):
     """What one group holds at one position changes no bit elsewhere, and does change what is there."""
-    config = config_of(MixingConfig(merge), 4 * shared)
+    config = config_of(MERGES[merge], 4 * shared)
     p = values(seed, 4 * shared)
     rng = np.random.default_rng(seed)
     start, s = G * rng.integers(B // G), rng.integers(S)
@@ -162,14 +167,14 @@ def experts(p: dict, x: np.ndarray) -> np.ndarray:
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]))
 def test_a_group_of_one_gives_the_sum_of_experts(seed, merge):
     p = values(seed)
-    np.testing.assert_allclose(run(config_of(MixingConfig(merge), g=1), p), experts(p, p["x"]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(config_of(MERGES[merge], g=1), p), experts(p, p["x"]), rtol=1e-4, atol=1e-4)
 
 
 @given(SEEDS, st.sampled_from(["softmax", "uniform"]))
 def test_identical_tokens_in_a_group_give_the_sum_of_experts_over_g(seed, merge):
     p = values(seed)
     p["x"] = np.repeat(p["x"][::G], G, axis=0)
-    np.testing.assert_allclose(run(config_of(MixingConfig(merge)), p), experts(p, p["x"]) / G, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(config_of(MERGES[merge]), p), experts(p, p["x"]) / G, rtol=1e-4, atol=1e-4)
 
 
 @given(SEEDS)
@@ -188,12 +193,12 @@ def test_temperature_goes_from_one_hot_to_uniform(seed, case):
     temperature, limit = case
     p, mask = values(seed), mask_of(seed)
     tempered = run(config_of(MixingConfig(temperature=temperature)), p, mask)
-    np.testing.assert_allclose(tempered, run(config_of(MixingConfig(limit)), p, mask), atol=1e-5)
+    np.testing.assert_allclose(tempered, run(config_of(MERGES[limit]), p, mask), atol=1e-5)
 
 
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]), st.sampled_from([1.0, 1e3, 1e15]))
 def test_the_content_of_masked_tokens_changes_no_bit(seed, merge, scale):
-    config, p, mask = config_of(MixingConfig(merge)), values(seed), mask_of(seed)
+    config, p, mask = config_of(MERGES[merge]), values(seed), mask_of(seed)
     rng = np.random.default_rng(seed)
     other = p | {"x": np.where(mask[..., None], p["x"], scale * rng.normal(size=p["x"].shape))}
     y, dy = run(config, p, mask), rng.normal(size=p["x"].shape)
