@@ -198,8 +198,9 @@ class ModelConfig:
     def group_size(self) -> int:
         """Rows that must stay together: G, or 1 for a model that mixes nothing across rows."""
         kind = self.feed_forward
-        across = isinstance(kind, MixtureOfTokensConfig) and kind.mixing.groups == "across"
-        return kind.group_size if across else 1
+        if isinstance(kind, MixtureOfTokensConfig) and kind.mixing.groups == "across":
+            return kind.group_size
+        return 1
 
 
 @dataclasses.dataclass(frozen=True)
