@@ -31,72 +31,192 @@ Saved = Literal["nothing", "pre_activations", "all"]
 Project = Callable[[jax.Array, chex.ArrayTree], jax.Array]
 
 
-def group(x: jax.Array, group_size: int) -> jax.Array:
-    """[B, S, ...] -> [N, G, S, ...]: contiguous rows form a group. Raises AssertionError unless G divides B."""
+def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "across") -> jax.Array:
+    """[B, S, ...] -> [N, G, S, ...]: contiguous rows form a group. Raises AssertionError unless G divides B.
+
+    `within`: contiguous positions of a row form a group, [B, S, ...] -> [B S / G, G, 1, ...]; G divides S.
+    """
     chex.assert_scalar_positive(group_size)
-    batch = x.shape[0]
-    chex.assert_is_divisible(batch, group_size, custom_message=f"batch B = {batch}, group size G = {group_size}")
-    shape = (batch // group_size, group_size, *x.shape[1:])
+    batch, length = x.shape[:2]
+    if groups == "within":
+        words = f"sequence S = {length}, group size G = {group_size}"
+        chex.assert_is_divisible(length, group_size, custom_message=words)
+        shape = (batch * length // group_size, group_size, 1, *x.shape[2:])
+    else:
+        chex.assert_is_divisible(batch, group_size, custom_message=f"batch B = {batch}, group size G = {group_size}")
+        shape = (batch // group_size, group_size, *x.shape[1:])
     return jnp.reshape(x, shape, out_sharding=spec("groups", *[None] * (len(shape) - 1)))
 
 
-def ungroup(x: jax.Array) -> jax.Array:
-    """[N, G, S, ...] -> [B, S, ...], the inverse of `group`."""
+def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
+    """[N, G, S, ...] -> [B, S, ...], the inverse of `group`; of groups within rows if the `length` S is given."""
     if x.ndim < 3:
         raise AssertionError(f"x is [N, G, S, ...]: groups, group size, sequence; its rank is {x.ndim}")
-    shape = (x.shape[0] * x.shape[1], *x.shape[2:])
+    length = x.shape[2] if length is None else length
+    shape = (x.shape[0] * x.shape[1] * x.shape[2] // length, length, *x.shape[3:])
     return jnp.reshape(x, shape, out_sharding=spec("rows", *[None] * (len(shape) - 1)))
 
 
+# --- mixing weights ---------------------------------------------------------------------------------------------------
+
+OVER_GROUP, OVER_EXPERTS = 1, 3  # the dimension of [N, G, S, E] that a softmax runs over
+
+
+def temperature(config: MixingConfig, step: jax.Array | None, learnt: jax.Array | None = None) -> float | jax.Array:
+    """T at a training step (int32 scalar; None: after training). Scalar, or [E] if one is learnt for each expert.
+
+    learnt: the parameter θ, [] or [E], with `learnt_temperature`.
+    """
+    if config.annealing != "none":
+        if step is None:
+            return config.final_temperature
+        first, last = config.annealing_steps
+        part = jnp.clip((step - first) / (last - first), 0, 1)
+        part = (1 - jnp.cos(jnp.pi * part)) / 2 if config.annealing == "cosine" else part
+        return config.temperature + (config.final_temperature - config.temperature) * part
+    if learnt is None:
+        return config.temperature
+    learnt = learnt.astype(jnp.promote_types(learnt.dtype, jnp.float32))
+    if step is not None:
+        learnt = jnp.where(step < config.frozen_steps, jax.lax.stop_gradient(learnt), learnt)
+    factor = jnp.exp(learnt) if config.positive_temperature else 1 + learnt
+    return jnp.maximum(config.temperature * factor, 1e-6)  # whatever it learns, no division by 0
+
+
 def mixing_weights(
-    logits: jax.Array, config: MixingConfig = MixingConfig(), token_mask: jax.Array | None = None
+    logits: jax.Array,
+    config: MixingConfig = MixingConfig(),
+    token_mask: jax.Array | None = None,
+    temperature: float | jax.Array | None = None,
 ) -> jax.Array:
-    """Mixing weights over the tokens of each group, for each expert and position apart.
+    """Merge weights M over the tokens of each group, for each expert and position apart.
 
     Args:
         logits: [N, G, S, E], what the controller says of each token. Any float type.
-        config: where the weights come from, and the temperature.
+        config: where the weights come from (`config.merge`).
         token_mask: bool [N, G, S], True = real. Masked tokens get weight 0.
+        temperature: T, a scalar or [E], see `temperature`; None: that of `config`.
 
     Returns:
-        [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where no token is real.
+        [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where no token is real; but for
+        `merge="logits"`, where it is the logits.
     """
+    logits, real = _prepare(logits, token_mask)
+    if config.merge == "uniform":
+        weights = jnp.where(real, jnp.ones_like(logits), 0)
+        return weights / jnp.maximum(weights.sum(axis=OVER_GROUP, keepdims=True), 1)
+    if config.merge == "logits":
+        return jnp.where(real, logits, 0)
+    return _softmax(logits, real, config, temperature, OVER_GROUP)
+
+
+def emit_weights(
+    merge_weights: jax.Array,
+    logits: jax.Array,
+    config: MixingConfig,
+    token_mask: jax.Array | None = None,
+    temperature: float | jax.Array | None = None,
+) -> jax.Array | None:
+    """Emit weights Q, [N, G, S, E] like `merge_weights` M; None where they are M. Masked tokens get weight 0.
+
+    logits: [N, G, S, E] of the emit controller; the other arguments are those of `mixing_weights`. Columns sum to 1
+    over G with `emit="softmax"`, rows over E with `softmax_over_experts`.
+    """
+    if config.emit == "merge":
+        return None
+    logits, real = _prepare(logits, token_mask)
+    if config.emit == "ones":
+        return jnp.where(real, jnp.ones_like(logits), 0)
+    if config.emit == "top_token":
+        return _one_hot(merge_weights, real, OVER_GROUP)
+    axis = OVER_GROUP if config.emit == "softmax" else OVER_EXPERTS
+    return _softmax(logits, real, config, temperature, axis)
+
+
+def _prepare(logits: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Checks; the logits in float32 or wider, and which tokens are real, [N, G, S, 1] or []."""
     chex.assert_rank(logits, 4, custom_message="logits are [N, G, S, E]: groups, group size, sequence, experts")
     chex.assert_type(logits, jnp.floating)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    real = jnp.ones((), bool) if token_mask is None else token_mask[..., None]
     if token_mask is not None:
         _check_mask(token_mask, logits)
-    if config.merge == "uniform":
-        weights = jnp.broadcast_to(real, logits.shape).astype(logits.dtype)
-        return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
-    if config.temperature < jnp.finfo(logits.dtype).tiny:
-        best = jnp.argmax(jnp.where(real, logits, jnp.finfo(logits.dtype).min), axis=1)  # the first of equals
-        return jnp.where(real, jax.nn.one_hot(best, logits.shape[1], axis=1, dtype=logits.dtype), 0)
-    return _softmax(logits, jnp.broadcast_to(real, logits.shape), config.temperature)
+    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    return logits.astype(wide), jnp.ones((), bool) if token_mask is None else token_mask[..., None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _softmax(logits: jax.Array, real: jax.Array, temperature: float) -> jax.Array:
-    """Over the real tokens of the group; the others get 0. It keeps nothing but its result for the backward pass."""
+def _softmax(logits, real, config: MixingConfig, temperature: float | jax.Array | None, axis: int) -> jax.Array:
+    """softmax(logits / T) over the real entries of `axis`; the others get 0."""
+    t = config.temperature if temperature is None else temperature
+    real = jnp.broadcast_to(real, logits.shape)
+    tiny = float(jnp.finfo(logits.dtype).tiny)
+    if config.learnt_temperature != "none":
+        weights = _masked_softmax(logits / t, real, 1.0, axis)
+    elif isinstance(t, (int, float)):
+        weights = _one_hot(logits, real, axis) if t < tiny else _masked_softmax(logits, real, t, axis)
+    else:
+        weights = _masked_softmax(logits, real, jnp.maximum(t, tiny), axis)
+        weights = jnp.where(t < tiny, _one_hot(logits, real, axis), weights)
+    if config.straight_through:
+        weights = _straight_through(weights, _masked_softmax(logits, real, 1.0, axis))
+    return weights
+
+
+def _one_hot(values: jax.Array, real: jax.Array, axis: int) -> jax.Array:
+    """1 for the first largest of the real entries of `axis`, 0 for the others. No gradient."""
+    best = jnp.argmax(jnp.where(real, values, jnp.finfo(values.dtype).min), axis=axis)  # the first of equals
+    return jnp.where(real, jax.nn.one_hot(best, values.shape[axis], axis=axis, dtype=values.dtype), 0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _masked_softmax(logits: jax.Array, real: jax.Array, temperature: jax.typing.ArrayLike, axis: int) -> jax.Array:
+    """Over the real entries of `axis`. Nothing but its result is kept for the backward pass; no gradient of T."""
     # The lowest finite number instead of -inf: a group without real tokens gives no NaN. The largest is 0 before the
     # division, so that neither a huge logit nor a tiny temperature overflows.
     scaled = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
-    scaled = (scaled - scaled.max(axis=1, keepdims=True)) / temperature
-    return jnp.where(real, jax.nn.softmax(scaled, axis=1), 0)
+    scaled = (scaled - scaled.max(axis=axis, keepdims=True)) / temperature
+    return jnp.where(real, jax.nn.softmax(scaled, axis=axis), 0)
 
 
-def _softmax_forward(logits, real, temperature):
-    weights = _softmax(logits, real, temperature)
-    return weights, weights
+def _softmax_forward(logits, real, temperature, axis):
+    weights = _masked_softmax(logits, real, temperature, axis)
+    return weights, (weights, temperature)
 
 
-def _softmax_backward(temperature, weights, cotangent):
+def _softmax_backward(axis, kept, cotangent):
+    weights, temperature = kept
     product = weights * cotangent
-    return (product - weights * product.sum(axis=1, keepdims=True)) / temperature, None
+    return (product - weights * product.sum(axis=axis, keepdims=True)) / temperature, None, None
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+@jax.custom_vjp
+def _straight_through(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `surrogate`."""
+    return value
+
+
+_straight_through.defvjp(lambda value, surrogate: (value, None), lambda _, cotangent: (None, cotangent))
+
+
+def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, axis: int = OVER_GROUP) -> jax.Array:
+    """Mean entropy of the mixing weights over log(real entries of `axis`): 1 is uniform, 0 is one-hot. Scalar.
+
+    `OVER_GROUP`: groups with fewer than two real tokens at a position do not count. `OVER_EXPERTS`: masked tokens.
+    """
+    n, g, s, e = weights.shape
+    entropy = jax.scipy.special.entr(weights).sum(axis=axis)
+    if axis == OVER_EXPERTS:
+        counts = jnp.ones((n, g, s), bool) if token_mask is None else token_mask
+        entropy = entropy / jnp.log(max(e, 2))
+    else:
+        real = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
+        counts = real > 1
+        entropy = entropy.mean(axis=-1) / jnp.log(jnp.maximum(real, 2))
+    return jnp.where(counts, entropy, 0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+# --- merge, experts, emit ---------------------------------------------------------------------------------------------
 
 
 def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -122,18 +242,6 @@ def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     return jnp.einsum("ngse,nsed->ngsd", weights.astype(outputs.dtype), outputs, out_sharding=out)
 
 
-def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
-    """Mean entropy of the mixing weights over log(real tokens in the group): 1 is uniform, 0 is one token. Scalar.
-
-    Groups with fewer than two real tokens at a position do not count.
-    """
-    n, g, s, _ = weights.shape
-    real = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
-    counts = real > 1
-    entropy = jax.scipy.special.entr(weights).sum(axis=1).mean(axis=-1) / jnp.log(jnp.maximum(real, 2))
-    return jnp.where(counts, entropy, 0).sum() / jnp.maximum(counts.sum(), 1)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def mix_through(
     project_in: Project,
@@ -143,6 +251,7 @@ def mix_through(
     weights: jax.Array,
     w_in: chex.ArrayTree,
     w_out: chex.ArrayTree,
+    emit_weights: jax.Array | None = None,
 ) -> jax.Array:
     """Merge, experts and emit in one function, so that the backward pass need not keep the mixtures.
 
@@ -152,31 +261,33 @@ def mix_through(
     must travel anyway: two all-to-alls forward and two backward, whatever is kept.
 
     Args:
-        project_in: (u [N, S, E, D], w_in) -> pre-activations [N, S, E, F]: the experts up to the activation.
+        project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [N, S, E, F]: the experts up to the activation.
         project_out: (pre-activations, w_out) -> [N, S, E, D]: activation and output projection.
         saved: what to keep, see `MixtureOfTokensConfig`.
         x: [N, G, S, D].
-        weights: mixing weights [N, G, S, E].
+        weights: mixing weights [N, G, S, E], to merge with, and to emit with unless there are `emit_weights`.
         w_in, w_out: the experts' parameters, spread over the mesh axis `expert` by their dimension E.
+        emit_weights: [N, G, S, E], if they are others.
 
     Returns:
         The update [N, G, S, D] in x's dtype. Only reverse-mode derivatives exist, and no second ones.
     """
-    return _forward(project_in, project_out, saved, x, weights, w_in, w_out)[0]
+    return _forward(project_in, project_out, saved, x, weights, w_in, w_out, emit_weights)[0]
 
 
-def _forward(project_in, project_out, saved, x, weights, w_in, w_out):
+def _forward(project_in, project_out, saved, x, weights, w_in, w_out, emit_weights):
     (u,) = _to_experts(merge(weights, x))
     h = project_in(u, w_in)
     (o,) = _to_groups(project_out(h, w_out))
     kept = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[saved]
-    return emit(weights, o), (x, weights, w_in, w_out, kept)
+    y = emit(weights if emit_weights is None else emit_weights, o)
+    return y, (x, weights, w_in, w_out, emit_weights, kept)
 
 
 def _backward(project_in, project_out, saved, residuals, dy):
     # Or else the compiler, finding the forward pass in the same program, keeps what we mean to compute again.
-    x, weights, w_in, w_out, kept, dy = jax.lax.optimization_barrier((*residuals, dy))
-    do = merge(weights, dy)  # emit's transpose
+    x, weights, w_in, w_out, emit_weights, kept, dy = jax.lax.optimization_barrier((*residuals, dy))
+    do = merge(weights if emit_weights is None else emit_weights, dy)  # emit's transpose
     if saved == "all":
         u, (do,) = kept[1], _to_experts(do)
     else:
@@ -191,8 +302,10 @@ def _backward(project_in, project_out, saved, residuals, dy):
     else:
         o, du = _to_groups(o, du)
     dx = emit(weights, du)  # merge's transpose
-    both = jnp.einsum("ngsd,nsed->ngse", x, du) + jnp.einsum("ngsd,nsed->ngse", dy, o)
-    return dx, both.astype(weights.dtype), dw_in, dw_out
+    d_merge, d_emit = (jnp.einsum("ngsd,nsed->ngse", *pair) for pair in ((x, du), (dy, o)))
+    if emit_weights is None:
+        return dx, (d_merge + d_emit).astype(weights.dtype), dw_in, dw_out, None
+    return dx, d_merge.astype(weights.dtype), dw_in, dw_out, d_emit.astype(emit_weights.dtype)
 
 
 mix_through.defvjp(_forward, _backward)

@@ -28,6 +28,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 # By the last part of a parameter's name, the dimensions that come after a stack's leading ones. All else is replicated.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_in": ("experts", None, None),
+    "w_gate": ("experts", None, None),
     "w_out": ("experts", None, None),
 }
 

@@ -1,7 +1,7 @@
-"""The Mixture-of-Tokens layer in plain float64 NumPy, forward and backward, written from PAPER.md section 2 alone.
+"""The Mixture-of-Tokens layer in plain float64 NumPy, forward and backward, from PAPER.md sections 2 and 3 alone.
 
 Nothing here is shared with the library, and nothing is clever: one group and one position after the other, matrices
-of two dimensions. The gradients are derived by hand; `test_mixture_of_tokens.py` checks them by finite differences.
+of two dimensions. The gradients of the paper's layer are derived by hand, those of its variants are differences.
 """
 
 from __future__ import annotations
@@ -13,59 +13,132 @@ import numpy as np
 
 @dataclasses.dataclass
 class Layer:
-    """What defines the layer beside its parameters. mask: bool [B, S], True = real; None: all are."""
+    """What defines the layer beside its parameters. mask: bool [B, S], True = real; None: all are.
+
+    Of the variants: which softmax emit has, whether groups lie within rows, layer norms (when `mixture_norm` is among
+    the parameters), T of a step, and how T is made of a learnt θ. What else there is follows from the parameters: an
+    `emit_controller`, a `base_controller`, their weights `base_weight` and `emit_base_weight`, `w_gate`.
+    anchor: parameters at which a straight-through softmax has the value of temperature T; it moves from there as the
+    softmax of temperature 1 does, and so its derivatives there are those of temperature 1.
+    """
 
     group_size: int
     merge: str = "softmax"
     temperature: float = 1.0
     mask: np.ndarray | None = None
+    emit: str = "merge"
+    within: bool = False
+    positive: bool = True
+    anchor: dict[str, np.ndarray] | None = None
 
     def cells(self, batch: int, length: int):
-        """(rows of the group, position, which of its tokens are real) of each group at each position."""
-        for start in range(0, batch, self.group_size):
-            rows = slice(start, start + self.group_size)
-            for s in range(length):
-                yield rows, s, np.ones(self.group_size, bool) if self.mask is None else self.mask[rows, s]
+        """(rows, positions, which of them are real) of the tokens of each group."""
+        mask = np.ones((batch, length), bool) if self.mask is None else self.mask
+        g = self.group_size
+        if self.within:
+            places = [(np.full(g, b), np.arange(s, s + g)) for b in range(batch) for s in range(0, length, g)]
+        else:
+            places = [(np.arange(b, b + g), np.full(g, s)) for b in range(0, batch, g) for s in range(length)]
+        for rows, positions in places:
+            yield rows, positions, mask[rows, positions]
 
-    def weights(self, logits: np.ndarray, real: np.ndarray) -> np.ndarray:
-        """[G, E]: for each expert, how much of each of the G tokens it reads."""
+    def softmax(self, logits: np.ndarray, real: np.ndarray, temperature, over_experts: bool = False) -> np.ndarray:
+        """Over the real tokens for each expert, or over the experts for each real token. [G, E]."""
         weights = np.zeros(logits.shape)
+        temperature = np.broadcast_to(temperature, logits.shape[1:])
         members = np.flatnonzero(real)
-        for e in range(logits.shape[1]):
-            column = logits[members, e]
-            if len(members) == 0:
-                continue
-            if self.merge == "uniform":
-                weights[members, e] = 1 / len(members)
-            elif self.merge == "one_hot" or self.temperature == 0:
-                weights[members[int(np.argmax(column))], e] = 1
+        lines = [(m, np.arange(logits.shape[1])) for m in members] if over_experts else []
+        lines = lines or [(members, e) for e in range(logits.shape[1]) if len(members)]
+        for line in lines:
+            values, t = logits[line], temperature[line[1]]
+            if np.all(t == 0):
+                one = np.zeros(len(values))
+                one[int(np.argmax(values))] = 1
+                weights[line] = one
             else:
-                powers = np.exp((column - column.max()) / self.temperature)
-                weights[members, e] = powers / powers.sum()
+                scaled = values / t
+                powers = np.exp(scaled - scaled.max())
+                weights[line] = powers / powers.sum()
         return weights
+
+    def pair(self, p: dict[str, np.ndarray], tokens: np.ndarray, real: np.ndarray, place) -> tuple:
+        """Merge and emit weights [G, E] of one group."""
+
+        def controller(name: str, weight: str) -> np.ndarray:
+            if "base_controller" not in p:
+                return p[name]
+            a = p.get(weight, p.get("base_weight"))
+            if a is None:
+                return p[name] + p["base_controller"]
+            return a * p[name] + (1 - a) * p["base_controller"]
+
+        def temperature(name: str):
+            theta = p.get(name, p.get("temperature"))
+            if theta is None:
+                return self.temperature
+            return self.temperature * (np.exp(theta) if self.positive else 1 + theta)
+
+        def soft(logits: np.ndarray, t, over_experts: bool = False) -> np.ndarray:
+            if self.anchor is None:
+                return self.softmax(logits, real, t, over_experts)
+            there = self.anchor["x"][place] @ self.anchor["controller"]
+            moved = self.softmax(logits, real, 1, over_experts) - self.softmax(there, real, 1, over_experts)
+            return self.softmax(there, real, t, over_experts) + moved
+
+        logits = tokens @ controller("controller", "base_weight")
+        if self.merge == "uniform":
+            merge = np.repeat(real[:, None] / max(real.sum(), 1), logits.shape[1], axis=1)
+        elif self.merge == "logits":
+            merge = logits * real[:, None]
+        else:
+            merge = soft(logits, temperature("temperature"))
+        if self.emit == "merge":
+            return merge, merge
+        if self.emit == "ones":
+            return merge, np.repeat(real[:, None].astype(float), logits.shape[1], axis=1)
+        if self.emit == "top_token":
+            return merge, self.softmax(merge, real, 0)
+        if "emit_controller" in p:
+            logits = tokens @ controller("emit_controller", "emit_base_weight")
+        return merge, soft(logits, temperature("emit_temperature"), self.emit == "softmax_over_experts")
 
     def forward(self, p: dict[str, np.ndarray]) -> np.ndarray:
         """The update [B, S, D]; p has x, controller, w_in, w_out and, for a shared expert, kernel_in, kernel_out."""
         x = p["x"]
         y = np.zeros(x.shape)
-        for rows, s, real in self.cells(*x.shape[:2]):
-            tokens = x[rows, s]
-            weights = self.weights(tokens @ p["controller"], real)
-            mixtures = weights.T @ tokens
-            for e, mixture in enumerate(mixtures):
-                output = np.maximum(mixture @ p["w_in"][e], 0) @ p["w_out"][e]
-                y[rows, s] += np.outer(weights[:, e], output)
+        for rows, positions, real in self.cells(*x.shape[:2]):
+            tokens = x[rows, positions]
+            merge, emit = self.pair(p, tokens, real, (rows, positions))
+            for e in range(merge.shape[1]):
+                mixture = normed(merge[:, e] @ tokens, p.get("mixture_norm"))
+                hidden = mixture @ p["w_in"][e]
+                gate = mixture @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(hidden, 0) if gate is None else np.maximum(gate, 0) * hidden
+                output = normed(hidden @ p["w_out"][e], p.get("output_norm"))
+                y[rows, positions] += np.outer(emit[:, e], output)
         if "kernel_in" in p:
             y += np.maximum(x @ p["kernel_in"], 0) @ p["kernel_out"]
         return y
 
+    def differences(self, p: dict[str, np.ndarray], dy: np.ndarray, name: str, step: float = 1e-6) -> np.ndarray:
+        """The gradient of sum(forward(p) * dy) with respect to p[name], one number at a time by central differences."""
+        found = np.zeros(p[name].shape)
+        for index in np.ndindex(*found.shape):
+            values = []
+            for sign in (1, -1):
+                moved = p[name].copy()
+                moved[index] += sign * step
+                values.append((self.forward(p | {name: moved}) * dy).sum())
+            found[index] = (values[0] - values[1]) / (2 * step)
+        return found
+
     def backward(self, p: dict[str, np.ndarray], dy: np.ndarray) -> dict[str, np.ndarray]:
-        """The gradient of sum(forward(p) * dy) with respect to everything in p."""
+        """The gradient of sum(forward(p) * dy) with respect to everything in p; of the paper's layer, no variant."""
         x = p["x"]
         d = {name: np.zeros(value.shape) for name, value in p.items()}
         for rows, s, real in self.cells(*x.shape[:2]):
             tokens, dy_here = x[rows, s], dy[rows, s]
-            weights = self.weights(tokens @ p["controller"], real)
+            weights, _ = self.pair(p, tokens, real, (rows, s))
             d_weights = np.zeros(weights.shape)
             for e in range(weights.shape[1]):
                 column = weights[:, e]
@@ -90,3 +163,11 @@ class Layer:
             d["kernel_in"] += np.einsum("bsd,bsf->df", x, d_h)
             d["x"] += d_h @ p["kernel_in"].T
         return d
+
+
+def normed(vector: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
+    """Layer norm with scale norm[0] and bias norm[1]; the vector itself without them."""
+    if norm is None:
+        return vector
+    centred = vector - vector.mean()
+    return centred / np.sqrt((centred**2).mean() + 1e-5) * norm[0] + norm[1]

@@ -7,23 +7,33 @@ from functools import partial
 
 import jax
 
+_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+def activate(name: str, h: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """The activation of that name of h, or of the gate, times h, where there is one."""
+    return _ACTIVATIONS[name](h) if gate is None else _ACTIVATIONS[name](gate) * h
+
+
 _ARRAYS = ["token_mask", "token_ids", "step", "key"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["train"])
+@partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["losses", "train"])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardContext:
     """What a layer may want to know beside its input. The transformer builds one a step and hands it down unread.
 
     token_mask: bool [B, S], True = real; None: all are.
     token_ids: int32 [B, S].
-    step: int32 scalar, the training step. key: a PRNG key. train: static.
+    step: int32 scalar, the training step; None after training. key: a PRNG key.
+    losses: names of the losses that the training weighs; a layer makes those that it knows. losses, train: static.
     """
 
     token_mask: jax.Array | None = None
     token_ids: jax.Array | None = None
     step: jax.Array | None = None
     key: jax.Array | None = None
+    losses: tuple[str, ...] = ()
     train: bool = False
 
 

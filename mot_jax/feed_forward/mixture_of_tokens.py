@@ -1,15 +1,17 @@
-"""The Mixture-of-Tokens layer (PAPER.md section 2)."""
+"""The Mixture-of-Tokens layer and its variants (PAPER.md sections 2 and 3)."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mot_jax import mixing
-from mot_jax.config import DenseConfig, InitConfig, MixtureOfTokensConfig
+from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokensConfig, mixing_faults
 from mot_jax.feed_forward.dense import Dense
-from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
+from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
 from mot_jax.sharding import spec
 
@@ -17,8 +19,14 @@ from mot_jax.sharding import spec
 class MixtureOfTokens(nnx.Module):
     """Each expert reads one mixture of the tokens that a group of sequences has at a position.
 
-    Parameters: `controller` [D, E], `w_in` [E, D, F], `w_out` [E, F, D], no biases; `shared`, a `Dense` layer without
-    biases, if `shared_dim` > 0. `controller` keeps its product in float32 (or wider).
+    Parameters: `controller` [D, E], `w_in` [E, D, F], `w_out` [E, F, D], no biases; `w_gate` [E, D, F] if `gated`;
+    `shared`, a `Dense` layer without biases, if `shared_dim` > 0. The controller's product stays in float32 (or wider).
+
+    Of the mixing variants: `emit_controller` and `base_controller` [D, E]; how much of the base is taken, `base_weight`
+    and `emit_base_weight`, scalars, 0.5 at first; θ of learnt temperatures, `temperature` and `emit_temperature`,
+    scalars or [E], 0 at first; `mixture_norm` and `output_norm` [2, D], scale and bias.
+
+    Raises ConfigError for a `config.mixing` that means nothing.
     """
 
     def __init__(
@@ -27,52 +35,145 @@ class MixtureOfTokens(nnx.Module):
         d_ff: int,
         config: MixtureOfTokensConfig = MixtureOfTokensConfig(),
         *,
+        activation: str = "relu",
+        gated: bool = False,
         init: InitConfig = InitConfig(),
         dtype: str = "float32",
         param_dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.config, self.dtype = config, dtype
-        d, e, f = d_model, config.num_experts, config.hidden_dim(d_ff)
+        self.config, self.activation, self.dtype = config, activation, dtype
+        d, e, f, c = d_model, config.num_experts, config.hidden_dim(d_ff), config.mixing
+        if faults := list(mixing_faults(c)):
+            raise ConfigError(*(f"mixing.{fault}" for fault in faults))
 
         def param(shape: tuple[int, ...], fan_in: int, multiplier: float) -> nnx.Param:
             return nnx.Param(draw(rngs.params(), shape, fan_in, init, param_dtype, multiplier))
 
-        self.controller = param((d, e), d, config.controller_init_scale)
+        def constant(value: float, *shape: int) -> nnx.Param:
+            return nnx.Param(jnp.full(shape, value, param_dtype))
+
+        based = c.controllers == "common_base"
+        fan_in = 2 * d if based else d  # the sum of two controllers has the variance of one (PAPER.md section 3)
+        self.controller = param((d, e), fan_in, config.controller_init_scale)
         self.w_in = param((e, d, f), d, config.w_in_init_scale)
         self.w_out = param((e, f, d), f, config.w_out_init_scale)
+        self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
         plain = DenseConfig(bias=False)
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.shared = Dense(d, config.shared_dim, plain, init=init, rngs=rngs, **dtypes) if config.shared_dim else None
+        common = {"activation": activation, "gated": gated, "init": init, "dtype": dtype, "param_dtype": param_dtype}
+        self.shared = Dense(d, config.shared_dim, plain, rngs=rngs, **common) if config.shared_dim else None
+
+        separate = c.controllers != "shared"
+        self.emit_controller = param((d, e), fan_in, config.controller_init_scale) if separate else None
+        self.base_controller = param((d, e), fan_in, config.controller_init_scale) if based else None
+        self.base_weight = None if c.base_weight == "sum" else constant(0.5)
+        self.emit_base_weight = constant(0.5) if c.base_weight == "two" else None
+        shape = (e,) if c.learnt_temperature == "per_expert" else ()
+        self.temperature = None if c.learnt_temperature == "none" else constant(0.0, *shape)
+        self.emit_temperature = constant(0.0, *shape) if c.separate_temperatures else None
+        unit = jnp.array([[1.0], [0.0]], param_dtype).repeat(d, axis=1)
+        self.mixture_norm = nnx.Param(unit) if c.layer_norm else None
+        self.output_norm = nnx.Param(unit) if c.layer_norm else None
 
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D], B a multiple of the group size -> update [B, S, D] in the layer's dtype.
 
-        Metric `mixing_entropy`: the normalised entropy of the mixing weights.
+        Metrics: `mixing_entropy` and, where emit has a softmax of its own, `emit_entropy`: the normalised entropies of
+        the mixing weights. Loss: `mixing_entropy`, their mean.
         """
         config = self.config
-        grouped = mixing.group(x.astype(self.dtype), config.group_size)
-        mask = None if context.token_mask is None else mixing.group(context.token_mask, config.group_size)
-        logits = jnp.einsum(
-            "ngsd,de->ngse",
-            grouped,
-            self.controller[...].astype(self.dtype),
-            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
-        )
-        weights = mixing.mixing_weights(logits, config.mixing, mask)
-        experts = (self.w_in[...], self.w_out[...])
-        y = mixing.ungroup(mixing.mix_through(_project_in, _project_out, config.saved, grouped, weights, *experts))
+        weights, emit_weights = self.weights(x, context)
+        grouped = mixing.group(x.astype(self.dtype), config.group_size, config.mixing.groups)
+        w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
+        w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
+        project_out = _project_out(self.activation)
+        y = mixing.mix_through(_project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
+        y = mixing.ungroup(y, x.shape[1])
         if self.shared is not None:
             y += self.shared(x, context).y
-        entropy = mixing.normalised_entropy(jax.lax.stop_gradient(weights), mask)
-        return FeedForwardOutput(y, metrics={"mixing_entropy": entropy})
+        wanted = "mixing_entropy" in context.losses
+        if not wanted:  # then nothing is kept for their backward pass
+            weights, emit_weights = jax.lax.stop_gradient((weights, emit_weights))
+        entropies = self._entropies(weights, emit_weights, context)
+        losses = {"mixing_entropy": sum(entropies.values()) / len(entropies)} if wanted and entropies else {}
+        return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
+
+    def weights(
+        self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, S, D] -> merge weights [N, G, S, E] in float32 (or wider), and emit weights; None if they are the same.
+
+        With groups within rows, N is B S / G and S is 1.
+        """
+        config = self.config.mixing
+        grouped = mixing.group(x.astype(self.dtype), self.config.group_size, config.groups)
+        mask = self._group_mask(context)
+
+        def logits(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
+            kernel = controller[...]
+            if self.base_controller is not None:
+                base = self.base_controller[...]
+                a = _value(base_weight)
+                kernel = kernel + base if a is None else a * kernel + (1 - a) * base
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            return jnp.einsum("ngsd,de->ngse", grouped, kernel.astype(self.dtype), preferred_element_type=wide)
+
+        said = logits(self.controller, self.base_weight)
+        t = mixing.temperature(config, context.step, _value(self.temperature))
+        weights = mixing.mixing_weights(said, config, mask, t)
+        if self.emit_controller is not None:
+            base_weight = self.base_weight if self.emit_base_weight is None else self.emit_base_weight
+            said = logits(self.emit_controller, base_weight)
+        if self.emit_temperature is not None:
+            t = mixing.temperature(config, context.step, _value(self.emit_temperature))
+        return weights, mixing.emit_weights(weights, said, config, mask, t)
+
+    def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
+        mask = context.token_mask
+        return None if mask is None else mixing.group(mask, self.config.group_size, self.config.mixing.groups)
+
+    def _entropies(
+        self, weights: jax.Array, emit_weights: jax.Array | None, context: FeedForwardContext
+    ) -> dict[str, jax.Array]:
+        config, mask = self.config.mixing, self._group_mask(context)
+        found = {}
+        if config.merge != "logits":
+            found["mixing_entropy"] = mixing.normalised_entropy(weights, mask)
+        if config.own_emit:
+            assert emit_weights is not None
+            axis = mixing.OVER_EXPERTS if config.emit == "softmax_over_experts" else mixing.OVER_GROUP
+            found["emit_entropy"] = mixing.normalised_entropy(emit_weights, mask, axis)
+        return found
 
 
-def _project_in(u: jax.Array, w_in: jax.Array) -> jax.Array:
+def _value(param: nnx.Param | None) -> jax.Array | None:
+    return None if param is None else param[...]
+
+
+def _project_in(u: jax.Array, p: dict[str, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
     out = spec("exchanged_groups", None, "experts", None)
-    return jnp.einsum("nsed,edf->nsef", u, w_in.astype(u.dtype), out_sharding=out)
+    u = _layer_norm(u, p["norm"])
+    product = functools.partial(jnp.einsum, "nsed,edf->nsef", u, out_sharding=out)
+    return product(p["w"].astype(u.dtype)), None if p["gate"] is None else product(p["gate"].astype(u.dtype))
 
 
-def _project_out(h: jax.Array, w_out: jax.Array) -> jax.Array:
-    out = spec("exchanged_groups", None, "experts", None)
-    return jnp.einsum("nsef,efd->nsed", jax.nn.relu(h), w_out.astype(h.dtype), out_sharding=out)
+@functools.cache  # one function for each activation: JAX knows functions by identity
+def _project_out(activation: str) -> mixing.Project:
+    def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, jax.Array | None]) -> jax.Array:
+        out = spec("exchanged_groups", None, "experts", None)
+        hidden = activate(activation, *h)
+        return _layer_norm(
+            jnp.einsum("nsef,efd->nsed", hidden, p["w"].astype(hidden.dtype), out_sharding=out), p["norm"]
+        )
+
+    return project_out
+
+
+def _layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:
+    """x [..., D] normalised over D, times scale, plus bias ([2, D]); x itself without them."""
+    if norm is None:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide -= wide.mean(axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + 1e-5)
+    return (wide * norm[0] + norm[1]).astype(x.dtype)
