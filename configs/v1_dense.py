@@ -1,9 +1,9 @@
 """The dense twin of configs/v1_mot.py: the same FLOPs in the feed-forward layers, and twice its learning rate.
 
-Command:   python train.py configs/v1_dense.py
-Size:      `mot describe configs/v1_dense.py`
-The paper: final loss 4.0026 on C4.
-Here:      not run, see configs/v1_mot.py.
+Command:    python train.py configs/v1_dense.py   (prepare the text first: docs/reproduce.md)
+Parameters: 29.0 M (16.0 M active)
+The paper:  final loss 4.0026 on C4 after 250,000 steps.
+Here:       not run.
 """
 
 import dataclasses

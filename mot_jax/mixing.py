@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
@@ -28,7 +28,7 @@ from mot_jax.config import MixingConfig
 from mot_jax.sharding import axis_size, reshard, spec
 
 Saved = Literal["nothing", "pre_activations", "all"]
-Project = Callable[[jax.Array, chex.ArrayTree], jax.Array]
+Project = Callable[[Any, Any], Any]
 
 
 def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "across") -> jax.Array:

@@ -110,6 +110,16 @@ def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardCo
     return plan
 
 
+def block_places(config: ModelConfig) -> list[tuple[str, int]]:
+    """Where each block's parameters are: the beginning of their names, and their index in the leading dimension."""
+    return [
+        (f"stacks/{i}/{j}/", repeat)
+        for i, (period, repeats) in enumerate(stack_plan(config.block_kinds()))
+        for repeat in range(repeats)
+        for j in range(len(period))
+    ]
+
+
 def _stack(config: ModelConfig, kind: FeedForwardConfig, repeats: int, rngs: nnx.Rngs) -> Block:
     """A block whose parameters have a leading dimension of `repeats`, each drawn from a key of its own."""
 

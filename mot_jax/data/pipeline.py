@@ -13,24 +13,22 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
-from mot_jax.data.windows import WindowBatch, Windows
+from mot_jax.data.windows import Windows
 
 
 class TrainBatch(NamedTuple):
-    """This process's rows, as a `WindowBatch`, and what is known of the whole batch.
+    """rows: this process's. shared_document_share: of the whole batch's groups, those with a document in two rows."""
 
-    shared_document_share: of the batch's groups, those in which two rows share a document, 0 to 1.
-    """
-
-    tokens: np.ndarray
-    mask: np.ndarray
+    rows: Batch
     shared_document_share: float
 
 
 def train_batches(
     windows: Windows,
     order: TrainingOrder,
+    objective: Objective,
     batch_size: int,
     rows: np.ndarray,
     first_example: int,
@@ -49,9 +47,10 @@ def train_batches(
         )
 
     def read(number: int) -> TrainBatch:
-        ids = order.window_ids(number * batch_size, (number + 1) * batch_size)
+        first = number * batch_size
+        ids = order.window_ids(first, first + batch_size)
         shared = shared_document_pairs(order.documents, ids.reshape(-1, order.group_size))
-        return TrainBatch(*windows.read(ids[rows]), float(shared.mean()))
+        return TrainBatch(objective(windows.read(ids[rows]), first + rows), float(shared.mean()))
 
     numbers = grain.MapDataset.range(first_example // batch_size, sys.maxsize)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -59,8 +58,13 @@ def train_batches(
 
 
 def validation_batches(
-    windows: Windows, group_size: int, rows_per_batch: int, rows: np.ndarray, limit: int | None
-) -> Iterator[WindowBatch]:
+    windows: Windows,
+    objective: Objective,
+    group_size: int,
+    rows_per_batch: int,
+    rows: np.ndarray,
+    limit: int | None,
+) -> Iterator[Batch]:
     """One pass over the validation windows, in the same groups and order every time; absent rows fill the last batch.
 
     rows_per_batch: rows of a whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
@@ -73,5 +77,5 @@ def validation_batches(
         groups = groups[: np.searchsorted((groups >= 0).sum(axis=1).cumsum(), limit) + 1]
     ids = groups.reshape(-1)
     ids = np.pad(ids, (0, -len(ids) % rows_per_batch), constant_values=-1)
-    for batch in ids.reshape(-1, rows_per_batch):
-        yield windows.read(batch[rows])
+    for first in range(0, len(ids), rows_per_batch):
+        yield objective(windows.read(ids[first + rows]), first + rows, VALIDATION)

@@ -23,8 +23,6 @@ class Dense(nnx.Module):
         d_ff: int,
         config: DenseConfig = DenseConfig(),
         *,
-        activation: str = "relu",
-        gated: bool = False,
         init: InitConfig = InitConfig(),
         dtype: str = "float32",
         param_dtype: str = "float32",

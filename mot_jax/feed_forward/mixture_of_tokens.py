@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,13 @@ class MixtureOfTokens(nnx.Module):
         self.w_out = param((e, f, d), f, config.w_out_init_scale)
         self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
         plain = DenseConfig(bias=False)
-        common = {"activation": activation, "gated": gated, "init": init, "dtype": dtype, "param_dtype": param_dtype}
+        common: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "init": init,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+        }
         self.shared = Dense(d, config.shared_dim, plain, rngs=rngs, **common) if config.shared_dim else None
 
         separate = c.controllers != "shared"
@@ -150,7 +157,7 @@ def _value(param: nnx.Param | None) -> jax.Array | None:
     return None if param is None else param[...]
 
 
-def _project_in(u: jax.Array, p: dict[str, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+def _project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
     out = spec("exchanged_groups", None, "experts", None)
     u = _layer_norm(u, p["norm"])
     product = functools.partial(jnp.einsum, "nsed,edf->nsef", u, out_sharding=out)
@@ -159,7 +166,7 @@ def _project_in(u: jax.Array, p: dict[str, jax.Array | None]) -> tuple[jax.Array
 
 @functools.cache  # one function for each activation: JAX knows functions by identity
 def _project_out(activation: str) -> mixing.Project:
-    def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, jax.Array | None]) -> jax.Array:
+    def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
         out = spec("exchanged_groups", None, "experts", None)
         hidden = activate(activation, *h)
         return _layer_norm(

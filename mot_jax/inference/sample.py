@@ -1,4 +1,4 @@
-"""Text from a model, a whole group at a time, as it was trained: each new token costs a full forward pass."""
+"""Text from a model for people to read, a whole group at a time, as it was trained: no cache, no modes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,57 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from mot_jax.config import ModelConfig
+from mot_jax.config import Config, ModelConfig
+from mot_jax.data.objectives import Batch, Objective
+from mot_jax.data.pipeline import validation_batches
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.windows import Windows
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
+from mot_jax.sharding import local_rows, place_rows
+
+
+def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
+    """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
+    size = config.group_size * mesh.size
+    objective, rows = Objective.of(config, tokenizer), local_rows(mesh, size)
+    batch = next(validation_batches(windows, objective, config.group_size, size, rows, None))
+
+    def words(tokens: np.ndarray) -> str:
+        return tokenizer.decode(tokens).decode(errors="replace")
+
+    if objective.masked:
+        found = fill(config.model, params, jax.tree.map(partial(place_rows, mesh), batch), tokenizer.vocab_size)
+        texts = []
+        for row, guesses, hidden in zip(
+            batch.inputs, np.asarray(jax.device_get(found)), batch.target_mask, strict=True
+        ):
+            pieces = [_GAP if gap else words([token]) for token, gap in zip(row, hidden, strict=True)]
+            guessed = words(np.where(hidden, guesses, row))
+            texts.append(f"--- prompt\n{''.join(pieces)}\n--- filled\n{guessed}\n")
+        return "\n".join(texts[: config.group_size])
+    prompt = config.model.context_length // 2
+    prompts, present = place_rows(mesh, batch.inputs[:, :prompt]), place_rows(mesh, batch.token_mask[:, 0])
+    key = jax.random.key(config.training.seed)
+    length = config.logging.sample_tokens
+    tokens = np.asarray(sample(config.model, params, prompts, present, key, length, tokenizer.vocab_size))
+    continued = [(words(row[:prompt]), words(row[prompt:])) for row in tokens[: config.group_size]]
+    return "\n".join(f"--- prompt\n{begin}\n--- continued\n{end}\n" for begin, end in continued)
+
+
+_GAP = "\N{WHITE SQUARE}"
+
+
+@partial(jax.jit, static_argnames=("config", "vocab_size"))
+def fill(config: ModelConfig, params: Params, batch: Batch, vocab_size: int) -> jax.Array:
+    """The likeliest token of every place, int32 [B, S], by a masked model."""
+    model = bind(config, params)
+    out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs), batch.segments)
+    logits = model.logits(out.hidden)
+    return jnp.argmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
 
 
 @partial(jax.jit, static_argnames=("config", "length", "vocab_size", "temperature"))

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax import accounting
 from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
+from mot_jax.data.objectives import Objective
 from mot_jax.data.order import TrainingOrder
-from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
+from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
-from mot_jax.data.windows import WindowBatch, Windows, open_windows
-from mot_jax.inference.sample import sample
-from mot_jax.sharding import local_rows, make_mesh, place_rows
+from mot_jax.data.windows import Windows, open_windows
+from mot_jax.inference.sample import sample_text
+from mot_jax.sharding import local_rows, make_mesh
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.evaluation import make_evaluation, place
 from mot_jax.training.state import TrainState, abstract_state, create_state
-from mot_jax.training.step import Metrics, make_eval_step, make_train_step
+from mot_jax.training.step import Metrics, make_train_step
+from mot_jax.training.upcycle import upcycle
 
 DATA_DIRECTORY = "~/.cache/mot_jax"
 _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
@@ -72,6 +72,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 console.line(f"warning: another version, so last bits may differ: {line}")
         else:
             state, next_example = create_state(config, mesh), 0
+            if t.upcycle_from is not None:
+                params, notes = upcycle(config.model, state.params, t.upcycle_from)
+                state = state._replace(params=params)
+                for line in notes:
+                    console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
 
@@ -79,12 +84,12 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
 
         # --- compile ----------------------------------------------------------------------------------------------
         rows = local_rows(mesh, t.batch_size)
-        batches = train_batches(windows, order, t.batch_size, rows, next_example)
-        example = _place(mesh, windows.read([-1] * len(rows)))
+        objective = Objective.of(config, tokenizer)
+        batches = train_batches(windows, order, objective, t.batch_size, rows, next_example)
+        example = place(mesh, objective(windows.read([-1] * len(rows)), rows))
         start = time.perf_counter()
-        train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, *example).compile()
-        token_bytes = np.pad(tokenizer.token_bytes, (0, config.model.vocab_size - tokenizer.vocab_size))
-        eval_step = jax.jit(make_eval_step(config, token_bytes))
+        train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, example).compile()
+        evaluate = make_evaluation(config, mesh, unseen, tokenizer)
         console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
 
         # --- the loop -------------------------------------------------------------------------------------------------
@@ -109,7 +114,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             for step in console.track(range(done + 1, t.steps + 1), done):
                 with meter.waiting():
                     batch = next(batches)
-                state, values = train_step(state, *_place(mesh, batch))
+                state, values = train_step(state, place(mesh, batch.rows))
                 log_pending()
                 last = step == t.steps
                 if step % t.log_every == 0 or last:
@@ -120,8 +125,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     log_pending()  # a checkpoint never outlives the rows before it
                 if validates:
                     limit = None if last else config.data.validation_windows
-                    row = {"step": step, "split": "validation"}
-                    row |= _validate(config, mesh, eval_step, state, unseen, limit)
+                    row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
                     metrics_log.write(row)
                     console.line(log.validation_line(row))
                 if saves:
@@ -135,7 +139,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
 
         # --- what came of it ------------------------------------------------------------------------------------------
         if config.logging.sample_tokens:
-            _replace(workdir / "sample.txt", _sample(config, mesh, state, unseen, tokenizer).encode())
+            _replace(workdir / "sample.txt", sample_text(config, mesh, state.params, unseen, tokenizer).encode())
         _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
 
@@ -202,10 +206,6 @@ def _replace(path: epath.Path, content: bytes) -> None:
     new.replace(path)
 
 
-def _place(mesh: Mesh, batch: TrainBatch | WindowBatch) -> tuple[jax.Array, jax.Array]:
-    return place_rows(mesh, batch.tokens), place_rows(mesh, batch.mask)
-
-
 class _Meter:
     """Speed since the last reading."""
 
@@ -238,41 +238,6 @@ class _Meter:
         found["seconds_left"] = (self._steps - step) * seconds / steps
         self.restart(step)
         return found
-
-
-def _validate(
-    config: Config, mesh: Mesh, eval_step: Any, state: TrainState, windows: Windows, limit: int | None
-) -> dict[str, float | int]:
-    """Mean loss in nats per token and bits per byte over the validation split, in its one fixed grouping."""
-    rows = config.training.batch_size // config.training.accumulation
-    batches = validation_batches(windows, config.group_size, rows, local_rows(mesh, rows), limit)
-    sums = np.zeros(4)
-    for batch in batches:
-        sums += np.array(jax.device_get(eval_step(state.params, *_place(mesh, batch))), np.float64)
-    nats, tokens, size, scored = map(float, sums)
-    return {
-        "loss": nats / tokens,
-        "bits_per_byte": nats / math.log(2) / size,
-        "tokens": int(tokens),
-        "windows": int(scored),
-    }
-
-
-def _sample(config: Config, mesh: Mesh, state: TrainState, windows: Windows, tokenizer: Tokenizer) -> str:
-    """A group of validation texts, continued by the model: for people to read."""
-    size = config.group_size * mesh.size
-    batch = next(validation_batches(windows, config.group_size, size, local_rows(mesh, size), None))
-    prompt = config.model.context_length // 2
-    prompts, present = place_rows(mesh, batch.tokens[:, :prompt]), place_rows(mesh, batch.mask[:, 0])
-    key = jax.random.key(config.training.seed)
-    tokens = sample(
-        config.model, state.params, prompts, present, key, config.logging.sample_tokens, tokenizer.vocab_size
-    )
-    texts = []
-    for row in np.asarray(jax.device_get(tokens))[: config.group_size]:
-        begin, end = (tokenizer.decode(part).decode(errors="replace") for part in (row[:prompt], row[prompt:]))
-        texts.append(f"--- prompt\n{begin}\n--- continued\n{end}\n")
-    return "\n".join(texts)
 
 
 def _summary(config: Config, mesh: Mesh, windows: Windows) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from mot_jax.config import Config
+from mot_jax.data.objectives import Batch
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
 from mot_jax.sharding import shards, spec
@@ -22,50 +23,55 @@ Metrics = dict[str, jax.Array]
 
 
 class Evaluation(NamedTuple):
-    """Sums over a batch: nats, real targets, bytes of text that they stand for, windows. Scalars, float32."""
+    """Sums over a batch, scalars, float32: nats, real targets, those that were the likeliest token, bytes of text that
+    they stand for, windows.
+    """
 
     nats: jax.Array
     tokens: jax.Array
+    correct: jax.Array
     bytes: jax.Array
     windows: jax.Array
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-    """(state, tokens int32 [B, S + 1], mask bool [B, S]) -> (state, metrics): one update by the mean loss per target.
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch of global arrays [B, S]) -> (state, metrics): one update by the mean loss per target.
 
-    Metrics, scalars: loss in nats, learning_rate, RMS of gradient (before clipping), update and parameters, and the
-    layers' own, averaged over microbatches. Compile it with the state donated.
+    Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; RMS of gradient (before
+    clipping), update and parameters; the layers' own, averaged over microbatches. Compile it with the state donated.
     """
-    accumulation = config.training.accumulation
+    accumulation, weigh = config.training.accumulation, config.training.losses
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     schedule = learning_rate(config.training.optimizer, config.training.steps)
+    wanted = ("mixing_entropy",) if weigh.mixing_entropy else ()
 
-    def loss(params: Params, tokens: jax.Array, mask: jax.Array, step: jax.Array, targets: jax.Array):
+    def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array):
         model = bind(config.model, params)
-        inputs = tokens[:, :-1]
-        out = model(inputs, FeedForwardContext(token_mask=mask, token_ids=inputs, step=step, train=True))
+        context = FeedForwardContext(batch.token_mask, batch.inputs, step, losses=wanted, train=True)
+        out = model(batch.inputs, context, batch.segments)
+        sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, weigh.head_z)
+        total = sums.loss / targets
         if out.losses:
-            raise NotImplementedError(f"the training config has no weights for the losses {sorted(out.losses)}")
-        return model.loss_sum(out.hidden, tokens[:, 1:], mask) / targets, out.metrics
+            total += weigh.mixing_entropy * sum(out.losses.values()) / len(out.losses) / accumulation
+        return total, (sums.nats / targets, out.metrics)
 
-    def train_step(state: TrainState, tokens: jax.Array, mask: jax.Array) -> tuple[TrainState, Metrics]:
-        targets = jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        targets = jnp.maximum(batch.target_mask.sum(), 1).astype(jnp.float32)
 
-        def microbatch(tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, Metrics, Params]:
-            gradient = jax.value_and_grad(loss, has_aux=True)
-            (value, metrics), gradients = gradient(state.params, tokens, mask, state.step, targets)
+        def microbatch(batch: Batch) -> tuple[jax.Array, Metrics, Params]:
+            gradients, (value, metrics) = jax.grad(loss, has_aux=True)(state.params, batch, state.step, targets)
             return value, jax.tree.map(lambda m: m / accumulation, metrics), gradients
 
         if accumulation == 1:
-            value, metrics, gradients = microbatch(tokens, mask)
+            value, metrics, gradients = microbatch(batch)
         else:
-            parts = split_rows(tokens, accumulation), split_rows(mask, accumulation)
-            shapes = jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
+            parts = jax.tree.map(lambda x: split_rows(x, accumulation), batch)
+            shapes = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], parts))
             # Sums in float32, whatever the parameters are.
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
             add = partial(jax.tree.map, jnp.add)
             (value, metrics, gradients), _ = jax.lax.scan(
-                lambda sum, part: (add(sum, microbatch(*part)), None), zeros, parts
+                lambda sum, part: (add(sum, microbatch(part)), None), zeros, parts
             )
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -83,17 +89,21 @@ def make_train_step(config: Config) -> Callable[[TrainState, jax.Array, jax.Arra
     return train_step
 
 
-def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params, jax.Array, jax.Array], Evaluation]:
-    """(params, tokens int32 [B, S + 1], mask bool [B, S]) -> Evaluation. token_bytes: int [V], bytes of each token."""
+def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params, jax.Array, Batch], Evaluation]:
+    """(params, step int32 scalar, batch of global arrays) -> Evaluation. token_bytes: [V], bytes of each token."""
 
-    def eval_step(params: Params, tokens: jax.Array, mask: jax.Array) -> Evaluation:
+    def eval_step(params: Params, step: jax.Array, batch: Batch) -> Evaluation:
         model = bind(config.model, params)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        out = model(inputs, FeedForwardContext(token_mask=mask, token_ids=inputs))
-        sizes = jnp.asarray(token_bytes, jnp.float32).at[targets].get(out_sharding=spec("rows", None))
-        nats = model.loss_sum(out.hidden, targets, mask).astype(jnp.float32)
-        windows = mask.any(axis=1).sum().astype(jnp.float32)
-        return Evaluation(nats, mask.sum().astype(jnp.float32), jnp.where(mask, sizes, 0).sum(), windows)
+        out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step), batch.segments)
+        sizes = jnp.asarray(token_bytes, jnp.float32).at[batch.targets].get(out_sharding=spec("rows", None))
+        sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, accuracy=True)
+        counts = (
+            batch.target_mask.sum(),
+            sums.correct,
+            jnp.where(batch.target_mask, sizes, 0).sum(),
+            batch.token_mask.any(axis=1).sum(),
+        )
+        return Evaluation(sums.nats.astype(jnp.float32), *(count.astype(jnp.float32) for count in counts))
 
     return eval_step
 

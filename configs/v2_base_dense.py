@@ -1,0 +1,24 @@
+"""Transformer-Base of version 2 of the paper, the dense twin of the MoT-Base models, with its learning rate.
+
+Command:    python train.py configs/v2_base_dense.py   (prepare the text first: docs/reproduce.md)
+Parameters: 162.4 M (123.6 M active)
+The paper:  the baseline of its figures.
+Here:       not run.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mot_jax.config import Config, DenseConfig, load_config
+
+
+def get_config() -> Config:
+    """The config of this experiment."""
+    base = load_config(Path(__file__).with_name("v2_base_32e.py"))
+    optimizer = dataclasses.replace(base.training.optimizer, learning_rate=4e-4)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, feed_forward=DenseConfig()),
+        data=dataclasses.replace(base.data, group_size=base.model.group_size),  # the same batches
+        training=dataclasses.replace(base.training, optimizer=optimizer),
+    )

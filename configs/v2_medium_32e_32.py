@@ -1,0 +1,19 @@
+"""MoT-Medium/32E/32 of version 2 of the paper: granularity 32, 1024 experts of width 64.
+
+Command:    python train.py configs/v2_medium_32e_32.py   (prepare the text first: docs/reproduce.md)
+Parameters: 338.9 M (53.0 M active)
+The paper:  figures; more and smaller mixtures help.
+Here:       not run.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mot_jax.config import Config, MixtureOfTokensConfig, load_config
+
+
+def get_config() -> Config:
+    """The config of this experiment."""
+    base = load_config(Path(__file__).with_name("v2_medium_32e.py"))
+    kind = MixtureOfTokensConfig(group_size=32, num_experts=1024)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, feed_forward=kind))

@@ -1,0 +1,19 @@
+"""MoT-Medium/32E/8 of version 2 of the paper: granularity 8, 256 experts of width 256.
+
+Command:    python train.py configs/v2_medium_32e_8.py   (prepare the text first: docs/reproduce.md)
+Parameters: 337.4 M (51.4 M active)
+The paper:  figures; more and smaller mixtures help.
+Here:       not run.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mot_jax.config import Config, MixtureOfTokensConfig, load_config
+
+
+def get_config() -> Config:
+    """The config of this experiment."""
+    base = load_config(Path(__file__).with_name("v2_medium_32e.py"))
+    kind = MixtureOfTokensConfig(group_size=32, num_experts=256)
+    return dataclasses.replace(base, model=dataclasses.replace(base.model, feed_forward=kind))

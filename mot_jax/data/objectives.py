@@ -1,0 +1,85 @@
+"""From windows of text to what a model reads and what it is to predict."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from mot_jax.config import Config
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.windows import WindowBatch
+
+TRAINING, VALIDATION = 0, 1  # each has random numbers of its own
+
+
+class Batch(NamedTuple):
+    """Rows as a model reads them, all [b, S].
+
+    inputs, targets: int32. token_mask: bool, the inputs that are real. target_mask: bool, the targets that count.
+    segments: int32, which document of the window a token belongs to; None unless the model asks.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    token_mask: np.ndarray
+    target_mask: np.ndarray
+    segments: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Causal: each token predicts the next. Masked: the tokens that were hidden are predicted from all others.
+
+    Of the real tokens, a share `mask_share` is to be predicted; 80 % of these are replaced by the mask token, 10 % by a
+    random one, 10 % stay (Devlin et al. 2019, section 3.1). Which ones depends on the seed, the split and the number of
+    the example, and on nothing else: the same on every mesh, anew in every epoch, always the same in validation.
+    """
+
+    masked: bool
+    document_mask: bool
+    mask_share: float
+    seed: int
+    vocab_size: int
+    mask_token: int
+    end_of_text: int
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Tokenizer) -> Objective:
+        """The objective of an experiment."""
+        return cls(
+            masked=config.model.objective == "masked",
+            document_mask=config.model.document_mask,
+            mask_share=config.data.mask_share,
+            seed=config.training.seed,
+            vocab_size=tokenizer.vocab_size,
+            mask_token=tokenizer.mask_token,
+            end_of_text=tokenizer.end_of_text,
+        )
+
+    def __call__(self, windows: WindowBatch, examples: np.ndarray, split: int = TRAINING) -> Batch:
+        """windows [b, S + 1], and the numbers of these examples, int [b] -> Batch [b, S].
+
+        A masked model reads the first S tokens of a window; the last one is the first of the next window.
+        """
+        tokens, real = windows
+        inputs = tokens[:, :-1]
+        segments = np.cumsum(inputs == self.end_of_text, axis=1, dtype=np.int32) if self.document_mask else None
+        if not self.masked:
+            return Batch(inputs, tokens[:, 1:], real, real, segments)
+        token_mask = np.concatenate([real[:, :1], real[:, :-1]], axis=1)  # a token more than it has targets
+        chosen, how, other = self._random(examples, split, inputs.shape[1])
+        chosen &= token_mask
+        hidden = np.where(how < 0.8, self.mask_token, np.where(how < 0.9, other, inputs)).astype(np.int32)
+        return Batch(np.where(chosen, hidden, inputs), inputs, token_mask, chosen, segments)
+
+    def _random(self, examples: np.ndarray, split: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each token: whether it is chosen, a number in [0, 1), a token of the vocabulary."""
+        bits = np.stack(  # NumPy promises raw bits for ever
+            [np.random.Philox(key=[self.seed, split], counter=[0, 0, 0, n]).random_raw(2 * length) for n in examples]
+        )
+        first, second = bits[:, :length], bits[:, length:]
+        chosen = (first >> np.uint64(40)) < self.mask_share * 2**24
+        how = (first & np.uint64(2**24 - 1)) / 2**24
+        return chosen, how, (second % np.uint64(self.vocab_size)).astype(np.int32)

@@ -1,0 +1,62 @@
+"""The loss of a model on a split of the text, in one fixed grouping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mot_jax.config import Config
+from mot_jax.data.objectives import Batch, Objective
+from mot_jax.data.pipeline import validation_batches
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.windows import Windows
+from mot_jax.model import Params
+from mot_jax.sharding import local_rows, place_rows, shards
+from mot_jax.training.step import make_eval_step
+
+Result = dict[str, float | int]
+
+
+def make_evaluation(
+    config: Config, mesh: Mesh, windows: Windows, tokenizer: Tokenizer
+) -> Callable[[Params, jax.Array, int | None], Result]:
+    """(params, step, limit) -> loss in nats per target, bits per byte, accuracy, and how much text they stand on.
+
+    limit: stop after about so many windows; None scores them all. A masked model is scored on its masked tokens, the
+    same ones every time, and `most_frequent` is the accuracy of whoever always says the commonest of them.
+    """
+    padding = config.model.vocab_size - tokenizer.vocab_size
+    eval_step = jax.jit(make_eval_step(config, np.pad(tokenizer.token_bytes, (0, padding))))
+    objective = Objective.of(config, tokenizer)
+
+    def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
+        whole = config.group_size * shards("rows")
+        rows = -(-config.training.batch_size // config.training.accumulation // whole) * whole
+        batches = validation_batches(windows, objective, config.group_size, rows, local_rows(mesh, rows), limit)
+        sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
+        for batch in batches:
+            sums += np.array(jax.device_get(eval_step(params, step, place(mesh, batch))), np.float64)
+            if objective.masked:
+                said += np.bincount(batch.targets[batch.target_mask], minlength=len(said))
+        nats, tokens, correct, size, scored = map(float, sums)
+        result: dict[str, Any] = {
+            "loss": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / (size * windows.bytes_per_token_byte),
+            "accuracy": correct / tokens,
+            "tokens": int(tokens),
+            "windows": int(scored),
+        }
+        return result | ({"most_frequent": said.max() / said.sum()} if objective.masked else {})
+
+    return evaluate
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """Global arrays from this process's rows."""
+    return jax.tree.map(partial(place_rows, mesh), batch)
