@@ -5,7 +5,8 @@ FLOPs: a multiply-add is 2. Only matrix products count: no norms, softmax, activ
     merge, emit; PAPER.md section 2), learned or not. Training is 3 x the forward pass, as in MFU; what is computed a
     second time to save memory is *recomputed*, and apart.
 Active parameters: those that a token pays FLOPs for. The G tokens of a group share the runs of its E experts, so
-    experts count 1/G (by the paper's rule E F = G d_ff: the dense layer's); the embeddings, looked up, not at all.
+    experts count 1/G (by the paper's rule E F = G d_ff: the dense layer's); the embeddings, looked up, not at all, but
+    for one that is the head as well.
 Bytes: of all devices together, replicated arrays once; 1 MiB is 2**20.
 Kept: what the forward pass leaves for the backward pass of one microbatch. Read off the residuals of JAX's own
     derivative of each part, traced on shapes, and so true of any feed-forward kind. What does not grow with the batch
@@ -29,6 +30,7 @@ from flax import nnx
 
 from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.model import Block, init_params, stack_plan
+from mot_jax.training.schedule import make_optimizer
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 
@@ -48,20 +50,25 @@ def forward_flops(model: ModelConfig) -> dict[str, float]:
 
 
 def _block_flops(model: ModelConfig, kind: FeedForwardConfig) -> dict[str, float]:
-    d = model.d_model
-    parts: dict[str, float] = {"attention projections": 8 * d * d, "attention scores": 4 * model.context_length * d}
+    d, product = model.d_model, 2 * model.d_model
+    d_kv = d * (model.num_kv_heads or model.num_heads) // model.num_heads
+    parts: dict[str, float] = {"attention projections": 2 * product * (d + d_kv)}
+    parts["attention scores"] = 2 * product * model.context_length
+    layer = product * (3 if model.gated else 2)  # per number of the hidden width
     if not isinstance(kind, MixtureOfTokensConfig):
-        return parts | {"dense FFN": 4 * d * model.d_ff}
-    experts = 4 * d * kind.hidden_dim(model.d_ff) * kind.num_experts / kind.group_size
-    return parts | {"mixing": 6 * d * kind.num_experts, "experts": experts, "shared experts": 4 * d * kind.shared_dim}
+        return parts | {"dense FFN": layer * model.d_ff}
+    experts = layer * kind.hidden_dim(model.d_ff) * kind.num_experts / kind.group_size
+    mixing = 3 * product * kind.num_experts
+    return parts | {"mixing": mixing, "experts": experts, "shared experts": layer * kind.shared_dim}
 
 
 def recomputed_flops(model: ModelConfig) -> float:
     """FLOPs per token that the backward pass spends on computing again what was not kept.
 
     By `saved` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
-    `nothing` their input products as well. With `remat: attention`, the scores. With `remat: blocks`, whatever `saved`,
-    each stack's period runs forward again, but for the product that ends its last block, which no derivative reads.
+    `nothing` their input products as well, of which gated ones have two. With `remat: attention`, the scores. With
+    `remat: blocks`, whatever `saved`, each stack's period runs forward again, but for the product that ends its last
+    block, which no derivative reads.
     """
     d, kinds = model.d_model, model.block_kinds()
     if model.remat == "blocks":
@@ -74,8 +81,9 @@ def recomputed_flops(model: ModelConfig) -> float:
     total = model.num_blocks * 2.0 * model.context_length * d if model.remat == "attention" else 0.0
     for kind in kinds:
         if isinstance(kind, MixtureOfTokensConfig):
-            merge, product = 2 * d * kind.num_experts, _block_flops(model, kind)["experts"] / 2
-            total += {"nothing": merge + 2 * product, "pre_activations": merge + product, "all": 0}[kind.saved]
+            merge, products = 2 * d * kind.num_experts, _block_flops(model, kind)["experts"]
+            output = products / (3 if model.gated else 2)
+            total += {"nothing": merge + products, "pre_activations": merge + output, "all": 0}[kind.saved]
     return total
 
 
@@ -96,8 +104,9 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 def active_parameters(model: ModelConfig) -> int:
     """The parameters that a token pays FLOPs for (see the top of this file)."""
     parts = count_parameters(model)
-    experts = parts.pop("experts", 0) // model.group_size
-    return sum(parts.values()) - parts["embeddings"] + experts
+    experts = parts.pop("experts", 0) // getattr(model.feed_forward, "group_size", 1)
+    head = model.vocab_size * model.d_model if model.tied_head else 0
+    return sum(parts.values()) - parts["embeddings"] + experts + head
 
 
 @functools.lru_cache(maxsize=64)
@@ -120,7 +129,8 @@ def _trace_kept(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> t
     def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, state)
         norm = getattr(block, sublayer + "_norm", lambda x: x)
-        out = getattr(block, sublayer)(norm(x))
+        segments = jnp.zeros(x.shape[:2], int)
+        out = getattr(block, sublayer)(norm(x), **({"segments": segments} if sublayer == "attention" else {}))
         return x + getattr(out, "y", out), None
 
     def residuals(stack: nnx.State, x: jax.Array) -> list[jax.Array]:
@@ -174,9 +184,14 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
 def memory_bytes(config: Config) -> dict[str, int]:
     """Bytes of a training step by part: what is there throughout, and what a microbatch keeps."""
     m, t = config.model, config.training
-    parameters = sum(count_parameters(m).values()) * jnp.dtype(m.param_dtype).itemsize
-    parts = {"parameters": parameters, "AdamW moments": 2 * parameters, "gradients": parameters}
-    parts |= {"accumulated gradients": parameters} if t.accumulation > 1 else {}
+    counted = sum(count_parameters(m).values())
+    parameters = counted * jnp.dtype(m.param_dtype).itemsize
+    optimizer = make_optimizer(t.optimizer, t.steps)
+    state = jax.tree.leaves(jax.eval_shape(optimizer.init, _shapes(m)))
+    parts = {"parameters": parameters, "optimizer state": sum(leaf.size * leaf.dtype.itemsize for leaf in state)}
+    parts["gradients"] = parameters
+    if t.accumulation > 1:  # summed in float32, whatever the parameters are
+        parts["accumulated gradients"] = counted * jnp.promote_types(m.param_dtype, jnp.float32).itemsize
     return parts | {"kept for backward": sum(kept_bytes(m, t.batch_size // t.accumulation).values())}
 
 

@@ -1,4 +1,4 @@
-"""Causal multi-head self-attention."""
+"""Multi-head self-attention."""
 
 from __future__ import annotations
 
@@ -14,27 +14,58 @@ from mot_jax.init import draw
 
 
 class Attention(nnx.Module):
-    """Scaled dot-product attention over earlier positions of the same row, no biases.
+    """Scaled dot-product attention over the positions of a row, no biases: the earlier ones, or all if `masked`.
 
-    Parameters: `query` [D, H, K], `key_value` [D, 2, H, K], `out` [H, K, D], with K = D / H.
+    Parameters: `query` [D, H, K], `key_value` [D, 2, H_kv, K], `out` [H, K, D], with K = D / H. Of the H heads of
+    queries, each H / H_kv neighbours share keys and values.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         d, h = config.d_model, config.num_heads
-        k = d // h
-        self.dtype, self.remat = config.dtype, config.remat == "attention"
+        k, h_kv = d // h, config.num_kv_heads or h
         self.query = nnx.Param(draw(rngs.params(), (d, h, k), d, config.init, config.param_dtype))
-        self.key_value = nnx.Param(draw(rngs.params(), (d, 2, h, k), d, config.init, config.param_dtype))
+        self.key_value = nnx.Param(draw(rngs.params(), (d, 2, h_kv, k), d, config.init, config.param_dtype))
         self.out = nnx.Param(draw(rngs.params(), (h, k, d), d, config.init, config.param_dtype))
 
-    def __call__(self, x: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
-        """x [B, S, D], token_mask bool [B, S] (False is not attended to) -> [B, S, D] in the layer's dtype."""
-        x = x.astype(self.dtype)
-        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...].astype(self.dtype))
-        key_value = jnp.einsum("bsd,dchk->cbshk", x, self.key_value[...].astype(self.dtype))
+    def __call__(
+        self, x: jax.Array, token_mask: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, S, D] -> [B, S, D] in the layer's dtype.
+
+        token_mask: bool [B, S]; False is not attended to. segments: int32 [B, S], which document of its row a token is
+        of; read with `document_mask` alone, which raises ValueError without.
+        """
+        config, dtype = self.config, self.config.dtype
+        x = x.astype(dtype)
+        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...].astype(dtype))
+        key, value = jnp.einsum("bsd,dchk->cbshk", x, self.key_value[...].astype(dtype))
+        if config.positions == "rotary":
+            positions = jnp.arange(x.shape[1])
+            query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
         mask = None if token_mask is None else token_mask[:, None, None, :]
-        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=True)
-        if self.remat:  # the S x S scores are large, and cheap to compute again
+        if config.document_mask:
+            if segments is None:
+                raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]
+            mask = same if mask is None else same & mask
+        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=config.objective == "causal")
+        if config.remat == "attention":  # the S x S scores are large, and cheap to compute again
             attend = jax.checkpoint(attend)
-        y = attend(query, key_value[0], key_value[1], mask=mask)
-        return jnp.einsum("bshk,hkd->bsd", y, self.out[...].astype(self.dtype))
+        y = attend(query, key, value, mask=mask)
+        return jnp.einsum("bshk,hkd->bsd", y, self.out[...].astype(dtype))
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary positions: turns the pair (x_i, x_i+K/2) of the last dimension by the angle position / base^(2i / K).
+
+    The product of a query and a key then knows their positions by their difference alone.
+
+    x: [B, S, H, K], K even. positions: int [S] or [B, S]. Returns x's shape and dtype; float32 or wider inside.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    half = x.shape[-1] // 2
+    angles = positions[..., None, None] * base ** (-jnp.arange(half, dtype=wide) / half)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The transformer: a causal decoder with learned positions, pre-LayerNorm and an untied head (PAPER.md section 5).
+"""The transformer: a pre-norm decoder or bidirectional encoder; by default the paper's (PAPER.md section 5).
 
 Equal neighbouring blocks are stacked: their parameters carry a leading dimension, and `jax.lax.scan` runs them, so
 that neither the compiled program nor its compile time grows with depth.
@@ -17,7 +17,7 @@ from mot_jax.attention import Attention
 from mot_jax.config import FeedForwardConfig, ModelConfig
 from mot_jax.feed_forward import FeedForwardContext, make_feed_forward
 from mot_jax.init import draw
-from mot_jax.losses import cross_entropy_sum
+from mot_jax.losses import LossSums, cross_entropy_sum
 from mot_jax.sharding import spec
 
 Params = dict[str, jax.Array]
@@ -40,9 +40,11 @@ class Block(nnx.Module):
         self.feed_forward_norm = _norm(config, rngs)
         self.feed_forward = make_feed_forward(config, kind, rngs)
 
-    def __call__(self, x: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, dict, dict]:
+    def __call__(
+        self, x: jax.Array, context: FeedForwardContext, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, dict, dict]:
         """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins."""
-        x = x + self.attention(self.attention_norm(x), context.token_mask)
+        x = x + self.attention(self.attention_norm(x), context.token_mask, segments)
         out = self.feed_forward(self.feed_forward_norm(x), context)
         ratio = jax.lax.stop_gradient(_rms(out.y) / (_rms(x) + 1e-30))
         return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}
@@ -51,30 +53,45 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Token and position embeddings, stacks of blocks, head.
 
-    Parameters: `token_embedding` [V, D], `position_embedding` [S, D], `stacks/i/j/…` (the j-th block of the i-th
-    stack's period, stacked over its repeats), `head` [D, V], and `final_norm` if the config has one.
+    Parameters: `token_embedding` [V, D], `position_embedding` [S, D] unless positions are rotary, `stacks/i/j/…` (the
+    j-th block of the i-th stack's period, stacked over its repeats), `final_norm` if the config has one, and `head`
+    [D, V] unless it is tied.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         d, init, dtype = config.d_model, config.init, config.param_dtype
         self.token_embedding = nnx.Param(draw(rngs.params(), (config.vocab_size, d), 1, init, dtype))
-        self.position_embedding = nnx.Param(draw(rngs.params(), (config.context_length, d), 1, init, dtype))
+        self.position_embedding = (
+            nnx.Param(draw(rngs.params(), (config.context_length, d), 1, init, dtype))
+            if config.positions == "learned"
+            else None
+        )
         self.plan = stack_plan(config.block_kinds())
         self.stacks = nnx.List(nnx.List(_stack(config, kind, n, rngs) for kind in period) for period, n in self.plan)
         self.final_norm = _norm(config, rngs) if config.final_norm else None
-        self.head = nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
+        self.head = None if config.tied_head else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
 
-    def __call__(self, tokens: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> ModelOutput:
-        """tokens int32 [B, S], S at most the context length; `context.token_mask` [B, S] says which are real."""
-        table, positions = self.token_embedding[...], self.position_embedding[: tokens.shape[1]]
-        x = table.at[tokens].get(out_sharding=spec("rows", None, None)) + positions
+    def __call__(
+        self,
+        tokens: jax.Array,
+        context: FeedForwardContext = FeedForwardContext(),
+        segments: jax.Array | None = None,
+    ) -> ModelOutput:
+        """tokens int32 [B, S], S at most the context length; `context.token_mask` [B, S] says which are real.
+
+        segments: int32 [B, S], which document of its row a token is of; `document_mask` needs it, nothing else reads
+        it.
+        """
+        x = self.token_embedding[...].at[tokens].get(out_sharding=spec("rows", None, None))
+        if self.position_embedding is not None:
+            x += self.position_embedding[: tokens.shape[1]]
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}
         block = 0
         for stack, (_, repeats) in zip(self.stacks, self.plan, strict=True):
-            x, scanned = _run(stack, x, context, self.config.remat == "blocks")
+            x, scanned = _run(stack, x, context, segments, self.config.remat == "blocks")
             for i in range(repeats):
                 for found in scanned:
                     for collected, new in zip((losses, metrics), found, strict=True):
@@ -87,12 +104,19 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] in float32 (or wider)."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.matmul(hidden, self.head[...].astype(hidden.dtype), preferred_element_type=wide)
+        return jnp.matmul(hidden, self._head(hidden.dtype), preferred_element_type=wide)
 
-    def loss_sum(self, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-        """Sum of -log p(target) in nats over the True entries of `mask`; the logits exist for a chunk at a time."""
-        head = self.head[...].astype(hidden.dtype)
-        return cross_entropy_sum(hidden, head, targets, mask, math.gcd(self.config.loss_chunk, hidden.shape[1]))
+    def loss_sum(
+        self, hidden: jax.Array, targets: jax.Array, mask: jax.Array, head_z: float = 0.0, accuracy: bool = False
+    ) -> LossSums:
+        """Sums over the True entries of `mask`, see `cross_entropy_sum`; the logits exist for a chunk at a time."""
+        chunk = math.gcd(self.config.loss_chunk, hidden.shape[1])
+        return cross_entropy_sum(hidden, self._head(hidden.dtype), targets, mask, chunk, head_z, accuracy)
+
+    def _head(self, dtype: jnp.dtype) -> jax.Array:
+        """[D, V]."""
+        head = self.token_embedding[...].T if self.head is None else self.head[...]
+        return head.astype(dtype)
 
 
 def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
@@ -130,14 +154,16 @@ def _stack(config: ModelConfig, kind: FeedForwardConfig, repeats: int, rngs: nnx
     return nnx.merge(graph, jax.vmap(create)(jax.random.split(rngs.params(), repeats)))
 
 
-def _run(stack: nnx.List, x: jax.Array, context: FeedForwardContext, remat: bool) -> tuple[jax.Array, list]:
+def _run(
+    stack: nnx.List, x: jax.Array, context: FeedForwardContext, segments: jax.Array | None, remat: bool
+) -> tuple[jax.Array, list]:
     """Runs a stack's period over its repeats. Returns x and, by block of the period, (losses, metrics), stacked."""
     graph, state = nnx.split(stack)
 
     def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, list]:
         found = []
         for block in nnx.merge(graph, state):
-            x, losses, metrics = block(x, context)
+            x, losses, metrics = block(x, context, segments)
             found.append((losses, metrics))
         return x, found
 
@@ -146,8 +172,9 @@ def _run(stack: nnx.List, x: jax.Array, context: FeedForwardContext, remat: bool
     return jax.lax.scan(body, x, state)
 
 
-def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+    kind = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}[config.norm]
+    return kind(
         config.d_model, epsilon=config.norm_epsilon, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
     )
 

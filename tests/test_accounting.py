@@ -105,7 +105,7 @@ PROBE_MIXTURE = {"group_size": 4, "num_experts": 16, "shared_dim": 256}
 
 def loss_of(model, params, tokens, targets, mask):
     bound = bind(model, params)
-    return bound.loss_sum(bound(tokens).hidden, targets, mask)
+    return bound.loss_sum(bound(tokens, segments=jnp.zeros_like(tokens)).hidden, targets, mask).loss
 
 
 def inputs_of(model, rows):

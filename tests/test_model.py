@@ -75,7 +75,7 @@ def value_and_grad(config: ModelConfig, params: dict, tokens: jax.Array):
     def loss(params):
         model = bind(config, params)
         out = model(tokens)
-        return model.loss_sum(out.hidden, jnp.roll(tokens, -1, 1), jnp.ones_like(tokens, bool)), out.metrics
+        return model.loss_sum(out.hidden, jnp.roll(tokens, -1, 1), jnp.ones_like(tokens, bool)).loss, out.metrics
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 

@@ -53,7 +53,7 @@ def arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple:
 def loss(config: Config, params, tokens, mask):
     model = bind(config.model, params)
     out = model(tokens[:, :-1], FeedForwardContext(token_mask=mask))
-    return model.loss_sum(out.hidden, tokens[:, 1:], mask) / mask.sum(), out.metrics
+    return model.loss_sum(out.hidden, tokens[:, 1:], mask).loss / mask.sum(), out.metrics
 
 
 @lru_cache

@@ -20,11 +20,13 @@ __all__ = ["KINDS", "Dense", "FeedForwardContext", "FeedForwardOutput", "Mixture
 
 
 def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The layer of this kind, with the model's widths, init and dtypes."""
+    """The layer of this kind, with the model's widths, activation, init and dtypes."""
     return KINDS[type(kind)](
         model.d_model,
         model.d_ff,
         kind,
+        activation=model.activation,
+        gated=model.gated,
         init=model.init,
         dtype=model.dtype,
         param_dtype=model.param_dtype,

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mot_jax.config import DenseConfig, InitConfig
-from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
+from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
 
 
 class Dense(nnx.Module):
-    """ReLU(x W_in + b_in) W_out + b_out.
+    """act(x W_in + b_in) W_out + b_out; if gated, act(x W_gate + b_gate) (x W_in + b_in) W_out + b_out.
 
-    Parameters: `kernel_in` [D, F], `kernel_out` [F, D]. With `bias`: `bias_in` [F], `bias_out` [D], zero at first.
+    Parameters: `kernel_in` [D, F], `kernel_out` [F, D], and `kernel_gate` [D, F] if `gated`. With `bias`: `bias_in`
+    [F], `bias_out` [D] and `bias_gate` [F], zero at first.
     """
 
     def __init__(
@@ -23,24 +24,33 @@ class Dense(nnx.Module):
         d_ff: int,
         config: DenseConfig = DenseConfig(),
         *,
+        activation: str = "relu",
+        gated: bool = False,
         init: InitConfig = InitConfig(),
         dtype: str = "float32",
         param_dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.dtype = dtype
-        self.kernel_in = nnx.Param(draw(rngs.params(), (d_model, d_ff), d_model, init, param_dtype))
-        self.kernel_out = nnx.Param(draw(rngs.params(), (d_ff, d_model), d_ff, init, param_dtype))
-        self.bias_in = nnx.Param(jnp.zeros(d_ff, param_dtype)) if config.bias else None
-        self.bias_out = nnx.Param(jnp.zeros(d_model, param_dtype)) if config.bias else None
+        self.activation, self.dtype = activation, dtype
+
+        def kernel(inner: int, outer: int) -> nnx.Param:
+            return nnx.Param(draw(rngs.params(), (inner, outer), inner, init, param_dtype))
+
+        def bias(size: int, there: bool = True) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros(size, param_dtype)) if config.bias and there else None
+
+        self.kernel_in, self.kernel_out = kernel(d_model, d_ff), kernel(d_ff, d_model)
+        self.kernel_gate = kernel(d_model, d_ff) if gated else None
+        self.bias_in, self.bias_out, self.bias_gate = bias(d_ff), bias(d_model), bias(d_ff, gated)
 
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype."""
         del context
-        h = x.astype(self.dtype) @ self.kernel_in[...].astype(self.dtype)
-        if self.bias_in is not None:
-            h += self.bias_in[...].astype(self.dtype)
-        y = jax.nn.relu(h) @ self.kernel_out[...].astype(self.dtype)
-        if self.bias_out is not None:
-            y += self.bias_out[...].astype(self.dtype)
-        return FeedForwardOutput(y)
+        x = x.astype(self.dtype)
+        gate = None if self.kernel_gate is None else self._linear(x, self.kernel_gate, self.bias_gate)
+        h = activate(self.activation, self._linear(x, self.kernel_in, self.bias_in), gate)
+        return FeedForwardOutput(self._linear(h, self.kernel_out, self.bias_out))
+
+    def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        y = x @ kernel[...].astype(self.dtype)
+        return y if bias is None else y + bias[...].astype(self.dtype)

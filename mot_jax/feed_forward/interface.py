@@ -7,14 +7,6 @@ from functools import partial
 
 import jax
 
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
-
-
-def activate(name: str, h: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    """The activation of that name of h, or of the gate, times h, where there is one."""
-    return _ACTIVATIONS[name](h) if gate is None else _ACTIVATIONS[name](gate) * h
-
-
 _ARRAYS = ["token_mask", "token_ids", "step", "key"]
 
 
@@ -45,3 +37,14 @@ class FeedForwardOutput:
     y: jax.Array
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+
+
+def activate(name: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """What a hidden layer hands on: act(h), or act(gate) h where there is a gate, of h's shape.
+
+    name: `relu`, `gelu` (its tanh form) or `silu`.
+    """
+    return _ACTIVATIONS[name](h) if gate is None else _ACTIVATIONS[name](gate) * h

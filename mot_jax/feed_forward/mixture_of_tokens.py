@@ -61,14 +61,8 @@ class MixtureOfTokens(nnx.Module):
         self.w_out = param((e, f, d), f, config.w_out_init_scale)
         self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
         plain = DenseConfig(bias=False)
-        common: dict[str, Any] = {
-            "activation": activation,
-            "gated": gated,
-            "init": init,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-        }
-        self.shared = Dense(d, config.shared_dim, plain, rngs=rngs, **common) if config.shared_dim else None
+        dense = functools.partial(Dense, config=plain, activation=activation, gated=gated, init=init, dtype=dtype)
+        self.shared = dense(d, config.shared_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_dim else None
 
         separate = c.controllers != "shared"
         self.emit_controller = param((d, e), fan_in, config.controller_init_scale) if separate else None
