@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,17 +15,17 @@ TRAINING, VALIDATION = 0, 1  # each has random numbers of its own
 
 
 class Batch(NamedTuple):
-    """Rows as a model reads them, all [b, S].
+    """Rows as a model reads them, all [b, S]: NumPy's here, global arrays in a step.
 
     inputs, targets: int32. token_mask: bool, the inputs that are real. target_mask: bool, the targets that count.
     segments: int32, which document of the window a token belongs to; None unless the model asks.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    token_mask: np.ndarray
-    target_mask: np.ndarray
-    segments: np.ndarray | None = None
+    inputs: Any
+    targets: Any
+    token_mask: Any
+    target_mask: Any
+    segments: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
