@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "describe": _describe, "curves": _curves}
+    commands = {"train": _train, "describe": _describe, "curves": _curves, "inspect": _inspect}
     epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -88,6 +88,20 @@ def _curves(arguments: list[str]) -> None:
             )
     epath.Path(options.output).write_bytes(metrics.plot_curves(runs))
     print(options.output)
+
+
+def _inspect(arguments: list[str]) -> None:
+    """what a trained model mixes, in pictures: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
+    parser = _Parser(prog="mot inspect", allow_abbrev=False)
+    parser.add_argument("workdir", metavar="WORKDIR")
+    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/inspect")
+    parser.add_argument("--group", type=int, default=0, metavar="N", help="of the validation split (default: 0)")
+    parser.add_argument("--position", type=int, metavar="S", help="default: the middle of the window")
+    options = parser.parse_args(arguments)
+    from mot_jax.inference.inspect import inspect
+
+    for line in inspect(options.workdir, options.output, options.group, options.position):
+        print(line)
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import rich.console
 import rich.progress
 from etils import epath
+from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -141,12 +142,8 @@ def duration(seconds: float) -> str:
 
 def plot_curves(runs: dict[str, list[Row]]) -> bytes:
     """A PNG of the loss curves of runs by name: training as a thin line, validation as dots on a thick one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for index, (name, rows) in enumerate(runs.items()):
         color = f"C{index}"
         for split, style in (("train", {"linewidth": 0.7, "alpha": 0.5}), ("validation", {"marker": "o"})):
@@ -156,7 +153,11 @@ def plot_curves(runs: dict[str, list[Row]]) -> bytes:
     axes.set(xlabel="step", ylabel="loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
+    return png(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
     return picture.getvalue()

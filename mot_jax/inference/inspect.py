@@ -1,0 +1,260 @@
+"""What the mixing weights of a trained model do: pictures, a table and a summary of a run.
+
+Of mixing weights of any kind the share of each token is shown, |weight| over its sum over the group: for a softmax over
+the group, the weights themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.data.order import validation_order
+from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mot_jax.data.windows import Windows, open_windows
+from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
+from mot_jax.inference import pictures
+from mot_jax.mixing import normalised_entropy
+from mot_jax.model import ModelOutput, Params, bind
+from mot_jax.training.loop import DATA_DIRECTORY
+from mot_jax.training.metrics import read_rows
+from mot_jax.training.restore import Run, load_run, load_run_config
+
+_TOKENS_READ = 65_536  # of validation text, at least, if there is as much
+_LEAST_COUNT = 8  # a token that occurs less often says little
+_EXPERTS, _TOKENS, _SUMMARY = 16, 8, 4  # of a layer in the table; of an expert; experts of a layer in the summary
+_BEFORE = 20  # characters before a token
+
+
+def inspect(
+    workdir: epath.PathLike, output: epath.PathLike | None = None, group: int = 0, position: int | None = None
+) -> list[str]:
+    """Writes what a trained Mixture-of-Tokens model does with validation text; returns the lines of a summary.
+
+    entropy.png: entropies of the mixing weights and update/residual ratios over the steps, from metrics.jsonl.
+    weights.png (weights_emit.png, where emit has its own): the shares of one group's tokens at `position`.
+    tokens.png, tokens.txt, inspect.json: the tokens that the most decided experts weigh most, over many windows.
+
+    output: a directory; None is WORKDIR/inspect. group: counts the groups of the validation split, position: within the
+    window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, and for what does not exist.
+    """
+    workdir = epath.Path(workdir)
+    output = workdir / "inspect" if output is None else epath.Path(output)
+    config = load_run_config(workdir)
+    kind, length = config.model.feed_forward, config.model.context_length
+    if MixtureOfTokensConfig not in map(type, config.model.block_kinds()):
+        raise ConfigError(f"workdir = {workdir}: holds a dense model, which mixes nothing; try a Mixture-of-Tokens run")
+    assert isinstance(kind, MixtureOfTokensConfig)
+    run = load_run(workdir)
+    tokenizer, windows = _open_validation(config)
+
+    # Units of the text: the rows that must stay together, which hold one group, or several where groups lie within.
+    units = validation_order(windows.documents, config.group_size).reshape(-1, config.model.group_size)
+    within = kind.mixing.groups == "within"
+    groups, positions = (len(units) * length // kind.group_size, 1) if within else (len(units), length)
+    position = positions // 2 if position is None else position
+    for name, value, count in (("group", group, groups), ("position", position, positions)):
+        if not 0 <= value < count:
+            raise ConfigError(f"--{name} = {value}: must be 0 to {count - 1}; try {min(max(value, 0), count - 1)}")
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "entropy.png").write_bytes(pictures.entropy(read_rows(workdir), f"{workdir.name}, step {run.step}"))
+    except OSError as error:
+        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
+    unit, inner = divmod(group, groups // len(units))
+    shown, rows = _one_group(run, tokenizer, windows, units[unit], inner, position)
+    labels = [f"{pictures.visible(row['before'], ' ')}│{pictures.visible(row['token'])}" for row in rows]
+    for name, shares in shown.items():
+        title = f"{name} weights of group {group} at position {position}, step {run.step}"
+        file = "weights.png" if name == "merge" else f"weights_{name}.png"
+        (output / file).write_bytes(pictures.weights(shares, labels, title))
+    tables = _tables(run, tokenizer, windows, units)
+    report = {
+        "workdir": str(workdir),
+        "step": run.step,
+        "group": {"index": group, "position": position, "rows": rows},
+        **tables,
+    }
+    (output / "inspect.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "tokens.txt").write_text("\n".join(_lines(report, _EXPERTS)) + "\n")
+    (output / "tokens.png").write_bytes(pictures.tokens(report, kind.group_size))
+    return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}"]
+
+
+def _open_validation(config: Config) -> tuple[Tokenizer, Windows]:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
+    length = config.model.context_length
+    return tokenizer, open_windows(config.data.corpus[0], "validation", tokenizer, length, directory)
+
+
+# --- the weights ------------------------------------------------------------------------------------------------------
+
+
+class _Recording(nnx.Module):
+    """A layer whose metrics hold its mixing weights as well, so that they come out of the model's own forward pass."""
+
+    def __init__(self, layer: MixtureOfTokens):
+        self.layer = layer
+
+    def __call__(self, x: jax.Array, context: FeedForwardContext) -> FeedForwardOutput:
+        out = self.layer(x, context)
+        merge, emit = self.layer.weights(x, context)
+        weights = {"weights merge": merge} | ({} if emit is None else {"weights emit": emit})
+        return dataclasses.replace(out, metrics=out.metrics | weights)
+
+
+def forward_with_weights(
+    config: ModelConfig, params: Params, tokens: jax.Array, context: FeedForwardContext
+) -> tuple[ModelOutput, dict[str, dict[int, jax.Array]]]:
+    """The model's output for tokens int32 [B, S], and by name (merge, emit if it has its own) and block its weights.
+
+    Weights: [N, G, S, E], a large array for each block.
+    """
+    model = bind(config, params)
+    for stack in model.stacks:
+        for block in stack:
+            if isinstance(block.feed_forward, MixtureOfTokens):
+                block.feed_forward = _Recording(block.feed_forward)
+    out = model(tokens, context)
+    weights: dict[str, dict[int, jax.Array]] = {}
+    for key in sorted(out.metrics):
+        if key.startswith("weights "):
+            name, _, index = key.removeprefix("weights ").partition("/")
+            weights.setdefault(name, {})[int(index)] = out.metrics.pop(key)
+    return out, weights
+
+
+@partial(jax.jit, static_argnames="config")
+def _shares(config: ModelConfig, params: Params, step: int, tokens: jax.Array, mask: jax.Array):
+    context = FeedForwardContext(token_mask=mask, token_ids=tokens, step=jnp.asarray(step))
+    _, weights = forward_with_weights(config, params, tokens, context)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jax.tree.map(lambda w: jnp.abs(w) / jnp.maximum(jnp.abs(w).sum(axis=1, keepdims=True), tiny), weights)
+
+
+@partial(jax.jit, static_argnames=("config", "num_classes"))
+def _statistics(
+    config: ModelConfig,
+    params: Params,
+    step: int,
+    tokens: jax.Array,
+    mask: jax.Array,
+    classes: jax.Array,
+    num_classes: int,
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """By block: each expert's entropy [E], and the merge shares times the group's real tokens, summed by class [C, E].
+
+    classes: int32 [B, S]; a token of class `num_classes` is not counted.
+    """
+
+    def measure(shares: jax.Array) -> tuple[jax.Array, jax.Array]:
+        real = mask.reshape(shares.shape[:3])
+        entropy = jax.vmap(lambda share: normalised_entropy(share[..., None], real), in_axes=-1)(shares)
+        ratio = shares * real.sum(axis=1)[:, None, :, None]
+        return entropy, jax.ops.segment_sum(ratio.reshape(-1, shares.shape[-1]), classes.reshape(-1), num_classes)
+
+    return jax.tree.map(measure, _shares(config, params, step, tokens, mask)["merge"])
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def _one_group(
+    run: Run, tokenizer: Tokenizer, windows: Windows, unit: np.ndarray, inner: int, position: int
+) -> tuple[dict[str, dict[int, np.ndarray]], list[dict[str, Any]]]:
+    """Shares [G, E] by name and block, and what the group's rows are."""
+    model = run.config.model
+    batch = windows.read(unit)
+    tokens, mask = batch.tokens[:, : model.context_length], batch.mask
+    found = _shares(model, run.params, run.step, tokens, mask)
+    shares = jax.tree.map(lambda array: np.asarray(array[inner, :, position]), found)
+    shape = next(iter(found["merge"].values())).shape[:3]
+    place = np.arange(tokens.size).reshape(shape)[inner, :, position]
+    rows = []
+    for row, column in zip(*np.unravel_index(place, tokens.shape), strict=True):
+        real = bool(mask[row, column])
+        before = tokenizer.decode(tokens[row, :column]).decode(errors="replace")[-_BEFORE:] if real else ""
+        token = _text(tokenizer, tokens[row, column]) if real else "<masked>"
+        rows.append({"before": before, "token": token, "real": real})
+    return shares, rows
+
+
+def _tables(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray) -> dict[str, Any]:
+    """By block, the most decided experts, and the tokens with the highest mean share over 1/G in their mixtures."""
+    model = run.config.model
+    length, rows = model.context_length, units.shape[1]
+    together = min(max(1, 32 // rows), len(units))  # units that are read at one time
+    count = min(math.ceil(_TOKENS_READ / (together * rows * length)), len(units) // together)
+    batches = [windows.read(ids) for ids in units[: count * together].reshape(count, -1)]
+    tokens = np.stack([batch.tokens[:, :length] for batch in batches])
+    mask = np.stack([batch.mask for batch in batches])
+
+    ids, counts = np.unique(tokens[mask], return_counts=True)
+    ids, counts = ids[counts >= _LEAST_COUNT], counts[counts >= _LEAST_COUNT]
+    classes = np.searchsorted(ids, tokens)
+    known = mask & (np.append(ids, -1)[classes] == tokens)
+    classes = np.where(known, classes, len(ids)).astype(np.int32)
+    sums: Any = None
+    for batch in zip(tokens, mask, classes, strict=True):
+        found = jax.device_get(_statistics(model, run.params, run.step, *batch, num_classes=len(ids)))
+        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+
+    blocks = {}
+    for block, (entropy, ratios) in sums.items():
+        entropy, ratios = entropy / len(tokens), ratios / counts[:, None]
+        experts = []
+        for expert in np.argsort(entropy, kind="stable")[:_EXPERTS]:
+            best = np.argsort(-ratios[:, expert], kind="stable")[:_TOKENS]
+            best = best[ratios[best, expert] > 1]
+            words = [
+                {
+                    "id": int(ids[i]),
+                    "text": _text(tokenizer, ids[i]),
+                    "ratio": round(float(ratios[i, expert]), 3),
+                    "count": int(counts[i]),
+                }
+                for i in best
+            ]
+            experts.append({"expert": int(expert), "entropy": round(float(entropy[expert]), 4), "tokens": words})
+        blocks[f"{block:02d}"] = {
+            "entropy": round(float(entropy.mean()), 4),
+            "least_entropy": round(float(entropy.min()), 4),
+            "most_entropy": round(float(entropy.max()), 4),
+            "experts": experts,
+        }
+    return {"tokens_read": int(mask.sum()), "least_count": _LEAST_COUNT, "blocks": blocks}
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+    if token == tokenizer.end_of_text:
+        return "<eot>"
+    return tokenizer.decode([token]).decode(errors="backslashreplace")
+
+
+def _lines(report: dict[str, Any], experts: int) -> list[str]:
+    """The table for people."""
+    lines = [
+        f"{report['workdir']}, step {report['step']}: merge weights over {report['tokens_read']:,} validation tokens",
+        "entropy: 1 is uniform mixing, 0 is one token a mixture; (x): x times the weight of uniform mixing, on average",
+    ]
+    for name, block in report["blocks"].items():
+        lines.append(
+            f"block {name}: mean entropy {block['entropy']:.2f}, of its experts "
+            f"{block['least_entropy']:.2f} to {block['most_entropy']:.2f}; the most decided:"
+        )
+        for expert in block["experts"][:experts]:
+            words = "  ".join(f"{pictures.visible(t['text'])} ({t['ratio']:.1f})" for t in expert["tokens"])
+            lines.append(f"  expert {expert['expert']:>4}  entropy {expert['entropy']:.2f}  {words}")
+    return lines
