@@ -20,6 +20,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     end_of_text: int
+    mask_token: int
     token_bytes: np.ndarray
     fingerprint: str
 
@@ -35,6 +36,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_text = 256
+    mask_token = 257
     token_bytes = np.array([1] * 256 + [0], np.int32)
     fingerprint = "bytes/1"
 

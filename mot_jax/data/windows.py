@@ -68,6 +68,7 @@ class Windows:
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
         self.fingerprint = directory.name
+        self.bytes_per_token_byte = 1.0
 
     def __len__(self) -> int:
         return len(self.documents)

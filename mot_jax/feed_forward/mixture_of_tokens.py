@@ -96,7 +96,7 @@ class MixtureOfTokens(nnx.Module):
         if not wanted:  # then nothing is kept for their backward pass
             weights, emit_weights = jax.lax.stop_gradient((weights, emit_weights))
         entropies = self._entropies(weights, emit_weights, context)
-        losses = {"mixing_entropy": sum(entropies.values()) / len(entropies)} if wanted and entropies else {}
+        losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if wanted and entropies else {}
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
 
     def weights(

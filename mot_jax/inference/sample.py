@@ -34,7 +34,7 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
         for row, guesses, hidden in zip(
             batch.inputs, np.asarray(jax.device_get(found)), batch.target_mask, strict=True
         ):
-            pieces = [_GAP if gap else words([token]) for token, gap in zip(row, hidden, strict=True)]
+            pieces = [_GAP if gap else words(token[None]) for token, gap in zip(row, hidden, strict=True)]
             guessed = words(np.where(hidden, guesses, row))
             texts.append(f"--- prompt\n{''.join(pieces)}\n--- filled\n{guessed}\n")
         return "\n".join(texts[: config.group_size])

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from mot_jax.data.corpora import Corpus
+from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
 from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
 from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.data.windows import WindowBatch, Windows, open_windows
 
 NAME = "python_source/stdlib"
+
+
+CAUSAL = Objective(False, True, 0.15, 0, 257, 257, 256)
+MASKED = dataclasses.replace(CAUSAL, masked=True)
+
+
+def same(found: Batch, expected: Batch) -> None:
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,7 @@ def windows(data_directory: Path, toy_corpus: Callable[..., Corpus]) -> Windows:
 
 
 def take(windows: Windows, order: TrainingOrder, rows: list[int], first: int, count: int) -> list[TrainBatch]:
-    batches = train_batches(windows, order, 12, np.array(rows), first)
+    batches = train_batches(windows, order, CAUSAL, 12, np.array(rows), first)
     try:
         return list(itertools.islice(batches, count))
     finally:
@@ -37,9 +48,7 @@ def test_training_batches_follow_the_order(windows: Windows) -> None:
     per_epoch = len(windows) // 12
     for t, batch in enumerate(take(windows, order, list(range(12)), 0, per_epoch + 5)):
         ids = order.window_ids(12 * t, 12 * t + 12)
-        tokens, mask = windows.read(ids)
-        np.testing.assert_array_equal(batch.tokens, tokens)
-        np.testing.assert_array_equal(batch.mask, mask)
+        same(batch.rows, CAUSAL(windows.read(ids), ids))
         assert batch.shared_document_share == shared_document_pairs(windows.documents, ids.reshape(3, 4)).mean()
 
 
@@ -49,8 +58,7 @@ def test_processes_together_read_the_batch_of_one(windows: Windows) -> None:
     for parts in ([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]):
         for rows in parts:
             for mine, all_rows in zip(take(windows, order, rows, 24, 6), whole, strict=True):
-                np.testing.assert_array_equal(mine.tokens, all_rows.tokens[rows])
-                np.testing.assert_array_equal(mine.mask, all_rows.mask[rows])
+                same(mine.rows, jax.tree.map(lambda x, rows=rows: x[rows], all_rows.rows))
                 assert mine.shared_document_share == all_rows.shared_document_share
 
 
@@ -59,7 +67,7 @@ def test_a_run_continues_where_it_stopped(windows: Windows) -> None:
     whole = take(windows, order, [0, 5], 0, 9)
     rest = take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 5], 48, 5)
     for a, b in zip(whole[4:], rest, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
+        same(a.rows, b.rows)
 
 
 def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,18 +80,18 @@ def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(windows, "read", counting_read)
     take(windows, TrainingOrder(windows.documents, 4, seed=3), [1, 7], 0, 3)
-    list(validation_batches(windows, 4, 12, np.array([1, 7]), None))
+    list(validation_batches(windows, CAUSAL, 4, 12, np.array([1, 7]), None))
     assert set(asked) == {2}
 
 
 def test_batches_and_starts_that_cut_groups_are_refused(windows: Windows) -> None:
     order = TrainingOrder(windows.documents, 4, seed=3)
     with pytest.raises(ValueError, match="multiple"):
-        train_batches(windows, order, 10, np.arange(10), 0)
+        train_batches(windows, order, CAUSAL, 10, np.arange(10), 0)
     with pytest.raises(ValueError, match="multiple"):
-        train_batches(windows, order, 12, np.arange(12), 6)
+        train_batches(windows, order, CAUSAL, 12, np.arange(12), 6)
     with pytest.raises(ValueError, match="multiple"):
-        next(validation_batches(windows, 4, 10, np.arange(10), None))
+        next(validation_batches(windows, CAUSAL, 4, 10, np.arange(10), None))
 
 
 def test_an_error_while_reading_reaches_the_reader(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,20 +104,19 @@ def test_an_error_while_reading_reaches_the_reader(windows: Windows, monkeypatch
 
 
 def test_validation_predicts_every_token_once(windows: Windows) -> None:
-    batches = list(validation_batches(windows, 4, 12, np.arange(12), None))
-    assert sum(int(batch.mask.sum()) for batch in batches) == windows.info["tokens"] - 1
-    assert {batch.tokens.shape for batch in batches} == {(12, 9)}
+    batches = list(validation_batches(windows, CAUSAL, 4, 12, np.arange(12), None))
+    assert sum(int(batch.target_mask.sum()) for batch in batches) == windows.info["tokens"] - 1
+    assert {batch.inputs.shape for batch in batches} == {(12, 8)}
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]):
-        for part, whole in zip(validation_batches(windows, 4, 12, np.array(rows), None), batches, strict=True):
-            np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
-            np.testing.assert_array_equal(part.mask, whole.mask[rows])
+        for part, whole in zip(validation_batches(windows, CAUSAL, 4, 12, np.array(rows), None), batches, strict=True):
+            same(part, jax.tree.map(lambda x, rows=rows: x[rows], whole))
 
 
 @pytest.mark.parametrize("limit", [1, 4, 5, 50, 10**6])
 def test_the_validation_limit_takes_the_first_whole_groups(windows: Windows, limit: int) -> None:
     def rows_of(limit: int | None) -> np.ndarray:
-        batches = validation_batches(windows, 4, 12, np.arange(12), limit)
-        return np.concatenate([batch.tokens[batch.mask.any(axis=1)] for batch in batches])
+        batches = validation_batches(windows, CAUSAL, 4, 12, np.arange(12), limit)
+        return np.concatenate([batch.inputs[batch.token_mask.any(axis=1)] for batch in batches])
 
     some, whole = rows_of(limit), rows_of(None)
     assert min(limit, len(windows)) <= len(some) < limit + 4
@@ -129,3 +136,16 @@ def test_the_standard_library_keeps_documents_apart(data_directory: Path) -> Non
     training = TrainingOrder(train.documents, 32, seed=0)
     groups = training.window_ids(0, training.groups_per_epoch * 32).reshape(-1, 32)
     assert not shared_document_pairs(train.documents, groups).any()
+
+
+def test_validation_hides_the_same_tokens_every_time_and_training_never_again(windows: Windows) -> None:
+    first, again = (list(validation_batches(windows, MASKED, 4, 12, np.arange(12), None)) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        same(a, b)
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    per_epoch = order.groups_per_epoch // 3
+    batches = train_batches(windows, order, MASKED, 12, np.arange(12), 0)
+    seen = [next(batches).rows for _ in range(2 * per_epoch)]
+    batches.close()
+    hidden = {rows.targets[i].tobytes() + rows.target_mask[i].tobytes() for rows in seen for i in range(12)}
+    assert len(hidden) > 0.6 * 12 * len(seen)  # of 8 tokens, the same may be hidden by chance

@@ -167,7 +167,7 @@ def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, t
     workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
     longer = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=14))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_sample", lambda *_: 1 / 0)
+        patch.setattr(loop, "sample_text", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loop.train(longer, workdir)
     assert not (workdir / "loss.png").exists()  # the mark of a finished run, which was that of the shorter one

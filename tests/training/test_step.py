@@ -12,8 +12,13 @@ import optax
 import pytest
 
 from mot_jax.config import Config, DenseConfig, MeshConfig, OptimizerConfig
+from mot_jax.data.objectives import Batch, Objective
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.windows import WindowBatch
+from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import bind
-from mot_jax.sharding import make_mesh, place_rows
+from mot_jax.sharding import make_mesh
+from mot_jax.training.evaluation import place
 from mot_jax.training.schedule import learning_rate, make_optimizer
 from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import make_eval_step, make_train_step
@@ -21,31 +26,39 @@ from mot_jax.training.step import make_eval_step, make_train_step
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")
 
 
-def batches(config: Config, count: int) -> np.ndarray:
-    """Tokens with something to learn: runs of neighbouring numbers. int32 [count, B, S + 1]."""
+def batches(config: Config, count: int) -> list[Batch]:
+    """Tokens with something to learn: runs of neighbouring numbers."""
     rng = np.random.default_rng(0)
     size = (count, config.training.batch_size, 1)
-    return ((rng.integers(0, 256, size) + np.arange(config.model.context_length + 1)) % 256).astype(np.int32)
+    tokens = ((rng.integers(0, 256, size) + np.arange(config.model.context_length + 1)) % 256).astype(np.int32)
+    return [batch_of(config, rows, number) for number, rows in enumerate(tokens)]
+
+
+def batch_of(config: Config, tokens: np.ndarray, number: int = 0, mask: np.ndarray | None = None) -> Batch:
+    """tokens int32 [B, S + 1] -> what the model of `config` reads."""
+    mask = np.ones_like(tokens[:, 1:], bool) if mask is None else mask
+    return Objective.of(config, ByteTokenizer())(
+        WindowBatch(tokens, mask), number * len(tokens) + np.arange(len(tokens))
+    )
 
 
 def compiled_step(config: Config):
     """(mesh, new state, compiled step)."""
     mesh = make_mesh(config, jax.devices()[: config.mesh.data * config.mesh.expert])
     state = create_state(config, mesh)
-    tokens = batches(config, 1)[0]
     with jax.set_mesh(mesh):
-        args = place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0)
-        return mesh, state, jax.jit(make_train_step(config), donate_argnums=0).lower(state, *args).compile()
+        batch = place(mesh, batches(config, 1)[0])
+        return mesh, state, jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
 
 
 def run(config: Config, steps: int = 20) -> tuple[list[dict[str, float]], str]:
     """The metrics of each step, and the compiled program."""
     mesh, state, step = compiled_step(config)
     rows = []
-    for tokens in batches(config, steps):
-        placed = place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0)
+    for batch in batches(config, steps):
+        placed = place(mesh, batch)
         with jax.transfer_guard("disallow"):  # the step itself never talks to Python
-            state, metrics = step(state, *placed)
+            state, metrics = step(state, placed)
         rows.append({name: float(value) for name, value in metrics.items()})
     return rows, step.as_text()
 
@@ -95,8 +108,8 @@ def test_accumulation_changes_nothing_but_rounding(tiny, one_device, data, exper
 def test_metrics_are_what_their_names_say(tiny):
     mesh, state, step = compiled_step(tiny)
     before = jax.device_get(state.params)
-    tokens = batches(tiny, 1)[0]
-    state, metrics = step(state, place_rows(mesh, tokens), place_rows(mesh, tokens[:, 1:] >= 0))
+    batch = batches(tiny, 1)[0]
+    state, metrics = step(state, place(mesh, batch))
     after = jax.device_get(state.params)
 
     def rms(tree):
@@ -109,8 +122,8 @@ def test_metrics_are_what_their_names_say(tiny):
 
     def naive(params):
         model = bind(tiny.model, params)
-        logits = model.logits(model(tokens[:, :-1]).hidden)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+        logits = model.logits(model(batch.inputs).hidden)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
 
     loss, gradient = jax.jit(jax.value_and_grad(naive))(before)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
@@ -135,7 +148,7 @@ def test_the_state_is_born_sharded_with_its_optimizer(tiny):
 def test_evaluation_counts_real_targets_and_their_bytes(tiny):
     mesh = make_mesh(tiny, jax.devices()[:1])
     state = create_state(tiny, mesh)
-    tokens = batches(tiny, 1)[0]
+    tokens = np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32)
     tokens[:, 5] = 256
     mask = np.ones((32, 16), bool)
     mask[3, 7:] = False
@@ -143,14 +156,16 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
     sizes = np.array([1] * 256 + [0])
     with jax.set_mesh(mesh):
         evaluate = jax.jit(make_eval_step(tiny, sizes))
-        nats, count, size, windows = map(
-            float, evaluate(state.params, place_rows(mesh, tokens), place_rows(mesh, mask))
-        )
+        batch = batch_of(tiny, tokens, mask=mask)
+        nats, count, correct, size, windows = map(float, evaluate(state.params, state.step, place(mesh, batch)))
         changed = tokens.copy()
         changed[4], changed[3, 8:] = 77, 78
-        again = evaluate(state.params, place_rows(mesh, changed), place_rows(mesh, mask))
+        again = evaluate(state.params, state.step, place(mesh, batch_of(tiny, changed, mask=mask)))
+        model = bind(tiny.model, state.params)
+        likeliest = model.logits(model(batch.inputs, FeedForwardContext(mask)).hidden).argmax(axis=-1)
     assert count == mask.sum() and windows == 31
     assert size == (mask & (tokens[:, 1:] != 256)).sum()
+    assert correct == (mask & (likeliest == batch.targets)).sum()
     assert float(again.nats) == nats  # bit for bit: what is masked does not count
 
 
