@@ -124,6 +124,7 @@ class Corpus:
 
     version: of the data set and of what it was made from. records: {"name": bytes, "text": bytes} by index.
     fingerprint: hex digest of the whole corpus' content and of the Python version it came from.
+    num_bytes: of the split, about.
     """
 
     name: str
@@ -131,17 +132,21 @@ class Corpus:
     version: str
     fingerprint: str
     records: Sequence[dict[str, bytes]] = dataclasses.field(repr=False)
+    num_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        for i in range(len(self.records)):
+        return self.read(0, len(self))
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+        for i in range(start, stop):
             record = self.records[i]
             yield record["name"].decode(), record["text"]
 
 
-def open_corpus(name: str, split: str, directory: str | os.PathLike[str]) -> Corpus:
+def open_corpus(name: str, split: str, directory: str | os.PathLike[str], feature: str = "text") -> Corpus:
     """The `split` of the corpus `name`, built under `directory` if it is not there yet.
 
     Raises ConfigError for a name or split that does not exist.
@@ -157,6 +162,7 @@ def open_corpus(name: str, split: str, directory: str | os.PathLike[str]) -> Cor
         version=builder.info.full_name,
         fingerprint=builder.info.metadata["fingerprint"],
         records=builder.as_data_source(split=split),
+        num_bytes=builder.info.splits[split].num_bytes,
     )
 
 

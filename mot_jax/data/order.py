@@ -9,6 +9,9 @@ mask sees. So the shuffle cares about groups, not about windows alone.
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
@@ -19,58 +22,49 @@ _BLOCK_GROUPS = 512
 _ABSENT = np.iinfo(np.int32).max
 
 
-class TrainingOrder:
-    """The endless shuffled order of the windows of a training split, one example after another.
+class Order:
+    """An endless order of windows, one example after another, made of blocks of groups.
 
-    Each epoch is a new seeded permutation of all n windows, cut to whole groups. Blocks of about 512 groups are dealt
-    like cards: a block's windows are sorted, so that those of one document lie together, and handed out one to each
-    group in turn. A document with no more windows in a block than the block has groups never meets itself.
+    Blocks of about 512 groups are dealt like cards: a block's windows are sorted, so that those of one document lie
+    together, and handed out one to each group in turn. A document with no more windows in a block than the block has
+    groups never meets itself.
 
-    Random access, the same on every machine: an example depends on (n, group_size, seed) and its number alone.
-    Memory is that of a few blocks. Raises ConfigError if the windows do not fill one group.
+    Random access, the same on every machine: an example depends on the arguments and its number alone. Memory is that
+    of a few blocks. Raises ConfigError if the windows do not fill one group.
     """
 
     def __init__(self, documents: np.ndarray, group_size: int, seed: int):
         self.documents = documents
         self.group_size = group_size
         self.seed = seed
-        self.groups_per_epoch = len(documents) // group_size
-        if not self.groups_per_epoch:
+        if len(documents) < group_size:
             raise ConfigError(
                 f"data.group_size = {group_size}: the corpus has {len(documents)} windows, too few for one group; "
                 f"try a group size of {max(len(documents), 1)} or a shorter model.context_length"
             )
-        self._blocks = max(1, self.groups_per_epoch // _BLOCK_GROUPS)
         self._block = functools.lru_cache(maxsize=4)(self._deal)
-        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
 
     def window_ids(self, start: int, stop: int) -> np.ndarray:
-        """The windows of examples start .. stop - 1, counted from the first epoch's first: int64 [stop - start]."""
+        """The windows of examples start .. stop - 1, counted from the very first: int64 [stop - start]."""
         first, last = start // self.group_size, -(-stop // self.group_size)
         parts, group = [np.zeros((0, self.group_size), np.int64)], first
         while group < last:
-            epoch, within = divmod(group, self.groups_per_epoch)
-            block = ((within + 1) * self._blocks - 1) // self.groups_per_epoch
-            begin, _ = self._bounds(block)
-            part = self._block(epoch, block)[within - begin : last - group + within - begin]
-            parts.append(part)
-            group += len(part)
+            key, begin = self._find(group)
+            parts.append(self._block(*key)[group - begin : last - begin])
+            group += len(parts[-1])
         return np.concatenate(parts).reshape(-1)[start - first * self.group_size :][: stop - start]
 
-    def _bounds(self, block: int) -> tuple[int, int]:
-        """The groups of an epoch that `block` holds; sizes differ by at most one."""
-        return block * self.groups_per_epoch // self._blocks, (block + 1) * self.groups_per_epoch // self._blocks
+    def _find(self, group: int) -> tuple[tuple[int, int], int]:
+        """The block that holds a group, and its first group."""
+        raise NotImplementedError
 
-    def _permute(self, epoch: int) -> grain.MapDataset[int]:
-        seed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
-        return grain.MapDataset.range(len(self.documents)).shuffle(seed=seed)
+    def _cards(self, epoch: int, block: int) -> np.ndarray:
+        """The windows of a block in any order: int64 [groups * group_size]."""
+        raise NotImplementedError
 
     def _deal(self, epoch: int, block: int) -> np.ndarray:
         """The windows of one block: int64 [groups, group_size], read-only."""
-        begin, end = self._bounds(block)
-        permutation = self._permutation(epoch)
-        cards = np.array([permutation[i] for i in range(begin * self.group_size, end * self.group_size)], np.int64)
-        groups = np.sort(cards).reshape(self.group_size, end - begin).T
+        groups = np.sort(self._cards(epoch, block)).reshape(self.group_size, -1).T
         # Places within a group, and groups within the block, by the ranks of random numbers: NumPy promises the raw
         # bits of a generator for ever, but not what its `permutation` makes of them.
         bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch, block)))
@@ -79,6 +73,83 @@ class TrainingOrder:
         groups = groups[np.argsort(bits.random_raw(len(groups)), kind="stable")]
         groups.flags.writeable = False
         return groups
+
+
+class TrainingOrder(Order):
+    """The windows of one corpus: each epoch is a new seeded permutation of all n, cut to whole groups."""
+
+    def __init__(self, documents: np.ndarray, group_size: int, seed: int):
+        super().__init__(documents, group_size, seed)
+        self.groups_per_epoch = len(documents) // group_size
+        self._blocks = max(1, self.groups_per_epoch // _BLOCK_GROUPS)
+
+    def _find(self, group: int) -> tuple[tuple[int, int], int]:
+        epoch, within = divmod(group, self.groups_per_epoch)
+        block = ((within + 1) * self._blocks - 1) // self.groups_per_epoch
+        return (epoch, block), group - within + self._begin(block)
+
+    def _begin(self, block: int) -> int:
+        """The groups of an epoch before `block`; sizes of blocks differ by at most one."""
+        return block * self.groups_per_epoch // self._blocks
+
+    def _cards(self, epoch: int, block: int) -> np.ndarray:
+        begin, end = (self._begin(b) * self.group_size for b in (block, block + 1))
+        return _permuted(len(self.documents), (self.seed, epoch), begin, end)
+
+
+class MixtureOrder(Order):
+    """The windows of several corpora in proportion to `weights`, each out of its own endless shuffled epochs.
+
+    documents: of all windows, corpus after corpus. sizes: how many windows each corpus has. weights: in any unit.
+
+    Every example belongs to one corpus by exact arithmetic: of the first n, corpus c has its share of n to within the
+    number of corpora. A block takes the next windows of each corpus' epochs, and at most about one epoch of any.
+    """
+
+    def __init__(
+        self, documents: np.ndarray, sizes: Sequence[int], weights: Sequence[float], group_size: int, seed: int
+    ):
+        super().__init__(documents, group_size, seed)
+        exact = [Fraction(weight) for weight in weights]
+        unit = math.lcm(*(weight.denominator for weight in exact))
+        self._weights = [int(weight * unit) for weight in exact]
+        self._sizes = sizes
+        epochs = [size * sum(self._weights) // weight for size, weight in zip(sizes, self._weights, strict=True)]
+        self._block_groups = max(1, min(_BLOCK_GROUPS, min(epochs) // group_size))
+
+    def _find(self, group: int) -> tuple[tuple[int, int], int]:
+        block = group // self._block_groups
+        return (0, block), block * self._block_groups
+
+    def _shares(self, count: int) -> list[int]:
+        """How many of the first `count` examples each corpus has.
+
+        The first corpus takes its share, the next one its share of what is left, and so on: no number ever falls when
+        `count` grows, and together they are `count`.
+        """
+        shares, rest = [], sum(self._weights)
+        for weight in self._weights:
+            shares.append(count * weight // rest)
+            count, rest = count - shares[-1], rest - weight
+        return shares
+
+    def _cards(self, epoch: int, block: int) -> np.ndarray:
+        begins, ends = (self._shares(b * self._block_groups * self.group_size) for b in (block, block + 1))
+        cards, offset = [], 0
+        for corpus, (size, begin, end) in enumerate(zip(self._sizes, begins, ends, strict=True)):
+            while begin < end:
+                of_corpus, first = divmod(begin, size)
+                last = min(first + end - begin, size)
+                cards.append(offset + _permuted(size, (self.seed, of_corpus, corpus + 1), first, last))
+                begin += last - first
+            offset += size
+        return np.concatenate(cards)
+
+
+def _permuted(size: int, seed: tuple[int, ...], begin: int, end: int) -> np.ndarray:
+    """Places begin .. end - 1 of a seeded permutation of `size` windows: int64 [end - begin]."""
+    permutation = grain.MapDataset.range(size).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    return np.array([permutation[i] for i in range(begin, end)], np.int64)
 
 
 def shared_document_pairs(documents: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from mot_jax.data.objectives import VALIDATION, Batch, Objective
-from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.order import Order, shared_document_pairs, validation_order
 from mot_jax.data.windows import Windows
 
 
@@ -27,7 +27,7 @@ class TrainBatch(NamedTuple):
 
 def train_batches(
     windows: Windows,
-    order: TrainingOrder,
+    order: Order,
     objective: Objective,
     batch_size: int,
     rows: np.ndarray,

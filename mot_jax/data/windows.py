@@ -9,6 +9,10 @@ On disk, in `<directory>/windows/<fingerprint>/`:
     tokens.array_record   one record a window: its tokens, little-endian uint16 (int32 for more than 65,536 tokens)
     documents.npy         int32 [windows, 2], the first and last document that each window touches
     windows.json          everything the fingerprint is made of, and the counts; a directory without it is unfinished
+
+A split of more than 64 MiB is cut into parts, between documents and by its size alone. Each is a stream of its own in
+a directory of its own, `<fingerprint>/00003-of-00016/`, so that many processes can build the windows, and a build that
+is killed goes on with the parts that are missing.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,15 +31,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from rich.console import Console
-from rich.progress import track
 
 from mot_jax.config import ConfigError
+from mot_jax.data import processes
 from mot_jax.data.corpora import Corpus, open_corpus
-from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.tokenizers import Tokenizer, batches
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # another one where other windows are made of the same text: the next three decide it, too
 PACKING = "concatenate"
+PART_BYTES = 2**26
+_MOST_PARTS = 256  # each keeps a file open, and systems allow about a thousand
+_BATCH = 2**20  # bytes of text that are encoded together
+_COUNTS = ("documents", "bytes", "token_bytes", "tokens", "windows")
 
 
 class DamagedError(Exception):
@@ -52,7 +60,8 @@ class Windows:
     """The windows in a finished directory; threads may share it. Raises DamagedError.
 
     documents: int32 [n, 2], the first and last document of each window, mapped from disk; neither column decreases.
-    info: what the fingerprint is made of, and the counts of documents, bytes (of text), tokens and windows.
+    info: what the fingerprint is made of, and the counts of documents, bytes (of text), token_bytes (of text by the
+    tokenizer's account), tokens and windows.
     """
 
     def __init__(self, directory: Path):
@@ -63,15 +72,20 @@ class Windows:
             raise DamagedError(directory) from error
         # No reading ahead: the next record that is wanted lies anywhere.
         self._records = ArrayRecordReader(str(directory / "tokens.array_record"), options="readahead_buffer_size:0")
-        if not self.info["windows"] == len(self.documents) == self._records.num_records():
+        counts = {self.info.get("windows"), len(self.documents), self._records.num_records()}
+        if len(counts) > 1 or not self.info.keys() >= set(_COUNTS):
             raise DamagedError(directory)
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
         self.fingerprint = directory.name
-        self.bytes_per_token_byte = 1.0
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    def bytes_per_token_byte(self) -> float:
+        """Bytes of text over the sum of the tokenizer's `token_bytes`: 1, unless the tokenizer drops or changes any."""
+        return self.info["bytes"] / max(self.info["token_bytes"], 1)
 
     def read(self, ids: Sequence[int] | np.ndarray) -> WindowBatch:
         """The windows `ids` [k]. An id of -1 is an absent row: all end-of-text, nothing to predict.
@@ -88,16 +102,54 @@ class Windows:
         return WindowBatch(tokens, mask)
 
 
+class JoinedWindows(Windows):
+    """Several `Windows` as one: the ids and the documents of the first, of the second, and so on.
+
+    documents: in memory. info: of the first, with the counts of all.
+    """
+
+    def __init__(self, parts: Sequence[Windows], fingerprint: str):
+        self.parts = parts
+        self.info = parts[0].info | {name: sum(part.info[name] for part in parts) for name in _COUNTS}
+        self.context_length = parts[0].context_length
+        self.fingerprint = fingerprint
+        opened = np.cumsum([0, *(part.info["documents"] for part in parts[:-1])])
+        self.documents = np.concatenate(
+            [part.documents + n for part, n in zip(parts, opened, strict=True)], dtype="<i4"
+        )
+        self._begins = np.cumsum([0, *map(len, parts[:-1])])
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> WindowBatch:
+        ids = np.asarray(ids)
+        of_part = np.searchsorted(self._begins, ids, side="right") - 1
+        batch = self.parts[0].read(np.full(len(ids), -1))
+        for part in np.unique(of_part[ids >= 0]):
+            rows = of_part == part
+            batch.tokens[rows], batch.mask[rows] = self.parts[part].read(ids[rows] - self._begins[part])
+        return batch
+
+
 def open_windows(
-    corpus: str | Corpus, split: str, tokenizer: Tokenizer, context_length: int, directory: str | os.PathLike[str]
+    corpus: str | Corpus,
+    split: str,
+    tokenizer: Tokenizer,
+    context_length: int,
+    directory: str | os.PathLike[str],
+    workers: int | None = None,
 ) -> Windows:
     """The windows of one split of a corpus (its name, or that split already open), built if they are not there yet.
 
     `directory` is on a local or shared file system: windows are mapped and renamed, which object stores cannot do.
-    Raises ConfigError for an unknown corpus or split, and for a split shorter than a window.
+    workers: processes that build parts, None for one a core; corpus and tokenizer are pickled for them.
+    Raises ConfigError for an unknown corpus or split, and for a split without text or shorter than a window.
     """
     if isinstance(corpus, str):
         corpus = open_corpus(corpus, split, directory)
+    if not len(corpus):
+        raise ConfigError(
+            f"data.corpus = {corpus.name!r}: its {split} split has no documents; try another split or corpus"
+        )
+    count = min(max(1, -(-corpus.num_bytes // PART_BYTES)), _MOST_PARTS, len(corpus))
     inputs = {
         "format": FORMAT_VERSION,
         "corpus": corpus.name,
@@ -106,14 +158,20 @@ def open_windows(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "packing": PACKING,
         "context_length": context_length,
-    }
+    } | ({"parts": count} if count > 1 else {})
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    final = Path(directory) / "windows" / fingerprint
-    with contextlib.suppress(DamagedError):
-        return Windows(final)
-    with _building(final) as temporary:
-        _write(temporary, corpus, tokenizer, inputs)
-    return Windows(final)
+    whole = Path(directory) / "windows" / fingerprint
+    places = [whole] if count == 1 else [whole / f"{i:05d}-of-{count:05d}" for i in range(count)]
+    cuts = [i * len(corpus) // count for i in range(count + 1)]
+    parts = [_Part(corpus, tokenizer, inputs, *at) for at in zip(cuts, cuts[1:], places, strict=False)]
+    missing = [part for part in parts if not part.is_there()]
+    if missing:
+        # In any order: processes that build the same windows on one file system then share the work.
+        random.Random().shuffle(missing)
+        documents = sum(part.stop - part.start for part in missing)
+        processes.run(_Part.build, missing, workers, f"tokenising {corpus.name} {split}, documents", documents)
+    opened = [Windows(place) for place in places]
+    return opened[0] if count == 1 else JoinedWindows(opened, fingerprint)
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -136,21 +194,46 @@ def pack(texts: Iterable[np.ndarray], context_length: int, end_of_text: int) -> 
         yield np.append(held, held.dtype.type(end_of_text)), owners[0], owners[-1]
 
 
-def _write(directory: Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict[str, Any]) -> None:
-    """Fills `directory`. Memory stays at the size of the largest document."""
+class _Part(NamedTuple):
+    """The windows of documents start .. stop - 1 of a corpus, and where they belong."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    inputs: dict[str, Any]
+    start: int
+    stop: int
+    place: Path
+
+    def is_there(self) -> bool:
+        with contextlib.suppress(DamagedError):
+            Windows(self.place)
+            return True
+        return False
+
+    def build(self, advance: processes.Advance) -> None:
+        if self.is_there():  # another process was faster
+            advance(self.stop - self.start)
+            return
+        with _building(self.place) as temporary:
+            _write(temporary, self, advance)
+
+
+def _write(directory: Path, part: _Part, advance: processes.Advance) -> None:
+    """Fills `directory`. Memory stays at a small multiple of the largest document."""
+    corpus, tokenizer, inputs, start, stop, _ = part
     context_length, end_of_text = inputs["context_length"], tokenizer.end_of_text
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<i4")
-    counts = {"documents": 0, "bytes": 0, "tokens": 1, "windows": 0}
+    counts = dict.fromkeys(_COUNTS, 0) | {"tokens": 1}
 
     def texts() -> Iterator[np.ndarray]:
-        bar = Console(stderr=True)
-        title = f"tokenising {corpus.name} {corpus.split}"
-        for _, text in track(corpus, title, len(corpus), console=bar, transient=True, disable=not bar.is_terminal):
-            tokens = tokenizer.encode(text).astype(dtype, copy=False)
-            counts["documents"] += 1
-            counts["bytes"] += len(text)
-            counts["tokens"] += 1 + len(tokens)
-            yield tokens
+        for batch in batches((text for _, text in corpus.read(start, stop)), _BATCH):
+            for text, tokens in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                counts["documents"] += 1
+                counts["bytes"] += len(text)
+                counts["token_bytes"] += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
+                counts["tokens"] += 1 + len(tokens)
+                yield tokens.astype(dtype, copy=False)
+            advance(len(batch))
 
     records = ArrayRecordWriter(str(directory / "tokens.array_record"), "group_size:1")
     with open(directory / "documents.npy", "wb") as documents:
@@ -161,7 +244,7 @@ def _write(directory: Path, corpus: Corpus, tokenizer: Tokenizer, inputs: dict[s
             counts["windows"] += 1
         _write_header(documents, counts["windows"])
     records.close()
-    if counts["tokens"] <= context_length:
+    if counts["tokens"] <= context_length and "parts" not in inputs:
         raise ConfigError(
             f"model.context_length = {context_length}: the {corpus.split} split of data.corpus = {corpus.name!r} has "
             f"{counts['tokens']} tokens, and a window takes one more than context_length; "

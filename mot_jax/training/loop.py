@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 from etils import epath
@@ -16,10 +15,9 @@ from jax.sharding import Mesh
 from mot_jax import accounting
 from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
 from mot_jax.data.objectives import Objective
-from mot_jax.data.order import TrainingOrder
 from mot_jax.data.pipeline import TrainBatch, train_batches
-from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
-from mot_jax.data.windows import Windows, open_windows
+from mot_jax.data.text import open_text, open_tokenizer
+from mot_jax.data.windows import Windows
 from mot_jax.inference.sample import sample_text
 from mot_jax.sharding import local_rows, make_mesh
 from mot_jax.training import metrics as log
@@ -29,7 +27,6 @@ from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
 from mot_jax.training.upcycle import upcycle
 
-DATA_DIRECTORY = "~/.cache/mot_jax"
 _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 
 
@@ -44,16 +41,10 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
     _check_space(abstract_state(config, mesh), config, workdir)
-    tokenizer = _tokenizer(config)
-    directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
-    length = config.model.context_length
-    open_split = partial(
-        open_windows, config.data.corpus[0], tokenizer=tokenizer, context_length=length, directory=directory
-    )
-    windows, unseen = open_split("train"), open_split("validation")
-    order = TrainingOrder(windows.documents, config.group_size, config.training.seed)
-    data = {"train": windows.fingerprint, "validation": unseen.fingerprint}
-    _check_data(data, workdir)
+    tokenizer = open_tokenizer(config)
+    _check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
+    _, windows, unseen, order, data = open_text(config, tokenizer)
+    _check_data(data, config, workdir)
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
     t = config.training
@@ -157,13 +148,16 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
         raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
 
 
-def _check_data(data: dict[str, str], workdir: epath.Path) -> None:
+def _check_data(data: dict[str, str], config: Config, workdir: epath.Path) -> None:
     """Raises ConfigError if the run in `workdir` reads other text: the standard library of another Python, say."""
     path = workdir / "data.json"
-    there = json.loads(path.read_text()) if path.exists() else data
-    changes = [
-        f"{split}: {there.get(split)} there, {data[split]} here" for split in data if there.get(split) != data[split]
-    ]
+    there = data | (json.loads(path.read_text()) if path.exists() else {})
+    changes = [f"{name}: {there[name]} there, {data[name]} here" for name in data if there[name] != data[name]]
+    if there["tokenizer"] != data["tokenizer"]:
+        raise ConfigError(
+            f"data.tokenizer = {config.data.tokenizer!r}: does not match the checkpoints in workdir = {workdir}, which "
+            f"are of another tokenizer ({changes[-1]}); try the file that the run began with, or a new --workdir"
+        )
     if changes:
         raise ConfigError(
             *(f"workdir = {workdir} was trained on other text: {c}; try a new --workdir" for c in changes)
@@ -187,16 +181,6 @@ def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None
             f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
             f"free; try a --workdir on a larger disk"
         )
-
-
-def _tokenizer(config: Config) -> Tokenizer:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} of tokenizer "
-            f"{config.data.tokenizer!r}; try {tokenizer.vocab_size}"
-        )
-    return tokenizer
 
 
 def _replace(path: epath.Path, content: bytes) -> None:
