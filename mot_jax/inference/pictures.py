@@ -108,13 +108,13 @@ def tokens(report: dict[str, Any], group_size: int) -> bytes:
     return png(figure)
 
 
-def _panels(count: int, most: int, size: tuple[float, float], **options: bool) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, most: int, size: tuple[float, float], sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """`count` axes of a size in inches, at most `most` in a line."""
     columns = min(count, most)
     lines = math.ceil(count / columns)
     inches = (size[0] * columns + 2.5, max(3.5, size[1] * lines + 0.8))
     figure = Figure(figsize=inches, layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, **options).ravel()
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=sharey).ravel()
     for axes in grid[count:]:
         axes.remove()
     return figure, list(grid[:count])

@@ -37,6 +37,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     """
     # --- all that can fail, before anything is touched ----------------------------------------------------------------
     check(config)
+    log.check_logging(config.logging)
     workdir = epath.Path(workdir)
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
@@ -84,7 +85,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
 
         # --- the loop -------------------------------------------------------------------------------------------------
-        metrics_log = log.MetricsLog(workdir, done, config.logging.tensorboard)
+        metrics_log = log.MetricsLog(workdir, done, config.logging)
         meter = _Meter(config, mesh)
         meter.restart(done)
         pending: tuple[int, Metrics, TrainBatch] | None = None

@@ -1,11 +1,13 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard, lines or a progress bar, a picture of the curves."""
+"""What a run says of itself: `metrics.jsonl`, TensorBoard, W&B, lines or a progress bar, a picture of the curves."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,13 +16,19 @@ import rich.progress
 from etils import epath
 from matplotlib.figure import Figure
 
+from mot_jax.config import ConfigError, LoggingConfig
+
 Row = dict[str, Any]
 
 
 class MetricsLog:
-    """Writes each row to `metrics.jsonl` and TensorBoard. Opening cuts the rows after `step`: they come again."""
+    """Writes each row to `metrics.jsonl`, and to TensorBoard and Weights & Biases where `config` asks for them.
 
-    def __init__(self, workdir: epath.Path, step: int, tensorboard: bool):
+    Opening cuts the rows after `step`: they come again. Raises ConfigError if W&B cannot start.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int, config: LoggingConfig):
+        self._wandb = _open_wandb(workdir, config.wandb_project) if config.wandb else None  # first: it can fail
         self._path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(workdir) if row["step"] <= step]
         if self._path.exists():
@@ -29,7 +37,7 @@ class MetricsLog:
             replacement.replace(self._path)
         self._file = self._path.open("a")
         self._board = None
-        if tensorboard:
+        if config.tensorboard:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
@@ -38,15 +46,51 @@ class MetricsLog:
         """The system has the row when this returns, so that a checkpoint that follows never outlives its rows."""
         self._file.write(_line(row))
         self._file.flush()
+        values = {f"{row['split']}/{name}": value for name, value in row.items() if isinstance(value, float)}
         if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+            for name, value in values.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log({"step": row["step"], **values})
 
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """Raises ConfigError if W&B is asked for and not installed."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb = True: wandb is not installed; try pip install 'mot_jax[wandb]'")
+
+
+def _open_wandb(workdir: epath.Path, project: str) -> Any:
+    """The W&B run of this workdir: a new one, or the one whose id is in `wandb_id`."""
+    import wandb
+
+    path = workdir / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(
+            project=project,
+            id=path.read_text(),
+            name=workdir.name,
+            resume="allow",
+            allow_val_change=True,  # the steps of a run that is extended
+            dir=str(workdir),
+            config=json.loads((workdir / "config.json").read_text()),
+            settings=wandb.Settings(console="off"),  # it would redirect our lines and the progress bar
+        )
+    except wandb.errors.Error as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"logging.wandb = True: {reason}; try `wandb login`, or WANDB_MODE=offline") from None
+    # Not W&B's own count: a resumed run sends rows again, which it would drop as being of the past.
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _line(row: Row) -> str:

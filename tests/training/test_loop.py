@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, MeshConfig, to_json
+from mot_jax.config import Config, ConfigError, LoggingConfig, MeshConfig, to_json
 from mot_jax.training import loop
 from mot_jax.training import metrics as log
 
@@ -195,7 +195,7 @@ def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, t
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    metrics = log.MetricsLog(epath.Path(tmp_path), 0, tensorboard=False)
+    metrics = log.MetricsLog(epath.Path(tmp_path), 0, LoggingConfig(tensorboard=False))
     metrics.write({"step": 1, "split": "train", "loss": float("nan"), "mfu": float("inf")})
     metrics.close()
     assert log.read_rows(epath.Path(tmp_path)) == [{"step": 1, "split": "train", "loss": None, "mfu": None}]

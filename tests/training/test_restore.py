@@ -1,0 +1,100 @@
+"""A run's parameters from its workdir, whatever goes on there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mot_jax.config import Config, ConfigError, MeshConfig, to_json
+from mot_jax.sharding import make_mesh
+from mot_jax.training import restore
+from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.restore import load_run
+from mot_jax.training.state import TrainState, abstract_state
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[epath.Path, TrainState]:
+    """A workdir with two checkpoints, made on eight devices, and the state of the newer one."""
+    workdir = epath.Path(tmp_path_factory.mktemp("runs"))
+    mesh = make_mesh(dataclasses.replace(tiny, mesh=MeshConfig(data=2, expert=4)))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(tiny, mesh),
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(4, state._replace(params=state.opt_state[1][0].mu), 0, tiny)
+        checkpoints.save(12, state, 0, tiny)
+    (workdir / "config.json").write_text(to_json(tiny))
+    return workdir, state
+
+
+def modified(directory: epath.Path) -> dict[str, int]:
+    """When each file below was last written."""
+    return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
+
+
+def test_the_newest_parameters_on_one_device_by_reading_alone(saved, tiny):
+    workdir, state = saved
+    leftover = workdir / "checkpoints" / "16.orbax-checkpoint-tmp-1"  # a save that is under way, or was killed
+    leftover.mkdir()
+    before = modified(workdir)
+    run = load_run(workdir)
+    assert before == modified(workdir)
+    assert (run.config, run.step) == (tiny, 12)
+    assert run.params.keys() == state.params.keys()
+    for name, value in run.params.items():
+        assert value.devices() == {jax.devices()[0]}
+        np.testing.assert_array_equal(value, state.params[name])
+
+
+def test_they_lie_on_the_mesh_that_is_given_or_set(saved, mesh_of):
+    workdir, state = saved
+    mesh = mesh_of(1, 2)
+    with jax.set_mesh(mesh):
+        there = load_run(workdir).params
+    for params in (there, load_run(workdir, mesh).params):
+        w_in = params["stacks/0/0/feed_forward/w_in"]
+        assert w_in.sharding.mesh == mesh and w_in.sharding.shard_shape(w_in.shape)[1] * 2 == w_in.shape[1]
+        np.testing.assert_array_equal(w_in, state.params["stacks/0/0/feed_forward/w_in"])
+
+
+def test_a_checkpoint_that_a_newer_one_replaces_meanwhile(saved, tmp_path, monkeypatch):
+    workdir = epath.Path(shutil.copytree(saved[0], tmp_path / "run"))
+    load = restore.ocp.load
+
+    def overtaken(path, *arguments):
+        monkeypatch.setattr(restore.ocp, "load", load)
+        path.rename(path.with_name("16"))
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(restore.ocp, "load", overtaken)
+    assert load_run(workdir).step == 16
+    shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer to go to: damage is an error
+    with pytest.raises(Exception, match="16"):
+        load_run(workdir)
+
+
+def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"run: no such directory; try"):
+        load_run(workdir)
+    workdir.mkdir()
+    with pytest.raises(ConfigError, match=r"holds no run \(no config.json\); try"):
+        load_run(workdir)
+    (workdir / "config.json").write_text(to_json(tiny))
+    with pytest.raises(ConfigError, match=r"has no checkpoint yet; try"):
+        load_run(workdir)
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    shutil.copytree(saved[0] / "checkpoints", workdir / "checkpoints")
+    model = dataclasses.replace(tiny.model, final_norm=True)
+    (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
+    with pytest.raises(ConfigError, match=r"of another mot_jax, without final_norm/"):
+        load_run(workdir)
