@@ -129,8 +129,8 @@ def _trace_kept(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> t
     def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, state)
         norm = getattr(block, sublayer + "_norm", lambda x: x)
-        segments = jnp.zeros(x.shape[:2], int)
-        out = getattr(block, sublayer)(norm(x), **({"segments": segments} if sublayer == "attention" else {}))
+        extra = {"segments": jnp.zeros(x.shape[:2], int)} if sublayer == "attention" else {}
+        out = getattr(block, sublayer)(norm(x), **extra)
         return x + getattr(out, "y", out), None
 
     def residuals(stack: nnx.State, x: jax.Array) -> list[jax.Array]:

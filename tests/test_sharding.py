@@ -22,6 +22,10 @@ SHAPES = [(8, 1), (1, 8), (2, 4)]
 ONE = (1, 1)
 
 
+CHOICES = {"num_kv_heads": 1, "positions": "rotary", "document_mask": True, "activation": "silu", "gated": True}
+CHOICES |= {"norm": "rms", "final_norm": True, "tied_head": True, "remat": "attention"}
+
+
 def config_of(shape=ONE, saved: str = "pre_activations", shared_dim: int = 8, **model) -> Config:
     kind = MixtureOfTokensConfig(group_size=2, num_experts=8, shared_dim=shared_dim, saved=saved)
     widths = {"num_blocks": 2, "d_model": 8, "d_ff": 16, "num_heads": 2, "context_length": S, "vocab_size": V}
@@ -52,7 +56,8 @@ def arguments(config: Config, mesh: jax.sharding.Mesh) -> tuple:
 
 def loss(config: Config, params, tokens, mask):
     model = bind(config.model, params)
-    out = model(tokens[:, :-1], FeedForwardContext(token_mask=mask))
+    segments = jnp.cumsum(tokens[:, :-1] == 0, axis=1)
+    out = model(tokens[:, :-1], FeedForwardContext(token_mask=mask), segments)
     return model.loss_sum(out.hidden, tokens[:, 1:], mask).loss / mask.sum(), out.metrics
 
 
@@ -81,15 +86,17 @@ def collectives(config: Config, backward: bool = True) -> dict[str, int]:
 # --- the model on a mesh ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_loss_metrics_and_gradients_equal_one_devices(shape):
-    chex.assert_trees_all_close(results(config_of(shape)), results(config_of()), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("shape, choices", [*((shape, {}) for shape in SHAPES), ((2, 4), CHOICES)])
+def test_loss_metrics_and_gradients_equal_one_devices(shape, choices):
+    found, expected = results(config_of(shape, **choices)), results(config_of(**choices))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 COLLECTIVES = {
     # mesh, changes, the bodies of MoT layers that have experts to reach: a scan's is counted once.
     "experts on all": ((1, 8), {}, 1),
     "data and experts": ((2, 4), {}, 1),
+    "every choice": ((2, 4), CHOICES, 1),
     "nothing kept": ((1, 8), {"saved": "nothing", "shared_dim": 0}, 1),
     "no experts axis": ((8, 1), {}, 0),
     "one device": (ONE, {}, 0),
@@ -137,7 +144,7 @@ def test_init_is_the_same_on_a_mesh():
 # --- partitions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["w_in", "w_out"])
+@pytest.mark.parametrize("name", ["w_in", "w_gate", "w_out"])
 def test_experts_are_spread_and_all_else_is_replicated(name):
     experts = PartitionSpec(None, ("expert",), None, None)
     assert sharding.parameter_spec(f"stacks/0/1/feed_forward/{name}", 4) == experts

@@ -36,8 +36,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(partial(_create, config), jax.random.key(config.training.seed))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # What the optimizer keeps of a parameter has the parameter's name, and at least its stacked dimensions, the
-        # only ones that are split: it lies where the parameter does.
+        # What the optimizer keeps of a parameter has its name and at least its stacked dimensions, the only ones that
+        # are split: it lies where the parameter does.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         spec = parameter_spec(names[-1], shapes.params[names[-1]].ndim)[: leaf.ndim] if names else ()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
