@@ -67,29 +67,30 @@ def inspect(
         if not 0 <= value < count:
             raise ConfigError(f"--{name} = {value}: must be 0 to {count - 1}; try {min(max(value, 0), count - 1)}")
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "entropy.png").write_bytes(pictures.entropy(read_rows(workdir), f"{workdir.name}, step {run.step}"))
-    except OSError as error:
-        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
     unit, inner = divmod(group, groups // len(units))
     shown, rows = _one_group(run, tokenizer, windows, units[unit], inner, position)
+    of_group = {"index": group, "position": position, "rows": rows}
+    report = {"workdir": str(workdir), "step": run.step, "group": of_group}
+    report |= _tables(run, tokenizer, windows, units)
+
+    title = f"{workdir.name}, step {run.step}"
+    files = {
+        "entropy.png": pictures.entropy(read_rows(workdir), title),
+        "tokens.png": pictures.tokens(report, kind.group_size),
+        "tokens.txt": "".join(line + "\n" for line in _lines(report, _EXPERTS)).encode(),
+        "inspect.json": json.dumps(report, indent=1).encode(),
+    }
     labels = [f"{pictures.visible(row['before'], ' ')}│{pictures.visible(row['token'])}" for row in rows]
     for name, shares in shown.items():
-        title = f"{name} weights of group {group} at position {position}, step {run.step}"
-        file = "weights.png" if name == "merge" else f"weights_{name}.png"
-        (output / file).write_bytes(pictures.weights(shares, labels, title))
-    tables = _tables(run, tokenizer, windows, units)
-    report = {
-        "workdir": str(workdir),
-        "step": run.step,
-        "group": {"index": group, "position": position, "rows": rows},
-        **tables,
-    }
-    (output / "inspect.json").write_text(json.dumps(report, indent=1) + "\n")
-    (output / "tokens.txt").write_text("\n".join(_lines(report, _EXPERTS)) + "\n")
-    (output / "tokens.png").write_bytes(pictures.tokens(report, kind.group_size))
-    return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}"]
+        about = f"{title}: {name} weights of group {group} at position {position}"
+        files["weights.png" if name == "merge" else f"weights_{name}.png"] = pictures.weights(shares, labels, about)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (output / name).write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
+    return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(files))}"]
 
 
 def _open_validation(config: Config) -> tuple[Tokenizer, Windows]:

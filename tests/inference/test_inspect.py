@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,15 @@ from mot_jax.inference import inspect as module
 from mot_jax.inference import pictures
 from mot_jax.inference.inspect import forward_with_weights, inspect
 from mot_jax.mixing import group, normalised_entropy
-from mot_jax.model import bind, init_params
+from mot_jax.model import ModelOutput, bind, init_params
 from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.restore import load_run
 from mot_jax.training.state import TrainState
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(module, "_TOKENS_READ", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -56,32 +62,45 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
     return path
 
 
-def test_weights_come_out_of_the_models_own_forward_pass(workdir):
-    config, params, step = load_run(workdir)
-    tokens = np.random.default_rng(1).integers(0, 257, (8, 16))
-    mask = np.arange(16) < np.arange(9, 17)[:, None]
-    context = FeedForwardContext(token_mask=jnp.asarray(mask), token_ids=tokens, step=jnp.asarray(step))
+class Seen(NamedTuple):
+    """64 rows of the validation text, and what the model makes of them."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    out: ModelOutput
+    weights: dict[str, dict[int, jax.Array]]
+
+
+@pytest.fixture(scope="module")
+def seen(workdir) -> Seen:
+    config, params, _ = load_run(workdir)
+    _, windows = module._open_validation(config)
+    tokens, mask = windows.read(module.validation_order(windows.documents, 4)[:16].reshape(-1))
+    tokens = tokens[:, :16]
+    context = FeedForwardContext(token_mask=mask, token_ids=tokens)
+    return Seen(tokens, mask, *jax.jit(forward_with_weights, static_argnums=0)(config.model, params, tokens, context))
+
+
+def test_weights_come_out_of_the_models_own_forward_pass(workdir, seen):
+    config, params, _ = load_run(workdir)
+    tokens, mask, out, weights = seen
+    context = FeedForwardContext(token_mask=mask, token_ids=tokens)
     plain = jax.jit(lambda p: bind(config.model, p)(tokens, context))(params)
-    out, weights = jax.jit(lambda p: forward_with_weights(config.model, p, tokens, context))(params)
     np.testing.assert_allclose(out.hidden, plain.hidden, rtol=1e-6)
     assert out.metrics.keys() == plain.metrics.keys()
     assert weights.keys() == {"merge"} and weights["merge"].keys() == {1, 3}
     for block, found in weights["merge"].items():
-        assert found.shape == (2, 4, 16, 8)
+        assert found.shape == (16, 4, 16, 8)
         entropy = normalised_entropy(found, group(jnp.asarray(mask), 4))
         assert float(entropy) == pytest.approx(float(plain.metrics[f"mixing_entropy/{block:02d}"]))
     assert not np.allclose(*weights["merge"].values())
 
 
-def test_the_tables_are_means_over_the_windows(workdir, monkeypatch):
-    monkeypatch.setattr(module, "_TOKENS_READ", 1000)
+def test_the_tables_are_means_over_the_windows(workdir, seen):
     run = load_run(workdir)
     tokenizer, windows = module._open_validation(run.config)
-    units = module.validation_order(windows.documents, 4)
-    tables = module._tables(run, tokenizer, windows, units)
-    tokens, mask = windows.read(units[:16].reshape(-1))  # two batches of eight groups
-    tokens = tokens[:, :16]
-    _, weights = forward_with_weights(run.config.model, run.params, tokens, FeedForwardContext(jnp.asarray(mask)))
+    tables = module._tables(run, tokenizer, windows, module.validation_order(windows.documents, 4))
+    tokens, mask, _, weights = seen
     assert tables["tokens_read"] == mask.sum() and tables["blocks"].keys() == {"01", "03"}
     for name, block in tables["blocks"].items():
         merge = np.asarray(weights["merge"][int(name)], np.float64)
@@ -115,8 +134,7 @@ def test_rows_are_labelled(workdir):
     assert rows[0]["before"] + rows[0]["token"] == bytes(tokens[1, :4].tolist()).decode()
 
 
-def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_TOKENS_READ", 1000)
+def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "weights.png").write_text("of another time")
     cli.main(["inspect", str(workdir), "--output", str(tmp_path), "--group", "1", "--position", "9"])
@@ -127,8 +145,8 @@ def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, monk
     assert (report["step"], report["group"]["index"], report["group"]["position"]) == (7, 1, 9)
     assert len(report["group"]["rows"]) == 4
     summary, table = capsys.readouterr().out, (tmp_path / "tokens.txt").read_text()
-    assert "block 03: mean entropy" in summary and summary.count("  expert ") == 2 * 2 * 4
-    assert table.count("  expert ") == 2 * 8 and "weights.png" in summary
+    assert "block 03: mean entropy" in summary and summary.count("  expert ") == 2 * 4
+    assert table.count("  expert ") == 2 * 8 and "weights.png" in summary and "notes.txt" not in summary
 
 
 def test_what_cannot_be_inspected_is_one_line(workdir, tmp_path):
