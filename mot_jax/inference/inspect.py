@@ -18,15 +18,15 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.order import validation_order
-from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
-from mot_jax.data.windows import Windows, open_windows
+from mot_jax.data.text import open_split, open_tokenizer
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.windows import Windows
 from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
 from mot_jax.inference import pictures
 from mot_jax.mixing import normalised_entropy
 from mot_jax.model import ModelOutput, Params, bind
-from mot_jax.training.loop import DATA_DIRECTORY
 from mot_jax.training.metrics import read_rows
 from mot_jax.training.restore import Run, load_run, load_run_config
 
@@ -56,7 +56,8 @@ def inspect(
         raise ConfigError(f"workdir = {workdir}: holds a dense model, which mixes nothing; try a Mixture-of-Tokens run")
     assert isinstance(kind, MixtureOfTokensConfig)
     run = load_run(workdir)
-    tokenizer, windows = _open_validation(config)
+    tokenizer = open_tokenizer(config)
+    windows = open_split(config, config.data.validation_split, tokenizer)
 
     # Units of the text: the rows that must stay together, which hold one group, or several where groups lie within.
     units = validation_order(windows.documents, config.group_size).reshape(-1, config.model.group_size)
@@ -91,13 +92,6 @@ def inspect(
     except OSError as error:
         raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
     return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(files))}"]
-
-
-def _open_validation(config: Config) -> tuple[Tokenizer, Windows]:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    directory = epath.Path(config.data.directory or DATA_DIRECTORY).expanduser()
-    length = config.model.context_length
-    return tokenizer, open_windows(config.data.corpus[0], "validation", tokenizer, length, directory)
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
