@@ -9,14 +9,25 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import tyro
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, check, error_words, leaves, load_config, nearest, type_words
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    check,
+    error_words,
+    identity_changes,
+    leaves,
+    load_config,
+    nearest,
+    type_words,
+)
+from mot_jax.inference.modes import MODES, regrouped
 
 BAD_INPUT = 2
 
@@ -31,7 +42,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "describe": _describe, "curves": _curves, "inspect": _inspect}
+    commands = {"train": _train, "describe": _describe, "evaluate": _evaluate}
+    commands |= {"inspect": _inspect, "curves": _curves}
     epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -64,12 +76,42 @@ def _describe(arguments: list[str]) -> None:
     for line in description.lines():
         print(line)
     if options.json:
-        try:
-            Path(options.json).write_text(json.dumps(description.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"--json = {options.json}: cannot be written ({error.strerror}); try description.json"
-            ) from None
+        _write_json(options.json, description.to_dict())
+
+
+def _evaluate(arguments: list[str]) -> None:
+    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode grouped|discrete] [--group-size G]"""
+    from mot_jax.training.restore import load_run_config
+
+    own = ["--split", "--mode", "--group-size", "--windows", "--json"]
+    options, config = _parse("mot evaluate", arguments, None, own, load_run_config)
+    if options.mode not in (None, *MODES):
+        raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, MODES)}")
+    config = MODES[options.mode or "grouped"](config)
+    if options.group_size is not None:
+        config = regrouped(config, _positive("--group-size", options.group_size))
+    limit = None if options.windows is None else _positive("--windows", options.windows)
+    from mot_jax.training import evaluation, metrics
+
+    split = options.split or config.data.validation_split
+    result = evaluation.evaluate_run(options.config, config, split, limit)
+    print(f"{split} split of {' + '.join(config.data.corpus)}, groups of {config.group_size}")
+    print(metrics.validation_line(result))
+    if options.json:
+        _write_json(options.json, {"workdir": options.config, "split": split, "mode": options.mode, **result})
+
+
+def _positive(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{name} = {text!r}: must be a whole number, at least 1; try 32")
+    return int(text)
+
+
+def _write_json(path: str, content: dict) -> None:
+    try:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json = {path}: cannot be written ({error.strerror}); try result.json") from None
 
 
 def _curves(arguments: list[str]) -> None:
@@ -107,8 +149,14 @@ def _inspect(arguments: list[str]) -> None:
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(prog: str, arguments: list[str], default: str | None, own: list[str]) -> tuple[argparse.Namespace, Config]:
-    """The command's own options, and the config of the file it names with the fields that the flags change."""
+def _parse(
+    prog: str,
+    arguments: list[str],
+    default: str | None,
+    own: list[str],
+    load: Callable[[str], Config] = load_config,
+) -> tuple[argparse.Namespace, Config]:
+    """The command's own options, and the config of the file (or workdir) it names with what the flags change of it."""
     parser = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     for option in own:
         parser.add_argument(option)
@@ -117,11 +165,14 @@ def _parse(prog: str, arguments: list[str], default: str | None, own: list[str])
     if rest and not rest[0].startswith("-"):
         options.config = rest.pop(0)
     if options.config is None:
-        raise ConfigError(f"CONFIG is missing; try {prog} configs/demo.py")
-    config = load_config(options.config)
+        word, example = ("CONFIG", "configs/demo.py") if load is load_config else ("WORKDIR", "runs/demo")
+        raise ConfigError(f"{word} is missing; try {prog} {example}")
+    loaded = load(options.config)
+    check(loaded)
+    config = _override(prog, loaded, rest, own)
     check(config)
-    config = _override(prog, config, rest, own)
-    check(config)
+    if load is not load_config and (changes := identity_changes(loaded, config)):
+        raise ConfigError(*changes)
     return options, config
 
 

@@ -43,10 +43,12 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, context: FeedForwardContext, segments: jax.Array | None = None
     ) -> tuple[jax.Array, dict, dict]:
-        """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins."""
+        """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins, of
+        real tokens.
+        """
         x = x + self.attention(self.attention_norm(x), context.token_mask, segments)
         out = self.feed_forward(self.feed_forward_norm(x), context)
-        ratio = jax.lax.stop_gradient(_rms(out.y) / (_rms(x) + 1e-30))
+        ratio = jax.lax.stop_gradient(_length(out.y, context.token_mask) / (_length(x, context.token_mask) + 1e-30))
         return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}
 
 
@@ -179,8 +181,10 @@ def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
     )
 
 
-def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))))
+def _length(x: jax.Array, token_mask: jax.Array | None) -> jax.Array:
+    """The Euclidean norm of all real tokens [B, S, D]."""
+    squares = jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.sqrt((squares if token_mask is None else jnp.where(token_mask[..., None], squares, 0)).sum())
 
 
 # --- the model as a pure function of flat parameters ------------------------------------------------------------------

@@ -8,16 +8,20 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import validation_batches
+from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
-from mot_jax.sharding import local_rows, place_rows, shards
+from mot_jax.sharding import local_rows, make_mesh, place_rows, shards
+from mot_jax.training.restore import load_run
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -55,6 +59,19 @@ def make_evaluation(
         return result | ({"most_frequent": said.max() / said.sum()} if objective.masked else {})
 
     return evaluate
+
+
+def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int | None) -> Result:
+    """The newest checkpoint of the run in `workdir` on a split of its text, as `config` says: mode, group size, mesh.
+
+    The config is that of the run but for what an inference mode changes. `step` is among the results.
+    """
+    mesh, tokenizer = make_mesh(config), open_tokenizer(config)
+    windows = open_split(config, split, tokenizer)
+    with jax.set_mesh(mesh):
+        run = load_run(workdir, mesh)
+        evaluate = make_evaluation(config, mesh, windows, tokenizer)
+        return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:

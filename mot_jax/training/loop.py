@@ -25,7 +25,7 @@ from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.evaluation import make_evaluation, place
 from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
-from mot_jax.training.upcycle import upcycle
+from mot_jax.training.upcycle import check_upcycle, upcycle
 
 _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 
@@ -41,6 +41,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     workdir = epath.Path(workdir)
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
+    if config.training.upcycle_from is not None:
+        check_upcycle(config.model, config.training.upcycle_from)
     _check_space(abstract_state(config, mesh), config, workdir)
     tokenizer = open_tokenizer(config)
     _check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps

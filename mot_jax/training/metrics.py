@@ -171,10 +171,13 @@ def train_line(row: Row, steps: int) -> str:
 
 def validation_line(row: Row) -> str:
     """One line of a validation row for people."""
-    return (
-        f"validation after {row['step']} steps: {row['bits_per_byte']:.4f} bits per byte | loss {row['loss']:.4f} | "
-        f"{row['windows']:,} windows"
-    )
+    parts = [f"validation after {row['step']} steps: {row['bits_per_byte']:.4f} bits per byte"]
+    if "most_frequent" in row:
+        parts = [
+            f"validation after {row['step']} steps: {row['accuracy']:.1%} of {row['tokens']:,} masked tokens right"
+        ]
+        parts += [f"the commonest is {row['most_frequent']:.1%}"]
+    return " | ".join([*parts, f"loss {row['loss']:.4f}", f"{row['windows']:,} windows"])
 
 
 def duration(seconds: float) -> str:

@@ -10,21 +10,21 @@ import numpy as np
 
 from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.model import Params, block_places
-from mot_jax.training.restore import load_run
+from mot_jax.training.restore import load_run, load_run_config
 
 
 def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, list[str]]:
     """`params` with all that the dense run in `workdir` has learnt, and notes for people.
 
     An expert as wide as the dense layer is a copy of it. A narrower one is a slice: k neighbouring experts together
-    are the layer. A wider one is several copies that share the output. So where mixing is uniform, the update is the
-    dense layer's for the mean of the group (biases aside, which experts do not have). A shared expert takes the first
-    hidden units, the experts the others. Controllers, and what else only the new model has, stay as drawn.
+    are the layer. A wider one is several copies side by side. So by the rule E F = G (d_ff - shared_dim), and where
+    mixing is uniform, the update is the dense layer's for the mean of the group, but for the biases, which experts do
+    not have. A shared expert takes the first hidden units, the experts the others. Controllers, and what else only the
+    new model has, stay as drawn.
 
-    Raises ConfigError if the run's model is not dense or has other sizes.
+    Raises what `check_upcycle` raises, and ConfigError without a checkpoint.
     """
     old, dense, step = load_run(workdir)
-    _check_same(model, old.model, workdir)
     there = {name: np.asarray(jax.device_get(value)) for name, value in dense.items()}
     values = {name: np.array(jax.device_get(value)) for name, value in params.items()}
     dropped = False
@@ -49,12 +49,6 @@ def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, n
     """The parameters of a MoT layer from those of a dense one; names without the block's prefix."""
     shared, width = kind.shared_dim, kind.hidden_dim(model.d_ff)
     rest = model.d_ff - shared
-    if rest % width and width % rest:
-        good = max(f for f in range(1, min(rest, width) + 1) if rest % f == 0)
-        raise ConfigError(
-            f"model.feed_forward.expert_dim = {width}: must divide, or be a multiple of, d_ff - shared_dim = {rest} "
-            f"of the layers in training.upcycle_from; try {good}"
-        )
 
     def cut(units: np.ndarray) -> Iterator[np.ndarray]:
         """units [d_ff, D]: those of each expert, [F, D]."""
@@ -71,7 +65,7 @@ def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, n
         units = kernel if name == "w_out" else kernel.T
         experts = np.stack(list(cut(units)))
         if name == "w_out":
-            found["feed_forward/w_out"] = experts / max(width // rest, 1)
+            found["feed_forward/w_out"] = experts
             found["feed_forward/shared/kernel_out"] = units[:shared]
         else:
             found[f"feed_forward/{name}"] = experts.swapaxes(1, 2)
@@ -79,8 +73,9 @@ def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, n
     return found
 
 
-def _check_same(model: ModelConfig, old: ModelConfig, workdir: str) -> None:
-    """Raises ConfigError unless the models differ in nothing but their feed-forward layers and in how they compute."""
+def check_upcycle(model: ModelConfig, workdir: str) -> None:
+    """Raises ConfigError unless the run in `workdir` is a dense twin: equal but for its feed-forward layers."""
+    old = load_run_config(workdir).model
     if not isinstance(old.feed_forward, DenseConfig):
         raise ConfigError(f"training.upcycle_from = {workdir!r}: must be a dense run, and is {old.feed_forward.kind}")
     free = {"feed_forward", "moe_blocks", "init", "dtype", "remat", "loss_chunk"}
@@ -90,5 +85,14 @@ def _check_same(model: ModelConfig, old: ModelConfig, workdir: str) -> None:
         for field in dataclasses.fields(ModelConfig)
         if field.name not in free and getattr(model, field.name) != getattr(old, field.name)
     ]
+    kind = model.feed_forward
+    if isinstance(kind, MixtureOfTokensConfig):
+        width, rest = kind.hidden_dim(model.d_ff), model.d_ff - kind.shared_dim
+        if rest % width and width % rest:
+            good = max(f for f in range(1, min(rest, width) + 1) if rest % f == 0)
+            faults.append(
+                f"model.feed_forward.expert_dim = {width}: must divide d_ff - shared_dim = {rest} of the layers in "
+                f"training.upcycle_from, or be a multiple of it; try {good}"
+            )
     if faults:
         raise ConfigError(*faults)

@@ -244,3 +244,18 @@ def test_ten_kills_change_no_bit(finished, tiny, tmp_path):
     assert start(killed).wait() == 0
     assert numbers(killed) == numbers(undisturbed)
     assert len(set(rows_seen)) > 3
+
+
+def test_a_masked_model_trains_and_fills_gaps(tiny, tmp_path, capsys):
+    """With documents kept apart in attention; what it prints and writes is about masked tokens."""
+    model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, document_mask=True)
+    optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=2e-2)
+    training = dataclasses.replace(tiny.training, steps=60, optimizer=optimizer, validate_every=60, checkpoint_every=60)
+    row = loop.train(dataclasses.replace(tiny, model=model, training=training), tmp_path / "run")
+    rows = [r for r in read_rows(tmp_path / "run") if r["split"] == "train"]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert 0.1 < row["most_frequent"] < 0.5 and row["accuracy"] > 0.9 * row["most_frequent"]
+    assert row["tokens"] == pytest.approx(0.15 * 16 * row["windows"], rel=0.05)
+    assert "masked tokens right" in capsys.readouterr().out
+    sample = (tmp_path / "run" / "sample.txt").read_text()
+    assert sample.count("--- filled") == 4 and "\N{WHITE SQUARE}" in sample

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from mot_jax.config import Config, DenseConfig, MeshConfig, OptimizerConfig
+from mot_jax.config import Config, DenseConfig, LossWeights, MeshConfig, MixingConfig, OptimizerConfig
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
@@ -193,3 +193,56 @@ def test_a_dense_model_trains_without_groups(tiny):
     rows, _ = run(dataclasses.replace(tiny, model=model), 10)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert not any("entropy" in name for name in rows[0])
+
+
+def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
+    """The step's gradient is that of cross-entropy + 0.3 x mean entropy + 0.01 x (log Z)^2; `loss` has the first."""
+    weights = LossWeights(mixing_entropy=0.3, head_z=0.01)
+    config = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, losses=weights))
+    mesh, state, step = compiled_step(config)
+    before, batch = jax.device_get(state.params), batches(config, 1)[0]
+    _, metrics = step(state, place(mesh, batch))
+
+    def naive(params):
+        model = bind(config.model, params)
+        out = model(batch.inputs, FeedForwardContext(losses=("mixing_entropy",)))
+        logits = model.logits(out.hidden)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
+        z = (jax.nn.logsumexp(logits, axis=-1) ** 2).mean()
+        return nats + 0.3 * sum(out.losses.values()) / 2 + 0.01 * z, nats
+
+    gradient, nats = jax.jit(jax.grad(naive, has_aux=True))(before)
+    assert float(metrics["loss"]) == pytest.approx(float(nats), rel=1e-5)
+    expected = np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)]) ** 2))
+    assert float(metrics["gradient_rms"]) == pytest.approx(expected, rel=1e-4)
+
+
+# --- masked language models -------------------------------------------------------------------------------------------
+
+
+def masked(tiny: Config, **mixing) -> Config:
+    kind = dataclasses.replace(tiny.model.feed_forward, mixing=MixingConfig(**mixing))
+    model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, feed_forward=kind)
+    return dataclasses.replace(tiny, model=model)
+
+
+@pytest.mark.parametrize("groups", ["across", "within"])
+def test_the_content_of_padding_changes_nothing(tiny, groups):
+    """Neither the loss of a masked model nor any of its gradients, by a bit: in attention, mixing and loss."""
+    config = masked(tiny, groups=groups)
+    mesh, state, step = compiled_step(config)
+    rng, mask = np.random.default_rng(0), np.ones((32, 16), bool)
+    mask[::3, 6:], mask[5] = False, False
+    tokens = rng.integers(0, 256, (32, 17)).astype(np.int32)
+    real = np.concatenate([mask[:, :1], mask], axis=1)
+    params, found = jax.device_get(state), []
+    for scale in (0, 1):
+        batch = batch_of(
+            config, np.where(real, tokens, scale * rng.integers(0, 256, tokens.shape)).astype("int32"), 0, mask
+        )
+        state, metrics = step(
+            jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state)), place(mesh, batch)
+        )
+        found.append(jax.device_get((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert found[0][1]["loss"] > 0
