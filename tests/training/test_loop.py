@@ -252,7 +252,7 @@ def test_a_masked_model_trains_and_fills_gaps(tiny, tmp_path, capsys):
     optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=2e-2)
     training = dataclasses.replace(tiny.training, steps=60, optimizer=optimizer, validate_every=60, checkpoint_every=60)
     row = loop.train(dataclasses.replace(tiny, model=model, training=training), tmp_path / "run")
-    rows = [r for r in read_rows(tmp_path / "run") if r["split"] == "train"]
+    rows = [r for r in log.read_rows(epath.Path(tmp_path) / "run") if r["split"] == "train"]
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     assert 0.1 < row["most_frequent"] < 0.5 and row["accuracy"] > 0.9 * row["most_frequent"]
     assert row["tokens"] == pytest.approx(0.15 * 16 * row["windows"], rel=0.05)
