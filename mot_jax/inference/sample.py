@@ -88,7 +88,8 @@ def sample(
         # What lies behind the last token so far is padding, which no earlier position sees.
         begin = jnp.maximum(prompt + i - window, 0)
         tokens = jax.lax.dynamic_slice_in_dim(text, begin, window, axis=1)
-        hidden = model(tokens, FeedForwardContext(token_mask=mask, token_ids=tokens)).hidden
+        context = FeedForwardContext(token_mask=mask, token_ids=tokens)
+        hidden = model(tokens, context, segments=jnp.zeros_like(tokens)).hidden  # all of it is one document
         last = jax.lax.dynamic_index_in_dim(hidden, prompt + i - begin - 1, axis=1, keepdims=False)
         logits = model.logits(last)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)

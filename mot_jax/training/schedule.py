@@ -39,8 +39,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     `moments_dtype`, all else in the parameter's dtype. `beta2` and `epsilon` are AdamW's alone.
 
     adamw: both moments. With `decay: all`, as in the paper (PAPER.md section 5).
-    adafactor: of a matrix with sides of at least 128, a row and a column for the second moment; updates of RMS at most
-        1, and their first moment, unless beta1 = 0. The learning rate is absolute, as AdamW's.
+    adafactor: of a matrix with two dimensions of at least 128 (attention's are cut into heads), a row and a column for
+        the second moment; updates of RMS at most 1, and their first moment, unless beta1 = 0. The learning rate is
+        absolute, as AdamW's.
     muon: the matrices of the blocks get Nesterov momentum, made orthogonal and scaled to an RMS of 0.2, about that of
         AdamW's updates; the rest AdamW. Keys and values are two matrices, all heads of one.
 
