@@ -222,6 +222,8 @@ def test_a_config_tells_all_its_faults(capsys):
             "error: --json = /no/such/place/x.json: cannot be written",
         ),
         (["curves"], "error: the following arguments are required: WORKDIR"),
+        (["inspect"], "error: the following arguments are required: WORKDIR"),
+        (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
         (["trian"], "error: argument command: invalid choice: 'trian'"),
     ],
 )

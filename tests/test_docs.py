@@ -1,0 +1,71 @@
+"""The Python of README.md and docs/layer.md runs as it stands there, and says the same thing three times."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig
+from mot_jax.config import mixing_faults
+
+ROOT = Path(__file__).parent.parent
+README, LAYER = ROOT / "README.md", ROOT / "docs" / "layer.md"
+
+
+def blocks(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def programs() -> list[dict]:
+    """What each block defines, after running it."""
+    found = []
+    for code in [*blocks(README), *blocks(LAYER)]:
+        found.append({"__name__": __name__})
+        exec(compile(code, "block", "exec", dont_inherit=True), found[-1])
+    return found
+
+
+def test_every_block_makes_a_loss_and_gradients(programs):
+    assert len(programs) == 3
+    for program in programs:
+        assert np.isfinite(float(program["value"]))
+        gradients = jax.tree.leaves(program["gradients"])
+        assert gradients and all(jnp.isfinite(leaf).all() and jnp.any(leaf) for leaf in gradients)
+    for program in programs[:2]:  # embedding to logits: at first no better than chance
+        assert float(program["value"]) == pytest.approx(np.log(256), rel=0.3)
+
+
+@pytest.mark.parametrize("config", [MixingConfig(), MixingConfig(temperature=0.0)])
+def test_linen_and_bare_jax_give_the_output_of_the_nnx_layer(programs, config):
+    _, linen, bare = programs
+    layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8, mixing=config), rngs=nnx.Rngs(0))
+    params = {name: getattr(layer, name)[...] for name in ("controller", "w_in", "w_out")}
+    x = jax.random.normal(jax.random.key(0), (8, 5, 16))
+    module = linen["MixtureOfTokens"](group_size=4, num_experts=8, expert_dim=16, config=config)
+
+    @jax.jit
+    def outputs(x, mask):
+        return [
+            layer(x, FeedForwardContext(mask)).y,
+            module.apply({"params": params}, x, mask),
+            bare["mixture_of_tokens"](params, x, 4, config, mask),
+        ]
+
+    for mask in (None, jax.random.bernoulli(jax.random.key(1), 0.7, (8, 5))):
+        expected, *found = outputs(x, mask)
+        for y in found:
+            np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_variants_of_the_table_are_valid():
+    configs = [eval(text) for text in re.findall(r"`(MixingConfig\(.*?\))`", LAYER.read_text())]
+    assert len(configs) == len(set(configs)) >= 14
+    for config in configs:
+        assert not list(mixing_faults(config))
