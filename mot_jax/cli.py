@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
@@ -42,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "describe": _describe, "evaluate": _evaluate}
+    commands = {"train": _train, "describe": _describe, "data": _data, "evaluate": _evaluate}
     commands |= {"inspect": _inspect, "curves": _curves}
     epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
@@ -144,6 +145,51 @@ def _inspect(arguments: list[str]) -> None:
 
     for line in inspect(options.workdir, options.output, options.group, options.position):
         print(line)
+
+
+def _data(arguments: list[str]) -> None:
+    """corpora: mot data build NAME FILE ... | inspect NAME | train-tokenizer NAME --output FILE"""
+    from mot_jax.data import corpora, report, tokenizers
+    from mot_jax.data.build import build, plan_files
+
+    parser = _Parser(prog="mot data", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build | inspect | train-tokenizer")
+    command = commands.add_parser("build", help="make a corpus out of files", allow_abbrev=False)
+    command.add_argument("name", metavar="NAME", help="what to call it in data.corpus")
+    command.add_argument("files", nargs="+", metavar="FILE", help="files, patterns or directories; .gz too")
+    command.add_argument("--feature", default="text", help="the field or column with the text (default: text)")
+    command.add_argument("--documents", default="file", choices=["file", "line", "paragraph"], help="of plain text")
+    command.add_argument("--validation", type=float, default=0.01, metavar="SHARE", help="of the documents (0.01)")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
+    for name, text in {"inspect": "what a corpus holds", "train-tokenizer": "a tokenizer out of a corpus"}.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("name", metavar="NAME", help="as in data.corpus")
+        command.add_argument("--split", default="train")
+        command.add_argument("--feature", default="text")
+        if name == "inspect":
+            command.add_argument("--tokenizer", help="tell its bytes per token")
+            command.add_argument("-n", type=int, default=3, metavar="N", help="documents to show (3)")
+        else:
+            command.add_argument("--vocab-size", type=int, default=8192, metavar="V")
+            command.add_argument("--kind", default="bpe", choices=["bpe", "sentencepiece"])
+            command.add_argument("--output", required=True, metavar="FILE")
+    for command in commands.choices.values():
+        command.add_argument("--directory", default=corpora.DATA_DIRECTORY, metavar="DIR", help="of prepared text")
+    options = parser.parse_args(arguments)
+    directory = Path(options.directory).expanduser().absolute()
+
+    if options.command == "build":
+        plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
+        build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
+        return
+    corpus = corpora.open_corpus(options.name, options.split, directory, options.feature)
+    if options.command == "inspect":
+        tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None
+        for line in report.lines(corpus, tokenizer, options.n):
+            print(line)
+    else:
+        train = functools.partial(tokenizers.train_tokenizer, vocab_size=options.vocab_size, kind=options.kind)
+        print(report.write_tokenizer(corpus, train, options.output))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

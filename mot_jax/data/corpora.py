@@ -1,130 +1,41 @@
-"""Text corpora as TFDS data sets: which documents there are, and to which split each belongs.
+"""Text corpora by name: the source of the running Python, what `mot data build` made, and any prepared TFDS data set.
 
-A corpus is built once into `directory` by TFDS, without TensorFlow, as array_record files.
+All are TFDS data sets in array_record files, read without TensorFlow. A name is looked up in `<directory>/corpora`,
+then where TFDS keeps its own (`TFDS_DATA_DIR`, or ~/tensorflow_datasets); a path is that of a data set's directory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import difflib
 import hashlib
-import io
-import logging
+import importlib.metadata
 import os
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 
-from mot_jax.config import ConfigError, nearest
+from mot_jax.config import ConfigError, error_words, nearest
+from mot_jax.data import python_source
+from mot_jax.data.build import build, prepared
 
-SPLITS = ("train", "validation", "test")
-CORPORA = ("python_source/stdlib",)
-
-# Validation and test are whole top-level modules of the standard library, so that no file of a package is seen in
-# training; every other module is train. Both lists hold about 6 % of the bytes, in modules that Python 3.11 to 3.13
-# all have, and near relatives (bz2 and lzma, profile and cProfile) stay together. No file is long: at most 1/32 of
-# validation and 1/23 of test, so that groups of 32 windows of different files are full there, and nearly full here.
-VALIDATION_MODULES = (
-    *("__future__", "_markupbase", "_threading_local", "bisect", "cmd", "code", "codeop", "colorsys", "copy"),
-    *("copyreg", "curses", "dbm", "ensurepip", "filecmp", "fileinput", "fnmatch", "getopt", "getpass", "graphlib"),
-    *("hashlib", "hmac", "json", "linecache", "netrc", "numbers", "opcode", "operator", "poplib", "pty"),
-    *("py_compile", "pyclbr", "queue", "quopri", "reprlib", "rlcompleter", "runpy", "sched", "secrets", "shelve"),
-    *("shlex", "signal", "sqlite3", "stat", "string", "symtable", "tabnanny", "timeit", "token", "tracemalloc"),
-    *("tty", "turtledemo", "types", "zipapp"),
-)
-TEST_MODULES = (
-    *("_compression", "_weakrefset", "base64", "bz2", "cProfile", "calendar", "compileall", "csv", "ctypes"),
-    *("gettext", "glob", "gzip", "heapq", "lzma", "mimetypes", "modulefinder", "pkgutil", "pprint", "profile"),
-    *("selectors", "textwrap", "tomllib", "wave", "weakref", "wsgiref", "zoneinfo"),
-)
-
-# Not the library's own text (site-packages, build products), tests and tables (encodings), or an application (idlelib).
-# A document with more than 1/32 of all windows must meet itself in groups of 32, whatever the shuffle does: hence
-# without pydoc_data, one generated file of 0.7 MB (7.6 % of the corpus), and _pydecimal.py (3 % under Python 3.13).
-_EXCLUDED_DIRECTORIES = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "__pycache__",
-        "test",
-        "tests",
-        "idlelib",
-        "encodings",
-        "pydoc_data",
-    ]
-)
-# The last two are written when Python is built, with that machine's paths in them.
-_EXCLUDED_PREFIXES = ("_pydecimal", "_sysconfigdata", "config-")
-
-_PYTHON_VERSION = ".".join(map(str, sys.version_info[:3]))
-
-
-def stdlib_documents(root: Path) -> dict[str, Path]:
-    """The corpus' files in the standard library at `root`: their names ('json/decoder.py') in order, and their paths.
-
-    Empty files are no documents.
-    """
-    found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        excluded = parts[0].startswith(_EXCLUDED_PREFIXES) or not _EXCLUDED_DIRECTORIES.isdisjoint(parts[:-1])
-        if not excluded and path.stat().st_size:
-            found["/".join(parts)] = path
-    return dict(sorted(found.items()))
-
-
-def split_of(name: str) -> str:
-    """The split of the document `name`, by its top-level module."""
-    module = name.split("/")[0].removesuffix(".py")
-    return "validation" if module in VALIDATION_MODULES else "test" if module in TEST_MODULES else "train"
-
-
-class PythonSource(tfds.core.GeneratorBasedBuilder):
-    """Python source files. The config `stdlib_<version>` is the standard library of the running Python."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # With Python's version in the name, two Pythons can share one directory.
-    BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name=f"stdlib_{_PYTHON_VERSION}", description="The running Python's standard library.")
-    ]
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Python source files, one document a file.",
-            features=tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()}),
-            metadata=tfds.core.MetadataDict(),
-            disable_shuffling=True,  # documents stay sorted by name
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        texts = {name: path.read_bytes() for name, path in stdlib_documents(Path(sysconfig.get_path("stdlib"))).items()}
-        digest = hashlib.sha256(_PYTHON_VERSION.encode())
-        for name, text in texts.items():
-            digest.update(f"\0{split_of(name)} {name} {len(text)}\0".encode() + text)
-        self.info.metadata["fingerprint"] = digest.hexdigest()
-        return {
-            split: self._generate_examples({name: text for name, text in texts.items() if split_of(name) == split})
-            for split in SPLITS
-        }
-
-    def _generate_examples(self, texts: dict[str, bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for key, (name, text) in enumerate(texts.items()):
-            yield key, {"name": name, "text": text}
+DATA_DIRECTORY = "~/.cache/mot_jax"
+CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """One split of a prepared corpus. Iterating gives (document name, text as bytes), in a fixed order.
 
-    version: of the data set and of what it was made from. records: {"name": bytes, "text": bytes} by index.
-    fingerprint: hex digest of the whole corpus' content and of the Python version it came from.
-    num_bytes: of the split, about.
+    version: of the data set and of what it was made from. fingerprint: hex digest of what the whole corpus holds.
+    records: {feature: text, "name": name, if the data set has names}, as bytes, by index; reading one is cheap, and
+    threads may share them. feature: the one that holds the text. metadata: what its build counted, if we built it.
+    Other processes may be sent a corpus: it opens its files again there.
     """
 
     name: str
@@ -132,7 +43,8 @@ class Corpus:
     version: str
     fingerprint: str
     records: Sequence[dict[str, bytes]] = dataclasses.field(repr=False)
-    num_bytes: int = 0
+    feature: str = "text"
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -141,52 +53,156 @@ class Corpus:
         return self.read(0, len(self))
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
+        """(name, text) of the documents start .. stop - 1. Without names in the data set, they are named by number."""
         for i in range(start, stop):
             record = self.records[i]
-            yield record["name"].decode(), record["text"]
+            yield (
+                record["name"].decode(errors="replace") if "name" in record else f"{self.split}/{i}",
+                record[self.feature],
+            )
 
 
 def open_corpus(name: str, split: str, directory: str | os.PathLike[str], feature: str = "text") -> Corpus:
-    """The `split` of the corpus `name`, built under `directory` if it is not there yet.
+    """The `split` of the corpus `name`, as TFDS names them; the source of Python is built first if it is not there yet.
 
-    Raises ConfigError for a name or split that does not exist.
+    split: also a part, as `train[:90%]`. feature: the one that holds the text. Raises ConfigError, in one line, for a
+    name, split or feature that does not exist, a data set that is not prepared or not as array_record, and a split
+    without a document.
     """
-    if name not in CORPORA:
-        raise ConfigError(f"data.corpus = {name!r}: no such corpus{nearest(name, CORPORA)}")
-    if split not in SPLITS:
-        raise ConfigError(f"split = {split!r}: must be one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
-    builder = _prepared(Path(directory).absolute() / "corpora")
+    path = _find(name, Path(directory).expanduser().absolute() / "corpora")
+    if path.as_uri().startswith("s3:"):
+        raise ConfigError(f"data.corpus = {name!r}: array_record reads local files and gs://, not s3://; try a copy")
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:
+        raise ConfigError(
+            f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another"
+        ) from error
+    info = builder.info
+    _check_format(name, info, path)
+    _check_feature(name, info, feature)
+    _check_split(name, info, split)
+    metadata = info.metadata or {}
+    fingerprint = metadata.get("fingerprint") or _fingerprint(info)
     return Corpus(
         name=name,
         split=split,
-        version=builder.info.full_name,
-        fingerprint=builder.info.metadata["fingerprint"],
-        records=builder.as_data_source(split=split),
-        num_bytes=builder.info.splits[split].num_bytes,
+        version=info.full_name,
+        fingerprint=fingerprint
+        if feature == "text"
+        else hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest(),
+        records=builder.as_data_source(split),
+        feature=feature,
+        metadata=dict(metadata),
     )
 
 
-def _prepared(directory: Path) -> tfds.core.DatasetBuilder:
-    """The builder of `python_source`, its data in place."""
+def _fingerprint(info: tfds.core.DatasetInfo) -> str:
+    """Of a data set that we did not build: the sizes of its shards tell what no version number needs to."""
+    splits = [(split, i.shard_lengths, int(i.num_bytes)) for split, i in sorted(info.splits.items())]
+    return hashlib.sha256(repr((info.full_name, splits)).encode()).hexdigest()
 
-    def new() -> tfds.core.DatasetBuilder:
-        config = PythonSource.BUILDER_CONFIGS[0].name
-        return PythonSource(data_dir=os.fspath(directory), config=config, file_format="array_record")
 
-    def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-        # What TFDS asks in its own is_prepared, which logs a warning when the answer is no.
-        return (builder.data_path / "dataset_info.json").exists()
+# --- faults -----------------------------------------------------------------------------------------------------------
 
-    builder = new()
-    if is_prepared(builder):
-        return builder
-    logging.getLogger(__name__).info("preparing corpus %s in %s", builder.info.full_name, directory)
-    tfds.disable_progress_bar()
+
+def _check_format(name: str, info: tfds.core.DatasetInfo, path: epath.Path) -> None:
+    formats = sorted(form.value for form in info.available_file_formats())
+    if "array_record" not in formats:
+        raise ConfigError(
+            f"data.corpus = {name!r}: is prepared as {' and '.join(formats)}, without random access; where TensorFlow "
+            f"is installed, try tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
+        )
+
+
+def _texts(info: tfds.core.DatasetInfo) -> list[str]:
+    features = info.features.items() if isinstance(info.features, tfds.features.FeaturesDict) else ()
+    return [name for name, feature in features if feature.shape == () and feature.np_dtype in (object, str)]
+
+
+def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None:
+    texts = _texts(info)
+    if not texts:
+        raise ConfigError(f"data.corpus = {name!r}: has no feature that is text; try another data set")
+    if feature not in texts:
+        what = "is not text" if feature in info.features else f"no such feature of {name}"
+        raise ConfigError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
+
+
+def _check_split(name: str, info: tfds.core.DatasetInfo, split: str) -> None:
+    there = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
+    unknown = [part for part in re.findall(r"(?:^|\+)\s*(\w+)", split) if part not in info.splits]
+    if unknown:
+        raise ConfigError(f"split = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that does not happen
-            builder.download_and_prepare()
-    except OSError:
-        # TFDS renames its finished directory into place, which fails where another process was first.
-        if not is_prepared(new()):
-            raise
-    return new()
+        documents = info.splits[split].num_examples
+    except Exception as error:
+        raise ConfigError(f"split = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
+    if not documents:
+        raise ConfigError(f"split = {split!r}: empty, there is no document in it; {name} has {there}; try train")
+
+
+# --- where a data set lies --------------------------------------------------------------------------------------------
+
+
+def _find(name: str, corpora: Path) -> epath.Path:
+    """The version directory of a data set, built first if it is Python's source. Raises ConfigError."""
+    if name == "python_source/stdlib":
+        return epath.Path(prepared(corpora, python_source.stdlib_name()) or build(python_source.stdlib(), corpora))
+    if name == "python_source/site_packages":
+        plan = python_source.site_packages()
+        return epath.Path(prepared(corpora, plan.name) or build(plan, corpora))
+    roots = [epath.Path(corpora), epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
+    path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
+    is_path = "://" in path or path.startswith(("/", "~", "."))
+    try:
+        for root in [epath.Path()] if is_path else roots:
+            base = root / epath.Path(path).expanduser()
+            for directory in [base / version] if version else [base, *reversed(_versions(base))]:
+                if (directory / "dataset_info.json").exists():
+                    return directory
+        if is_path:
+            raise ConfigError(f"data.corpus = {name!r}: no prepared data set; its directory holds dataset_info.json")
+        raise ConfigError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
+    except (ImportError, OSError) as error:  # of a bucket, or of a directory that may not be read
+        raise ConfigError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a copy") from error
+
+
+def _versions(base: epath.Path) -> list[epath.Path]:
+    return [base / str(version) for version in tfds.core.utils.version.list_all_versions(base)]
+
+
+def _why_not(path: str, version: str | None, roots: Sequence[epath.Path]) -> str:
+    """Why no data set of that name was found, and what to do."""
+    there = [known for root in roots for known in _data_sets(root) if not known.startswith("python_source/")]
+    related = [known for known in there if known == path or known.startswith(f"{path}/")]
+    if related:
+        return f"{'no such version' if version else 'needs a config'}; there is {', '.join(related)}"
+    dataset, public = path.partition("/")[0], _public()
+    if dataset in public:
+        extras = importlib.metadata.metadata("tensorflow-datasets").get_all("Provides-Extra") or []
+        extra = dataset.replace("_", "-")
+        package = f"'tensorflow-datasets[{extra}]'" if extra in extras else "tensorflow-datasets"
+        return (
+            f"is not prepared in {' or '.join(map(str, roots))}; on a machine with TensorFlow, try "
+            f"pip install tensorflow {package} && "
+            f"tfds build {path} --file_format=array_record --data_dir={roots[0]}"
+        )
+    own = [*CORPORA, *there]
+    return f"no such corpus{nearest(path, difflib.get_close_matches(path, [*own, *public], 1) or own)}"
+
+
+def _data_sets(root: epath.Path) -> Iterator[str]:
+    """The names of the data sets prepared below `root`."""
+    for dataset in sorted(root.iterdir()) if root.is_dir() else ():
+        if _versions(dataset):
+            yield f"{dataset.name}"
+        elif dataset.is_dir():
+            yield from (f"{dataset.name}/{config.name}" for config in sorted(dataset.iterdir()) if _versions(config))
+
+
+def _public() -> set[str]:
+    """The data sets of text that TFDS can prepare, by the names of its modules: to import those takes TensorFlow."""
+    folders = ("datasets", "question_answering", "summarization", "text", "translate")
+    modules = pkgutil.iter_modules([os.path.join(tfds.__path__[0], folder) for folder in folders])
+    return {module.name for module in modules if not module.name.endswith(("_test", "_utils"))}

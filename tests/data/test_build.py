@@ -1,0 +1,233 @@
+"""Building a corpus out of files: what comes of it, how it goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from mot_jax.config import ConfigError
+from mot_jax.data import build as module
+from mot_jax.data.build import build, plan_files
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """300 documents in three kinds of files, some of them equal."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    texts = [f"document {i % 200} " + "word " * (i % 200 % 7) for i in range(300)]
+    (directory / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:150]))
+    (directory / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[150:290]))
+    for i, text in enumerate(texts[290:]):
+        (directory / f"c{i}.txt").write_text(text)
+    return directory
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
+
+
+def contents(path: Path) -> dict[str, list[tuple[bytes, bytes]]]:
+    """What plain TFDS reads."""
+    builder = tfds.builder_from_directory(path)
+    return {
+        split: [(record["name"], record["text"]) for record in builder.as_data_source(split)]
+        for split in builder.info.splits
+    }
+
+
+def metadata(path: Path) -> dict:
+    return json.loads((path / "metadata.json").read_text())
+
+
+def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, small_pieces: None) -> None:
+    said: list[str] = []
+    path = build(plan_files("mine", [str(source)], validation=0.2), tmp_path, 1, said.append)
+    assert path == tmp_path / "mine" / "1.0.0"
+    assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 3
+    splits = contents(path)
+    assert len(splits["train"] + splits["validation"]) == 300
+    assert [name for name, _ in splits["train"] if name.endswith(b".txt")] == sorted(
+        name for name, _ in splits["train"] if name.endswith(b".txt")
+    )
+    texts = {split: {text for _, text in found} for split, found in splits.items()}
+    assert not texts["train"] & texts["validation"], "equal documents land in the same split"
+    assert 20 < len(texts["validation"]) < 60
+    info = tfds.builder_from_directory(path).info
+    assert info.splits["train"].num_shards > 3 and info.full_name == "mine/1.0.0"
+    assert info.splits["train"].num_examples == len(splits["train"])
+    assert tfds.builder("mine", data_dir=tmp_path).info.full_name == "mine/1.0.0"
+
+    counts = metadata(path)["counts"]["train"]
+    lengths = [len(text) for _, text in splits["train"]]
+    assert counts == {"documents": len(lengths), "bytes": sum(lengths), "longest": max(lengths)}
+    assert said[-2].startswith(f"train: {len(lengths)} documents, {sum(lengths):,} bytes, the longest {max(lengths)}")
+
+
+def test_a_build_that_stops_goes_on(
+    source: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_files("mine", [str(source)], validation=0.2)
+    expected = metadata(build(plan, tmp_path / "at_once", 1))
+    write, written = module._write_piece, []
+
+    def failing(directory: Path, piece: module.Piece) -> None:
+        if len(written) == 2:
+            (directory / "mine-train.array_record-00002-of-00008").write_bytes(b"half a shard")
+            raise RuntimeError("stop")
+        written.append(piece.number)
+        write(directory, piece)
+
+    monkeypatch.setattr(module, "_write_piece", failing)
+    with pytest.raises(RuntimeError, match="stop"):
+        build(plan, tmp_path / "twice", 1)
+    assert not (tmp_path / "twice/mine/1.0.0").exists()
+    monkeypatch.setattr(module, "_write_piece", lambda *args: (written.append(args[1].number), write(*args)))
+    said: list[str] = []
+    path = build(plan, tmp_path / "twice", 1, said.append)
+    assert sorted(written) == list(range(len(written))) and len(written) > 4, "every piece once"
+    assert metadata(path) == expected and contents(path) == contents(tmp_path / "at_once/mine/1.0.0")
+    assert said[0] == f"mine: 2 of {len(written)} pieces are there from an earlier build"
+
+
+def test_what_is_left_of_another_build_is_not_used(source: Path, tmp_path: Path, small_pieces: None) -> None:
+    plan = plan_files("mine", [str(source)])
+    building = tmp_path / "corpora/mine/1.0.0.building"
+    building.mkdir(parents=True)
+    (building / "plan").write_text("another")
+    (building / "piece-00000.json").write_text("{}")
+    path = build(plan, tmp_path / "corpora", 1)
+    assert metadata(path)["counts"] == metadata(build(plan, tmp_path / "other", 1))["counts"]
+
+
+def test_a_name_is_never_given_to_other_files(source: Path, tmp_path: Path) -> None:
+    path = build(plan_files("mine", [str(source)]), tmp_path, 1)
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    said: list[str] = []
+    assert build(plan_files("mine", [str(source)]), tmp_path, 1, said.append) == path
+    assert said[0].startswith("mine is built already, out of the same files")
+    for plan in (
+        plan_files("mine", [str(source / "a.jsonl")]),
+        plan_files("mine", [str(source)], validation=0.5),
+        plan_files("mine", [str(source)], "line"),
+    ):
+        with pytest.raises(ConfigError, match=r"NAME = 'mine': .* holds a corpus of other files or options"):
+            build(plan, tmp_path, 1)
+    (source / "c0.txt").write_text("changed")
+    with pytest.raises(ConfigError, match="holds a corpus of other files"):
+        build(plan_files("mine", [str(source)]), tmp_path, 1)
+    assert before == {file: file.stat().st_mtime_ns for file in path.iterdir()}
+
+
+def test_what_is_left_out_is_told_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/a.jsonl").write_bytes(b'{"text": "good"}\nno json\n{"title": "x"}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "source/empty.txt").touch()
+    (tmp_path / "source/picture.png").write_bytes(b"\x89PNG")
+    said: list[str] = []
+    path = build(plan_files("mine", [str(tmp_path / "source")]), tmp_path, 1, said.append)
+    counted = {"other_files": 1, "not_json": 1, "no_feature": 1, "empty": 1, "damaged_utf8": 1}
+    assert metadata(path)["skipped"] == counted
+    assert said[-5:] == [
+        "1 files of other kinds left out",
+        "1 lines left out that are not JSON",
+        "1 lines or rows left out that have no such text",
+        "1 empty documents left out",
+        "1 documents with damaged UTF-8, mended with U+FFFD",
+    ]
+    assert list(metadata(path)["counts"]) == ["train"], "a split without documents is left out"
+    assert not list(path.glob("*validation*"))
+
+
+def test_nothing_left_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
+    with pytest.raises(
+        ConfigError,
+        match=r"NAME = 'mine': not one document in the files \(3 lines .* no such text\); here --feature is 'text'",
+    ):
+        build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
+    (tmp_path / "b.jsonl").touch()
+    with pytest.raises(ConfigError, match="which are empty"):
+        build(plan_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "validation", "fault"),
+    [
+        ("My-Texts", 0.1, r"NAME = 'My-Texts': must be small letters.*try my_texts"),
+        ("python_source", 0.1, "not be python_source; try mine"),
+        ("a/b", 0.1, "NAME = 'a/b'.*try ab"),
+        ("mine", 1.0, "--validation = 1: must be at least 0 and below 1; try 0.01"),
+    ],
+)
+def test_faults_of_a_plan(name: str, validation: float, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        plan_files(name, [], validation=validation)
+
+
+_BUILD = """
+import sys
+from pathlib import Path
+from mot_jax.data import build
+
+if __name__ == "__main__":
+    build.PIECE_BYTES = 4000
+    build.build(build.plan_files("mine", [sys.argv[1]], validation=0.2), Path(sys.argv[2]), int(sys.argv[3]), print)
+"""
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_and_kills_give_the_same(source: Path, tmp_path: Path) -> None:
+    texts = [f"document {i} " * (1 + i % 50) for i in range(4000)]
+    (source / "many.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "run.py").write_text(_BUILD)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+    def start(directory: str, workers: int) -> subprocess.Popen:
+        command = [sys.executable, "-W", "error", str(tmp_path / "run.py"), str(source), str(tmp_path / directory)]
+        with open(tmp_path / f"{directory}.log", "wb") as log:
+            return subprocess.Popen([*command, str(workers)], stdout=log, stderr=log, env=environment)
+
+    first = start("killed", 2)
+    building = tmp_path / "killed/mine/1.0.0.building"
+    deadline = time.monotonic() + 120
+    while not list(building.glob("piece-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    tasks = Path(f"/proc/{first.pid}/task")
+    children = [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert building.exists(), "killed in time"
+    while any(_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.01)
+
+    second, alone = start("killed", 2), start("alone", 1)
+    assert second.wait(timeout=120) == alone.wait(timeout=120) == 0
+    assert "pieces are there from an earlier build" in (tmp_path / "killed.log").read_text()
+    killed, whole = tmp_path / "killed/mine/1.0.0", tmp_path / "alone/mine/1.0.0"
+    assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_worker_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", 4000)
+    monkeypatch.setattr(module, "_start_worker", os.abort)
+    with pytest.raises(ConfigError, match="was killed.*run the same command, which goes on from there"):
+        build(plan_files("mine", [str(source)]), tmp_path, 2)

@@ -1,0 +1,185 @@
+"""Reading the user's own files: every format, every way to cut them, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mot_jax.config import ConfigError
+from mot_jax.data import files
+from mot_jax.data.files import Part, cut, find_files, read_part
+
+TEXTS = ["first\nwith two lines", "zweites: äöü €", "\ttabs and 'quotes' \"\n\nand a gap"]
+
+
+def read(path: Path, documents="file", feature="text", size=1 << 20) -> tuple[list[tuple[str, bytes]], Counter]:
+    skipped: Counter[str] = Counter()
+    parts = cut(str(path), path.name, documents, size)
+    return [document for part in parts for document in read_part(part, documents, feature, skipped)], +skipped
+
+
+def write_json(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"url": "x", "text": text}) + "\n" for text in texts))
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    pq.write_table(pa.table({"url": ["x"] * len(texts), "text": texts}), path, row_group_size=2)
+
+
+def write_text(path: Path, texts: list[str]) -> None:
+    path.write_text("\n\n\n".join(text.replace("\n\n", "\n") for text in texts))
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "documents", "write"),
+    [("a.jsonl", "file", write_json), ("c4.json", "file", write_json), ("a.txt", "paragraph", write_text)],
+)
+def test_every_format_compressed_and_not(
+    tmp_path: Path, name: str, documents: str, write: Callable[[Path, list[str]], None], compressed: bool
+) -> None:
+    path = tmp_path / name
+    texts = [text.replace("\n\n", "\n") for text in TEXTS] if write is write_text else TEXTS
+    write(path, texts)
+    if compressed:
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    found, skipped = read(path, documents)
+    assert [text.decode() for _, text in found] == texts
+    assert not skipped
+    names = [name for name, _ in found]
+    assert names[0] == f"{path.name}@0" and len(set(names)) == len(names)
+
+
+def test_plain_text_by_file_and_by_line(tmp_path: Path) -> None:
+    for name, content in {"a.md": b"one\r\n\r\ntwo", "b.py.gz": gzip.compress(b"one\r\n\r\ntwo")}.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert read(path) == ([(name, b"one\r\n\r\ntwo")], Counter())
+        assert read(path, "line") == ([(f"{name}@0", b"one"), (f"{name}@7", b"two")], Counter(empty=1))
+
+
+def test_parquet_by_row_groups(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS)
+    assert [(part.start, part.stop) for part in cut(str(path), "a.parquet", "file", 1)] == [(0, 1), (1, 2)]
+    found, skipped = read(path)
+    assert found == [(f"a.parquet@{row}", text.encode()) for row, text in enumerate(TEXTS)] and not skipped
+
+    table = {"text": ["x", None], "number": [1, 2], "kind": pa.array(["a", "b"]).dictionary_encode()}
+    pq.write_table(pa.table(table), path)
+    assert read(path) == ([("a.parquet@0", b"x")], Counter(no_feature=1))
+    assert [text for _, text in read(path, feature="kind")[0]] == [b"a", b"b"]
+    assert read(path, feature="number") == read(path, feature="nothing") == ([], Counter(no_feature=2))
+
+
+@given(
+    st.lists(st.sampled_from([b"a\n", b"bcd\n", b"\n", b" \r\n", b"long enough\n"]), max_size=12),
+    st.sampled_from([b"", b"end"]),
+    st.integers(1, 9),
+    st.sampled_from(["line", "paragraph"]),
+)
+def test_every_cut_gives_every_document_once(tmp_path_factory, lines, end, size, documents) -> None:
+    path = tmp_path_factory.mktemp("cut") / "a.txt"
+    path.write_bytes(b"".join(lines) + end)
+    assert read(path, documents, size=size) == read(path, documents)
+    expected = [line.rstrip() for line in path.read_bytes().split(b"\n") if line.strip()]
+    if documents == "line":
+        assert [text for _, text in read(path, documents)[0]] == expected
+    else:
+        assert b"\n".join(text.replace(b"\r", b"") for _, text in read(path, documents)[0]).split(b"\n") == (
+            expected or [b""]
+        )
+
+
+def test_what_is_wrong_with_lines_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"text": "kept"}', b"", b"{broken", b"[1, 2]", b'{"other": "x"}', b'{"text": 5}', b'{"text": " \\n"}']
+    lines += [b'{"text": "caf\xe9"}', b'{"text": "half \\ud83d"}', b"[" * 100_000]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    found, skipped = read(path)
+    assert [text.decode() for _, text in found] == ["kept", "caf\ufffd", "half \ufffd"]
+    assert skipped == Counter(not_json=2, no_feature=3, empty=1, damaged_utf8=2)
+
+
+def test_what_is_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LIMIT", 20)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"short\n\n" + b"x" * 100 + b"\n\n" + b"a line\n" * 4 + b"\n" + b"y" * 20 + b"\nlast")
+    for size in (1000, 1, 7):
+        assert [text for _, text in read(path, "line", size=size)[0]] == [
+            b"short",
+            *[b"a line"] * 4,
+            b"y" * 20,
+            b"last",
+        ]
+        assert read(path, "line", size=size)[1]["too_long"] == 1
+        found, skipped = read(path, "paragraph", size=size)
+        assert [text for _, text in found] == [b"short"] and skipped["too_long"] == 3
+    assert read(path) == ([], Counter(too_long=1))
+    write_json(tmp_path / "a.jsonl", ["fits", "x" * 50])
+    assert read(tmp_path / "a.jsonl", feature="text")[1]["too_long"] == 2  # the lines, with all their fields
+
+
+def test_a_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LIMIT", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(100_000_000)
+        file.seek(0, 2)
+        file.write(b'\n{"text": "kept"}\n')
+    tracemalloc.start()
+    found, skipped = read(path, size=1 << 24)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [text for _, text in found] == [b"kept"] and skipped == Counter(too_long=1)
+    assert peak < 10e6
+
+
+def test_damaged_files_give_what_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    write_json(tmp_path / "a.jsonl", [f"text {i} {'x' * (i % 97)}" for i in range(5000)])
+    path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes())[:-2000])
+    found, skipped = read(path)
+    assert len(found) > 100 and skipped["damaged_files"] == 1
+    path.write_bytes(b"no gzip")
+    assert read(path) == ([], Counter(damaged_files=1))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
+    assert read(tmp_path / "a.parquet") == ([], Counter(damaged_files=1))
+
+
+def test_finding_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.txt", "a.jsonl.gz", "deep/c.md", "deep/picture.png", ".git/config.txt", "deep/.hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    names = {str(tmp_path / name): name for name in ("a.jsonl.gz", "b.txt", "deep/c.md")}
+    found, others = find_files([str(tmp_path)])
+    assert found == names and list(found) == list(names) and others == 1
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["*.txt", "b.txt", "**/*.md"])[0] == {
+        str(tmp_path / "b.txt"): "b.txt",
+        str(tmp_path / "deep/c.md"): "c.md",
+    }
+    with pytest.raises(ConfigError, match=r"FILE = 'nothing\*': no such file"):
+        find_files(["nothing*"])
+    with pytest.raises(ConfigError, match=r"picture.png': no kind of file that can be read.*\.jsonl"):
+        find_files(["deep/picture.png"])
+
+
+def test_parts_are_as_large_as_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 25)
+    parts = list(cut(str(path), "a", "file", 10))
+    assert [(part.start, part.stop, part.size) for part in parts] == [(0, 10, 10), (10, 20, 10), (20, 25, 5)]
+    (whole,) = cut(str(path.rename(tmp_path / "a.txt")), "a", "file", 10)
+    assert isinstance(whole, Part) and whole.size == 25
