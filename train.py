@@ -2,4 +2,5 @@
 
 from mot_jax.cli import train
 
-train()
+if __name__ == "__main__":  # processes that build a corpus import this file again
+    train()

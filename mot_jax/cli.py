@@ -149,9 +149,6 @@ def _inspect(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     """corpora: mot data build NAME FILE ... | inspect NAME | train-tokenizer NAME --output FILE"""
-    from mot_jax.data import corpora, report, tokenizers
-    from mot_jax.data.build import build, plan_files
-
     parser = _Parser(prog="mot data", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="build | inspect | train-tokenizer")
     command = commands.add_parser("build", help="make a corpus out of files", allow_abbrev=False)
@@ -174,11 +171,16 @@ def _data(arguments: list[str]) -> None:
             command.add_argument("--kind", default="bpe", choices=["bpe", "sentencepiece"])
             command.add_argument("--output", required=True, metavar="FILE")
     for command in commands.choices.values():
-        command.add_argument("--directory", default=corpora.DATA_DIRECTORY, metavar="DIR", help="of prepared text")
+        command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
     options = parser.parse_args(arguments)
-    directory = Path(options.directory).expanduser().absolute()
+    from mot_jax.data import corpora, report, tokenizers
+    from mot_jax.data.build import build, plan_files
+
+    directory = Path(options.directory or corpora.DATA_DIRECTORY).expanduser().absolute()
 
     if options.command == "build":
+        if options.workers is not None and options.workers < 1:
+            raise ConfigError(f"--workers = {options.workers}: must be at least 1; try 1")
         plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
         build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
         return

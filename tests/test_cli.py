@@ -11,6 +11,7 @@ import pytest
 
 from mot_jax import cli
 from mot_jax.config import Config, check, load_config
+from mot_jax.data import tokenizers
 from mot_jax.training import loop
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -232,4 +233,45 @@ def test_mistakes_beside_the_config_are_one_line_too(capsys, arguments, start):
         cli.main(arguments)
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(start)
+
+
+def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypatch):
+    directory = ["--directory", str(tmp_path / "data")]
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(50)))
+    build = ["data", "build", "mine", str(tmp_path / "*.txt"), "--documents", "line", "--workers", "1", *directory]
+    cli.main(build)
+    out, err = capsys.readouterr()
+    assert "mine: 0.0 MB of text in" in out and "train: " in out and not err
+    cli.main(["data", "inspect", "mine", "--tokenizer", "bytes", "-n", "1", *directory])
+    assert "1.00 bytes per token" in (out := capsys.readouterr().out) and "a.txt@0 (6 bytes)\n  line 0\n" in out
+
+    def train_tokenizer(texts, vocab_size: int, kind: str) -> bytes:
+        return f"{kind} {vocab_size} {len(list(texts))}".encode()
+
+    monkeypatch.setattr(tokenizers, "train_tokenizer", train_tokenizer, raising=False)
+    output = tmp_path / "tokenizer.json"
+    train = ["data", "train-tokenizer", "mine", "--split", "train[:10]", "--vocab-size", "300", "--output", str(output)]
+    cli.main([*train, *directory])
+    assert output.read_text() == "bpe 300 10" and "trained on" in capsys.readouterr().out
+    (line,) = fails(capsys, *train, *directory)
+    assert "is never overwritten" in line
+    (line,) = fails(capsys, *build, "--validation", "0.5")
+    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ([], "error: the following arguments are required: build | inspect | train-tokenizer"),
+        (["buidl"], "error: argument build | inspect | train-tokenizer: invalid choice: 'buidl'"),
+        (["build", "mine"], "error: the following arguments are required: FILE; mot data build --help tells more"),
+        (["build", "mine", "/no/such/*.txt"], "error: FILE = '/no/such/*.txt': no such file"),
+        (["build", "mine", "x.txt", "--documents", "word"], "error: argument --documents: invalid choice: 'word'"),
+        (["build", "mine", "x.txt", "--workers", "0"], "error: --workers = 0: must be at least 1; try 1"),
+        (["train-tokenizer", "mine"], "error: the following arguments are required: --output"),
+    ],
+)
+def test_mistakes_of_data_are_one_line(capsys, arguments, start):
+    (line,) = fails(capsys, "data", *arguments)
     assert line.startswith(start)

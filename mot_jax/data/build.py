@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mot_jax.config import ConfigError
@@ -341,7 +341,9 @@ def _progress(name: str, size: int, say: Callable[[str], None]) -> Iterator[Call
     """Takes the bytes done: a bar on a terminal, a line now and then otherwise."""
     console = Console(stderr=True)
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(name, total=size)
         done, start, said = 0, time.monotonic(), time.monotonic()
 

@@ -56,8 +56,9 @@ class Corpus:
         """(name, text) of the documents start .. stop - 1. Without names in the data set, they are named by number."""
         for i in range(start, stop):
             record = self.records[i]
+            name = record.get("name")
             yield (
-                record["name"].decode(errors="replace") if "name" in record else f"{self.split}/{i}",
+                name.decode(errors="replace") if isinstance(name, bytes) else f"{self.split}/{i}",
                 record[self.feature],
             )
 
@@ -70,8 +71,6 @@ def open_corpus(name: str, split: str, directory: str | os.PathLike[str], featur
     without a document.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
-    if path.as_uri().startswith("s3:"):
-        raise ConfigError(f"data.corpus = {name!r}: array_record reads local files and gs://, not s3://; try a copy")
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
@@ -82,19 +81,12 @@ def open_corpus(name: str, split: str, directory: str | os.PathLike[str], featur
     _check_format(name, info, path)
     _check_feature(name, info, feature)
     _check_split(name, info, split)
-    metadata = info.metadata or {}
+    metadata = dict(info.metadata or {})
     fingerprint = metadata.get("fingerprint") or _fingerprint(info)
-    return Corpus(
-        name=name,
-        split=split,
-        version=info.full_name,
-        fingerprint=fingerprint
-        if feature == "text"
-        else hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest(),
-        records=builder.as_data_source(split),
-        feature=feature,
-        metadata=dict(metadata),
-    )
+    if feature != "text":
+        fingerprint = hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest()
+    records = builder.as_data_source(split, file_format="array_record")
+    return Corpus(name, split, info.full_name, fingerprint, records, feature, metadata)
 
 
 def _fingerprint(info: tfds.core.DatasetInfo) -> str:
@@ -117,7 +109,7 @@ def _check_format(name: str, info: tfds.core.DatasetInfo, path: epath.Path) -> N
 
 def _texts(info: tfds.core.DatasetInfo) -> list[str]:
     features = info.features.items() if isinstance(info.features, tfds.features.FeaturesDict) else ()
-    return [name for name, feature in features if feature.shape == () and feature.np_dtype in (object, str)]
+    return sorted(name for name, feature in features if feature.shape == () and feature.np_dtype in (object, str))
 
 
 def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None:
@@ -154,6 +146,8 @@ def _find(name: str, corpora: Path) -> epath.Path:
         return epath.Path(prepared(corpora, plan.name) or build(plan, corpora))
     roots = [epath.Path(corpora), epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
+    if re.match(r"(?!gs:)\w+://", path):
+        raise ConfigError(f"data.corpus = {name!r}: array_record reads local files and gs:// alone; try a local copy")
     is_path = "://" in path or path.startswith(("/", "~", "."))
     try:
         for root in [epath.Path()] if is_path else roots:
@@ -164,7 +158,9 @@ def _find(name: str, corpora: Path) -> epath.Path:
         if is_path:
             raise ConfigError(f"data.corpus = {name!r}: no prepared data set; its directory holds dataset_info.json")
         raise ConfigError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
-    except (ImportError, OSError) as error:  # of a bucket, or of a directory that may not be read
+    except ConfigError:
+        raise
+    except Exception as error:  # of a bucket, or of a directory that may not be read
         raise ConfigError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a copy") from error
 
 

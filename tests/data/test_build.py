@@ -229,5 +229,5 @@ def _alive(pid: str) -> bool:
 def test_a_killed_worker_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE_BYTES", 4000)
     monkeypatch.setattr(module, "_start_worker", os.abort)
-    with pytest.raises(ConfigError, match="was killed.*run the same command, which goes on from there"):
+    with pytest.raises(ConfigError, match=r"was killed.*run the same command, which goes on from there"):
         build(plan_files("mine", [str(source)]), tmp_path, 2)

@@ -1,115 +1,135 @@
-"""The corpora: which documents, which splits, and that building one is quiet and done once."""
+"""Opening corpora: by every kind of name, any split and feature, and every way in which there is none."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
+import json
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mot_jax.config import ConfigError
-from mot_jax.data import corpora
-from mot_jax.data.corpora import SPLITS, Corpus, open_corpus, split_of, stdlib_documents
-
-NAME = "python_source/stdlib"
-STDLIB = Path(sysconfig.get_path("stdlib"))
+from mot_jax.data.build import build, plan_files
+from mot_jax.data.corpora import open_corpus
 
 
 @pytest.fixture(scope="module")
-def splits(data_directory: Path) -> dict[str, Corpus]:
-    return {split: open_corpus(NAME, split, data_directory) for split in SPLITS}
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the corpus `mine`, built."""
+    directory = tmp_path_factory.mktemp("directory")
+    (directory / "a.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    build(plan_files("mine", [str(directory / "a.jsonl")], validation=0.2), directory / "corpora", 1)
+    return directory
 
 
-def _size(corpus: Corpus) -> int:
-    return sum(len(text) for _, text in corpus)
+@pytest.fixture(autouse=True)
+def tfds_data_dir(tfds_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_directory))
 
 
-def test_documents_are_the_files_of_the_standard_library_byte_for_byte(splits: dict[str, Corpus]) -> None:
-    found = {name: text for corpus in splits.values() for name, text in corpus}
-    assert found == {name: path.read_bytes() for name, path in stdlib_documents(STDLIB).items()}
-    assert sum(len(corpus) for corpus in splits.values()) == len(found)
-    assert {"os.py", "json/decoder.py", "heapq.py"} <= found.keys()
-    for corpus in splits.values():
-        names = [name for name, _ in corpus]
-        assert names == sorted(names)
+def fault(*arguments: object, **feature: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_corpus(*arguments, **feature)  # type: ignore[arg-type]
+    (line,) = error.value.faults
+    assert "\n" not in line
+    return line
 
 
-def test_documents_leave_out_what_is_not_the_librarys_own_text(tmp_path: Path) -> None:
-    kept = ["os.py", "json/decoder.py", "testing.py"]
-    dropped = ["site-packages/a.py", "test/a.py", "unittest/test/a.py", "distutils/tests/a.py", "idlelib/a.py"]
-    dropped += ["encodings/a.py", "pydoc_data/topics.py", "lib-dynload/a.py", "json/__pycache__/a.py", "_pydecimal.py"]
-    dropped += ["_sysconfigdata__linux.py", "config-3.11-linux/python-config.py", "os.txt"]
-    for name in kept + dropped:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("pass")
-    (tmp_path / "empty.py").touch()
-    assert list(stdlib_documents(tmp_path)) == sorted(kept)
+def test_a_corpus_that_was_built_by_name_and_by_path(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(directory))
+    mine = open_corpus("mine", "train", directory)
+    texts = dict(mine)
+    assert len(texts) == len(mine) == mine.metadata["counts"]["train"]["documents"]
+    assert texts["a.jsonl@0"] == b"line 0"
+    assert list(mine.read(3, 6)) == list(mine)[3:6]
+    assert (mine.name, mine.split, mine.version) == ("mine", "train", "mine/1.0.0")
+    path = directory / "corpora/mine"
+    for name in ("mine:1.0.0", str(path), f"{path}/1.0.0", f"{path}:1.0.0", "~/corpora/mine/"):
+        assert open_corpus(name, "train", directory).fingerprint == mine.fingerprint == mine.metadata["fingerprint"]
 
 
-def test_no_top_level_module_is_in_two_splits(splits: dict[str, Corpus]) -> None:
-    modules = [{name.split("/")[0].removesuffix(".py") for name, _ in corpus} for corpus in splits.values()]
-    assert sum(map(len, modules)) == len(set.union(*modules))
-    assert modules[1] == set(corpora.VALIDATION_MODULES)
-    assert modules[2] == set(corpora.TEST_MODULES)
-    assert len(modules[1] | modules[2]) == len(corpora.VALIDATION_MODULES) + len(corpora.TEST_MODULES)
+def test_a_data_set_that_tfds_prepared(directory: Path, tfds_directory: Path) -> None:
+    train = open_corpus("articles/en", "train", directory)
+    assert train.version == "articles/en/2.1.0"
+    assert sorted(text.decode() for _, text in train) == sorted(f"text {i} ä" for i in range(20))
+    assert [name for name, _ in train][:2] == ["train/0", "train/1"]
+    by_path = open_corpus(str(tfds_directory / "articles/en/2.1.0"), "train", directory)
+    assert by_path.fingerprint == train.fingerprint == open_corpus("articles/en:2.1.0", "test", directory).fingerprint
+
+    body = open_corpus("articles/en", "train", directory, feature="body")
+    assert {text[:5] for _, text in body} == {b"body "} and body.fingerprint != train.fingerprint
 
 
-def test_split_of_is_that_of_the_top_level_module() -> None:
-    assert [split_of(n) for n in ("json/decoder.py", "gzip.py", "os.py")] == ["validation", "test", "train"]
-    assert split_of("email/json.py") == "train"
+def test_parts_of_splits(directory: Path) -> None:
+    parts = [open_corpus("articles/en", split, directory) for split in ("train[:90%]", "train[90%:]", "train+test")]
+    assert list(map(len, parts)) == [18, 2, 23]
+    assert [text for part in parts[:2] for _, text in part] == [text for _, text in parts[2]][:20]
 
 
-def test_split_sizes(splits: dict[str, Corpus]) -> None:
-    sizes = {split: _size(corpus) for split, corpus in splits.items()}
-    assert 450_000 < sizes["validation"] < 600_000
-    assert sizes["train"] > 0.85 * sum(sizes.values())
-    for split, share in (("train", 1 / 35), ("validation", 1 / 30), ("test", 1 / 20)):
-        assert max(len(text) for _, text in splits[split]) < share * sizes[split]
+def test_a_corpus_can_be_sent_to_another_process(directory: Path) -> None:
+    mine = open_corpus("mine", "train", directory)
+    assert list(pickle.loads(pickle.dumps(mine))) == list(mine)
 
 
-def test_the_version_names_this_python(splits: dict[str, Corpus]) -> None:
-    assert ".".join(map(str, sys.version_info[:3])) in splits["train"].version
-    assert len({corpus.fingerprint for corpus in splits.values()}) == 1
-    assert int(splits["train"].fingerprint, 16)
+def test_unknown_names(directory: Path, tfds_directory: Path) -> None:
+    assert fault("python_source/stdlb", "train", directory).endswith("did you mean 'python_source/stdlib'?")
+    assert fault("mime", "train", directory) == "data.corpus = 'mime': no such corpus; did you mean 'mine'?"
+    assert fault("wikipedai", "train", directory).endswith("did you mean 'wikipedia'?")
+    assert fault("zzz", "train", directory).endswith(
+        "there is python_source/stdlib, python_source/site_packages, mine, articles/en, lines/en"
+    )
+    assert fault("articles", "train", directory).endswith("'articles': needs a config; there is articles/en")
+    assert fault("mine:3.0.0", "train", directory).endswith("no such version; there is mine")
+    assert "no prepared data set" in fault("/nowhere", "train", directory)
 
 
-def test_the_fingerprint_follows_content_and_python_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stdlib").mkdir()
-    for module in ("os", "json", "gzip"):
-        (tmp_path / "stdlib" / f"{module}.py").write_text("pass")
-    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path / "stdlib"))
-
-    def fingerprint(directory: str) -> str:
-        return open_corpus(NAME, "train", tmp_path / directory).fingerprint
-
-    first = fingerprint("a")
-    assert fingerprint("b") == first
-    (tmp_path / "stdlib" / "os.py").write_text("pasS")
-    assert fingerprint("a") == first, "a prepared corpus stays what it is"
-    assert fingerprint("c") != first
-    (tmp_path / "stdlib" / "os.py").write_text("pass")
-    monkeypatch.setattr(corpora, "_PYTHON_VERSION", "3.99.0")
-    assert fingerprint("d") != first
+@pytest.mark.parametrize("name", ["c4/en", "lm1b", "wikipedia/20230601.en:1.0.0", "pg19", "wiki40b"])
+def test_a_public_data_set_that_is_not_prepared(name: str, directory: Path, tfds_directory: Path) -> None:
+    line = fault(name, "train", directory)
+    assert f"'{name}': is not prepared in {directory}/corpora or {tfds_directory}; on a machine with TensorFlow" in line
+    command = f"tfds build {name.partition(':')[0]} --file_format=array_record --data_dir={directory}/corpora"
+    extra = name.partition("/")[0]
+    package = f"'tensorflow-datasets[{extra}]'" if extra in ("c4", "wikipedia") else "tensorflow-datasets"
+    assert f"try pip install tensorflow {package}" in line and line.endswith(command)
 
 
-def test_unknown_names_are_refused_with_the_nearest_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.corpus = 'python_source/stdlb'.*'python_source/stdlib'"):
-        open_corpus("python_source/stdlb", "train", tmp_path)
-    with pytest.raises(ConfigError, match=r"split = 'valid'.*'validation'"):
-        open_corpus(NAME, "valid", tmp_path)
+def test_unknown_splits(directory: Path) -> None:
+    assert fault("articles/en", "tran", directory) == (
+        "split = 'tran': articles/en has no such split, but train (20 documents), test (3 documents); "
+        "did you mean 'train'?"
+    )
+    assert "did you mean 'test'" in fault("articles/en", "train+tets[:50%]", directory)
+    assert "split = 'train[:x%]': " in fault("articles/en", "train[:x%]", directory)
+    assert "there is no document in it" in fault("articles/en", "train[:1%]", directory)
 
 
-def test_processes_may_build_at_once_and_say_nothing(tmp_path: Path) -> None:
-    code = f"from mot_jax.data.corpora import open_corpus; open_corpus({NAME!r}, 'train', {str(tmp_path)!r})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-W", "error", "-c", code]
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs == [b"", b""]
-    assert len(open_corpus(NAME, "train", tmp_path)) > 100
+def test_unknown_features(directory: Path) -> None:
+    assert fault("articles/en", "train", directory, feature="bodi") == (
+        "data.feature = 'bodi': no such feature of articles/en; did you mean 'body'?"
+    )
+    assert fault("articles/en", "train", directory, feature="label") == (
+        "data.feature = 'label': is not text; there is body, text"
+    )
+
+
+def test_a_format_without_random_access(directory: Path, tfds_directory: Path) -> None:
+    path = tfds_directory / "lines/en/2.1.0"
+    assert fault("lines/en", "train", directory) == (
+        "data.corpus = 'lines/en': is prepared as tfrecord, without random access; where TensorFlow is installed, try "
+        f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
+    )
+
+
+def test_a_data_set_converted_in_place_is_read(directory: Path, tfds_directory: Path, tmp_path: Path) -> None:
+    """`tfds convert_format` without --out_dir puts the new shards beside the old, and says so in the metadata."""
+    info = shutil.copytree(tfds_directory / "lines", tmp_path / "lines") / "en/2.1.0/dataset_info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"alternativeFileFormats": ["array_record"]}))
+    assert len(open_corpus(str(info.parent), "train", directory)) == 20
+
+
+def test_damaged_data_sets_and_buckets(directory: Path, tfds_directory: Path, tmp_path: Path) -> None:
+    info = shutil.copytree(tfds_directory / "articles", tmp_path / "broken") / "en/2.1.0/dataset_info.json"
+    info.write_text("{")
+    assert "cannot be read" in fault(str(info.parent), "train", directory)
+    assert "reads local files and gs:// alone" in fault("s3://bucket/mine", "train", directory)
