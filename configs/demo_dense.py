@@ -1,6 +1,8 @@
 """The dense twin of configs/demo.py: the same FLOPs in the feed-forward layers, the same rows in the same batches.
 
-Command:   python train.py configs/demo_dense.py
+Command:    python train.py configs/demo_dense.py
+Parameters: 0.4 M (0.4 M active)
+Here:       2.173 bits per byte after 1,600 steps, see the README.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 FLOPs: a multiply-add is 2. Only matrix products count: no norms, softmax, activations, optimizer. Attention scores are
     the full S x S products that XLA computes, causal or not. Mixing is 3 D E multiply-adds per token (controller,
-    merge, emit; PAPER.md section 2), learned or not. Training is 3 x the forward pass, as in MFU; what is computed a
-    second time to save memory is *recomputed*, and apart.
+    merge, emit; PAPER.md section 2), learned or not, and D E more where emit has a controller of its own. Training is
+    3 x the forward pass, as in MFU; what is computed a second time to save memory is *recomputed*, and apart.
 Active parameters: those that a token pays FLOPs for. The G tokens of a group share the runs of its E experts, so
     experts count 1/G (by the paper's rule E F = G d_ff: the dense layer's); the embeddings, looked up, not at all, but
     for one that is the head as well.
@@ -58,7 +58,7 @@ def _block_flops(model: ModelConfig, kind: FeedForwardConfig) -> dict[str, float
     if not isinstance(kind, MixtureOfTokensConfig):
         return parts | {"dense FFN": layer * model.d_ff}
     experts = layer * kind.hidden_dim(model.d_ff) * kind.num_experts / kind.group_size
-    mixing = 3 * product * kind.num_experts
+    mixing = (3 + (kind.mixing.controllers != "shared")) * product * kind.num_experts
     return parts | {"mixing": mixing, "experts": experts, "shared experts": layer * kind.shared_dim}
 
 
@@ -90,7 +90,11 @@ def recomputed_flops(model: ModelConfig) -> float:
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 _PARTS = {"embeddings": "embedding", "attention": "/attention/", "norms": "norm", "dense FFN": "forward/(kernel|bias)_"}
-_PARTS |= {"controllers": "forward/(?!w_|kernel_|bias_|shared/)", "experts": "forward/w_", "shared experts": "/shared/"}
+_PARTS |= {
+    "controllers": "forward/(?!w_|kernel_|bias_|shared/|.*norm)",
+    "experts": "forward/w_",
+    "shared experts": "/shared/",
+}
 _PARTS |= {"head": "^head$"}
 
 

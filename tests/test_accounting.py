@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from mot_jax import accounting
-from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from mot_jax.model import bind, init_params
 
 POLICIES = ("nothing", "pre_activations", "all")
@@ -80,6 +88,26 @@ def test_every_parameter_has_one_part(model):
         assert parts["controllers"] == len(blocks) * per_block
         assert parts["experts"] == len(blocks) * per_block * 2 * kind.hidden_dim(model.d_ff)
         assert parts.get("shared experts", 0) == len(blocks) * 2 * model.d_model * kind.shared_dim
+
+
+def test_parameters_of_a_mixing_variant():
+    """Three controllers, two base weights, two learnt temperatures per expert, two layer norms."""
+    mixing = MixingConfig(
+        emit="softmax",
+        controllers="common_base",
+        base_weight="two",
+        layer_norm=True,
+        learnt_temperature="per_expert",
+        separate_temperatures=True,
+    )
+    plain, model = with_kind(V1, 32, 64), with_kind(V1, 32, 64, mixing=mixing)
+    before, after = accounting.count_parameters(plain), accounting.count_parameters(model)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert sum(after.values()) == sum(math.prod(shape.shape) for shape in shapes.values())
+    assert after["controllers"] == 3 * before["controllers"] + 4 * (2 + 2 * 64)
+    assert after["norms"] == before["norms"] + 4 * 4 * 256
+    flops = [accounting.forward_flops(m)["mixing"] for m in (plain, model)]
+    assert flops[1] == flops[0] * 4 / 3  # a controller more
 
 
 def test_parameters_of_every_choice():
