@@ -11,6 +11,7 @@ import oracle
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from variants import VARIANTS
 
 from mot_jax import mixing
 from mot_jax.config import ConfigError, MixingConfig, MixtureOfTokensConfig
@@ -20,42 +21,6 @@ from mot_jax.sharding import parameter_spec, rows_sharding
 
 B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
 KEY = jax.random.key(0, impl="rbg")
-LEARNT = MixingConfig(learnt_temperature="scalar", temperature=0.8)
-# The rows of the table, by name. Discrete evaluation, granularity below 1, another group size and upcycling are not
-# mixing of its own: they are tested elsewhere.
-VARIANTS = {
-    "default": MixingConfig(),
-    "emit over experts": MixingConfig(emit="softmax_over_experts", temperature=0.7),
-    "separate controllers": MixingConfig(emit="softmax", controllers="separate"),
-    "common base": MixingConfig(emit="softmax", controllers="common_base"),
-    "uniform emit": MixingConfig(emit="ones"),
-    "top-token emit": MixingConfig(emit="top_token"),
-    "no softmax": MixingConfig("logits", layer_norm=True),
-    "layer norm": MixingConfig(layer_norm=True),
-    "learnable temperature": LEARNT,
-    "learnable temperature, apart": dataclasses.replace(LEARNT, emit="softmax", separate_temperatures=True),
-    "learnable temperature, per expert": dataclasses.replace(
-        LEARNT, emit="softmax_over_experts", learnt_temperature="per_expert", separate_temperatures=True
-    ),
-    "learnable temperature, not positive": dataclasses.replace(LEARNT, positive_temperature=False),
-    "uniform mixing": MixingConfig("uniform"),
-    "within-sequence groups": MixingConfig(groups="within"),
-    "discrete": MixingConfig(temperature=0.0),
-    "temperature annealing": MixingConfig(annealing="linear", temperature=1.0, annealing_steps=(0, 10)),
-    "straight-through temperature": MixingConfig(temperature=0.3, straight_through=True),
-    "straight through to one-hot": MixingConfig(temperature=0.0, straight_through=True),
-    "weighted common base, one": MixingConfig(emit="softmax", controllers="common_base", base_weight="one"),
-    "weighted common base, two": MixingConfig(emit="softmax", controllers="common_base", base_weight="two"),
-    "much at once": MixingConfig(
-        emit="softmax_over_experts",
-        groups="within",
-        controllers="common_base",
-        base_weight="two",
-        layer_norm=True,
-        learnt_temperature="per_expert",
-        separate_temperatures=True,
-    ),
-}
 STEP = 4  # of 10: an annealed temperature is 0.6 there
 GATED = {"separate controllers", "much at once"}
 
