@@ -2,5 +2,4 @@
 
 from mot_jax.cli import train
 
-if __name__ == "__main__":  # processes that build a corpus import this file again
-    train()
+train()

@@ -173,17 +173,19 @@ def _data(arguments: list[str]) -> None:
     for command in commands.choices.values():
         command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
     options = parser.parse_args(arguments)
-    from mot_jax.data import corpora, report, tokenizers
-    from mot_jax.data.build import build, plan_files
+    from mot_jax.data import DATA_DIRECTORY
 
-    directory = Path(options.directory or corpora.DATA_DIRECTORY).expanduser().absolute()
-
+    directory = Path(options.directory or DATA_DIRECTORY).expanduser().absolute()
     if options.command == "build":
+        from mot_jax.data.build import build, plan_files
+
         if options.workers is not None and options.workers < 1:
             raise ConfigError(f"--workers = {options.workers}: must be at least 1; try 1")
         plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
         build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
         return
+    from mot_jax.data import corpora, report, tokenizers
+
     corpus = corpora.open_corpus(options.name, options.split, directory, options.feature)
     if options.command == "inspect":
         tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None

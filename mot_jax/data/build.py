@@ -10,39 +10,33 @@ the same for any number of processes and kills.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mot_jax.config import ConfigError
+from mot_jax.data import processes
 from mot_jax.data.files import Documents, Part, cut, find_files, read_part
 
 FORMAT_VERSION = 1
 VERSION = "1.0.0"
 PIECE_BYTES = 1 << 24  # of text, about
 _MOST_PIECES = 256  # readers keep all shards of a split open, and systems allow about 1,000 open files
-_SAY_EVERY = 10.0  # seconds
 _REASONS = {
     "other_files": "files of other kinds left out",
     "damaged_files": "damaged files, read as far as possible",
@@ -108,12 +102,17 @@ def prepared(corpora: Path, name: str) -> Path | None:
 def build(plan: Plan, corpora: Path, workers: int | None = None, say: Callable[[str], None] | None = None) -> Path:
     """The directory of the corpus under `corpora`, which is filled if it is not there yet.
 
-    workers: processes, at most; None is as many as there are cores. say: is told of progress and result, in lines.
+    workers: processes, at most; None is as many as there are cores. say: is told what comes of it, in lines.
     Raises ConfigError where another corpus has that name, and where no document is left.
     """
     say = say or (lambda line: None)
     directory, building = corpora / plan.name / VERSION, corpora / plan.name / f"{VERSION}.building"
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.directory = {corpora.parent}: cannot be written ({error.strerror}); try one that can"
+        ) from error
     with _lock(directory.parent / ".lock", say):
         if prepared(corpora, plan.name):
             if json.loads((directory / "metadata.json").read_text()).get("plan") != plan.identity():
@@ -121,14 +120,18 @@ def build(plan: Plan, corpora: Path, workers: int | None = None, say: Callable[[
                     f"NAME = {plan.name!r}: {directory} holds a corpus of other files or options, or of files that "
                     f"have changed; try another name, or remove that directory"
                 )
-            say(f"{plan.name} is built already, out of the same files: {directory}")
+            say(f"{plan.name} is built already, out of the same files")
         else:
-            pieces = _fill(building, plan, workers or os.cpu_count() or 1, say)
+            pieces = _fill(building, plan, workers, say)
             building.rename(directory)
             for name in ["plan", *(piece.marker for piece in pieces)]:
                 (directory / name).unlink()
-    for line in summary(json.loads((directory / "metadata.json").read_text())):
+    metadata = json.loads((directory / "metadata.json").read_text())
+    for line in summary(metadata):
         say(line)
+    if plan.validation and plan.splits[1] not in metadata["counts"]:
+        say(f"no document fell to {plan.splits[1]}; try a larger --validation, under another name")
+    say(f"it lies in {directory}")
     return directory
 
 
@@ -182,7 +185,7 @@ def _features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()})
 
 
-def _write_piece(directory: Path, piece: Piece) -> None:
+def _write_piece(directory: Path, piece: Piece, advance: processes.Advance) -> None:
     """Writes the shards of a piece, and its marker."""
     plan = piece.plan
     writers = {}
@@ -197,10 +200,12 @@ def _write_piece(directory: Path, piece: Piece) -> None:
             split = part.split or plan.splits[_fraction(text) < plan.validation]
             record = _record({"name": label, "text": text})
             writers[split].write(record)
-            digest.update(b"\0%s %s %d\0" % (split.encode(), label, len(text)) + text)
+            digest.update(b"\0%s %s %d\0" % (split.encode(), label, len(text)))
+            digest.update(text)
             count = counts[split]
             count.update(documents=1, bytes=len(text), stored=len(record))
             count["longest"] = max(count["longest"], len(text))
+        advance(part.size)
     for writer in writers.values():
         writer.close()
     finished = json.dumps({"digest": digest.hexdigest(), "counts": counts, "skipped": skipped})
@@ -225,7 +230,7 @@ def _fraction(text: bytes) -> float:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def _fill(directory: Path, plan: Plan, workers: int, say: Callable[[str], None]) -> list[Piece]:
+def _fill(directory: Path, plan: Plan, workers: int | None, say: Callable[[str], None]) -> list[Piece]:
     """Makes the data set in `directory`, out of what is there of it already; its pieces."""
     identity = plan.identity()
     with contextlib.suppress(FileNotFoundError):
@@ -239,10 +244,8 @@ def _fill(directory: Path, plan: Plan, workers: int, say: Callable[[str], None])
         say(f"{plan.name}: {len(pieces) - len(missing)} of {len(pieces)} pieces are there from an earlier build")
     size = sum(piece.plan.total_bytes for piece in missing)
     start = time.perf_counter()
-    with _progress(plan.name, size, say) as advance:
-        # Processes take seconds to start: one more for each two pieces.
-        for piece in _in_processes(directory, missing, min(workers, (len(missing) + 1) // 2)):
-            advance(piece.plan.total_bytes)
+    workers = 1 if len(missing) < 6 else workers  # a process takes as long to start as some pieces take
+    processes.run(functools.partial(_write_piece, directory), missing, workers, f"building {plan.name}, bytes", size)
     seconds = time.perf_counter() - start
     results = [json.loads((directory / piece.marker).read_text()) for piece in pieces]
     new = sum(c["bytes"] for piece in missing for c in results[piece.number]["counts"].values())
@@ -257,42 +260,6 @@ def _fill(directory: Path, plan: Plan, workers: int, say: Callable[[str], None])
         )
     _describe(directory, plan, results, metadata)
     return pieces
-
-
-def _in_processes(directory: Path, pieces: list[Piece], workers: int) -> Iterator[Piece]:
-    """Writes the pieces and gives each back when it is done."""
-    if workers <= 1:
-        for piece in pieces:
-            _write_piece(directory, piece)
-            yield piece
-        return
-    context = multiprocessing.get_context("spawn")  # JAX and gRPC have threads, which a fork does not survive
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        tasks = {pool.submit(_write_piece, directory, piece): piece for piece in pieces}
-        try:
-            for task in concurrent.futures.as_completed(tasks):
-                task.result()
-                yield tasks[task]
-        except BrokenProcessPool:
-            raise ConfigError(
-                "a process that builds the corpus was killed, perhaps for want of memory; "
-                "run the same command, which goes on from there, or try --workers 1"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ends the process when its parent ends, killed even: else it would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _metadata(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -337,31 +304,8 @@ def _describe(directory: Path, plan: Plan, results: list[dict[str, Any]], metada
 
 
 @contextlib.contextmanager
-def _progress(name: str, size: int, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """Takes the bytes done: a bar on a terminal, a line now and then otherwise."""
-    console = Console(stderr=True)
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(
-        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(name, total=size)
-        done, start, said = 0, time.monotonic(), time.monotonic()
-
-        def advance(nbytes: int) -> None:
-            nonlocal done, said
-            done += nbytes
-            bar.advance(task, nbytes)
-            now = time.monotonic()
-            if not console.is_terminal and now - said >= _SAY_EVERY:
-                say(f"{name}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / (now - start) / 1e6:.1f} MB/s")
-                said = now
-
-        yield advance
-
-
-@contextlib.contextmanager
 def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process at a time, where the file system has locks; where not, two would write the same bytes twice."""
+    """One process at a time, where the file system has locks."""
     with open(path, "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,6 @@ from mot_jax.config import ConfigError, error_words, nearest
 from mot_jax.data import python_source
 from mot_jax.data.build import build, prepared
 
-DATA_DIRECTORY = "~/.cache/mot_jax"
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
@@ -34,8 +33,8 @@ class Corpus:
 
     version: of the data set and of what it was made from. fingerprint: hex digest of what the whole corpus holds.
     records: {feature: text, "name": name, if the data set has names}, as bytes, by index; reading one is cheap, and
-    threads may share them. feature: the one that holds the text. metadata: what its build counted, if we built it.
-    num_bytes: of the split, about.
+    threads may share them. num_bytes: of the split, about. feature: the one that holds the text.
+    metadata: what its build counted, if we built it.
     Other processes may be sent a corpus: it opens its files again there.
     """
 
@@ -44,9 +43,9 @@ class Corpus:
     version: str
     fingerprint: str
     records: Sequence[dict[str, bytes]] = dataclasses.field(repr=False)
+    num_bytes: int = 0
     feature: str = "text"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
-    num_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,9 +87,9 @@ def open_corpus(name: str, split: str, directory: str | os.PathLike[str], featur
     if feature != "text":
         fingerprint = hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest()
     records = builder.as_data_source(split, file_format="array_record")
-    parts = [info.splits[part] for part in _base_splits(split)]  # TFDS does not know the bytes of `train[:90%]`
-    size = sum(part.num_bytes for part in parts) * len(records) // sum(part.num_examples for part in parts)
-    return Corpus(name, split, info.full_name, fingerprint, records, feature, metadata, int(size))
+    size = int(info.splits[split].num_bytes)  # 0 for parts of splits: in proportion, then
+    num_bytes = size or int(info.dataset_size) * len(records) // sum(i.num_examples for i in info.splits.values())
+    return Corpus(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata)
 
 
 def _fingerprint(info: tfds.core.DatasetInfo) -> str:
@@ -125,14 +124,9 @@ def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None
         raise ConfigError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
 
 
-def _base_splits(split: str) -> list[str]:
-    """`train[:90%]+test` -> train, test."""
-    return re.findall(r"(?:^|\+)\s*(\w+)", split)
-
-
 def _check_split(name: str, info: tfds.core.DatasetInfo, split: str) -> None:
     there = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
-    unknown = [part for part in _base_splits(split) if part not in info.splits]
+    unknown = [part for part in re.findall(r"(?:^|\+)\s*(\w+)", split) if part not in info.splits]
     if unknown:
         raise ConfigError(f"split = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}")
     try:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 from etils import epath
 
 from mot_jax.config import Config, ConfigError
+from mot_jax.data import DATA_DIRECTORY
 from mot_jax.data.corpora import open_corpus
 from mot_jax.data.order import MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
-
-DATA_DIRECTORY = "~/.cache/mot_jax"
 
 
 class Text(NamedTuple):

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from mot_jax.config import ConfigError
 from mot_jax.data import build as module
+from mot_jax.data import processes
 from mot_jax.data.build import build, plan_files
 
 
@@ -70,7 +71,8 @@ def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, smal
     counts = metadata(path)["counts"]["train"]
     lengths = [len(text) for _, text in splits["train"]]
     assert counts == {"documents": len(lengths), "bytes": sum(lengths), "longest": max(lengths)}
-    assert said[-2].startswith(f"train: {len(lengths)} documents, {sum(lengths):,} bytes, the longest {max(lengths)}")
+    assert said[-1] == f"it lies in {path}"
+    assert said[-3].startswith(f"train: {len(lengths)} documents, {sum(lengths):,} bytes, the longest {max(lengths)}")
 
 
 def test_a_build_that_stops_goes_on(
@@ -80,12 +82,12 @@ def test_a_build_that_stops_goes_on(
     expected = metadata(build(plan, tmp_path / "at_once", 1))
     write, written = module._write_piece, []
 
-    def failing(directory: Path, piece: module.Piece) -> None:
+    def failing(directory: Path, piece: module.Piece, advance: processes.Advance) -> None:
         if len(written) == 2:
             (directory / "mine-train.array_record-00002-of-00008").write_bytes(b"half a shard")
             raise RuntimeError("stop")
         written.append(piece.number)
-        write(directory, piece)
+        write(directory, piece, advance)
 
     monkeypatch.setattr(module, "_write_piece", failing)
     with pytest.raises(RuntimeError, match="stop"):
@@ -137,18 +139,19 @@ def test_what_is_left_out_is_told_and_kept(tmp_path: Path) -> None:
     path = build(plan_files("mine", [str(tmp_path / "source")]), tmp_path, 1, said.append)
     counted = {"other_files": 1, "not_json": 1, "no_feature": 1, "empty": 1, "damaged_utf8": 1}
     assert metadata(path)["skipped"] == counted
-    assert said[-5:] == [
+    assert said[-7:-1] == [
         "1 files of other kinds left out",
         "1 lines left out that are not JSON",
         "1 lines or rows left out that have no such text",
         "1 empty documents left out",
         "1 documents with damaged UTF-8, mended with U+FFFD",
+        "no document fell to validation; try a larger --validation, under another name",
     ]
     assert list(metadata(path)["counts"]) == ["train"], "a split without documents is left out"
     assert not list(path.glob("*validation*"))
 
 
-def test_nothing_left_is_refused(tmp_path: Path) -> None:
+def test_nothing_left_and_nowhere_to_write_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
         ConfigError,
@@ -156,6 +159,9 @@ def test_nothing_left_is_refused(tmp_path: Path) -> None:
     ):
         build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()
+    (tmp_path / "full").write_text("a file, not a directory")
+    with pytest.raises(ConfigError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
+        build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
     with pytest.raises(ConfigError, match="which are empty"):
         build(plan_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
@@ -173,6 +179,11 @@ def test_nothing_left_is_refused(tmp_path: Path) -> None:
 def test_faults_of_a_plan(name: str, validation: float, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         plan_files(name, [], validation=validation)
+
+
+def test_processes_that_build_need_no_jax() -> None:
+    code = "import sys, mot_jax.data.build; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 _BUILD = """
@@ -224,10 +235,3 @@ def _alive(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_a_killed_worker_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_BYTES", 4000)
-    monkeypatch.setattr(module, "_start_worker", os.abort)
-    with pytest.raises(ConfigError, match=r"was killed.*run the same command, which goes on from there"):
-        build(plan_files("mine", [str(source)]), tmp_path, 2)
