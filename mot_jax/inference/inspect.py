@@ -19,6 +19,7 @@ from etils import epath
 from flax import nnx
 
 from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import validation_order
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
@@ -111,9 +112,9 @@ class _Recording(nnx.Module):
 
 
 def forward_with_weights(
-    config: ModelConfig, params: Params, tokens: jax.Array, context: FeedForwardContext
+    config: ModelConfig, params: Params, step: int, batch: Batch
 ) -> tuple[ModelOutput, dict[str, dict[int, jax.Array]]]:
-    """The model's output for tokens int32 [B, S], and by name (merge, emit if it has its own) and block its weights.
+    """The model's output for a batch [B, S], and by name (merge, emit if it has its own) and block its weights.
 
     Weights: [N, G, S, E], a large array for each block.
     """
@@ -122,7 +123,7 @@ def forward_with_weights(
         for block in stack:
             if isinstance(block.feed_forward, MixtureOfTokens):
                 block.feed_forward = _Recording(block.feed_forward)
-    out = model(tokens, context)
+    out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, jnp.asarray(step)), batch.segments)
     weights: dict[str, dict[int, jax.Array]] = {}
     for key in sorted(out.metrics):
         if key.startswith("weights "):
@@ -132,9 +133,8 @@ def forward_with_weights(
 
 
 @partial(jax.jit, static_argnames="config")
-def _shares(config: ModelConfig, params: Params, step: int, tokens: jax.Array, mask: jax.Array):
-    context = FeedForwardContext(token_mask=mask, token_ids=tokens, step=jnp.asarray(step))
-    _, weights = forward_with_weights(config, params, tokens, context)
+def _shares(config: ModelConfig, params: Params, step: int, batch: Batch):
+    _, weights = forward_with_weights(config, params, step, batch)
     tiny = jnp.finfo(jnp.float32).tiny
     return jax.tree.map(lambda w: jnp.abs(w) / jnp.maximum(jnp.abs(w).sum(axis=1, keepdims=True), tiny), weights)
 
@@ -144,8 +144,7 @@ def _statistics(
     config: ModelConfig,
     params: Params,
     step: int,
-    tokens: jax.Array,
-    mask: jax.Array,
+    batch: Batch,
     classes: jax.Array,
     num_classes: int,
 ) -> dict[int, tuple[jax.Array, jax.Array]]:
@@ -155,12 +154,12 @@ def _statistics(
     """
 
     def measure(shares: jax.Array) -> tuple[jax.Array, jax.Array]:
-        real = mask.reshape(shares.shape[:3])
+        real = batch.token_mask.reshape(shares.shape[:3])
         entropy = jax.vmap(lambda share: normalised_entropy(share[..., None], real), in_axes=-1)(shares)
         ratio = shares * real.sum(axis=1)[:, None, :, None]
         return entropy, jax.ops.segment_sum(ratio.reshape(-1, shares.shape[-1]), classes.reshape(-1), num_classes)
 
-    return jax.tree.map(measure, _shares(config, params, step, tokens, mask)["merge"])
+    return jax.tree.map(measure, _shares(config, params, step, batch)["merge"])
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -171,16 +170,16 @@ def _one_group(
 ) -> tuple[dict[str, dict[int, np.ndarray]], list[dict[str, Any]]]:
     """Shares [G, E] by name and block, and what the group's rows are."""
     model = run.config.model
-    batch = windows.read(unit)
-    tokens, mask = batch.tokens[:, : model.context_length], batch.mask
-    found = _shares(model, run.params, run.step, tokens, mask)
+    batch = Objective.of(run.config, tokenizer)(windows.read(unit), unit, VALIDATION)
+    tokens, mask = batch.inputs, batch.token_mask
+    found = _shares(model, run.params, run.step, batch)
     shares = jax.tree.map(lambda array: np.asarray(array[inner, :, position]), found)
     shape = next(iter(found["merge"].values())).shape[:3]
     place = np.arange(tokens.size).reshape(shape)[inner, :, position]
     rows = []
     for row, column in zip(*np.unravel_index(place, tokens.shape), strict=True):
         real = bool(mask[row, column])
-        before = tokenizer.decode(tokens[row, :column]).decode(errors="replace")[-_BEFORE:] if real else ""
+        before = _before(tokenizer, tokens[row, :column]) if real else ""
         token = _text(tokenizer, tokens[row, column]) if real else "<masked>"
         rows.append({"before": before, "token": token, "real": real})
     return shares, rows
@@ -192,9 +191,10 @@ def _tables(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray)
     length, rows = model.context_length, units.shape[1]
     together = min(max(1, 32 // rows), len(units))  # units that are read at one time
     count = min(math.ceil(_TOKENS_READ / (together * rows * length)), len(units) // together)
-    batches = [windows.read(ids) for ids in units[: count * together].reshape(count, -1)]
-    tokens = np.stack([batch.tokens[:, :length] for batch in batches])
-    mask = np.stack([batch.mask for batch in batches])
+    objective = Objective.of(run.config, tokenizer)
+    batches = [objective(windows.read(ids), ids, VALIDATION) for ids in units[: count * together].reshape(count, -1)]
+    tokens = np.stack([batch.inputs for batch in batches])
+    mask = np.stack([batch.token_mask for batch in batches])
 
     ids, counts = np.unique(tokens[mask], return_counts=True)
     ids, counts = ids[counts >= _LEAST_COUNT], counts[counts >= _LEAST_COUNT]
@@ -202,8 +202,8 @@ def _tables(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray)
     known = mask & (np.append(ids, -1)[classes] == tokens)
     classes = np.where(known, classes, len(ids)).astype(np.int32)
     sums: Any = None
-    for batch in zip(tokens, mask, classes, strict=True):
-        found = jax.device_get(_statistics(model, run.params, run.step, *batch, num_classes=len(ids)))
+    for batch, labels in zip(batches, classes, strict=True):
+        found = jax.device_get(_statistics(model, run.params, run.step, batch, labels, num_classes=len(ids)))
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
 
     blocks = {}
@@ -235,7 +235,14 @@ def _tables(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray)
 def _text(tokenizer: Tokenizer, token: int) -> str:
     if token == tokenizer.end_of_text:
         return "<eot>"
+    if token == tokenizer.mask_token:
+        return "<mask>"
     return tokenizer.decode([token]).decode(errors="backslashreplace")
+
+
+def _before(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The end of a text; what is masked is left out."""
+    return tokenizer.decode(tokens[tokens != tokenizer.mask_token]).decode(errors="replace")[-_BEFORE:]
 
 
 def _lines(report: dict[str, Any], experts: int) -> list[str]:

@@ -23,6 +23,8 @@ from mot_jax.config import (
     TrainingConfig,
     to_json,
 )
+from mot_jax.data.objectives import Objective
+from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.inference import inspect as module
 from mot_jax.inference import pictures
@@ -73,18 +75,23 @@ class Seen(NamedTuple):
 
 @pytest.fixture(scope="module")
 def seen(workdir) -> Seen:
-    config, params, _ = load_run(workdir)
-    _, windows = module._open_validation(config)
-    tokens, mask = windows.read(module.validation_order(windows.documents, 4)[:16].reshape(-1))
-    tokens = tokens[:, :16]
-    context = FeedForwardContext(token_mask=mask, token_ids=tokens)
-    return Seen(tokens, mask, *jax.jit(forward_with_weights, static_argnums=0)(config.model, params, tokens, context))
+    config, params, step = load_run(workdir)
+    tokenizer, windows = open_validation(config)
+    ids = module.validation_order(windows.documents, 4)[:16].reshape(-1)
+    batch = Objective.of(config, tokenizer)(windows.read(ids), ids)
+    found = jax.jit(forward_with_weights, static_argnums=0)(config.model, params, step, batch)
+    return Seen(batch.inputs, batch.token_mask, *found)
+
+
+def open_validation(config):
+    tokenizer = open_tokenizer(config)
+    return tokenizer, open_split(config, "validation", tokenizer)
 
 
 def test_weights_come_out_of_the_models_own_forward_pass(workdir, seen):
     config, params, _ = load_run(workdir)
     tokens, mask, out, weights = seen
-    context = FeedForwardContext(token_mask=mask, token_ids=tokens)
+    context = FeedForwardContext(token_mask=mask, token_ids=tokens, step=jnp.asarray(7))
     plain = jax.jit(lambda p: bind(config.model, p)(tokens, context))(params)
     np.testing.assert_allclose(out.hidden, plain.hidden, rtol=1e-6)
     assert out.metrics.keys() == plain.metrics.keys()
@@ -98,7 +105,7 @@ def test_weights_come_out_of_the_models_own_forward_pass(workdir, seen):
 
 def test_the_tables_are_means_over_the_windows(workdir, seen):
     run = load_run(workdir)
-    tokenizer, windows = module._open_validation(run.config)
+    tokenizer, windows = open_validation(run.config)
     tables = module._tables(run, tokenizer, windows, module.validation_order(windows.documents, 4))
     tokens, mask, _, weights = seen
     assert tables["tokens_read"] == mask.sum() and tables["blocks"].keys() == {"01", "03"}
@@ -121,7 +128,7 @@ def test_the_tables_are_means_over_the_windows(workdir, seen):
 
 def test_rows_are_labelled(workdir):
     run = load_run(workdir)
-    tokenizer, windows = module._open_validation(run.config)
+    tokenizer, windows = open_validation(run.config)
     tokens = windows.read([0, 5]).tokens
     shares, rows = module._one_group(run, tokenizer, windows, np.array([0, -1, 5, 9]), 0, 0)
     assert [row["token"] for row in rows[:3]] == ["<eot>", "<masked>", chr(tokens[1, 0])]  # window 0 begins the split
@@ -132,6 +139,18 @@ def test_rows_are_labelled(workdir):
         np.testing.assert_allclose(share.sum(axis=0), 1, rtol=1e-6)
     _, rows = module._one_group(run, tokenizer, windows, np.array([5]).repeat(4), 0, 3)
     assert rows[0]["before"] + rows[0]["token"] == bytes(tokens[1, :4].tolist()).decode()
+
+
+def test_a_masked_model_is_shown_what_it_reads(workdir):
+    """Its tokens are labelled as masked where they are; documents are kept apart as in training."""
+    run = load_run(workdir)
+    model = dataclasses.replace(run.config.model, objective="masked", vocab_size=258, document_mask=True)
+    config = dataclasses.replace(run.config, model=model)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    masked = run._replace(config=config, params={name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()})
+    tokenizer, windows = open_validation(config)
+    shown = [module._one_group(masked, tokenizer, windows, np.arange(4), 0, s)[1] for s in range(16)]
+    assert 0 < sum(row["token"] == "<mask>" for rows in shown for row in rows) < 30
 
 
 def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -30,7 +31,7 @@ def saved(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[epath
         abstract_state(tiny, mesh),
     )
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(4, state._replace(params=state.opt_state[1][0].mu), 0, tiny)
+        checkpoints.save(4, state._replace(params=optax.tree.get(state.opt_state, "mu")), 0, tiny)
         checkpoints.save(12, state, 0, tiny)
     (workdir / "config.json").write_text(to_json(tiny))
     return workdir, state
