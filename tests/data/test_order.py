@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mot_jax.config import ConfigError
 from mot_jax.data import order as order_module
-from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.order import MixtureOrder, TrainingOrder, shared_document_pairs, validation_order
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -124,3 +124,38 @@ def test_validation_has_every_window_once_and_no_pairs(lengths: list[int], group
 
 def test_validation_without_groups_is_the_natural_order() -> None:
     assert validation_order(documents_of([5, 9, 2]), 1)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(1, 40), min_size=2, max_size=4)
+
+
+@given(SIZES, st.lists(st.sampled_from([0.25, 1.0, 2.5, 3.0]), min_size=4, max_size=4), st.integers(1, 5), st.data())
+def test_a_mixture_has_its_shares_and_each_corpus_its_epochs(
+    sizes: list[int], weights: list[float], group_size: int, data: st.DataObject
+) -> None:
+    """Of the first n examples of whole blocks, exactly; every epoch of a corpus is a permutation of it."""
+    assume(sum(sizes) >= group_size)
+    weights = weights[: len(sizes)]
+    documents = np.repeat(np.arange(sum(sizes), dtype=np.int32)[:, None], 2, axis=1)
+    order = MixtureOrder(documents, sizes, weights, group_size, seed=3)
+    count = order._block_groups * group_size * 6
+    everything = order.window_ids(0, count)
+    corpus = np.searchsorted(np.cumsum(sizes), everything, side="right")
+    shares = np.bincount(corpus, minlength=len(sizes))
+    np.testing.assert_allclose(shares, count * np.array(weights) / sum(weights), atol=len(sizes))
+    for c, size in enumerate(sizes):
+        seen = np.bincount(everything[corpus == c] - sum(sizes[:c]), minlength=size)
+        assert seen.max() - seen.min() <= 1, "no window comes again before all others have come"
+    start = data.draw(st.integers(0, count))
+    again = MixtureOrder(documents, sizes, weights, group_size, seed=3)
+    np.testing.assert_array_equal(again.window_ids(start, count), everything[start:])
+
+
+def test_a_mixture_keeps_documents_apart_where_it_can() -> None:
+    """A corpus of one long document, and one of many: of a group of 4, at most one row is the long one's."""
+    documents = np.concatenate([np.zeros((50, 2), np.int32), np.arange(1, 301, dtype=np.int32)[:, None].repeat(2, 1)])
+    order = MixtureOrder(documents, [50, 300], [1.0, 4.0], 4, seed=0)
+    groups = order.window_ids(0, 4 * 200).reshape(-1, 4)
+    assert not shared_document_pairs(documents, groups).any()

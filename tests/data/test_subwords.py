@@ -1,0 +1,143 @@
+"""Tokenizers out of files: bytes of text are counted right by each, whatever the text."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mot_jax.config import ConfigError
+from mot_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+
+TEXT = [f"def f(x):\n    return x + {i}  # größer, ein Satz, 漢字\n".encode() * 3 for i in range(40)]
+EOT = "<|endoftext|>"
+
+
+def sentence_pieces(**changes) -> bytes:
+    model = io.BytesIO()
+    options = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 2, "eos_piece": EOT, "model_type": "bpe"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(t.decode() for t in TEXT), model_writer=model, **options | changes
+    )
+    return model.getvalue()
+
+
+def library(model, trainer, **parts) -> bytes:
+    """A tokenizer.json of the tokenizers library, trained on the texts."""
+    tokenizer = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator((t.decode() for t in TEXT), trainer)
+    return tokenizer.to_str().encode()
+
+
+def word_pieces() -> bytes:
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=["[UNK]", "[SEP]", "[MASK]"], show_progress=False
+    )
+    return library(
+        tokenizers.models.WordPiece(unk_token="[UNK]"),
+        trainer,
+        pre_tokenizer=tokenizers.pre_tokenizers.BertPreTokenizer(),
+        decoder=tokenizers.decoders.WordPiece(),
+    )
+
+
+FILES = {
+    "bpe.json": lambda: train_tokenizer(TEXT, 300),
+    "unigram.model": lambda: train_tokenizer(TEXT, 360, "sentencepiece"),
+    "pieces.model": sentence_pieces,
+    "words.json": word_pieces,
+}
+LOSSLESS = ("bpe.json", "unigram.model")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Tokenizer]:
+    directory: Path = tmp_path_factory.mktemp("tokenizers")
+    for name, make in FILES.items():
+        (directory / name).write_bytes(make())
+    return {name: load_tokenizer(str(directory / name)) for name in FILES}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@given(text=st.text())
+def test_ours_are_lossless_and_count_every_byte(files, name, text):
+    tokenizer, given_bytes = files[name], text.encode(errors="replace")
+    ids = tokenizer.encode(given_bytes)
+    assert tokenizer.decode(ids) == given_bytes
+    assert tokenizer.token_bytes[ids].sum() == len(given_bytes)
+    assert tokenizer.end_of_text not in ids
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_text_is_fewer_tokens_and_ids_are_in_the_vocabulary(files, name):
+    tokenizer = files[name]
+    for text, ids in zip(TEXT, tokenizer.encode_batch(TEXT), strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+        assert 0 < len(ids) < len(text) and ids.max() < tokenizer.vocab_size == len(tokenizer.token_bytes)
+        # Lossy ones drop spaces, or make one of what they do not know: near, and made exact by the windows.
+        assert tokenizer.token_bytes[ids].sum() == pytest.approx(len(text), rel=0.4)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_name_of_a_special_token_in_a_text_is_text(files, name):
+    tokenizer = files[name]
+    special = "[SEP]" if name == "words.json" else EOT
+    ids = tokenizer.encode(f"a {special} b".encode())
+    assert tokenizer.end_of_text not in ids
+
+
+def test_masks_are_the_vocabularys_own_or_one_more(files):
+    assert files["words.json"].mask_token == 2  # [MASK]
+    for name in ("bpe.json", "unigram.model", "pieces.model"):
+        assert files[name].mask_token == files[name].vocab_size
+
+
+def test_damaged_utf8_is_mended(files):
+    for tokenizer in files.values():
+        assert len(tokenizer.encode(b"ab\xff\xfecd")) > 0
+    assert files["bpe.json"].decode(files["bpe.json"].encode(b"ab\xffcd")).decode() == "ab\N{REPLACEMENT CHARACTER}cd"
+
+
+def test_fingerprints_are_of_the_content(files, tmp_path):
+    (tmp_path / "again.json").write_bytes(FILES["bpe.json"]())
+    assert load_tokenizer(str(tmp_path / "again.json")).fingerprint == files["bpe.json"].fingerprint
+    assert len({tokenizer.fingerprint for tokenizer in files.values()}) == len(FILES)
+
+
+BROKEN = {
+    "missing.json": (None, "cannot be read"),
+    "broken.json": (b"{}", "must be a tokenizer.json"),
+    "empty.model": (b"", "must be a SentencePiece model"),
+    "other.txt": (b"", "no such tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_no_tokenizer_is_one_line(tmp_path, name):
+    content, words = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_tokenizer(str(tmp_path / name))
+    assert "\n" not in str(error.value) and str(error.value).startswith("data.tokenizer = ")
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    (tmp_path / "t.json").write_bytes(library(tokenizers.models.BPE(), trainer))
+    with pytest.raises(ConfigError, match=r"no token for the end of a text; try tokenizer\.add_special_tokens"):
+        load_tokenizer(str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(("size", "kind", "words"), [(100, "bpe", "at least 257"), (300, "bpa", "did you mean 'bpe'")])
+def test_training_that_cannot_work_is_refused(size, kind, words):
+    with pytest.raises(ConfigError, match=words):
+        train_tokenizer(TEXT, size, kind)

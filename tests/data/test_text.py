@@ -1,0 +1,107 @@
+"""The text of a config: one corpus or several, each with its tokenizer's windows."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from mot_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
+from mot_jax.data import text as module
+from mot_jax.data import windows as windows_module
+from mot_jax.data.order import MixtureOrder, TrainingOrder
+from mot_jax.data.text import open_text, open_tokenizer
+from mot_jax.data.windows import JoinedWindows, open_windows
+
+
+@pytest.fixture
+def corpora(monkeypatch, toy_corpus):
+    """Two corpora in memory, of 20 and 60 documents."""
+
+    def open_corpus(name, split, directory, feature="text"):
+        count = {"small": 20, "large": 60}[name]
+        texts = [f"{name} {split} {i} ".encode() * (3 + i % 5) for i in range(count)]
+        return toy_corpus(*texts, name=name, split=split)
+
+    monkeypatch.setattr(module, "open_corpus", open_corpus)
+
+
+def config_of(directory: Path, *corpus: str, weights: tuple[float, ...] = (), **data) -> Config:
+    return Config(
+        model=ModelConfig(context_length=16, loss_chunk=16),
+        data=DataConfig(corpus=corpus, weights=weights, group_size=4, directory=str(directory), **data),
+        training=TrainingConfig(batch_size=32),
+    )
+
+
+def test_one_corpus_is_what_it_was(corpora, tmp_path):
+    text = open_text(config_of(tmp_path, "small"))
+    assert type(text.order) is TrainingOrder and not isinstance(text.train, JoinedWindows)
+    assert text.fingerprints.keys() == {"train", "validation", "tokenizer"}
+    assert text.train.fingerprint != text.validation.fingerprint
+
+
+def test_several_corpora_are_one_by_their_sizes_or_by_weights(corpora, tmp_path):
+    single = [open_text(config_of(tmp_path, name)) for name in ("small", "large")]
+    joined, mixed = (open_text(config_of(tmp_path, "small", "large", weights=w)) for w in ((), (1.0, 1.0)))
+    assert type(joined.order) is TrainingOrder and type(mixed.order) is MixtureOrder
+    sizes = [len(text.train) for text in single]
+    assert len(joined.train) == sum(sizes) and len(joined.validation) == sum(len(t.validation) for t in single)
+    ids = np.array([0, -1, sizes[0], sum(sizes) - 1])
+    found = joined.train.read(ids)
+    for row, (text, at) in zip((0, 2, 3), ((single[0], 0), (single[1], 0), (single[1], sizes[1] - 1)), strict=True):
+        np.testing.assert_array_equal(found.tokens[row], text.train.read([at]).tokens[0])
+    assert not found.mask[1].any()
+    assert len(np.unique(joined.train.documents[:, 0])) == 20 + 60 or joined.train.documents.max() == 79
+    drawn = mixed.order.window_ids(0, 4000)
+    assert (drawn < sizes[0]).mean() == pytest.approx(0.5, abs=0.01) and sizes[0] < 0.4 * sizes[1]
+    assert mixed.fingerprints["train"] != joined.fingerprints["train"]
+
+
+def test_a_lossy_tokenizer_is_told_of(corpora, tmp_path):
+    """Words alone, without the spaces: what it leaves out is counted, so that bits per byte can be right."""
+    assert open_text(config_of(tmp_path, "small")).train.bytes_per_token_byte == 1
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["[UNK]", "</s>"], show_progress=False)
+    words.train_from_iterator([f"small train {i}" for i in range(20)], trainer)
+    words.save(str(tmp_path / "t.json"))
+    windows = open_text(config_of(tmp_path, "small", tokenizer=str(tmp_path / "t.json"))).train
+    text = [f"small train {i} " for i in range(20)]
+    repeats = [3 + i % 5 for i in range(20)]
+    whole, kept = (
+        sum(n * len(t.replace(" ", "") if drop else t) for n, t in zip(repeats, text, strict=True)) for drop in (0, 1)
+    )
+    assert windows.info["bytes"] == whole and windows.info["token_bytes"] == kept
+    assert windows.bytes_per_token_byte == pytest.approx(whole / kept)
+
+
+@pytest.mark.parametrize(("objective", "size", "good"), [("causal", 256, 257), ("masked", 257, 258)])
+def test_a_vocabulary_that_the_model_has_no_room_for_is_refused(tmp_path, objective, size, good):
+    config = config_of(tmp_path, "small")
+    config = dataclasses.replace(config, model=ModelConfig(vocab_size=size, objective=objective))
+    with pytest.raises(ConfigError, match=rf"^model.vocab_size = {size}: must be at least .*; try {good}$"):
+        open_tokenizer(config)
+
+
+def test_parts_are_built_by_processes_and_kept(tmp_path, toy_corpus, monkeypatch):
+    """The same windows for any number of processes, and only what is missing is built again."""
+    monkeypatch.setattr(windows_module, "PART_BYTES", 1000)
+    texts = [f"document {i} ".encode() * 9 for i in range(40)]
+    corpus = dataclasses.replace(toy_corpus(*texts), num_bytes=sum(map(len, texts)))
+    tokenizer = open_tokenizer(Config())
+    two, one = (open_windows(corpus, "train", tokenizer, 8, tmp_path / str(n), workers=n) for n in (2, 1))
+    assert isinstance(two, JoinedWindows) and len(two.parts) == 5 and two.fingerprint == one.fingerprint
+    everything = np.arange(len(two))
+    np.testing.assert_array_equal(two.read(everything).tokens, one.read(everything).tokens)
+    np.testing.assert_array_equal(two.documents, one.documents)
+    whole = tmp_path / "1" / "windows" / one.fingerprint
+    first, *others = sorted(whole.iterdir())
+    (first / "windows.json").unlink()  # as a kill leaves it
+    times = {path: (path / "windows.json").stat().st_mtime_ns for path in others}
+    again = open_windows(corpus, "train", tokenizer, 8, tmp_path / "1", workers=1)
+    np.testing.assert_array_equal(two.read(everything).tokens, again.read(everything).tokens)
+    assert times == {path: (path / "windows.json").stat().st_mtime_ns for path in others}
