@@ -89,7 +89,7 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(log.Console, "track", stopping)
 
 
-@pytest.mark.parametrize("step", [2, 7, 9])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, tmp_path, monkeypatch, step):
     workdir = epath.Path(tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -163,6 +163,7 @@ def test_a_run_on_other_text_is_not_gone_on_with(finished, tiny, tmp_path):
     assert (workdir / "config.json").read_text() == to_json(tiny)
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, tiny, tmp_path, monkeypatch):
     workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
     longer = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=14))
@@ -187,6 +188,7 @@ def test_a_run_goes_on_on_another_mesh(finished, tiny, tmp_path, monkeypatch):
     assert (workdir / "sample.txt").read_text().count("--- continued") == 4
 
 
+@pytest.mark.slow
 def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, tmp_path):
     roomy = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=4096))
     short = dataclasses.replace(roomy, training=dataclasses.replace(tiny.training, steps=1))

@@ -219,7 +219,9 @@ def three_steps(config: Config, state: TrainState) -> tuple[list[float], TrainSt
     return losses, state
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])  # AdamW: test_step.py, test_loop.py
+@pytest.mark.parametrize(
+    "name", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"]
+)  # AdamW: test_step.py, test_loop.py
 def test_on_eight_devices_and_restored(name, tmp_path):
     config, single = config_of(name, (2, 4)), config_of(name, (1, 1))
     begin = create_state(config, mesh_of(config))

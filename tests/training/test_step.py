@@ -89,7 +89,7 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, data, 
     assert not found["all-gather"] + found["collective-permute"] + found["reduce-scatter"]
 
 
-@pytest.mark.parametrize("data, expert", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("data, expert", [(1, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing_but_rounding(tiny, one_device, data, expert):
     training = dataclasses.replace(tiny.training, accumulation=(8 if data * expert == 1 else 1))
     config = dataclasses.replace(tiny, training=training, mesh=MeshConfig(data=data, expert=expert))

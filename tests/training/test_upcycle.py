@@ -33,7 +33,9 @@ def mixture(config: Config, shape: str, **changes) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind, **changes))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", ["slices", "shared", *(pytest.param(s, marks=pytest.mark.slow) for s in ("copies", "wider"))]
+)
 def test_where_all_rows_of_a_group_are_equal_the_model_is_the_dense_one(dense_run, shape):
     """Uniform mixing of equal tokens: the experts together give G times the dense update, each token a G-th of it."""
     config, workdir = dense_run
