@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
             loss_chunk=8,
             feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_dim=8, controller_init_scale=3.0),
         ),
-        data=DataConfig(directory=str(data), validation_windows=64),
+        data=DataConfig(directory=str(data), validation_split="validation[:10%]", validation_windows=64),
         training=TrainingConfig(
             steps=12,
             batch_size=32,
