@@ -33,16 +33,16 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, trains: bool = True) -> jax.sharding.Mesh:
     """The Explicit mesh `data` x `expert` of `config.mesh` over `devices` (default: all).
 
-    Raises ConfigError if the axes do not multiply to the number of devices, or if the batch or the experts do not
-    divide among them.
+    Raises ConfigError if the axes do not multiply to the number of devices, or if the experts, or the batch of a config
+    that `trains`, do not divide among them.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config.mesh, len(devices))
     shards = math.prod(sizes)
-    faults = list(batch_faults(config, shards))
+    faults = list(batch_faults(config, shards)) if trains else []
     experts = getattr(config.model.feed_forward, "num_experts", None)
     if experts and experts % sizes[1]:
         good = math.gcd(experts, sizes[1])

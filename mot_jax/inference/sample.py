@@ -42,7 +42,8 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
     prompts, present = place_rows(mesh, batch.inputs[:, :prompt]), place_rows(mesh, batch.token_mask[:, 0])
     key = jax.random.key(config.training.seed)
     length = config.logging.sample_tokens
-    tokens = np.asarray(sample(config.model, params, prompts, present, key, length, tokenizer.vocab_size))
+    sizes = {"length": length, "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}
+    tokens = np.asarray(sample(config.model, params, prompts, present, key, **sizes))
     continued = [(words(row[:prompt]), words(row[prompt:])) for row in tokens[: config.group_size]]
     return "\n".join(f"--- prompt\n{begin}\n--- continued\n{end}\n" for begin, end in continued)
 
@@ -59,7 +60,7 @@ def fill(config: ModelConfig, params: Params, batch: Batch, vocab_size: int) -> 
     return jnp.argmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
 
 
-@partial(jax.jit, static_argnames=("config", "length", "vocab_size", "temperature"))
+@partial(jax.jit, static_argnames=("config", "length", "vocab_size", "end_of_text", "temperature"))
 def sample(
     config: ModelConfig,
     params: Params,
@@ -68,6 +69,7 @@ def sample(
     key: jax.Array,
     length: int,
     vocab_size: int,
+    end_of_text: int,
     temperature: float = 0.7,
 ) -> jax.Array:
     """Continues every row of `prompts` by `length` tokens, drawn from softmax(logits / temperature).
@@ -75,7 +77,7 @@ def sample(
     The rows are whole groups, and rows of a group influence each other. Text longer than the context slides through it.
 
     prompts: int32 [B, P], P at most the context length. present: bool [B]; other rows are left out of the mixing.
-    vocab_size: of the tokenizer; the model may have room for more.
+    vocab_size: of the tokenizer; the model may have room for more. end_of_text: begins a document.
     Returns int32 [B, P + length].
     """
     prompt = prompts.shape[1]
@@ -88,8 +90,8 @@ def sample(
         # What lies behind the last token so far is padding, which no earlier position sees.
         begin = jnp.maximum(prompt + i - window, 0)
         tokens = jax.lax.dynamic_slice_in_dim(text, begin, window, axis=1)
-        context = FeedForwardContext(token_mask=mask, token_ids=tokens)
-        hidden = model(tokens, context, segments=jnp.zeros_like(tokens)).hidden  # all of it is one document
+        segments = jnp.cumsum(tokens == end_of_text, axis=1)
+        hidden = model(tokens, FeedForwardContext(token_mask=mask, token_ids=tokens), segments).hidden
         last = jax.lax.dynamic_index_in_dim(hidden, prompt + i - begin - 1, axis=1, keepdims=False)
         logits = model.logits(last)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)

@@ -66,7 +66,7 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
 
     The config is that of the run but for what an inference mode changes. `step` is among the results.
     """
-    mesh, tokenizer = make_mesh(config), open_tokenizer(config)
+    mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
     windows = open_split(config, split, tokenizer)
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh)
