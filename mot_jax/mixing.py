@@ -205,7 +205,9 @@ def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, 
     `OVER_GROUP`: groups with fewer than two real tokens at a position do not count. `OVER_EXPERTS`: masked tokens.
     """
     n, g, s, e = weights.shape
-    entropy = jax.scipy.special.entr(weights).sum(axis=axis)
+    there = weights > jnp.finfo(weights.dtype).tiny  # where not, as with masked tokens, no infinite slope
+    logs = jnp.log(jnp.where(there, weights, 1))
+    entropy = -(weights * logs).sum(axis=axis)
     if axis == OVER_EXPERTS:
         counts = jnp.ones((n, g, s), bool) if token_mask is None else token_mask
         entropy = entropy / jnp.log(max(e, 2))
