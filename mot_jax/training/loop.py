@@ -41,7 +41,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     workdir = epath.Path(workdir)
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
-    if config.training.upcycle_from is not None:
+    if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
         check_upcycle(config.model, config.training.upcycle_from)
     _check_space(abstract_state(config, mesh), config, workdir)
     tokenizer = open_tokenizer(config)
