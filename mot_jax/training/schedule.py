@@ -72,7 +72,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     adam = _adam(config)
 
     def choose(name: str, shape: tuple[int, ...]) -> optax.GradientTransformation:
-        if not name.startswith("stacks/") or len(shape) < 2:
+        if not _is_matrix(name, len(shape)):
             return adam
         axes = _AXES.get(name.rpartition("/")[2], ((0,), (1,)))
         muon = optax.contrib.scale_by_muon(
@@ -119,13 +119,15 @@ def _leading(name: str) -> int:
     return name.startswith("stacks/") + PARAMETERS.get(name.rpartition("/")[2], ()).count("experts")
 
 
+def _is_matrix(name: str, rank: int) -> bool:
+    """Whether a parameter of a block is one, by its rank without leading dimensions. A norm's is none."""
+    return name.startswith("stacks/") and "norm" not in name and rank > 1
+
+
 def _decayed(params: Params) -> dict[str, bool]:
     """Which parameters `decay: matrices` shrinks: the matrices of the blocks, and the head, tied or not."""
     head = "head" if "head" in params else "token_embedding"
-    return {
-        name: name == head or (name.startswith("stacks/") and param.ndim - _leading(name) > 1)
-        for name, param in params.items()
-    }
+    return {name: name == head or _is_matrix(name, param.ndim - _leading(name)) for name, param in params.items()}
 
 
 def _multiply(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:

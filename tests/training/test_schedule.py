@@ -285,3 +285,21 @@ def test_every_choice_at_once_learns():
         found.append(jax.tree.map(float, sums))
     first, last = found[0], found[-1]
     assert last.nats < last.loss < 0.5 * first.loss and last.correct > first.correct + 16
+
+
+def test_the_norms_of_mixtures_are_no_matrices():
+    """Scale and bias lie in one array [2, D]: neither shrunk with the matrices, nor made orthogonal."""
+    params = {
+        "stacks/0/0/feed_forward/mixture_norm": jnp.ones((1, 2, 8)),
+        "stacks/0/0/feed_forward/controller": jnp.ones((1, 8, 4)),
+    }
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
+    found = {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(OptimizerConfig(name, decay="matrices", weight_decay=0.5, warmup_steps=0), 10)
+        found[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    norm, controller = params
+    np.testing.assert_array_equal(found["muon"][norm], found["adamw"][norm])
+    assert (found["muon"][controller] != found["adamw"][controller]).any()
+    still, _ = optimizer.update(jax.tree.map(jnp.zeros_like, grads), optimizer.init(params), params)
+    assert not still[norm].any() and (still[controller] < 0).all()
