@@ -299,7 +299,7 @@ def test_the_norms_of_mixtures_are_no_matrices():
         optimizer = make_optimizer(OptimizerConfig(name, decay="matrices", weight_decay=0.5, warmup_steps=0), 10)
         found[name], _ = optimizer.update(grads, optimizer.init(params), params)
     norm, controller = params
-    np.testing.assert_array_equal(found["muon"][norm], found["adamw"][norm])
+    np.testing.assert_allclose(found["muon"][norm], found["adamw"][norm], rtol=1e-5)
     assert (found["muon"][controller] != found["adamw"][controller]).any()
     still, _ = optimizer.update(jax.tree.map(jnp.zeros_like, grads), optimizer.init(params), params)
     assert not still[norm].any() and (still[controller] < 0).all()
