@@ -181,7 +181,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     if model.final_norm:
         parts["final norm"] = round(_trace_kept(base, DenseConfig(), "attention_norm")[0] * rows)
     # The loss keeps the gradients of what it reads, which its forward pass makes.
-    parts["head"] = hidden + model.d_model * model.vocab_size * itemsize
+    parts["head"] = hidden + model.d_model * model.vocab_size * jnp.dtype(model.param_dtype).itemsize
     return dict(parts)
 
 

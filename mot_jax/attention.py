@@ -11,6 +11,7 @@ from flax import nnx
 
 from mot_jax.config import ModelConfig
 from mot_jax.init import draw
+from mot_jax.sharding import axes_of, product, spec
 
 
 class Attention(nnx.Module):
@@ -36,10 +37,10 @@ class Attention(nnx.Module):
         token_mask: bool [B, S]; False is not attended to. segments: int32 [B, S], which document of its row a token is
         of; read with `document_mask` alone, which raises ValueError without.
         """
-        config, dtype = self.config, self.config.dtype
-        x = x.astype(dtype)
-        query = jnp.einsum("bsd,dhk->bshk", x, self.query[...].astype(dtype))
-        key, value = jnp.einsum("bsd,dchk->cbshk", x, self.key_value[...].astype(dtype))
+        config = self.config
+        x = x.astype(config.dtype)
+        query = product("bsd,dhk->bshk", x, self.query[...])
+        key, value = product("bsd,dchk->cbshk", x, self.key_value[...])
         if config.positions == "rotary":
             positions = jnp.arange(x.shape[1])
             query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
@@ -53,7 +54,7 @@ class Attention(nnx.Module):
         if config.remat == "attention":  # the S x S scores are large, and cheap to compute again
             attend = jax.checkpoint(attend)
         y = attend(query, key, value, mask=mask)
-        return jnp.einsum("bshk,hkd->bsd", y, self.out[...].astype(dtype))
+        return product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mot_jax.sharding import shards, spec
+from mot_jax.sharding import axes_of, axis_size, reshard, shards, spec, whole
 
 
 class LossSums(NamedTuple):
@@ -39,10 +40,11 @@ def cross_entropy_sum(
     also makes the gradients, so that no logits are kept and none are computed twice.
 
     Args:
-        hidden: [B, S, D]. head: [D, V], same dtype. targets: int32 [B, S]. mask: bool [B, S]. chunk: divides S.
+        hidden: [B, S, D]. head: [D, V], read in hidden's dtype. targets: int32 [B, S]. mask: bool [B, S].
+        chunk: positions of a row whose logits a device holds; the largest that divides its part of S is taken.
         head_z: weight of (log Z)^2 in the loss. accuracy: whether to count `correct`, which is 0 otherwise.
     """
-    parts = _chunks(chunk, hidden, targets, mask)
+    parts, head = _chunks(chunk, hidden, targets, mask), whole(head.astype(hidden.dtype))
 
     def body(total: LossSums, part: tuple) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, _chunk_loss(part, head, head_z, accuracy)[0]), None
@@ -51,22 +53,24 @@ def cross_entropy_sum(
 
 
 def _forward(hidden, head, targets, mask, chunk, head_z, accuracy):
-    # Each shard of the rows sums its own gradient of the head over all chunks, so that the devices add theirs up once,
-    # after the scan, and not in every chunk.
-    parts = _chunks(chunk, hidden, targets, mask)
-    d_head = jnp.zeros((shards("rows"), *head.shape), _wide(hidden), out_sharding=spec("rows", None, None))
+    # Each device sums its own gradient of the head over all chunks, so that they add theirs up once, after the scan,
+    # and not in every chunk.
+    parts, every = _chunks(chunk, hidden, targets, mask), whole(head.astype(hidden.dtype))
+    rows, positions, _ = axes_of(hidden)
+    shape = (shards(rows), shards(positions), *head.shape)
+    d_head = jnp.zeros(shape, _wide(hidden), out_sharding=spec(rows, positions, None, None))
 
     def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         total, d_head = carry
-        sums, d_logits = _chunk_loss(part, head, head_z, accuracy)
+        sums, d_logits = _chunk_loss(part, every, head_z, accuracy)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("nbsv,dv->nbsd", d_logits, head)
-        d_head += jnp.einsum("nbsd,nbsv->ndv", part[0], d_logits, preferred_element_type=d_head.dtype)
+        d_hidden = jnp.einsum("nbtsv,dv->nbtsd", d_logits, every)
+        d_head += jnp.einsum("nbtsd,nbtsv->ntdv", part[0], d_logits, preferred_element_type=d_head.dtype)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
     (total, d_head), d_hidden = jax.lax.scan(body, (_zero(hidden), d_head), parts)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(hidden.shape, out_sharding=spec("rows", None, None))
-    return total, (d_hidden, d_head.sum(axis=0).astype(head.dtype))
+    d_hidden = jnp.moveaxis(d_hidden, 0, 3).reshape(hidden.shape, out_sharding=spec(rows, positions, None))
+    return total, (d_hidden, _add_up(d_head, head).astype(head.dtype))
 
 
 def _backward(chunk, head_z, accuracy, residuals, cotangents):
@@ -77,22 +81,37 @@ def _backward(chunk, head_z, accuracy, residuals, cotangents):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, S, ...] -> [S / chunk, shards, B / shards, chunk, ...]."""
-    n = shards("rows")
+def _add_up(parts: jax.Array, like: jax.Array) -> jax.Array:
+    """[n, t, D, V], one part from each device, -> their sum, cut as `like` is: first over the axes that cut it."""
+    rows, positions, *_ = axes_of(parts)
+    axes = rows + positions
+    cutting = [axis for axes_ in axes_of(like) for axis in axes_]
+    shape = (*(axis_size(axis) for axis in axes), *like.shape)
+    parts = jnp.reshape(parts, shape, out_sharding=spec(*((axis,) for axis in axes), None, None))
+    parts = parts.sum(axis=[i for i, axis in enumerate(axes) if axis in cutting])
+    others = [(axis,) for axis in axes if axis not in cutting]
+    return reshard(parts, *others, *axes_of(like)).sum(axis=range(len(others)))
+
+
+def _chunks(chunk: int, hidden: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, S, ...] -> [chunks, n, B / n, t, chunk, ...]: n parts of the rows, t of the positions, as `hidden` is cut."""
+    rows, positions, _ = axes_of(hidden)
+    n, t = shards(rows), shards(positions)
+    size = math.gcd(chunk, hidden.shape[1] // t)
 
     def cut(x: jax.Array) -> jax.Array:
-        shape = (n, x.shape[0] // n, x.shape[1] // chunk, chunk, *x.shape[2:])
-        out = spec("rows", *[None] * (len(shape) - 1))
-        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=out), 2, 0)
+        shape = (n, x.shape[0] // n, t, x.shape[1] // (t * size), size, *x.shape[2:])
+        x = reshard(x, rows, positions, *[None] * (x.ndim - 2))
+        out = spec(rows, None, positions, *[None] * (len(shape) - 3))
+        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=out), 3, 0)
 
-    return tuple(cut(x) for x in arrays)
+    return tuple(cut(x) for x in (hidden, *others))
 
 
 def _chunk_loss(part: tuple, head: jax.Array, head_z: float, accuracy: bool) -> tuple[LossSums, jax.Array]:
     """(sums, gradient of the loss with respect to the logits) of one chunk."""
     hidden, targets, mask = part
-    logits = jnp.einsum("nbsd,dv->nbsv", hidden, head, preferred_element_type=_wide(hidden))
+    logits = jnp.einsum("nbtsd,dv->nbtsv", hidden, head, preferred_element_type=_wide(hidden))
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     target = jax.nn.one_hot(targets, head.shape[1], dtype=logits.dtype)
     nats = log_z[..., 0] - (logits * target).sum(axis=-1)

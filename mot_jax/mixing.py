@@ -11,7 +11,8 @@ together.) Tokens are mixed with the tokens at the same position of the other ro
 no position sees another, no group sees another.
 
 The functions run under NNX, Linen or bare JAX, with or without a mesh. Under a mesh with our Explicit axes, groups are
-spread over all devices and experts over the axis `expert` (`mot_jax.sharding`).
+spread over all devices and experts over the axis `expert` (`mot_jax.sharding`). A device that holds fewer rows than a
+group exchanges rows for positions with its neighbours: mixing asks for whole groups at a position, not for whole rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mot_jax.config import MixingConfig
-from mot_jax.sharding import axis_size, reshard, spec
+from mot_jax.sharding import DIMENSIONS, Axes, axes_of, axis_size, groups_axes, reshard, spec
 
 Saved = Literal["nothing", "pre_activations", "all"]
 Project = Callable[[Any, Any], Any]
@@ -35,17 +36,23 @@ def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "
     """[B, S, ...] -> [N, G, S, ...]: contiguous rows form a group. Raises AssertionError unless G divides B.
 
     `within`: contiguous positions of a row form a group, [B, S, ...] -> [B S / G, G, 1, ...]; G divides S.
+    Groups that span devices are made whole by one all-to-all, after which S is spread over what held their rows.
     """
     chex.assert_scalar_positive(group_size)
     batch, length = x.shape[:2]
+    positions: Axes = ()
     if groups == "within":
         words = f"sequence S = {length}, group size G = {group_size}"
         chex.assert_is_divisible(length, group_size, custom_message=words)
         shape = (batch * length // group_size, group_size, 1, *x.shape[2:])
+        rows = DIMENSIONS["rows"]
     else:
         chex.assert_is_divisible(batch, group_size, custom_message=f"batch B = {batch}, group size G = {group_size}")
         shape = (batch // group_size, group_size, *x.shape[1:])
-    return jnp.reshape(x, shape, out_sharding=spec("groups", *[None] * (len(shape) - 1)))
+        rows, positions = groups_axes(x, group_size)
+    rest = [None] * (x.ndim - 2)
+    x = reshard(x, rows, positions, *rest)
+    return jnp.reshape(x, shape, out_sharding=spec(rows, None, positions, *rest))
 
 
 def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
@@ -54,7 +61,11 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
         raise AssertionError(f"x is [N, G, S, ...]: groups, group size, sequence; its rank is {x.ndim}")
     length = x.shape[2] if length is None else length
     shape = (x.shape[0] * x.shape[1] * x.shape[2] // length, length, *x.shape[3:])
-    return jnp.reshape(x, shape, out_sharding=spec("rows", *[None] * (len(shape) - 1)))
+    rows, _, positions, *_ = axes_of(x)
+    rest = [None] * (x.ndim - 3)
+    x = jnp.reshape(x, shape, out_sharding=spec(rows, positions, *rest))
+    moved = tuple(axis for axis in positions if axis in DIMENSIONS["rows"])
+    return reshard(x, rows + moved, tuple(axis for axis in positions if axis not in moved), *rest)
 
 
 # --- mixing weights ---------------------------------------------------------------------------------------------------
@@ -227,8 +238,7 @@ def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
     weights [N, G, S, E], x [N, G, S, D] -> [N, S, E, D] in x's dtype.
     """
     _check_pair(weights, x)
-    out = spec("groups", None, None, None)
-    return jnp.einsum("ngse,ngsd->nsed", weights.astype(x.dtype), x, out_sharding=out)
+    return jnp.einsum("ngse,ngsd->nsed", weights.astype(x.dtype), x)
 
 
 def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -240,8 +250,7 @@ def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     n, _, s, e = weights.shape
     words = "expert outputs are [N, S, E, D] beside weights [N, G, S, E]"
     chex.assert_shape(outputs, (n, s, e, None), custom_message=words)
-    out = spec("groups", None, None, None)
-    return jnp.einsum("ngse,nsed->ngsd", weights.astype(outputs.dtype), outputs, out_sharding=out)
+    return jnp.einsum("ngse,nsed->ngsd", weights.astype(outputs.dtype), outputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -280,7 +289,7 @@ def mix_through(
 def _forward(project_in, project_out, saved, x, weights, w_in, w_out, emit_weights):
     (u,) = _to_experts(merge(weights, x))
     h = project_in(u, w_in)
-    (o,) = _to_groups(project_out(h, w_out))
+    (o,) = _to_groups(x, project_out(h, w_out))
     kept = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[saved]
     y = emit(weights if emit_weights is None else emit_weights, o)
     return y, (x, weights, w_in, w_out, emit_weights, kept)
@@ -297,12 +306,12 @@ def _backward(project_in, project_out, saved, residuals, dy):
     # Where h was kept, this second computation of it is dead code to the compiler.
     h, pull_in = jax.vjp(project_in, u, w_in)
     o, pull_out = jax.vjp(project_out, kept[0] if kept else h, w_out)
-    dh, dw_out = pull_out(do)
+    dh, dw_out = pull_out(reshard(do, *axes_of(o)))
     du, dw_in = pull_in(dh)
     if saved == "all":
-        o, (du,) = kept[2], _to_groups(du)
+        o, (du,) = kept[2], _to_groups(x, du)
     else:
-        o, du = _to_groups(o, du)
+        o, du = _to_groups(x, reshard(o, *axes_of(du)), du)
     dx = emit(weights, du)  # merge's transpose
     d_merge, d_emit = (jnp.einsum("ngsd,nsed->ngse", *pair) for pair in ((x, du), (dy, o)))
     if emit_weights is None:
@@ -314,19 +323,24 @@ mix_through.defvjp(_forward, _backward)
 
 
 def _to_experts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """From each device having its groups for all experts to its experts for all groups: one all-to-all on `expert`."""
-    return _exchange(arrays, "exchanged_groups", "experts")
+    """From each device having its groups for all experts to its experts for all groups: one all-to-all on `expert`.
+
+    [N, S, E, D], of which `expert` cuts the groups, or the positions where groups span devices.
+    """
+    groups, positions = (tuple(axis for axis in axes if axis != "expert") for axes in axes_of(arrays[0])[:2])
+    return _exchange(arrays, groups, positions, DIMENSIONS["experts"])
 
 
-def _to_groups(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Back again: one all-to-all on `expert`."""
-    return _exchange(arrays, "groups", None)
+def _to_groups(like: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Back again, to where the groups of `like` [N, G, S, D] are: one all-to-all on `expert`."""
+    groups, _, positions, _ = axes_of(like)
+    return _exchange(arrays, groups, positions, ())
 
 
-def _exchange(arrays: tuple[jax.Array, ...], groups: str, experts: str | None) -> tuple[jax.Array, ...]:
+def _exchange(arrays: tuple[jax.Array, ...], groups: Axes, positions: Axes, experts: Axes) -> tuple[jax.Array, ...]:
     if axis_size("expert") == 1 or len(arrays) == 1:
-        return tuple(reshard(a, groups, None, experts, None) for a in arrays)
-    return tuple(reshard(jnp.stack(arrays), None, groups, None, experts, None))
+        return tuple(reshard(a, groups, positions, experts, None) for a in arrays)
+    return tuple(reshard(jnp.stack(arrays), None, groups, positions, experts, None))
 
 
 def _check_pair(weights: jax.Array, x: jax.Array) -> None:

@@ -6,7 +6,6 @@ that neither the compiled program nor its compile time grows with depth.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from mot_jax.config import FeedForwardConfig, ModelConfig
 from mot_jax.feed_forward import FeedForwardContext, make_feed_forward
 from mot_jax.init import draw
 from mot_jax.losses import LossSums, cross_entropy_sum
-from mot_jax.sharding import spec
+from mot_jax.sharding import anchor, positions_of, reshard, spec, whole
 
 Params = dict[str, jax.Array]
 
@@ -85,9 +84,11 @@ class Transformer(nnx.Module):
         segments: int32 [B, S], which document of its row a token is of; `document_mask` needs it, nothing else reads
         it.
         """
-        x = self.token_embedding[...].at[tokens].get(out_sharding=spec("rows", None, None))
+        positions = positions_of(tokens.shape[1])
+        tokens = reshard(tokens, "rows", positions)
+        x = whole(self.token_embedding[...]).at[tokens].get(out_sharding=spec("rows", positions, None))
         if self.position_embedding is not None:
-            x += self.position_embedding[: tokens.shape[1]]
+            x += whole(self.position_embedding[: tokens.shape[1]])
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}
@@ -106,19 +107,17 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] in float32 (or wider)."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.matmul(hidden, self._head(hidden.dtype), preferred_element_type=wide)
+        return jnp.matmul(hidden, whole(self._head().astype(hidden.dtype)), preferred_element_type=wide)
 
     def loss_sum(
         self, hidden: jax.Array, targets: jax.Array, mask: jax.Array, head_z: float = 0.0, accuracy: bool = False
     ) -> LossSums:
         """Sums over the True entries of `mask`, see `cross_entropy_sum`; the logits exist for a chunk at a time."""
-        chunk = math.gcd(self.config.loss_chunk, hidden.shape[1])
-        return cross_entropy_sum(hidden, self._head(hidden.dtype), targets, mask, chunk, head_z, accuracy)
+        return cross_entropy_sum(hidden, self._head(), targets, mask, self.config.loss_chunk, head_z, accuracy)
 
-    def _head(self, dtype: jnp.dtype) -> jax.Array:
+    def _head(self) -> jax.Array:
         """[D, V]."""
-        head = self.token_embedding[...].T if self.head is None else self.head[...]
-        return head.astype(dtype)
+        return self.token_embedding[...].T if self.head is None else self.head[...]
 
 
 def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
@@ -167,7 +166,7 @@ def _run(
         for block in nnx.merge(graph, state):
             x, losses, metrics = block(x, context, segments)
             found.append((losses, metrics))
-        return x, found
+        return anchor(x), found
 
     if remat:  # inside a loop no common subexpression can undo it; a loop of one is no loop
         body = jax.checkpoint(body, prevent_cse=jax.tree.leaves(state)[0].shape[0] == 1)

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, deterministic property tests, and the fixtures that the test files share."""
 
+import math
 import os
 
 # Before JAX wakes up. Another platform named in the environment wins.
@@ -8,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from mot_jax.sharding import AXES
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -25,11 +28,11 @@ settings.load_profile("mot_jax")
 
 @pytest.fixture
 def mesh_of():
-    """mesh_of(data, expert): the Explicit mesh of that shape over the first data x expert devices."""
+    """mesh_of(data=1, fsdp=1, expert=1, tensor=1): the Explicit mesh of that shape over the first devices."""
 
-    def make(data: int, expert: int) -> jax.sharding.Mesh:
-        explicit = (jax.sharding.AxisType.Explicit,) * 2
-        devices = jax.devices()[: data * expert]
-        return jax.make_mesh((data, expert), ("data", "expert"), axis_types=explicit, devices=devices)
+    def make(**sizes: int) -> jax.sharding.Mesh:
+        shape = [sizes.get(axis, 1) for axis in AXES]
+        types = (jax.sharding.AxisType.Explicit,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
 
     return make

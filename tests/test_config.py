@@ -145,7 +145,9 @@ def configs(draw) -> Config:
     rows = (data_group or group_size) * accumulation * draw(small)
     training = TrainingConfig(draw(small), rows, accumulation, optimizer=optimizer)
     data = DataConfig(group_size=data_group, directory=draw(st.none() | st.text()))
-    return Config(model, data, training, MeshConfig(draw(st.sampled_from([-1, 1, 8])), draw(small)))
+    return Config(
+        model, data, training, MeshConfig(draw(st.sampled_from([-1, 1, 8])), draw(small), draw(small), draw(small))
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -305,7 +307,7 @@ EDITS = {
         "training.batch_sise: no such field; did you mean 'batch_size'",
     ),
     "unknown group": (edited("modell", {}), "modell: no such field; did you mean 'model'?"),
-    "far from any": (edited("mesh.zzz", 1), "mesh.zzz: no such field; there is data, expert"),
+    "far from any": (edited("mesh.zzz", 1), "mesh.zzz: no such field; there is data, fsdp, expert, tensor"),
     "field of another kind": (edited("model.feed_forward.bias", True), "model.feed_forward.bias: no such field"),
     "unknown kind": (
         edited("model.feed_forward.kind", "dens"),
@@ -331,7 +333,15 @@ def test_json_is_strict(case):
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
-FREE = {"data.directory", "data.validation_windows", "mesh.data", "mesh.expert", "checkpoint.keep"}
+FREE = {
+    "data.directory",
+    "data.validation_windows",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.expert",
+    "mesh.tensor",
+    "checkpoint.keep",
+}
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}
 

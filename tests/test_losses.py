@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mot_jax.losses import cross_entropy_sum
-from mot_jax.sharding import rows_sharding
+from mot_jax.sharding import positions_of, reshard, rows_sharding
 
 B, S, D, V = 8, 6, 5, 11
 
@@ -106,12 +106,15 @@ def test_the_logits_of_the_whole_batch_never_exist(loss, whole):
     assert B * 2 * 997 in sizes(jaxpr.jaxpr) or whole
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4)])
-def test_equals_one_device_on_a_mesh(mesh_of, shape):
-    mesh, arguments = mesh_of(*shape), batch()
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "tensor": 2}], ids=str
+)
+def test_equals_one_device_on_a_mesh(mesh_of, sizes):
+    mesh, arguments = mesh_of(**sizes), batch()
     expected = value_and_grad(loss_in_chunks, arguments)
     rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, replicated if i == 1 else rows) for i, a in enumerate(arguments)]
+        placed[0] = reshard(placed[0], "rows", positions_of(S), None)
         found = value_and_grad(loss_in_chunks, placed)
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-5)

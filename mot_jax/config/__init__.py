@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import batch_faults, check, mixing_faults
+from mot_jax.config.checks import check, mixing_faults
 from mot_jax.config.fields import (
     CheckpointConfig,
     Config,
@@ -39,7 +39,6 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainingConfig",
-    "batch_faults",
     "check",
     "error_words",
     "from_json",

@@ -61,8 +61,10 @@ def _range_faults(config: Config) -> Iterator[str]:
         elif not least <= value <= most:
             limit = f"at least {least}" if not value >= least else f"at most {most}"
             yield f"{name} = {value}: must be {limit}; try {min(max(least, 1), most)}"
-    if config.mesh.data == config.mesh.expert == -1:
-        yield "mesh.data = -1, mesh.expert = -1: only one axis may take the devices that are left; try mesh.expert = 1"
+    rest = [field.name for field in dataclasses.fields(config.mesh) if getattr(config.mesh, field.name) == -1]
+    if len(rest) > 1:
+        both = ", ".join(f"mesh.{name} = -1" for name in rest)
+        yield f"{both}: only one axis may take the devices that are left; try mesh.{rest[-1]} = 1"
 
 
 def _tuple_faults(name: str, items: tuple) -> Iterator[str]:
@@ -114,7 +116,7 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"model.feed_forward.group_size = {m.group_size}; try {m.group_size}"
         )
         config = dataclasses.replace(config, data=dataclasses.replace(d, group_size=None))
-    yield from batch_faults(config, 1)
+    yield from _batch_faults(config)
 
 
 def _divisor_faults(name: str, value: int, of: str, whole: int) -> Iterator[str]:
@@ -176,12 +178,12 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator
         yield f"{name}.expert_dim = {kind.expert_dim}: breaks the rule {rule} that flop_matched asks for; try {advice}"
 
 
-def batch_faults(config: Config, shards: int) -> Iterator[str]:
-    """The fault of a batch that does not split into whole groups on `shards` devices, if it does not."""
+def _batch_faults(config: Config) -> Iterator[str]:
+    """The fault of a batch that does not split into microbatches of whole groups, if it does not."""
     t, group_size = config.training, config.group_size
-    multiple = group_size * t.accumulation * shards
+    multiple = group_size * t.accumulation
     if multiple < 1 or t.batch_size % multiple == 0:  # below 1, other faults tell of it
         return
-    parts = f"group size {group_size} x accumulation {t.accumulation}" + (f" x shards {shards}" if shards > 1 else "")
+    parts = f"group size {group_size} x accumulation {t.accumulation}"
     good = max(1, round(t.batch_size / multiple)) * multiple
     yield f"training.batch_size = {t.batch_size}: must be a multiple of {parts} = {multiple}; try {good}"

@@ -288,10 +288,16 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one may be -1, which takes the devices that are left."""
+    """Sizes of the mesh axes; one may be -1, which takes the devices that are left.
+
+    data: spreads the rows of the batch. fsdp: rows, and between the steps every weight. expert: rows, and experts.
+    tensor: heads and hidden widths.
+    """
 
     data: int = _free(-1)
+    fsdp: int = _free(1)
     expert: int = _free(1)
+    tensor: int = _free(1)
 
 
 @dataclasses.dataclass(frozen=True)

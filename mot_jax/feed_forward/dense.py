@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from mot_jax.config import DenseConfig, InitConfig
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
+from mot_jax.sharding import axes_of, product, spec
 
 
 class Dense(nnx.Module):
@@ -49,8 +51,10 @@ class Dense(nnx.Module):
         x = x.astype(self.dtype)
         gate = None if self.kernel_gate is None else self._linear(x, self.kernel_gate, self.bias_gate)
         h = activate(self.activation, self._linear(x, self.kernel_in, self.bias_in), gate)
-        return FeedForwardOutput(self._linear(h, self.kernel_out, self.bias_out))
+        return FeedForwardOutput(self._linear(h, self.kernel_out, self.bias_out, spec(*axes_of(x))))
 
-    def _linear(self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y = x @ kernel[...].astype(self.dtype)
+    def _linear(
+        self, x: jax.Array, kernel: nnx.Param, bias: nnx.Param | None, out: PartitionSpec | None = None
+    ) -> jax.Array:
+        y = product("bsd,df->bsf", x, kernel[...], out)
         return y if bias is None else y + bias[...].astype(self.dtype)

@@ -14,7 +14,7 @@ from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokens
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
-from mot_jax.sharding import spec
+from mot_jax.sharding import axes_of, product, reshard, shards, spec
 
 
 class MixtureOfTokens(nnx.Module):
@@ -83,13 +83,13 @@ class MixtureOfTokens(nnx.Module):
         the mixing weights. Loss: `mixing_entropy`, their mean.
         """
         config = self.config
-        weights, emit_weights = self.weights(x, context)
         grouped = mixing.group(x.astype(self.dtype), config.group_size, config.mixing.groups)
+        weights, emit_weights = self._weights(grouped, context)
         w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
         w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
         project_out = _project_out(self.activation)
         y = mixing.mix_through(_project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
-        y = mixing.ungroup(y, x.shape[1])
+        y = reshard(mixing.ungroup(y, x.shape[1]), *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
         wanted = "mixing_entropy" in context.losses
@@ -106,9 +106,12 @@ class MixtureOfTokens(nnx.Module):
 
         With groups within rows, N is B S / G and S is 1.
         """
-        config = self.config.mixing
-        grouped = mixing.group(x.astype(self.dtype), self.config.group_size, config.groups)
-        mask = self._group_mask(context)
+        return self._weights(
+            mixing.group(x.astype(self.dtype), self.config.group_size, self.config.mixing.groups), context
+        )
+
+    def _weights(self, grouped: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, jax.Array | None]:
+        config, mask = self.config.mixing, self._group_mask(context)
 
         def logits(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
             kernel = controller[...]
@@ -117,7 +120,7 @@ class MixtureOfTokens(nnx.Module):
                 a = _value(base_weight)
                 kernel = kernel + base if a is None else a * kernel + (1 - a) * base
             wide = jnp.promote_types(self.dtype, jnp.float32)
-            return jnp.einsum("ngsd,de->ngse", grouped, kernel.astype(self.dtype), preferred_element_type=wide)
+            return product("ngsd,de->ngse", grouped, kernel, dtype=wide)
 
         said = logits(self.controller, self.base_weight)
         t = mixing.temperature(config, context.step, _value(self.temperature))
@@ -151,21 +154,24 @@ def _value(param: nnx.Param | None) -> jax.Array | None:
     return None if param is None else param[...]
 
 
+_product = functools.partial(product, fenced=False)  # `mix_through` has a fence for all it does
+
+
 def _project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    out = spec("exchanged_groups", None, "experts", None)
     u = _layer_norm(u, p["norm"])
-    product = functools.partial(jnp.einsum, "nsed,edf->nsef", u, out_sharding=out)
-    return product(p["w"].astype(u.dtype)), None if p["gate"] is None else product(p["gate"].astype(u.dtype))
+    gate = None if p["gate"] is None else _product("nsed,edf->nsef", u, p["gate"])
+    return _product("nsed,edf->nsef", u, p["w"]), gate
 
 
 @functools.cache  # one function for each activation: JAX knows functions by identity
 def _project_out(activation: str) -> mixing.Project:
     def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
-        out = spec("exchanged_groups", None, "experts", None)
         hidden = activate(activation, *h)
-        return _layer_norm(
-            jnp.einsum("nsef,efd->nsed", hidden, p["w"].astype(hidden.dtype), out_sharding=out), p["norm"]
-        )
+        groups, positions, experts, width = axes_of(hidden)
+        if hidden.shape[1] % shards(positions + width) == 0:  # each device that has a part of F sums some positions
+            positions = width + positions
+        out = spec(groups, positions, experts, None)
+        return _layer_norm(_product("nsef,efd->nsed", hidden, p["w"], out), p["norm"])
 
     return project_out
 

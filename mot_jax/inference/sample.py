@@ -21,7 +21,7 @@ from mot_jax.sharding import local_rows, place_rows
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
     """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
-    size = config.group_size * mesh.size
+    size = config.group_size * mesh.size  # whole groups on every device
     objective, rows = Objective.of(config, tokenizer), local_rows(mesh, size)
     batch = next(validation_batches(windows, objective, config.group_size, size, rows, None))
 
@@ -29,7 +29,7 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
         return tokenizer.decode(tokens).decode(errors="replace")
 
     if objective.masked:
-        found = fill(config.model, params, jax.tree.map(partial(place_rows, mesh), batch), tokenizer.vocab_size)
+        found = fill(config.model, params, place_rows(mesh, batch, size), tokenizer.vocab_size)
         texts = []
         for row, guesses, hidden in zip(
             batch.inputs, np.asarray(jax.device_get(found)), batch.target_mask, strict=True
@@ -39,7 +39,7 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
             texts.append(f"--- prompt\n{''.join(pieces)}\n--- filled\n{guessed}\n")
         return "\n".join(texts[: config.group_size])
     prompt = config.model.context_length // 2
-    prompts, present = place_rows(mesh, batch.inputs[:, :prompt]), place_rows(mesh, batch.token_mask[:, 0])
+    prompts, present = place_rows(mesh, (batch.inputs[:, :prompt], batch.token_mask[:, 0]), size)
     key = jax.random.key(config.training.seed)
     length = config.logging.sample_tokens
     sizes = {"length": length, "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax.config import Config
-from mot_jax.data.objectives import Batch, Objective
+from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
-from mot_jax.sharding import local_rows, make_mesh, place_rows, shards
+from mot_jax.sharding import local_rows, make_mesh, place_rows, rows_multiple
 from mot_jax.training.restore import load_run
 from mot_jax.training.step import make_eval_step
 
@@ -40,12 +39,12 @@ def make_evaluation(
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
-        whole = config.group_size * shards("rows")
+        whole = rows_multiple(config, mesh)
         rows = -(-config.training.batch_size // config.training.accumulation // whole) * whole
         batches = validation_batches(windows, objective, config.group_size, rows, local_rows(mesh, rows), limit)
         sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
-            sums += np.array(jax.device_get(eval_step(params, step, place(mesh, batch))), np.float64)
+            sums += np.array(jax.device_get(eval_step(params, step, place_rows(mesh, batch, rows))), np.float64)
             if objective.masked:
                 said += np.bincount(batch.targets[batch.target_mask], minlength=len(said))
         nats, tokens, correct, size, scored = map(float, sums)
@@ -72,8 +71,3 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
         run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)
         return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
-
-
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """Global arrays from this process's rows."""
-    return jax.tree.map(partial(place_rows, mesh), batch)

@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 
 from mot_jax import accounting
 from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
-from mot_jax.data.objectives import Objective
+from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.sample import sample_text
-from mot_jax.sharding import local_rows, make_mesh
+from mot_jax.sharding import local_rows, make_mesh, place_microbatches
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
-from mot_jax.training.evaluation import make_evaluation, place
+from mot_jax.training.evaluation import make_evaluation
 from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
 from mot_jax.training.upcycle import check_upcycle, upcycle
@@ -77,10 +77,14 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         (workdir / "loss.png").unlink(missing_ok=True)
 
         # --- compile ----------------------------------------------------------------------------------------------
-        rows = local_rows(mesh, t.batch_size)
+        rows = local_rows(mesh, t.batch_size, t.accumulation)
+
+        def place(batch: Batch) -> Batch:
+            return place_microbatches(mesh, batch, t.batch_size, t.accumulation)
+
         objective = Objective.of(config, tokenizer)
         batches = train_batches(windows, order, objective, t.batch_size, rows, next_example)
-        example = place(mesh, objective(windows.read([-1] * len(rows)), rows))
+        example = place(objective(windows.read([-1] * len(rows)), rows))
         start = time.perf_counter()
         train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, example).compile()
         evaluate = make_evaluation(config, mesh, unseen, tokenizer)
@@ -108,7 +112,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             for step in console.track(range(done + 1, t.steps + 1), done):
                 with meter.waiting():
                     batch = next(batches)
-                state, values = train_step(state, place(mesh, batch.rows))
+                state, values = train_step(state, place(batch.rows))
                 log_pending()
                 last = step == t.steps
                 if step % t.log_every == 0 or last:

@@ -12,7 +12,7 @@ import optax
 
 from mot_jax.config import ConfigError, OptimizerConfig, nearest
 from mot_jax.model import Params
-from mot_jax.sharding import PARAMETERS
+from mot_jax.sharding import PARAMETERS, axes_of, spec
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -47,13 +47,27 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     Its `init` raises ConfigError for a multiplier that is no parameter's.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}[config.name](config),
-        optax.add_decayed_weights(config.weight_decay, None if config.decay == "all" else _decayed),
-        _multiply(config.multipliers),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    return _on_any_mesh(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}[config.name](config),
+            optax.add_decayed_weights(config.weight_decay, None if config.decay == "all" else _decayed),
+            _multiply(config.multipliers),
+            optax.scale_by_learning_rate(learning_rate(config, steps)),
+        )
     )
+
+
+def _on_any_mesh(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same; what it makes lies where what it is made of lay. Optax knows no Explicit axes: the compiler spreads."""
+
+    def update(*arguments: Any) -> tuple[Params, optax.OptState]:
+        if spec() is None:
+            return optimizer.update(*arguments)
+        out = jax.tree.map(lambda x: spec(*axes_of(x)), arguments[:2])
+        return jax.sharding.auto_axes(optimizer.update, out_sharding=out)(*arguments)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -98,7 +112,7 @@ def _each_by_itself(choose: Callable[[str, tuple[int, ...]], optax.GradientTrans
     """
 
     def mapped(method: str, name: str, *trees: Any) -> Any:
-        leading = _leading(name)
+        leading = stacked(name)
         function = getattr(choose(name, trees[0].shape[leading:]), method)
         for _ in range(leading):
             function = jax.vmap(function)
@@ -114,7 +128,7 @@ def _each_by_itself(choose: Callable[[str, tuple[int, ...]], optax.GradientTrans
     return optax.GradientTransformation(init, update)
 
 
-def _leading(name: str) -> int:
+def stacked(name: str) -> int:
     """The number of a parameter's leading dimensions over which it is stacked: blocks, experts."""
     return name.startswith("stacks/") + PARAMETERS.get(name.rpartition("/")[2], ()).count("experts")
 
@@ -127,7 +141,7 @@ def _is_matrix(name: str, rank: int) -> bool:
 def _decayed(params: Params) -> dict[str, bool]:
     """Which parameters `decay: matrices` shrinks: the matrices of the blocks, and the head, tied or not."""
     head = "head" if "head" in params else "token_embedding"
-    return {name: name == head or _is_matrix(name, param.ndim - _leading(name)) for name, param in params.items()}
+    return {name: name == head or _is_matrix(name, param.ndim - stacked(name)) for name, param in params.items()}
 
 
 def _multiply(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mot_jax.config import Config
 from mot_jax.model import Params, init_params
 from mot_jax.sharding import parameter_spec
-from mot_jax.training.schedule import make_optimizer
+from mot_jax.training.schedule import make_optimizer, stacked
 
 
 class TrainState(NamedTuple):
@@ -36,11 +36,14 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(partial(_create, config), jax.random.key(config.training.seed))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # What the optimizer keeps of a parameter has its name and at least its stacked dimensions, the only ones that
-        # are split: it lies where the parameter does.
+        # What the optimizer keeps of a parameter has its name, and lies where the parameter does. What it keeps of the
+        # rows or columns of a matrix has at least the dimensions over which matrices are stacked, and is cut by those.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        spec = parameter_spec(names[-1], shapes.params[names[-1]].ndim)[: leaf.ndim] if names else ()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        param = shapes.params[names[-1]] if names else leaf
+        spec = parameter_spec(names[-1], param.ndim) if names else PartitionSpec()
+        if leaf.shape != param.shape:
+            spec = PartitionSpec(*spec[: stacked(names[-1])])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 

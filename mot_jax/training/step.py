@@ -15,7 +15,7 @@ from mot_jax.config import Config
 from mot_jax.data.objectives import Batch
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
-from mot_jax.sharding import shards, spec
+from mot_jax.sharding import spec
 from mot_jax.training.schedule import learning_rate, make_optimizer
 from mot_jax.training.state import TrainState
 
@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch of global arrays [B, S]) -> (state, metrics): one update by the mean loss per target.
+    """(state, microbatches of global arrays [A, B / A, S]) -> (state, metrics): one update by the mean loss per target.
 
     Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; RMS of gradient (before
     clipping), update and parameters; the layers' own, averaged over microbatches. Compile it with the state donated.
@@ -62,16 +62,16 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             gradients, (value, metrics) = jax.grad(loss, has_aux=True)(state.params, batch, state.step, targets)
             return value, jax.tree.map(lambda m: m / accumulation, metrics), gradients
 
+        first = jax.tree.map(lambda x: x[0], batch)
         if accumulation == 1:
-            value, metrics, gradients = microbatch(batch)
+            value, metrics, gradients = microbatch(first)
         else:
-            parts = jax.tree.map(lambda x: split_rows(x, accumulation), batch)
-            shapes = jax.eval_shape(microbatch, jax.tree.map(lambda x: x[0], parts))
+            shapes = jax.eval_shape(microbatch, first)
             # Sums in float32, whatever the parameters are.
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
             add = partial(jax.tree.map, jnp.add)
             (value, metrics, gradients), _ = jax.lax.scan(
-                lambda sum, part: (add(sum, microbatch(part)), None), zeros, parts
+                lambda sum, part: (add(sum, microbatch(part)), None), zeros, batch
             )
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -106,16 +106,6 @@ def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params,
         return Evaluation(sums.nats.astype(jnp.float32), *(count.astype(jnp.float32) for count in counts))
 
     return eval_step
-
-
-def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...]: each device's own rows are cut, in whole groups, so that none move."""
-    n = shards("rows")
-    shape = (n, parts, x.shape[0] // (n * parts), *x.shape[1:])
-    rest = [None] * (x.ndim - 1)
-    cut = jnp.reshape(x, shape, out_sharding=spec("rows", None, None, *rest))
-    whole = (parts, x.shape[0] // parts, *x.shape[1:])
-    return jnp.reshape(jnp.moveaxis(cut, 1, 0), whole, out_sharding=spec(None, "rows", *rest))
 
 
 def _rms(tree: Params) -> jax.Array:

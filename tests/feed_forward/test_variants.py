@@ -116,7 +116,7 @@ def test_variant_on_a_mesh_equals_one_device(name, mesh_of):
         return jax.value_and_grad(loss, has_aux=True)(state)
 
     expected = run(state, x)
-    mesh = mesh_of(2, 4)
+    mesh = mesh_of(data=2, expert=4)
     with jax.set_mesh(mesh):
         placed = nnx.to_pure_dict(state)
         placed = {k: jax.device_put(v, NamedSharding(mesh, parameter_spec(k, v.ndim))) for k, v in placed.items()}

@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
             num_blocks=2,
             d_model=16,
             d_ff=32,
-            num_heads=2,
+            num_heads=4,
             context_length=16,
             loss_chunk=8,
             feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_dim=8, controller_init_scale=3.0),

@@ -58,7 +58,7 @@ def test_the_newest_parameters_on_one_device_by_reading_alone(saved, tiny):
 
 def test_they_lie_on_the_mesh_that_is_given_or_set(saved, mesh_of):
     workdir, state = saved
-    mesh = mesh_of(1, 2)
+    mesh = mesh_of(expert=2)
     with jax.set_mesh(mesh):
         there = load_run(workdir).params
     for params in (there, load_run(workdir, mesh).params):
