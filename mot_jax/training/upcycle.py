@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.data.text import open_tokenizer
 from mot_jax.model import Params, block_places
-from mot_jax.training.restore import load_run, load_run_config
+from mot_jax.training.restore import check_data, load_run, load_run_config
 
 
 def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, list[str]]:
@@ -73,8 +74,10 @@ def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, n
     return found
 
 
-def check_upcycle(model: ModelConfig, workdir: str) -> None:
-    """Raises ConfigError unless the run in `workdir` is a dense twin: equal but for its feed-forward layers."""
+def check_upcycle(config: Config) -> None:
+    """Raises ConfigError unless `upcycle_from` is a dense twin: equal but for its feed-forward layers, same tokens."""
+    model, workdir = config.model, config.training.upcycle_from
+    assert workdir is not None
     old = load_run_config(workdir).model
     if not isinstance(old.feed_forward, DenseConfig):
         raise ConfigError(f"training.upcycle_from = {workdir!r}: must be a dense run, and is {old.feed_forward.kind}")
@@ -96,3 +99,4 @@ def check_upcycle(model: ModelConfig, workdir: str) -> None:
             )
     if faults:
         raise ConfigError(*faults)
+    check_data({"tokenizer": open_tokenizer(config).fingerprint}, config, workdir)

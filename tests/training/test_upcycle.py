@@ -78,10 +78,11 @@ def test_a_run_begins_as_the_dense_one_and_goes_on_without_it(dense_run, tmp_pat
 
 def test_what_cannot_be_upcycled_is_refused_before_anything_begins(dense_run, tmp_path):
     config, workdir = dense_run
-    wrong = mixture(config, "copies", final_norm=False).model
-    kind = dataclasses.replace(wrong.feed_forward, expert_dim=24)
+    training = dataclasses.replace(config.training, upcycle_from=workdir)
+    wrong = dataclasses.replace(mixture(config, "copies", final_norm=False), training=training)
+    kind = dataclasses.replace(wrong.model.feed_forward, expert_dim=24)
     with pytest.raises(ConfigError) as error:
-        check_upcycle(dataclasses.replace(wrong, feed_forward=kind), workdir)
+        check_upcycle(dataclasses.replace(wrong, model=dataclasses.replace(wrong.model, feed_forward=kind)))
     first, second = error.value.faults
     assert first.startswith("model.final_norm = False: must be as in") and first.endswith("try True")
     assert second.startswith("model.feed_forward.expert_dim = 24: must divide") and second.endswith("try 16")
