@@ -47,8 +47,8 @@ def inspect(
     tokens.png, tokens.txt, inspect.json: the tokens that the most decided experts weigh most, over many windows.
 
     output: a directory; None is WORKDIR/inspect. group: counts the groups of the validation split, position: within the
-    window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, for text that is not the run's,
-    and for what does not exist.
+    window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, for text that is not the
+    run's, and for what does not exist.
     """
     workdir = epath.Path(workdir)
     output = workdir / "inspect" if output is None else epath.Path(output)

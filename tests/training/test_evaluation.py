@@ -1,4 +1,4 @@
-"""Scores of a finished run: those of its log, grouped otherwise, per byte of the text, and on the run's own text alone."""
+"""Scores of a finished run: those of its log, grouped otherwise, per byte of the text, and of no other text."""
 
 from __future__ import annotations
 
