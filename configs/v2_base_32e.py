@@ -2,7 +2,7 @@
 
 Command:    python train.py configs/v2_base_32e.py   (prepare the text first: docs/reproduce.md)
 Parameters: 1.04 B (123.7 M active)
-The paper:  figures.
+The paper:  figures; the best MoT reaches the dense final loss with 33 % of the compute.
 Here:       not run.
 """
 

@@ -2,7 +2,7 @@
 
 Command:    python train.py configs/v2_base_masked_within.py   (prepare the text first: docs/reproduce.md)
 Parameters: 1.04 B (123.7 M active)
-The paper:  a table on mixing across and within sequences.
+The paper:  a table on mixing across and within sequences; the recipe is our guess, as in v2_base_masked.py.
 Here:       not run.
 """
 

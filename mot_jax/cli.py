@@ -186,6 +186,8 @@ def _data(arguments: list[str]) -> None:
         return
     from mot_jax.data import corpora, report, tokenizers
 
+    if options.command == "train-tokenizer":
+        tokenizers.check_suffix(options.output, options.kind)
     corpus = corpora.open_corpus(options.name, options.split, directory, options.feature)
     if options.command == "inspect":
         tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None

@@ -120,15 +120,34 @@ class Layer:
             y += np.maximum(x @ p["kernel_in"], 0) @ p["kernel_out"]
         return y
 
-    def differences(self, p: dict[str, np.ndarray], dy: np.ndarray, name: str, step: float = 1e-6) -> np.ndarray:
-        """The gradient of sum(forward(p) * dy) with respect to p[name], one number at a time by central differences."""
+    def entropy(self, p: dict[str, np.ndarray]) -> float:
+        """The mean of the normalised entropies of merge and emit, of those that are softmaxes of their own."""
+        found = {"merge": [], "emit": []}
+        for rows, positions, real in self.cells(*p["x"].shape[:2]):
+            merge, emit = self.pair(p, p["x"][rows, positions], real, (rows, positions))
+            if self.merge != "logits" and real.sum() > 1:  # of the expert's weights over the tokens, mean over experts
+                found["merge"].append(np.mean([shannon(column[real]) for column in merge.T]))
+            if self.emit == "softmax" and real.sum() > 1:
+                found["emit"].append(np.mean([shannon(column[real]) for column in emit.T]))
+            if self.emit == "softmax_over_experts":  # of each token's weights over the experts
+                found["emit"] += [shannon(row) for row in emit[real]]
+        return float(np.mean([np.mean(values) for values in found.values() if values]))
+
+    def differences(
+        self, p: dict[str, np.ndarray], dy: np.ndarray, name: str, step: float = 1e-6, entropy: float = 0.0
+    ) -> np.ndarray:
+        """The gradient of sum(forward(p) * dy) with respect to p[name], one number at a time by central differences.
+
+        `entropy` times `entropy(p)` is added to that sum.
+        """
         found = np.zeros(p[name].shape)
         for index in np.ndindex(*found.shape):
             values = []
             for sign in (1, -1):
                 moved = p[name].copy()
                 moved[index] += sign * step
-                values.append((self.forward(p | {name: moved}) * dy).sum())
+                q = p | {name: moved}
+                values.append((self.forward(q) * dy).sum() + (entropy * self.entropy(q) if entropy else 0))
             found[index] = (values[0] - values[1]) / (2 * step)
         return found
 
@@ -163,6 +182,12 @@ class Layer:
             d["kernel_in"] += np.einsum("bsd,bsf->df", x, d_h)
             d["x"] += d_h @ p["kernel_in"].T
         return d
+
+
+def shannon(weights: np.ndarray) -> float:
+    """Entropy over that of as many equal weights: 1 is uniform, 0 is one-hot."""
+    positive = weights[weights > 0]
+    return -(positive * np.log(positive)).sum() / np.log(len(weights))
 
 
 def normed(vector: np.ndarray, norm: np.ndarray | None) -> np.ndarray:

@@ -110,6 +110,16 @@ def test_parameters_of_a_mixing_variant():
     assert flops[1] == flops[0] * 4 / 3  # a controller more
 
 
+def test_parameters_and_memory_without_the_biases_of_dense_blocks():
+    model = dataclasses.replace(with_kind(V1, 8, 32), moe_blocks=(1, 3))
+    bare = dataclasses.replace(model, dense_bias=False)
+    before, after = accounting.count_parameters(model), accounting.count_parameters(bare)
+    assert before == after | {"dense FFN": after["dense FFN"] + 2 * (1024 + 256)}
+    assert accounting.forward_flops(bare) == accounting.forward_flops(model)
+    memory = [accounting.memory_bytes(Config(m))["parameters"] for m in (model, bare)]
+    assert memory[0] - memory[1] == 4 * 2 * (1024 + 256)
+
+
 def test_parameters_of_every_choice():
     """By part; a token pays for the embedding where that is the head."""
     d, f, v = 256, 1024, 50257

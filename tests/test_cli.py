@@ -270,6 +270,14 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
         (["build", "mine", "x.txt", "--documents", "word"], "error: argument --documents: invalid choice: 'word'"),
         (["build", "mine", "x.txt", "--workers", "0"], "error: --workers = 0: must be at least 1; try 1"),
         (["train-tokenizer", "mine"], "error: the following arguments are required: --output"),
+        (
+            ["train-tokenizer", "mine", "--output", "t.txt"],
+            "error: --output = 't.txt': must end in .json for a tokenizer of kind bpe; try 't.json'",
+        ),
+        (
+            ["train-tokenizer", "mine", "--kind", "sentencepiece", "--output", "a/t.json"],
+            "error: --output = 'a/t.json': must end in .model for a tokenizer of kind sentencepiece; try 'a/t.model'",
+        ),
     ],
 )
 def test_mistakes_of_data_are_one_line(capsys, arguments, start):

@@ -119,6 +119,7 @@ def configs(draw) -> Config:
         )
     else:
         kind = DenseConfig(draw(st.booleans()))
+    dense_bias = isinstance(kind, DenseConfig) or draw(st.booleans())
     moe = st.sampled_from(["all", "last_half", "every_other"]) | st.lists(st.integers(0, blocks - 1)).map(tuple)
     model = ModelConfig(
         num_blocks=blocks,
@@ -129,6 +130,7 @@ def configs(draw) -> Config:
         vocab_size=draw(st.integers(1, 1000)),
         feed_forward=kind,
         moe_blocks=draw(moe),
+        dense_bias=dense_bias,
         final_norm=draw(st.booleans()),
         init=InitConfig(draw(st.sampled_from(["truncated_normal", "normal", "uniform"])), draw(positive)),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
@@ -229,7 +231,7 @@ def test_more_combinations_are_refused():
         put(dense, name, value)
         for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
     )
-    for broken in (rotary, entropy, upcycled):
+    for broken in (rotary, entropy, upcycled, put(dense, "model.dense_bias", False)):
         (fault,) = faults(broken)
         check(follow(broken, fault))
 

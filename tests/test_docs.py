@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig
-from mot_jax.config import mixing_faults
+from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli
+from mot_jax.config import Config, mixing_faults
+from mot_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
-README, LAYER = ROOT / "README.md", ROOT / "docs" / "layer.md"
+README, LAYER, REPRODUCE = ROOT / "README.md", ROOT / "docs" / "layer.md", ROOT / "docs" / "reproduce.md"
 
 
 def blocks(path: Path) -> list[str]:
@@ -69,3 +70,26 @@ def test_the_variants_of_the_table_are_valid():
     assert len(configs) == len(set(configs)) >= 14
     for config in configs:
         assert not list(mixing_faults(config))
+
+
+def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
+    """Every config of the paper has a row; runs beside its own go to a workdir of theirs."""
+    started: list[tuple[str, Config]] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loop, "train", lambda config, workdir: started.append((workdir, config)))
+    commands = re.findall(r"`python train\.py (.*?)`", REPRODUCE.read_text())
+    for command in commands:
+        cli.main(["train", *command.split()])
+    assert len(dict(started)) == len(commands)
+    assert {command.split()[0] for command in commands} == {
+        str(path.relative_to(ROOT)) for version in ("v1", "v2") for path in ROOT.glob(f"configs/{version}_*.py")
+    }
+
+
+def test_every_row_of_the_paper_has_a_cost_a_number_and_a_result():
+    rows = [row.strip("| ").split(" | ") for row in re.findall(r"^\|.*\|$", REPRODUCE.read_text(), re.MULTILINE)]
+    rows = [row for row in rows if len(row) == 5 and row[0] != "in the paper"]
+    assert len(rows) == 5 + 21
+    for row in rows:
+        assert all(cell.strip() for cell in row) and row[-1] == "not run"
+        assert row[2][0] in "0123456789n\N{EN DASH}"

@@ -479,3 +479,9 @@ def test_shorter_sequences():
     params = params_of(MODEL)
     shorter = hidden(MODEL, params, TOKENS[:, :-1])
     chex.assert_trees_all_close(shorter, hidden(MODEL, params, TOKENS)[:, :-1], rtol=1e-5, atol=1e-5)
+
+
+def test_dense_blocks_beside_mixtures_may_have_no_biases():
+    plain = set(abstract(SIZED))
+    bare = set(abstract(dataclasses.replace(SIZED, dense_bias=False)))
+    assert plain - bare == {"stacks/0/0/feed_forward/bias_in", "stacks/0/0/feed_forward/bias_out"} and bare < plain

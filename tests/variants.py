@@ -26,6 +26,7 @@ VARIANTS = {
     "within-sequence groups": MixingConfig(groups="within"),
     "discrete": MixingConfig(temperature=0.0),
     "temperature annealing": MixingConfig(annealing="linear", temperature=1.0, annealing_steps=(0, 10)),
+    "temperature annealing, cosine": MixingConfig(annealing="cosine", temperature=1.0, annealing_steps=(0, 10)),
     "straight-through temperature": MixingConfig(temperature=0.3, straight_through=True),
     "straight through to one-hot": MixingConfig(temperature=0.0, straight_through=True),
     "weighted common base, one": MixingConfig(emit="softmax", controllers="common_base", base_weight="one"),

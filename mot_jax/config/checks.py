@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mot_jax.config.fields import Config, ConfigError, MixingConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config.fields import Config, ConfigError, DenseConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.config.hints import leaves, matches, type_words
 
 
@@ -89,6 +89,8 @@ def _size_faults(config: Config) -> Iterator[str]:
         there = tuple(i for i in m.moe_blocks if 0 <= i < m.num_blocks)
         if there != m.moe_blocks:
             yield f"model.moe_blocks = {m.moe_blocks}: must be blocks, which are 0 to {m.num_blocks - 1}; try {there}"
+    if isinstance(m.feed_forward, DenseConfig) and not m.dense_bias:
+        yield "model.dense_bias = False: is for models of two kinds; a dense one has model.feed_forward.bias; try True"
     if isinstance(m.feed_forward, MixtureOfTokensConfig):
         yield from _mixture_faults(m, m.feed_forward)
         for fault in mixing_faults(m.feed_forward.mixing):

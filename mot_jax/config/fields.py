@@ -151,7 +151,8 @@ class ModelConfig:
     activation, gated: of dense layer and experts alike; a gated one multiplies its activation by a second projection.
     norm: `layer` or `rms`; final_norm: one more before the head. tied_head: the head is the token embedding.
     document_mask: attention stays within the documents of a window.
-    moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense.
+    moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense, with `dense_bias` as in
+        DenseConfig.
     dtype: of activations and matrix products; logits, softmax, norms and loss are float32 at least.
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
@@ -173,6 +174,7 @@ class ModelConfig:
     gated: bool = False
     feed_forward: FeedForwardConfig = MixtureOfTokensConfig()
     moe_blocks: Literal["all", "last_half", "every_other"] | tuple[int, ...] = "all"
+    dense_bias: bool = True
     norm: Literal["layer", "rms"] = "layer"
     final_norm: bool = False
     tied_head: bool = False
@@ -185,7 +187,7 @@ class ModelConfig:
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
-        dense = self.feed_forward if isinstance(self.feed_forward, DenseConfig) else DenseConfig()
+        dense = self.feed_forward if isinstance(self.feed_forward, DenseConfig) else DenseConfig(self.dense_bias)
         chosen = {
             "all": range(self.num_blocks),
             "last_half": range(self.num_blocks // 2, self.num_blocks),

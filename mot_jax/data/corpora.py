@@ -24,6 +24,7 @@ from mot_jax.config import ConfigError, error_words, nearest
 from mot_jax.data import python_source
 from mot_jax.data.build import build, prepared
 
+_PUBLIC_FOLDERS = ("datasets", "question_answering", "summarization", "text", "translate")  # of TFDS, those with text
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
@@ -64,12 +65,14 @@ class Corpus:
             )
 
 
-def open_corpus(name: str, split: str, directory: str | os.PathLike[str], feature: str = "text") -> Corpus:
+def open_corpus(
+    name: str, split: str, directory: str | os.PathLike[str], feature: str = "text", field: str = "--split"
+) -> Corpus:
     """The `split` of the corpus `name`, as TFDS names them; the source of Python is built first if it is not there yet.
 
-    split: also a part, as `train[:90%]`. feature: the one that holds the text. Raises ConfigError, in one line, for a
-    name, split or feature that does not exist, a data set that is not prepared or not as array_record, and a split
-    without a document.
+    split: also a part, as `train[:90%]`. feature: the one that holds the text. field: what the split was asked for by.
+    Raises ConfigError, in one line, for a name, split or feature that does not exist, a data set that is not prepared
+    or not as array_record, and a split without a document.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
     try:
@@ -81,7 +84,7 @@ def open_corpus(name: str, split: str, directory: str | os.PathLike[str], featur
     info = builder.info
     _check_format(name, info, path)
     _check_feature(name, info, feature)
-    _check_split(name, info, split)
+    _check_split(name, info, split, field)
     metadata = dict(info.metadata or {})
     fingerprint = metadata.get("fingerprint") or _fingerprint(info)
     if feature != "text":
@@ -124,17 +127,19 @@ def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None
         raise ConfigError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
 
 
-def _check_split(name: str, info: tfds.core.DatasetInfo, split: str) -> None:
+def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str) -> None:
     there = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
     unknown = [part for part in re.findall(r"(?:^|\+)\s*(\w+)", split) if part not in info.splits]
     if unknown:
-        raise ConfigError(f"split = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}")
+        raise ConfigError(
+            f"{field} = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}"
+        )
     try:
         documents = info.splits[split].num_examples
     except Exception as error:
-        raise ConfigError(f"split = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
+        raise ConfigError(f"{field} = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
     if not documents:
-        raise ConfigError(f"split = {split!r}: empty, there is no document in it; {name} has {there}; try train")
+        raise ConfigError(f"{field} = {split!r}: empty, there is no document in it; {name} has {there}; try train")
 
 
 # --- where a data set lies --------------------------------------------------------------------------------------------
@@ -179,6 +184,9 @@ def _why_not(path: str, version: str | None, roots: Sequence[epath.Path]) -> str
         return f"{'no such version' if version else 'needs a config'}; there is {', '.join(related)}"
     dataset, public = path.partition("/")[0], _public()
     if dataset in public:
+        if path == dataset and _has_configs(dataset):
+            catalog = f"https://www.tensorflow.org/datasets/catalog/{dataset}"
+            return f"needs a config, such as {dataset}/NAME; try one of {catalog}"
         extras = importlib.metadata.metadata("tensorflow-datasets").get_all("Provides-Extra") or []
         extra = dataset.replace("_", "-")
         package = f"'tensorflow-datasets[{extra}]'" if extra in extras else "tensorflow-datasets"
@@ -202,6 +210,12 @@ def _data_sets(root: epath.Path) -> Iterator[str]:
 
 def _public() -> set[str]:
     """The data sets of text that TFDS can prepare, by the names of its modules: to import those takes TensorFlow."""
-    folders = ("datasets", "question_answering", "summarization", "text", "translate")
-    modules = pkgutil.iter_modules([os.path.join(tfds.__path__[0], folder) for folder in folders])
+    modules = pkgutil.iter_modules([os.path.join(tfds.__path__[0], folder) for folder in _PUBLIC_FOLDERS])
     return {module.name for module in modules if not module.name.endswith(("_test", "_utils"))}
+
+
+def _has_configs(dataset: str) -> bool:
+    """Whether a public data set comes in several configs, by its source."""
+    names = (f"{dataset}.py", f"{dataset}/{dataset}.py", f"{dataset}/{dataset}_dataset_builder.py")
+    files = [Path(tfds.__path__[0], folder, name) for folder in _PUBLIC_FOLDERS for name in names]
+    return any("BUILDER_CONFIGS" in file.read_text() for file in files if file.is_file())

@@ -2,7 +2,7 @@
 
 A part can be read without the rest of its file: a stretch of bytes of a text or JSON lines file, row groups of a
 parquet file, the whole of a compressed one. Text comes out as valid UTF-8: what is damaged becomes U+FFFD, and counts.
-Memory stays at the size of the largest document, `LIMIT` at most, whatever the file.
+Memory stays at the size of the largest document, `LIMIT` at most; of a parquet file, at that of a row group's text.
 """
 
 from __future__ import annotations

@@ -64,9 +64,10 @@ def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
     """The windows of one split of every corpus of `config`, joined. Raises ConfigError."""
     data, length = config.data, config.model.context_length
     directory = epath.Path(data.directory or DATA_DIRECTORY).expanduser()
+    fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}
     parts = []
     for name in data.corpus:
-        corpus = open_corpus(name, split, directory, data.feature)
+        corpus = open_corpus(name, split, directory, data.feature, fields.get(split, "--split"))
         parts.append(open_windows(corpus, split, tokenizer, length, directory))
     return parts[0] if len(parts) == 1 else JoinedWindows(parts, _digest([part.fingerprint for part in parts]))
 

@@ -265,6 +265,14 @@ def _cut(text: str, inside: re.Pattern[str], longest: int = _BATCH) -> Iterator[
             start = stop
 
 
+def check_suffix(output: str, kind: str) -> None:
+    """Raises ConfigError if a tokenizer of that kind could not be opened under the name `output`."""
+    suffix, path = {"bpe": ".json", "sentencepiece": ".model"}[kind], PurePosixPath(output)
+    if path.suffix != suffix:
+        good = f"{path.with_suffix(suffix)}" if path.name else f"tokenizer{suffix}"
+        raise ConfigError(f"--output = {output!r}: must end in {suffix} for a tokenizer of kind {kind}; try {good!r}")
+
+
 def train_tokenizer(texts: Iterable[bytes], vocab_size: int, kind: str = "bpe") -> bytes:
     """The content of a new tokenizer's file, with `<|endoftext|>`; any text in UTF-8 survives it.
 

@@ -55,7 +55,7 @@ class MixtureOfTokens(nnx.Module):
             return nnx.Param(jnp.full(shape, value, param_dtype))
 
         based = c.controllers == "common_base"
-        fan_in = 2 * d if based else d  # the sum of two controllers has the variance of one (PAPER.md section 3)
+        fan_in = 2 * d if based else d  # as in the authors' code: the sum of two has the variance of one
         self.controller = param((d, e), fan_in, config.controller_init_scale)
         self.w_in = param((e, d, f), d, config.w_in_init_scale)
         self.w_out = param((e, f, d), f, config.w_out_init_scale)

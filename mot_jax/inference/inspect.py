@@ -29,7 +29,7 @@ from mot_jax.inference import pictures
 from mot_jax.mixing import normalised_entropy
 from mot_jax.model import ModelOutput, Params, bind
 from mot_jax.training.metrics import read_rows
-from mot_jax.training.restore import Run, load_run, load_run_config
+from mot_jax.training.restore import Run, check_data, load_run, load_run_config
 
 _TOKENS_READ = 65_536  # of validation text, at least, if there is as much
 _LEAST_COUNT = 8  # a token that occurs less often says little
@@ -47,7 +47,8 @@ def inspect(
     tokens.png, tokens.txt, inspect.json: the tokens that the most decided experts weigh most, over many windows.
 
     output: a directory; None is WORKDIR/inspect. group: counts the groups of the validation split, position: within the
-    window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, and for what does not exist.
+    window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, for text that is not the
+    run's, and for what does not exist.
     """
     workdir = epath.Path(workdir)
     output = workdir / "inspect" if output is None else epath.Path(output)
@@ -58,7 +59,9 @@ def inspect(
     assert isinstance(kind, MixtureOfTokensConfig)
     run = load_run(workdir)
     tokenizer = open_tokenizer(config)
+    check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
     windows = open_split(config, config.data.validation_split, tokenizer)
+    check_data({"validation": windows.fingerprint}, config, workdir)
 
     # Units of the text: the rows that must stay together, which hold one group, or several where groups lie within.
     units = validation_order(windows.documents, config.group_size).reshape(-1, config.model.group_size)

@@ -20,7 +20,7 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
 from mot_jax.sharding import local_rows, make_mesh, place_rows, rows_multiple
-from mot_jax.training.restore import load_run
+from mot_jax.training.restore import check_data, load_run
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -64,9 +64,13 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
     """The newest checkpoint of the run in `workdir` on a split of its text, as `config` says: mode, group size, mesh.
 
     The config is that of the run but for what an inference mode changes. `step` is among the results.
+    Raises ConfigError if the tokenizer, or the run's own validation text, is not what it was.
     """
     mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
+    check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
     windows = open_split(config, split, tokenizer)
+    if split == config.data.validation_split:
+        check_data({"validation": windows.fingerprint}, config, workdir)
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)

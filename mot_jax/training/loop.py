@@ -23,6 +23,7 @@ from mot_jax.sharding import local_rows, make_mesh, place_microbatches
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.evaluation import make_evaluation
+from mot_jax.training.restore import check_data
 from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
 from mot_jax.training.upcycle import check_upcycle, upcycle
@@ -42,12 +43,12 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
     if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
-        check_upcycle(config.model, config.training.upcycle_from)
+        check_upcycle(config)
     _check_space(abstract_state(config, mesh), config, workdir)
     tokenizer = open_tokenizer(config)
-    _check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
+    check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
     _, windows, unseen, order, data = open_text(config, tokenizer)
-    _check_data(data, config, workdir)
+    check_data(data, config, workdir)
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
     t = config.training
@@ -153,22 +154,6 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
         raise ConfigError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
     elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
         raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
-
-
-def _check_data(data: dict[str, str], config: Config, workdir: epath.Path) -> None:
-    """Raises ConfigError if the run in `workdir` reads other text: the standard library of another Python, say."""
-    path = workdir / "data.json"
-    there = data | (json.loads(path.read_text()) if path.exists() else {})
-    changes = [f"{name}: {there[name]} there, {data[name]} here" for name in data if there[name] != data[name]]
-    if there["tokenizer"] != data["tokenizer"]:
-        raise ConfigError(
-            f"data.tokenizer = {config.data.tokenizer!r}: does not match the checkpoints in workdir = {workdir}, which "
-            f"are of another tokenizer ({changes[-1]}); try the file that the run began with, or a new --workdir"
-        )
-    if changes:
-        raise ConfigError(
-            *(f"workdir = {workdir} was trained on other text: {c}; try a new --workdir" for c in changes)
-        )
 
 
 def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:

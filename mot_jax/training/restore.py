@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from typing import NamedTuple
@@ -33,6 +34,26 @@ def load_run_config(workdir: epath.PathLike) -> Config:
     if not path.exists():
         raise ConfigError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
     return from_json(path.read_text())
+
+
+def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) -> None:
+    """Raises ConfigError if the run in `workdir` reads other text: the standard library of another Python, say.
+
+    data: fingerprints by their names in data.json; those that are not there are not compared.
+    """
+    path = epath.Path(workdir) / "data.json"
+    there = json.loads(path.read_text()) if path.exists() else {}
+    changes = {k: f"{k}: {there[k]} there, {data[k]} here" for k in data if there.get(k, data[k]) != data[k]}
+    if "tokenizer" in changes:
+        raise ConfigError(
+            f"data.tokenizer = {config.data.tokenizer!r}: does not match the checkpoints in workdir = {workdir}, which "
+            f"are of another tokenizer ({changes['tokenizer']}); try the file that the run began with, or another "
+            "workdir"
+        )
+    if changes:
+        raise ConfigError(
+            *(f"workdir = {workdir} was trained on other text: {c}; try another workdir" for c in changes.values())
+        )
 
 
 def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.data.text import open_tokenizer
 from mot_jax.model import Params, block_places
-from mot_jax.training.restore import load_run, load_run_config
+from mot_jax.training.restore import check_data, load_run, load_run_config
 
 
 def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, list[str]]:
@@ -35,13 +36,17 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
         mine = {name.removeprefix(source[0]): value for name, value in there.items() if name.startswith(source[0])}
         layer = {name: value[source[1]] for name, value in mine.items()}
         if isinstance(kind, MixtureOfTokensConfig):
-            dropped |= any("feed_forward/bias" in name for name in layer)
             layer |= _experts(model, kind, layer)
+        dropped |= any("feed_forward/bias" in name and new[0] + name not in values for name in layer)
         for name, value in values.items():
             if name.startswith(new[0]) and name.removeprefix(new[0]) in layer:
                 value[new[1]] = layer[name.removeprefix(new[0])]
     notes = [f"experts begin as the dense layers of {workdir} after {step} steps"]
-    notes += ["warning: the dense layers' biases have no place in the experts, and are dropped"] if dropped else []
+    notes += (
+        ["warning: the dense layers' biases have no place in experts and layers without, and are dropped"]
+        if dropped
+        else []
+    )
     return {name: jax.device_put(value, params[name].sharding) for name, value in values.items()}, notes
 
 
@@ -73,12 +78,14 @@ def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, n
     return found
 
 
-def check_upcycle(model: ModelConfig, workdir: str) -> None:
-    """Raises ConfigError unless the run in `workdir` is a dense twin: equal but for its feed-forward layers."""
+def check_upcycle(config: Config) -> None:
+    """Raises ConfigError unless `upcycle_from` is a dense twin: equal but for its feed-forward layers, same tokens."""
+    model, workdir = config.model, config.training.upcycle_from
+    assert workdir is not None
     old = load_run_config(workdir).model
     if not isinstance(old.feed_forward, DenseConfig):
         raise ConfigError(f"training.upcycle_from = {workdir!r}: must be a dense run, and is {old.feed_forward.kind}")
-    free = {"feed_forward", "moe_blocks", "init", "dtype", "remat", "loss_chunk"}
+    free = {"feed_forward", "moe_blocks", "dense_bias", "init", "dtype", "remat", "loss_chunk"}
     faults = [
         f"model.{field.name} = {getattr(model, field.name)!r}: must be as in training.upcycle_from = {workdir!r}; "
         f"try {getattr(old, field.name)!r}"
@@ -96,3 +103,4 @@ def check_upcycle(model: ModelConfig, workdir: str) -> None:
             )
     if faults:
         raise ConfigError(*faults)
+    check_data({"tokenizer": open_tokenizer(config).fingerprint}, config, workdir)

@@ -84,7 +84,7 @@ def test_unknown_names(directory: Path, tfds_directory: Path) -> None:
     assert "no prepared data set" in fault("/nowhere", "train", directory)
 
 
-@pytest.mark.parametrize("name", ["c4/en", "lm1b", "wikipedia/20230601.en:1.0.0", "pg19", "wiki40b"])
+@pytest.mark.parametrize("name", ["c4/en", "lm1b", "wikipedia/20230601.en:1.0.0", "pg19", "wiki40b/en"])
 def test_a_public_data_set_that_is_not_prepared(name: str, directory: Path, tfds_directory: Path) -> None:
     line = fault(name, "train", directory)
     assert f"'{name}': is not prepared in {directory}/corpora or {tfds_directory}; on a machine with TensorFlow" in line
@@ -94,13 +94,21 @@ def test_a_public_data_set_that_is_not_prepared(name: str, directory: Path, tfds
     assert f"try pip install tensorflow {package}" in line and line.endswith(command)
 
 
+@pytest.mark.parametrize("name", ["c4", "wikipedia", "para_crawl"])
+def test_a_public_data_set_of_several_configs_is_not_built_whole(name: str, directory: Path) -> None:
+    assert fault(name, "train", directory) == (
+        f"data.corpus = {name!r}: needs a config, such as {name}/NAME; try one of "
+        f"https://www.tensorflow.org/datasets/catalog/{name}"
+    )
+
+
 def test_unknown_splits(directory: Path) -> None:
     assert fault("articles/en", "tran", directory) == (
-        "split = 'tran': articles/en has no such split, but train (20 documents), test (3 documents); "
+        "--split = 'tran': articles/en has no such split, but train (20 documents), test (3 documents); "
         "did you mean 'train'?"
     )
     assert "did you mean 'test'" in fault("articles/en", "train+tets[:50%]", directory)
-    assert "split = 'train[:x%]': " in fault("articles/en", "train[:x%]", directory)
+    assert "--split = 'train[:x%]': " in fault("articles/en", "train[:x%]", directory)
     assert "there is no document in it" in fault("articles/en", "train[:1%]", directory)
 
 

@@ -12,8 +12,9 @@ import tokenizers
 from mot_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
 from mot_jax.data import text as module
 from mot_jax.data import windows as windows_module
+from mot_jax.data.build import build, plan_files
 from mot_jax.data.order import MixtureOrder, TrainingOrder
-from mot_jax.data.text import open_text, open_tokenizer
+from mot_jax.data.text import open_split, open_text, open_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
 
 
@@ -21,7 +22,7 @@ from mot_jax.data.windows import JoinedWindows, open_windows
 def corpora(monkeypatch, toy_corpus):
     """Two corpora in memory, of 20 and 60 documents."""
 
-    def open_corpus(name, split, directory, feature="text"):
+    def open_corpus(name, split, directory, feature="text", field="--split"):
         count = {"small": 20, "large": 60}[name]
         texts = [f"{name} {split} {i} ".encode() * (3 + i % 5) for i in range(count)]
         return toy_corpus(*texts, name=name, split=split)
@@ -105,3 +106,14 @@ def test_parts_are_built_by_processes_and_kept(tmp_path, toy_corpus, monkeypatch
     again = open_windows(corpus, "train", tokenizer, 8, tmp_path / "1", workers=1)
     np.testing.assert_array_equal(two.read(everything).tokens, again.read(everything).tokens)
     assert times == {path: (path / "windows.json").stat().st_mtime_ns for path in others}
+
+
+@pytest.mark.parametrize("field", ["train_split", "validation_split"])
+def test_a_split_that_does_not_exist_is_told_by_its_field(tmp_path, field):
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(50)))
+    build(plan_files("mine", [str(tmp_path / "a.txt")], "line", validation=0.2), tmp_path / "corpora", 1)
+    config = config_of(tmp_path, "mine", **{field: "tran"})
+    with pytest.raises(ConfigError, match=rf"^data\.{field} = 'tran': mine has no such split"):
+        open_text(config)
+    with pytest.raises(ConfigError, match=r"^--split = 'test': mine has no such split"):
+        open_split(config, "test", open_tokenizer(config))

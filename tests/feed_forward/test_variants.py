@@ -15,13 +15,14 @@ from variants import VARIANTS
 
 from mot_jax import mixing
 from mot_jax.config import ConfigError, MixingConfig, MixtureOfTokensConfig
-from mot_jax.feed_forward import FeedForwardContext, MixtureOfTokens
+from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
 from mot_jax.model import get_params
 from mot_jax.sharding import parameter_spec, rows_sharding
 
 B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
 KEY = jax.random.key(0, impl="rbg")
-STEP = 4  # of 10: an annealed temperature is 0.6 there
+STEP = 4  # of 10
+ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature there
 GATED = {"separate controllers", "much at once"}
 
 
@@ -50,21 +51,28 @@ def values(name: str) -> dict[str, np.ndarray]:
 
 def reference(name: str, p: dict[str, np.ndarray], mask: np.ndarray | None) -> oracle.Layer:
     c = VARIANTS[name]
-    t = 0.6 if c.annealing != "none" else c.temperature
+    t = ANNEALED.get(c.annealing, c.temperature)
     anchor = p if c.straight_through else None
     return oracle.Layer(G, c.merge, t, mask, c.emit, c.groups == "within", c.positive_temperature, anchor)
 
 
+def output(name: str, p: dict, mask: jax.Array | None) -> FeedForwardOutput:
+    graph, state = nnx.split(nnx.eval_shape(lambda: layer_of(VARIANTS[name], name)))
+    filled = [(path, v.replace(p["/".join(path)])) for path, v in nnx.to_flat_state(state)]
+    layer = nnx.merge(graph, nnx.from_flat_state(filled))
+    layer.dtype = p["x"].dtype.name
+    return layer(p["x"], FeedForwardContext(mask, step=jnp.asarray(STEP), losses=("mixing_entropy",)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def entropy_and_gradients(name: str, p: dict, mask: jax.Array | None):
+    return jax.value_and_grad(lambda p: output(name, p, mask).losses["mixing_entropy"])(p)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(name: str, p: dict, dy: jax.Array, mask: jax.Array | None):
-    graph, state = nnx.split(nnx.eval_shape(lambda: layer_of(VARIANTS[name], name)))
-    context = FeedForwardContext(mask, step=jnp.asarray(STEP), losses=("mixing_entropy",))
-
     def loss(p: dict):
-        filled = [(path, v.replace(p["/".join(path)])) for path, v in nnx.to_flat_state(state)]
-        layer = nnx.merge(graph, nnx.from_flat_state(filled))
-        layer.dtype = p["x"].dtype.name
-        out = layer(p["x"], context)
+        out = output(name, p, mask)
         # Not a number would show, times 0 even.
         return (out.y * dy).sum() + 0 * sum(out.losses.values()), out.y
 
@@ -92,6 +100,54 @@ def test_variant_equals_its_oracle(name):
             value_and_gradients(name, q, dy, mask) for q in (zero, zero | {"x": p["x"]}, p | {"x": zero["x"]})
         ):
             chex.assert_tree_all_finite(found)
+
+
+@EVERY
+def test_the_content_of_masked_tokens_changes_no_bit(name):
+    """Of the update, nor of any gradient."""
+    p, mask, rng = values(name), mask_of(), np.random.default_rng(2)
+    dy, other = rng.normal(size=(B, S, D)), 100 * rng.normal(size=(B, S, D))
+    with jax.enable_x64(True):
+        before, after = (
+            value_and_gradients(name, p | {"x": x}, dy, mask)
+            for x in (p["x"], np.where(mask[..., None], p["x"], other))
+        )
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert not before[0][~mask].any() and before[0][mask].any()
+
+
+# Emit that is merge, apart, over experts; learnt temperatures; within rows; without a softmax in merge.
+ENTROPIES = [
+    "default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing",
+    "much at once",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTROPIES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_entropy_loss_equals_its_oracle(name, masked):
+    """Its value and every gradient, in float64."""
+    p, mask = values(name), mask_of() if masked else None
+    reference_layer, nothing = reference(name, p, mask), np.zeros((B, S, D))
+    with jax.enable_x64(True):
+        loss, gradients = entropy_and_gradients(name, p, mask)
+        assert float(loss) == pytest.approx(reference_layer.entropy(p), rel=1e-10)
+        for key in ("x", *(key for key in p if "controller" in key or "base" in key or "temperature" in key)):
+            expected = reference_layer.differences(p, nothing, key, entropy=1.0)
+            np.testing.assert_allclose(gradients[key], expected, rtol=1e-5, atol=1e-8, err_msg=key)
+
+
+def test_experts_need_not_be_as_many_as_a_group_has_members():
+    """E 6, G 2: granularity 3."""
+    rng, config = np.random.default_rng(0), MixtureOfTokensConfig(2, 6, 2)
+    p = {"controller": (D, 6), "w_in": (6, D, 2), "w_out": (6, 2, D), "x": (B, S, D)}
+    p = {key: rng.normal(size=shape) for key, shape in p.items()}
+    with jax.enable_x64(True):
+        layer = MixtureOfTokens(D, 8, config, dtype="float64", param_dtype="float64", rngs=nnx.Rngs(params=KEY))
+        for key in ("controller", "w_in", "w_out"):
+            getattr(layer, key)[...] = jnp.asarray(p[key])
+        y = layer(jnp.asarray(p["x"]), FeedForwardContext(mask_of())).y
+        np.testing.assert_allclose(y, oracle.Layer(2, mask=mask_of()).forward(p), rtol=1e-9, atol=1e-10)
 
 
 FAST = {"uniform mixing", "no softmax", "much at once"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, LoggingConfig, MeshConfig, to_json
+from mot_jax.config import Config, ConfigError, InitConfig, LoggingConfig, MeshConfig, OptimizerConfig, to_json
 from mot_jax.training import loop
 from mot_jax.training import metrics as log
 
@@ -261,3 +261,14 @@ def test_a_masked_model_trains_and_fills_gaps(tiny, tmp_path, capsys):
     assert "masked tokens right" in capsys.readouterr().out
     sample = (tmp_path / "run" / "sample.txt").read_text()
     assert sample.count("--- filled") == 4 and "\N{WHITE SQUARE}" in sample
+
+
+@pytest.mark.slow
+def test_a_masked_model_learns_more_than_the_most_frequent_token(tiny, tmp_path):
+    sizes = {"d_model": 32, "d_ff": 64, "final_norm": True, "init": InitConfig(scale=1.0)}
+    model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, **sizes)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=20, beta2=0.95, clip_norm=1.0)
+    steps = {"steps": 1500, "validate_every": 1500, "checkpoint_every": 1500, "log_every": 100}
+    training = dataclasses.replace(tiny.training, optimizer=optimizer, **steps)
+    row = loop.train(dataclasses.replace(tiny, model=model, training=training), tmp_path / "run")
+    assert row["accuracy"] > row["most_frequent"] + 0.05

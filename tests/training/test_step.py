@@ -304,3 +304,19 @@ def test_every_variant_learns_on_eight_devices(tiny, name):
     assert all(np.isfinite(value) for row in rows for value in row.values())
     losses = [row["loss"] for row in rows]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["entropy loss", "granularity below 1"])
+def test_what_is_no_mixing_of_its_own_learns_too(tiny, case):
+    """With an entropy loss, weights become decided as the loss falls; without, they do not."""
+    weight, experts = {"entropy loss": (3.0, 8), "granularity below 1": (0.0, 2)}[case]
+    model = dataclasses.replace(
+        tiny.model, feed_forward=dataclasses.replace(tiny.model.feed_forward, num_experts=experts)
+    )
+    optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=1e-2)
+    training = dataclasses.replace(tiny.training, optimizer=optimizer, losses=LossWeights(mixing_entropy=weight))
+    rows, _ = run(dataclasses.replace(tiny, model=model, training=training), values=16)
+    losses, entropies = ([row[name] for row in rows] for name in ("loss", "mixing_entropy/00"))
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5, losses
+    assert (entropies[-1] < entropies[0] - 0.1) == bool(weight), entropies

@@ -6,10 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, MixtureOfTokensConfig
 from mot_jax.model import bind, init_params
 from mot_jax.training import loop
+from mot_jax.training.metrics import read_rows
 from mot_jax.training.restore import load_run
 from mot_jax.training.upcycle import check_upcycle, upcycle
 
@@ -64,24 +66,28 @@ def test_only_the_chosen_blocks_become_experts(dense_run):
     np.testing.assert_array_equal(params["head"], old["head"])
 
 
-def test_a_run_begins_as_the_dense_one_and_goes_on_without_it(dense_run, tmp_path, capsys):
+def test_a_run_begins_as_the_dense_one_learns_and_goes_on_without_it(dense_run, tmp_path, capsys):
     config, workdir = dense_run
     copy = shutil.copytree(workdir, tmp_path / "dense")
-    training = dataclasses.replace(config.training, steps=2, upcycle_from=str(copy))
+    training = dataclasses.replace(config.training, steps=12, upcycle_from=str(copy))
     loop.train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
     assert f"experts begin as the dense layers of {copy}" in capsys.readouterr().out
+    losses = [row["loss"] for row in read_rows(epath.Path(tmp_path) / "run") if row["split"] == "train"]
+    before = [row["loss"] for row in read_rows(epath.Path(workdir)) if row["split"] == "train"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02 and losses[0] < before[0]
     shutil.rmtree(copy)
-    training = dataclasses.replace(training, steps=3)
+    training = dataclasses.replace(training, steps=13)
     loop.train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
     assert "experts begin" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_upcycled_is_refused_before_anything_begins(dense_run, tmp_path):
     config, workdir = dense_run
-    wrong = mixture(config, "copies", final_norm=False).model
-    kind = dataclasses.replace(wrong.feed_forward, expert_dim=24)
+    training = dataclasses.replace(config.training, upcycle_from=workdir)
+    wrong = dataclasses.replace(mixture(config, "copies", final_norm=False), training=training)
+    kind = dataclasses.replace(wrong.model.feed_forward, expert_dim=24)
     with pytest.raises(ConfigError) as error:
-        check_upcycle(dataclasses.replace(wrong, feed_forward=kind), workdir)
+        check_upcycle(dataclasses.replace(wrong, model=dataclasses.replace(wrong.model, feed_forward=kind)))
     first, second = error.value.faults
     assert first.startswith("model.final_norm = False: must be as in") and first.endswith("try True")
     assert second.startswith("model.feed_forward.expert_dim = 24: must divide") and second.endswith("try 16")

@@ -1,0 +1,141 @@
+"""Scores of a finished run: those of its log, grouped otherwise, per byte of the text, and of no other text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from etils import epath
+
+from mot_jax import cli
+from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, to_json
+from mot_jax.data.build import build, plan_files
+from mot_jax.data.corpora import open_corpus
+from mot_jax.inference.inspect import inspect
+from mot_jax.training import loop
+from mot_jax.training.evaluation import evaluate_run
+from mot_jax.training.metrics import read_rows
+from mot_jax.training.upcycle import check_upcycle
+
+COLOURS = "red green blue black white".split()
+
+
+def word_level(*words: str) -> str:
+    """A tokenizer of whole words, which loses all others and every space."""
+    names = ["[UNK]", "<|endoftext|>", *words]
+    model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, list[str]]:
+    """A finished run of four steps on words, its workdir, and the texts of its validation split."""
+    directory = tmp_path_factory.mktemp("words")
+    lines = [f"{COLOURS[i % 5]}   is {COLOURS[i % 3]}, größer than {i}" for i in range(400)]
+    (directory / "a.txt").write_text("\n".join(lines))
+    plan = plan_files("words", [str(directory / "a.txt")], "line", validation=0.2)
+    build(plan, directory / "corpora", 1)
+    (directory / "words.json").write_text(word_level(*COLOURS, "is", "than"))
+    data = dataclasses.replace(
+        tiny.data,
+        corpus=("words",),
+        validation_split="validation",
+        tokenizer=str(directory / "words.json"),
+        directory=str(directory),
+        validation_windows=None,
+    )
+    config = dataclasses.replace(tiny, data=data, training=dataclasses.replace(tiny.training, steps=4))
+    loop.train(config, directory / "run")
+    texts = [text.decode() for _, text in open_corpus("words", "validation", directory)]
+    return config, directory / "run", texts
+
+
+def last_row(workdir: Path) -> dict:
+    (row,) = [row for row in read_rows(epath.Path(workdir)) if row["split"] == "validation"]
+    return {name: value for name, value in row.items() if name != "split"}
+
+
+def test_a_finished_run_has_the_scores_of_its_last_row(run):
+    config, workdir, _ = run
+    assert evaluate_run(workdir, config, "validation", None) == last_row(workdir)
+
+
+def test_bits_per_byte_count_the_bytes_that_the_tokenizer_loses(run):
+    _, workdir, texts = run
+    row, size = last_row(workdir), sum(len(text.encode()) for text in texts)
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [
+        (["--group-size", "2"], {"group_size": 2, "expert_dim": 12}),
+        (["--mode", "discrete"], {"mixing": MixingConfig(temperature=1e-30)}),
+    ],
+)
+def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags, changes):
+    config, workdir, _ = run
+    cli.main(["evaluate", str(workdir), *flags, "--json", str(tmp_path / "result.json")])
+    found = json.loads((tmp_path / "result.json").read_text())
+    kind = dataclasses.replace(config.model.feed_forward, **changes)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+    expected = evaluate_run(workdir, other, "validation", None)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["step"] == 4
+    assert abs(found["loss"] - last_row(workdir)["loss"]) > 1e-5
+    assert f"groups of {kind.group_size}" in capsys.readouterr().out
+
+
+def upcycled(config: Config, workdir: Path) -> None:
+    """Asks for a run that begins as a dense one on the text of `workdir`."""
+    source = workdir.parent / "dense"
+    source.mkdir(exist_ok=True)
+    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=DenseConfig()))
+    (source / "config.json").write_text(to_json(dense))
+    (source / "data.json").write_text((workdir / "data.json").read_text())
+    check_upcycle(dataclasses.replace(config, training=dataclasses.replace(config.training, upcycle_from=str(source))))
+
+
+READERS: dict[str, Callable[[Config, Path], object]] = {
+    "train": loop.train,
+    "evaluate": lambda config, workdir: evaluate_run(workdir, config, "train", 32),
+    "inspect": lambda config, workdir: inspect(workdir, workdir.parent / "inspect"),
+    "upcycle": upcycled,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_tokenizer_that_has_changed_under_its_name_is_refused(run, reader):
+    config, workdir, _ = run
+    path = Path(config.data.tokenizer)
+    before = path.read_text()
+    try:
+        READERS[reader](config, workdir)
+        path.write_text(word_level(*reversed(COLOURS), "is", "than"))
+        with pytest.raises(ConfigError, match=r"data.tokenizer = .*words.json': does not match the checkpoints in"):
+            READERS[reader](config, workdir)
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("reader", ["evaluate", "inspect"])
+def test_validation_text_that_has_changed_is_refused(run, tmp_path, reader):
+    """Another split than the run's own may be any text."""
+    config, workdir, _ = run
+    path = workdir / "data.json"
+    before = path.read_text()
+    readers = READERS | {"evaluate": lambda config, workdir: evaluate_run(workdir, config, "validation", 32)}
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"validation": "another"}))
+        with pytest.raises(ConfigError, match=r"was trained on other text: validation: another there, "):
+            readers[reader](config, workdir)
+        assert evaluate_run(workdir, config, "train", 32)["step"] == 4
+    finally:
+        path.write_text(before)
