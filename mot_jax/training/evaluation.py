@@ -13,14 +13,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import Config
+from mot_jax import distributed
+from mot_jax.config import Config, to_json
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
-from mot_jax.sharding import local_rows, make_mesh, place_rows, shards
+from mot_jax.sharding import local_rows, make_mesh, place_rows, reshard, shards
 from mot_jax.training.restore import load_run
 from mot_jax.training.step import make_eval_step
 
@@ -56,7 +57,10 @@ def make_evaluation(
             "tokens": int(tokens),
             "windows": int(scored),
         }
-        return result | ({"most_frequent": said.max() / said.sum()} if objective.masked else {})
+        if objective.masked:
+            said = _sum(mesh, said)
+            result["most_frequent"] = float(said.max() / said.sum())
+        return result
 
     return evaluate
 
@@ -66,12 +70,22 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
 
     The config is that of the run but for what an inference mode changes. `step` is among the results.
     """
-    mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
-    windows = open_split(config, split, tokenizer)
+    with distributed.together() as same:
+        same |= {"config": to_json(config), "workdir": str(workdir)}
+        mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
+        windows = open_split(config, split, tokenizer)
+        same |= {f"text of the {split} split": windows.fingerprint}
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)
         return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
+
+
+def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
+    """The sum over the processes of the counts [V] that each made of its own rows."""
+    rows = np.zeros((len(local_rows(mesh, shards("rows"))), len(counts)), np.int32)
+    rows[0] = counts
+    return np.asarray(jax.jit(lambda x: reshard(x.sum(axis=0), None))(place_rows(mesh, rows)))
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.model import Params, block_places
+from mot_jax.sharding import reshard
 from mot_jax.training.restore import load_run, load_run_config
 
 
@@ -25,8 +26,8 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
     Raises what `check_upcycle` raises, and ConfigError without a checkpoint.
     """
     old, dense, step = load_run(workdir)
-    there = {name: np.asarray(jax.device_get(value)) for name, value in dense.items()}
-    values = {name: np.array(jax.device_get(value)) for name, value in params.items()}
+    there = {name: _whole(value) for name, value in dense.items()}
+    values = {name: _whole(value) for name, value in params.items()}
     dropped = False
     for name in values:
         if not name.startswith("stacks/"):
@@ -42,7 +43,17 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
                 value[new[1]] = layer[name.removeprefix(new[0])]
     notes = [f"experts begin as the dense layers of {workdir} after {step} steps"]
     notes += ["warning: the dense layers' biases have no place in the experts, and are dropped"] if dropped else []
-    return {name: jax.device_put(value, params[name].sharding) for name, value in values.items()}, notes
+    return {name: _split(value, params[name].sharding) for name, value in values.items()}, notes
+
+
+def _whole(value: jax.Array) -> np.ndarray:
+    """All of an array in this process's memory, a copy."""
+    return np.array(jax.jit(lambda x: reshard(x, *[None] * x.ndim))(value))
+
+
+def _split(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The parts of it that this process's devices hold."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
 def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
