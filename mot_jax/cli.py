@@ -64,10 +64,9 @@ def train() -> None:
 def _train(arguments: list[str]) -> None:
     """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
     options, config = _parse("mot train", arguments, "configs/demo.py", ["--workdir", *_PROCESS])
-    process = _process(options, config)
+    distributed.connect(_process(options, config), config.mesh)
     from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
 
-    distributed.connect(process, config.mesh)
     loop.train(config, os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}"))
 
 

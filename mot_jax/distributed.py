@@ -238,10 +238,10 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
 
     At once, since whatever waits for the others would hang: every row and every finished checkpoint is on disk.
     """
-    words = f"{type(error).__name__}: {error}"
+    words = re.sub("(Error dispatching computation: )+", "", error_words(error))
     if _connected and re.search(r"gloo|closed by peer|coordination|unavailable|heartbeat|barrier", words, re.I):
         advice = "the same command goes on from the last checkpoint"
-        print(f"error: another process was lost {where} ({error_words(error)}); {advice}", file=sys.stderr)
+        print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
         _end_now(PEER_LOST)
 
 

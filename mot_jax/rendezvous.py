@@ -9,6 +9,7 @@ A peer sends `mot_jax NUMBER TOTAL`; when it is known, each gets one line: `go`,
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import selectors
 import socket
@@ -90,7 +91,7 @@ def _listen(process: Process, port: int) -> socket.socket:
         return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
-            f"coordinator = {process.coordinator}: process 0 cannot listen there ({error.strerror}); is another "
+            f"coordinator = {process.coordinator}: process 0 cannot listen there ({os.strerror(error.errno or 0)}); is another "
             f"process 0 or program there? Try another port"
         ) from None
 
