@@ -90,9 +90,10 @@ def _listen(process: Process, port: int) -> socket.socket:
     try:
         return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise ConfigError(
-            f"coordinator = {process.coordinator}: process 0 cannot listen there ({os.strerror(error.errno or 0)}); is another "
-            f"process 0 or program there? Try another port"
+            f"coordinator = {process.coordinator}: process 0 cannot listen there ({reason}); is another process 0 or "
+            "program there? Try another port"
         ) from None
 
 

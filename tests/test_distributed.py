@@ -159,18 +159,19 @@ def test_a_second_sigterm_ends_a_single_process(tmp_path):
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 STEPS, ROWS = 240, 8
+LOST = {distributed.PEER_LOST, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
 
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `tiny.py`, a config of one block and two groups of four rows, and its corpus."""
+    """A directory with `tiny.py`, a config of one block and four groups of two rows, and its corpus."""
     here = tmp_path_factory.mktemp("many")
     texts = here / "texts"
     texts.mkdir()
     for i in range(60):
         (texts / f"{i}.txt").write_text("".join(f"{i * n % 997} is {i} times {n}.\n" for n in range(60)))
     build(plan_files("sums", [str(texts)], "file", "text", 0.2), here / "data" / "corpora", 1, lambda line: None)
-    kind = f.MixtureOfTokensConfig(group_size=4, num_experts=4, shared_dim=8, controller_init_scale=3.0)
+    kind = f.MixtureOfTokensConfig(group_size=2, num_experts=4, shared_dim=8, controller_init_scale=3.0)
     sizes = {"num_blocks": 1, "d_model": 16, "d_ff": 32, "num_heads": 2, "context_length": 16, "loss_chunk": 16}
     training = f.TrainingConfig(
         steps=STEPS,
@@ -218,19 +219,19 @@ def ends(processes: list[subprocess.Popen], within: float = 200) -> list[int]:
 # How many processes train, how they end, and the exit codes that this brings. Two and four go on as one, two and four.
 LIFE = [
     (2, "SIGTERM to 1", {143}),
-    (2, "SIGKILL of 1", {75, 134}),
+    (2, "SIGKILL of 1", LOST),
     (4, "SIGKILL of all", set()),
     (4, "SIGTERM to 3", {143}),
     (2, "SIGKILL of all", set()),
     (1, "SIGTERM to 0", {143}),
-    (4, "SIGKILL of 0", {75, 134}),
+    (4, "SIGKILL of 0", LOST),
     (1, "finished", {0}),
 ]
 
 
 @pytest.mark.slow
 def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
-    """The losses of an undisturbed process, and over all processes exactly its examples, none twice and none left out."""
+    """The losses of an undisturbed process, and over all processes exactly its examples: none twice, none left out."""
     workdir = epath.Path(experiment / "killed")
     arguments = [str(experiment / "tiny.py"), "--workdir", str(workdir)]
     lives = []
