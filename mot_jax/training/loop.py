@@ -65,8 +65,9 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     with distributed.together():
         _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
-        done = checkpoints.latest() or 0
-        if done >= t.steps and (workdir / "loss.png").exists():  # the last thing that a run writes
+        # What process 0 sees: a shared file system may show the others an older state.
+        done, drawn = distributed.gather((checkpoints.latest() or 0, (workdir / "loss.png").exists()))[0]
+        if done >= t.steps and drawn:  # the picture is the last thing that a run writes
             console.line(f"{workdir} has its {t.steps} steps: nothing left to train")
             return _report(console, workdir)
         if done:
