@@ -72,7 +72,8 @@ def detect(seconds: int) -> Process | None:
     except Exception as error:
         raise ConfigError(f"cluster: cannot tell which process this is ({error_words(error)}); {advice}") from error
     if "JOB_COMPLETION_INDEX" in os.environ and count is None and importlib.util.find_spec("kubernetes") is None:
-        print(f"warning: a Kubernetes job, but the package kubernetes is missing: one process alone; {advice}")
+        words = "a Kubernetes job, but the package kubernetes is missing, so this process trains alone"
+        print(f"warning: {words}; {advice}", file=sys.stderr)
     if coordinator is None or count is None or index is None:
         return None
     return Process(index, count, coordinator, None if local is None else tuple(local))

@@ -76,7 +76,8 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
         windows = open_split(config, split, tokenizer)
         same |= {f"text of the {split} split": windows.fingerprint}
     with jax.set_mesh(mesh):
-        run = load_run(workdir, mesh)
+        with distributed.together():
+            run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)
         return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
 

@@ -70,17 +70,18 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         if done >= t.steps and drawn:  # the picture is the last thing that a run writes
             console.line(f"{workdir} has its {t.steps} steps: nothing left to train")
             return _report(console, workdir)
-        if done:
-            state, next_example, changed = checkpoints.restore(done, config, mesh)
-            for line in changed:
-                console.line(f"warning: another version, so last bits may differ: {line}")
-        else:
-            state, next_example = create_state(config, mesh), 0
-            if t.upcycle_from is not None:
-                params, notes = upcycle(config.model, state.params, t.upcycle_from)
-                state = state._replace(params=params)
-                for line in notes:
-                    console.line(line)
+        with distributed.together():
+            if done:
+                state, next_example, changed = checkpoints.restore(done, config, mesh)
+                for line in changed:
+                    console.line(f"warning: another version, so last bits may differ: {line}")
+            else:
+                state, next_example = create_state(config, mesh), 0
+                if t.upcycle_from is not None:
+                    params, notes = upcycle(config.model, state.params, t.upcycle_from)
+                    state = state._replace(params=params)
+                    for line in notes:
+                        console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
 
