@@ -17,6 +17,7 @@ from typing import NoReturn
 import tyro
 from etils import epath
 
+from mot_jax import distributed
 from mot_jax.config import (
     Config,
     ConfigError,
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form
     )
     parser.add_argument("command", choices=commands)
-    with _errors_for_people():
+    with distributed.ending(), _errors_for_people():
         commands[parser.parse_args(arguments[:1]).command](arguments[1:])
 
 
@@ -62,10 +63,20 @@ def train() -> None:
 
 def _train(arguments: list[str]) -> None:
     """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
-    options, config = _parse("mot train", arguments, "configs/demo.py", ["--workdir"])
+    options, config = _parse("mot train", arguments, "configs/demo.py", ["--workdir", *_PROCESS])
+    distributed.connect(_process(options, config), config.mesh)
     from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
 
     loop.train(config, os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}"))
+
+
+_PROCESS = ["--coordinator", "--num-processes", "--process-id"]
+
+
+def _process(options: argparse.Namespace, config: Config) -> distributed.Process | None:
+    """This process, of several, by the flags or else by the cluster."""
+    named = distributed.from_flags(options.coordinator, options.num_processes, options.process_id)
+    return named or distributed.detect(config.mesh.wait_seconds)
 
 
 def _describe(arguments: list[str]) -> None:
@@ -84,7 +95,7 @@ def _evaluate(arguments: list[str]) -> None:
     """score a model on a split: mot evaluate WORKDIR [--split S] [--mode grouped|discrete] [--group-size G]"""
     from mot_jax.training.restore import load_run_config
 
-    own = ["--split", "--mode", "--group-size", "--windows", "--json"]
+    own = ["--split", "--mode", "--group-size", "--windows", "--json", *_PROCESS]
     options, config = _parse("mot evaluate", arguments, None, own, load_run_config)
     if options.mode not in (None, *MODES):
         raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, MODES)}")
@@ -92,10 +103,13 @@ def _evaluate(arguments: list[str]) -> None:
     if options.group_size is not None:
         config = regrouped(config, _positive("--group-size", options.group_size))
     limit = None if options.windows is None else _positive("--windows", options.windows)
+    distributed.connect(_process(options, config), config.mesh)
     from mot_jax.training import evaluation, metrics
 
     split = options.split or config.data.validation_split
     result = evaluation.evaluate_run(options.config, config, split, limit)
+    if not distributed.is_first():
+        return
     print(f"{split} split of {' + '.join(config.data.corpus)}, groups of {config.group_size}")
     print(metrics.validation_line(result))
     if options.json:

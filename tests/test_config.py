@@ -178,7 +178,10 @@ BROKEN = {
     "data.validation_windows": 0,
     "mesh.data": 0,
     "mesh.expert": -2,
+    "mesh.wait_seconds": 0,
+    "mesh.heartbeat_seconds": -1,
     "checkpoint.keep": 0,
+    "checkpoint.preempted_exit_code": 2,
     "logging.sample_tokens": -1,
     "model.norm_epsilon": 0.0,
     "model.num_kv_heads": 3,
@@ -346,6 +349,7 @@ FREE = {
 }
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}
+FREE |= {"mesh.wait_seconds", "mesh.heartbeat_seconds", "checkpoint.preempted_exit_code"}
 
 
 @pytest.mark.parametrize("name", leaves(MIXTURE))

@@ -44,6 +44,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
+_RANGES |= {"preempted_exit_code": (3, 255), "wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_share": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon"], (1e-30, sys.float_info.max))
 
@@ -55,7 +56,7 @@ def _range_faults(config: Config) -> Iterator[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         least, most = _RANGES.get(name.rpartition(".")[2], (0, sys.float_info.max))
-        if name.startswith("mesh."):
+        if name.startswith("mesh.") and not name.endswith("_seconds"):
             if value < 1 and value != -1:
                 yield f"{name} = {value}: must be at least 1, or -1 for the devices that are left; try 1"
         elif not least <= value <= most:

@@ -294,19 +294,24 @@ class MeshConfig:
 
     data: spreads the rows of the batch. fsdp: rows, and between the steps every weight. expert: rows, and experts.
     tensor: heads and hidden widths.
+    wait_seconds: for which several processes wait for each other at the start. heartbeat_seconds: without a sign of
+    life, after which one counts as lost, and the others end.
     """
 
     data: int = _free(-1)
     fsdp: int = _free(1)
     expert: int = _free(1)
     tensor: int = _free(1)
+    wait_seconds: int = _free(300)
+    heartbeat_seconds: int = _free(30)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`keep`: how many of the newest checkpoints stay."""
+    """`keep`: how many of the newest checkpoints stay. `preempted_exit_code`: of a run that a SIGTERM has stopped."""
 
     keep: int = _free(2)
+    preempted_exit_code: int = _free(143)
 
 
 @dataclasses.dataclass(frozen=True)

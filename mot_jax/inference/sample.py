@@ -16,14 +16,18 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
-from mot_jax.sharding import local_rows, place_rows
+from mot_jax.sharding import local_rows, place_rows, reshard
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
     """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
     size = config.group_size * mesh.size  # whole groups on every device
-    objective, rows = Objective.of(config, tokenizer), local_rows(mesh, size)
-    batch = next(validation_batches(windows, objective, config.group_size, size, rows, None))
+    objective = Objective.of(config, tokenizer)
+
+    def read(rows: np.ndarray) -> Batch:
+        return next(validation_batches(windows, objective, config.group_size, size, rows, None))
+
+    batch, shown = read(local_rows(mesh, size)), read(np.arange(config.group_size))
 
     def words(tokens: np.ndarray) -> str:
         return tokenizer.decode(tokens).decode(errors="replace")
@@ -31,13 +35,12 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
     if objective.masked:
         found = fill(config.model, params, place_rows(mesh, batch, size), tokenizer.vocab_size)
         texts = []
-        for row, guesses, hidden in zip(
-            batch.inputs, np.asarray(jax.device_get(found)), batch.target_mask, strict=True
-        ):
+        guessed_rows = np.asarray(found)[: config.group_size]
+        for row, guesses, hidden in zip(shown.inputs, guessed_rows, shown.target_mask, strict=True):
             pieces = [_GAP if gap else words(token[None]) for token, gap in zip(row, hidden, strict=True)]
             guessed = words(np.where(hidden, guesses, row))
             texts.append(f"--- prompt\n{''.join(pieces)}\n--- filled\n{guessed}\n")
-        return "\n".join(texts[: config.group_size])
+        return "\n".join(texts)
     prompt = config.model.context_length // 2
     prompts, present = place_rows(mesh, (batch.inputs[:, :prompt], batch.token_mask[:, 0]), size)
     key = jax.random.key(config.training.seed)
@@ -57,7 +60,8 @@ def fill(config: ModelConfig, params: Params, batch: Batch, vocab_size: int) -> 
     model = bind(config, params)
     out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs), batch.segments)
     logits = model.logits(out.hidden)
-    return jnp.argmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
+    likeliest = jnp.argmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
+    return reshard(likeliest, None, None)  # whole in every process
 
 
 @partial(jax.jit, static_argnames=("config", "length", "vocab_size", "end_of_text", "temperature"))
@@ -98,4 +102,4 @@ def sample(
         token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
         return jax.lax.dynamic_update_index_in_dim(text, token.astype(text.dtype), prompt + i, axis=1)
 
-    return jax.lax.fori_loop(0, length, body, text)
+    return reshard(jax.lax.fori_loop(0, length, body, text), None, None)  # whole in every process

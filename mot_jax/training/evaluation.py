@@ -12,14 +12,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import Config
+from mot_jax import distributed
+from mot_jax.config import Config, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
-from mot_jax.sharding import local_rows, make_mesh, place_rows, rows_multiple
+from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, reshard, rows_multiple, shards
 from mot_jax.training.restore import check_data, load_run
 from mot_jax.training.step import make_eval_step
 
@@ -55,7 +56,10 @@ def make_evaluation(
             "tokens": int(tokens),
             "windows": int(scored),
         }
-        return result | ({"most_frequent": said.max() / said.sum()} if objective.masked else {})
+        if objective.masked:
+            said = _sum(mesh, said)
+            result["most_frequent"] = float(said.max() / said.sum())
+        return result
 
     return evaluate
 
@@ -66,12 +70,24 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
     The config is that of the run but for what an inference mode changes. `step` is among the results.
     Raises ConfigError if the tokenizer, or the run's own validation text, is not what it was.
     """
-    mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
-    check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
-    windows = open_split(config, split, tokenizer)
-    if split == config.data.validation_split:
-        check_data({"validation": windows.fingerprint}, config, workdir)
+    with distributed.together() as same:
+        same |= {"config": to_json(config), "workdir": str(workdir)}
+        mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
+        check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
+        windows = open_split(config, split, tokenizer)
+        if split == config.data.validation_split:
+            check_data({"validation": windows.fingerprint}, config, workdir)
+        same |= {f"text of the {split} split": windows.fingerprint}
     with jax.set_mesh(mesh):
-        run = load_run(workdir, mesh)
+        with distributed.together():
+            run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)
         return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
+
+
+def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
+    """The sum over the processes of the counts [V] that each made of its own rows."""
+    number = shards(DIMENSIONS["rows"])
+    rows = np.zeros((len(local_rows(mesh, number)), len(counts)), np.int32)
+    rows[0] = counts
+    return np.asarray(jax.jit(lambda x: reshard(x.sum(axis=0), None))(place_rows(mesh, rows, number)))

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax import accounting
+from mot_jax import accounting, distributed
 from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
@@ -28,54 +28,66 @@ from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
 from mot_jax.training.upcycle import check_upcycle, upcycle
 
+_SEEN_WITHIN = 30.0  # seconds after which another host sees a file, where the file system is shared
 _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 
 
 def train(config: Config, workdir: epath.PathLike) -> log.Row:
     """Trains as `config` says, or goes on where the run in `workdir` stopped. Returns the last validation row.
 
-    Raises ConfigError, before the workdir is touched, for whatever in the config or the workdir cannot work.
+    Raises ConfigError, before the workdir is touched, for whatever in the config or the workdir cannot work. After a
+    SIGTERM it saves a checkpoint and raises SystemExit. Of several processes, each calls it with the same arguments.
     """
     # --- all that can fail, before anything is touched ----------------------------------------------------------------
-    check(config)
-    log.check_logging(config.logging)
     workdir = epath.Path(workdir)
-    mesh = make_mesh(config)
-    _check_workdir(config, workdir)
-    if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
-        check_upcycle(config)
-    _check_space(abstract_state(config, mesh), config, workdir)
-    tokenizer = open_tokenizer(config)
-    check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
-    _, windows, unseen, order, data = open_text(config, tokenizer)
-    check_data(data, config, workdir)
+    with distributed.together() as same:
+        same |= {"config": to_json(config), "workdir": str(workdir)}
+        check(config)
+        log.check_logging(config.logging)
+        mesh = make_mesh(config)
+        _check_workdir(config, workdir)
+        if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
+            check_upcycle(config)
+        _check_space(abstract_state(config, mesh), config, workdir)
+        tokenizer = open_tokenizer(config)
+        check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
+        _, windows, unseen, order, data = open_text(config, tokenizer)
+        check_data(data, config, workdir)
+        same |= {f"text of data.corpus, {name}": fingerprint for name, fingerprint in data.items()}
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
-    t = config.training
-    workdir.mkdir(parents=True, exist_ok=True)
-    _replace(workdir / "config.json", to_json(config).encode())
-    _replace(workdir / "data.json", json.dumps(data, indent=1).encode())
-    console = log.Console(t.steps)
+    t, first = config.training, distributed.is_first()
+    console = log.Console(t.steps, quiet=not first)
+    with distributed.together():
+        if first:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _replace(workdir / "config.json", to_json(config).encode())
+            _replace(workdir / "data.json", json.dumps(data, indent=1).encode())
+    with distributed.together():
+        _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
-        done = checkpoints.latest() or 0
-        if done >= t.steps and (workdir / "loss.png").exists():  # the last thing that a run writes
+        # What process 0 sees: a shared file system may show the others an older state.
+        done, drawn = distributed.gather((checkpoints.latest() or 0, (workdir / "loss.png").exists()))[0]
+        if done >= t.steps and drawn:  # the picture is the last thing that a run writes
             console.line(f"{workdir} has its {t.steps} steps: nothing left to train")
             return _report(console, workdir)
-        if done:
-            state, next_example, changed = checkpoints.restore(done, config, mesh)
-            for line in changed:
-                console.line(f"warning: another version, so last bits may differ: {line}")
-        else:
-            state, next_example = create_state(config, mesh), 0
-            if t.upcycle_from is not None:
-                params, notes = upcycle(config.model, state.params, t.upcycle_from)
-                state = state._replace(params=params)
-                for line in notes:
-                    console.line(line)
+        with distributed.together():
+            if done:
+                state, next_example, changed = checkpoints.restore(done, config, mesh)
+                for line in changed:
+                    console.line(f"warning: another version, so last bits may differ: {line}")
+            else:
+                state, next_example = create_state(config, mesh), 0
+                if t.upcycle_from is not None:
+                    params, notes = upcycle(config.model, state.params, t.upcycle_from)
+                    state = state._replace(params=params)
+                    for line in notes:
+                        console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
 
-        (workdir / "loss.png").unlink(missing_ok=True)
+        if first:
+            (workdir / "loss.png").unlink(missing_ok=True)
 
         # --- compile ----------------------------------------------------------------------------------------------
         rows = local_rows(mesh, t.batch_size, t.accumulation)
@@ -92,10 +104,16 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
 
         # --- the loop -------------------------------------------------------------------------------------------------
-        metrics_log = log.MetricsLog(workdir, done, config.logging)
+        with distributed.together():
+            metrics_log = log.MetricsLog(workdir, done, config.logging) if first else None
         meter = _Meter(config, mesh)
         meter.restart(done)
         pending: tuple[int, Metrics, TrainBatch] | None = None
+
+        def record(row: log.Row, line: str) -> None:
+            if metrics_log is not None:
+                metrics_log.write(row)
+            console.line(line)
 
         def log_pending() -> None:
             """Writes the row that waits. Its numbers are fetched while the device computes the next step."""
@@ -105,41 +123,52 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 row = {"step": step, "split": "train"}
                 row |= {name: float(value) for name, value in jax.device_get(values).items()}
                 row |= {**meter.read(step), "shared_document_share": batch.shared_document_share}
-                metrics_log.write(row)
-                console.line(log.train_line(row, t.steps))
+                record(row, log.train_line(row, t.steps))
                 pending = None
 
         try:
-            for step in console.track(range(done + 1, t.steps + 1), done):
-                with meter.waiting():
-                    batch = next(batches)
-                state, values = train_step(state, place(batch.rows))
-                log_pending()
-                last = step == t.steps
-                if step % t.log_every == 0 or last:
-                    pending = (step, values, batch)
-                validates = step % t.validate_every == 0 or last
-                saves = step % t.checkpoint_every == 0 or last
-                if validates or saves:
-                    log_pending()  # a checkpoint never outlives the rows before it
-                if validates:
-                    limit = None if last else config.data.validation_windows
-                    row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
-                    metrics_log.write(row)
-                    console.line(log.validation_line(row))
-                if saves:
-                    checkpoints.save(step, state, step * t.batch_size, config)
-                if validates or saves:
-                    meter.restart(step)
+            with distributed.preemption() as preempted:
+                for step in console.track(range(done + 1, t.steps + 1), done):
+                    with meter.waiting():
+                        batch = next(batches)
+                    state, values = train_step(state, place(batch.rows))
+                    log_pending()
+                    last = step == t.steps
+                    if step % t.log_every == 0 or last:
+                        pending = (step, values, batch)
+                    validates = step % t.validate_every == 0 or last
+                    stops = preempted(step) and not last
+                    saves = step % t.checkpoint_every == 0 or last or stops
+                    if validates or saves:
+                        log_pending()  # a checkpoint never outlives the rows before it
+                    if validates:
+                        limit = None if last else config.data.validation_windows
+                        row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
+                        record(row, log.validation_line(row))
+                    if saves:
+                        checkpoints.save(step, state, step * t.batch_size, config)
+                    if validates or saves:
+                        meter.restart(step)
+                    if stops:
+                        checkpoints.wait()
+                        console.line(f"SIGTERM: stopped after step {step}, with a checkpoint; the same command goes on")
+                        distributed.stop(config.checkpoint.preempted_exit_code)
+        except Exception as error:
+            distributed.end_if_peer_lost(error, f"at step {step}")
+            raise
         finally:
             batches.close()
-            metrics_log.close()
+            if metrics_log is not None:
+                metrics_log.close()
         checkpoints.wait()
 
         # --- what came of it ------------------------------------------------------------------------------------------
-        if config.logging.sample_tokens:
-            _replace(workdir / "sample.txt", sample_text(config, mesh, state.params, unseen, tokenizer).encode())
-        _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
+        sample = sample_text(config, mesh, state.params, unseen, tokenizer) if config.logging.sample_tokens else None
+        with distributed.together():
+            if first:
+                if sample is not None:
+                    _replace(workdir / "sample.txt", sample.encode())
+                _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
 
 
@@ -154,6 +183,18 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
         raise ConfigError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
     elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
         raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
+
+
+def _check_shared(config: Config, workdir: epath.Path) -> None:
+    """Raises ConfigError where this process does not see what process 0 has just written."""
+    path, deadline = workdir / "config.json", time.monotonic() + _SEEN_WITHIN
+    while not (path.exists() and path.read_text() == to_json(config)):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"workdir = {workdir}: must be one directory for all processes, and what process 0 wrote is not "
+                "there; try one on a file system that they share"
+            )
+        time.sleep(0.1)
 
 
 def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:

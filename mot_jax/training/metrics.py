@@ -117,10 +117,11 @@ def layer_metrics(row: Row, name: str) -> list[float]:
 
 
 class Console:
-    """Lines of a run: plain in a log, above a progress bar on a terminal."""
+    """Lines of a run: plain in a log, above a progress bar on a terminal; none of a `quiet` one."""
 
-    def __init__(self, steps: int, interactive: bool | None = None):
-        self._interactive = sys.stdout.isatty() if interactive is None else interactive
+    def __init__(self, steps: int, interactive: bool | None = None, quiet: bool = False):
+        self._interactive = (sys.stdout.isatty() if interactive is None else interactive) and not quiet
+        self._quiet = quiet
         self._console = rich.console.Console(highlight=False, soft_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -135,7 +136,7 @@ class Console:
     def line(self, text: str = "") -> None:
         if self._interactive:
             self._console.print(text, markup=False)
-        else:
+        elif not self._quiet:
             print(text, flush=True)
 
     def track(self, steps: Iterable[int], done: int) -> Iterator[int]:

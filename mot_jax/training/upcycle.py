@@ -11,6 +11,7 @@ import numpy as np
 from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.text import open_tokenizer
 from mot_jax.model import Params, block_places
+from mot_jax.sharding import whole
 from mot_jax.training.restore import check_data, load_run, load_run_config
 
 
@@ -26,8 +27,8 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
     Raises what `check_upcycle` raises, and ConfigError without a checkpoint.
     """
     old, dense, step = load_run(workdir)
-    there = {name: np.asarray(jax.device_get(value)) for name, value in dense.items()}
-    values = {name: np.array(jax.device_get(value)) for name, value in params.items()}
+    there = {name: _whole(value) for name, value in dense.items()}
+    values = {name: _whole(value) for name, value in params.items()}
     dropped = False
     for name in values:
         if not name.startswith("stacks/"):
@@ -42,12 +43,19 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
             if name.startswith(new[0]) and name.removeprefix(new[0]) in layer:
                 value[new[1]] = layer[name.removeprefix(new[0])]
     notes = [f"experts begin as the dense layers of {workdir} after {step} steps"]
-    notes += (
-        ["warning: the dense layers' biases have no place in experts and layers without, and are dropped"]
-        if dropped
-        else []
-    )
-    return {name: jax.device_put(value, params[name].sharding) for name, value in values.items()}, notes
+    if dropped:
+        notes += ["warning: the dense layers' biases have no place in experts and layers without, and are dropped"]
+    return {name: _split(value, params[name].sharding) for name, value in values.items()}, notes
+
+
+def _whole(value: jax.Array) -> np.ndarray:
+    """All of an array in this process's memory, a copy."""
+    return np.array(jax.jit(whole)(value))
+
+
+def _split(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The parts of it that this process's devices hold."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
 
 
 def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -103,6 +103,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny, tmp_path, monkeypatch
     assert (workdir / "sample.txt").read_text() == (finished / "sample.txt").read_text()
 
 
+def test_sigterm_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny, tmp_path, monkeypatch, capsys):
+    workdir, track = epath.Path(tmp_path / "run"), log.Console.track
+
+    def signalled(self, steps, done):
+        for at in track(self, steps, done):
+            if at == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield at
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(log.Console, "track", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            loop.train(tiny, workdir)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert "SIGTERM: stopped after step 5, with a checkpoint" in capsys.readouterr().out
+    assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {4, 5}
+    assert [row["step"] for row in numbers(workdir)] == [1, 2, 3, 4, 5]
+    loop.train(tiny, workdir)
+    assert numbers(workdir) == numbers(finished)
+
+
 def test_a_run_can_be_extended(tiny, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=4)), workdir)

@@ -1,0 +1,94 @@
+"""Real processes that train together, and a record of the examples that each of them read.
+
+As a script: `mot train ...` that appends to the file RECORD, for each batch that a step takes, a line of JSON: the
+step, the examples and the windows that this process read for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    arguments: list[str], count: int, devices: int, record: Path, own: dict[int, list[str]] | None = None
+) -> list[subprocess.Popen]:
+    """`mot train` in `count` processes of so many virtual devices; `own`: what single ones get besides.
+
+    Process i writes its text to `<record>.<i>.log` and its examples to `<record>.<i>`.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(record.parent / "compiled")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    together = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
+    found = []
+    for i in range(count):
+        command = [sys.executable, __file__, f"{record}.{i}", *arguments, *((own or {}).get(i, ()))]
+        with open(f"{record}.{i}.log", "w") as output:
+            flags = [*together, str(i)] if count > 1 else []
+            found.append(subprocess.Popen([*command, *flags], env=environment, stdout=output, stderr=output))
+    return found
+
+
+def _record(path: str) -> None:
+    """Lets the loop's batches write down what they are made of, when a step takes them."""
+    from mot_jax.training import loop
+
+    train_batches, reading = loop.train_batches, threading.local()
+
+    class Windows:
+        def __init__(self, windows):
+            self._windows = windows
+
+        def read(self, ids):
+            reading.ids = ids.tolist()
+            return self._windows.read(ids)
+
+    class Batches:
+        def __init__(self, windows, order, objective, batch_size, rows, first_example):
+            self._made, self._step = {}, first_example // batch_size
+            self._batches = train_batches(Windows(windows), order, self._objective, batch_size, rows, first_example)
+            self._inner = objective
+
+        def _objective(self, batch, examples):
+            made = self._inner(batch, examples)
+            self._made[id(made.inputs)] = (examples.tolist(), reading.ids)
+            return made
+
+        def __next__(self):
+            batch = next(self._batches)
+            self._step += 1
+            examples, ids = self._made.pop(id(batch.rows.inputs))
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": self._step, "examples": examples, "windows": ids}) + "\n")
+            return batch
+
+        def close(self):
+            self._batches.close()
+
+    loop.train_batches = Batches
+
+
+if __name__ == "__main__":
+    from mot_jax import cli
+
+    connect = cli.distributed.connect
+
+    def connect_and_record(process, mesh):
+        connect(process, mesh)
+        _record(sys.argv[1])
+
+    cli.distributed.connect = connect_and_record
+    cli.main(["train", *sys.argv[2:]])
