@@ -28,6 +28,7 @@ from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureO
 from mot_jax.inference import pictures
 from mot_jax.mixing import normalised_entropy
 from mot_jax.model import ModelOutput, Params, bind
+from mot_jax.paths import user_path
 from mot_jax.training.metrics import read_rows
 from mot_jax.training.restore import Run, load_run, load_run_config
 
@@ -49,8 +50,8 @@ def inspect(
     output: a directory; None is WORKDIR/inspect. group: counts the groups of the validation split, position: within the
     window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, and for what does not exist.
     """
-    workdir = epath.Path(workdir)
-    output = workdir / "inspect" if output is None else epath.Path(output)
+    workdir = user_path("workdir", workdir)
+    output = workdir / "inspect" if output is None else user_path("--output", output)
     config = load_run_config(workdir)
     kind, length = config.model.feed_forward, config.model.context_length
     if MixtureOfTokensConfig not in map(type, config.model.block_kinds()):

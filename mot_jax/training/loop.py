@@ -19,6 +19,7 @@ from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.sample import sample_text
+from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
@@ -38,7 +39,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     # --- all that can fail, before anything is touched ----------------------------------------------------------------
     check(config)
     log.check_logging(config.logging)
-    workdir = epath.Path(workdir)
+    workdir = user_path("workdir", workdir)
     mesh = make_mesh(config)
     _check_workdir(config, workdir)
     if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
@@ -51,9 +52,9 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
     t = config.training
-    workdir.mkdir(parents=True, exist_ok=True)
-    _replace(workdir / "config.json", to_json(config).encode())
-    _replace(workdir / "data.json", json.dumps(data, indent=1).encode())
+    make_directory("workdir", workdir)
+    replace_file(workdir / "config.json", to_json(config).encode())
+    replace_file(workdir / "data.json", json.dumps(data, indent=1).encode())
     console = log.Console(t.steps)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
         done = checkpoints.latest() or 0
@@ -68,7 +69,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             state, next_example = create_state(config, mesh), 0
             if t.upcycle_from is not None:
                 params, notes = upcycle(config.model, state.params, t.upcycle_from)
-                state = state._replace(params=params)
+                state = state.replace_file(params=params)
                 for line in notes:
                     console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
@@ -123,6 +124,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     metrics_log.write(row)
                     console.line(log.validation_line(row))
                 if saves:
+                    metrics_log.flush()
                     checkpoints.save(step, state, step * t.batch_size, config)
                 if validates or saves:
                     meter.restart(step)
@@ -133,8 +135,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
 
         # --- what came of it ------------------------------------------------------------------------------------------
         if config.logging.sample_tokens:
-            _replace(workdir / "sample.txt", sample_text(config, mesh, state.params, unseen, tokenizer).encode())
-        _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
+            replace_file(workdir / "sample.txt", sample_text(config, mesh, state.params, unseen, tokenizer).encode())
+        replace_file(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
 
 
@@ -169,7 +171,7 @@ def _check_data(data: dict[str, str], config: Config, workdir: epath.Path) -> No
 
 def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:
     """Raises ConfigError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
-    if "://" in str(workdir):
+    if is_remote(workdir):
         return
     folder, keep = workdir / "checkpoints", config.checkpoint.keep
     there = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
@@ -184,13 +186,6 @@ def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None
             f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
             f"free; try a --workdir on a larger disk"
         )
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
-    new.replace(path)
 
 
 class _Meter:

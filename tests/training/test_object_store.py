@@ -1,0 +1,44 @@
+"""A whole run in a workdir on an object store, where nothing is appended to, renamed or locked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from etils import epath
+from object_store import BUCKET, ObjectStore
+from training.test_loop import StoppedError, numbers, stop_at
+
+from mot_jax import cli
+from mot_jax.config import Config
+from mot_jax.training import loop
+from mot_jax.training import metrics as log
+
+
+@pytest.fixture(scope="module")
+def store():
+    pytest.importorskip("gcsfs", reason="an extra")
+    with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
+        patch.setenv("STORAGE_EMULATOR_HOST", store.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        patch.setenv("GOOGLE_CLOUD_PROJECT", "none")
+        import fsspec.config
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+        yield store
+
+
+def test_a_run(tiny, store, tmp_path, monkeypatch, capsys):
+    workdir = epath.Path("gs://bucket/runs/mine")
+    loop.train(tiny, tmp_path / "local")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(StoppedError):
+            loop.train(tiny, str(workdir))
+    print(sorted(store.objects))
+    print(numbers(workdir))
+    loop.train(tiny, str(workdir))
+    print(sorted(store.objects))
+    assert numbers(workdir) == numbers(epath.Path(tmp_path / "local"))
+    print(store.refused)
