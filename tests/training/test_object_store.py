@@ -18,13 +18,14 @@ from mot_jax.training import metrics as log
 
 @pytest.fixture(scope="module")
 def store():
-    pytest.importorskip("gcsfs", reason="an extra")
     with pytest.MonkeyPatch.context() as patch, ObjectStore() as store:
         patch.setenv("STORAGE_EMULATOR_HOST", store.url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         patch.setenv("GOOGLE_CLOUD_PROJECT", "none")
+        pytest.importorskip("gcsfs", reason="an extra")  # after the environment, which it reads when it is imported
         import fsspec.config
+
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield store
 
