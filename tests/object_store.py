@@ -67,7 +67,7 @@ class _Requests(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         store, (parts, query) = self.server, self._target()
         if parts == ["b", BUCKET]:
             self._answer(200, {"kind": "storage#bucket", "name": BUCKET, "id": BUCKET})
@@ -81,7 +81,7 @@ class _Requests(BaseHTTPRequestHandler):
         else:
             self._answer(404, {"error": {"code": 404, "message": f"no such thing: {self.path}"}})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         parts, query = self._target()
         body = self._body()
         if parts != ["b", BUCKET, "o"] or "uploadType" not in query:
@@ -98,7 +98,7 @@ class _Requests(BaseHTTPRequestHandler):
 
     do_PUT = do_POST  # noqa: N815
 
-    def do_DELETE(self) -> None:  # noqa: N802
+    def do_DELETE(self) -> None:
         parts, _ = self._target()
         found = self.server.delete(parts[3]) if len(parts) == 4 else False
         self._answer(204 if found else 404, None)

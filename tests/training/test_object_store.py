@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-
 import pytest
 from etils import epath
-from object_store import BUCKET, ObjectStore
+from object_store import ObjectStore
 from training.test_loop import StoppedError, numbers, stop_at
 
-from mot_jax import cli
-from mot_jax.config import Config
 from mot_jax.training import loop
-from mot_jax.training import metrics as log
 
 
 @pytest.fixture(scope="module")
