@@ -46,11 +46,6 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     return found
 
 
-def absolute(path: epath.Path) -> epath.Path:
-    """The path from the root; one of a store is that already, which `pathlib` does not know."""
-    return path if is_remote(path) else path.absolute()
-
-
 def local_path(name: str, path: epath.PathLike) -> epath.Path:
     """A path where files are mapped, renamed and locked. Raises ConfigError, which says `name`, for an object store."""
     if is_remote(path):

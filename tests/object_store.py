@@ -31,6 +31,9 @@ class ObjectStore(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has its answer from elsewhere hangs up; what else goes wrong, the client sees."""
+
     def put(self, name: str, content: bytes, expected: int | None) -> bool:
         """Whole objects only; with a generation expected, only in place of that one (0: of none)."""
         with self.lock:
