@@ -66,6 +66,7 @@ class ObjectStore(ThreadingHTTPServer):
 class _Requests(BaseHTTPRequestHandler):
     server: ObjectStore
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer is one packet
 
     def log_message(self, *_: object) -> None:
         pass
@@ -87,7 +88,9 @@ class _Requests(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         parts, query = self._target()
         body = self._body()
-        if parts != ["b", BUCKET, "o"] or "uploadType" not in query:
+        if parts[:2] != ["b", BUCKET]:
+            self._answer(404, {"error": {"code": 404, "message": "no such bucket"}})
+        elif parts[2:] != ["o"] or "uploadType" not in query:
             self._refuse()
         elif query["uploadType"] == "media":
             self._put(query["name"], body, query)

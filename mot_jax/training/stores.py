@@ -1,7 +1,7 @@
 """Checkpoints on object stores, as Orbax writes them.
 
-Orbax 0.12 knows `gs://`: arrays by TensorStore's own driver, and a file that says that a checkpoint is whole, in place of
-a rename. TensorStore has a driver for `s3://` too, which Orbax does not ask for. Here it is told to.
+Orbax 0.12 knows `gs://`: TensorStore's own driver writes the arrays, and a file that says that a checkpoint is whole is
+written last, in place of a rename. TensorStore has a driver for `s3://` too. Orbax does not use it: here it is told to.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from mot_jax.training import loop
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.restore import load_run
-from mot_jax.training.state import create_state
+from mot_jax.training.state import abstract_state
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -135,8 +135,11 @@ def test_a_run_that_moved_has_both_forms(bucket, tmp_path):
 def test_a_checkpoint_counts_when_it_is_whole(bucket, tiny):
     workdir, mesh = bucket / "saved", make_mesh(tiny)
     (workdir / "config.json").write_text(to_json(tiny))
-    with jax.set_mesh(mesh):
-        state = create_state(tiny, mesh)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(tiny, mesh),
+    )
     with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
         checkpoints.save(4, state, 128, tiny)
         checkpoints.save(8, state, 256, tiny)
