@@ -112,7 +112,9 @@ def _write_json(path: str, content: dict) -> None:
     try:
         user_path("--json", path).write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"--json = {path}: cannot be written ({error.strerror}); try result.json") from None
+        raise ConfigError(
+            f"--json = {path}: cannot be written ({error.strerror or error_words(error)}); try result.json"
+        ) from None
 
 
 def _curves(arguments: list[str]) -> None:
@@ -132,7 +134,7 @@ def _curves(arguments: list[str]) -> None:
         user_path("--output", options.output).write_bytes(metrics.plot_curves(runs))
     except OSError as error:
         raise ConfigError(
-            f"--output = {options.output}: cannot be written ({error.strerror}); try curves.png"
+            f"--output = {options.output}: cannot be written ({error.strerror or error_words(error)}); try curves.png"
         ) from None
     print(options.output)
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig, error_words
 from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import validation_order
 from mot_jax.data.text import open_split, open_tokenizer
@@ -92,7 +92,9 @@ def inspect(
         for name, content in files.items():
             (output / name).write_bytes(content)
     except OSError as error:
-        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
+        raise ConfigError(
+            f"--output = {output}: cannot be written ({error.strerror or error_words(error)}); try another"
+        ) from None
     return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(files))}"]
 
 

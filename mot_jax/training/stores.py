@@ -16,8 +16,12 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from mot_jax.config import ConfigError
 from mot_jax.paths import is_remote
 
-_PARTS = ((gcs_utils, "_GCS_PATH_PREFIX"), (gcs_utils, "get_kvstore_for_gcs"))
-_PARTS += ((tensorstore_utils, "_use_gcs_driver"), (tensorstore_utils, "_normalize_path"))
+_PRIVATE = (
+    (gcs_utils, "_GCS_PATH_PREFIX"),
+    (gcs_utils, "get_kvstore_for_gcs"),
+    (tensorstore_utils, "_use_gcs_driver"),
+    (tensorstore_utils, "_normalize_path"),
+)
 
 
 def orbax_path(path: epath.Path) -> epath.Path:
@@ -29,7 +33,7 @@ def orbax_path(path: epath.Path) -> epath.Path:
 
 def _teach_s3() -> None:
     """Makes Orbax treat `s3://` as it treats `gs://`, with the other driver."""
-    if not all(hasattr(module, name) for module, name in _PARTS):
+    if not all(hasattr(module, name) for module, name in _PRIVATE):
         raise ConfigError(
             "workdir = s3://...: this orbax-checkpoint writes no checkpoints there; try 0.12.8, or a workdir on gs://"
         )
