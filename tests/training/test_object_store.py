@@ -168,10 +168,18 @@ def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tiny):
 def test_a_run_stops_goes_on_and_is_looked_at(bucket, tiny: Config, tmp_path, monkeypatch, capsys):
     workdir, local = bucket / "runs" / "mine", epath.Path(tmp_path / "local")
     loop.train(tiny, local)
+    save, seen = Checkpoints.save, []
+
+    def saving(self: Checkpoints, step: int, *rest: object) -> None:
+        seen.append((step, steps(workdir)[-1]))
+        save(self, step, *rest)
+
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
+        patch.setattr(Checkpoints, "save", saving)
         with pytest.raises(StoppedError):
             loop.train(tiny, str(workdir))
+    assert seen == [(4, 4)]  # the checkpoint does not outlive its rows
     assert steps(workdir)[-1] == 5 + 1  # the row of step 7 was never fetched
     loop.train(tiny, str(workdir))
     assert numbers(workdir) == numbers(local)
