@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import tyro
-from etils import epath
 
 from mot_jax import distributed
 from mot_jax.config import (
@@ -30,6 +29,7 @@ from mot_jax.config import (
     type_words,
 )
 from mot_jax.inference.modes import MODES, regrouped
+from mot_jax.paths import local_path, user_path
 
 BAD_INPUT = 2
 
@@ -67,7 +67,7 @@ def _train(arguments: list[str]) -> None:
     distributed.connect(_process(options, config), config.mesh)
     from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
 
-    loop.train(config, os.path.expanduser(options.workdir or f"runs/{Path(options.config).stem}"))
+    loop.train(config, options.workdir or f"runs/{Path(options.config).stem}")
 
 
 _PROCESS = ["--coordinator", "--num-processes", "--process-id"]
@@ -124,9 +124,11 @@ def _positive(name: str, text: str) -> int:
 
 def _write_json(path: str, content: dict) -> None:
     try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        user_path("--json", path).write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"--json = {path}: cannot be written ({error.strerror}); try result.json") from None
+        raise ConfigError(
+            f"--json = {path}: cannot be written ({error.strerror or error_words(error)}); try result.json"
+        ) from None
 
 
 def _curves(arguments: list[str]) -> None:
@@ -137,13 +139,17 @@ def _curves(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from mot_jax.training import metrics
 
-    runs = {path.name: metrics.read_rows(path) for path in map(epath.Path, options.workdirs)}
+    workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
+    runs = {path.name: metrics.read_rows(path) for path in workdirs}
     for path, rows in zip(options.workdirs, runs.values(), strict=True):
         if not rows:
-            raise ConfigError(
-                f"WORKDIR = {path}: holds no metrics.jsonl with rows; try the --workdir of a training run"
-            )
-    epath.Path(options.output).write_bytes(metrics.plot_curves(runs))
+            raise ConfigError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
+    try:
+        user_path("--output", options.output).write_bytes(metrics.plot_curves(runs))
+    except OSError as error:
+        raise ConfigError(
+            f"--output = {options.output}: cannot be written ({error.strerror or error_words(error)}); try curves.png"
+        ) from None
     print(options.output)
 
 
@@ -189,7 +195,7 @@ def _data(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from mot_jax.data import DATA_DIRECTORY
 
-    directory = Path(options.directory or DATA_DIRECTORY).expanduser().absolute()
+    directory = Path(local_path("--directory", options.directory or DATA_DIRECTORY)).absolute()
     if options.command == "build":
         from mot_jax.data.build import build, plan_files
 

@@ -5,6 +5,7 @@ import os
 
 # Before JAX wakes up. Another platform named in the environment wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs asks over gRPC, which our own store does not speak
 
 import jax
 import pytest

@@ -201,7 +201,7 @@ def test_curves_of_two_runs_become_one_picture(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     (line,) = fails(capsys, "curves", str(tmp_path / "nothing"))
-    assert "holds no metrics.jsonl with rows" in line
+    assert "holds no rows of metrics" in line
 
 
 def test_a_config_tells_all_its_faults(capsys):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from etils import epath
-
 from mot_jax.config import ConfigError
 from mot_jax.data.build import summary
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.paths import user_path
 
 _DOCUMENTS = 10_000  # read to count bytes, where no build has counted them
 _ENCODED_BYTES = 1 << 20
@@ -49,7 +48,7 @@ def write_tokenizer(corpus: Corpus, train: Callable[[Iterable[bytes]], bytes], o
 
     Raises ConfigError if `output` is there already.
     """
-    path = epath.Path(output).expanduser()
+    path = user_path("--output", output)
     if path.exists():
         raise ConfigError(f"--output = {output!r}: is there already, and is never overwritten; try another name")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,13 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from etils import epath
-
 from mot_jax.config import Config, ConfigError
 from mot_jax.data import DATA_DIRECTORY
 from mot_jax.data.corpora import open_corpus
 from mot_jax.data.order import MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
+from mot_jax.paths import local_path
 
 
 class Text(NamedTuple):
@@ -63,7 +62,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
 def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
     """The windows of one split of every corpus of `config`, joined. Raises ConfigError."""
     data, length = config.data, config.model.context_length
-    directory = epath.Path(data.directory or DATA_DIRECTORY).expanduser()
+    directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
     fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}
     parts = []
     for name in data.corpus:

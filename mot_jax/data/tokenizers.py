@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import sentencepiece
 import tokenizers
-from etils import epath
 
 from mot_jax.config import ConfigError, error_words, nearest
+from mot_jax.paths import user_path
 
 # What the end of a text, and the mask, are called in published tokenizers: the first that there is.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -86,7 +86,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         found = nearest(name, ["bytes", "a path to a tokenizer.json", "a path to a SentencePiece .model"])
         raise ConfigError(f"data.tokenizer = {name!r}: no such tokenizer{found}")
     try:
-        content = epath.Path(name).expanduser().read_bytes()
+        content = user_path("data.tokenizer", name).read_bytes()
     except OSError as error:
         words = error.strerror or error_words(error)
         raise ConfigError(f"data.tokenizer = {name!r}: cannot be read ({words}); try 'bytes'") from None

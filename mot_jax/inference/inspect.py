@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig, error_words
 from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import validation_order
 from mot_jax.data.text import open_split, open_tokenizer
@@ -28,6 +28,7 @@ from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureO
 from mot_jax.inference import pictures
 from mot_jax.mixing import normalised_entropy
 from mot_jax.model import ModelOutput, Params, bind
+from mot_jax.paths import user_path
 from mot_jax.training.metrics import read_rows
 from mot_jax.training.restore import Run, check_data, load_run, load_run_config
 
@@ -50,8 +51,8 @@ def inspect(
     window; None is its middle. Raises ConfigError for a run without checkpoints or mixing, for text that is not the
     run's, and for what does not exist.
     """
-    workdir = epath.Path(workdir)
-    output = workdir / "inspect" if output is None else epath.Path(output)
+    workdir = user_path("workdir", workdir)
+    output = workdir / "inspect" if output is None else user_path("--output", output)
     config = load_run_config(workdir)
     kind, length = config.model.feed_forward, config.model.context_length
     if MixtureOfTokensConfig not in map(type, config.model.block_kinds()):
@@ -94,7 +95,9 @@ def inspect(
         for name, content in files.items():
             (output / name).write_bytes(content)
     except OSError as error:
-        raise ConfigError(f"--output = {output}: cannot be written ({error.strerror}); try another") from None
+        raise ConfigError(
+            f"--output = {output}: cannot be written ({error.strerror or error_words(error)}); try another"
+        ) from None
     return [*_lines(report, _SUMMARY), f"in {output}: {', '.join(sorted(files))}"]
 
 

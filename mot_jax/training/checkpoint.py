@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, to_json
 from mot_jax.training.state import TrainState, abstract_state
+from mot_jax.training.stores import orbax_path
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -30,7 +31,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
         training = ocp.training
         self._checkpointer = training.Checkpointer(
-            epath.Path(directory).absolute(),
+            orbax_path(epath.Path(directory)),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,

@@ -19,6 +19,7 @@ from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.sample import sample_text
+from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
@@ -39,11 +40,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     SIGTERM it saves a checkpoint and raises SystemExit. Of several processes, each calls it with the same arguments.
     """
     # --- all that can fail, before anything is touched ----------------------------------------------------------------
-    workdir = epath.Path(workdir)
     with distributed.together() as same:
         same |= {"config": to_json(config), "workdir": str(workdir)}
         check(config)
         log.check_logging(config.logging)
+        workdir = user_path("workdir", workdir)
         mesh = make_mesh(config)
         _check_workdir(config, workdir)
         if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
@@ -60,9 +61,9 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
     console = log.Console(t.steps, quiet=not first)
     with distributed.together():
         if first:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _replace(workdir / "config.json", to_json(config).encode())
-            _replace(workdir / "data.json", json.dumps(data, indent=1).encode())
+            make_directory("workdir", workdir)
+            replace_file(workdir / "config.json", to_json(config).encode())
+            replace_file(workdir / "data.json", json.dumps(data, indent=1).encode())
     with distributed.together():
         _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
@@ -146,6 +147,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                         row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
                         record(row, log.validation_line(row))
                     if saves:
+                        if metrics_log is not None:
+                            metrics_log.flush()
                         checkpoints.save(step, state, step * t.batch_size, config)
                     if validates or saves:
                         meter.restart(step)
@@ -167,8 +170,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         with distributed.together():
             if first:
                 if sample is not None:
-                    _replace(workdir / "sample.txt", sample.encode())
-                _replace(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
+                    replace_file(workdir / "sample.txt", sample.encode())
+                replace_file(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
 
 
@@ -199,7 +202,7 @@ def _check_shared(config: Config, workdir: epath.Path) -> None:
 
 def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:
     """Raises ConfigError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
-    if "://" in str(workdir):
+    if is_remote(workdir):
         return
     folder, keep = workdir / "checkpoints", config.checkpoint.keep
     there = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
@@ -214,13 +217,6 @@ def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None
             f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
             f"free; try a --workdir on a larger disk"
         )
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(content)
-    new.replace(path)
 
 
 class _Meter:

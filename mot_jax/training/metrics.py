@@ -1,4 +1,8 @@
-"""What a run says of itself: `metrics.jsonl`, TensorBoard, W&B, lines or a progress bar, a picture of the curves."""
+"""What a run says of itself: rows, TensorBoard, W&B, lines or a progress bar, a picture of the curves.
+
+Rows are lines of JSON in `metrics.jsonl`, which grows. On an object store, where nothing grows, they are in
+`metrics/00000.jsonl` and so on: the last of these is written anew with all its rows, until it is large.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import io
 import json
 import math
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -17,35 +22,36 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from mot_jax.config import ConfigError, LoggingConfig
+from mot_jax.paths import is_remote, replace_file
 
 Row = dict[str, Any]
 
+_PART = 1 << 19  # bytes of rows after which a new part begins
+_SECONDS = 60.0  # between writes of a part, but for those that a checkpoint asks for
+# How often TensorBoard's file is brought up to date; on an object store it is sent whole each time.
+_BOARD_SECONDS = {False: 10, True: 300}
+
 
 class MetricsLog:
-    """Writes each row to `metrics.jsonl`, and to TensorBoard and Weights & Biases where `config` asks for them.
+    """Writes each row to the workdir, and to TensorBoard and Weights & Biases where `config` asks for them.
 
-    Opening cuts the rows after `step`: they come again. Raises ConfigError if W&B cannot start.
+    Opening removes the rows after `step`: they come again. Raises ConfigError if W&B cannot start.
     """
 
     def __init__(self, workdir: epath.Path, step: int, config: LoggingConfig):
         self._wandb = _open_wandb(workdir, config.wandb_project) if config.wandb else None  # first: it can fail
-        self._path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(workdir) if row["step"] <= step]
-        if self._path.exists():
-            replacement = workdir / "metrics.jsonl.new"
-            replacement.write_text("".join(map(_line, kept)))
-            replacement.replace(self._path)
-        self._file = self._path.open("a")
+        _cut(workdir, step)
+        self._rows = _Parts(workdir) if is_remote(workdir) else _Lines(workdir)
         self._board = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+            seconds = _BOARD_SECONDS[is_remote(workdir)]
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=seconds)
 
     def write(self, row: Row) -> None:
-        """The system has the row when this returns, so that a checkpoint that follows never outlives its rows."""
-        self._file.write(_line(row))
-        self._file.flush()
+        """Where files can grow, the system has the row when this returns; on an object store, after `flush`."""
+        self._rows.write(_line(row))
         values = {f"{row['split']}/{name}": value for name, value in row.items() if isinstance(value, float)}
         if self._board is not None:
             for name, value in values.items():
@@ -53,12 +59,64 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log({"step": row["step"], **values})
 
+    def flush(self) -> None:
+        """Must come before each checkpoint, which then never outlives its rows."""
+        self._rows.flush()
+
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _Lines:
+    """Rows in one file that grows, where people can watch it."""
+
+    def __init__(self, workdir: epath.Path):
+        self._file = (workdir / "metrics.jsonl").open("a")
+
+    def write(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def flush(self) -> None:
+        pass  # each line already is
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parts:
+    """Rows in objects of bounded size, so that what is sent is a small multiple of what is logged.
+
+    The time between writes bounds what the training loop waits for; a kill loses rows, but none before a checkpoint.
+    """
+
+    def __init__(self, workdir: epath.Path):
+        self._folder = workdir / "metrics"
+        there = [int(path.stem) for path in _row_files(workdir) if path.stem.isdigit()]
+        self._number = max(there, default=-1) + 1
+        self._lines: list[str] = []
+        self._unwritten, self._since = False, time.monotonic()
+
+    def write(self, line: str) -> None:
+        self._lines.append(line)
+        self._unwritten = True
+        if time.monotonic() - self._since > _SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._unwritten:
+            content = "".join(self._lines).encode()
+            (self._folder / f"{self._number:05d}.jsonl").write_bytes(content)
+            self._unwritten, self._since = False, time.monotonic()
+            if len(content) > _PART:
+                self._number, self._lines = self._number + 1, []
+
+    def close(self) -> None:
+        self.flush()
 
 
 def check_logging(config: LoggingConfig) -> None:
@@ -81,7 +139,7 @@ def _open_wandb(workdir: epath.Path, project: str) -> Any:
             name=workdir.name,
             resume="allow",
             allow_val_change=True,  # the steps of a run that is extended
-            dir=str(workdir),
+            dir=None if is_remote(workdir) else str(workdir),  # None: W&B's own choice
             config=json.loads((workdir / "config.json").read_text()),
             settings=wandb.Settings(console="off"),  # it would redirect our lines and the progress bar
         )
@@ -100,15 +158,35 @@ def _line(row: Row) -> str:
 
 
 def read_rows(workdir: epath.Path) -> list[Row]:
-    """The rows of a run so far; a last line that a kill cut short is left out."""
-    path = workdir / "metrics.jsonl"
+    """The rows of a run so far, wherever it logged them; a last line that a kill cut short is left out."""
+    rows = [row for path in _row_files(workdir) for row in _rows_of(path)]
+    return sorted(rows, key=lambda row: row["step"])  # a run that moved to or from an object store has both forms
+
+
+def _row_files(workdir: epath.Path) -> list[epath.Path]:
+    folder, file = workdir / "metrics", workdir / "metrics.jsonl"
+    parts = sorted(path for path in folder.iterdir() if path.suffix == ".jsonl") if folder.is_dir() else []
+    return [*parts, file] if file.exists() else parts
+
+
+def _rows_of(path: epath.Path) -> list[Row]:
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
     return rows
+
+
+def _cut(workdir: epath.Path, step: int) -> None:
+    """Removes the rows after `step`, the last file first: a kill meanwhile leaves no gap."""
+    for path in reversed(_row_files(workdir)):
+        kept = [row for row in _rows_of(path) if row["step"] <= step]
+        if kept:
+            replace_file(path, "".join(map(_line, kept)).encode())
+        else:
+            path.unlink()
 
 
 def layer_metrics(row: Row, name: str) -> list[float]:

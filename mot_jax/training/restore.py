@@ -14,7 +14,9 @@ from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, ConfigError, from_json
 from mot_jax.model import Params, init_params
+from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
+from mot_jax.training.stores import orbax_path
 
 
 class Run(NamedTuple):
@@ -27,7 +29,7 @@ class Run(NamedTuple):
 
 def load_run_config(workdir: epath.PathLike) -> Config:
     """The config of the run in `workdir`. Raises ConfigError if there is none."""
-    workdir = epath.Path(workdir)
+    workdir = user_path("workdir", workdir)
     if not workdir.is_dir():
         raise ConfigError(f"workdir = {workdir}: no such directory; try the --workdir of a training run")
     path = workdir / "config.json"
@@ -65,7 +67,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
     config = load_run_config(workdir)
     abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
-    folder = epath.Path(workdir).absolute() / "checkpoints"
+    folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     while True:

@@ -1,0 +1,46 @@
+#!/bin/bash
+# Trains on GPU nodes of a Slurm cluster: sbatch launch/slurm.sh [CONFIG] [--training.steps N ...]
+# Change what is in capitals and the sizes; launch/README.md explains the flags.
+#SBATCH --job-name=mot
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@120
+# One task a GPU, since JAX gives a Slurm task one device. TERM goes to the tasks, not to this script, 120 s before the
+# time is up: each then saves a checkpoint and exits with 143.
+
+set -uo pipefail
+
+config=${1:-configs/v2_medium_32e.py}
+shift || true
+workdir=${WORKDIR:-/SHARED/runs/$(basename "$config" .py)}
+most_restarts=${MOST_RESTARTS:-100}
+
+export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \
+--xla_gpu_all_reduce_combine_threshold_bytes=134217728 \
+--xla_gpu_all_gather_combine_threshold_bytes=134217728 \
+--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728 ${XLA_FLAGS:-}"
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+
+# Tasks end by themselves when one is lost; what still runs two minutes after the first has ended is stuck.
+srun --kill-on-bad-exit=0 --wait=120 mot train "$config" --workdir "$workdir" "$@"
+code=$?
+
+case $code in
+  0) echo "finished" ;;
+  2) echo "bad input: not started again" ;;
+  *)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
+      echo "ended with $code: starting again from the last checkpoint"
+      scontrol requeue "$SLURM_JOB_ID"
+    else
+      echo "ended with $code after $most_restarts restarts: given up"
+    fi
+    ;;
+esac
+exit $code

@@ -1,0 +1,29 @@
+#!/bin/bash
+# Trains on all hosts of a TPU VM slice: launch/tpu_vm.sh NAME ZONE CONFIG WORKDIR [--training.steps N ...]
+# Before: this repository in ~/mot_jax on every host, with pip install '.[tpu,gcs]'. After: the log is ~/mot.log of each.
+# The command may be repeated: where it runs already, it does nothing. launch/README.md explains the flags.
+
+set -euo pipefail
+
+if [ $# -lt 4 ]; then
+  echo "usage: $0 NAME ZONE CONFIG WORKDIR [--group.field VALUE ...]" >&2
+  exit 2
+fi
+name=$1 zone=$2
+shift 2
+
+flags="--xla_enable_async_all_gather=true \
+--xla_tpu_enable_async_all_to_all=true \
+--xla_tpu_enable_async_collective_fusion=true \
+--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true \
+--xla_tpu_enable_async_collective_fusion_multiple_steps=true \
+--xla_tpu_overlap_compute_collective_tc=true"
+
+config=$1 workdir=$2
+shift 2
+command=$(printf '%q ' launch/restart.sh mot train "$config" --workdir "$workdir" "$@")
+start="cd ~/mot_jax && export LIBTPU_INIT_ARGS='$flags' && (flock -n 9 || exit 0; nohup $command </dev/null) \
+9>~/mot.lock >>~/mot.log 2>&1 &"
+
+gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$start"
+echo "started; to watch: gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=0 --command='tail -f mot.log'"

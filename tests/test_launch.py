@@ -1,0 +1,295 @@
+"""launch/: every script and manifest is well formed, its flags exist, and runs start again when they should."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from mot_jax import cli
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+MANIFESTS = sorted((ROOT / "launch").glob("*.yaml"))
+README = (ROOT / "launch" / "README.md").read_text()
+
+
+def test_shellcheck_has_nothing_to_say():
+    assert len(SCRIPTS) == 3 and all(os.access(script, os.X_OK) for script in SCRIPTS)
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, *SCRIPTS], capture_output=True)
+    assert (result.returncode, result.stdout.decode()) == (0, "")
+
+
+# --- manifests --------------------------------------------------------------------------------------------------------
+
+
+def fields(required: str = "", /, **properties: object) -> dict:
+    """The schema of an object with these fields and no others."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+def many(items: object) -> dict:
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}
+NAME = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"}
+LABELS = {"type": "object", "additionalProperties": TEXT}
+CONTAINER = fields(
+    "name image command resources",
+    name=NAME,
+    image=TEXT,
+    command=many(TEXT),
+    args=many(TEXT),
+    env=many(fields("name value", name=TEXT, value=TEXT)),
+    ports=many(fields("containerPort", containerPort={"type": "integer", "maximum": 65535})),
+    resources=fields("limits", limits={"type": "object", "additionalProperties": COUNT}),
+    volumeMounts=many(fields("name mountPath", name=NAME, mountPath={"type": "string", "pattern": "^/"})),
+)
+POD = fields(
+    "restartPolicy containers",
+    restartPolicy={"const": "Never"},  # podFailurePolicy allows no other
+    terminationGracePeriodSeconds=COUNT,
+    nodeSelector=LABELS,
+    containers=many(CONTAINER),
+    volumes=many(fields("name", name=NAME, persistentVolumeClaim=fields("claimName", claimName=TEXT))),
+)
+EXIT_CODES = fields("operator values", containerName=NAME, operator={"enum": ["In", "NotIn"]}, values=many(COUNT))
+JOB = fields(
+    "parallelism completions completionMode backoffLimit template",
+    parallelism=COUNT,
+    completions=COUNT,
+    completionMode={"const": "Indexed"},
+    backoffLimit=COUNT,
+    podFailurePolicy=fields(
+        "rules",
+        rules=many(fields("action", action={"enum": ["FailJob", "Ignore", "Count"]}, onExitCodes=EXIT_CODES)),
+    ),
+    template=fields("spec", spec=POD),
+)
+RULE = fields(
+    "name action",
+    name=TEXT,
+    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    onJobFailureReasons=many({"enum": ["BackoffLimitExceeded", "DeadlineExceeded", "PodFailurePolicy"]}),
+)
+JOB_SET = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=fields("name", name=NAME, annotations=LABELS),
+    spec=fields(
+        "replicatedJobs",
+        failurePolicy=fields("maxRestarts", maxRestarts=COUNT, rules=many(RULE)),
+        replicatedJobs=many(fields("name template", name=NAME, replicas=COUNT, template=fields("spec", spec=JOB))),
+    ),
+)
+
+
+def load(manifest: Path) -> dict:
+    (found,) = yaml.safe_load_all(manifest.read_text())
+    return found
+
+
+@pytest.fixture(params=MANIFESTS, ids=lambda path: path.name)
+def job_set(request: pytest.FixtureRequest) -> dict:
+    found = load(request.param)
+    jsonschema.validate(found, JOB_SET)
+    return found
+
+
+def test_a_misspelt_field_is_no_manifest(job_set):
+    job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 0
+    with pytest.raises(jsonschema.ValidationError, match="backofLimit"):
+        jsonschema.validate(job_set, JOB_SET)
+
+
+def test_bad_input_alone_ends_a_job_set(job_set):
+    policy = job_set["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] > 10
+    assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])
+    ]
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    (container,) = job["template"]["spec"]["containers"]
+    expected = {"containerName": container["name"], "operator": "In", "values": [cli.BAD_INPUT]}
+    assert rule == {"action": "FailJob", "onExitCodes": expected}
+    assert job["backoffLimit"] == 0 and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def test_hosts_and_chips_are_those_of_the_topology(job_set):
+    job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
+    topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    (container,) = job["template"]["spec"]["containers"]
+    chips = eval(topology.replace("x", "*"))
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
+
+
+def test_the_command_of_a_manifest_is_one_that_mot_takes(job_set):
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    check_command([*container["command"], *container["args"]])
+
+
+def check_command(command: list[str]) -> None:
+    """`mot train` would parse and accept this."""
+    assert command[:2] == ["mot", "train"] and (ROOT / command[2]).is_file()
+    options, _ = cli._parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
+    assert options.workdir
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def flags(path: Path) -> set[str]:
+    return set(re.findall(r"--(xla_\w+)=", path.read_text()))
+
+
+def test_every_flag_is_explained_and_no_other():
+    used = set.union(*map(flags, [*SCRIPTS, *MANIFESTS]))
+    named = set(re.findall(r"\b(xla_\w+)", README)) - {"xla_gpu_deterministic_ops"}  # optional
+    assert used == named and len(used) > 10
+    assert {"NCCL_DEBUG", "XLA_PYTHON_CLIENT_MEM_FRACTION", "LIBTPU_INIT_ARGS"} <= set(
+        re.findall(r"\b[A-Z_]+\b", README)
+    )
+
+
+def test_xla_knows_the_flags_for_gpus():
+    """It ends a process that gives an unknown one."""
+    names = [*flags(ROOT / "launch" / "slurm.sh"), "xla_gpu_deterministic_ops"]
+    values = [f"--{name}={'1000' if 'bytes' in name else 'true'}" for name in names]
+
+    def start(values: list[str]) -> subprocess.CompletedProcess:
+        environment = os.environ | {"XLA_FLAGS": " ".join(values), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True)
+
+    assert start(values).returncode == 0
+    refused = start(["--xla_gpu_no_such_flag=true"])
+    assert refused.returncode != 0 and b"xla_gpu_no_such_flag" in refused.stderr
+
+
+def test_libtpu_knows_the_flags_for_tpus():
+    spec = find_spec("libtpu")
+    if spec is None or spec.origin is None:
+        pytest.skip("libtpu is an extra")
+    with (Path(spec.origin).parent / "libtpu.so").open("rb") as file:
+        library = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert library.find(b"xla_tpu_no_such_flag") < 0
+    for path in [ROOT / "launch" / "tpu_vm.sh", *MANIFESTS]:
+        assert len(flags(path)) >= 6
+        assert [name for name in flags(path) if library.find(name.encode()) < 0] == []
+
+
+# --- what the scripts do ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(script, arguments, **environment) on a PATH where every command records how it was called.
+
+    The fake commands end with the codes in CODES in turn, the last one for ever.
+    """
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("mot", "srun", "scontrol", "gcloud"):
+        tool = tools / name
+        tool.write_text(
+            f'#!/bin/bash\nprintf "%q " {name} "$@" >>"{tmp_path}/calls"; echo >>"{tmp_path}/calls"\n'
+            f'[ {name} = scontrol ] && exit 0\ncalls=$(wc -l <"{tmp_path}/calls")\nread -ra codes <<<"$CODES"\n'
+            'n=$((calls <= ${#codes[@]} ? calls - 1 : ${#codes[@]} - 1))\nexit "${codes[$n]}"\n'
+        )
+        tool.chmod(0o755)
+
+    def start(script: str, *arguments: str, **environment: str) -> tuple[int, list[str], str]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        everything = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "WAIT": "0", "CODES": "0"} | environment
+        command = [str(ROOT / "launch" / script), *arguments]
+        result = subprocess.run(command, env=everything, capture_output=True, text=True, cwd=ROOT, timeout=30)
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return result.returncode, calls, result.stdout + result.stderr
+
+    return start
+
+
+@pytest.mark.parametrize("code", [0, 2, 143, 75, 134, 137, 1])
+def test_slurm_queues_a_run_again_unless_it_is_finished_or_its_input_bad(run, code):
+    ended, calls, _ = run("slurm.sh", CODES=str(code), SLURM_JOB_ID="17")
+    assert ended == code
+    assert shlex.split(calls[0])[:3] == ["srun", "--kill-on-bad-exit=0", "--wait=120"]
+    check_command(shlex.split(calls[0])[3:])
+    assert calls[1:] == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+
+
+def test_slurm_takes_a_config_and_flags_and_gives_up_at_last(run):
+    arguments = ["configs/v1_mot.py", "--training.steps", "7", "--data.corpus", "a b"]
+    _, calls, said = run("slurm.sh", *arguments, CODES="1", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w")
+    (call,) = calls
+    assert shlex.split(call)[3:] == ["mot", "train", arguments[0], "--workdir", "/w", *arguments[1:]]
+    assert "given up" in said
+
+
+def test_slurm_tells_the_tasks_in_time_and_may_queue_again():
+    lines = (ROOT / "launch" / "slurm.sh").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+
+
+@pytest.mark.parametrize(("codes", "runs"), [("0", 1), ("2", 1), ("143 0", 2), ("75 134 137 2", 4), ("143 1", 5)])
+def test_restart_goes_on_unless_finished_or_bad(run, codes, runs):
+    ended, calls, said = run("restart.sh", "mot", "train", "a b", CODES=codes)
+    assert ended == int(codes.split()[-1])
+    assert calls == [r"mot train a\ b "] * runs
+    assert ("given up" in said) == (runs == 5)
+
+
+def test_restart_passes_the_signal_on_and_ends_with_the_commands_code(tmp_path):
+    command = (
+        f'trap "echo saved >{tmp_path}/checkpoint; exit 143" TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done'
+    )
+    process = subprocess.Popen([str(ROOT / "launch" / "restart.sh"), "bash", "-c", command])
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    assert (tmp_path / "checkpoint").read_text() == "saved\n"
+
+
+def test_tpu_vm_starts_every_host(run):
+    ended, calls, _ = run(
+        "tpu_vm.sh", "pod", "us-east5-a", "configs/v2_base_32e.py", "gs://b/run", "--data.corpus", "a b"
+    )
+    assert ended == 0
+    (call,) = [shlex.split(call) for call in calls]
+    assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+    assert call[6:8] == ["--zone=us-east5-a", "--worker=all"] and call[8].startswith("--command=")
+    remote = call[8].removeprefix("--command=")
+    assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
+    inner = re.search(r"nohup launch/restart.sh (mot train .*?) </dev/null", remote)
+    assert inner is not None
+    check_command(shlex.split(inner[1]))
+    assert shlex.split(inner[1])[-1] == "a b"
+
+
+def test_tpu_vm_says_what_it_needs(run):
+    ended, calls, said = run("tpu_vm.sh", "pod")
+    assert (ended, calls) == (2, []) and "usage" in said
