@@ -23,10 +23,11 @@ import numpy as np
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import Computation, Instruction, Module, UnknownText
 
+SLICES = "slices"  # as an axis: the data-center network between the slices
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Neither reads nor writes.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
-_FREE |= {"replica-id", "add-dependency"}
+_FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
 
 
@@ -35,7 +36,7 @@ class Collective:
     """One collective. axes: of the mesh, () where no set of axes has these groups. bytes: per execution and chip.
 
     members: the devices of one group, by their place in the mesh; of a permutation, one device and where it sends.
-    executions: per step.
+    executions: per step. Between slices XLA makes collectives of their own, whose axes are ("slices",).
     """
 
     kind: str
@@ -75,13 +76,19 @@ class Program:
         return sum(body.executions * body.hbm_bytes for body in self.bodies)
 
 
-def read_program(text: str, mesh_shape: dict[str, int]) -> Program:
-    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownText where it cannot be read."""
-    return _Reader(hlo.parse(text), mesh_shape).read()
+def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1) -> Program:
+    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownText where it cannot be read.
+
+    The first axis of several slices goes over the slices; XLA's program is that of one of them.
+    """
+    first = next((name for name, size in mesh_shape.items() if size > 1), None)
+    inside = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
+    return _Reader(hlo.parse(text), inside, slices).read()
 
 
 class _Reader:
-    def __init__(self, module: Module, mesh_shape: dict[str, int]):
+    def __init__(self, module: Module, mesh_shape: dict[str, int], slices: int):
+        self.slices = slices
         self.computations = module.computations
         self.entry = module.computations[module.entry]
         self.axes = _axes_by_groups(mesh_shape)
@@ -143,7 +150,7 @@ class _Reader:
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         opcode, operands = instruction.opcode, computation.operands(instruction)
-        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+        if opcode in _FREE or opcode.endswith(("-done", "async-update")):
             return 0.0
         if opcode == "custom-call" and _target(instruction) in _FREE_CALLS:
             return 0.0
@@ -216,12 +223,18 @@ class _Reader:
             for part in inside.instructions.values():
                 self._collect(inside, part, executions)
         kind = instruction.opcode.removesuffix("-start")
-        if kind in ("send", "recv", "ragged-all-to-all", "collective-broadcast"):
+        if kind == "send":  # between slices; each has its `recv`
+            found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            kind = found[1].lower().replace("_", "-") if found else kind
+        if kind in ("send", "ragged-all-to-all", "collective-broadcast"):
             self.unknown[f"{instruction.opcode} {instruction.name} ({instruction.source}): not counted"] = None
         if kind not in KINDS:
             return
         size = sum(a.bytes for operand in computation.operands(instruction) for a in operand.arrays)
-        if kind == "collective-permute":
+        axes: tuple[str, ...]
+        if instruction.opcode == "send":
+            axes, members = (SLICES,), tuple(range(0, self.slices * self.places.size, self.places.size))
+        elif kind == "collective-permute":
             axes, members = self._permutation(hlo.device_pairs(instruction.attributes))
         else:
             groups = hlo.device_groups(instruction.attributes, self.places.size)
@@ -265,18 +278,11 @@ class _Reader:
     def _increment(self, body: Computation, number: int) -> int | None:
         if body.root.opcode != "tuple":
             return None
-        inside, add = body, _through(body, body.operands(body.root)[number])
-        if add.opcode == "fusion":  # the sum alone
-            inside = self._inside(add)[0]
-            values = dict(zip((p.name for p in inside.parameters), body.operands(add), strict=True))
-            sums = [body.operands(add)[0] if False else values.get(o.name, o) for o in inside.operands(inside.root)]
-            add = inside.root
-        else:
-            sums = body.operands(add)
+        add = _through(body, body.operands(body.root)[number])
         if add.opcode != "add":
             return None
-        steps = [_constant(body if s.name in body.instructions else inside, s) for s in sums]
-        return next((s for s in steps if s is not None), None)
+        steps = [_constant(body, part) for part in body.operands(add)]
+        return next((step for step in steps if step is not None), None)
 
 
 def _target(instruction: Instruction) -> str:
