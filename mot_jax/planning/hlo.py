@@ -1,7 +1,7 @@
 """Reads XLA's text of an optimised program into instructions. All that knows how that text is written is here.
 
-The text is no stable format. What is not understood raises `UnknownText` or is left to the caller as None: nothing is
-passed over in silence. Tested with the XLA of jax 0.10 on CPU and with libtpu 0.0.42.
+The text is no stable format: what is not understood raises UnknownTextError, so that nothing is passed over in silence.
+Tested with the XLA of jax 0.10 on CPU and with libtpu 0.0.42.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
-class UnknownText(ValueError):
+class UnknownTextError(ValueError):
     """The text of a program is not written as we know it."""
 
 
@@ -102,7 +102,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of `compiled.as_text()`. Raises UnknownText."""
+    """The module of `compiled.as_text()`. Raises UnknownTextError."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -115,19 +115,19 @@ def parse(text: str) -> Module:
             instruction = _instruction(line)
             current.instructions[instruction.name] = instruction
     if not entry:
-        raise UnknownText("the compiled program has no ENTRY computation")
+        raise UnknownTextError("the compiled program has no ENTRY computation")
     return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
     head = re.match(r"\s*(ROOT )?%?([\w.-]+) = ", line)
     if not head:
-        raise UnknownText(f"not an instruction: {line.strip()[:120]}")
+        raise UnknownTextError(f"not an instruction: {line.strip()[:120]}")
     rest = line[head.end() :]
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     call = re.match(r"\s*([\w-]+)\(", rest[end:])
     if not call:
-        raise UnknownText(f"no opcode: {line.strip()[:120]}")
+        raise UnknownTextError(f"no opcode: {line.strip()[:120]}")
     opening = end + call.end() - 1
     closing = _closing(rest, opening)
     inside = rest[opening + 1 : closing]
@@ -141,7 +141,7 @@ def _closing(text: str, opening: int) -> int:
         depth += 1 if found[0] == "(" else -1
         if depth == 0:
             return found.start()
-    raise UnknownText(f"brackets do not close: {text[:120]}")
+    raise UnknownTextError(f"brackets do not close: {text[:120]}")
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
@@ -159,7 +159,7 @@ def _bits(dtype: str) -> int:
         return _BITS[dtype]
     found = re.match(r"[a-z]+(\d+)", dtype)
     if not found:
-        raise UnknownText(f"an array of {dtype}")
+        raise UnknownTextError(f"an array of {dtype}")
     return int(found[1])
 
 
@@ -175,15 +175,15 @@ def device_groups(attributes: str, count: int) -> np.ndarray:
     if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
         rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", found[1])]
         if len({len(row) for row in rows}) > 1:
-            raise UnknownText(f"groups of unequal size: {found[0][:120]}")
-        return np.array(rows or [range(count)])
+            raise UnknownTextError(f"groups of unequal size: {found[0][:120]}")
+        return np.array(rows or [list(range(count))])
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " "):
         return _range(found[2]).reshape(_ints(found[1]))
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
         devices = _range(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
         return _axes_of_mesh(sizes, devices, found[3])
-    raise UnknownText(f"replica groups: {attributes[:160]}")
+    raise UnknownTextError(f"replica groups: {attributes[:160]}")
 
 
 def _ints(text: str) -> list[int]:
@@ -194,7 +194,7 @@ def _range(text: str) -> np.ndarray:
     """`[4,2]T(1,0)`: 0 … 7 in that shape, transposed, flat. `[0,2,1,3]` alone would be taken for a shape."""
     found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if not found:
-        raise UnknownText(f"an order of devices: {text[:120]}")
+        raise UnknownTextError(f"an order of devices: {text[:120]}")
     shape = _ints(found[1])
     return np.arange(math.prod(shape)).reshape(shape).transpose(_ints(found[2]) if found[2] else None).ravel()
 
@@ -220,7 +220,7 @@ def device_pairs(attributes: str) -> list[tuple[int, int]]:
     """The `source_target_pairs` of a permutation."""
     found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     if not found:
-        raise UnknownText(f"source_target_pairs: {attributes[:160]}")
+        raise UnknownTextError(f"source_target_pairs: {attributes[:160]}")
     return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])]
 
 
@@ -234,7 +234,7 @@ def product_flops(instruction: Instruction, operands: list[Instruction]) -> floa
         return 2.0 * math.prod(out) * math.prod(left[d] for d in instruction.ints("lhs_contracting_dims"))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if not labels:
-        raise UnknownText(f"a convolution without dim_labels: {instruction.name}")
+        raise UnknownTextError(f"a convolution without dim_labels: {instruction.name}")
     left_size, kernel, out_size = (
         dict(zip(names, dims, strict=True)) for names, dims in zip(labels.groups(), (left, right, out), strict=True)
     )
@@ -243,7 +243,7 @@ def product_flops(instruction: Instruction, operands: list[Instruction]) -> floa
     window = _window(instruction, sum(name.isdigit() for name in labels[3]))
     for d, (size, stride, pad, left_holes, right_holes) in enumerate(window):
         if size != kernel[str(d)]:
-            raise UnknownText(f"a window of {size} over {kernel[str(d)]}: {instruction.name}")
+            raise UnknownTextError(f"a window of {size} over {kernel[str(d)]}: {instruction.name}")
         at = (np.arange(out_size[str(d)]) * stride - pad)[:, None] + np.arange(size) * right_holes
         whole = (left_size[str(d)] - 1) * left_holes + 1
         total *= ((at >= 0) & (at < whole) & (at % left_holes == 0)).sum()
@@ -262,11 +262,11 @@ def _window(instruction: Instruction, rank: int) -> list[tuple[int, int, int, in
     found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(part.split("=") for part in found[1].split()) if found else {}
     if unknown := set(fields) - {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}:
-        raise UnknownText(f"a window with {', '.join(unknown)}: {instruction.name}")
+        raise UnknownTextError(f"a window with {', '.join(unknown)}: {instruction.name}")
 
     def column(name: str, default: str) -> list[int]:
         return [int(value.split("_")[0]) for value in fields.get(name, "x".join([default] * rank)).split("x")]
 
     columns = [column(*pair) for pair in (("size", "1"), ("stride", "1"), ("pad", "0"))]
     columns += [column("lhs_dilate", "1"), column("rhs_dilate", "1")]
-    return list(zip(*columns, strict=True))  # type: ignore[arg-type]
+    return list(zip(*columns, strict=True))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mot_jax.planning import hlo
-from mot_jax.planning.hlo import Computation, Instruction, Module, UnknownText
+from mot_jax.planning.hlo import Computation, Instruction, Module, UnknownTextError
 
 SLICES = "slices"  # as an axis: the data-center network between the slices
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -77,7 +77,7 @@ class Program:
 
 
 def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1) -> Program:
-    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownText where it cannot be read.
+    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
 
     The first axis of several slices goes over the slices; XLA's program is that of one of them.
     """
@@ -293,7 +293,7 @@ def _target(instruction: Instruction) -> str:
 def _element(instruction: Instruction) -> int:
     found = re.search(r"index=(\d+)", instruction.attributes)
     if not found:
-        raise UnknownText(f"a get-tuple-element without index: {instruction.name}")
+        raise UnknownTextError(f"a get-tuple-element without index: {instruction.name}")
     return int(found[1])
 
 

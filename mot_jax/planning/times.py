@@ -8,11 +8,12 @@ A body takes the larger of FLOPs / peak and HBM bytes / bandwidth. A collective 
     collective-permute           B x hops / bandwidth of one link
 
 A group's chips lie along one or more dimensions of the torus, by their coordinates. A dimension gives each chip two
-links where it is a ring and the group has all of it, else one: the chip at the end of a line has no more. Chips that lie
-`stride` apart share their links with the groups between them, which divides by `stride`. Gathers and reductions use
-the links of all dimensions at once. An all-to-all sends B / n from each chip to each: in a ring of n, a message travels
-n / 4 links on average, n chips x B x n / 4 over 2 n links; on a line, the middle link carries n / 2 x n / 2 x B / n in
-each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry their own share at the same time.
+links where it is a ring and the group has all of it, else one: the chip at the end of a line has no more. Chips that
+lie `stride` apart share their links with the groups between them, which divides by `stride`. Gathers and reductions
+use the links of all dimensions at once. An all-to-all sends B / n from each chip to each: in a ring of n, a message
+travels n / 4 links on average, n chips x B x n / 4 over 2 n links; on a line, the middle link carries
+n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry their own
+share at the same time.
 A group that is no box of coordinates is taken as chips on one link each.
 
 Between slices, where XLA has collectives of their own (an all-reduce over both is a reduce-scatter in each slice, an
@@ -25,8 +26,8 @@ No latency, no contention between collectives: on hundreds of chips, small colle
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections import Counter
 
 import jax
 
@@ -88,7 +89,7 @@ class Network:
         found = []
         for line, size, closed in zip(lines, self.torus, self.hardware.rings(self.torus), strict=True):
             if len(line) > 1:
-                stride = max(b - a for a, b in zip(line, line[1:], strict=False))
+                stride = max(b - a for a, b in itertools.pairwise(line))
                 ring = closed and size > 2 and len(line) * stride == size
                 found.append((len(line), (2 if ring else 1) / stride))
         return found
@@ -111,20 +112,21 @@ def _ring_share(kind: str, n: int) -> float:
 def model_times(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> Times:
     """peak: FLOP/s of one chip. devices: the mesh's, flat."""
     network = Network(hardware, devices)
-    parts: Counter[str] = Counter()
+    parts = {"compute": 0.0, "HBM": 0.0}
     for body in program.bodies:
         compute, hbm = body.flops / peak, body.hbm_bytes / hardware.hbm_bandwidth
         parts["compute" if compute >= hbm else "HBM"] += body.executions * max(compute, hbm)
-    exchanged: Counter[str] = Counter()
+    exchanged: dict[str, float] = {}
     for collective in program.collectives:
-        exchanged[label(collective)] += collective.executions * network.seconds(collective)
-    chip, net = parts.total(), exchanged.total()
+        name, seconds = label(collective), collective.executions * network.seconds(collective)
+        exchanged[name] = exchanged.get(name, 0.0) + seconds
+    chip, net = sum(parts.values()), sum(exchanged.values())
     everything = {**parts, **exchanged}
     hidden = exchanged if net > chip else parts
     return Times(
         compute=parts["compute"],
         hbm=parts["HBM"],
-        collectives=dict(exchanged),
+        collectives=exchanged,
         serial=chip + net,
         overlapped=max(chip, net),
         bound=max(everything, key=everything.__getitem__, default="nothing"),
