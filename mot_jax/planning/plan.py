@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -21,13 +22,14 @@ from mot_jax.accounting import flops_per_token, peak_flops, table
 from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
-from mot_jax.planning.program import Program, read_program
+from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import Times, label, model_times
 from mot_jax.sharding import make_mesh, rows_sharding
 from mot_jax.training.state import TrainState, abstract_state
 from mot_jax.training.step import make_train_step
 
 LARGEST = 8  # tensors that are named when a program does not fit
+SMALL = 2**16  # bytes, of collectives that share a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +85,16 @@ class Plan:
         return [(what, size / 2**20) for size, what in self.largest]
 
     def _rows(self) -> list[tuple[str, int, int, float, float]]:
-        """One row for equal collectives; the largest first."""
+        """One row for equal collectives, the largest first; those below SMALL of an axis share one."""
         assert self.program
-        groups: dict[tuple[str, float], list[int]] = {}
-        for collective in self.program.collectives:
-            groups.setdefault((label(collective), collective.bytes), []).append(collective.executions)
-        rows = [
-            (name, len(runs), sum(runs), size / 2**20, sum(runs) * size / 2**20)
-            for (name, size), runs in groups.items()
-        ]
+        groups: dict[tuple[str, float], list[Collective]] = {}
+        for c in self.program.collectives:
+            name, size = (label(c), c.bytes) if c.bytes >= SMALL else (f"{label(c)}, small ones", 0.0)
+            groups.setdefault((name, size), []).append(c)
+        rows = []
+        for (name, _), found in groups.items():
+            largest, total = max(c.bytes for c in found), sum(c.executions * c.bytes for c in found)
+            rows.append((name, len(found), sum(c.executions for c in found), largest / 2**20, total / 2**20))
         return sorted(rows, key=lambda row: -row[-1])
 
     def _time_lines(self) -> list[str]:
@@ -195,9 +198,9 @@ def _mesh(config: Config, where: Topology, devices: list[jax.Device]) -> Mesh:
             raise
         sizes = ", ".join(f"mesh.{name} = {size}" for name, size in dataclasses.asdict(config.mesh).items())
         raise ConfigError(
-            f"{sizes}: JAX cannot lay these axes on the torus {where.name} ({str(error).splitlines()[0]}); "
-            "try axes that are products of its sizes"
-        ) from None
+            f"{sizes}: JAX cannot lay these axes on {where.name}, {where.slices} slice(s); try axes that are products "
+            "of the torus' sizes, with data a multiple of the slices"
+        ) from error
     if mesh.size != len(devices):
         raise ConfigError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
     return mesh
@@ -266,7 +269,7 @@ def largest_tensors(jaxpr: Any) -> list[tuple[float, str]]:
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
-        inner = list(jax.core.jaxprs_in_params(equation.params))
+        inner = list(jax.extend.core.jaxprs_in_params(equation.params))
         yield from [] if inner and equation.primitive.name == "jit" else [equation]
         for inside in inner:
             yield from _equations(inside)
