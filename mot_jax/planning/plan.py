@@ -22,6 +22,7 @@ from mot_jax.accounting import flops_per_token, peak_flops, table
 from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
+from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import Times, label, model_times
 from mot_jax.sharding import make_mesh, rows_sharding
@@ -61,6 +62,8 @@ class Plan:
         content = dataclasses.asdict(self)
         if self.program:
             content["program"] |= {"flops": self.program.flops, "hbm_bytes": self.program.hbm_bytes}
+            for collective in content["program"]["collectives"]:
+                collective["group_size"] = len(collective.pop("members"))
         return content
 
     def lines(self) -> list[str]:
@@ -74,7 +77,7 @@ class Plan:
             return [*out, "What to change:", *(f"  {line}" for line in self.advice)]
         assert self.program
         flops = [("of the model, 3 x forward", self.model_flops / 1e9), ("of the program", self.program.flops / 1e9)]
-        out += table("GFLOPs per chip and step", [*flops])
+        out += table("GFLOPs per chip and step", flops)
         out += table(
             "Collectives, per chip and step", [("", "in the program", "runs", "MiB a run", "MiB"), *self._rows()]
         )
@@ -135,7 +138,10 @@ def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], No
                 raise
             program = None
             memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
+        except UnknownTextError as error:
+            raise ConfigError(f"the compiled program cannot be read: {error}; try the versions of the lock") from error
     seconds = time.perf_counter() - start
+    say(f"compiled it in {seconds:.1f} s")
     needed, limit = memory["needed"], memory["HBM limit"]
     fits = program is not None and (needed is None or limit is None or needed <= limit)
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size

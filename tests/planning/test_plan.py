@@ -65,8 +65,9 @@ def test_a_data_parallel_step_reduces_its_gradients_once():
     assert 8 * parameters <= result.memory["optimizer"] <= 8 * parameters + 100
     assert result.memory["arguments"] == pytest.approx(12 * parameters + 2 * 32 * (4 + 4 + 1 + 1), abs=100)
     assert 1.0 <= result.program.flops / result.model_flops < 1.2  # what is not kept is computed again
-    assert result.fits and result.times is None and len(said) == 2
-    assert json.loads(json.dumps(result.to_dict()))["program"]["flops"] == result.program.flops
+    assert result.fits and result.times is None and len(said) == 3
+    content = json.loads(json.dumps(result.to_dict()))["program"]
+    assert content["flops"] == result.program.flops and content["collectives"][0]["group_size"] == 8
     assert any("all-reduce over data" in line for line in result.lines())
 
 
