@@ -239,12 +239,12 @@ class Description:
         memory = {**self.memory, **{f"  of it {name}": size for name, size in self.kept.items()}}
         choices = [(n + now.get(n, ""), again / 1e6, kept / 2**20) for n, (again, kept) in self.policies.items()]
         return [
-            *_table("Sizes", [(name.replace("_", " "), size) for name, size in sizes.items()]),
-            *_table("Parameters", [(name, n, f"{n / total:.1%}") for name, n in counts.items()]),
-            *_table("MFLOPs per token", [(name, n / 1e6, f"{n / forward:.1%}") for name, n in flops.items()]),
+            *table("Sizes", [(name.replace("_", " "), size) for name, size in sizes.items()]),
+            *table("Parameters", [(name, n, f"{n / total:.1%}") for name, n in counts.items()]),
+            *table("MFLOPs per token", [(name, n / 1e6, f"{n / forward:.1%}") for name, n in flops.items()]),
             *([f"  mixing costs {self.mixing_share:.1%} of the experts' FLOPs", ""] if self.mixing_share else []),
-            *_table("MiB, of all devices together", [(name, size / 2**20) for name, size in memory.items()]),
-            *_table("What to keep for backward (* now)", [("", "MFLOPs again", "MiB kept"), *choices]),
+            *table("MiB, of all devices together", [(name, size / 2**20) for name, size in memory.items()]),
+            *table("What to keep for backward (* now)", [("", "MFLOPs again", "MiB kept"), *choices]),
         ]
 
 
@@ -287,7 +287,7 @@ def describe(config: Config) -> Description:
     )
 
 
-def _table(title: str, rows: Sequence[tuple[str | float, ...]]) -> list[str]:
+def table(title: str, rows: Sequence[tuple[str | float, ...]]) -> list[str]:
     forms = {int: "{:,}", float: "{:,.2f}", str: "{}"}
     texts = [[forms[type(value)].format(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]

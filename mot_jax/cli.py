@@ -31,6 +31,7 @@ from mot_jax.config import (
 from mot_jax.inference.modes import MODES, regrouped
 from mot_jax.paths import local_path, user_path
 
+DOES_NOT_FIT = 1
 BAD_INPUT = 2
 
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "describe": _describe, "data": _data, "evaluate": _evaluate}
-    commands |= {"inspect": _inspect, "curves": _curves}
+    commands |= {"inspect": _inspect, "curves": _curves, "plan": _plan}
     epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -89,6 +90,27 @@ def _describe(arguments: list[str]) -> None:
         print(line)
     if options.json:
         _write_json(options.json, description.to_dict())
+
+
+def _plan(arguments: list[str]) -> None:
+    """memory, collectives and modelled time on a machine you need not have: mot plan CONFIG --topology v5p:8x8x8"""
+    options, config = _parse("mot plan", arguments, None, ["--topology", "--slices", "--json"])
+    from mot_jax.planning.hardware import KNOWN, parse_topology
+
+    if options.topology is None:
+        raise ConfigError(f"--topology is missing; known: {KNOWN}")
+    slices = _positive("--slices", options.slices or "1")
+    if parse_topology(options.topology, slices).hardware:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
+    from mot_jax.planning.plan import plan
+
+    result = plan(config, options.topology, slices, functools.partial(print, flush=True))
+    for line in result.lines():
+        print(line)
+    if options.json:
+        _write_json(options.json, {"config": options.config, **result.to_dict()})
+    if not result.fits:
+        sys.exit(DOES_NOT_FIT)
 
 
 def _evaluate(arguments: list[str]) -> None:

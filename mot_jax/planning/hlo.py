@@ -1,0 +1,272 @@
+"""Reads XLA's text of an optimised program into instructions. All that knows how that text is written is here.
+
+The text is no stable format: what is not understood raises UnknownTextError, so that nothing is passed over in silence.
+Tested with the XLA of jax 0.10 on CPU and with libtpu 0.0.42.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+
+
+class UnknownTextError(ValueError):
+    """The text of a program is not written as we know it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array. in_hbm: it lies in the chip's main memory, not in memory of the core's own (`S(1)` in the layout)."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True
+
+    @property
+    def bytes(self) -> float:
+        """Without the padding of the layout's tiles."""
+        return math.prod(self.dims) * _bits(self.dtype) / 8
+
+    @property
+    def hbm_bytes(self) -> float:
+        return self.bytes if self.in_hbm else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """name = opcode(operands), attributes. arrays: the result's, a tuple's leaves in order. text: in the brackets."""
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str
+    attributes: str
+    is_root: bool = False
+
+    def called(self, *words: str) -> list[str]:
+        """The computations that these attributes name."""
+        found = re.findall(rf"\b(?:{'|'.join(words)})=(\{{[^}}]*\}}|%[\w.-]+)", self.attributes)
+        return [name for text in found for name in re.findall(r"%([\w.-]+)", text)]
+
+    def ints(self, attribute: str) -> tuple[int, ...]:
+        """`attribute={1,2}` as numbers; () where it is absent."""
+        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(map(int, filter(None, found[1].split(",")))) if found else ()
+
+    @property
+    def source(self) -> str:
+        """What the Python program was doing, by JAX's name stack."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass
+class Computation:
+    """Instructions by name, in order."""
+
+    name: str
+    instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        return next(i for i in self.instructions.values() if i.is_root)
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.text))
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                users[name].append(instruction)
+        return users
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in instruction.operands]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    computations: dict[str, Computation]
+    entry: str
+
+
+def parse(text: str) -> Module:
+    """The module of `compiled.as_text()`. Raises UnknownTextError."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
+            current = computations[head[2]] = Computation(head[2])
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and line.strip():
+            instruction = _instruction(line)
+            current.instructions[instruction.name] = instruction
+    if not entry:
+        raise UnknownTextError("the compiled program has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    head = re.match(r"\s*(ROOT )?%?([\w.-]+) = ", line)
+    if not head:
+        raise UnknownTextError(f"not an instruction: {line.strip()[:120]}")
+    rest = line[head.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    call = re.match(r"\s*([\w-]+)\(", rest[end:])
+    if not call:
+        raise UnknownTextError(f"no opcode: {line.strip()[:120]}")
+    opening = end + call.end() - 1
+    closing = _closing(rest, opening)
+    inside = rest[opening + 1 : closing]
+    operands = tuple(re.findall(r"%([\w.-]+)", inside)) if call[1] != "constant" else ()
+    return Instruction(head[2], call[1], _arrays(rest[:end]), operands, inside, rest[closing + 1 :], bool(head[1]))
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise UnknownTextError(f"brackets do not close: {text[:120]}")
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    """The leaves of a type, as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
+    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", text)
+    return tuple(
+        Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), not re.search(r"S\([1-9]\)", layout))
+        for dtype, dims, layout in found
+    )
+
+
+@functools.cache
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    found = re.match(r"[a-z]+(\d+)", dtype)
+    if not found:
+        raise UnknownTextError(f"an array of {dtype}")
+    return int(found[1])
+
+
+# --- groups of devices ------------------------------------------------------------------------------------------------
+
+
+def device_groups(attributes: str, count: int) -> np.ndarray:
+    """The `replica_groups` of a collective over `count` devices, int [groups, members]; devices in the mesh's order.
+
+    Written as a list, `{{0,1},{2,3}}`; as a reshaped, transposed range, `[2,2]<=[2,2]T(1,0)`; or as axes of a mesh of
+    the compiler's own, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`, where `'a':(2)4` is a part of an axis.
+    """
+    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
+        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", found[1])]
+        if len({len(row) for row in rows}) > 1:
+            raise UnknownTextError(f"groups of unequal size: {found[0][:120]}")
+        return np.array(rows or [list(range(count))])
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " "):
+        return _range(found[2]).reshape(_ints(found[1]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+        devices = _range(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        return _axes_of_mesh(sizes, devices, found[3])
+    raise UnknownTextError(f"replica groups: {attributes[:160]}")
+
+
+def _ints(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _range(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: 0 … 7 in that shape, transposed, flat. `[0,2,1,3]` alone would be taken for a shape."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not found:
+        raise UnknownTextError(f"an order of devices: {text[:120]}")
+    shape = _ints(found[1])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_ints(found[2]) if found[2] else None).ravel()
+
+
+def _axes_of_mesh(sizes: dict[str, int], devices: np.ndarray, wanted: str) -> np.ndarray:
+    shape = list(sizes.values())
+    cut = {name: [size] for name, size in sizes.items()}  # each axis in parts
+    picked = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", wanted):
+        if before:
+            left, part = int(before), int(size)
+            cut[name] = [left, part, sizes[name] // left // part]
+        picked.append((name, 1 if before else 0))
+    starts = dict(zip(cut, np.cumsum([0, *map(len, cut.values())]), strict=False))
+    shape = [size for parts in cut.values() for size in parts]
+    inner = [int(starts[name]) + part for name, part in picked]
+    outer = [axis for axis in range(len(shape)) if axis not in inner]
+    grid = devices.reshape(shape).transpose(outer + inner)
+    return grid.reshape(-1, math.prod(shape[axis] for axis in inner))
+
+
+def device_pairs(attributes: str) -> list[tuple[int, int]]:
+    """The `source_target_pairs` of a permutation."""
+    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    if not found:
+        raise UnknownTextError(f"source_target_pairs: {attributes[:160]}")
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])]
+
+
+# --- FLOPs of products ------------------------------------------------------------------------------------------------
+
+
+def product_flops(instruction: Instruction, operands: list[Instruction]) -> float:
+    """FLOPs of a dot or convolution: a multiply-add is 2, and what meets padding or holes only is not counted."""
+    out, (left, right) = instruction.arrays[0].dims, (operand.arrays[0].dims for operand in operands[:2])
+    if instruction.opcode == "dot":
+        return 2.0 * math.prod(out) * math.prod(left[d] for d in instruction.ints("lhs_contracting_dims"))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if not labels:
+        raise UnknownTextError(f"a convolution without dim_labels: {instruction.name}")
+    left_size, kernel, out_size = (
+        dict(zip(names, dims, strict=True)) for names, dims in zip(labels.groups(), (left, right, out), strict=True)
+    )
+    batch_groups = _group_count(instruction, "batch_group_count")
+    total = 2.0 * kernel["i"] * out_size["f"] * left_size["b"] / batch_groups
+    window = _window(instruction, sum(name.isdigit() for name in labels[3]))
+    for d, (size, stride, pad, left_holes, right_holes) in enumerate(window):
+        if size != kernel[str(d)]:
+            raise UnknownTextError(f"a window of {size} over {kernel[str(d)]}: {instruction.name}")
+        at = (np.arange(out_size[str(d)]) * stride - pad)[:, None] + np.arange(size) * right_holes
+        whole = (left_size[str(d)] - 1) * left_holes + 1
+        total *= ((at >= 0) & (at < whole) & (at % left_holes == 0)).sum()
+    return float(total)
+
+
+def _group_count(instruction: Instruction, name: str) -> int:
+    found = re.search(rf"{name}=(\d+)", instruction.attributes)
+    return int(found[1]) if found else 1
+
+
+def _window(instruction: Instruction, rank: int) -> list[tuple[int, int, int, int, int]]:
+    """Of each dimension: size, stride, padding before, spacing of the left operand, spacing of the kernel."""
+    if not rank:
+        return []
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    if unknown := set(fields) - {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}:
+        raise UnknownTextError(f"a window with {', '.join(unknown)}: {instruction.name}")
+
+    def column(name: str, default: str) -> list[int]:
+        return [int(value.split("_")[0]) for value in fields.get(name, "x".join([default] * rank)).split("x")]
+
+    columns = [column(*pair) for pair in (("size", "1"), ("stride", "1"), ("pad", "0"))]
+    columns += [column("lhs_dilate", "1"), column("rhs_dilate", "1")]
+    return list(zip(*columns, strict=True))

@@ -1,0 +1,293 @@
+"""`mot plan`: the training step of a config, compiled for a machine that need not be here, in numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mot_jax.accounting import flops_per_token, peak_flops, table
+from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
+from mot_jax.data.objectives import Batch
+from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
+from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.program import Collective, Program, read_program
+from mot_jax.planning.times import Times, label, model_times
+from mot_jax.sharding import make_mesh, rows_sharding
+from mot_jax.training.state import TrainState, abstract_state
+from mot_jax.training.step import make_train_step
+
+LARGEST = 8  # tensors that are named when a program does not fit
+SMALL = 2**16  # bytes, of collectives that share a row
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A training step on a machine. All bytes, FLOPs and seconds are of one chip and one step.
+
+    memory: bytes by what they hold; `HBM limit` and `needed` may be None where nobody knows. largest: (bytes, what) of
+    the traced program's tensors, and advice: what to change, where it does not fit. program, times: None where it does
+    not fit; times also where the machine's figures are not known. efficiency: modelled MFU without and with overlap.
+    """
+
+    topology: str
+    device_kind: str
+    chips: int
+    slices: int
+    mesh: dict[str, int]
+    seconds_to_compile: float
+    memory: dict[str, float | None]
+    fits: bool
+    largest: list[tuple[float, str]]
+    advice: list[str]
+    model_flops: float
+    program: Program | None
+    times: Times | None
+    efficiency: tuple[float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        content = dataclasses.asdict(self)
+        if self.program:
+            content["program"] |= {"flops": self.program.flops, "hbm_bytes": self.program.hbm_bytes}
+            for collective in content["program"]["collectives"]:
+                collective["group_size"] = len(collective.pop("members"))
+        return content
+
+    def lines(self) -> list[str]:
+        """Plain text for a terminal."""
+        mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
+        memory = [(n, "unknown" if size is None else f"{size / 2**30:,.3f}") for n, size in self.memory.items()]
+        title = f"{self.topology}: {self.chips:,} chips ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
+        out = [title, "", *table("GiB per chip", memory)]
+        if not self.fits:
+            out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
+            return [*out, "What to change:", *(f"  {line}" for line in self.advice)]
+        assert self.program
+        flops = [("of the model, 3 x forward", self.model_flops / 1e9), ("of the program", self.program.flops / 1e9)]
+        out += table("GFLOPs per chip and step", flops)
+        out += table(
+            "Collectives, per chip and step", [("", "in the program", "runs", "MiB a run", "MiB"), *self._rows()]
+        )
+        out += [f"not understood: {what}" for what in self.program.unknown]
+        return [*out, *self._time_lines()]
+
+    def _largest(self) -> list[tuple[str | float, ...]]:
+        return [(what, size / 2**20) for size, what in self.largest]
+
+    def _rows(self) -> list[tuple[str, int, int, float, float]]:
+        """One row for equal collectives, the largest first; those below SMALL of an axis share one."""
+        assert self.program
+        groups: dict[tuple[str, float], list[Collective]] = {}
+        for c in self.program.collectives:
+            name, size = (label(c), c.bytes) if c.bytes >= SMALL else (f"{label(c)}, small ones", 0.0)
+            groups.setdefault((name, size), []).append(c)
+        rows = []
+        for (name, _), found in groups.items():
+            largest, total = max(c.bytes for c in found), sum(c.executions * c.bytes for c in found)
+            rows.append((name, len(found), sum(c.executions for c in found), largest / 2**20, total / 2**20))
+        return sorted(rows, key=lambda row: -row[-1])
+
+    def _time_lines(self) -> list[str]:
+        if not (self.times and self.efficiency):
+            return ["No modelled time: this machine's peak, memory bandwidth or network is not in the table."]
+        t, (serial, overlapped) = self.times, self.efficiency
+        parts = {"computation bound by FLOPs": t.compute, "computation bound by HBM": t.hbm, **t.collectives}
+        rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
+        return [
+            *table("Modelled milliseconds", rows),
+            f"  without overlap  {1e3 * t.serial:,.2f} ms, MFU {serial:.1%}; most of it: {t.bound}",
+            f"  full overlap     {1e3 * t.overlapped:,.2f} ms, MFU {overlapped:.1%}; bound by: {t.overlapped_bound}",
+        ]
+
+
+def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
+    """Compiles the training step of `config` for `topology` and says what it needs. `say`: progress, in lines.
+
+    Raises ConfigError for a topology or a mesh that cannot be, before anything is compiled.
+    """
+    where = parse_topology(topology, slices)
+    devices = _devices(where)
+    mesh = _mesh(config, where, devices)
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
+    memory = _state_bytes(state)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        say(f"tracing the training step for {mesh.size:,} devices")
+        traced = jax.jit(make_train_step(config), donate_argnums=0).trace(state, batch)
+        say(f"compiling it for {topology}: a minute or more for large models")
+        try:
+            compiled = traced.lower().compile()
+            program = read_program(compiled.as_text(), dict(mesh.shape), where.slices)
+            memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            program = None
+            memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
+        except UnknownTextError as error:
+            raise ConfigError(f"the compiled program cannot be read: {error}; try the versions of the lock") from error
+    seconds = time.perf_counter() - start
+    say(f"compiled it in {seconds:.1f} s")
+    needed, limit = memory["needed"], memory["HBM limit"]
+    fits = program is not None and (needed is None or limit is None or needed <= limit)
+    model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
+    peak = peak_flops(devices[0], config.model.dtype)
+    ideal, times = model_flops / (peak or 1), None
+    if fits and program and hardware and peak and (hardware.dcn_bandwidth or mesh.size <= hardware.chips):
+        times = model_times(program, hardware, peak, list(mesh.devices.flat))
+    return Plan(
+        topology=topology,
+        device_kind=devices[0].device_kind,
+        chips=mesh.size,
+        slices=where.slices,
+        mesh=dict(mesh.shape),
+        seconds_to_compile=seconds,
+        memory=memory,
+        fits=fits,
+        largest=[] if fits else largest_tensors(traced.jaxpr.jaxpr)[:LARGEST],
+        advice=[] if fits else _advice(config),
+        model_flops=model_flops,
+        program=program if fits else None,
+        times=times,
+        efficiency=(ideal / times.serial, ideal / times.overlapped) if times else None,
+    )
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _devices(where: Topology) -> list[jax.Device]:
+    """The devices of a topology: those that are here, or those that libtpu compiles for."""
+    if where.hardware is None:
+        if where.chips:
+            with contextlib.suppress(RuntimeError):  # JAX is awake: its devices are what they are
+                jax.config.update("jax_num_cpu_devices", where.chips)
+        devices = jax.devices()
+        if where.chips and where.chips > len(devices):
+            raise ConfigError(f"--topology = {where.name}: there are {len(devices)} devices; try local:{len(devices)}")
+        return devices[: where.chips]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"--topology = {where.name}: needs libtpu, which is not here; try pip install 'mot_jax[tpu]'")
+    # libtpu reads these when it wakes up, and would otherwise look for a TPU, or ask the cloud's metadata server.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: nobody's lock is in the way
+    options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
+    if where.hardware.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it
+    try:
+        return list(topologies.get_topology_desc(where.name, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--topology = {where.name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
+
+
+def _mesh(config: Config, where: Topology, devices: list[jax.Device]) -> Mesh:
+    try:
+        mesh = make_mesh(config, devices)
+    except (NotImplementedError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        sizes = ", ".join(f"mesh.{name} = {size}" for name, size in dataclasses.asdict(config.mesh).items())
+        raise ConfigError(
+            f"{sizes}: JAX cannot lay these axes on {where.name}, {where.slices} slice(s); try axes that are products "
+            "of the torus' sizes, with data a multiple of the slices"
+        ) from error
+    if mesh.size != len(devices):
+        raise ConfigError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
+    return mesh
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch, as `Objective` makes it."""
+    shape, rows = (config.training.batch_size, config.model.context_length), rows_sharding(mesh)
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+    segments = array(jnp.int32) if config.model.document_mask else None
+    return Batch(array(jnp.int32), array(jnp.int32), array(jnp.bool_), array(jnp.bool_), segments)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _state_bytes(state: TrainState) -> dict[str, float | None]:
+    def size(tree: Any) -> float:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    return {"parameters": size(state.params), "optimizer": size(state.opt_state)}
+
+
+def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
+    if hardware:
+        return hardware.hbm_bytes
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _program_bytes(analysis: Any, limit: float | None) -> dict[str, float | None]:
+    """The compiler's own figures. Outputs that take the place of arguments are counted once."""
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    more = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
+    memory = {"arguments": arguments, "temporaries": temporaries, "other outputs and code": more}
+    return {**memory, "needed": arguments + temporaries + more, "HBM limit": limit}
+
+
+def _refused_bytes(message: str, limit: float | None) -> dict[str, float | None]:
+    """What libtpu says when a program does not fit: `… temporaries (24.13G) exceeds available HBM (15.75G)`."""
+    number = r"([\d.]+)([KMGT]?)"
+    forms = [rf"\({number}\) exceeds available HBM \({number}\)", rf"Used {number} of {number} hbm"]
+    for form in forms:
+        if found := re.search(form, message):
+            sizes = [float(found[i]) * 1024 ** " KMGT".index(found[i + 1] or " ") for i in (1, 3)]
+            return {"needed": sizes[0], "HBM limit": sizes[1]}
+    return {"needed": None, "HBM limit": limit}
+
+
+def largest_tensors(jaxpr: Any) -> list[tuple[float, str]]:
+    """(bytes per chip, dtype, shape and origin) of what a traced program computes, the largest of each kind first."""
+    found: dict[str, float] = {}
+    for equation in _equations(jaxpr):
+        for variable in equation.outvars:
+            aval = variable.aval
+            if getattr(aval, "shape", ()) and hasattr(aval.dtype, "itemsize"):
+                shape = aval.sharding.shard_shape(aval.shape)
+                origin = str(equation.source_info.name_stack) or "the step"
+                what = f"{aval.dtype.name}{list(shape)} {equation.primitive.name} in {origin}"
+                found[what] = math.prod(shape) * aval.dtype.itemsize
+    return sorted(((size, what) for what, size in found.items()), reverse=True)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        inner = list(jax.extend.core.jaxprs_in_params(equation.params))
+        yield from [] if inner and equation.primitive.name == "jit" else [equation]
+        for inside in inner:
+            yield from _equations(inside)
+
+
+def _advice(config: Config) -> list[str]:
+    """What makes a step smaller, that this config does not do yet."""
+    m, t = config.model, config.training
+    advice = ["a larger --mesh.fsdp or --mesh.expert, which split parameters and optimizer state"]
+    if isinstance(m.feed_forward, MixtureOfTokensConfig) and m.feed_forward.saved != "nothing":
+        advice.append("--model.feed-forward.saved nothing")
+    if m.remat != "blocks":
+        advice.append("--model.remat blocks")
+    advice.append(f"--training.accumulation {2 * t.accumulation}, if a microbatch still has whole groups on every chip")
+    return [*advice, f"--training.batch-size {t.batch_size // 2}", "more chips"]

@@ -1,0 +1,332 @@
+"""What a compiled program does: FLOPs, bytes and collectives, true for scans, from its optimised text (`hlo.py`).
+
+A *body* is a stretch of the program that runs a known number of times: the program itself, and the body of each loop.
+    JAX's scans are loops whose trip count the text gives or whose condition shows it.
+FLOPs: those of dots and convolutions, a multiply-add being 2. Element by element operations are not counted.
+HBM bytes: what the instructions of a body read and write, a fusion being one instruction: its inside stays on the chip.
+    An operand of which only a slice is taken counts as that slice, and an update in place as what is updated. What lies
+    in memory of the core's own costs nothing. No padding of tiles, nothing read twice: a lower bound.
+Collectives: each once, asynchronous or not, inside a fusion or not. Their `bytes` are of the whole array that one chip
+    gives to it; to an all-gather, of the array that it gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from mot_jax.planning import hlo
+from mot_jax.planning.hlo import Computation, Instruction, Module, UnknownTextError
+
+SLICES = "slices"  # as an axis: the data-center network between the slices
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Neither reads nor writes.
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
+_FREE |= {"replica-id", "add-dependency", "send", "recv"}
+_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective. axes: of the mesh, () where no set of axes has these groups. bytes: per execution and chip.
+
+    members: the devices of one group, by their place in the mesh; of a permutation, one device and where it sends.
+    executions: per step. Between slices XLA makes collectives of their own, whose axes are ("slices",).
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    bytes: float
+    members: tuple[int, ...]
+    executions: int
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Body:
+    """FLOPs and HBM bytes of one execution on one chip, and the executions per step."""
+
+    name: str
+    executions: int
+    flops: float
+    hbm_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """bodies, the whole program first. unknown: what was not understood, in words; the figures lack it."""
+
+    bodies: tuple[Body, ...]
+    collectives: tuple[Collective, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """Of one step on one chip."""
+        return sum(body.executions * body.flops for body in self.bodies)
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Of one step on one chip."""
+        return sum(body.executions * body.hbm_bytes for body in self.bodies)
+
+
+def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1) -> Program:
+    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
+
+    The first axis of several slices goes over the slices; XLA's program is that of one of them.
+    """
+    first = next((name for name, size in mesh_shape.items() if size > 1), None)
+    inside = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
+    return _Reader(hlo.parse(text), inside, slices).read()
+
+
+class _Reader:
+    def __init__(self, module: Module, mesh_shape: dict[str, int], slices: int):
+        self.slices = slices
+        self.computations = module.computations
+        self.entry = module.computations[module.entry]
+        self.axes = _axes_by_groups(mesh_shape)
+        self.places = np.arange(int(np.prod([1, *mesh_shape.values()]))).reshape(tuple(mesh_shape.values()))
+        self.names = tuple(mesh_shape)
+        self.bodies: list[Body] = []
+        self.collectives: list[Collective] = []
+        self.unknown: dict[str, None] = {}
+
+    def read(self) -> Program:
+        self._body(self.entry, 1, "once a step")
+        return Program(tuple(self.bodies), tuple(self.collectives), tuple(self.unknown))
+
+    def _body(self, computation: Computation, executions: int, name: str) -> None:
+        place = len(self.bodies)
+        flops, size = self._straight(computation, executions)
+        self.bodies.insert(place, Body(name, executions, flops, size))
+
+    def _straight(self, computation: Computation, executions: int) -> tuple[float, float]:
+        """FLOPs and bytes of a computation; its loops become bodies of their own."""
+        flops = size = 0.0
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "while":
+                trips = self._trips(computation, instruction)
+                if trips is None:
+                    self.unknown[f"how often {instruction.name} runs ({instruction.source}): counted once"] = None
+                for body in instruction.called("body"):
+                    name = f"{instruction.source or instruction.name} x {trips or 'unknown'}"
+                    self._body(self.computations[body], executions * (trips or 1), name)
+            elif instruction.opcode in ("call", "conditional"):
+                if instruction.opcode == "conditional":
+                    self.unknown[f"which branch {instruction.name} takes: all are counted"] = None
+                words = ("to_apply", "branch_computations", "true_computation", "false_computation")
+                for called in instruction.called(*words):
+                    more = self._straight(self.computations[called], executions)
+                    flops, size = flops + more[0], size + more[1]
+            else:
+                flops += self._flops(computation, instruction)
+                size += self._bytes(computation, instruction)
+                self._collect(computation, instruction, executions)
+        return flops, size
+
+    def _inside(self, instruction: Instruction) -> list[Computation]:
+        """What a fusion or an asynchronous start runs."""
+        if instruction.opcode not in ("fusion", "async-start"):
+            return []
+        return [self.computations[name] for name in instruction.called("calls")]
+
+    def _flops(self, computation: Computation, instruction: Instruction) -> float:
+        if instruction.opcode in ("dot", "convolution"):
+            return hlo.product_flops(instruction, computation.operands(instruction))
+        if instruction.opcode == "custom-call":
+            target = _target(instruction)
+            if target not in _FREE_CALLS:
+                self.unknown[f"FLOPs of the custom call {target}"] = None
+        return sum(self._flops(c, i) for c in self._inside(instruction) for i in c.instructions.values())
+
+    # --- bytes --------------------------------------------------------------------------------------------------------
+
+    def _bytes(self, computation: Computation, instruction: Instruction) -> float:
+        opcode, operands = instruction.opcode, computation.operands(instruction)
+        if opcode in _FREE or opcode.endswith(("-done", "async-update")):
+            return 0.0
+        if opcode == "custom-call" and _target(instruction) in _FREE_CALLS:
+            return 0.0
+        kind = opcode.removesuffix("-start")
+        if kind in KINDS:
+            return 2 * sum(a.hbm_bytes for operand in operands for a in operand.arrays)
+        results = instruction.arrays
+        if opcode.endswith("-start") and opcode != "async-start":  # the result stands among what the operation keeps
+            results = results[:1] if kind == "copy" else results[len(operands) : len(operands) + 1]
+        if kind in ("dynamic-slice", "slice", "gather"):
+            return (operands[0].arrays[0].in_hbm + results[0].in_hbm) * results[0].bytes
+        if kind == "dynamic-update-slice":
+            return operands[1].arrays[0].hbm_bytes + operands[0].arrays[0].in_hbm * operands[1].arrays[0].bytes
+        if opcode == "fusion":
+            return self._fusion_bytes(self._inside(instruction)[0], instruction, operands)
+        if opcode == "async-start":
+            return sum(self._bytes(c, i) for c in self._inside(instruction) for i in c.instructions.values())
+        return sum(a.hbm_bytes for operand in operands for a in operand.arrays) + sum(a.hbm_bytes for a in results)
+
+    def _fusion_bytes(self, inside: Computation, instruction: Instruction, operands: list[Instruction]) -> float:
+        read = sum(
+            self._read(inside.name, number) for number, operand in enumerate(operands) if operand.arrays[0].in_hbm
+        )
+        root = inside.root
+        written = inside.operands(root) if root.opcode == "tuple" else [root]
+        if len(written) != len(instruction.arrays):
+            return read + sum(a.hbm_bytes for a in instruction.arrays)
+        return read + sum(
+            self._written(inside, part) for part, a in zip(written, instruction.arrays, strict=True) if a.in_hbm
+        )
+
+    @functools.cache  # noqa: B019  one reader lives for one program
+    def _read(self, name: str, parameter: int) -> float:
+        """Bytes that a fused computation reads of its parameter."""
+        inside = self.computations[name]
+        return self._read_of(inside, inside.parameters[parameter])
+
+    def _read_of(self, inside: Computation, value: Instruction) -> float:
+        whole, total = sum(a.bytes for a in value.arrays), 0.0
+        for user in inside.users[value.name]:
+            first = user.operands[0] == value.name
+            if user.opcode == "bitcast":
+                total += self._read_of(inside, user)
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
+                total += user.arrays[0].bytes
+            elif user.opcode == "dynamic-update-slice" and first:
+                pass  # in place: what is not updated is not read
+            elif user.opcode == "fusion":
+                called = user.called("calls")[0]
+                total += sum(self._read(called, n) for n, name in enumerate(user.operands) if name == value.name)
+            else:
+                return whole
+        return min(total, whole)
+
+    def _written(self, inside: Computation, part: Instruction) -> float:
+        """Bytes that a fused computation writes of this part of its result."""
+        if part.opcode == "bitcast":
+            return self._written(inside, inside.operands(part)[0])
+        if part.opcode == "dynamic-update-slice":
+            return inside.operands(part)[1].arrays[0].bytes
+        if part.opcode == "fusion" and len(part.arrays) == 1:
+            nested = self._inside(part)[0]
+            return self._written(nested, nested.root)
+        return sum(a.bytes for a in part.arrays)
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def _collect(self, computation: Computation, instruction: Instruction, executions: int) -> None:
+        for inside in self._inside(instruction):
+            for part in inside.instructions.values():
+                self._collect(inside, part, executions)
+        kind = instruction.opcode.removesuffix("-start")
+        if kind == "send":  # between slices; each has its `recv`
+            found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            kind = found[1].lower().replace("_", "-") if found else kind
+        if kind in ("send", "ragged-all-to-all", "collective-broadcast"):
+            self.unknown[f"{instruction.opcode} {instruction.name} ({instruction.source}): not counted"] = None
+        if kind not in KINDS:
+            return
+        size = sum(a.bytes for operand in computation.operands(instruction) for a in operand.arrays)
+        axes: tuple[str, ...]
+        if instruction.opcode == "send":
+            axes, members = (SLICES,), tuple(range(0, self.slices * self.places.size, self.places.size))
+        elif kind == "collective-permute":
+            axes, members = self._permutation(hlo.device_pairs(instruction.attributes))
+        else:
+            groups = hlo.device_groups(instruction.attributes, self.places.size)
+            members = tuple(int(n) for n in groups[0])
+            axes = self.axes.get(_key(groups), ())
+        if len(members) > 1:
+            size *= len(members) if kind == "all-gather" else 1
+            self.collectives.append(Collective(kind, axes, size, members, executions, instruction.source))
+
+    def _permutation(self, pairs: list[tuple[int, int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The axes along which it moves, and one device with the device it sends to."""
+        moves = [pair for pair in pairs if pair[0] != pair[1]]
+        if not moves:
+            return (), ()
+        a, b = (np.stack(np.unravel_index(ends, self.places.shape)) for ends in zip(*moves, strict=True))
+        return tuple(name for name, moved in zip(self.names, (a != b).any(axis=1), strict=True) if moved), moves[0]
+
+    # --- loops --------------------------------------------------------------------------------------------------------
+
+    def _trips(self, caller: Computation, loop: Instruction) -> int | None:
+        """How often a loop runs; None where neither the text nor the condition tells."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition, body = (self.computations[loop.called(word)[0]] for word in ("condition", "body"))
+        start = caller.operands(loop)[0]
+        test = condition.root
+        if test.opcode != "compare" or "direction=LT" not in test.attributes or start.opcode != "tuple":
+            return None
+        counter, limit = condition.operands(test)
+        if counter.opcode != "get-tuple-element":
+            return None
+        number = _element(counter)
+        first, last = _constant(caller, caller.operands(start)[number]), _constant(condition, limit)
+        if last is None and limit.opcode == "get-tuple-element":  # handed through the loop
+            last = _constant(caller, caller.operands(start)[_element(limit)])
+        step = self._increment(body, number)
+        if first is None or last is None or not step:
+            return None
+        return max(0, -(-(last - first) // step))
+
+    def _increment(self, body: Computation, number: int) -> int | None:
+        if body.root.opcode != "tuple":
+            return None
+        add = _through(body, body.operands(body.root)[number])
+        if add.opcode != "add":
+            return None
+        steps = [_constant(body, part) for part in body.operands(add)]
+        return next((step for step in steps if step is not None), None)
+
+
+def _target(instruction: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return found[1] if found else instruction.name
+
+
+def _element(instruction: Instruction) -> int:
+    found = re.search(r"index=(\d+)", instruction.attributes)
+    if not found:
+        raise UnknownTextError(f"a get-tuple-element without index: {instruction.name}")
+    return int(found[1])
+
+
+def _through(computation: Computation, instruction: Instruction) -> Instruction:
+    """What this is a copy of."""
+    while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        instruction = computation.operands(instruction)[0]
+    return instruction
+
+
+def _constant(computation: Computation, instruction: Instruction) -> int | None:
+    found = _through(computation, instruction)
+    return int(found.text) if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.text) else None
+
+
+def _key(groups: np.ndarray) -> frozenset[frozenset[int]]:
+    return frozenset(frozenset(group) for group in groups.tolist())
+
+
+def _axes_by_groups(mesh_shape: dict[str, int]) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
+    """From the groups of devices that a collective over some axes of a mesh has to these axes; fewest axes first."""
+    sizes = list(mesh_shape.items())
+    grid = np.arange(int(np.prod([1, *mesh_shape.values()]))).reshape([size for _, size in sizes])
+    wide = [axis for axis, (_, size) in enumerate(sizes) if size > 1]
+    found: dict[frozenset[frozenset[int]], tuple[str, ...]] = {}
+    for chosen in _subsets(wide):
+        outer = [axis for axis in range(len(sizes)) if axis not in chosen]
+        members = int(np.prod([1, *(sizes[axis][1] for axis in chosen)]))
+        groups = grid.transpose([*outer, *chosen]).reshape(-1, members)
+        found.setdefault(_key(groups), tuple(sizes[axis][0] for axis in chosen))
+    return found
+
+
+def _subsets(axes: list[int]) -> Iterator[tuple[int, ...]]:
+    for count in range(1, len(axes) + 1):
+        yield from itertools.combinations(axes, count)

@@ -1,0 +1,78 @@
+"""The text of compiled programs: arrays, groups of devices, FLOPs of products."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mot_jax.planning import hlo
+from mot_jax.planning.program import read_program
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=[1,4]<=[4]", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_groups_of_devices_in_all_their_forms(written, expected):
+    groups = hlo.device_groups(f", channel_id=1, {written}, use_global_device_ids=true", 4)
+    assert sorted(map(sorted, groups.tolist())) == expected
+
+
+@pytest.mark.parametrize(
+    "written", ["replica_groups=mesh['a'=2], device_ids=(x) {'a'}", "replica_groups={{0,1},{2}}", ""]
+)
+def test_groups_that_are_not_understood_are_an_error(written):
+    with pytest.raises(hlo.UnknownTextError):
+        hlo.device_groups(written, 4)
+
+
+def test_arrays_know_their_bytes_and_whether_they_lie_in_hbm():
+    arrays = "((bf16[4,8]{1,0:T(8,128)(2,1)}), s32[], /*index=2*/u4[3]{0:T(8)S(1)})"
+    line = f"  ROOT %x.1 = {arrays} slice-start(%a), slice={{[0:4]}}"
+    module = hlo.parse(f"ENTRY %main (a: bf16[4,8]) -> s32[] {{\n  %a = bf16[4,8]{{1,0}} parameter(0)\n{line}\n}}\n")
+    root = module.computations["main"].root
+    assert (root.opcode, root.operands) == ("slice-start", ("a",))
+    assert [array.bytes for array in root.arrays] == [64, 4, 1.5]
+    assert [array.hbm_bytes for array in root.arrays] == [64, 4, 0]
+
+
+@pytest.mark.parametrize("text", ["", "ENTRY %main (a: f32[]) -> f32[] {\n  what is this\n}\n"])
+def test_what_is_no_program_is_an_error(text):
+    with pytest.raises(hlo.UnknownTextError):
+        hlo.parse(text)
+
+
+def convolution(left, right, strides, padding, left_holes, right_holes, groups=1):
+    return jax.lax.conv_general_dilated(
+        left, right, strides, padding, left_holes, right_holes, ("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+@pytest.mark.parametrize(
+    "strides, padding, left_holes, right_holes",
+    [
+        ((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1)),
+        ((2, 1), ((1, 1), (2, 0)), (1, 1), (1, 1)),
+        ((1, 2), ((2, 2), (3, 1)), (3, 1), (1, 2)),
+    ],
+)
+def test_products_with_padding_and_holes_are_not_counted(strides, padding, left_holes, right_holes):
+    left, right = jnp.ones((2, 6, 5, 3)), jnp.ones((2, 3, 3, 4))
+    arguments = left, right, strides, padding, left_holes, right_holes
+    compiled = jax.jit(convolution, static_argnums=(2, 3, 4, 5)).lower(*arguments).compile()
+    program = read_program(compiled.as_text(), {"data": 1})
+    # Ones times ones: the sum of all outputs is the number of products.
+    products = compiled(left, right).sum()
+    assert program.flops == 2 * products and not program.unknown

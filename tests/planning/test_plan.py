@@ -1,0 +1,224 @@
+"""Plans of small steps: for the CPU devices that are here, and with libtpu for TPUs that are not."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mot_jax.accounting import count_parameters, peak_flops
+from mot_jax.cli import main
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    DenseConfig,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from mot_jax.planning import plan as module
+from mot_jax.planning.hardware import HARDWARE, parse_topology
+from mot_jax.planning.plan import Plan, plan
+from mot_jax.planning.program import read_program
+from mot_jax.planning.times import model_times
+
+LIBTPU = "0.0.42"  # another may make other collectives of the same program
+HERE = ""
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    HERE = importlib.metadata.version("libtpu")
+needs_libtpu = pytest.mark.skipif(
+    not HERE.startswith(LIBTPU), reason=f"needs libtpu {LIBTPU}, here is {HERE or 'none'}"
+)
+
+
+def small(kind=DenseConfig(), **mesh: int) -> Config:
+    """A block of d_model 64 on 16 rows of 32."""
+    model = ModelConfig(num_blocks=1, d_model=64, d_ff=128, context_length=32, feed_forward=kind, loss_chunk=32)
+    return Config(model=model, training=TrainingConfig(batch_size=16), mesh=MeshConfig(**mesh))
+
+
+def moved(result, kind: str, *axes: str) -> float:
+    """Bytes per step of the collectives of a kind."""
+    found = [c for c in result.program.collectives if c.kind == kind and (not axes or c.axes == axes)]
+    return sum(c.executions * c.bytes for c in found)
+
+
+def test_a_data_parallel_step_reduces_its_gradients_once():
+    config = small(data=8)
+    said: list[str] = []
+    result = plan(config, "local:8", say=said.append)
+    parameters = sum(count_parameters(config.model).values())
+    # Float32 gradients, and a few sums of scalars.
+    assert 4 * parameters <= moved(result, "all-reduce", "data") <= 4 * parameters + 100
+    assert {c.kind for c in result.program.collectives} == {"all-reduce"}
+    assert result.memory["parameters"] == 4 * parameters
+    assert 8 * parameters <= result.memory["optimizer"] <= 8 * parameters + 100
+    assert result.memory["arguments"] == pytest.approx(12 * parameters + 2 * 32 * (4 + 4 + 1 + 1), abs=100)
+    assert 1.0 <= result.program.flops / result.model_flops < 1.2  # what is not kept is computed again
+    assert result.fits and result.times is None and len(said) == 3
+    content = json.loads(json.dumps(result.to_dict()))["program"]
+    assert content["flops"] == result.program.flops and content["collectives"][0]["group_size"] == 8
+    assert any("all-reduce over data" in line for line in result.lines())
+
+
+@pytest.mark.slow
+def test_experts_cost_four_exchanges_a_layer():
+    kind = MixtureOfTokensConfig(group_size=4, num_experts=8, saved="all")
+    config = small(kind, data=2, expert=2)
+    result = plan(config, "local:4")
+    # Each of a chip's 16 / 4 / 4 = 1 groups sends 32 x E mixtures of 64 floats: there and back, and again backward.
+    assert moved(result, "all-to-all", "expert") == 4 * (1 * 32 * 8 * 64) * 4
+    experts = count_parameters(config.model)["experts"]
+    assert moved(result, "all-reduce", "data") == 4 * experts / 2
+
+
+def test_a_mesh_that_leaves_chips_idle_is_refused():
+    with pytest.raises(ConfigError, match=r"idle; try --mesh.data -1"):
+        plan(small(data=2), "local:8")
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'mot_jax\[tpu\]'"):
+        plan(small(data=4), "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    "message, needed, limit",
+    [
+        ("RESOURCE_EXHAUSTED: … HLO temporaries (24.50G) exceeds available HBM (15.75G).", 24.5 * 2**30, 15.75 * 2**30),
+        ("RESOURCE_EXHAUSTED: … Used 17.5G of 512.00M hbm. Exceeded …", 17.5 * 2**30, 2**29),
+        ("RESOURCE_EXHAUSTED: something else", None, 7.0),
+    ],
+)
+def test_what_the_compiler_says_of_too_large_a_program(message, needed, limit):
+    assert module._refused_bytes(message, 7.0) == {"needed": needed, "HBM limit": limit}
+
+
+def test_the_command_line(capsys, tmp_path, monkeypatch):
+    def run(*flags: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", "configs/demo_dense.py", *flags])
+        return stop.value.code
+
+    assert run() == 2 and "--topology is missing; known: v4" in capsys.readouterr().err
+    assert run("--topology", "v9:2x2") == 2 and "no such topology" in capsys.readouterr().err
+    assert run("--topology", "v5e:2x2", "--slices", "none") == 2 and "--slices" in capsys.readouterr().err
+
+    def too_large(config, topology, slices, say):
+        say(f"{topology} {slices} {config.model.d_model}")
+        memory = {"needed": 2.0**31, "HBM limit": None}
+        return Plan(
+            *(topology, "TPU v5", 8, slices, {"data": 8}, 1.0, memory, False, [(2.0**20, "float32[4]")]),
+            *(["more chips"], 1.0, None, None, None),
+        )
+
+    monkeypatch.setattr(module, "plan", too_large)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the command sets, and which is put back afterwards
+    flags = ["--slices", "2", "--model.d-model", "32", "--json", str(tmp_path / "plan.json")]
+    assert run("--topology", "v5p:2x2x1", *flags) == 1
+    told = capsys.readouterr().out
+    assert all(text in told for text in ("v5p:2x2x1 2 32", "2.000", "unknown", "float32[4]", "more chips"))
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+
+
+# --- with libtpu ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_data_parallel_step_on_a_tpu_by_hand():
+    config = small(data=4)
+    result = plan(config, "v5e:2x2")
+    parameters = sum(count_parameters(config.model).values())
+    assert 4 * parameters <= moved(result, "all-reduce", "data") <= 4 * parameters + 100
+    assert not result.program.unknown and 1.0 <= result.program.flops / result.model_flops < 1.2
+    # 2 x 2 chips, no rings: two links of 45 GB/s.
+    expected = 2 * 3 / 4 * 4 * parameters / (2 * 4.5e10)
+    assert result.times.collectives["all-reduce over data"] == pytest.approx(expected, rel=1e-3)
+    assert result.memory["HBM limit"] == 15.75 * 2**30
+    assert 0 < result.efficiency[0] < result.efficiency[1] < 1
+
+
+DEPTH, WIDTH, ROWS = 4, 512, 256  # ROWS of each chip
+
+
+def sharded_program(mesh):
+    """The program of the gradient of DEPTH layers in bfloat16, whose float32 weights lie over `fsdp`."""
+
+    def loss(weights, x):
+        def layer(x, w):
+            return jax.nn.relu(x @ jax.reshard(w.astype(jnp.bfloat16), P())), None
+
+        return jax.lax.scan(layer, x, weights)[0].astype(jnp.float32).sum()
+
+    def array(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    weights = array((DEPTH, WIDTH, WIDTH), jnp.float32, None, "fsdp")
+    x = array((mesh.size * ROWS, WIDTH), jnp.bfloat16, ("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss)).lower(weights, x).compile().as_text()
+
+
+def by_kind(program):
+    moved = collections.Counter()
+    for c in program.collectives:
+        moved[c.kind, *c.axes] += c.executions * c.bytes
+    return moved
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_fully_sharded_weights_on_a_tpu_by_hand():
+    devices = module._devices(parse_topology("v5e:2x4"))
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    program = read_program(sharded_program(mesh), dict(mesh.shape))
+    assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
+    weights = 2 * DEPTH * WIDTH**2  # bytes, in bfloat16
+    # Gathered once, since the forward pass keeps them. libtpu reduces whole gradients and takes a part of them.
+    assert by_kind(program) == {("all-gather", "fsdp"): weights, ("all-reduce", "data", "fsdp"): weights}
+    peak = peak_flops("TPU v5 lite", "bfloat16")
+    times = model_times(program, HARDWARE["v5e"], peak, list(mesh.devices.flat)).collectives
+    # JAX lays the four of fsdp on a square, so that each has two links; all eight have no more.
+    assert times["all-gather over fsdp"] == pytest.approx(3 / 4 * weights / (2 * 4.5e10))
+    assert times["all-reduce over data x fsdp"] == pytest.approx(2 * 7 / 8 * weights / (2 * 4.5e10))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_two_slices_on_a_tpu_by_hand():
+    devices = module._devices(parse_topology("v5e:2x2", 2))
+    order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
+    mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    program = read_program(sharded_program(mesh), dict(mesh.shape), slices=2)
+    assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
+    weights = 2 * DEPTH * WIDTH**2
+    # Each slice adds up its own gradients; a quarter of them goes from each chip to the other slice.
+    expected = {("all-gather", "fsdp"): weights, ("all-reduce", "fsdp"): weights}
+    assert by_kind(program) == {**expected, ("all-reduce", "slices"): weights / 4}
+    times = model_times(program, HARDWARE["v5e"], 1.97e14, list(mesh.devices.flat)).collectives
+    assert times["all-reduce over slices"] == pytest.approx(2 * 1 / 2 * weights / 4 / 3.1e9)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_an_answer():
+    config = small(data=4)
+    training = dataclasses.replace(config.training, batch_size=2**22)
+    result = plan(dataclasses.replace(config, training=training), "v5e:2x2")
+    assert not result.fits and result.program is None and result.times is None
+    assert result.memory["needed"] > result.memory["HBM limit"] == 15.75 * 2**30
+    size, what = result.largest[0]
+    assert size == 2**20 * 32 * 257 * 4 and what.startswith("float32[1, 1048576, 32, 257]")  # logits
+    assert any("--model.remat blocks" in line for line in result.lines())

@@ -1,0 +1,137 @@
+"""What compiled programs do, by hand: FLOPs and bytes of scans, collectives by kind, axis, bytes and executions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mot_jax.planning.program import read_program
+
+DEPTH, ROWS, WIDTH = 5, 128, 64
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    explicit = (AxisType.Explicit,) * len(sizes)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=explicit, devices=devices)
+
+
+def compiled_text(mesh, function, *arrays: tuple[tuple[int, ...], P]) -> str:
+    """The program of `function` on float32 arrays with these shapes and partitions."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in arrays]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*shapes).compile().as_text()
+
+
+def read(mesh, function, *arrays):
+    return read_program(compiled_text(mesh, function, *arrays), dict(mesh.shape))
+
+
+def scanned(weights, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+
+def test_a_scan_is_as_many_products_as_it_has_turns():
+    mesh = mesh_of(data=1)
+    program = read(mesh, scanned, ((DEPTH, WIDTH, WIDTH), P()), ((ROWS, WIDTH), P()))
+    assert program.flops == DEPTH * 2 * ROWS * WIDTH * WIDTH
+    [_, loop] = program.bodies
+    assert loop.executions == DEPTH
+    # A turn reads one matrix of the stack, not the stack; a few copies of it and of x are the compiler's affair.
+    slice_bytes, x_bytes = 4 * WIDTH * WIDTH, 4 * ROWS * WIDTH
+    assert slice_bytes + 2 * x_bytes <= loop.hbm_bytes <= 4 * slice_bytes + 10 * x_bytes
+    assert not program.collectives and not program.unknown
+
+
+def test_scans_in_scans_multiply():
+    def twice(weights, x):
+        return jax.lax.scan(lambda x, _: (scanned(weights, x), None), x, length=3)[0]
+
+    program = read(mesh_of(data=1), twice, ((DEPTH, WIDTH, WIDTH), P()), ((ROWS, WIDTH), P()))
+    assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH * WIDTH
+
+
+def test_a_loop_without_an_end_in_sight_is_told():
+    def until(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
+
+    program = read(mesh_of(data=1), until, ((WIDTH, WIDTH), P()))
+    assert program.flops == 2 * WIDTH**3
+    assert "counted once" in program.unknown[0]
+
+
+@pytest.mark.parametrize(
+    "batch, kept, axes",
+    [("data", (), ("data",)), ("expert", (), ("expert",)), (("data", "expert"), (), ("data", "expert"))],
+)
+def test_an_all_reduce_is_named_by_its_axes(batch, kept, axes):
+    def product(x, y):
+        return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), out_sharding=P())
+
+    x = ((ROWS, WIDTH), P(batch))
+    program = read(mesh_of(data=2, expert=4), product, x, x)
+    [found] = program.collectives
+    assert (found.kind, found.axes, found.executions) == ("all-reduce", axes, 1)
+    assert found.bytes == 4 * WIDTH * WIDTH
+    shards = {"data": 2, "expert": 4}
+    assert len(found.members) == math.prod(shards[axis] for axis in axes)
+
+
+def test_a_collective_in_a_scan_runs_at_each_turn():
+    def gathered(weights, x):
+        def turn(x, w):
+            return jnp.tanh(x @ jax.reshard(w, P())), None
+
+        return jax.lax.scan(turn, x, weights)[0]
+
+    mesh = mesh_of(data=2, fsdp=4)
+    arrays = ((DEPTH, WIDTH, WIDTH), P(None, "fsdp")), ((ROWS, WIDTH), P(("data", "fsdp")))
+    [found] = read(mesh, gathered, *arrays).collectives
+    assert (found.kind, found.axes, found.executions) == ("all-gather", ("fsdp",), DEPTH)
+    assert found.bytes == 4 * WIDTH * WIDTH  # of the whole matrix, which each device gets
+
+
+def test_an_all_to_all_and_a_permutation():
+    mesh = mesh_of(data=2, expert=4)
+    x = ((ROWS, WIDTH), P("expert", None))
+    [found] = read(mesh, lambda x: jax.reshard(x, P(None, "expert")), x).collectives
+    assert (found.kind, found.axes) == ("all-to-all", ("expert",))
+    assert found.bytes == 4 * ROWS * WIDTH / 4
+
+    def shift(x):
+        return jax.shard_map(
+            lambda x: jax.lax.ppermute(x, "expert", [(i, (i + 1) % 4) for i in range(4)]),
+            in_specs=P("expert", None),
+            out_specs=P("expert", None),
+        )(x)
+
+    [found] = read(mesh, shift, x).collectives
+    assert (found.kind, found.axes) == ("collective-permute", ("expert",))
+    assert found.bytes == 4 * ROWS * WIDTH / 4
+
+
+SLICES = """ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[8,4]{1,0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true, MEGASCALE
+  %r = (f32[8,4]{1,0}, u32[], token[]) recv(%t), channel_id=2, is_host_transfer=true, MEGASCALE
+  ROOT %y = f32[8,4]{1,0} all-reduce(%x), channel_id=3, replica_groups={{0,1}}, to_apply=%add
+}
+"""
+
+
+def test_between_slices_collectives_are_sends():
+    text = SLICES.replace("MEGASCALE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+    between, inside = read_program(text, {"data": 4, "expert": 1}, slices=2).collectives
+    assert (between.kind, between.axes, between.bytes, between.members) == ("all-reduce", ("slices",), 128, (0, 2))
+    assert (inside.kind, inside.axes, inside.members) == ("all-reduce", ("data",), (0, 1))
+
+
+def test_a_send_of_another_kind_is_told():
+    program = read_program(SLICES.replace("MEGASCALE", "frontend_attributes={}"), {"data": 4}, slices=2)
+    assert len(program.collectives) == 1 and "send" in program.unknown[0]

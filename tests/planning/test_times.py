@@ -1,0 +1,116 @@
+"""Seconds of collectives on tori, by hand."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mot_jax.planning.hardware import HARDWARE
+from mot_jax.planning.program import Body, Collective, Program
+from mot_jax.planning.times import Network, model_times
+
+LINK = 9e10  # v5p, one direction
+SIZE = 8e6
+
+
+def chips(*sizes: int) -> list:
+    """Devices of a slice, the last coordinate fastest."""
+    return [SimpleNamespace(coords=at) for at in itertools.product(*map(range, sizes))]
+
+
+def seconds(name: str, sizes: tuple[int, ...], kind: str, axes: tuple[int, ...], step: int = 1) -> float:
+    """Of a collective of SIZE bytes over the chips whose coordinates differ in these axes alone, every `step`th."""
+    devices = chips(*sizes)
+    members = [
+        number
+        for number, device in enumerate(devices)
+        if all(at % step == 0 if axis in axes else at == 0 for axis, at in enumerate(device.coords))
+    ]
+    return Network(HARDWARE[name], devices).seconds(Collective(kind, ("x",), SIZE, tuple(members), 1, ""))
+
+
+@pytest.mark.parametrize(
+    "sizes, kind, axes, expected",
+    [
+        # A ring of 8 gives each chip two links.
+        ((8, 8, 8), "all-gather", (2,), 7 / 8 * SIZE / (2 * LINK)),
+        ((8, 8, 8), "reduce-scatter", (2,), 7 / 8 * SIZE / (2 * LINK)),
+        ((8, 8, 8), "all-reduce", (2,), 2 * 7 / 8 * SIZE / (2 * LINK)),
+        # Two dimensions: 64 chips, four links each; three: six.
+        ((8, 8, 8), "all-reduce", (0, 1), 2 * 63 / 64 * SIZE / (4 * LINK)),
+        ((4, 4, 4), "all-gather", (0, 1, 2), 63 / 64 * SIZE / (6 * LINK)),
+        # No rings below a cube of 4: the end of a line has one link.
+        ((2, 2, 1), "all-reduce", (0, 1), 2 * 3 / 4 * SIZE / (2 * LINK)),
+        ((2, 2, 4), "all-gather", (2,), 3 / 4 * SIZE / LINK),
+    ],
+)
+def test_gathers_and_reductions_use_all_links(sizes, kind, axes, expected):
+    assert seconds("v5p", sizes, kind, axes) == pytest.approx(expected)
+
+
+def brute_all_to_all(ring: bool, n: int) -> float:
+    """The busiest link's load, in units of what one chip sends to another: each message goes the shorter way."""
+    load = np.zeros((n, 2))
+    for a, b in itertools.permutations(range(n), 2):
+        forward, backward = (b - a) % n, (a - b) % n
+        ways = [(forward, 1), (backward, -1)] if ring else [(abs(a - b), 1 if b > a else -1)]
+        shortest = min(hops for hops, _ in ways)
+        ways = [(hops, way) for hops, way in ways if hops == shortest]
+        for hops, way in ways:
+            for hop in range(hops):
+                load[(a + way * hop) % n, (way + 1) // 2] += 1 / len(ways)
+    return load.max()
+
+
+@pytest.mark.parametrize("name, sizes, ring", [("v5p", (4, 4, 8), True), ("v5p", (2, 2, 8), False)])
+def test_an_all_to_all_loads_the_busiest_link(name, sizes, ring):
+    expected = SIZE / 8 * brute_all_to_all(ring, 8) / LINK
+    assert seconds(name, sizes, "all-to-all", (2,)) == pytest.approx(expected)
+
+
+def test_an_all_to_all_over_two_dimensions_waits_for_the_longer():
+    both, longer = (seconds("v5p", (4, 4, 8), "all-to-all", axes) for axes in ((1, 2), (2,)))
+    assert both == longer > seconds("v5p", (4, 4, 8), "all-to-all", (1,))
+
+
+def test_chips_apart_share_their_links():
+    assert seconds("v5e", (16, 16), "all-gather", (0,), step=4) == pytest.approx(3 / 4 * SIZE / (2 / 4 * 4.5e10))
+    # A part of a dimension is a line.
+    assert seconds("v5e", (8, 8), "all-gather", (0,)) == pytest.approx(7 / 8 * SIZE / 4.5e10)
+
+
+@pytest.mark.parametrize("target, hops", [(1, 1), (7, 1), (4, 4), (8 + 1, 2)])
+def test_a_permutation_goes_the_shorter_way(target, hops):
+    moves = Collective("collective-permute", ("x",), SIZE, (0, target), 1, "")
+    assert Network(HARDWARE["v5p"], chips(8, 8, 8)).seconds(moves) == pytest.approx(hops * SIZE / LINK)
+
+
+def test_between_slices_it_is_the_data_center_network():
+    moves = Collective("all-reduce", ("slices",), SIZE, (0, 64), 1, "")
+    assert Network(HARDWARE["v5p"], chips(4, 4, 4) * 2).seconds(moves) == pytest.approx(2 / 2 * SIZE / 6.25e9)
+
+
+def test_a_switch_is_one_link_a_chip():
+    devices = [SimpleNamespace() for _ in range(8)]
+    for kind, share in (("all-reduce", 2 * 7 / 8), ("all-to-all", 7 / 8)):
+        found = Network(HARDWARE["h100"], devices).seconds(Collective(kind, ("x",), SIZE, tuple(range(8)), 1, ""))
+        assert found == pytest.approx(share * SIZE / 4.5e11)
+
+
+def test_a_step_is_the_sum_or_the_larger_of_both():
+    peak, hbm = 1e14, 2.765e12
+    bodies = Body("a", 1, 1e12, 0), Body("b", 4, 1e10, hbm / 100)  # 10 ms of FLOPs; 4 x 10 ms of HBM, not 4 x 0.1
+    one = Collective("all-reduce", ("data",), LINK / 100, (0, 1), 3, "")  # a line of 2: 2 x 1/2 x 10 ms
+    two = Collective("all-gather", ("data",), LINK / 100, (0, 1), 1, "")  # 5 ms
+    times = model_times(Program(bodies, (one, two), ()), HARDWARE["v5p"], peak, chips(2, 2, 1)[::2])
+    assert (times.compute, times.hbm) == pytest.approx((0.01, 0.04))
+    assert times.collectives == pytest.approx({"all-reduce over data": 0.03, "all-gather over data": 0.005})
+    assert (times.serial, times.overlapped) == pytest.approx((0.085, 0.05))
+    assert (times.bound, times.overlapped_bound) == ("HBM", "HBM")
+    slow = Program(bodies[:1], (one, two), ())
+    times = model_times(slow, HARDWARE["v5p"], peak, chips(2, 2, 1)[::2])
+    assert times.overlapped == pytest.approx(0.035)
+    assert times.overlapped_bound == "all-reduce over data"
