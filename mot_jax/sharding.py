@@ -75,10 +75,13 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     if faults := [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]:
         raise ConfigError(*faults)
     types = (AxisType.Explicit,) * len(AXES)
+    # An axis may take a part of a dimension of the torus: expert 8 on 4 x 4 x 4 chips, say.
     if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[: math.prod(sizes)])
-    inside, outside = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, outside, devices), AXES, axis_types=types)
+        array = mesh_utils.create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
+    else:
+        inside, outside = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=types)
 
 
 def _sizes(mesh: MeshConfig, count: int) -> tuple[int, int, int, int]:

@@ -23,14 +23,14 @@ def words(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
 def test_a_docstring_says_command_parameters_and_results(path):
     text, config = path.read_text(), load_config(path)
     check(config)
     total = sum(accounting.count_parameters(config.model).values())
     assert f"Parameters: {words(total)} ({words(accounting.active_parameters(config.model))} active)" in text
-    command = "python train.py" + ("" if path.stem == "demo" else f" configs/{path.name}")
-    assert re.search(rf"^Command:    {re.escape(command)}\b", text, re.MULTILINE)
+    command = "" if path.stem == "demo" else re.escape(f" {path.relative_to(CONFIGS.parent)}")
+    assert re.search(rf"^Command:    (python train\.py|mot train){command}\b", text, re.MULTILINE)
     assert re.search(r"^Here:       \S", text, re.MULTILINE)
     if path.stem.startswith("v"):
         claim = re.search(r"^The paper:  ((?:.+\n)(?: {12}.+\n)*)", text, re.MULTILINE)

@@ -213,8 +213,9 @@ def _mesh(config: Config, where: Topology, devices: list[jax.Device]) -> Mesh:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch, as `Objective` makes it."""
-    shape, rows = (config.training.batch_size, config.model.context_length), rows_sharding(mesh)
+    """Shapes, dtypes and shardings of a batch's microbatches, as the step takes them."""
+    t, rows = config.training, rows_sharding(mesh, leading=1)
+    shape = (t.accumulation, t.batch_size // t.accumulation, config.model.context_length)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)

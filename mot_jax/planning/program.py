@@ -218,11 +218,16 @@ class _Reader:
 
     # --- collectives --------------------------------------------------------------------------------------------------
 
-    def _collect(self, computation: Computation, instruction: Instruction, executions: int) -> None:
+    def _collect(
+        self, computation: Computation, instruction: Instruction, executions: int, fused: str | None = None
+    ) -> None:
+        # libtpu has a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps.
+        scatters = "AllReduceScatterFusion" in instruction.attributes
         for inside in self._inside(instruction):
             for part in inside.instructions.values():
-                self._collect(inside, part, executions)
+                self._collect(inside, part, executions, "reduce-scatter" if scatters else None)
         kind = instruction.opcode.removesuffix("-start")
+        kind = fused if fused and kind == "all-reduce" else kind
         if kind == "send":  # between slices; each has its `recv`
             found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             kind = found[1].lower().replace("_", "-") if found else kind

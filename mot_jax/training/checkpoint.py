@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from mot_jax.config import Config, to_json
+from mot_jax.config import Config, ConfigError, error_words, to_json
 from mot_jax.training.state import TrainState, abstract_state
 from mot_jax.training.stores import orbax_path
 
@@ -29,9 +29,9 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
-        training = ocp.training
+        training, self._directory = ocp.training, epath.Path(directory)
         self._checkpointer = training.Checkpointer(
-            orbax_path(epath.Path(directory)),
+            orbax_path(self._directory),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -58,11 +58,22 @@ class Checkpoints:
     def restore(self, step: int, config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
         """A checkpoint's state, on this mesh, whichever it was saved from, and its next example.
 
-        Also a line for each version that has changed since: then numbers may differ in their last bits.
+        Also a line for each version that has changed since: then numbers may differ in their last bits. Raises
+        ConfigError for a checkpoint of another state, or a damaged one.
         """
         about = self._checkpointer.metadata(step).custom_metadata
-        state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
         now = versions()
+        try:
+            state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
+        except jax.errors.JaxRuntimeError:  # a lost process, say
+            raise
+        except Exception as error:  # Orbax raises whatever its parts do
+            wrote = about["versions"].get("mot_jax")
+            raise ConfigError(
+                f"workdir = {self._directory.parent}: its checkpoint {step} cannot be read into this config's state "
+                f"({error_words(error)}); it was written by mot_jax {wrote}, here is {now['mot_jax']}; if it is "
+                f"damaged, remove {self._directory / str(step)}, and the run goes on from the one before"
+            ) from error
         changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in about["versions"].items() if v != now.get(k)]
         return TrainState(**state), int(about["next_example"]), changed
 

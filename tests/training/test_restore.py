@@ -16,7 +16,7 @@ from mot_jax.config import Config, ConfigError, MeshConfig, to_json
 from mot_jax.sharding import make_mesh
 from mot_jax.training import restore
 from mot_jax.training.checkpoint import Checkpoints
-from mot_jax.training.restore import load_run
+from mot_jax.training.restore import load_run, load_run_config
 from mot_jax.training.state import TrainState, abstract_state
 
 
@@ -99,3 +99,16 @@ def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
     (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
     with pytest.raises(ConfigError, match=r"of another mot_jax, without final_norm/"):
         load_run(workdir)
+
+
+def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
+    """Its config says so before, as a rule: this is for one that does not."""
+    workdir, _ = saved
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    config = load_run_config(copy)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
+    with Checkpoints(copy / "checkpoints") as checkpoints, pytest.raises(ConfigError) as error:
+        checkpoints.restore(12, wider, make_mesh(config, jax.devices()[:1]))
+    (fault,) = error.value.faults
+    assert "its checkpoint 12 cannot be read into this config's state (" in fault and "\n" not in fault

@@ -1,0 +1,18 @@
+"""MoT-Medium/32E/8 of version 2 of the paper on eight GPUs of one host, with the paper's recipe.
+
+Command:    python train.py configs/pods/mot_medium_8gpu.py   (prepare the text first: docs/reproduce.md)
+Parameters: 337.4 M (51.4 M active)
+Plan:       mot plan configs/pods/mot_medium_8gpu.py --topology local:8   (docs/pods.md)
+Here:       not run.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mot_jax.config import Config, MeshConfig, load_config
+
+
+def get_config() -> Config:
+    """The config of this experiment: 32 of the 256 rows, and 32 of the 256 experts, on each GPU."""
+    base = load_config(Path(__file__).parents[1] / "v2_medium_32e_8.py")
+    return dataclasses.replace(base, mesh=MeshConfig(data=1, expert=8))
