@@ -9,7 +9,7 @@ Here:       not run.
 import dataclasses
 from pathlib import Path
 
-from mot_jax.config import Config, MeshConfig, load_config
+from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, load_config
 
 
 def get_config() -> Config:
@@ -17,6 +17,7 @@ def get_config() -> Config:
     base = load_config(Path(__file__).parents[1] / "v2_medium_32e.py")
     model = dataclasses.replace(
         base.model,
+        feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=32, saved="all"),
         num_blocks=24,
         d_model=2048,
         d_ff=8192,
@@ -28,5 +29,5 @@ def get_config() -> Config:
     )
     optimizer = dataclasses.replace(base.training.optimizer, learning_rate=1e-4)
     training = dataclasses.replace(base.training, steps=100_000, batch_size=2048, optimizer=optimizer)
-    mesh = MeshConfig(data=-1, fsdp=4, expert=8)
+    mesh = MeshConfig(data=-1, expert=32)  # less to move than with fsdp: docs/pods.md
     return dataclasses.replace(base, model=model, training=training, mesh=mesh)

@@ -62,7 +62,7 @@ def _range_faults(config: Config) -> Iterator[str]:
         elif not least <= value <= most:
             limit = f"at least {least}" if not value >= least else f"at most {most}"
             yield f"{name} = {value}: must be {limit}; try {min(max(least, 1), most)}"
-    rest = [field.name for field in dataclasses.fields(config.mesh) if getattr(config.mesh, field.name) == -1]
+    rest = [name for name, size in vars(config.mesh).items() if size == -1 and not name.endswith("_seconds")]
     if len(rest) > 1:
         both = ", ".join(f"mesh.{name} = -1" for name in rest)
         yield f"{both}: only one axis may take the devices that are left; try mesh.{rest[-1]} = 1"

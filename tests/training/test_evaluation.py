@@ -78,7 +78,7 @@ def test_bits_per_byte_count_the_bytes_that_the_tokenizer_loses(run):
     ("flags", "changes"),
     [
         (["--group-size", "2"], {"group_size": 2, "expert_dim": 12}),
-        (["--mode", "discrete"], {"mixing": MixingConfig(temperature=1e-30)}),
+        (["--mode", "discrete"], {"mixing": MixingConfig(temperature=0.0)}),
     ],
 )
 def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags, changes):
