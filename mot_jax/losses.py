@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mot_jax.sharding import axes_of, axis_size, reshard, shards, spec, whole
+from mot_jax.sharding import axes_of, reshard, shards, spec, whole
 
 
 class LossSums(NamedTuple):
@@ -82,15 +82,21 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _add_up(parts: jax.Array, like: jax.Array) -> jax.Array:
-    """[n, t, D, V], one part from each device, -> their sum, cut as `like` is: first over the axes that cut it."""
+    """[n, t, D, V], one part from each device, -> their sum, cut as `like` is: each device adds up what it keeps."""
+    if spec() is None:
+        return parts.sum(axis=(0, 1))
     rows, positions, *_ = axes_of(parts)
-    axes = rows + positions
-    cutting = [axis for axes_ in axes_of(like) for axis in axes_]
-    shape = (*(axis_size(axis) for axis in axes), *like.shape)
-    parts = jnp.reshape(parts, shape, out_sharding=spec(*((axis,) for axis in axes), None, None))
-    parts = parts.sum(axis=[i for i, axis in enumerate(axes) if axis in cutting])
-    others = [(axis,) for axis in axes if axis not in cutting]
-    return reshard(parts, *others, *axes_of(like)).sum(axis=range(len(others)))
+    cut = axes_of(like)
+    others = tuple(axis for axis in rows + positions if not any(axis in axes for axes in cut))
+
+    def add(part: jax.Array) -> jax.Array:
+        total = part[0, 0]
+        for dimension, axes in enumerate(cut):
+            if axes:
+                total = jax.lax.psum_scatter(total, axes, scatter_dimension=dimension, tiled=True)
+        return jax.lax.psum(total, others)
+
+    return jax.shard_map(add, in_specs=spec(rows, positions, None, None), out_specs=spec(*cut))(parts)
 
 
 def _chunks(chunk: int, hidden: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:

@@ -16,7 +16,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from mot_jax.accounting import flops_per_token, peak_flops, table
 from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
@@ -267,7 +267,8 @@ def largest_tensors(jaxpr: Any) -> list[tuple[float, str]]:
         for variable in equation.outvars:
             aval = variable.aval
             if getattr(aval, "shape", ()) and hasattr(aval.dtype, "itemsize"):
-                shape = aval.sharding.shard_shape(aval.shape)
+                inside = any(kind == AxisType.Manual for kind in aval.sharding.mesh.axis_types)  # of a shard_map
+                shape = aval.shape if inside else aval.sharding.shard_shape(aval.shape)
                 origin = str(equation.source_info.name_stack) or "the step"
                 what = f"{aval.dtype.name}{list(shape)} {equation.primitive.name} in {origin}"
                 found[what] = math.prod(shape) * aval.dtype.itemsize

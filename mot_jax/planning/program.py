@@ -29,6 +29,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
+_FREE_CALLS += ("AsyncCollectiveStart", "AsyncCollectiveDone")  # the collective stands beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ class _Reader:
     def _straight(self, computation: Computation, executions: int) -> tuple[float, float]:
         """FLOPs and bytes of a computation; its loops become bodies of their own."""
         flops = size = 0.0
+        chains: set[str] = set()
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 trips = self._trips(computation, instruction)
@@ -128,7 +130,7 @@ class _Reader:
             else:
                 flops += self._flops(computation, instruction)
                 size += self._bytes(computation, instruction)
-                self._collect(computation, instruction, executions)
+                self._collect(computation, instruction, executions, chains)
         return flops, size
 
     def _inside(self, instruction: Instruction) -> list[Computation]:
@@ -219,15 +221,23 @@ class _Reader:
     # --- collectives --------------------------------------------------------------------------------------------------
 
     def _collect(
-        self, computation: Computation, instruction: Instruction, executions: int, fused: str | None = None
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        executions: int,
+        chains: set[str],
+        scatters: bool = False,
     ) -> None:
+        """chains: of fusions that run beside a collective, in this body so far. scatters: whether what is inside reduces
+        and scatters.
+        """
         # libtpu has a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps.
-        scatters = "AllReduceScatterFusion" in instruction.attributes
+        scatters |= "AllReduceScatterFusion" in instruction.attributes
         for inside in self._inside(instruction):
             for part in inside.instructions.values():
-                self._collect(inside, part, executions, "reduce-scatter" if scatters else None)
+                self._collect(inside, part, executions, chains, scatters)
         kind = instruction.opcode.removesuffix("-start")
-        kind = fused if fused and kind == "all-reduce" else kind
+        kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
         if kind == "send":  # between slices; each has its `recv`
             found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             kind = found[1].lower().replace("_", "-") if found else kind
@@ -235,6 +245,11 @@ class _Reader:
             self.unknown[f"{instruction.opcode} {instruction.name} ({instruction.source}): not counted"] = None
         if kind not in KINDS:
             return
+        # libtpu names a collective that runs beside a chain of fusions in each of them.
+        if chain := re.search(r'chain_id="\d+"', instruction.attributes):
+            if chain[0] in chains:
+                return
+            chains.add(chain[0])
         size = sum(a.bytes for operand in computation.operands(instruction) for a in operand.arrays)
         axes: tuple[str, ...]
         if instruction.opcode == "send":

@@ -197,6 +197,35 @@ def test_fully_sharded_weights_on_a_tpu_by_hand():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_fully_sharded_model_on_a_tpu_by_hand():
+    """Four dense blocks in bfloat16 over `fsdp` alone: what is gathered and scattered, by the sizes of the weights."""
+    config = small(data=1, fsdp=4)
+    sizes = {"num_blocks": 4, "d_model": 256, "d_ff": 1024, "num_heads": 2, "context_length": 128, "vocab_size": 1024}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16", **sizes))
+    result = plan(config, "v5e:2x2")
+    assert not result.program.unknown
+    parameters = count_parameters(config.model)
+    biases = 4 * (1024 + 256)
+    blocks = parameters["attention"] + parameters["dense FFN"] - biases
+    # In bfloat16 forward and again backward; the head once, and the embeddings in float32.
+    gathered = 2 * 2 * blocks + 2 * parameters["head"] + 4 * parameters["embeddings"]
+    assert moved(result, "all-gather", "fsdp") == gathered
+    # Gradients once, in the dtype of the products; those of the head are summed in float32.
+    scattered = 2 * blocks + 4 * parameters["head"] + 4 * parameters["embeddings"]
+    assert moved(result, "reduce-scatter", "fsdp") == scattered
+    whole = 4 * parameters["norms"] + 2 * biases
+    assert moved(result, "all-reduce", "fsdp") == pytest.approx(whole, abs=1000)
+    # 2 x 2 chips, no rings: two links of 45 GB/s, over which each gets, or gives, three quarters.
+    assert result.times.collectives["all-gather over fsdp"] == pytest.approx(3 / 4 * gathered / (2 * 4.5e10))
+    assert result.times.collectives["reduce-scatter over fsdp"] == pytest.approx(3 / 4 * scattered / (2 * 4.5e10))
+    # A quarter of every matrix lies on a chip, with two moments.
+    cut = sum(parameters.values()) - parameters["norms"] - biases
+    assert result.memory["parameters"] == 4 * (cut / 4 + parameters["norms"] + biases)
+    assert result.memory["optimizer"] == pytest.approx(2 * result.memory["parameters"], abs=100)
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_two_slices_on_a_tpu_by_hand():
     devices = module._devices(parse_topology("v5e:2x2", 2))
     order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
