@@ -28,8 +28,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 # Neither reads nor writes.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
-_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding")
-_FREE_CALLS += ("AsyncCollectiveStart", "AsyncCollectiveDone")  # the collective stands beside them
+_FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
+_FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective stands beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,9 +228,7 @@ class _Reader:
         chains: set[str],
         scatters: bool = False,
     ) -> None:
-        """chains: of fusions that run beside a collective, in this body so far. scatters: whether what is inside reduces
-        and scatters.
-        """
+        """chains: of fusions beside a collective, in this body so far. scatters: an all-reduce inside is half of one."""
         # libtpu has a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps.
         scatters |= "AllReduceScatterFusion" in instruction.attributes
         for inside in self._inside(instruction):
