@@ -228,7 +228,7 @@ class _Reader:
         chains: set[str],
         scatters: bool = False,
     ) -> None:
-        """chains: of fusions beside a collective, in this body so far. scatters: an all-reduce inside is half of one."""
+        """chains: of fusions beside a collective, in this body so far. scatters: all-reduces inside are halves."""
         # libtpu has a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps.
         scatters |= "AllReduceScatterFusion" in instruction.attributes
         for inside in self._inside(instruction):
