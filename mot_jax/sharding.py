@@ -11,6 +11,7 @@ mesh (`jax.set_mesh`) every function here is a no-op, so that the layers also ru
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from mot_jax.config import Config, ConfigError, MeshConfig, MixtureOfTokensConfi
 AXES = ("data", "fsdp", "expert", "tensor")
 
 Axes = tuple[str, ...]  # of the mesh, over which one dimension of an array is spread, the outermost first
+Sizes = tuple[int, int, int, int]  # of the mesh's axes
 
 DIMENSIONS: dict[str, Axes] = {
     "rows": ("data", "fsdp", "expert"),
@@ -74,17 +76,23 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if faults := [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]:
         raise ConfigError(*faults)
-    types = (AxisType.Explicit,) * len(AXES)
-    # An axis may take a part of a dimension of the torus: expert 8 on 4 x 4 x 4 chips, say.
-    if slices == 1:
-        array = mesh_utils.create_device_mesh(sizes, devices[: math.prod(sizes)], allow_split_physical_axes=True)
-    else:
-        inside, outside = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
-        array = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
-    return Mesh(array, AXES, axis_types=types)
+    asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
+    used = math.prod(sizes)
+    if used < len(devices) and len({(d.process_index, getattr(d, "slice_index", 0)) for d in devices}) > 1:
+        raise ConfigError(f"{asked}: leaves {len(devices) - used} of {len(devices)} devices idle; try mesh.data = -1")
+    try:  # An axis may take a part of a dimension of the torus: expert 8 on 4 x 4 x 4 chips, say.
+        if slices == 1:
+            array = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
+        else:
+            inside, outside = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+            array = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError) as error:
+        advice = "try axes that are products of the torus' sizes"
+        raise ConfigError(f"{asked}: JAX cannot lay these axes on this network; {advice}") from error
+    return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def _sizes(mesh: MeshConfig, count: int) -> tuple[int, int, int, int]:
+def _sizes(mesh: MeshConfig, count: int) -> Sizes:
     sizes = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if known > count or (-1 in sizes and count % known):
@@ -104,7 +112,7 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
     m, kind = config.model, config.model.feed_forward
     parts = [("expert", expert, "model.feed_forward.num_experts", getattr(kind, "num_experts", expert))]
     parts += [("tensor", tensor, "model.num_heads", m.num_heads)]
-    parts += [("tensor", tensor, "model.num_kv_heads", m.num_kv_heads or m.num_heads)]
+    parts += [("tensor", tensor, "model.num_kv_heads", m.num_kv_heads)] if m.num_kv_heads else []
     parts += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
     if m.d_model % fsdp == 0:
         parts += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
@@ -118,11 +126,12 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
         yield f"mesh.data = {data}: must be a multiple of the {slices} slices; try {slices}"
 
 
-def _batch_faults(config: Config, sizes: tuple[int, int, int, int]) -> Iterator[str]:
+def _batch_faults(config: Config, sizes: Sizes) -> Iterator[str]:
     """The fault of a microbatch whose groups cannot be made whole on the mesh, if they cannot."""
     t, m = config.training, config.model
-    rows, multiple = t.batch_size // t.accumulation, _rows_multiple(m.group_size, m.context_length, sizes)
-    if rows % multiple:
+    rows = t.batch_size // t.accumulation
+    if _kept_axes(rows, m.context_length, m.group_size, sizes) is None:
+        multiple = _rows_multiple(m.group_size, m.context_length, sizes)
         good = max(1, round(rows / multiple)) * multiple * t.accumulation
         over = math.prod(sizes[:3])
         parts = f"group size {m.group_size} x accumulation {t.accumulation} on {over} shards of the rows"
@@ -137,16 +146,22 @@ def rows_multiple(config: Config, mesh: Mesh) -> int:
     return math.lcm(config.group_size, _rows_multiple(m.group_size, m.context_length, sizes))
 
 
-def _rows_multiple(group_size: int, length: int, sizes: tuple[int, int, int, int]) -> int:
-    """Of all ways to exchange rows for positions (`groups_spec`), the one that asks for the fewest rows."""
-    *rows, tensor = sizes
-    shards = math.prod(rows)
-    found = [shards * group_size]
-    for kept in range(len(rows)):
-        held = math.prod(rows[:kept])
-        if length % ((tensor if length % tensor == 0 else 1) * (shards // held)) == 0:
-            found.append(math.lcm(held * group_size, shards))
-    return min(found)
+def _rows_multiple(group_size: int, length: int, sizes: Sizes) -> int:
+    shards = math.prod(sizes[:3])
+    return next(n for n in itertools.count(shards, shards) if _kept_axes(n, length, group_size, sizes) is not None)
+
+
+def _kept_axes(rows: int, length: int, group_size: int, sizes: Sizes) -> int | None:
+    """Of the three axes of the rows, how many, the first ones, cut rows into whole groups. None if no exchange helps.
+
+    The other axes are to cut the positions instead, so as many parts must divide the length.
+    """
+    *axes, tensor = sizes
+    if rows % group_size or rows % math.prod(axes):
+        return None
+    kept = max(k for k in range(len(axes) + 1) if rows % (math.prod(axes[:k]) * group_size) == 0)
+    parts = math.prod(axes[kept:]) * (1 if length % tensor else tensor)
+    return None if length % parts else kept
 
 
 # --- the types of arrays ----------------------------------------------------------------------------------------------
@@ -223,19 +238,16 @@ def groups_axes(x: jax.Array, group_size: int) -> tuple[Axes, Axes]:
     Where its own rows are no whole groups, devices exchange rows for positions: over the last axes of the rows, as few
     as will do. Raises AssertionError where there are too few rows or positions for that.
     """
-    rows = DIMENSIONS["rows"]
-    positions = DIMENSIONS[named] if (named := positions_of(x.shape[1])) else ()
-    kept = rows
-    while kept and x.shape[0] % (shards(kept) * group_size):
-        kept = kept[:-1]
-    moved = tuple(axis for axis in rows[len(kept) :] if axis_size(axis) > 1)
-    parts = shards(positions + moved)
-    if x.shape[0] % group_size or x.shape[1] % parts:
+    rows, named = DIMENSIONS["rows"], positions_of(x.shape[1])
+    sizes = (axis_size("data"), axis_size("fsdp"), axis_size("expert"), axis_size("tensor"))
+    kept = _kept_axes(x.shape[0], x.shape[1], group_size, sizes)
+    if kept is None:
         raise AssertionError(
             f"batch B = {x.shape[0]} over {shards(rows)} devices cuts groups of G = {group_size}, and sequence "
-            f"S = {x.shape[1]} does not divide over {parts}; B = {shards(rows) * group_size} would do"
+            f"S = {x.shape[1]} does not divide for an exchange; B = {shards(rows) * group_size} would do"
         )
-    return kept, positions + moved
+    moved = tuple(axis for axis in rows[kept:] if axis_size(axis) > 1)
+    return rows[:kept], (DIMENSIONS[named] if named else ()) + moved
 
 
 # --- products with weights --------------------------------------------------------------------------------------------
@@ -249,7 +261,7 @@ def product(
     dtype: Any = None,
     fenced: bool = True,
 ) -> jax.Array:
-    """einsum(equation, x, weight) in x's dtype, wherever both lie.
+    """einsum(equation, x, weight) in x's dtype, wherever both lie; so are its gradients, before and after adding up.
 
     What `fsdp` has cut of a weight is gathered in x's dtype for the product alone, and again for the backward pass:
     nothing is kept of it. What `tensor` has cut of x's positions is gathered where the weight is cut by it. The

@@ -27,6 +27,7 @@ def words(count: int) -> str:
 def test_a_docstring_says_command_parameters_and_results(path):
     text, config = path.read_text(), load_config(path)
     check(config)
+    assert config.training.checkpoint_every < config.training.steps
     total = sum(accounting.count_parameters(config.model).values())
     assert f"Parameters: {words(total)} ({words(accounting.active_parameters(config.model))} active)" in text
     command = "" if path.stem == "demo" else re.escape(f" {path.relative_to(CONFIGS.parent)}")

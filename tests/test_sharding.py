@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mot_jax import sharding
@@ -329,21 +331,53 @@ def test_mesh_faults(case):
     config, starts = FAULTS[case]
     with pytest.raises(ConfigError) as error:
         sharding.make_mesh(config)
-    for fault, start in zip(error.value.faults, starts, strict=False):
+    for fault, start in zip(error.value.faults, starts, strict=True):
         assert fault.startswith(start) and "; try " in fault
 
 
-class SliceDevice(NamedTuple):
-    """What `make_mesh` asks of a device of one of several slices."""
+class FakeDevice(NamedTuple):
+    """What `make_mesh` asks of a device of another slice or process."""
 
     id: int
-    slice_index: int
+    slice_index: int = 0
+    process_index: int = 0
     platform: str = "cpu"
     device_kind: str = "cpu"
-    process_index: int = 0
 
 
 def test_several_slices_lie_along_data():
-    devices = [SliceDevice(i, i % 2) for i in range(8)]
+    devices = [FakeDevice(i, slice_index=i % 2) for i in range(8)]
     with pytest.raises(ConfigError, match=r"mesh\.data = 1: must be a multiple of the 2 slices; try 2"):
         sharding.make_mesh(config_of(EXPERT), devices)
+
+
+def test_no_process_and_no_slice_is_left_out():
+    for devices in ([FakeDevice(i, process_index=i // 4) for i in range(8)], [FakeDevice(i, i // 4) for i in range(8)]):
+        with pytest.raises(ConfigError, match=r"leaves 4 of 8 devices idle; try mesh\.data = -1"):
+            sharding.make_mesh(config_of((2, 1, 2, 1)), devices)
+
+
+@given(
+    batch=st.integers(1, 64),
+    length=st.integers(1, 24),
+    group_size=st.integers(1, 8),
+    sizes=st.tuples(*[st.integers(1, 4)] * 4),
+)
+@settings(max_examples=300)
+def test_batches_that_can_be_exchanged_are_the_multiples_of_one(batch, length, group_size, sizes):
+    multiple = sharding._rows_multiple(group_size, length, sizes)
+    kept = sharding._kept_axes(batch, length, group_size, sizes)
+    assert (kept is not None) == (batch % multiple == 0)
+    assert kept is None or batch % (math.prod(sizes[:kept]) * group_size) == 0
+
+
+@pytest.mark.slow
+def test_bfloat16_on_a_mesh():
+    """As the paper's configs compute, with groups that span devices: as near to float32 as on one device."""
+    case = {"group_size": 8, "num_blocks": 2, **CHOICES}
+    exact, narrow = (jax.tree.leaves(results(config_of(dtype=t, **case))[1]) for t in ("float32", "bfloat16"))
+    found = jax.tree.leaves(results(config_of((1, 2, 2, 2), dtype="bfloat16", **case))[1])
+    for a, b, c in zip(found, narrow, exact, strict=True):
+        scale = np.sqrt(np.mean(c**2))
+        assert a.dtype == b.dtype == "float32"
+        assert np.sqrt(np.mean((a - c) ** 2)) <= 2 * np.sqrt(np.mean((b - c) ** 2)) + 0.01 * scale

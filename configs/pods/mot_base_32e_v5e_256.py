@@ -17,5 +17,13 @@ def get_config() -> Config:
     base = load_config(Path(__file__).parents[1] / "v2_base_32e.py")
     model = dataclasses.replace(base.model, remat="attention")
     optimizer = dataclasses.replace(base.training.optimizer, warmup_steps=500)
-    training = dataclasses.replace(base.training, steps=4_688, batch_size=8192, optimizer=optimizer)
+    training = dataclasses.replace(
+        base.training,
+        steps=4_688,
+        batch_size=8192,
+        optimizer=optimizer,
+        log_every=10,
+        validate_every=250,
+        checkpoint_every=250,
+    )
     return dataclasses.replace(base, model=model, training=training, mesh=MeshConfig(data=-1, expert=8))

@@ -16,12 +16,12 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
-from mot_jax.sharding import local_rows, place_rows, reshard
+from mot_jax.sharding import local_rows, place_rows, reshard, rows_multiple
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
     """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
-    size = config.group_size * mesh.size  # whole groups on every device
+    size = rows_multiple(config, mesh)
     objective = Objective.of(config, tokenizer)
 
     def read(rows: np.ndarray) -> Batch:
@@ -84,10 +84,9 @@ def sample(
     vocab_size: of the tokenizer; the model may have room for more. end_of_text: begins a document.
     Returns int32 [B, P + length].
     """
-    prompt = prompts.shape[1]
-    window = min(config.context_length, prompt + length)
+    prompt, window = prompts.shape[1], config.context_length  # whole windows, of which the mesh can exchange parts
     model = bind(config, params)
-    text = jnp.pad(prompts, ((0, 0), (0, length)))
+    text = jnp.pad(prompts, ((0, 0), (0, max(length, window - prompt))))
     mask = jnp.repeat(present[:, None], window, axis=1)
 
     def body(i: jax.Array, text: jax.Array) -> jax.Array:
@@ -96,10 +95,12 @@ def sample(
         tokens = jax.lax.dynamic_slice_in_dim(text, begin, window, axis=1)
         segments = jnp.cumsum(tokens == end_of_text, axis=1)
         hidden = model(tokens, FeedForwardContext(token_mask=mask, token_ids=tokens), segments).hidden
+        hidden = reshard(hidden, "rows", None, None)
         last = jax.lax.dynamic_index_in_dim(hidden, prompt + i - begin - 1, axis=1, keepdims=False)
         logits = model.logits(last)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         token = jax.random.categorical(jax.random.fold_in(key, i), logits / temperature)
         return jax.lax.dynamic_update_index_in_dim(text, token.astype(text.dtype), prompt + i, axis=1)
 
-    return reshard(jax.lax.fori_loop(0, length, body, text), None, None)  # whole in every process
+    text = jax.lax.fori_loop(0, length, body, text)[:, : prompt + length]
+    return reshard(text, None, None)  # whole in every process

@@ -120,7 +120,7 @@ def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], No
     """
     where = parse_topology(topology, slices)
     devices = _devices(where)
-    mesh = _mesh(config, where, devices)
+    mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
     memory = _state_bytes(state)
@@ -196,17 +196,8 @@ def _devices(where: Topology) -> list[jax.Device]:
         raise ConfigError(f"--topology = {where.name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
 
 
-def _mesh(config: Config, where: Topology, devices: list[jax.Device]) -> Mesh:
-    try:
-        mesh = make_mesh(config, devices)
-    except (NotImplementedError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        sizes = ", ".join(f"mesh.{name} = {size}" for name, size in dataclasses.asdict(config.mesh).items())
-        raise ConfigError(
-            f"{sizes}: JAX cannot lay these axes on {where.name}, {where.slices} slice(s); try axes that are products "
-            "of the torus' sizes, with data a multiple of the slices"
-        ) from error
+def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
+    mesh = make_mesh(config, devices)
     if mesh.size != len(devices):
         raise ConfigError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
     return mesh

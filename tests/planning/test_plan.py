@@ -242,6 +242,38 @@ def test_two_slices_on_a_tpu_by_hand():
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("rows", [16, 32])
+def test_the_exchanges_of_a_mixture_on_a_tpu_by_hand(rows):
+    """Groups of 4 on eight chips that hold 2 or 4 rows each: four all-to-alls forward and four back, or two and two."""
+    kind = MixtureOfTokensConfig(group_size=4, num_experts=8)
+    config = small(kind, data=2, expert=4)
+    model = dataclasses.replace(config.model, num_blocks=4, dtype="bfloat16", d_model=128)
+    config = dataclasses.replace(config, model=model, training=TrainingConfig(batch_size=rows))
+    result = plan(config, "v5e:2x4")
+    part = 2 * rows * 32 * 128 // 8  # bytes of a chip's activations
+    mixtures = part * 8 // 4
+    sent = sorted(
+        c.bytes for c in result.program.collectives if c.kind == "all-to-all" and c.executions == 4 and c.bytes > 1000
+    )
+    # Backward, the mixtures and expert outputs travel again, beside the cotangents.
+    expected = 2 * [mixtures] + 2 * [2 * mixtures] + (4 * [part] if rows == 16 else [])
+    assert sent == sorted(expected)
+    assert all(c.axes == ("expert",) for c in result.program.collectives if c.kind == "all-to-all")
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_several_slices_lie_along_data():
+    result = plan(small(data=-1, fsdp=2), "v5e:2x2", 2)
+    assert result.mesh == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1} and result.slices == 2
+    between = {c.axes for c in result.program.collectives if "slices" in c.axes}
+    assert (
+        between == {("slices",)} and moved(result, "all-gather", "fsdp") and not moved(result, "all-gather", "slices")
+    )
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_what_does_not_fit_is_an_answer():
     config = small(data=4)
     training = dataclasses.replace(config.training, batch_size=2**22)
