@@ -121,12 +121,20 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", [CASES["plain"], *(pytest.param(c, marks=pytest.mark.slow) for c in CASES.values())])
-def test_loss_metrics_and_gradients_equal_one_devices(shape, case):
-    if shape == TENSOR and "num_kv_heads" in case:
-        case = {**case, "num_kv_heads": 4}
-    found, expected = results(config_of(shape, **case)), results(config_of(**case))
+def mesh_cases():
+    """Every case on every mesh; but for three plain ones slow."""
+    for case in CASES:
+        for shape in SHAPES:
+            fast = case == "plain" and shape in (FSDP, EXPERT, SHAPES[-1])
+            yield pytest.param(case, shape, marks=[] if fast else [pytest.mark.slow], id=f"{case} on {shape}")
+
+
+@pytest.mark.parametrize("case, shape", mesh_cases())
+def test_loss_metrics_and_gradients_equal_one_devices(case, shape):
+    changes = CASES[case]
+    if shape == TENSOR and "num_kv_heads" in changes:
+        changes = {**changes, "num_kv_heads": 4}
+    found, expected = results(config_of(shape, **changes)), results(config_of(**changes))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -145,7 +153,10 @@ EXCHANGES = {
 }
 
 
-@pytest.mark.parametrize("case", EXCHANGES)
+FAST = {"experts on all", "groups of many devices", "no experts axis"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in FAST else [pytest.mark.slow]) for c in EXCHANGES])
 def test_all_to_alls(case):
     """Two forward and two backward for the experts, whatever is kept, and as many for groups that span devices.
 

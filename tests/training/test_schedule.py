@@ -223,9 +223,8 @@ def three_steps(config: Config, state: TrainState) -> tuple[list[float], TrainSt
     return losses, state
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"]
-)  # AdamW: test_step.py, test_loop.py
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adafactor", "muon"])  # AdamW: test_step.py, test_loop.py
 def test_on_eight_devices_and_restored(name, tmp_path):
     config, single = config_of(name, EIGHT), config_of(name, (("data", 1),))
     begin = create_state(config, mesh_of(config))
@@ -247,6 +246,7 @@ def test_on_eight_devices_and_restored(name, tmp_path):
     chex.assert_trees_all_equal_structs(restored, state)
 
 
+@pytest.mark.slow
 def test_every_choice_at_once_learns():
     """Of the model and of the optimizer, in a few steps."""
     kind = MixtureOfTokensConfig(group_size=2, num_experts=4, shared_dim=8)

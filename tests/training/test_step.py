@@ -91,8 +91,12 @@ MESHES = {
     "data 2 x fsdp 2 x expert 2": MeshConfig(data=2, fsdp=2, expert=2),
     "expert 4 x tensor 2": MeshConfig(data=1, expert=4, tensor=2),
 }
-FAST = {"data 2 x fsdp 2 x expert 2", "expert 4 x tensor 2"}
-ON_MESHES = [pytest.param(m, id=name, marks=[] if name in FAST else [pytest.mark.slow]) for name, m in MESHES.items()]
+
+
+def on_meshes(fast: str):
+    """Every mesh, of which one is not slow."""
+    slow = {name: [] if name == fast else [pytest.mark.slow] for name in MESHES}
+    return pytest.mark.parametrize("mesh", [pytest.param(m, id=name, marks=slow[name]) for name, m in MESHES.items()])
 
 
 def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -101,7 +105,7 @@ def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]])
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize("mesh", ON_MESHES)
+@on_meshes(fast="data 2 x fsdp 2 x expert 2")
 def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     rows, program = run(dataclasses.replace(tiny, mesh=mesh))
     assert_close(rows, one_device)
@@ -111,7 +115,7 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     assert bool(found["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not found["collective-permute"]
 
 
-@pytest.mark.parametrize("mesh", ON_MESHES)
+@on_meshes(fast="expert 4 x tensor 2")
 def test_groups_larger_than_a_devices_rows_equal_one_device(tiny, grouped, mesh):
     """32 rows in two microbatches: two rows a device, and groups of 8; the blocks are computed again."""
     config, expected = grouped
@@ -261,7 +265,7 @@ def masked(tiny: Config, **mixing) -> Config:
     return dataclasses.replace(tiny, model=model)
 
 
-@pytest.mark.parametrize("groups", ["across", "within"])
+@pytest.mark.parametrize("groups", ["across", pytest.param("within", marks=pytest.mark.slow)])
 def test_the_content_of_padding_changes_nothing(tiny, groups):
     """Neither the loss of a masked model nor any of its gradients, by a bit: in attention, mixing and loss."""
     config = masked(tiny, groups=groups)

@@ -66,6 +66,7 @@ def test_only_the_chosen_blocks_become_experts(dense_run):
     np.testing.assert_array_equal(params["head"], old["head"])
 
 
+@pytest.mark.slow
 def test_a_run_begins_as_the_dense_one_learns_and_goes_on_without_it(dense_run, tmp_path, capsys):
     config, workdir = dense_run
     copy = shutil.copytree(workdir, tmp_path / "dense")
