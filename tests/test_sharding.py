@@ -122,14 +122,14 @@ CASES = {
 
 
 def mesh_cases():
-    """Every case on every mesh; but for three plain ones slow."""
+    """The plain case on every mesh, three of them fast; the others on the meshes with most axes."""
     for case in CASES:
-        for shape in SHAPES:
+        for shape in SHAPES if case == "plain" else SHAPES[-3:]:
             fast = case == "plain" and shape in (FSDP, EXPERT, SHAPES[-1])
             yield pytest.param(case, shape, marks=[] if fast else [pytest.mark.slow], id=f"{case} on {shape}")
 
 
-@pytest.mark.parametrize("case, shape", mesh_cases())
+@pytest.mark.parametrize("case, shape", [*mesh_cases()])
 def test_loss_metrics_and_gradients_equal_one_devices(case, shape):
     changes = CASES[case]
     if shape == TENSOR and "num_kv_heads" in changes:
