@@ -159,7 +159,7 @@ def test_a_second_sigterm_ends_a_single_process(tmp_path):
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 STEPS, ROWS = 240, 8
-LOST = {distributed.PEER_LOST, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
+LOST = {distributed.TEMPORARY, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
         text = Path(f"{record}.0.log").read_text()
         if "TERM" in end:
             assert "SIGTERM: stopped after step" in text
-        if "SIGKILL of 1" in end and found[0] == distributed.PEER_LOST:
+        if "SIGKILL of 1" in end and found[0] == distributed.TEMPORARY:
             assert "error: another process was lost at step" in text and "Traceback" not in text
         lives.append(reads(record, count))
 

@@ -237,8 +237,10 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("codes", "code"),
-    [("0", 0), ("2", 2), ("143", 143), ("75", 75), ("134", 134), ("137", 137), ("1", 1)]
-    + [("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)],
+    [
+        *((str(code), code) for code in (0, 2, 143, 75, 134, 137, 1)),
+        *(("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)),
+    ],
 )
 def test_slurm_queues_a_run_again_unless_it_is_finished_or_the_input_of_a_task_bad(run, codes, code):
     ended, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
