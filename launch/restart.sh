@@ -1,11 +1,12 @@
 #!/bin/bash
 # Runs a command, and again when it ends, unless it has finished (0), its input is bad (2) or we are told to stop:
 #   launch/restart.sh mot train configs/demo.py
-# Gives up after MOST_FAILURES (5) runs in a row that were shorter than SHORT (120) seconds.
+# Gives up after MOST_FAILURES (5) runs in a row that were shorter than SHORT (600) seconds: longer than they wait for
+# each other, so that hosts do not wait for ever for one whose input was bad.
 
 set -uo pipefail
 
-most=${MOST_FAILURES:-5} short=${SHORT:-120} wait_s=${WAIT:-10}
+most=${MOST_FAILURES:-5} short=${SHORT:-600} wait_s=${WAIT:-10}
 failures=0 stopped=false child=
 
 stop() { # passed on to the command, which saves a checkpoint
@@ -18,6 +19,7 @@ while true; do
   start=$SECONDS
   "$@" &
   child=$!
+  if $stopped; then stop; fi # told just before
   wait "$child"
   code=$?
   while kill -0 "$child" 2>/dev/null; do # the wait ended by our signal, not by the command's end
@@ -33,5 +35,10 @@ while true; do
     exit "$code"
   fi
   echo "ended with $code: starting again from the last checkpoint in $wait_s s" >&2
-  sleep "$wait_s"
+  for ((i = 0; i < wait_s; i++)); do
+    sleep 1
+    if $stopped; then # heard of after the sleep
+      exit "$code"
+    fi
+  done
 done

@@ -28,12 +28,19 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # Tasks end by themselves when one is lost; what still runs two minutes after the first has ended is stuck.
-srun --kill-on-bad-exit=0 --wait=120 mot train "$config" --workdir "$workdir" "$@"
+# srun gives the highest code of all tasks, and those that lose one whose input is bad end with more than its 2: so 2 is
+# made the highest. The trap lets a task's shell wait for the checkpoint.
+# shellcheck disable=SC2016
+task='trap : TERM; "$@"; code=$?; if [ $code -eq 2 ]; then exit 255; fi; exit $code'
+srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" --workdir "$workdir" "$@"
 code=$?
 
 case $code in
   0) echo "finished" ;;
-  2) echo "bad input: not started again" ;;
+  255)
+    code=2
+    echo "bad input, or a full disk: not started again"
+    ;;
   *)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
       echo "ended with $code: starting again from the last checkpoint"

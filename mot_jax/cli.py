@@ -20,6 +20,7 @@ from mot_jax import distributed
 from mot_jax.config import (
     Config,
     ConfigError,
+    TransientError,
     check,
     error_words,
     identity_changes,
@@ -125,7 +126,7 @@ def _evaluate(arguments: list[str]) -> None:
     if options.group_size is not None:
         config = regrouped(config, _positive("--group-size", options.group_size))
     limit = None if options.windows is None else _positive("--windows", options.windows)
-    distributed.connect(_process(options, config), config.mesh)
+    distributed.connect(_process(options, config), config.mesh, trains=False)
     from mot_jax.training import evaluation, metrics
 
     split = options.split or config.data.validation_split
@@ -336,13 +337,16 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_for_people() -> Iterator[None]:
-    """One line for each of the user's mistakes, and for a full disk; exit code 2. Else it is ours: a traceback."""
+    """One line for each of the user's mistakes, and for a full disk; exit code 2. Else it is ours: a traceback.
+
+    What may pass by itself is told in one line too, with exit code 75.
+    """
     try:
         yield
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(distributed.TEMPORARY if isinstance(error, TransientError) else BAD_INPUT)
     except Exception as error:
         if not _disk_is_full(error):
             raise

@@ -17,10 +17,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from mot_jax.config import ConfigError, MeshConfig, error_words
+from mot_jax.config import ConfigError, MeshConfig, TransientError, error_words
 from mot_jax.rendezvous import Process, listed, meet
 
-PEER_LOST = 75  # the exit code, EX_TEMPFAIL: the same command goes on
+TEMPORARY = 75  # the exit code, EX_TEMPFAIL, where another process was lost, say: the same command goes on
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that dies meanwhile ends the others by its heartbeat
 
@@ -100,8 +100,11 @@ _parting = False  # all processes have agreed to end
 _rounds = itertools.count()
 
 
-def connect(process: Process | None, mesh: MeshConfig) -> None:
-    """Makes this process one of many; a single one stays as it is. Raises ConfigError if not all of them come."""
+def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> None:
+    """Makes this process one of many; a single one stays as it is. Raises TransientError if not all of them come.
+
+    trains: a SIGTERM is for `preemption`; else it ends the process, as ever.
+    """
     global _connected
     if process is None or process.total == 1:
         return
@@ -109,6 +112,7 @@ def connect(process: Process | None, mesh: MeshConfig) -> None:
     meet(process, mesh.wait_seconds)
     import jax
 
+    jax.config.update("jax_enable_preemption_service", trains)  # it takes the signal
     jax.distributed.initialize(
         process.coordinator,
         process.total,
@@ -130,7 +134,7 @@ def together() -> Iterator[dict[str, str]]:
     """Around what may fail in one process alone: it then fails in all. Each waits here until the last is through.
 
     Gives a dictionary to fill with what must be the same in all processes, by name. Raises ConfigError with the faults
-    of all processes, which says whose they are where not all have them.
+    of all processes, which says whose they are where not all have them; TransientError if none is a user's mistake.
     """
     facts: dict[str, str] = {}
     faults: list[str] = []
@@ -145,13 +149,16 @@ def together() -> Iterator[dict[str, str]]:
 
     if jax.distributed.is_initialized():
         digests = {name: hashlib.sha256(fact.encode()).hexdigest()[:12] for name, fact in facts.items()}
-        united = _united(gather({"faults": faults, "facts": digests}))
+        mistaken = isinstance(error, ConfigError) and not isinstance(error, TransientError)
+        found_by_all = gather({"faults": faults, "mistaken": mistaken, "facts": digests})
+        united = _united(found_by_all)
         if united:
             global _parting
             _parting = True
             if error is not None and not isinstance(error, ConfigError):
                 raise error  # a fault of ours: its own process shows where it is
-            raise ConfigError(*united) from None
+            passing = any(of["faults"] for of in found_by_all) and not any(of["mistaken"] for of in found_by_all)
+            raise (TransientError if passing else ConfigError)(*united) from None
     if error is not None:
         raise error
 
@@ -240,10 +247,15 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
     At once, since whatever waits for the others would hang: every row and every finished checkpoint is on disk.
     """
     words = re.sub("(Error dispatching computation: )+", "", error_words(error))
-    if _connected and re.search(r"gloo|closed by peer|coordination|unavailable|heartbeat|barrier", words, re.I):
+    signs = r"gloo|heartbeat|coordination"
+    import jax
+
+    if isinstance(error, jax.errors.JaxRuntimeError):  # of others, these could be a store's words
+        signs += r"|closed by peer|unavailable|barrier"
+    if _connected and re.search(signs, words, re.I):
         advice = "the same command goes on from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
-        _end_now(PEER_LOST)
+        _end_now(TEMPORARY)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
+import re
 
 from etils import epath
 
-from mot_jax.config import ConfigError, error_words, nearest
+from mot_jax.config import ConfigError, TransientError, error_words, nearest
 
 # By scheme: the packages that read and write there (boto3 for TensorBoard), and the extra that brings them.
 _STORES = {"gs": (("gcsfs",), "gcs"), "s3": (("s3fs", "boto3"), "s3")}
+
+# What says that a network, a store or a disk did not answer, and may answer later.
+_PASSING = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|timed out|timeout\b|\bconnection|not connect|reset by peer|max retries|"
+    r"service not known|name resolution|service unavailable|server error|internal error|bad gateway|"
+    r"too many requests|reduce your request|input/output error|stale file",
+    re.IGNORECASE,
+)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether input or output failed in a way that may pass by itself, as a store that does not answer."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE) or bool(_PASSING.search(error_words(error)))
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -21,7 +38,8 @@ def is_remote(path: epath.PathLike) -> bool:
 def user_path(name: str, path: epath.PathLike) -> epath.Path:
     """A path, local (`~` is the home) or on an object store.
 
-    Raises ConfigError, which says `name`, for a store that is not known, not installed or does not answer.
+    Raises ConfigError, which says `name`, for a store that is not known, not installed or refuses; TransientError for
+    one that does not answer.
     """
     text = os.fspath(path)
     if not is_remote(text):
@@ -39,9 +57,11 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     try:
         found.exists()
     except Exception as error:
+        login = "gcloud auth application-default login" if scheme == "gs" else "aws configure"
+        if is_passing(error):
+            raise TransientError(f"{name} = {text}: the store does not answer ({error_words(error)})") from None
         raise ConfigError(
-            f"{name} = {text}: the store does not answer ({error_words(error)}); try a bucket that you may read, after "
-            f"{'gcloud auth application-default login' if scheme == 'gs' else 'aws configure'}"
+            f"{name} = {text}: the store refuses ({error_words(error)}); try a bucket that you may read, after {login}"
         ) from None
     return found
 
@@ -56,7 +76,7 @@ def local_path(name: str, path: epath.PathLike) -> epath.Path:
 def make_directory(name: str, path: epath.Path) -> None:
     """Makes a directory, and its parents; on an object store, where there are none, tries to write there.
 
-    Raises ConfigError, which says `name`, if that cannot be.
+    Raises ConfigError, which says `name`, if that cannot be; TransientError if it may be later.
     """
     try:
         if is_remote(path):
@@ -66,7 +86,8 @@ def make_directory(name: str, path: epath.Path) -> None:
         else:
             path.mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        raise ConfigError(f"{name} = {path}: cannot be written to ({error_words(error)}); try another") from None
+        kind = TransientError if is_passing(error) else ConfigError
+        raise kind(f"{name} = {path}: cannot be written to ({error_words(error)}); try another") from None
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:

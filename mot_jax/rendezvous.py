@@ -3,7 +3,8 @@
 JAX's runtime ends a process from C++, without a word for people, when a peer is missing. So process 0 first listens at
 the coordinator's port itself, which JAX's own service takes over when all have come.
 
-A peer sends `mot_jax NUMBER TOTAL`; when it is known, each gets one line: `go`, or what is wrong.
+A peer sends `mot_jax NUMBER TOTAL`; when it is known, each gets one line: `go`, or what is wrong, after `later ` if
+that may pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mot_jax.config import ConfigError
+from mot_jax.config import ConfigError, TransientError
 
 _RETRY = 0.2  # seconds between two attempts to reach process 0
 _GRACE = 5.0  # seconds that process 0 has to tell who is missing
@@ -37,7 +38,10 @@ class Process(NamedTuple):
 
 
 def meet(process: Process, seconds: float) -> None:
-    """Returns when all processes have come to the coordinator's port. Raises ConfigError, the same in all of them."""
+    """Returns when all processes have come to the coordinator's port.
+
+    Raises ConfigError, the same in all of them; TransientError if one did not come.
+    """
     host, _, port = process.coordinator.rpartition(":")
     if process.number == 0:
         _receive(process, int(port), seconds)
@@ -53,7 +57,7 @@ def _receive(process: Process, port: int, seconds: float) -> None:
         selector = stack.enter_context(selectors.DefaultSelector())
         server = stack.enter_context(_listen(process, port))
         selector.register(server, selectors.EVENT_READ)
-        fault = None
+        fault: ConfigError | None = None
         while len(peers) < process.total - 1 and fault is None:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -76,12 +80,13 @@ def _receive(process: Process, port: int, seconds: float) -> None:
                     fault = fault or _misfit(process, index, count, peers)
                     peers.setdefault(index, key.fileobj)
                     key.data.clear()
+        answer = "later " * isinstance(fault, TransientError) + str(fault or "go") + "\n"
         for key in selector.get_map().values():
             if key.data is not None:
                 with contextlib.suppress(OSError):
-                    key.fileobj.send(f"{fault or 'go'}\n".encode())  # type: ignore[union-attr]
+                    key.fileobj.send(answer.encode())  # type: ignore[union-attr]
     if fault:
-        raise ConfigError(fault)
+        raise fault
 
 
 def _listen(process: Process, port: int) -> socket.socket:
@@ -110,17 +115,21 @@ def _hear(connection: socket.socket, heard: bytearray) -> tuple[int, int] | tupl
     return None if greeting is None else (int(greeting[1]), int(greeting[2]))
 
 
-def _misfit(process: Process, index: int, count: int, peers: dict[int, socket.socket]) -> str | None:
+def _misfit(process: Process, index: int, count: int, peers: dict[int, socket.socket]) -> ConfigError | None:
     if count != process.total:
-        return f"--num-processes = {count}: process {index} says so, and process 0 has {process.total}; try one for all"
+        return ConfigError(
+            f"--num-processes = {count}: process {index} says so, and process 0 has {process.total}; try one for all"
+        )
     if index in peers or not 0 < index < count:
-        return f"--process-id = {index}: two processes say that they are it; try 0 to {count - 1}, each once"
+        return ConfigError(
+            f"--process-id = {index}: two processes say that they are it; try 0 to {count - 1}, each once"
+        )
     return None
 
 
-def _absent(process: Process, peers: Iterable[int], seconds: float) -> str:
+def _absent(process: Process, peers: Iterable[int], seconds: float) -> ConfigError:
     absent = listed(sorted({*range(1, process.total)}.difference(peers)))
-    return (
+    return TransientError(
         f"coordinator = {process.coordinator}: {absent} of {process.total} did not come within {seconds:g} s; do they "
         "run, with the same --coordinator, and can they reach that port? --mesh.wait-seconds is how long to wait"
     )
@@ -128,27 +137,32 @@ def _absent(process: Process, peers: Iterable[int], seconds: float) -> str:
 
 def _visit(process: Process, host: str, port: int, seconds: float) -> None:
     """Every other process's part: greets process 0, again and again until it answers."""
-    begin, reason, answer = time.monotonic(), "", b""
+    begin, reason, answer, heard = time.monotonic(), "", b"", False
     while time.monotonic() < begin + seconds and not answer:
         try:
+            heard = False
             with socket.create_connection((host, port), begin + seconds - time.monotonic()) as connection:
                 connection.sendall(b"mot_jax %d %d\n" % (process.number, process.total))
                 connection.settimeout(max(begin + seconds + _GRACE - time.monotonic(), _GRACE))
+                heard = True
                 with connection.makefile("rb") as answers:
                     answer = answers.readline(1000)
-                reason = "the connection was closed"
+                heard, reason = False, "the connection was closed"
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
         if not answer.endswith(b"\n"):
             answer = b""
             time.sleep(_RETRY)
     if not answer:
-        raise ConfigError(
-            f"coordinator = {process.coordinator}: {process} did not reach process 0 within {seconds:g} s ({reason}); "
-            "does it run there, and is that port open? --mesh.wait-seconds is how long to wait"
+        what = f"{process} {'reached process 0, and was told nothing' if heard else 'did not reach process 0'}"
+        advice = "did all others start?" if heard else "does it run there, and is that port open?"
+        raise TransientError(
+            f"coordinator = {process.coordinator}: {what} within {seconds:g} s ({reason}); {advice} "
+            "--mesh.wait-seconds is how long to wait"
         )
-    if answer != b"go\n":
-        raise ConfigError(answer.decode(errors="replace").strip())
+    words = answer.decode(errors="replace").strip()
+    if words != "go":
+        raise TransientError(words.removeprefix("later ")) if words.startswith("later ") else ConfigError(words)
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """Real processes that train together, and a record of the examples that each of them read.
 
-As a script: `mot train ...` that appends to the file RECORD, for each batch that a step takes, a line of JSON: the
+As a script: `mot ...`, whose training appends to the file RECORD, for each batch that a step takes, a line of JSON: the
 step, the examples and the windows that this process read for it.
 """
 
@@ -22,9 +22,16 @@ def free_port() -> int:
 
 
 def start(
-    arguments: list[str], count: int, devices: int, record: Path, own: dict[int, list[str]] | None = None
+    arguments: list[str],
+    count: int,
+    devices: int,
+    record: Path,
+    own: dict[int, list[str]] | None = None,
+    command: str = "train",
 ) -> list[subprocess.Popen]:
-    """`mot train` in `count` processes of so many virtual devices; `own`: what single ones get besides.
+    """`mot train`, or another command, in `count` processes of so many virtual devices.
+
+    own: what single ones get besides.
 
     Process i writes its text to `<record>.<i>.log` and its examples to `<record>.<i>`.
     """
@@ -35,10 +42,10 @@ def start(
     together = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
     found = []
     for i in range(count):
-        command = [sys.executable, __file__, f"{record}.{i}", *arguments, *((own or {}).get(i, ()))]
+        call = [sys.executable, __file__, f"{record}.{i}", command, *arguments, *((own or {}).get(i, ()))]
         with open(f"{record}.{i}.log", "w") as output:
             flags = [*together, str(i)] if count > 1 else []
-            found.append(subprocess.Popen([*command, *flags], env=environment, stdout=output, stderr=output))
+            found.append(subprocess.Popen([*call, *flags], env=environment, stdout=output, stderr=output))
     return found
 
 
@@ -86,9 +93,9 @@ if __name__ == "__main__":
 
     connect = cli.distributed.connect
 
-    def connect_and_record(process, mesh):
-        connect(process, mesh)
+    def connect_and_record(*arguments, **named):
+        connect(*arguments, **named)
         _record(sys.argv[1])
 
     cli.distributed.connect = connect_and_record
-    cli.main(["train", *sys.argv[2:]])
+    cli.main(sys.argv[2:])

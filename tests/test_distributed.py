@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from etils import epath
 from processes import start
 
 from mot_jax import distributed
-from mot_jax.config import Config, ConfigError, to_json
+from mot_jax.config import Config, ConfigError, TransientError, to_json
 from mot_jax.config import fields as f
 from mot_jax.data.build import build, plan_files
 from mot_jax.rendezvous import Process
@@ -99,6 +100,21 @@ def test_a_single_process_connects_to_nothing(capsys):
     assert distributed.is_first() and distributed.gather({"a": 1}) == [{"a": 1}]
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_only_training_takes_the_sigterm(monkeypatch, trains):
+    taken = []
+    monkeypatch.setattr(distributed, "meet", lambda *_: None)
+    monkeypatch.setattr(distributed, "_connected", False)
+
+    def initialize(*_: object, **__: object) -> None:
+        taken.append(jax.config.jax_enable_preemption_service)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    distributed.connect(Process(0, 2, "localhost:1"), f.MeshConfig(), trains)
+    jax.config.update("jax_enable_preemption_service", True)
+    assert taken == [trains]
+
+
 def test_faults_of_all_processes_are_told_once():
     def found(faults: list[str], data: str) -> dict:
         return {"faults": faults, "facts": {"config": "c", "data": data}}
@@ -109,6 +125,27 @@ def test_faults_of_all_processes_are_told_once():
     assert fault == (
         "data: must be the same in all processes, and is 1 in processes 0 and 2, 2 in process 1; try one for all"
     )
+
+
+@pytest.mark.parametrize(
+    ("mine", "of_others", "kind"),
+    [
+        (TransientError("late"), {"faults": [], "mistaken": False}, TransientError),
+        (TransientError("late"), {"faults": ["wrong"], "mistaken": True}, ConfigError),
+        (ConfigError("wrong"), {"faults": ["late"], "mistaken": False}, ConfigError),
+        (None, {"faults": ["ZeroDivisionError"], "mistaken": False}, TransientError),  # a traceback of theirs
+        (None, {"faults": [], "mistaken": False, "facts": {"data": "another"}}, ConfigError),
+    ],
+)
+def test_all_end_for_good_where_one_is_mistaken(monkeypatch, mine, of_others, kind):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, {"facts": {}, **of_others}])
+    monkeypatch.setattr(distributed, "_parting", False)
+    with pytest.raises(ConfigError) as error, distributed.together() as same:
+        same |= {"data": "text"} if mine is None else {}
+        if mine is not None:
+            raise mine
+    assert type(error.value) is kind
 
 
 def test_what_fails_in_a_single_process_fails_as_it_did():
@@ -124,6 +161,8 @@ def test_what_fails_in_a_single_process_fails_as_it_did():
         (SystemExit(2), 2, ""),
         (ZeroDivisionError("ours"), 1, "ZeroDivisionError: ours"),
         (KeyboardInterrupt(), 1, "KeyboardInterrupt"),
+        (OSError("503 Service Unavailable"), 1, "OSError: 503 Service Unavailable"),  # of a store
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), 75, "error: another process was lost outside of"),
         (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), 75, "error: another process was"),
     ],
 )
@@ -159,7 +198,7 @@ def test_a_second_sigterm_ends_a_single_process(tmp_path):
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 STEPS, ROWS = 240, 8
-LOST = {distributed.PEER_LOST, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
+LOST = {distributed.TEMPORARY, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
 
 
 @pytest.fixture(scope="module")
@@ -216,16 +255,17 @@ def ends(processes: list[subprocess.Popen], within: float = 200) -> list[int]:
     return [process.wait(within) for process in processes]
 
 
-# How many processes train, how they end, and the exit codes that this brings. Two and four go on as one, two and four.
+# How many processes train, on which mesh, how they end, and the exit codes that this brings. Two and four go on as one,
+# two and four.
 LIFE = [
-    (2, "SIGTERM to 1", {143}),
-    (2, "SIGKILL of 1", LOST),
-    (4, "SIGKILL of all", set()),
-    (4, "SIGTERM to 3", {143}),
-    (2, "SIGKILL of all", set()),
-    (1, "SIGTERM to 0", {143}),
-    (4, "SIGKILL of 0", LOST),
-    (1, "finished", {0}),
+    (2, "data 4", "SIGTERM to 1", {143}),
+    (2, "tensor 2", "SIGKILL of 1", LOST),
+    (4, "expert 2", "SIGKILL of all", set()),
+    (4, "fsdp 2", "SIGTERM to 3", {143}),
+    (2, "expert 2", "SIGKILL of all", set()),
+    (1, "data 4", "SIGTERM to 0", {143}),
+    (4, "expert 2", "SIGKILL of 0", LOST),
+    (1, "data 4", "finished", {0}),
 ]
 
 
@@ -235,10 +275,10 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
     workdir = epath.Path(experiment / "killed")
     arguments = [str(experiment / "tiny.py"), "--workdir", str(workdir)]
     lives = []
-    for life, (count, end, codes) in enumerate(LIFE):
+    for life, (count, axis, end, codes) in enumerate(LIFE):
         record = experiment / f"life{life}"
         begun = max((row["step"] for row in read_rows(workdir)), default=0)
-        mesh = ["--mesh.expert", str(1 + life % 2)]
+        mesh = [f"--mesh.{axis[:-2]}", axis[-1]]
         processes = start([*arguments, *mesh], count, 4 // count, record)
         while end != "finished" and max((row["step"] for row in read_rows(workdir)), default=0) < begun + 8:
             time.sleep(0.02)
@@ -255,7 +295,7 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
         text = Path(f"{record}.0.log").read_text()
         if "TERM" in end:
             assert "SIGTERM: stopped after step" in text
-        if "SIGKILL of 1" in end and found[0] == distributed.PEER_LOST:
+        if "SIGKILL of 1" in end and found[0] == distributed.TEMPORARY:
             assert "error: another process was lost at step" in text and "Traceback" not in text
         lives.append(reads(record, count))
 
@@ -275,7 +315,6 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
         reached = max(complete)
         for step in complete:
             together = [of[step] for of in processes]
-            assert all(together[0]["examples"]) or step == 1
             numbers = list(itertools.chain(*(of["examples"] for of in together)))
             read = dict(zip(numbers, itertools.chain(*(of["windows"] for of in together)), strict=True))
             assert len(read) == len(numbers) == ROWS
@@ -310,6 +349,21 @@ def test_a_masked_run_of_two_processes_counts_and_shows_what_one_does(experiment
     ]
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(experiment, tmp_path):
+    workdir = str(tmp_path / "run")
+    assert ends(start([str(experiment / "masked.py"), "--workdir", workdir], 1, 2, tmp_path / "record")) == [0]
+    results = []
+    for count in (2, 1):
+        file, record = tmp_path / f"{count}.json", tmp_path / f"of{count}"
+        processes = start([workdir, "--json", str(file)], count, 2 // count, record, command="evaluate")
+        assert set(ends(processes)) == {0}, Path(f"{record}.0.log").read_text()
+        results.append(json.loads(file.read_text()))
+    of_two, of_one = results
+    assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-5) and of_two["windows"] > 32
+    assert of_two | {"loss": 0, "bits_per_byte": 0} == of_one | {"loss": 0, "bits_per_byte": 0}
+
+
 def errors(record: Path, count: int) -> list[list[str]]:
     return [
         [line for line in Path(f"{record}.{i}.log").read_text().splitlines() if line.startswith(("error", "Trace"))]
@@ -336,7 +390,7 @@ def test_what_is_wrong_in_one_process_ends_both_with_the_same_line(experiment, t
 @pytest.mark.slow
 def test_a_process_that_never_comes_is_missed_in_one_line(experiment, tmp_path):
     arguments = [str(experiment / "tiny.py"), "--workdir", str(tmp_path / "run"), "--mesh.wait-seconds", "4"]
-    assert ends(start(arguments, 3, 1, tmp_path / "record", {2: ["--mesh.data", "0"]})) == [2, 2, 2]
+    assert ends(start(arguments, 3, 1, tmp_path / "record", {2: ["--mesh.data", "0"]})) == [75, 75, 2]
     first, second, third = errors(tmp_path / "record", 3)
     assert first == second and re.match(r"error: coordinator = localhost:\d+: process 2 of 3 did not come", first[0])
     assert third[0].startswith("error: mesh.data = 0") and not (tmp_path / "run").exists()

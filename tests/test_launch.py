@@ -206,7 +206,8 @@ def test_libtpu_knows_the_flags_for_tpus():
 def run(tmp_path, monkeypatch):
     """run(script, arguments, **environment) on a PATH where every command records how it was called.
 
-    The fake commands end with the codes in CODES in turn, the last one for ever.
+    The fake commands end with the codes in CODES in turn, the last one for ever. The fake srun runs its command as one
+    task for each of them, and ends with the highest, as srun does.
     """
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -214,7 +215,11 @@ def run(tmp_path, monkeypatch):
         tool = tools / name
         tool.write_text(
             f'#!/bin/bash\nprintf "%q " {name} "$@" >>"{tmp_path}/calls"; echo >>"{tmp_path}/calls"\n'
-            f'[ {name} = scontrol ] && exit 0\ncalls=$(wc -l <"{tmp_path}/calls")\nread -ra codes <<<"$CODES"\n'
+            f"[ {name} = scontrol ] && exit 0\n"
+            f"if [ {name} = srun ]; then\nwhile [[ $1 == --* ]]; do shift; done\nworst=0\n"
+            'for code in $CODES; do\nCODES=$code "$@"\ncode=$?\nworst=$((code > worst ? code : worst))\ndone\n'
+            "exit $worst\nfi\n"
+            f'calls=$(wc -l <"{tmp_path}/calls")\nread -ra codes <<<"$CODES"\n'
             'n=$((calls <= ${#codes[@]} ? calls - 1 : ${#codes[@]} - 1))\nexit "${codes[$n]}"\n'
         )
         tool.chmod(0o755)
@@ -230,20 +235,41 @@ def run(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("code", [0, 2, 143, 75, 134, 137, 1])
-def test_slurm_queues_a_run_again_unless_it_is_finished_or_its_input_bad(run, code):
-    ended, calls, _ = run("slurm.sh", CODES=str(code), SLURM_JOB_ID="17")
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        *((str(code), code) for code in (0, 2, 143, 75, 134, 137, 1)),
+        *(("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)),
+    ],
+)
+def test_slurm_queues_a_run_again_unless_it_is_finished_or_the_input_of_a_task_bad(run, codes, code):
+    ended, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
     assert ended == code
-    assert shlex.split(calls[0])[:3] == ["srun", "--kill-on-bad-exit=0", "--wait=120"]
-    check_command(shlex.split(calls[0])[3:])
-    assert calls[1:] == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+    assert shlex.split(calls[0])[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=120", "bash"]
+    tasks, after = calls[1 : 1 + len(codes.split())], calls[1 + len(codes.split()) :]
+    for task in tasks:
+        check_command(shlex.split(task))
+    assert after == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+
+
+def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    (task,) = re.findall(r"^task='(.*)'$", text, re.M)
+    saving = f'trap "sleep 0.3; echo saved >{tmp_path}/checkpoint; exit 143" TERM; touch {tmp_path}/ready; '
+    command = ["bash", "-c", task, "task", "bash", "-c", saving + "while :; do sleep 0.1; done"]
+    process = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)  # Slurm signals all processes of a step
+    assert process.wait(timeout=20) == 143
+    assert (tmp_path / "checkpoint").read_text() == "saved\n"
 
 
 def test_slurm_takes_a_config_and_flags_and_gives_up_at_last(run):
     arguments = ["configs/v1_mot.py", "--training.steps", "7", "--data.corpus", "a b"]
     _, calls, said = run("slurm.sh", *arguments, CODES="1", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w")
-    (call,) = calls
-    assert shlex.split(call)[3:] == ["mot", "train", arguments[0], "--workdir", "/w", *arguments[1:]]
+    _, call = calls
+    assert shlex.split(call) == ["mot", "train", arguments[0], "--workdir", "/w", *arguments[1:]]
     assert "given up" in said
 
 
@@ -272,6 +298,17 @@ def test_restart_passes_the_signal_on_and_ends_with_the_commands_code(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 143
     assert (tmp_path / "checkpoint").read_text() == "saved\n"
+
+
+def test_restart_ends_when_told_to_between_two_runs(run, tmp_path):
+    tools, script = tmp_path / "tools", ROOT / "launch" / "restart.sh"
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "WAIT": "100", "CODES": "143"}
+    process = subprocess.Popen([str(script), "mot", "train"], env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and "starting again" in process.stderr.readline()  # it waits
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 143
+    process.stderr.close()
+    assert (tmp_path / "calls").read_text() == "mot train \n"
 
 
 def test_tpu_vm_starts_every_host(run):

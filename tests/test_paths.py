@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from etils import epath
 
 from mot_jax import cli, paths
-from mot_jax.config import Config, ConfigError
+from mot_jax.config import Config, ConfigError, TransientError
 from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.training import loop, restore
 from mot_jax.training.stores import orbax_path
@@ -55,19 +56,30 @@ def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_does_not_answer_is_told_in_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError("Anonymous caller\nhas no access"), ConfigError, "refuses (OSError: Anonymous caller); try a bucket"),
+        (PermissionError("Forbidden"), ConfigError, "refuses (PermissionError: Forbidden); try a bucket"),
+        (TimeoutError(), TransientError, "does not answer (TimeoutError: )"),
+        (OSError("Cannot connect to host a:443"), TransientError, "does not answer (OSError: Cannot connect to host"),
+        (OSError(errno.EIO, "SlowDown"), TransientError, "does not answer (OSError: [Errno 5] SlowDown)"),
+        (RuntimeError("Service Unavailable, 503"), TransientError, "does not answer (RuntimeError: Service Unav"),
+    ],
+)
+def test_a_store_that_refuses_or_does_not_answer_is_told_in_one_line(monkeypatch, error, kind, words):
     class Broken:
         def __init__(self, path):
             pass
 
         def exists(self):
-            raise OSError("Anonymous caller\nhas no access")
+            raise error
 
     monkeypatch.setattr(paths.epath, "Path", Broken)
-    with pytest.raises(
-        ConfigError, match=r"^workdir = gs://b/r: the store does not answer \(OSError: Anonymous caller\)"
-    ):
+    with pytest.raises(ConfigError) as found:
         paths.user_path("workdir", "gs://b/r")
+    (fault,) = found.value.faults
+    assert type(found.value) is kind and fault.startswith(f"workdir = gs://b/r: the store {words}")
 
 
 def test_a_directory_that_cannot_be_made_is_told_in_one_line(tmp_path):

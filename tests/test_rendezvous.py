@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from processes import free_port
 
-from mot_jax.config import ConfigError
+from mot_jax import rendezvous
+from mot_jax.config import ConfigError, TransientError
 from mot_jax.rendezvous import Process, listed, meet
 
 
 def outcome(process: Process, seconds: float) -> str:
-    """What comes of one: its fault, or nothing."""
+    """What comes of one: its fault, after `later: ` if it may pass, or nothing."""
     try:
         meet(process, seconds)
     except ConfigError as error:
-        return str(error)
+        return "later: " * isinstance(error, TransientError) + str(error)
     return ""
 
 
@@ -48,15 +49,27 @@ def test_all_that_came_say_who_did_not():
     assert time.monotonic() - start < 3
     assert len(set(faults)) == 1
     assert faults[0].startswith(
-        f"coordinator = {coordinator}: processes 2 and 4 of 5 did not come within 0.6 s; do they run"
+        f"later: coordinator = {coordinator}: processes 2 and 4 of 5 did not come within 0.6 s; do they run"
     )
 
 
 def test_without_process_0_the_others_say_so():
     coordinator, (fault,) = outcomes([(2, 3)], 0.5)
-    assert fault.startswith(f"coordinator = {coordinator}: process 2 of 3 did not reach process 0 within 0.5 s (Conn")
+    assert fault.startswith(
+        f"later: coordinator = {coordinator}: process 2 of 3 did not reach process 0 within 0.5 s (Conn"
+    )
     fault = outcome(Process(1, 2, "no.such.host.invalid:1234"), 0.5)
     assert "process 1 of 2 did not reach process 0 within 0.5 s" in fault
+
+
+def test_a_process_that_waited_in_vain_for_another_does_not_blame_the_port(monkeypatch):
+    """Process 0 began to wait later, and waits on."""
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
+    with socket.create_server(("", free_port())) as silent:
+        coordinator = f"localhost:{silent.getsockname()[1]}"
+        fault = outcome(Process(1, 3, coordinator), 0.5)
+    words = "process 1 of 3 reached process 0, and was told nothing within 0.5 s (timed out); did all others start?"
+    assert fault.startswith(f"later: coordinator = {coordinator}: {words}")
 
 
 def test_a_number_that_two_have_ends_all():

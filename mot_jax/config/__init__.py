@@ -17,6 +17,7 @@ from mot_jax.config.fields import (
     ModelConfig,
     OptimizerConfig,
     TrainingConfig,
+    TransientError,
     nearest,
 )
 from mot_jax.config.files import FORMAT_VERSION, error_words, from_json, identity_changes, load_config, to_json
@@ -39,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "TrainingConfig",
+    "TransientError",
     "check",
     "error_words",
     "from_json",

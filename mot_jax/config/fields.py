@@ -16,6 +16,10 @@ class ConfigError(ValueError):
         self.faults = faults
 
 
+class TransientError(ConfigError):
+    """No mistake of the user's: the same may work later. Told in the same way, with another exit code."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`, or all of them if none is close."""
     names = list(names)

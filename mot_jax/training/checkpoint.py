@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import platform
 from types import TracebackType
 
@@ -13,9 +12,9 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from mot_jax.config import Config, ConfigError, error_words, to_json
+from mot_jax.config import Config, to_json
 from mot_jax.training.state import TrainState, abstract_state
-from mot_jax.training.stores import orbax_path
+from mot_jax.training.stores import orbax_path, quieten, unreadable
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -28,7 +27,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
+        quieten()
         training, self._directory = ocp.training, epath.Path(directory)
         self._checkpointer = training.Checkpointer(
             orbax_path(self._directory),
@@ -59,23 +58,22 @@ class Checkpoints:
         """A checkpoint's state, on this mesh, whichever it was saved from, and its next example.
 
         Also a line for each version that has changed since: then numbers may differ in their last bits. Raises
-        ConfigError for a checkpoint of another state, or a damaged one.
+        ConfigError for a checkpoint of another state, or a damaged one; TransientError if it cannot be read now.
         """
-        about = self._checkpointer.metadata(step).custom_metadata
         now = versions()
         try:
+            about = self._checkpointer.metadata(step).custom_metadata
+            if not about:
+                raise ValueError("its metadata is missing or damaged")
+            then, next_example = dict(about["versions"]), int(about["next_example"])
             state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
         except jax.errors.JaxRuntimeError:  # a lost process, say
             raise
         except Exception as error:  # Orbax raises whatever its parts do
-            wrote = about["versions"].get("mot_jax")
-            raise ConfigError(
-                f"workdir = {self._directory.parent}: its checkpoint {step} cannot be read into this config's state "
-                f"({error_words(error)}); it was written by mot_jax {wrote}, here is {now['mot_jax']}; if it is "
-                f"damaged, remove {self._directory / str(step)}, and the run goes on from the one before"
-            ) from error
-        changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in about["versions"].items() if v != now.get(k)]
-        return TrainState(**state), int(about["next_example"]), changed
+            words = f"cannot be read into this config's state by mot_jax {now['mot_jax']}"
+            raise unreadable(self._directory / str(step), error, words) from error
+        changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in then.items() if v != now.get(k)]
+        return TrainState(**state), next_example, changed
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -79,8 +79,7 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
     with jax.set_mesh(mesh):
-        with distributed.together():
-            run = load_run(workdir, mesh)
+        run = load_run(workdir, mesh)
         evaluate = make_evaluation(config, mesh, windows, tokenizer)
         return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
 

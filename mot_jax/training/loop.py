@@ -79,11 +79,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     console.line(f"warning: another version, so last bits may differ: {line}")
             else:
                 state, next_example = create_state(config, mesh), 0
-                if t.upcycle_from is not None:
-                    params, notes = upcycle(config.model, state.params, t.upcycle_from)
-                    state = state._replace(params=params)
-                    for line in notes:
-                        console.line(line)
+        if not done and t.upcycle_from is not None:
+            params, notes = upcycle(config.model, state.params, t.upcycle_from)
+            state = state._replace(params=params)
+            for line in notes:
+                console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from functools import partial
 from typing import NamedTuple
 
@@ -12,11 +11,12 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from mot_jax import distributed
 from mot_jax.config import Config, ConfigError, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
-from mot_jax.training.stores import orbax_path
+from mot_jax.training.stores import orbax_path, quieten, unreadable
 
 
 class Run(NamedTuple):
@@ -62,35 +62,55 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     """The newest complete checkpoint of the run in `workdir`: its parameters, without the optimizer's state.
 
     They come to lie on `mesh`, on the mesh that is set where none is given, and where none is set on the first device;
-    the mesh that they were trained on does not matter. Raises ConfigError if there is no run or no checkpoint yet.
+    the mesh that they were trained on does not matter. Of several processes, each calls it. Raises ConfigError if there
+    is no run, no checkpoint yet or a damaged one; TransientError if it cannot be read now.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises, and much else
-    config = load_run_config(workdir)
-    abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
-    folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
+    quieten()
+    with distributed.together():
+        config = load_run_config(workdir)
+        abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
+        folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     while True:
         step = _newest(folder)
         if step is None:
             raise ConfigError(f"workdir = {workdir}: has no checkpoint yet; try again after the run has saved one")
-        try:
-            with context:
-                params = ocp.load(folder / str(step), {"params": abstract})["params"]
-        except Exception:
-            if _newest(folder) == step:
-                raise
-            continue  # the run saved a newer one, and may have deleted this one meanwhile
-        missing = [name for name in abstract if not isinstance(params.get(name), jax.Array)]
-        if missing:
-            raise ConfigError(f"workdir = {workdir}: its checkpoint is of another mot_jax, without {missing[0]}")
-        return Run(config, params, step)
+        params, fault = _load(folder / str(step), abstract)
+        if not any(distributed.gather(fault is not None)):
+            return Run(config, params, step)
+        if _newest(folder) == step:  # else the run saved a newer one, and may have deleted this one meanwhile
+            with distributed.together():
+                if fault is not None:
+                    raise fault
+
+
+def _load(
+    checkpoint: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, jax.Array], ConfigError | None]:
+    """The parameters in a checkpoint, or what is wrong with it."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            params = ocp.load(checkpoint, {"params": abstract})["params"]
+    except jax.errors.JaxRuntimeError:  # a lost process, say
+        raise
+    except Exception as error:  # Orbax raises whatever its parts do
+        return {}, unreadable(checkpoint, error, "cannot be read")
+    missing = [name for name in abstract if not isinstance(params.get(name), jax.Array)]
+    if missing:
+        words = f"workdir = {checkpoint.parent.parent}: its checkpoint is of another mot_jax, without {missing[0]}"
+        return {}, ConfigError(words)
+    return params, None
 
 
 def _newest(folder: epath.Path) -> int | None:
-    """The step of the newest complete checkpoint."""
-    found = ocp.path.step.standard_name_format().find_all(folder) if folder.exists() else ()
-    return max((checkpoint.step for checkpoint in found), default=None)
+    """The step of the newest complete checkpoint, as process 0 sees it: a shared file system may show others less."""
+    newest = None
+    with distributed.together():
+        if distributed.is_first():
+            found = ocp.path.step.standard_name_format().find_all(folder) if folder.exists() else ()
+            newest = max((checkpoint.step for checkpoint in found), default=None)
+    return distributed.gather(newest)[0]
 
 
 def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

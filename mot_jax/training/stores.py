@@ -6,6 +6,7 @@ written last, in place of a rename. TensorStore has a driver for `s3://` too. Or
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -13,8 +14,10 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from mot_jax.config import ConfigError
-from mot_jax.paths import is_remote
+from mot_jax.config import ConfigError, TransientError, error_words
+from mot_jax.paths import is_passing, is_remote
+
+_LONGEST = 200  # characters of an error of Orbax's
 
 _PRIVATE = (
     (gcs_utils, "_GCS_PATH_PREFIX"),
@@ -22,6 +25,27 @@ _PRIVATE = (
     (tensorstore_utils, "_use_gcs_driver"),
     (tensorstore_utils, "_normalize_path"),
 )
+
+
+def quieten() -> None:
+    """Orbax logs what it also raises, and much else; asyncio, the errors of the tasks that Orbax leaves behind."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def unreadable(checkpoint: epath.Path, error: Exception, words: str) -> ConfigError:
+    """What to tell of a checkpoint that Orbax cannot read. TransientError if it was its disk or store.
+
+    words: what is wrong with it, if it is not that. Of Orbax's chain of errors only the first is told.
+    """
+    while isinstance(cause := error.__cause__ or error.__context__, Exception):
+        error = cause
+    reason = error_words(error)
+    reason = reason if len(reason) <= _LONGEST else reason[:_LONGEST] + "…"
+    place = f"workdir = {checkpoint.parent.parent}: its checkpoint {checkpoint.name}"
+    if is_passing(error):
+        return TransientError(f"{place} could not be read ({reason}); the same command may work later")
+    return ConfigError(f"{place} {words} ({reason}); if it is damaged, remove {checkpoint}, and the one before is used")
 
 
 def orbax_path(path: epath.Path) -> epath.Path:

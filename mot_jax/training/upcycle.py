@@ -49,7 +49,7 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
 
 
 def _whole(value: jax.Array) -> np.ndarray:
-    """All of an array in this process's memory, a copy."""
+    """All of an array in this process's memory, a copy. Each device needs room for the largest stack meanwhile."""
     return np.array(jax.jit(whole)(value))
 
 

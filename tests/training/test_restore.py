@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +16,8 @@ import optax
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, MeshConfig, to_json
+from mot_jax import distributed
+from mot_jax.config import Config, ConfigError, MeshConfig, TransientError, to_json
 from mot_jax.sharding import make_mesh
 from mot_jax.training import restore
 from mot_jax.training.checkpoint import Checkpoints
@@ -79,8 +84,98 @@ def test_a_checkpoint_that_a_newer_one_replaces_meanwhile(saved, tmp_path, monke
     monkeypatch.setattr(restore.ocp, "load", overtaken)
     assert load_run(workdir).step == 16
     shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer to go to: damage is an error
-    with pytest.raises(Exception, match="16"):
+    with pytest.raises(ConfigError, match=r"its checkpoint 16 cannot be read \(.*; if it is damaged, remove"):
         load_run(workdir)
+
+
+READ_BOTH = """
+import sys
+import jax
+from mot_jax.config import ConfigError
+from mot_jax.sharding import make_mesh
+from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.restore import load_run, load_run_config
+
+def restore_state(workdir):
+    config = load_run_config(workdir)
+    with Checkpoints(workdir + "/checkpoints") as checkpoints:
+        checkpoints.restore(12, config, make_mesh(config, jax.devices()[:1]))
+
+for read in (load_run, restore_state):
+    try:
+        read(sys.argv[1])
+    except ConfigError as error:
+        print(type(error).__name__, *error.faults)
+"""
+
+
+def told_of(workdir: epath.PathLike) -> list[str]:
+    """What is said of a checkpoint by each of the two that read it; in a process of its own, where Orbax may leave
+    coroutines and threads behind.
+    """
+    done = subprocess.run([sys.executable, "-c", READ_BOTH, workdir], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    return done.stdout.splitlines()
+
+
+def restore_state(workdir: Path, config: Config) -> None:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.restore(12, config, make_mesh(config, jax.devices()[:1]))
+
+
+def test_a_damaged_checkpoint_is_one_short_line(saved, tiny, tmp_path):
+    workdir = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    checkpoint = workdir / "checkpoints" / "12"
+    metadata = (checkpoint / "_CHECKPOINT_METADATA").read_text()
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata[: len(metadata) // 2])
+    load_run(workdir)  # which needs none of it
+    with pytest.raises(ConfigError, match=r"its checkpoint 12 .* \(ValueError: its metadata is missing or damaged\)"):
+        restore_state(workdir, tiny)
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata)
+    restore_state(workdir, tiny)
+    for path in (checkpoint / "state" / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    for line in told_of(workdir):
+        assert line.startswith(f"ConfigError workdir = {workdir}: its checkpoint 12 cannot be read")
+        assert "(ValueError: OUT_OF_RANGE: " in line and f"if it is damaged, remove {checkpoint}, and" in line
+        assert len(line) < 800
+
+
+def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypatch):
+    def silent(*_: object) -> None:
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError as error:
+            raise ValueError("Orbax's own words\nin lines") from error
+
+    monkeypatch.setattr(restore.ocp, "load", silent)
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.load", silent)
+    for read in (load_run, lambda workdir: restore_state(workdir, tiny)):
+        with pytest.raises(TransientError, match=r"12 could not be read \(OSError: .*Input/output error\); the same"):
+            read(saved[0])
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_processes_read_one_checkpoint_and_try_again_together(saved, monkeypatch, faulty):
+    """Two processes as one of them sees it: process 0 sees an older checkpoint, which one of them finds deleted."""
+    seen = iter([4, 12, 12])
+    monkeypatch.setattr(distributed, "gather", lambda value: of_both(value))
+    load, asked = restore.ocp.load, []
+
+    def of_both(value: object) -> list:
+        if isinstance(value, bool):  # whether there was a fault
+            return [value or (faulty == 0 and len(asked) == 1), value]
+        return [next(seen), value]
+
+    def loaded(path, *arguments):
+        asked.append(path.name)
+        if faulty == 1 and len(asked) == 1:
+            raise FileNotFoundError(path)
+        return load(path, *arguments)
+
+    monkeypatch.setattr(restore.ocp, "load", loaded)
+    assert load_run(saved[0]).step == 12
+    assert asked == ["4", "12"]
 
 
 def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
@@ -103,12 +198,10 @@ def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
 
 def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
     """Its config says so before, as a rule: this is for one that does not."""
-    workdir, _ = saved
-    copy = tmp_path / "run"
-    shutil.copytree(workdir, copy)
+    copy = Path(shutil.copytree(saved[0], tmp_path / "run"))
     config = load_run_config(copy)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
-    with Checkpoints(copy / "checkpoints") as checkpoints, pytest.raises(ConfigError) as error:
-        checkpoints.restore(12, wider, make_mesh(config, jax.devices()[:1]))
-    (fault,) = error.value.faults
-    assert "its checkpoint 12 cannot be read into this config's state (" in fault and "\n" not in fault
+    (copy / "config.json").write_text(to_json(wider))
+    of_parameters, of_state = told_of(copy)
+    assert of_parameters.startswith(f"ConfigError workdir = {copy}: its checkpoint 12 cannot be read (ValueError: ")
+    assert "its checkpoint 12 cannot be read into this config's state by mot_jax 0.1.0 (ValueError: " in of_state
