@@ -89,6 +89,9 @@ def _load(
     """The parameters in a checkpoint, or what is wrong with it."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    # Alone: a process that cannot read would leave the others at a barrier of Orbax's for five minutes.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
     try:
         with context:
             params = ocp.load(checkpoint, {"params": abstract})["params"]
