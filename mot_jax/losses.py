@@ -83,20 +83,22 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 def _add_up(parts: jax.Array, like: jax.Array) -> jax.Array:
     """[n, t, D, V], one part from each device, -> their sum, cut as `like` is: each device adds up what it keeps."""
-    if spec() is None:
-        return parts.sum(axis=(0, 1))
     rows, positions, *_ = axes_of(parts)
+    if shards(rows + positions) == 1:
+        return reshard(parts.sum(axis=(0, 1)), *axes_of(like))
     cut = axes_of(like)
     others = tuple(axis for axis in rows + positions if not any(axis in axes for axes in cut))
 
     def add(part: jax.Array) -> jax.Array:
         total = part[0, 0]
         for dimension, axes in enumerate(cut):
-            if axes:
+            if shards(axes) > 1:
                 total = jax.lax.psum_scatter(total, axes, scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(total, others)
+        return jax.lax.psum(total, others) if shards(others) > 1 else total
 
-    return jax.shard_map(add, in_specs=spec(rows, positions, None, None), out_specs=spec(*cut))(parts)
+    # Unchecked: an axis of size 1 over which nothing is added up still tells its parts apart.
+    into, out = spec(rows, positions, None, None), spec(*cut)
+    return jax.shard_map(add, in_specs=into, out_specs=out, check_vma=False)(parts)
 
 
 def _chunks(chunk: int, hidden: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
