@@ -236,7 +236,7 @@ def test_on_eight_devices_and_restored(name, tmp_path):
 
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)]
     kept = {"adafactor": 6, "muon": 3}[name]  # arrays for a parameter, counts too
-    assert sum(split) > 8 * kept  # all matrices, not w_in and w_out alone
+    assert sum(split) > 2 * (1 + kept)  # all matrices, not w_in and w_out alone
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, 3 * B, config)
