@@ -138,6 +138,30 @@ def test_loss_metrics_and_gradients_equal_one_devices(case, shape):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [DATA, SHAPES[-1]], ids=str)
+def test_an_exchange_shows_no_later_position_and_no_other_group(shape):
+    """Groups of 8 rows that span devices: what a token may not see is replaced, and no bit of it changes."""
+    config = config_of(shape, group_size=8)
+    mesh, rng = mesh_for(config), np.random.default_rng(1)
+    with jax.set_mesh(mesh):
+        params, tokens, _ = arguments(config, mesh)
+        run = jax.jit(lambda tokens: bind(config.model, params)(tokens).hidden)
+        tokens = np.asarray(tokens)[:, :S]
+
+        def hidden(tokens: np.ndarray) -> np.ndarray:
+            return np.asarray(run(sharding.place_rows(mesh, tokens, B)))
+
+        before = hidden(tokens)
+        for _ in range(5):
+            changed = rng.integers(V, size=(B, S), dtype="int32")
+            changed[:8, :5] = tokens[:8, :5]
+            after = hidden(changed)
+            np.testing.assert_array_equal(after[:8, :5], before[:8, :5])
+        changed = tokens.copy()
+        changed[0, 2] = (tokens[0, 2] + 1) % V
+        assert (hidden(changed)[1:8, 2] != before[1:8, 2]).any()  # its own group sees it
+
+
 # A scan's body is counted once, forward and backward, and holds one MoT layer.
 EXCHANGES = {
     # mesh, changes: all-to-alls forward, backward
