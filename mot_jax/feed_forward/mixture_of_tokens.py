@@ -83,7 +83,7 @@ class MixtureOfTokens(nnx.Module):
         the mixing weights. Loss: `mixing_entropy`, their mean.
         """
         config = self.config
-        grouped = mixing.group(x.astype(self.dtype), config.group_size, config.mixing.groups)
+        grouped = self._group(x.astype(self.dtype))
         weights, emit_weights = self._weights(grouped, context)
         w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
         w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
@@ -106,9 +106,7 @@ class MixtureOfTokens(nnx.Module):
 
         With groups within rows, N is B S / G and S is 1.
         """
-        return self._weights(
-            mixing.group(x.astype(self.dtype), self.config.group_size, self.config.mixing.groups), context
-        )
+        return self._weights(self._group(x.astype(self.dtype)), context)
 
     def _weights(self, grouped: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, jax.Array | None]:
         config, mask = self.config.mixing, self._group_mask(context)
@@ -133,8 +131,10 @@ class MixtureOfTokens(nnx.Module):
         return weights, mixing.emit_weights(weights, said, config, mask, t)
 
     def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
-        mask = context.token_mask
-        return None if mask is None else mixing.group(mask, self.config.group_size, self.config.mixing.groups)
+        return None if context.token_mask is None else self._group(context.token_mask)
+
+    def _group(self, x: jax.Array) -> jax.Array:
+        return mixing.group(x, self.config.group_size, self.config.mixing.groups)
 
     def _entropies(
         self, weights: jax.Array, emit_weights: jax.Array | None, context: FeedForwardContext

@@ -16,7 +16,7 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.model import Params, bind
-from mot_jax.sharding import local_rows, place_rows, reshard, rows_multiple
+from mot_jax.sharding import local_rows, place_rows, reshard, rows_multiple, whole
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
@@ -61,7 +61,7 @@ def fill(config: ModelConfig, params: Params, batch: Batch, vocab_size: int) -> 
     out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs), batch.segments)
     logits = model.logits(out.hidden)
     likeliest = jnp.argmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
-    return reshard(likeliest, None, None)  # whole in every process
+    return whole(likeliest)
 
 
 @partial(jax.jit, static_argnames=("config", "length", "vocab_size", "end_of_text", "temperature"))
@@ -103,4 +103,4 @@ def sample(
         return jax.lax.dynamic_update_index_in_dim(text, token.astype(text.dtype), prompt + i, axis=1)
 
     text = jax.lax.fori_loop(0, length, body, text)[:, : prompt + length]
-    return reshard(text, None, None)  # whole in every process
+    return whole(text)

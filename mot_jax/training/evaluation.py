@@ -20,7 +20,7 @@ from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.model import Params
-from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, reshard, rows_multiple, shards
+from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
 from mot_jax.training.restore import check_data, load_run
 from mot_jax.training.step import make_eval_step
 
@@ -40,8 +40,8 @@ def make_evaluation(
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
-        whole = rows_multiple(config, mesh)
-        rows = -(-config.training.batch_size // config.training.accumulation // whole) * whole
+        multiple = rows_multiple(config, mesh)
+        rows = -(-config.training.batch_size // config.training.accumulation // multiple) * multiple
         batches = validation_batches(windows, objective, config.group_size, rows, local_rows(mesh, rows), limit)
         sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
@@ -89,4 +89,9 @@ def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
     number = shards(DIMENSIONS["rows"])
     rows = np.zeros((len(local_rows(mesh, number)), len(counts)), np.int32)
     rows[0] = counts
-    return np.asarray(jax.jit(lambda x: reshard(x.sum(axis=0), None))(place_rows(mesh, rows, number)))
+    return np.asarray(_added(place_rows(mesh, rows, number)))
+
+
+@jax.jit  # once: a function made anew would be compiled anew in each evaluation
+def _added(rows: jax.Array) -> jax.Array:
+    return whole(rows.sum(axis=0))
