@@ -1,7 +1,8 @@
-"""Multi-head self-attention."""
+"""Multi-head self-attention, and the keys and values that generation keeps."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,30 @@ from flax import nnx
 from mot_jax.config import ModelConfig
 from mot_jax.init import draw
 from mot_jax.sharding import axes_of, product, spec
+
+
+@dataclasses.dataclass
+class LayerCache:
+    """One layer's keys and values of the columns so far, while its model runs on the next ones.
+
+    key, value: [R, B, T, H_kv, K], of all R layers of a stack, replaced by `extend`; `index` is this one's. visible:
+    bool [B, 1, S, T], what each of the S new columns may see, themselves and each other among it. column: int32
+    scalar, the first of them.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    index: jax.Array
+    visible: jax.Array
+    column: jax.Array
+
+    def extend(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Takes those of the new columns [B, S, H_kv, K]; returns those of all columns [B, T, H_kv, K]."""
+        begin = (self.index, 0, self.column, 0, 0)
+        self.key = jax.lax.dynamic_update_slice(self.key, key[None], begin)
+        self.value = jax.lax.dynamic_update_slice(self.value, value[None], begin)
+        key, value = (jax.lax.dynamic_index_in_dim(a, self.index, keepdims=False) for a in (self.key, self.value))
+        return key, value
 
 
 class Attention(nnx.Module):
@@ -30,20 +55,30 @@ class Attention(nnx.Module):
         self.out = nnx.Param(draw(rngs.params(), (h, k, d), d, config.init, config.param_dtype))
 
     def __call__(
-        self, x: jax.Array, token_mask: jax.Array | None = None, segments: jax.Array | None = None
+        self,
+        x: jax.Array,
+        token_mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        cache: LayerCache | None = None,
     ) -> jax.Array:
         """x [B, S, D] -> [B, S, D] in the layer's dtype.
 
         token_mask: bool [B, S]; False is not attended to. segments: int32 [B, S], which document of its row a token is
-        of; read with `document_mask` alone, which raises ValueError without.
+        of; read with `document_mask` alone, which raises ValueError without. positions: int32 [B, S], None is 0 to
+        S - 1; read by rotary ones. cache: of earlier columns, extended by these; its `visible` stands for both masks.
         """
         config = self.config
         x = x.astype(config.dtype)
         query = product("bsd,dhk->bshk", x, self.query[...])
         key, value = product("bsd,dchk->cbshk", x, self.key_value[...])
         if config.positions == "rotary":
-            positions = jnp.arange(x.shape[1])
+            positions = jnp.arange(x.shape[1]) if positions is None else positions
             query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
+        if cache is not None:
+            key, value = cache.extend(key, value)
+            y = jax.nn.dot_product_attention(query, key, value, mask=cache.visible)
+            return product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if config.document_mask:
             if segments is None:

@@ -6,13 +6,15 @@ that neither the compiled program nor its compile time grows with depth.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.attention import Attention
+from mot_jax.attention import Attention, LayerCache
 from mot_jax.config import FeedForwardConfig, ModelConfig
 from mot_jax.feed_forward import FeedForwardContext, make_feed_forward
 from mot_jax.init import draw
@@ -20,14 +22,61 @@ from mot_jax.losses import LossSums, cross_entropy_sum
 from mot_jax.sharding import anchor, positions_of, reshard, spec, whole
 
 Params = dict[str, jax.Array]
+Layers = list[tuple[jax.Array, jax.Array]]  # keys and values of the blocks of a stack's period, each [R, B, T, H_kv, K]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "real", "segments", "column"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What a causal model keeps of the columns so far: rows are left-padded, and a column is a step in time for all.
+
+    layers: of each stack. real: bool [B, T], what may be attended to. segments: int32 [B, T], which document of its
+    row each is of. column: int32 scalar, the next one.
+    """
+
+    layers: list[Layers]
+    real: jax.Array
+    segments: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, columns: int) -> Cache:
+        """With room for so many columns, T, of B rows."""
+        width = config.d_model // config.num_heads
+        shape = (rows, columns, config.num_kv_heads or config.num_heads, width)
+
+        def zeros(repeats: int) -> jax.Array:
+            place = spec(None, "rows", None, "heads", None)
+            return jnp.zeros((repeats, *shape), config.dtype, out_sharding=place)
+
+        layers = [[(zeros(n), zeros(n)) for _ in period] for period, n in stack_plan(config.block_kinds())]
+        real, segments = (jnp.zeros((rows, columns), t, out_sharding=spec("rows", None)) for t in (bool, jnp.int32))
+        return cls(layers, real, segments, jnp.zeros((), jnp.int32))
+
+    def extended(self, real: jax.Array, segments: jax.Array | None) -> Cache:
+        """With the masks of the next columns [B, S] written down; `column` is still the first of them."""
+        begin = (0, self.column)
+        real = jax.lax.dynamic_update_slice(self.real, real, begin)
+        segments = self.segments if segments is None else jax.lax.dynamic_update_slice(self.segments, segments, begin)
+        return dataclasses.replace(self, real=real, segments=segments)
+
+    def visible(self, length: int, document_mask: bool) -> jax.Array:
+        """bool [B, 1, S, T]: what each of the `length` columns from `column` on may attend to."""
+        columns = self.column + jnp.arange(length)
+        seen = self.real[:, None, :] & (jnp.arange(self.real.shape[1]) <= columns[:, None])
+        if document_mask:
+            own = jax.lax.dynamic_slice_in_dim(self.segments, self.column, length, axis=1)
+            seen &= own[:, :, None] == self.segments[:, None, :]
+        return seen[:, None]
 
 
 class ModelOutput(NamedTuple):
-    """hidden [B, S, D], what the head reads; losses and metrics as `{name}/{block}`, scalars."""
+    """hidden [B, S, D], what the head reads; losses and metrics as `{name}/{block}`, scalars; the cache, if any."""
 
     hidden: jax.Array
     losses: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
+    cache: Cache | None = None
 
 
 class Block(nnx.Module):
@@ -40,12 +89,16 @@ class Block(nnx.Module):
         self.feed_forward = make_feed_forward(config, kind, rngs)
 
     def __call__(
-        self, x: jax.Array, context: FeedForwardContext, segments: jax.Array | None = None
+        self,
+        x: jax.Array,
+        context: FeedForwardContext,
+        segments: jax.Array | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[jax.Array, dict, dict]:
         """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins, of
         real tokens.
         """
-        x = x + self.attention(self.attention_norm(x), context.token_mask, segments)
+        x = x + self.attention(self.attention_norm(x), context.token_mask, segments, context.positions, cache)
         out = self.feed_forward(self.feed_forward_norm(x), context)
         ratio = jax.lax.stop_gradient(_length(out.y, context.token_mask) / (_length(x, context.token_mask) + 1e-30))
         return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}
@@ -78,23 +131,38 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         context: FeedForwardContext = FeedForwardContext(),
         segments: jax.Array | None = None,
+        cache: Cache | None = None,
     ) -> ModelOutput:
         """tokens int32 [B, S], S at most the context length; `context.token_mask` [B, S] says which are real.
 
         segments: int32 [B, S], which document of its row a token is of; `document_mask` needs it, nothing else reads
-        it.
+        it. cache: of earlier columns, of which the tokens are the next; `context.positions` says where they stand.
         """
         positions = positions_of(tokens.shape[1])
         tokens = reshard(tokens, "rows", positions)
         x = whole(self.token_embedding[...]).at[tokens].get(out_sharding=spec("rows", positions, None))
         if self.position_embedding is not None:
-            x += whole(self.position_embedding[: tokens.shape[1]])
+            if context.positions is None:
+                x += whole(self.position_embedding[: tokens.shape[1]])
+            else:
+                places = reshard(context.positions, "rows", positions)
+                x += whole(self.position_embedding[...]).at[places].get(out_sharding=spec("rows", positions, None))
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}
         block = 0
+        layers: list[Layers] = []
+        if cache is not None:
+            real = jnp.ones_like(tokens, bool) if context.token_mask is None else context.token_mask
+            cache = cache.extended(real, segments)
+            visible = cache.visible(tokens.shape[1], self.config.document_mask)
         for stack, (_, repeats) in zip(self.stacks, self.plan, strict=True):
-            x, scanned = _run(stack, x, context, segments, self.config.remat == "blocks")
+            if cache is None:
+                x, scanned = _run(stack, x, context, segments, self.config.remat == "blocks")
+            else:
+                kept = cache.layers[len(layers)]
+                x, kept, scanned = _run_cached(stack, x, context, kept, visible, cache.column)
+                layers.append(kept)
             for i in range(repeats):
                 for found in scanned:
                     for collected, new in zip((losses, metrics), found, strict=True):
@@ -102,7 +170,9 @@ class Transformer(nnx.Module):
                     block += 1
         if self.final_norm is not None:
             x = self.final_norm(x)
-        return ModelOutput(x, losses, metrics)
+        if cache is not None:
+            cache = dataclasses.replace(cache, layers=layers, column=cache.column + tokens.shape[1])
+        return ModelOutput(x, losses, metrics, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] in float32 (or wider)."""
@@ -171,6 +241,32 @@ def _run(
     if remat:  # inside a loop no common subexpression can undo it; a loop of one is no loop
         body = jax.checkpoint(body, prevent_cse=jax.tree.leaves(state)[0].shape[0] == 1)
     return jax.lax.scan(body, x, state)
+
+
+def _run_cached(
+    stack: nnx.List,
+    x: jax.Array,
+    context: FeedForwardContext,
+    kept: Layers,
+    visible: jax.Array,
+    column: jax.Array,
+) -> tuple[jax.Array, Layers, list]:
+    """The same, with the keys and values of a `Cache`, which the loop carries, so that they are written in place."""
+    graph, state = nnx.split(stack)
+
+    def body(carry: tuple, part: tuple) -> tuple[tuple, list]:
+        (x, kept), (state, index) = carry, part
+        found, extended = [], []
+        for block, (key, value) in zip(nnx.merge(graph, state), kept, strict=True):  # type: ignore[arg-type]
+            layer = LayerCache(key, value, index, visible, column)
+            x, losses, metrics = block(x, context, cache=layer)
+            found.append((losses, metrics))
+            extended.append((layer.key, layer.value))
+        return (anchor(x), extended), found
+
+    repeats = jnp.arange(jax.tree.leaves(state)[0].shape[0])
+    (x, kept), found = jax.lax.scan(body, (x, kept), (state, repeats))
+    return x, kept, found
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:

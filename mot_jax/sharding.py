@@ -159,9 +159,14 @@ def _kept_axes(rows: int, length: int, group_size: int, sizes: Sizes) -> int | N
     *axes, tensor = sizes
     if rows % group_size or rows % math.prod(axes):
         return None
-    kept = max(k for k in range(len(axes) + 1) if rows % (math.prod(axes[:k]) * group_size) == 0)
+    kept = _whole_axes(rows, group_size, sizes)
     parts = math.prod(axes[kept:]) * (1 if length % tensor else tensor)
     return None if length % parts else kept
+
+
+def _whole_axes(rows: int, group_size: int, sizes: Sizes) -> int:
+    """The most of the three axes of the rows, the first ones, that together cut them into whole groups."""
+    return max(k for k in range(4) if rows % (math.prod(sizes[:k]) * group_size) == 0)
 
 
 # --- the types of arrays ----------------------------------------------------------------------------------------------
@@ -236,10 +241,13 @@ def groups_axes(x: jax.Array, group_size: int) -> tuple[Axes, Axes]:
     """(axes of the rows, axes of the positions) under which every device holds whole groups of x [B, S, ...].
 
     Where its own rows are no whole groups, devices exchange rows for positions: over the last axes of the rows, as few
-    as will do. Raises AssertionError where there are too few rows or positions for that.
+    as will do. Raises AssertionError where there are too few rows or positions for that; but for a single position,
+    as in generation, devices along these axes hold the same groups.
     """
     rows, named = DIMENSIONS["rows"], positions_of(x.shape[1])
     sizes = (axis_size("data"), axis_size("fsdp"), axis_size("expert"), axis_size("tensor"))
+    if x.shape[1] == 1:
+        return rows[: _whole_axes(x.shape[0], group_size, sizes)], ()
     kept = _kept_axes(x.shape[0], x.shape[1], group_size, sizes)
     if kept is None:
         raise AssertionError(

@@ -7,22 +7,24 @@ from functools import partial
 
 import jax
 
-_ARRAYS = ["token_mask", "token_ids", "step", "key"]
+_ARRAYS = ["token_mask", "token_ids", "positions", "step", "key"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["losses", "train"])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardContext:
-    """What a layer may want to know beside its input. The transformer builds one a step and hands it down unread.
+    """What a layer may want to know beside its input. The transformer is given one a step and hands it down.
 
     token_mask: bool [B, S], True = real; None: all are.
     token_ids: int32 [B, S].
+    positions: int32 [B, S], how many tokens of its text stand before each; None: 0 to S - 1, in every row.
     step: int32 scalar, the training step; None after training. key: a PRNG key.
     losses: names of the losses that the training weighs; a layer makes those that it knows. losses, train: static.
     """
 
     token_mask: jax.Array | None = None
     token_ids: jax.Array | None = None
+    positions: jax.Array | None = None
     step: jax.Array | None = None
     key: jax.Array | None = None
     losses: tuple[str, ...] = ()
