@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+from etils import epath
+
 from mot_jax.config import Config, ConfigError, MixingConfig, MixtureOfTokensConfig, check
+from mot_jax.model import Params
 
 
 def grouped(config: Config) -> Config:
@@ -51,6 +55,23 @@ def regrouped(config: Config, group_size: int) -> Config:
 
 
 MODES = {"grouped": grouped, "discrete": discrete}
+
+
+def enter(
+    mode: str, config: Config, params: Params, step: int, companions: np.ndarray | None = None
+) -> tuple[Config, Params]:
+    """The model in a mode."""
+    return MODES[mode](config), params
+
+
+def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
+    """The companions of the run in `workdir`, int32 [G, S], if it has them."""
+    return None
+
+
+def default_mode(config: Config) -> tuple[str, str]:
+    """The mode for whoever names none, in which no row sees another's text, and why."""
+    return "grouped", "as trained"
 
 
 def _mixture(config: Config, asked: str) -> MixtureOfTokensConfig:
