@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from mot_jax.config import Config, ConfigError
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.inference.companions import load_companions
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
-from mot_jax.inference.modes import default_mode, enter, load_companions
+from mot_jax.inference.modes import default_mode, enter
 from mot_jax.model import Params
 from mot_jax.sharding import rows_multiple
 from mot_jax.training.restore import check_data, load_run
