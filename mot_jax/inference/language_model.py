@@ -17,10 +17,11 @@ from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.inference.companions import load_companions
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
-from mot_jax.inference.modes import default_mode, enter
+from mot_jax.inference.modes import MODES, default_mode, enter, trained_mode
 from mot_jax.model import Params
 from mot_jax.sharding import rows_multiple
-from mot_jax.training.restore import check_data, load_run
+from mot_jax.training.restore import check_data, load_run, load_run_config
+from mot_jax.training.scores import measured
 
 _STREAMED = 8  # tokens that the device writes before people see them
 _FEWEST = 8  # columns that a prompt is padded to at least
@@ -245,6 +246,23 @@ def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = N
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
     return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
+
+
+def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:
+    """For people: who hears whom; why this mode, unless it was `chosen`; and what it costs beside that of training."""
+    run, mode = load_run_config(workdir), model.mode
+    alone = MODES[mode].independent or run.model.group_size == 1
+    heard = "no row hears another" if alone else "the rows of a group influence each other"
+    lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
+    if mode == (trained := trained_mode(run)):
+        return lines
+    scores = measured(workdir, model.step)
+    if mode in scores and trained in scores:
+        cost = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))
+        found = f"{cost}, bits per byte of {scores[mode]['windows']:,} validation windows"
+    else:
+        found = f"what that costs is not measured yet: mot evaluate {workdir} --mode all"
+    return [*lines, f"warning: the model was trained in mode {trained}; {found}"]
 
 
 class _Row:
