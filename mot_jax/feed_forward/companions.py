@@ -139,9 +139,9 @@ def _most(weights: jax.Array, k: int) -> jax.Array:
 
 
 def summarise(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardContext) -> dict[str, jax.Array]:
-    """What `Companions` may keep, by name, of the first group but for its first row: x [B, S, D] -> [S, ...] each."""
+    """What `Companions` may keep, by name, of each group but for its first row: x [B, S, D] -> [N, S, ...] each."""
     config = layer.config.mixing
-    grouped = mixing.group(x.astype(layer.dtype), layer.config.group_size)[:1, 1:]
+    grouped = mixing.group(x.astype(layer.dtype), layer.config.group_size)[:, 1:]
     said, emit_said = layer.logits(grouped)
     t, emit_t = layer.temperatures(context)
     mixtures = mixing.merge(mixing.mixing_weights(said, config, None, t), grouped)
@@ -154,7 +154,7 @@ def summarise(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardContext)
         found["companion_emit_logits"] = _together(emit_said, emit_t)
     if config.emit == "top_token":
         found["companion_top"] = (jnp.zeros_like(said) if config.merge == "uniform" else said).max(axis=1)
-    return {name: value[0] for name, value in found.items()}
+    return found
 
 
 def _together(logits: jax.Array, t: float | jax.Array) -> jax.Array:

@@ -108,7 +108,7 @@ def _summaries(
     stacked: dict[str, list[jax.Array]] = {}
     for name, of_block in recorded.items():
         for block, value in of_block.items():  # in the order of the blocks, and so of a stack's repeats
-            value = whole(value)
+            value = whole(value)[0]  # of the copies of the group
             value = value if kind.num_positions > 1 else value.mean(axis=0, keepdims=True)
             stacked.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
     return {name: jnp.stack(values) for name, values in stacked.items()}

@@ -47,7 +47,7 @@ def introduce(trained: MixtureOfTokens, layer: Companions, companions: np.ndarra
     """The layer hears its companions [G, S, D]."""
     for name, value in summarise(trained, jnp.asarray(companions), CONTEXT).items():
         if getattr(layer, name) is not None:
-            getattr(layer, name)[...] = value
+            getattr(layer, name)[...] = value[0]
 
 
 def drawn(seed: int, rows: int = B) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_the_experts_that_are_not_run_say_what_they_say_to_the_companions(name, 
         trained, full = pair_of(name, num_positions=S)
         introduce(trained, full, companions)
         _, sparse = pair_of(name, num_positions=positions, experts_per_token=k)
-        heard = summarise(trained, jnp.asarray(companions), CONTEXT)
+        heard = {n: v[0] for n, v in summarise(trained, jnp.asarray(companions), CONTEXT).items()}
         heard = heard if positions == S else {n: v.mean(axis=0, keepdims=True) for n, v in heard.items()}
         for key in ("companion_mixtures", "companion_outputs", "companion_logits"):
             getattr(sparse, key)[...] = heard[key]
