@@ -6,17 +6,27 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.feed_forward.token_choice import TokenChoice
 
 KINDS: dict[type, Callable[..., nnx.Module]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
+    TokenChoiceConfig: TokenChoice,
 }
 
-__all__ = ["KINDS", "Dense", "FeedForwardContext", "FeedForwardOutput", "MixtureOfTokens", "make_feed_forward"]
+__all__ = [
+    "KINDS",
+    "Dense",
+    "FeedForwardContext",
+    "FeedForwardOutput",
+    "MixtureOfTokens",
+    "TokenChoice",
+    "make_feed_forward",
+]
 
 
 def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:
