@@ -159,6 +159,8 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     if config.model.group_size == 1:
         raise ConfigError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
     changed = CompanionsConfig(**vars(kind), **fields)  # type: ignore[arg-type]
+    if kind.mixing.layer_norm and changed.experts_per_token is not None:
+        raise ConfigError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
     data = dataclasses.replace(config.data, group_size=config.group_size)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
 
