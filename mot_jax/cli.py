@@ -115,14 +115,14 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode grouped|discrete] [--group-size G]"""
+    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode discrete|token_choice|...] [--group-size G]"""
     from mot_jax.training.restore import load_run_config
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *_PROCESS]
     options, config = _parse("mot evaluate", arguments, None, own, load_run_config)
     if options.mode not in (None, *MODES):
         raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, MODES)}")
-    config = MODES[options.mode or "grouped"](config)
+    config = MODES[options.mode](config) if options.mode else config
     if options.group_size is not None:
         config = regrouped(config, _positive("--group-size", options.group_size))
     limit = None if options.windows is None else _positive("--windows", options.windows)
