@@ -15,6 +15,7 @@ from mot_jax.feed_forward import FeedForwardContext
 from mot_jax.inference import generate
 from mot_jax.inference.generate import Sampler, choose, left_padded
 from mot_jax.inference.language_model import GAP, LanguageModel
+from mot_jax.inference.modes import MODES, enter
 from mot_jax.model import bind, init_params
 from mot_jax.sharding import parameter_spec
 
@@ -25,7 +26,7 @@ MODELS = {
     "other attention": dataclasses.replace(MODEL, document_mask=True, moe_blocks="every_other", **ROTARY),
     "dense": dataclasses.replace(MODEL, feed_forward=DenseConfig()),
 }
-SLOW = pytest.mark.slow
+SLOW, FAST = pytest.mark.slow, ("grouped", "companions", "token_choice")
 PROMPTS = [b"import os", b"x", b"def f(x):\n", b"class A"]
 
 
@@ -42,10 +43,14 @@ def log_probs(model: ModelConfig, params, tokens, real, positions=None, segments
     return jax.nn.log_softmax(bound.logits(hidden)[..., :257])
 
 
-def language_model(model: ModelConfig, factor: float = 4.0, **changes) -> LanguageModel:
+@functools.lru_cache
+def language_model(model: ModelConfig, mode: str = "grouped") -> LanguageModel:
     """Decided enough that its tokens differ."""
-    params = {name: factor * v for name, v in drawn(model).items()}
-    return LanguageModel(Config(model=model), params, ByteTokenizer(), "grouped", 0, **changes)
+    params = {name: 4.0 * v for name, v in drawn(model).items()}
+    companions = np.random.default_rng(5).integers(0, 256, (2, 4, model.context_length)).astype(np.int32)
+    companions[1] = 0
+    config, params = enter(mode, Config(model=model), params, 0, companions)
+    return LanguageModel(config, params, ByteTokenizer(), mode, 0)
 
 
 def score(lm: LanguageModel, prompts: list[bytes], found: list) -> tuple[np.ndarray, np.ndarray]:
@@ -63,10 +68,16 @@ def score(lm: LanguageModel, prompts: list[bytes], found: list) -> tuple[np.ndar
     return np.asarray(log_probs(lm.config.model, lm.params, tokens, real, positions, segments)), width
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_cache_writes_what_the_whole_model_would(name):
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        *(pytest.param(name, "grouped", marks=SLOW) for name in MODELS if name != "learned positions"),
+        *(pytest.param("learned positions", mode, marks=[] if mode in FAST else SLOW) for mode in MODES),
+    ],
+)
+def test_the_cache_writes_what_the_whole_model_would(name, mode):
     """Greedy tokens and log-probabilities, at every position, of rows that begin and end at different columns."""
-    lm = language_model(MODELS[name])
+    lm = language_model(MODELS[name], mode)
     once = lm.generate(PROMPTS, max_tokens=14, temperature=0)
     stops = [bytes(f.tokens[[2 * i + 1]].tolist()) for i, f in enumerate(once) if i % 2 and f.tokens[2 * i + 1] < 256]
     assert stops
