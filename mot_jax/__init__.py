@@ -3,10 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mot_jax.config import Config, DenseConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, load_config
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    load_config,
+)
 
 if TYPE_CHECKING:
-    from mot_jax.feed_forward import Dense, FeedForwardContext, FeedForwardOutput, MixtureOfTokens
+    from mot_jax.feed_forward import Dense, FeedForwardContext, FeedForwardOutput, MixtureOfTokens, TokenChoice
+    from mot_jax.inference.language_model import LanguageModel, load
     from mot_jax.model import Transformer
 
 __all__ = [
@@ -15,11 +24,15 @@ __all__ = [
     "DenseConfig",
     "FeedForwardContext",
     "FeedForwardOutput",
+    "LanguageModel",
     "MixingConfig",
     "MixtureOfTokens",
     "MixtureOfTokensConfig",
     "ModelConfig",
+    "TokenChoice",
+    "TokenChoiceConfig",
     "Transformer",
+    "load",
     "load_config",
 ]
 
@@ -27,6 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The names that need JAX, which takes seconds to import: commands and processes about text do without it."""
     if name in __all__:
-        module = "mot_jax.model" if name == "Transformer" else "mot_jax.feed_forward"
-        return getattr(importlib.import_module(module), name)
+        places = {"Transformer": "mot_jax.model"}
+        places |= dict.fromkeys(["LanguageModel", "load"], "mot_jax.inference.language_model")
+        return getattr(importlib.import_module(places.get(name, "mot_jax.feed_forward")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

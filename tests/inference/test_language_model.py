@@ -1,0 +1,151 @@
+"""Models from their workdirs, the commands that use them, and what they say of their modes."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+import mot_jax
+from mot_jax import cli
+from mot_jax.config import Config, ConfigError, DataConfig, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
+from mot_jax.inference.companions import save_companions
+from mot_jax.inference.modes import enter
+from mot_jax.sharding import make_mesh
+from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.scores import record_score
+from mot_jax.training.state import create_state
+
+KIND = MixtureOfTokensConfig(group_size=4, num_experts=8)
+MODEL = ModelConfig(2, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=KIND)
+
+
+def save(workdir: Path, model: ModelConfig = MODEL, step: int = 3) -> Config:
+    """A run as training leaves it, but for the training."""
+    config = Config(
+        model=model, data=DataConfig(directory=str(workdir / "data")), mesh=mot_jax.config.MeshConfig(data=1)
+    )
+    workdir.mkdir(exist_ok=True)
+    (workdir / "config.json").write_text(to_json(config))
+    (workdir / "data.json").write_text(json.dumps({"tokenizer": "bytes/1"}))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, create_state(config, make_mesh(config)), 0, config)
+    if model.group_size > 1:
+        companions = np.random.default_rng(0).integers(0, 256, (2, 4, 16)).astype(np.int32)
+        companions[1] = 0
+        save_companions(epath.Path(workdir), companions)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run"
+    save(path)
+    return path
+
+
+def mot(*arguments: object) -> None:
+    cli.main([str(argument) for argument in arguments])
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit:
+        mot(*arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit.value.code == 2 and len(errors) == 1
+    return errors[0]
+
+
+def test_a_model_is_loaded_in_the_mode_that_hears_nobody(workdir):
+    model = mot_jax.load(workdir)
+    assert (model.mode, model.step) == ("companions", 3)
+    (one,) = model.generate(["import os"], max_tokens=6, seed=1)
+    assert len(one.tokens) == 6
+    among_others = model.generate(["import os", "def f", "class"], max_tokens=6, seed=1)
+    np.testing.assert_array_equal(one.tokens, among_others[0].tokens)
+    np.testing.assert_allclose(one.log_probs, among_others[0].log_probs, rtol=1e-5)
+    config = mot_jax.load(workdir, "grouped").config
+    assert enter("grouped", config, {}, 0)[0].model.feed_forward == KIND
+
+
+def test_text_goes_to_the_output_and_words_on_the_mode_beside_it(workdir, capsys, monkeypatch, tmp_path):
+    mot("generate", workdir, "--prompt", "import os", "--tokens", 5, "--temperature", 0)
+    (expected,) = mot_jax.load(workdir).generate(["import os"], max_tokens=5, temperature=0)
+    out, err = capsys.readouterr()
+    assert out == "import os" + expected.text + "\n"
+    assert "mode companions: no row hears another; the default, since" in err
+    assert f"not measured yet: mot evaluate {workdir} --mode all" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("import os"))
+    file = tmp_path / "found.json"
+    mot("generate", workdir, "--prompt", "-", "--samples", 2, "--tokens", 5, "--mode", "grouped", "--json", file)
+    out, err = capsys.readouterr()
+    assert out.count("--- prompt\nimport os\n--- continued\n") == 2
+    assert "mode grouped: the rows of a group influence each other" in err and "warning" not in err
+    rows = json.loads(file.read_text())["texts"]
+    assert [len(row["tokens"]) for row in rows] == [5, 5] and rows[0]["tokens"] != rows[1]["tokens"]
+
+
+def test_a_mode_that_the_model_was_not_trained_in_names_its_measured_cost(workdir, capsys, tmp_path):
+    common = {"split": "validation", "step": 3, "windows": 512, "group_size": 4, "independent": True, "loss": 1.0}
+    for mode, bits in {"grouped": 2.1, "token_choice": 3.21}.items():
+        record_score(workdir, {"mode": mode, "bits_per_byte": bits, **common})
+    mot("generate", workdir, "--prompt", "x", "--tokens", 1, "--mode", "token_choice")
+    words = "3.210 in token_choice against 2.100 in grouped, bits per byte of 512 validation windows"
+    assert f"warning: the model was trained in mode grouped; {words}" in capsys.readouterr().err
+    (workdir / "modes.json").unlink()
+
+
+def test_a_dense_model_has_one_mode(tmp_path, capsys):
+    save(tmp_path / "dense", dataclasses.replace(MODEL, feed_forward=DenseConfig()))
+    mot("generate", tmp_path / "dense", "--prompt", "x", "--tokens", 2)
+    assert "mode grouped: no row hears another" in capsys.readouterr().err
+    assert "must be left out" in fails(capsys, "generate", tmp_path / "dense", "--prompt", "x", "--mode", "companions")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--prompt", ""], "prompt = '': is empty"),
+        (["--prompt", "x" * 17], "has 17 tokens, and the context 16"),
+        (["--prompt", "x", "--mode", "companion"], "no such mode; did you mean 'companions'?"),
+        (["--prompt", "x", "--tokens", "0"], "--tokens = '0': must be a whole number"),
+        (["--prompt", "x", "--temperature", "hot"], "--temperature"),
+        (["--prompt", "x", "--top-p", "2"], "top_p = 2.0: must be above 0 and at most 1"),
+        (["--prompt", "x", "--prompt-file", "y"], "--prompt-file: no such field"),
+        ([], "--prompt is missing"),
+        (["--prompts", "nowhere.txt"], "--prompts = nowhere.txt: cannot be read"),
+        (["--prompt", "x", "--model.d-model", "8"], "model.d_model"),
+    ],
+)
+def test_bad_requests_are_one_line(workdir, capsys, arguments, words):
+    assert words in fails(capsys, "generate", workdir, *arguments)
+
+
+def test_what_is_no_model_is_one_line(workdir, capsys, tmp_path):
+    assert "no such directory" in fails(capsys, "generate", tmp_path / "none", "--prompt", "x")
+    assert "try `mot generate`" in fails(capsys, "fill", workdir, "--text", "a_b")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((workdir / "config.json").read_text())
+    assert "has no checkpoint yet" in fails(capsys, "generate", empty, "--prompt", "x")
+    other = tmp_path / "other"
+    save(other)
+    (other / "data.json").write_text(json.dumps({"tokenizer": "tokenizers/1/abc"}))
+    assert "are of another tokenizer" in fails(capsys, "generate", other, "--prompt", "x")
+    (other / "data.json").unlink()
+    (other / "companions.npy").unlink()
+    assert "companions.npy: is missing" in fails(capsys, "generate", other, "--prompt", "x")
+
+
+def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
+    save(tmp_path / "masked", dataclasses.replace(MODEL, objective="masked", vocab_size=258))
+    mot("fill", tmp_path / "masked", "--text", "d_f f_", "--mode", "grouped", "--json", tmp_path / "f.json")
+    (row,) = json.loads((tmp_path / "f.json").read_text())["texts"]
+    (expected,) = mot_jax.load(tmp_path / "masked", "grouped").fill(["d_f f_"], "_")
+    assert row == {"given": "d_f f_", "text": expected.text, "gaps": [list(gap) for gap in expected.gaps]}
+    assert expected.text in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="has no gap"):
+        mot_jax.load(tmp_path / "masked").fill(["def"])
