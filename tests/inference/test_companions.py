@@ -1,6 +1,8 @@
 """Companions of a whole model: what a row is beside them, and that it is nobody else's."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -21,8 +23,8 @@ from mot_jax.sharding import parameter_spec, place_rows
 
 G, S, V = 4, 8, 257
 KIND = MixtureOfTokensConfig(G, 8, controller_init_scale=20.0)
-MODEL = ModelConfig(3, 16, 32, 4, context_length=S, loss_chunk=S, feed_forward=KIND, document_mask=True)
-CONFIG = Config(model=dataclasses.replace(MODEL, moe_blocks=(0, 2)))
+MODEL = ModelConfig(4, 16, 32, 4, context_length=S, loss_chunk=S, feed_forward=KIND, document_mask=True)
+CONFIG = Config(model=dataclasses.replace(MODEL, moe_blocks="every_other"))
 ALONE = [name for name, mode in MODES.items() if mode.independent]
 COMPANIONS = np.stack([np.random.default_rng(7).integers(0, 256, (G, S)), np.zeros((G, S))]).astype(np.int32)
 COMPANIONS[0, :, 0] = 256
@@ -38,8 +40,12 @@ def params() -> Params:
 
 
 @pytest.fixture(scope="module")
-def entered(params) -> dict[str, tuple[Config, Params]]:
-    return {mode: enter(mode, CONFIG, params, 3, COMPANIONS) for mode in MODES}
+def entered(params) -> Callable[[str], tuple[Config, Params]]:
+    return functools.cache(lambda mode: enter(mode, CONFIG, params, 3, COMPANIONS))
+
+
+def some_slow(modes: Iterable[str], *fast: str) -> list:
+    return [mode if mode in fast else pytest.param(mode, marks=pytest.mark.slow) for mode in modes]
 
 
 def tokens_of(seed: int, rows: int = G) -> np.ndarray:
@@ -62,38 +68,37 @@ def blocks_of(config: ModelConfig, params: Params) -> list[Block]:
     return blocks
 
 
-def test_a_row_is_what_it_is_in_a_group_with_its_companions(params, entered):
+@jax.jit
+def by_hand(params: Params, users: jax.Array, texts: jax.Array, segments: jax.Array) -> jax.Array:
     """Block for block: attention of each by itself, mixing in groups (row, companions but the first).
 
     The companions' layers read what they do with no user there.
     """
-    users, (texts, segments) = tokens_of(1, 3), COMPANIONS
     model = bind(CONFIG.model, params)
-    x, others = (
-        model.token_embedding[...][t] + model.position_embedding[...] for t in (jnp.asarray(users), jnp.asarray(texts))
-    )
-    of_users = np.zeros_like(users)
+    x, others = (model.token_embedding[...][t] + model.position_embedding[...] for t in (users, texts))
     for block in blocks_of(CONFIG.model, params):
-        x = x + block.attention(block.attention_norm(x), None, of_users)
+        x = x + block.attention(block.attention_norm(x), None, jnp.zeros_like(users))
         others = others + block.attention(block.attention_norm(others), None, segments)
         mine, theirs = block.feed_forward_norm(x), block.feed_forward_norm(others)
-        group = [jnp.concatenate([mine[b : b + 1], theirs[1:]]) for b in range(3)]
-        x = (
-            x + block.feed_forward(jnp.concatenate(group)).y[::G]
-            if hasattr(block.feed_forward, "controller")
-            else (x + block.feed_forward(mine).y)
-        )
+        groups = jnp.concatenate([jnp.concatenate([row[None], theirs[1:]]) for row in mine])
+        x = x + block.feed_forward(groups).y[::G]
         others = others + block.feed_forward(theirs).y
-    config, filled = entered["companions"]
-    np.testing.assert_allclose(logits(config.model, filled, users), model.logits(x), rtol=1e-5, atol=1e-5)
-    # And it hears them.
-    assert abs(np.asarray(logits(CONFIG.model, params, np.tile(users[:1], (G, 1)))[0] - model.logits(x)[0])).max() > 0.1
+    return model.logits(x)
 
 
-@pytest.mark.parametrize("mode", MODES)
+def test_a_row_is_what_it_is_in_a_group_with_its_companions(params, entered):
+    users = tokens_of(1)
+    wanted = by_hand(params, users, *COMPANIONS)
+    config, filled = entered("companions")
+    np.testing.assert_allclose(logits(config.model, filled, users), wanted, rtol=1e-5, atol=1e-5)
+    as_trained = logits(CONFIG.model, params, users)
+    assert abs(np.asarray(as_trained - wanted)).max() > 0.1  # it hears them
+
+
+@pytest.mark.parametrize("mode", some_slow(MODES, "companions", "sparse", "grouped"))
 def test_no_bit_of_a_row_depends_on_other_rows(entered, mode):
     """Over 100 draws of the others. As trained, and with each expert's one token, it does."""
-    config, params = entered[mode]
+    config, params = entered(mode)
     tokens = tokens_of(0)
     wanted = np.asarray(logits(config.model, params, tokens)[0])
     changed = 0
@@ -104,10 +109,10 @@ def test_no_bit_of_a_row_depends_on_other_rows(entered, mode):
     assert np.ptp(wanted) > 1
 
 
-@pytest.mark.parametrize("mode", [mode for mode in ALONE if mode != "without"])
+@pytest.mark.parametrize("mode", some_slow([mode for mode in ALONE if mode != "without"], "companions"))
 def test_a_row_alone_is_what_it_is_among_others(entered, mode):
     """A batch of one, and a row that is padded on the left: to 1e-5 of the largest logit."""
-    config, params = entered[mode]
+    config, params = entered(mode)
     tokens = tokens_of(0)
     wanted = np.asarray(logits(config.model, params, tokens))
     close = {"rtol": 0, "atol": 1e-5 * abs(wanted).max()}
@@ -120,21 +125,20 @@ def test_a_row_alone_is_what_it_is_among_others(entered, mode):
     np.testing.assert_allclose(found[:, gap:], wanted[:, :-gap], **close)
 
 
-MESHES = [{"data": 2, "expert": 4}]
-MESHES += [pytest.param(m, marks=pytest.mark.slow) for m in ({"data": 8}, {"expert": 8}, {"fsdp": 2, "tensor": 4})]
-
-
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [{"data": 2, "expert": 4}, {"data": 8}, {"expert": 8}, {"fsdp": 2, "tensor": 4}], ids=str
+)
 def test_a_mesh_enters_the_modes_as_one_device_does(params, entered, mesh_of, shape):
-    tokens = tokens_of(1, 8)
-    wanted = {mode: np.asarray(logits(entered[mode][0].model, entered[mode][1], tokens)) for mode in ALONE}
-    mesh = mesh_of(**shape)
-    with jax.set_mesh(mesh):
-        spread = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
-        for mode in ("companions", "mean_field"):
+    tokens, mesh = tokens_of(1, 8), mesh_of(**shape)
+    for mode in ("companions", "sparse", "mean_field"):
+        config, filled = entered(mode)
+        wanted = np.asarray(logits(config.model, filled, tokens))
+        with jax.set_mesh(mesh):
+            spread = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
             config, filled = enter(mode, CONFIG, spread, 3, COMPANIONS)
             found = logits(config.model, filled, place_rows(mesh, tokens, 8))
-            np.testing.assert_allclose(found, wanted[mode], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 # --- where they come from ---------------------------------------------------------------------------------------------

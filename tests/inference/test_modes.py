@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mot_jax.config import (
+    CompanionsConfig,
     Config,
     ConfigError,
     DenseConfig,
@@ -17,6 +18,7 @@ from mot_jax.config import (
     TrainingConfig,
     check,
 )
+from mot_jax.feed_forward import make_feed_forward
 from mot_jax.inference.modes import MODES, default_mode, discrete, enter, lacking, regrouped
 from mot_jax.model import bind, init_params
 
@@ -110,6 +112,15 @@ def test_rows_with_companions_stay_in_the_order_of_their_groups():
         kind = changed.model.feed_forward
         assert (changed.group_size, changed.model.group_size) == (4, 1) and kind.hidden_dim(16) == 8
         assert (kind.num_positions, kind.experts_per_token) == (positions, k)
+
+
+def test_experts_whose_outputs_are_normed_all_run():
+    config = config_of(MixingConfig(layer_norm=True))
+    for mode in ("sparse", "mean_field"):
+        assert lacking(mode, config, None).endswith("mixing.layer_norm = False; try --mode companions")
+    with pytest.raises(ConfigError, match=r"experts_per_token = 2: .* try None"):
+        kind = CompanionsConfig(4, 8, mixing=MixingConfig(layer_norm=True), experts_per_token=2)
+        make_feed_forward(config.model, kind, nnx.Rngs(0))
 
 
 def test_an_unknown_mode_is_one_line():

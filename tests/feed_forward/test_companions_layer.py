@@ -20,6 +20,15 @@ B, S, D, G, E, F = 3, 4, 3, 4, 6, 4
 STEP = 4  # of 10
 ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature there
 NAMES = [name for name, mixing in VARIANTS.items() if mixing.groups == "across"]
+FAST = {
+    "default",
+    "emit over experts",
+    "no softmax",
+    "top-token emit",
+    "learnable temperature, apart",
+    "uniform mixing",
+}
+SLOWLY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 GATED = {"separate controllers", "layer norm"}
 CONTEXT = FeedForwardContext(step=jnp.asarray(STEP))
 
@@ -69,7 +78,7 @@ def expected(name: str, trained: MixtureOfTokens, x: np.ndarray, companions: np.
     return layer.forward({"x": groups, **p})[::G]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SLOWLY)
 def test_a_row_is_what_it_is_in_a_group_with_its_companions(name):
     """To 1e-9 in float64, also where positions are given, and where the row is turned about by them."""
     x, companions = drawn(1), drawn(2, G)
