@@ -2,8 +2,9 @@
 
 Command:    python train.py configs/demo_token_choice.py
 Parameters: 5.6 M (0.4 M active)
-Recipe:     capacity 1.25 and a load-balancing weight of 0.01, the paper's for token choice; a routing group is one row.
-Here:       not run yet.
+Recipe:     capacity 1.25 and a load-balancing weight of 0.01, the paper's for token choice; the tokens of a batch share
+            the slots.
+Here:       trains, and has not been run to the end.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ def get_config() -> Config:
         top_k=kind.num_experts // kind.group_size,
         shared_dim=kind.shared_dim,
         capacity_factor=1.25,
-        routing_group_tokens=mot.model.context_length,
+        routing_group_tokens=mot.training.batch_size * mot.model.context_length,
         controller_init_scale=kind.controller_init_scale,
     )
     return dataclasses.replace(
