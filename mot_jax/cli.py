@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "describe": _describe, "data": _data, "evaluate": _evaluate}
-    commands |= {"inspect": _inspect, "curves": _curves, "plan": _plan}
-    epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
+    commands |= {"inspect": _inspect, "curves": _curves, "plan": _plan, "transition": _transition}
+    epilog = "\n".join(f"{name:10} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         "mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form
@@ -70,6 +70,50 @@ def _train(arguments: list[str]) -> None:
     from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
 
     loop.train(config, options.workdir or f"runs/{Path(options.config).stem}")
+
+
+# Flags of `mot transition` that stand for fields.
+_TUNED = {
+    "--top-k": "--model.feed-forward.top-k",
+    "--capacity-factor": "--model.feed-forward.capacity-factor",
+    "--router": "--training.transition-router",
+}
+
+
+def _transition(arguments: list[str]) -> None:
+    """tune a trained model to route: mot transition WORKDIR --to token_choice --steps N [--output DIR] [--anneal M]"""
+    parser = _Parser(prog="mot transition", allow_abbrev=False)
+    parser.add_argument("workdir", metavar="WORKDIR", help="of a Mixture-of-Tokens run")
+    parser.add_argument("--to", required=True, metavar="KIND", help="token_choice")
+    parser.add_argument("--steps", required=True, metavar="N", help="of tuning; a tenth of the run's is plenty")
+    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR-KIND")
+    parser.add_argument("--anneal", metavar="M", help="before, go on mixing for M steps, down to temperature 0")
+    for flag in (*_TUNED, *_PROCESS):
+        parser.add_argument(flag, help=f"the same as {_TUNED[flag]}" if flag in _TUNED else "as of mot train")
+    options, flags = parser.parse_known_args(arguments)
+    for short, long in _TUNED.items():
+        value = getattr(options, short.strip("-").replace("-", "_"))
+        flags += [] if value is None else [long, value]
+    from mot_jax.training import transition
+    from mot_jax.training.restore import load_run_config
+
+    steps, workdir = _positive("--steps", options.steps), options.workdir.rstrip("/")
+    output = options.output or f"{workdir}-{options.to}"
+    source, runs = load_run_config(workdir), []
+    if options.anneal is not None:
+        source = transition.annealing_config(source, workdir, _positive("--anneal", options.anneal))
+        how = [part for chunk in _chunks(flags) if chunk[0].startswith(("--mesh.", "--logging.")) for part in chunk]
+        source, workdir = _override("mot transition", source, how, []), f"{output}-annealed"
+        runs.append((source, workdir))
+    config = transition.tuning_config(source, workdir, options.to, steps)
+    runs.append((_override("mot transition", config, flags, list(_TUNED)), output))
+    for config, _ in runs:
+        check(config)
+    distributed.connect(_process(options, config), config.mesh)
+    from mot_jax.training import loop
+
+    for config, place in runs:
+        loop.train(config, place)
 
 
 _PROCESS = ["--coordinator", "--num-processes", "--process-id"]

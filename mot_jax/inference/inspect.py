@@ -129,7 +129,7 @@ def forward_with_weights(
         for block in stack:
             if isinstance(block.feed_forward, MixtureOfTokens):
                 block.feed_forward = _Recording(block.feed_forward)
-    out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, jnp.asarray(step)), batch.segments)
+    out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step=jnp.asarray(step)), batch.segments)
     weights: dict[str, dict[int, jax.Array]] = {}
     for key in sorted(out.metrics):
         if key.startswith("weights "):

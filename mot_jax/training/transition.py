@@ -1,0 +1,156 @@
+"""Transition tuning: a Mixture-of-Tokens model becomes a token-choice one by a short run (PAPER.md section 4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    FeedForwardConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    nearest,
+)
+from mot_jax.inference import modes
+from mot_jax.paths import user_path
+from mot_jax.training.restore import load_run_config, load_whole
+from mot_jax.training.state import TrainState, create_state
+
+TARGETS = ("token_choice",)
+
+# Of the run before: what serves best in short trials, see docs/inference.md.
+_LEARNING_RATE = 0.4  # of its peak
+_WARMUP = 0.05  # of the steps
+
+
+def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
+    """The config of a run that makes of the one in `workdir`, whose config is `source`, a model of the kind `to`.
+
+    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises ConfigError.
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
+    mixture = _settled(_mixture(source, workdir))
+    config = modes.token_choice(_with(source, mixture))
+    tokens = source.group_size * source.model.context_length
+    kind = dataclasses.replace(config.model.feed_forward, capacity_factor=1.25, routing_group_tokens=tokens)
+    losses = dataclasses.replace(source.training.losses, mixing_entropy=0.0, load_balancing=0.01)
+    return _with(_begun_as(source, workdir, steps, losses=losses), kind)
+
+
+def annealing_config(source: Config, workdir: str, steps: int) -> Config:
+    """The config of a run that goes on with the one in `workdir` while its temperature falls to 0. Raises ConfigError."""
+    kind = _mixture(source, workdir)
+    mixing = dataclasses.replace(kind.mixing, annealing="linear", final_temperature=0.0, annealing_steps=(0, steps))
+    return _with(_begun_as(source, workdir, steps), dataclasses.replace(kind, mixing=mixing))
+
+
+def _begun_as(source: Config, workdir: str, steps: int, **changes: Any) -> Config:
+    old = source.training
+    rate, warmup = old.optimizer.learning_rate * _LEARNING_RATE, round(steps * _WARMUP)
+    training = dataclasses.replace(
+        old,
+        steps=steps,
+        upcycle_from=None,
+        transition_from=workdir,
+        optimizer=dataclasses.replace(old.optimizer, learning_rate=rate, warmup_steps=warmup),
+        log_every=max(1, steps // 32),
+        validate_every=max(1, steps // 8),
+        checkpoint_every=max(1, steps // 4),
+        **changes,
+    )
+    return dataclasses.replace(
+        source, training=training, data=dataclasses.replace(source.data, group_size=source.group_size)
+    )
+
+
+def _with(config: Config, kind: FeedForwardConfig) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+
+
+def _mixture(source: Config, workdir: str) -> MixtureOfTokensConfig:
+    kind = source.model.feed_forward
+    if not isinstance(kind, MixtureOfTokensConfig):
+        raise ConfigError(f"WORKDIR = {workdir}: must be a Mixture-of-Tokens run, and is {kind.kind}; try such a one")
+    return kind
+
+
+def _settled(kind: MixtureOfTokensConfig, temperature: float | None = None) -> MixtureOfTokensConfig:
+    """The layer at the temperature that annealing ended with, or at another one."""
+    plain, mixing = MixingConfig(), kind.mixing
+    if temperature is None:
+        temperature = mixing.temperature if mixing.annealing == "none" else mixing.final_temperature
+    fixed = {name: getattr(plain, name) for name in ("annealing", "final_temperature", "annealing_steps")}
+    return dataclasses.replace(kind, mixing=dataclasses.replace(mixing, temperature=temperature, **fixed))
+
+
+def check_transition(config: Config) -> None:
+    """Raises ConfigError unless `transition_from` is a Mixture-of-Tokens run that `config` may go on with: the same
+    weights by name, an optimizer with the same state, the same shuffle.
+    """
+    model, t, workdir = config.model, config.training, config.training.transition_from
+    assert workdir is not None
+    source = load_run_config(workdir)
+    old = _mixture(source, workdir)
+    mine = model.feed_forward.mixture if isinstance(model.feed_forward, TokenChoiceConfig) else model.feed_forward
+    free = {"feed_forward", "dtype", "remat", "loss_chunk"}
+    pairs = [
+        ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
+        ("training", source.training, t, ["seed"]),
+        ("training.optimizer", source.training.optimizer, t.optimizer, ["name", "beta1", "decay", "moments_dtype"]),
+        ("data", source.data, config.data, ["corpus", "weights", "train_split", "feature", "tokenizer"]),
+    ]
+    rule = f"must be as in training.transition_from = {workdir!r}"
+    faults = [
+        f"{path}.{name} = {getattr(here, name)!r}: {rule}; try {getattr(there, name)!r}"
+        for path, there, here, names in pairs
+        for name in names
+        if getattr(here, name) != getattr(there, name)
+    ]
+    if config.group_size != source.group_size:
+        faults.append(f"data.group_size = {config.group_size}: {rule}; try {source.group_size}")
+    if mine is None or _settled(mine, 1.0) != _settled(old, 1.0):
+        faults.append(f"model.feed_forward: {rule}, but for its temperature; try mot transition {workdir}")
+    if faults:
+        raise ConfigError(*faults)
+    folder = user_path("training.transition_from", workdir) / "checkpoints"
+    if not folder.exists() or not any(path.name.isdigit() for path in folder.iterdir()):
+        raise ConfigError(
+            f"training.transition_from = {workdir!r}: has no checkpoint yet; try again after the run has saved one"
+        )
+
+
+def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
+    """The state in which the run of `config` begins, its first example, and notes for people.
+
+    Weights, moments and the moments' counts are those of `transition_from`, by name; steps and learning rate begin
+    anew. The text goes on where that run stopped, at the next whole batch. Of a `random` router only the initial draw
+    is new, by another seed than that run's; the moments are not. Raises what `load_whole` raises.
+    """
+    t = config.training
+    assert t.transition_from is not None
+    source, state, example = load_whole(t.transition_from, mesh)
+    notes = [f"begins as {t.transition_from} after {int(state.step)} steps, with example {example:,}"]
+    params = state.params
+    if t.transition_router == "random":
+        other = dataclasses.replace(config, training=dataclasses.replace(t, seed=(t.seed + 1) % 2**32))
+        drawn = create_state(other, mesh).params
+        params = {name: drawn[name] if name.endswith("/controller") else value for name, value in params.items()}
+        notes += ["warning: with a random router, for comparison"]
+    schedule = optax.ScaleByScheduleState
+    opt_state = jax.tree.map(
+        lambda part: schedule(jnp.zeros_like(part.count)) if isinstance(part, schedule) else part,
+        state.opt_state,
+        is_leaf=lambda part: isinstance(part, schedule),
+    )
+    whole_batches = -(-example // t.batch_size)
+    return TrainState(jnp.zeros_like(state.step), params, opt_state), whole_batches * t.batch_size, notes
