@@ -29,7 +29,7 @@ from mot_jax.config import (
     nearest,
     type_words,
 )
-from mot_jax.inference.modes import MODES, regrouped
+from mot_jax.inference.modes import MODES, lacking, regrouped
 from mot_jax.paths import local_path, user_path
 
 DOES_NOT_FIT = 1
@@ -159,28 +159,37 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode grouped|discrete] [--group-size G]"""
+    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode companions|...|all] [--group-size G]"""
     from mot_jax.training.restore import load_run_config
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *_PROCESS]
     options, config = _parse("mot evaluate", arguments, None, own, load_run_config)
-    if options.mode not in (None, *MODES):
-        raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, MODES)}")
-    config = MODES[options.mode or "grouped"](config)
+    if options.mode not in (None, *MODES, "all"):
+        raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, [*MODES, 'all'])}")
     if options.group_size is not None:
         config = regrouped(config, _positive("--group-size", options.group_size))
     limit = None if options.windows is None else _positive("--windows", options.windows)
+    mode, split = options.mode or "grouped", options.split or config.data.validation_split
+    if mode != "all":
+        MODES[mode].change(config)  # or say why not
     distributed.connect(_process(options, config), config.mesh, trains=False)
-    from mot_jax.training import evaluation, metrics
+    from mot_jax.inference.companions import load_companions
+    from mot_jax.training import evaluation, scores
 
-    split = options.split or config.data.validation_split
-    result = evaluation.evaluate_run(options.config, config, split, limit)
+    faults = {}
+    if mode == "all":
+        companions = load_companions(options.config)
+        faults = {name: fault for name in MODES if (fault := lacking(name, config, companions))}
+    modes = [name for name in MODES if name not in faults] if mode == "all" else [mode]
+    found = evaluation.evaluate_run(options.config, config, split, limit, modes)
     if not distributed.is_first():
         return
-    print(f"{split} split of {' + '.join(config.data.corpus)}, groups of {config.group_size}")
-    print(metrics.validation_line(result))
+    scores.show(config, found)
+    for name, fault in faults.items():
+        print(f"{name} is left out: {fault}")
     if options.json:
-        _write_json(options.json, {"workdir": options.config, "split": split, "mode": options.mode, **result})
+        about = found[0] if len(found) == 1 else {"split": split, "modes": found}
+        _write_json(options.json, {"workdir": options.config, **about})
 
 
 def _positive(name: str, text: str) -> int:

@@ -158,6 +158,22 @@ class TokenChoiceConfig:
         return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_dim) // self.top_k
 
 
+@dataclasses.dataclass(frozen=True)
+class CompanionsConfig(MixtureOfTokensConfig):
+    """A trained Mixture-of-Tokens layer whose rows share a group with G - 1 fixed sequences each, not with each other.
+
+    An inference mode makes it; it is not for training, and of no run. What the others of a group say at a position is
+    worked out once (`feed_forward.companions`).
+
+    num_positions: for how many positions that is kept: the context length; or 1, which stands for all positions.
+    experts_per_token: how many experts a token runs, those that it weighs most; None: all.
+    """
+
+    kind: ClassVar[str] = "companions"
+    num_positions: int = 1
+    experts_per_token: int | None = None
+
+
 FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
 
 
@@ -233,9 +249,9 @@ class ModelConfig:
     def group_size(self) -> int:
         """Rows that must stay together: G, or 1 for a model that mixes nothing across rows."""
         kind = self.feed_forward
-        if isinstance(kind, MixtureOfTokensConfig) and kind.mixing.groups == "across":
-            return kind.group_size
-        return 1
+        if isinstance(kind, CompanionsConfig) or not isinstance(kind, MixtureOfTokensConfig):
+            return 1
+        return kind.group_size if kind.mixing.groups == "across" else 1
 
     @property
     def routing_rows(self) -> int:
