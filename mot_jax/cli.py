@@ -114,6 +114,9 @@ def _transition(arguments: list[str]) -> None:
 
     for config, place in runs:
         loop.train(config, place)
+    lines = transition.report(*runs[-1])
+    if distributed.is_first():
+        print("\n".join(lines))
 
 
 _PROCESS = ["--coordinator", "--num-processes", "--process-id"]

@@ -332,7 +332,7 @@ class TrainingConfig:
     batch_size counts sequences of the whole mesh; `accumulation` splits it into microbatches. upcycle_from: workdir of
     a dense model of the same sizes, whose feed-forward layers the experts begin as. transition_from: workdir of a
     Mixture-of-Tokens run that this one begins as, weights, optimizer and text (PAPER.md section 4); learning rate and
-    steps begin anew. transition_router: what routes tokens at first, its `controller` or a `random` one, for comparison.
+    steps begin anew. transition_router: what routes at first, its `controller` or a `random` one, for comparison.
     """
 
     steps: int = _extendable(1000)

@@ -18,7 +18,7 @@ from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.inference.companions import choose, save_companions
+from mot_jax.inference.companions import choose, load_companions, save_companions
 from mot_jax.inference.sample import sample_text
 from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
@@ -74,6 +74,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             if config.model.group_size > 1:
                 objective = Objective.of(config, tokenizer)
                 save_companions(workdir, choose(windows, order, objective, config.model.group_size))
+            elif t.transition_from is not None and (companions := load_companions(t.transition_from)) is not None:
+                save_companions(workdir, companions)
     with distributed.together():
         _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):

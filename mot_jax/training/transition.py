@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
+from matplotlib.figure import Figure
 
+from mot_jax import distributed
 from mot_jax.config import (
     Config,
     ConfigError,
@@ -21,8 +25,12 @@ from mot_jax.config import (
     nearest,
 )
 from mot_jax.inference import modes
-from mot_jax.paths import user_path
+from mot_jax.inference.companions import load_companions
+from mot_jax.paths import replace_file, user_path
+from mot_jax.training.evaluation import evaluate_run
+from mot_jax.training.metrics import png, read_rows
 from mot_jax.training.restore import load_run_config, load_whole
+from mot_jax.training.scores import Score
 from mot_jax.training.state import TrainState, create_state
 
 TARGETS = ("token_choice",)
@@ -48,7 +56,7 @@ def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
 
 
 def annealing_config(source: Config, workdir: str, steps: int) -> Config:
-    """The config of a run that goes on with the one in `workdir` while its temperature falls to 0. Raises ConfigError."""
+    """The config of a run that goes on with that in `workdir` while its temperature falls to 0. Raises ConfigError."""
     kind = _mixture(source, workdir)
     mixing = dataclasses.replace(kind.mixing, annealing="linear", final_temperature=0.0, annealing_steps=(0, steps))
     return _with(_begun_as(source, workdir, steps), dataclasses.replace(kind, mixing=mixing))
@@ -138,8 +146,12 @@ def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
     """
     t = config.training
     assert t.transition_from is not None
-    source, state, example = load_whole(t.transition_from, mesh)
-    notes = [f"begins as {t.transition_from} after {int(state.step)} steps, with example {example:,}"]
+    _, state, example = load_whole(t.transition_from, mesh)
+    o = t.optimizer
+    notes = [
+        f"begins as {t.transition_from} after {int(state.step)} steps, with example {example:,}",
+        f"learning rate up to {o.learning_rate:g} in {o.warmup_steps} steps, then down to {o.final_fraction:g} of it",
+    ]
     params = state.params
     if t.transition_router == "random":
         other = dataclasses.replace(config, training=dataclasses.replace(t, seed=(t.seed + 1) % 2**32))
@@ -152,5 +164,67 @@ def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
         state.opt_state,
         is_leaf=lambda part: isinstance(part, schedule),
     )
-    whole_batches = -(-example // t.batch_size)
-    return TrainState(jnp.zeros_like(state.step), params, opt_state), whole_batches * t.batch_size, notes
+    batches = -(-example // t.batch_size)
+    return TrainState(jnp.zeros_like(state.step), params, opt_state), batches * t.batch_size, notes
+
+
+# --- what it cost and what it gave ------------------------------------------------------------------------------------
+
+
+def report(config: Config, workdir: epath.PathLike) -> list[str]:
+    """The losses before and after the run of `config` in `workdir`, in every mode: lines for people.
+
+    Writes `transition.json` and `transition.png` there; where they are, it reads the first. Of several processes, each
+    calls it. Raises what `evaluate_run` raises.
+    """
+    workdir, source = user_path("workdir", workdir), config.training.transition_from
+    assert source is not None
+    path = workdir / "transition.json"
+    if distributed.gather(path.exists())[0]:
+        return _lines(json.loads(path.read_text()))
+    old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
+    found = {"from": source, "tuned": str(workdir), "router": config.training.transition_router}
+    found |= {"before": _scores(old, source), "after": _scores(config, workdir)}
+    # The windows that the run was scored on meanwhile may be fewer.
+    split, limit = config.data.validation_split, config.data.validation_windows
+    found["grouped"] = evaluate_run(source, old, split, limit)[0]["loss"]
+    last = evaluate_run(workdir, config, split, limit, ["token_choice"])[0]
+    if distributed.is_first():
+        rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < last["step"]]
+        found["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
+        replace_file(workdir / "transition.png", _picture(found))
+        replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
+    return _lines(found)
+
+
+def _scores(config: Config, workdir: epath.PathLike) -> dict[str, Score]:
+    """By mode, in all that the run has."""
+    companions = load_companions(workdir)
+    there = [mode for mode in modes.MODES if modes.lacking(mode, config, companions) is None]
+    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, None, there)}
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    before, after = found["before"], found["after"]
+    of = before["grouped"]["loss"]
+
+    def cell(scores: dict[str, Score], mode: str) -> str:
+        return f"{scores[mode]['loss']:.4f} ({scores[mode]['loss'] / of - 1:+6.1%})" if mode in scores else ""
+
+    lines = [f"validation loss of {found['tuned']}, in brackets beside {found['from']} in groups:"]
+    lines += [f"{'mode':12} | {'before':17} | after"]
+    for mode in before | after:
+        lines.append(f"{mode:12} | {cell(before, mode):17} | {cell(after, mode)}".rstrip())
+    spike = max(loss for _, loss in found["curve"])
+    return [*lines, f"highest on the way, of fewer windows perhaps: {spike:.4f}"]
+
+
+def _picture(found: dict[str, Any]) -> bytes:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*found["curve"], strict=True), marker="o", label="token choice, tuned")
+    axes.axhline(found["grouped"], color="C1", linestyle="--", label="Mixture of Tokens, grouped, before")
+    axes.set(xlabel="step of tuning", ylabel="validation loss in nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return png(figure)
