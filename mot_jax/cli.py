@@ -114,7 +114,7 @@ def _transition(arguments: list[str]) -> None:
 
     for config, place in runs:
         loop.train(config, place)
-    lines = transition.report(*runs[-1])
+    lines = transition.report(*runs[-1], options.workdir)
     if distributed.is_first():
         print("\n".join(lines))
 

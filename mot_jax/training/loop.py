@@ -13,12 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax import accounting, distributed
-from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
+from mot_jax.config import Config, ConfigError, TokenChoiceConfig, check, from_json, identity_changes, to_json
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.companions import choose, load_companions, save_companions
+from mot_jax.inference.modes import token_choice
 from mot_jax.inference.sample import sample_text
 from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
@@ -117,7 +118,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         example = place(objective(windows.read([-1] * len(rows)), rows))
         start = time.perf_counter()
         train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, example).compile()
-        evaluate = make_evaluation(config, mesh, unseen, tokenizer)
+        evaluate = make_evaluation(_without_drops(config), mesh, unseen, tokenizer)
         console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
 
         # --- the loop -------------------------------------------------------------------------------------------------
@@ -194,6 +195,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     replace_file(workdir / "sample.txt", sample.encode())
                 replace_file(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
+
+
+def _without_drops(config: Config) -> Config:
+    """As the model is scored: where tokens choose experts, all are heard."""
+    return token_choice(config) if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
 
 
 def _check_workdir(config: Config, workdir: epath.Path) -> None:

@@ -109,7 +109,8 @@ def check_transition(config: Config) -> None:
     assert workdir is not None
     source = load_run_config(workdir)
     old = _mixture(source, workdir)
-    mine = model.feed_forward.mixture if isinstance(model.feed_forward, TokenChoiceConfig) else model.feed_forward
+    kind = model.feed_forward
+    mine = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
     free = {"feed_forward", "dtype", "remat", "loss_chunk"}
     pairs = [
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
@@ -126,7 +127,7 @@ def check_transition(config: Config) -> None:
     ]
     if config.group_size != source.group_size:
         faults.append(f"data.group_size = {config.group_size}: {rule}; try {source.group_size}")
-    if mine is None or _settled(mine, 1.0) != _settled(old, 1.0):
+    if not isinstance(mine, MixtureOfTokensConfig) or _settled(mine, 1.0) != _settled(old, 1.0):
         faults.append(f"model.feed_forward: {rule}, but for its temperature; try mot transition {workdir}")
     if faults:
         raise ConfigError(*faults)
@@ -171,19 +172,18 @@ def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
 # --- what it cost and what it gave ------------------------------------------------------------------------------------
 
 
-def report(config: Config, workdir: epath.PathLike) -> list[str]:
-    """The losses before and after the run of `config` in `workdir`, in every mode: lines for people.
+def report(config: Config, workdir: epath.PathLike, source: str) -> list[str]:
+    """The losses in every mode of the run in `source`, and of the one in `workdir` that came of it: lines for people.
 
-    Writes `transition.json` and `transition.png` there; where they are, it reads the first. Of several processes, each
-    calls it. Raises what `evaluate_run` raises.
+    config: of the latter. Writes `transition.json` and `transition.png` there; where they are, it reads the first. Of
+    several processes, each calls it. Raises what `evaluate_run` raises.
     """
-    workdir, source = user_path("workdir", workdir), config.training.transition_from
-    assert source is not None
+    workdir = user_path("workdir", workdir)
     path = workdir / "transition.json"
     if distributed.gather(path.exists())[0]:
         return _lines(json.loads(path.read_text()))
     old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
-    found = {"from": source, "tuned": str(workdir), "router": config.training.transition_router}
+    found: dict[str, Any] = {"from": source, "tuned": str(workdir), "router": config.training.transition_router}
     found |= {"before": _scores(old, source), "after": _scores(config, workdir)}
     # The windows that the run was scored on meanwhile may be fewer.
     split, limit = config.data.validation_split, config.data.validation_windows
@@ -211,12 +211,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
     def cell(scores: dict[str, Score], mode: str) -> str:
         return f"{scores[mode]['loss']:.4f} ({scores[mode]['loss'] / of - 1:+6.1%})" if mode in scores else ""
 
-    lines = [f"validation loss of {found['tuned']}, in brackets beside {found['from']} in groups:"]
+    lines = [f"validation loss of {found['from']} and of {found['tuned']}; in brackets, beside the former in groups"]
     lines += [f"{'mode':12} | {'before':17} | after"]
     for mode in before | after:
         lines.append(f"{mode:12} | {cell(before, mode):17} | {cell(after, mode)}".rstrip())
-    spike = max(loss for _, loss in found["curve"])
-    return [*lines, f"highest on the way, of fewer windows perhaps: {spike:.4f}"]
+    first, last = (found["curve"][i][1] for i in (0, -1))
+    beside = f"{found['grouped']:.4f} in groups on the same windows"
+    return [*lines, f"of the tuning, as its validations saw it: from {first:.4f} to {last:.4f}, beside {beside}"]
 
 
 def _picture(found: dict[str, Any]) -> bytes:

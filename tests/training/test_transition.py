@@ -13,7 +13,8 @@ import optax
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, MixtureOfTokensConfig, check, to_json
+from mot_jax.cli import main
+from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, check
 from mot_jax.sharding import make_mesh
 from mot_jax.training import loop, transition
 from mot_jax.training.metrics import read_rows
@@ -135,10 +136,99 @@ def test_annealing_ends_one_hot_and_is_what_the_mixture_then_is(source, tmp_path
     transition.check_transition(tuned((config, str(tmp_path / "annealed"))))
 
 
-def variant(source: tuple[Config, str], tmp_path: Path, **changes) -> tuple[Config, str]:
-    """The workdir with another kind of layer in its config."""
-    kind = dataclasses.replace(source[0].model.feed_forward, mixing=MixingConfig(**changes))
-    config = dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=kind))
-    workdir = shutil.copytree(source[1], tmp_path / "variant")
-    (workdir / "config.json").write_text(to_json(config))
-    return config, str(workdir)
+def test_a_source_that_cannot_be_tuned_is_refused_in_one_line(source, tmp_path):
+    dense = dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=DenseConfig()))
+    for config in (lambda: tuned((dense, "runs/dense")), lambda: transition.annealing_config(dense, "runs/dense", 4)):
+        with pytest.raises(ConfigError, match=r"^WORKDIR = runs/dense: must be a Mixture-of-Tokens run, and is dense;"):
+            config()
+    with pytest.raises(ConfigError, match=r"^--to = 'expert_choice': no such kind to tune to; .*token_choice"):
+        transition.tuning_config(*source, "expert_choice", 4)
+    with pytest.raises(ConfigError, match="token_choice") as error:
+        tuned(variant(source, controllers="separate", emit="softmax"))
+    assert len(error.value.faults) == 1
+
+
+def variant(source: tuple[Config, str], **mixing) -> tuple[Config, str]:
+    """Its config with another kind of mixing."""
+    kind = dataclasses.replace(source[0].model.feed_forward, mixing=MixingConfig(**mixing))
+    return dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=kind)), source[1]
+
+
+def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(source, tmp_path):
+    config = tuned(source)
+    transition.check_transition(config)
+    optimizer = dataclasses.replace(config.training.optimizer, name="muon")
+    training = dataclasses.replace(config.training, optimizer=optimizer, seed=1)
+    kind = dataclasses.replace(config.model.feed_forward, mixture=None)
+    model = dataclasses.replace(config.model, final_norm=True, feed_forward=kind)
+    data = dataclasses.replace(config.data, group_size=8)
+    with pytest.raises(ConfigError) as error:
+        transition.check_transition(dataclasses.replace(config, model=model, training=training, data=data))
+    assert [fault.partition(":")[0] for fault in error.value.faults] == [
+        "model.final_norm = True",
+        "training.seed = 1",
+        "training.optimizer.name = 'muon'",
+        "data.group_size = 8",
+        "model.feed_forward",
+    ]
+    assert all(f"as in training.transition_from = {source[1]!r}" in fault for fault in error.value.faults)
+
+
+def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anything_begins(source, tmp_path):
+    copy = Path(shutil.copytree(source[1], tmp_path / "copy"))
+    config = tuned((source[0], str(copy)))
+    there = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(there | {"train": "other"}))
+    with pytest.raises(ConfigError, match=f"workdir = {copy} was trained on other text: train: other there"):
+        loop.train(config, tmp_path / "new")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ConfigError, match=r"copy': has no checkpoint yet; try again"):
+        loop.train(config, tmp_path / "new")
+    shutil.rmtree(copy)
+    with pytest.raises(ConfigError, match="copy: no such directory"):
+        loop.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to", "token_choice", "--steps", "0"], "--steps = '0': must be a whole number, at least 1"),
+        (["--to", "token_choice", "--steps", "4", "--anneal", "-1"], "--anneal = '-1': must be a whole number"),
+        (["--to", "token_choice", "--steps", "4", "--top-k", "9"], "top_k = 9: must be at most"),
+        (["--to", "token_choice", "--steps", "4", "--router", "best"], "training.transition_router = 'best': must be"),
+        (["--to", "dense", "--steps", "4"], "--to = 'dense': no such kind"),
+        (["--steps", "4"], "the following arguments are required: --to"),
+        (["--to", "token_choice", "--steps", "4", "--model.topk", "1"], "--model.topk: no such field"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["transition", source[1], *flags])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(told) == 1 and words in told[0]
+
+
+@pytest.mark.slow
+def test_tuning_recovers_what_the_switch_costs(tiny, tmp_path, capsys):
+    """The command from end to end, on a small model that has learnt to mix; a second time it only tells."""
+    optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=1e-2)
+    often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
+    training = dataclasses.replace(tiny.training, steps=500, optimizer=optimizer, **often)
+    workdir, output = str(tmp_path / "mixed"), tmp_path / "mixed-token_choice"
+    loop.train(dataclasses.replace(tiny, training=training), workdir)
+    main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads((output / "transition.json").read_text())
+    before, after = ({mode: score["loss"] for mode, score in found[when].items()} for when in ("before", "after"))
+    assert before.keys() == after.keys() >= {"grouped", "discrete", "companions", "token_choice", "without"}
+    assert before["token_choice"] > before["grouped"] * 1.02
+    assert after["token_choice"] < before["grouped"] * 1.01
+    steps = [step for step, _ in found["curve"]]
+    assert steps[:7] == [0, 1, 2, 4, 6, 8, 12] and steps[-1] == 50
+    assert found["curve"][0][1] > found["grouped"] and len({s["windows"] for s in found["after"].values()}) == 1
+    assert (output / "transition.png").read_bytes().startswith(b"\x89PNG")
+    assert any(line.startswith("token_choice | ") for line in lines)
+    main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
+    again = capsys.readouterr().out.splitlines()
+    assert "nothing left to train" in again[0] and again[-len(before) - 3 :] == lines[-len(before) - 3 :]
