@@ -35,9 +35,8 @@ from mot_jax.training.state import TrainState, create_state
 
 TARGETS = ("token_choice",)
 
-# Of the run before: what serves best in short trials, see docs/inference.md.
-_LEARNING_RATE = 0.4  # of its peak
-_WARMUP = 0.05  # of the steps
+# What served best in short trials (docs/inference.md): of the run's peak, and of its steps of warm-up.
+_LEARNING_RATE, _WARMUP = 0.4, 0.1
 
 
 def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
@@ -64,13 +63,17 @@ def annealing_config(source: Config, workdir: str, steps: int) -> Config:
 
 def _begun_as(source: Config, workdir: str, steps: int, **changes: Any) -> Config:
     old = source.training
-    rate, warmup = old.optimizer.learning_rate * _LEARNING_RATE, round(steps * _WARMUP)
+    optimizer = dataclasses.replace(
+        old.optimizer,
+        learning_rate=old.optimizer.learning_rate * _LEARNING_RATE,
+        warmup_steps=round(old.optimizer.warmup_steps * _WARMUP),
+    )
     training = dataclasses.replace(
         old,
         steps=steps,
         upcycle_from=None,
         transition_from=workdir,
-        optimizer=dataclasses.replace(old.optimizer, learning_rate=rate, warmup_steps=warmup),
+        optimizer=optimizer,
         log_every=max(1, steps // 32),
         validate_every=max(1, steps // 8),
         checkpoint_every=max(1, steps // 4),
