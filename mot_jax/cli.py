@@ -114,9 +114,8 @@ def _transition(arguments: list[str]) -> None:
 
     for config, place in runs:
         loop.train(config, place)
-    lines = transition.report(*runs[-1], options.workdir)
-    if distributed.is_first():
-        print("\n".join(lines))
+    for line in transition.report(*runs[-1], options.workdir):
+        print(line)
 
 
 _PROCESS = ["--coordinator", "--num-processes", "--process-id"]

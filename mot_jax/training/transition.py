@@ -179,25 +179,25 @@ def report(config: Config, workdir: epath.PathLike, source: str) -> list[str]:
     """The losses in every mode of the run in `source`, and of the one in `workdir` that came of it: lines for people.
 
     config: of the latter. Writes `transition.json` and `transition.png` there; where they are, it reads the first. Of
-    several processes, each calls it. Raises what `evaluate_run` raises.
+    several processes, each calls it, and the first gets the lines. Raises what `evaluate_run` raises.
     """
     workdir = user_path("workdir", workdir)
-    path = workdir / "transition.json"
-    if distributed.gather(path.exists())[0]:
-        return _lines(json.loads(path.read_text()))
-    old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
-    found: dict[str, Any] = {"from": source, "tuned": str(workdir), "router": config.training.transition_router}
-    found |= {"before": _scores(old, source), "after": _scores(config, workdir)}
-    # The windows that the run was scored on meanwhile may be fewer.
-    split, limit = config.data.validation_split, config.data.validation_windows
-    found["grouped"] = evaluate_run(source, old, split, limit)[0]["loss"]
-    last = evaluate_run(workdir, config, split, limit, ["token_choice"])[0]
-    if distributed.is_first():
-        rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < last["step"]]
-        found["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
-        replace_file(workdir / "transition.png", _picture(found))
-        replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
-    return _lines(found)
+    path, steps = workdir / "transition.json", config.training.steps
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not distributed.gather(found.get("steps") == steps)[0]:
+        old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
+        found = {"from": source, "tuned": str(workdir), "steps": steps, "router": config.training.transition_router}
+        found |= {"before": _scores(old, source), "after": _scores(config, workdir)}
+        # The windows that the run was scored on meanwhile may be fewer.
+        split, limit = config.data.validation_split, config.data.validation_windows
+        found["grouped"] = evaluate_run(source, old, split, limit)[0]["loss"]
+        last = evaluate_run(workdir, config, split, limit, ["token_choice"])[0]
+        if distributed.is_first():
+            rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < steps]
+            found["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
+            replace_file(workdir / "transition.png", _picture(found))
+            replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
+    return _lines(found) if distributed.is_first() else []
 
 
 def _scores(config: Config, workdir: epath.PathLike) -> dict[str, Score]:
