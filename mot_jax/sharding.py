@@ -59,6 +59,8 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_in": ("experts", "features", "hidden"),
     "w_gate": ("experts", "features", "hidden"),
     "w_out": ("experts", "hidden", "features"),
+    "companion_mixtures": (None, "experts", None),
+    "companion_outputs": (None, "experts", None),
 }
 
 

@@ -8,6 +8,10 @@ one logit, and their mixture, one vector. A token and its companions are then mi
     with v = T log sum_g>1 exp(l_g / T), which is their largest logit for T = 0.
 
 No row reads another row.
+
+All E experts are G times the FLOPs of a group's. But a token weighs few experts, and what another expert reads is
+nearly the companions' mixture alone, of which its output is a constant as well. With `experts_per_token` = k the k
+experts with the largest emit weights run, and the others are taken to say what they say to the companions.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class Companions(MixtureOfTokens):
 
     companion_mixtures [P, E, D], in the layer's dtype: the companions' mixture of each expert; their sum, where the
         weights are logits.
+    companion_outputs [P, E, D]: what each expert makes of that; with `experts_per_token` alone.
     companion_logits [P, E], float32: v of merge. companion_emit_logits: v of emit, where it has a softmax over the
         group. companion_top: their largest logit, where the top token alone is handed anything.
     """
@@ -49,7 +54,9 @@ class Companions(MixtureOfTokens):
         def logits(there: bool) -> Summary | None:
             return Summary(jnp.zeros((positions, e))) if there else None
 
-        self.companion_mixtures = Summary(jnp.zeros((positions, e, d_model), self.dtype))
+        vectors = jnp.zeros((positions, e, d_model), self.dtype)
+        self.companion_mixtures = Summary(vectors)
+        self.companion_outputs = None if config.experts_per_token is None else Summary(vectors)
         self.companion_logits = logits(c.merge == "softmax")
         self.companion_emit_logits = logits(c.emit == "softmax")
         self.companion_top = logits(c.emit == "top_token")
@@ -64,12 +71,16 @@ class Companions(MixtureOfTokens):
         rows = tuple(axis for axis in rows if axis != "expert")
         mine = reshard(x.astype(self.dtype), rows, positions, None)
         merge, rest, emit = self._shares(mine, context)
-        merge, rest, emit = (reshard(a, rows, positions, "experts") for a in (merge, rest, emit))
+        most = _most(emit, self.config.experts_per_token or self.config.num_experts)
+        merge, rest, emit, most = (reshard(a, rows, positions, "experts") for a in (merge, rest, emit, most))
         companions = self._at_positions(self.companion_mixtures, mine, context, "experts", None)
         u = merge[..., None].astype(self.dtype) * mine[:, :, None] + rest[..., None].astype(self.dtype) * companions
         (project_in, w_in), (project_out, w_out) = self.experts()
         outputs = project_out(project_in(u, w_in), w_out)
         outputs = reshard(outputs, rows, positions, "experts", None)
+        if self.companion_outputs is not None:
+            others = self._at_positions(self.companion_outputs, mine, context, "experts", None)
+            outputs = jnp.where(most[..., None], outputs, others)
         y = jnp.einsum("bse,bsed->bsd", emit.astype(self.dtype), outputs, out_sharding=spec(*axes_of(x)))
         if self.shared is not None:
             y += self.shared(x, context).y
@@ -121,20 +132,29 @@ class Companions(MixtureOfTokens):
         return reshard(value, None, *rest).at[places].get(mode="clip", out_sharding=spec(rows, positions, *rest))
 
 
+def _most(weights: jax.Array, k: int) -> jax.Array:
+    """bool [B, S, E]: the k largest of each token's."""
+    _, experts = jax.lax.top_k(weights, k)
+    return jax.nn.one_hot(experts, weights.shape[-1], dtype=bool).any(axis=-2)
+
+
 def summarise(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardContext) -> dict[str, jax.Array]:
-    """What `Companions` keeps, by name, of its first group's rows but for the first: x [B, S, D] -> [S, ...] each."""
+    """What `Companions` may keep, by name, of each group but for its first row: x [B, S, D] -> [N, S, ...] each."""
     config = layer.config.mixing
-    grouped = mixing.group(x.astype(layer.dtype), layer.config.group_size)[:1, 1:]
+    grouped = mixing.group(x.astype(layer.dtype), layer.config.group_size)[:, 1:]
     said, emit_said = layer.logits(grouped)
     t, emit_t = layer.temperatures(context)
-    found = {"companion_mixtures": mixing.merge(mixing.mixing_weights(said, config, None, t), grouped)}
+    mixtures = mixing.merge(mixing.mixing_weights(said, config, None, t), grouped)
+    (project_in, w_in), (project_out, w_out) = layer.experts()
+    outputs = project_out(project_in(mixtures, w_in), w_out)
+    found = {"companion_mixtures": mixtures, "companion_outputs": outputs}
     if config.merge == "softmax":
         found["companion_logits"] = _together(said, t)
     if config.emit == "softmax":
         found["companion_emit_logits"] = _together(emit_said, emit_t)
     if config.emit == "top_token":
         found["companion_top"] = (jnp.zeros_like(said) if config.merge == "uniform" else said).max(axis=1)
-    return {name: value[0] for name, value in found.items()}
+    return found
 
 
 def _together(logits: jax.Array, t: float | jax.Array) -> jax.Array:

@@ -36,9 +36,17 @@ def companions(config: Config) -> Config:
     return _alone(config, "companions", num_positions=config.model.context_length)
 
 
+def sparse(config: Config) -> Config:
+    """`companions`, but a token runs the E / G experts alone that it weighs most: FLOPs as in a group of users.
+
+    The other experts are taken to say to it what they say to the companions.
+    """
+    return _alone(config, "sparse", num_positions=config.model.context_length, experts_per_token=_granularity(config))
+
+
 def mean_field(config: Config) -> Config:
-    """Each row shares its group with the average of what G - 1 fixed sequences say at all positions."""
-    return _alone(config, "mean_field", num_positions=1)
+    """`sparse`, but what the companions say is averaged over the positions, and as little kept as for one."""
+    return _alone(config, "mean_field", num_positions=1, experts_per_token=_granularity(config))
 
 
 def discrete(config: Config) -> Config:
@@ -75,7 +83,8 @@ def without(config: Config) -> Config:
 MODES = {
     "grouped": Mode(grouped, "as trained: the rows of a group influence each other"),
     "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
-    "mean_field": Mode(mean_field, "each row in a group with the average of fixed training texts", independent=True),
+    "sparse": Mode(sparse, "companions, and a token runs only the experts that it weighs most", independent=True),
+    "mean_field": Mode(mean_field, "sparse, and the companions are averaged over positions", independent=True),
     "discrete": Mode(discrete, "each expert takes one token of the group"),
     "without": Mode(without, "no expert says anything: what mixing is worth", independent=True),
 }
@@ -100,7 +109,7 @@ def enter(
         check_companions(companions, config.model)
         kind = changed.model.feed_forward
         assert isinstance(kind, CompanionsConfig) and companions is not None
-        params = params | summaries(config.model, params, step, companions, kind.num_positions)
+        params = params | summaries(config.model, params, step, companions, kind)
     if mode == "without":
         silent = ("feed_forward/w_out", "feed_forward/output_norm")
         params = {name: 0 * value if name.endswith(silent) else value for name, value in params.items()}
@@ -152,6 +161,11 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     changed = CompanionsConfig(**vars(kind), **fields)  # type: ignore[arg-type]
     data = dataclasses.replace(config.data, group_size=config.group_size)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
+
+
+def _granularity(config: Config) -> int:
+    kind = config.model.feed_forward
+    return max(1, kind.num_experts // kind.group_size) if isinstance(kind, MixtureOfTokensConfig) else 1
 
 
 def _mixture(config: Config, asked: str) -> MixtureOfTokensConfig:
