@@ -20,6 +20,7 @@ from mot_jax import distributed
 from mot_jax.config import (
     Config,
     ConfigError,
+    TokenChoiceConfig,
     TransientError,
     check,
     error_words,
@@ -171,7 +172,8 @@ def _evaluate(arguments: list[str]) -> None:
     if options.group_size is not None:
         config = regrouped(config, _positive("--group-size", options.group_size))
     limit = None if options.windows is None else _positive("--windows", options.windows)
-    mode, split = options.mode or "grouped", options.split or config.data.validation_split
+    as_trained = "token_choice" if isinstance(config.model.feed_forward, TokenChoiceConfig) else "grouped"
+    mode, split = options.mode or as_trained, options.split or config.data.validation_split
     if mode != "all":
         MODES[mode].change(config)  # or say why not
     distributed.connect(_process(options, config), config.mesh, trains=False)

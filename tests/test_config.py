@@ -251,7 +251,8 @@ def test_more_combinations_are_refused():
         put(dense, name, value)
         for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
     )
-    for broken in (rotary, entropy, upcycled, put(dense, "model.dense_bias", False)):
+    balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
+    for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
         (fault,) = faults(broken)
         check(follow(broken, fault))
 

@@ -116,6 +116,10 @@ def _size_faults(config: Config) -> Iterator[str]:
         if not mixing.uses_temperature:
             weight = config.training.losses.mixing_entropy
             yield f"training.losses.mixing_entropy = {weight}: model.feed_forward learns no mixing weights; try 0"
+    if not isinstance(m.feed_forward, TokenChoiceConfig):
+        for name in ("load_balancing", "router_z"):
+            if weight := getattr(config.training.losses, name):
+                yield f"training.losses.{name} = {weight}: is for model.feed_forward of kind token_choice; try 0"
     if not d.corpus:
         yield "data.corpus = (): must name a corpus; try ('python_source/stdlib',)"
     elif d.weights and len(d.weights) != len(d.corpus):

@@ -317,12 +317,19 @@ class OptimizerConfig:
 class LossWeights:
     """What is added to the cross-entropy, each mean times its weight.
 
-    mixing_entropy: normalised entropy of the mixing weights, mean over the layers. head_z: (log Z)² of the head's
-    logits, Z being the sum of their exponentials.
+    head_z: (log Z)² of the head's logits, Z being the sum of their exponentials. The others, of the layers, mean over
+    them: mixing_entropy, normalised, of the mixing weights; load_balancing of token choice, 1 where all experts are
+    alike; router_z: (log Z)² of its logits.
     """
 
     mixing_entropy: float = 0.0
     head_z: float = 0.0
+    load_balancing: float = 0.0
+    router_z: float = 0.0
+
+    def of_layers(self) -> dict[str, float]:
+        """The weights that are not 0, by the names of the layers' losses."""
+        return {name: weight for name, weight in vars(self).items() if weight and name != "head_z"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,14 +42,18 @@ _LEARNING_RATE, _WARMUP = 0.4, 0.1
 def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
     """The config of a run that makes of the one in `workdir`, whose config is `source`, a model of the kind `to`.
 
-    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises ConfigError.
+    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises ConfigError, also
+    for a variant of mixing whose parameters a router has no place for.
     """
     if to not in TARGETS:
         raise ConfigError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
     mixture = _settled(_mixture(source, workdir))
-    config = modes.token_choice(_with(source, mixture))
+    if mixture.mixing.learnt_temperature != "none":
+        raise ConfigError(f"WORKDIR = {workdir}: its temperature is learnt, and a router has none; try another run")
+    kind = modes.token_choice(_with(source, mixture)).model.feed_forward
+    assert isinstance(kind, TokenChoiceConfig)
     tokens = source.group_size * source.model.context_length
-    kind = dataclasses.replace(config.model.feed_forward, capacity_factor=1.25, routing_group_tokens=tokens)
+    kind = dataclasses.replace(kind, capacity_factor=1.25, routing_group_tokens=tokens)
     losses = dataclasses.replace(source.training.losses, mixing_entropy=0.0, load_balancing=0.01)
     return _with(_begun_as(source, workdir, steps, losses=losses), kind)
 
