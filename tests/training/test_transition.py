@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from mot_jax.cli import main
-from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, check
+from mot_jax.config import Config, ConfigError, DenseConfig, LoggingConfig, MixingConfig, check
 from mot_jax.sharding import make_mesh
 from mot_jax.training import loop, transition
 from mot_jax.training.metrics import read_rows
@@ -22,10 +22,17 @@ from mot_jax.training.restore import load_whole
 
 
 @pytest.fixture(scope="module")
-def source(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
+def small(tiny: Config) -> Config:
+    """With little else than training: hundreds of windows to score, no samples."""
+    data = dataclasses.replace(tiny.data, validation_split="validation[:1%]")
+    return dataclasses.replace(tiny, data=data, logging=LoggingConfig(tensorboard=False, sample_tokens=0))
+
+
+@pytest.fixture(scope="module")
+def source(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
     """A run of six steps."""
     workdir = str(tmp_path_factory.mktemp("mixed") / "run")
-    config = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6))
+    config = dataclasses.replace(small, training=dataclasses.replace(small.training, steps=6))
     loop.train(config, workdir)
     return config, workdir
 
@@ -210,13 +217,13 @@ def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words)
 
 
 @pytest.mark.slow
-def test_tuning_recovers_what_the_switch_costs(tiny, tmp_path, capsys):
+def test_tuning_recovers_what_the_switch_costs(small, tmp_path, capsys):
     """The command from end to end, on a small model that has learnt to mix; a second time it only tells."""
-    optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=1e-2)
+    optimizer = dataclasses.replace(small.training.optimizer, learning_rate=1e-2)
     often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
-    training = dataclasses.replace(tiny.training, steps=500, optimizer=optimizer, **often)
+    training = dataclasses.replace(small.training, steps=500, optimizer=optimizer, **often)
     workdir, output = str(tmp_path / "mixed"), tmp_path / "mixed-token_choice"
-    loop.train(dataclasses.replace(tiny, training=training), workdir)
+    loop.train(dataclasses.replace(small, training=training), workdir)
     main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads((output / "transition.json").read_text())
