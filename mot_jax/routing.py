@@ -223,7 +223,7 @@ def weighted(outputs: jax.Array, weights: jax.Array) -> jax.Array:
 
 def _inverse(places: jax.Array, size: int) -> jax.Array:
     """Of distinct places [A], or `size` for none: who is at each place, int32 [size], or A for nobody."""
-    return jnp.full(size, len(places), jnp.int32).at[places].set(jnp.arange(len(places)), mode="drop")
+    return jnp.full(size, len(places), jnp.int32).at[places].set(jnp.arange(len(places), dtype=jnp.int32), mode="drop")
 
 
 @jax.custom_vjp
@@ -367,7 +367,7 @@ def _blocks(experts: jax.Array, num_experts: int) -> tuple[Slots, jax.Array, int
     ordered = experts[order]
     places = jnp.arange(a) + first[jnp.minimum(ordered, num_experts - 1)]
     places = jnp.where(ordered < num_experts, places, q * b)
-    of_assignment = jnp.zeros_like(experts).at[order].set(places)
+    of_assignment = jnp.zeros_like(experts).at[order].set(places.astype(experts.dtype))
     owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(q), side="right"), num_experts - 1)
     return Slots(of_assignment, _inverse(of_assignment, q * b)), owners, b
 

@@ -130,6 +130,22 @@ class MixtureOfTokensConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompanionsConfig(MixtureOfTokensConfig):
+    """A trained Mixture-of-Tokens layer whose rows share a group with G - 1 fixed sequences each, not with each other.
+
+    An inference mode makes it; it is not for training, and of no run. What the others of a group say at a position is
+    worked out once (`feed_forward.companions`).
+
+    num_positions: for how many positions that is kept: the context length; or 1, which stands for all positions.
+    experts_per_token: how many experts a token runs, those that it weighs most; None: all.
+    """
+
+    kind: ClassVar[str] = "companions"
+    num_positions: int = 1
+    experts_per_token: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenChoiceConfig:
     """A sparse mixture of experts: each token goes to the `top_k` experts that the controller finds likeliest.
 
@@ -156,22 +172,6 @@ class TokenChoiceConfig:
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
         return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_dim) // self.top_k
-
-
-@dataclasses.dataclass(frozen=True)
-class CompanionsConfig(MixtureOfTokensConfig):
-    """A trained Mixture-of-Tokens layer whose rows share a group with G - 1 fixed sequences each, not with each other.
-
-    An inference mode makes it; it is not for training, and of no run. What the others of a group say at a position is
-    worked out once (`feed_forward.companions`).
-
-    num_positions: for how many positions that is kept: the context length; or 1, which stands for all positions.
-    experts_per_token: how many experts a token runs, those that it weighs most; None: all.
-    """
-
-    kind: ClassVar[str] = "companions"
-    num_positions: int = 1
-    experts_per_token: int | None = None
 
 
 FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig

@@ -219,8 +219,10 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     config = _mixed(config, f"--mode {mode}")
     if config.model.group_size == 1:
         raise ConfigError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
-    data = dataclasses.replace(config.data, group_size=config.group_size)
     changed = CompanionsConfig(**vars(_mixture(config)), **fields)  # type: ignore[arg-type]
+    if changed.mixing.layer_norm and changed.experts_per_token is not None:
+        raise ConfigError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
+    data = dataclasses.replace(config.data, group_size=config.group_size)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
 
 
