@@ -98,10 +98,10 @@ def _likeliest(probabilities: jax.Array, top_k: int) -> jax.Array:
 def load(experts: jax.Array, num_experts: int) -> jax.Array:
     """Choices int32 [N, T, k] -> the share of a group's assignments that each expert gets, before any is dropped.
 
-    [N, E] in float32; sums to 1, or to 0 in a group without real tokens.
+    [N, E], float; sums to 1, or to 0 in a group without real tokens.
     """
     counts = _multi_hot(experts, num_experts).sum(axis=1)
-    return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1).astype(jnp.float32)
+    return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
 
 
 def load_balancing(choices: Choices, token_mask: jax.Array | None = None) -> jax.Array:
@@ -366,8 +366,8 @@ def _blocks(experts: jax.Array, num_experts: int) -> tuple[Slots, jax.Array, int
     first = (ends - blocks) * b - (jnp.cumsum(counts) - counts)  # slot less place in the sorted order
     ordered = experts[order]
     places = jnp.arange(a) + first[jnp.minimum(ordered, num_experts - 1)]
-    places = jnp.where(ordered < num_experts, places, q * b)
-    of_assignment = jnp.zeros_like(experts).at[order].set(places.astype(experts.dtype))
+    places = jnp.where(ordered < num_experts, places, q * b).astype(experts.dtype)
+    of_assignment = jnp.zeros_like(experts).at[order].set(places)
     owners = jnp.minimum(jnp.searchsorted(ends, jnp.arange(q), side="right"), num_experts - 1)
     return Slots(of_assignment, _inverse(of_assignment, q * b)), owners, b
 

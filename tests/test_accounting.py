@@ -18,6 +18,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    TokenChoiceConfig,
     TrainingConfig,
 )
 from mot_jax.model import bind, init_params
@@ -88,6 +89,21 @@ def test_every_parameter_has_one_part(model):
         assert parts["controllers"] == len(blocks) * per_block
         assert parts["experts"] == len(blocks) * per_block * 2 * kind.hidden_dim(model.d_ff)
         assert parts.get("shared experts", 0) == len(blocks) * 2 * model.d_model * kind.shared_dim
+
+
+def test_token_choice_in_numbers():
+    """Four of 128 experts: the sizes of a MoT of granularity 4, in FLOPs the router alone in place of mixing."""
+    mot = with_kind(V1, 32, 128, shared_dim=256)
+    model = dataclasses.replace(mot, feed_forward=TokenChoiceConfig(128, top_k=4, shared_dim=256))
+    assert accounting.count_parameters(model) == accounting.count_parameters(mot)
+    assert accounting.active_parameters(model) == accounting.active_parameters(mot)
+    mixed, routed = accounting.forward_flops(mot), accounting.forward_flops(model)
+    assert routed.pop("router") == mixed.pop("mixing") / 3 and routed == mixed
+    lines = "\n".join(accounting.describe(Config(model=model, training=TrainingConfig(batch_size=8))).lines())
+    assert "choices k" in lines and "capacity C" in lines and "router" in lines
+    dropless = dataclasses.replace(model.feed_forward, capacity_factor=None)
+    again = accounting.recomputed_flops(dataclasses.replace(model, feed_forward=dropless))
+    assert accounting.recomputed_flops(model) == 0 and again == routed["experts"] / 2
 
 
 def test_parameters_of_a_mixing_variant():

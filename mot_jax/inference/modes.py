@@ -120,10 +120,11 @@ def token_choice(config: Config, top_k: int | None = None) -> Config:
             f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
         )
     tokens = min(kind.routing_group_tokens, config.model.context_length)
-    kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens, top_k=top_k or kind.top_k)
     data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
-    config = dataclasses.replace(config, data=data)
-    changed = _with_kind(config, dataclasses.replace(kind, expert_dim=kind.hidden_dim(config.model.d_ff)))
+    width = kind.hidden_dim(config.model.d_ff)  # of the weights, however many are chosen
+    kind = dataclasses.replace(kind, expert_dim=width, top_k=top_k or kind.top_k)
+    kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
+    changed = _with_kind(dataclasses.replace(config, data=data), kind)
     check(changed)
     return changed
 

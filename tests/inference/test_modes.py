@@ -11,13 +11,24 @@ from mot_jax.config import (
     Config,
     ConfigError,
     DenseConfig,
+    LossWeights,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    TokenChoiceConfig,
     TrainingConfig,
     check,
 )
-from mot_jax.inference.modes import MODES, default_mode, discrete, enter, lacking, regrouped
+from mot_jax.inference.modes import (
+    MODES,
+    default_mode,
+    discrete,
+    enter,
+    grouped,
+    lacking,
+    regrouped,
+    token_choice,
+)
 from mot_jax.model import bind, init_params
 
 MIXINGS = {
@@ -83,10 +94,12 @@ def test_another_group_size_keeps_experts_and_parameters():
 
 def test_a_dense_model_has_no_modes():
     dense = Config(model=ModelConfig(feed_forward=DenseConfig()))
-    others = [mode.change for name, mode in MODES.items() if name != "grouped"]
+    others = [mode.change for name, mode in MODES.items() if name not in ("grouped", "token_choice")]
     for mode in (*others, lambda config: regrouped(config, 8)):
         with pytest.raises(ConfigError, match="mix nothing"):
             mode(dense)
+    with pytest.raises(ConfigError, match="have no experts"):
+        token_choice(dense)
     assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
 
 
@@ -126,3 +139,56 @@ def test_without_experts_nothing_is_heard(mixing):
     layer = bind(changed.model, silent).stacks[0][0].feed_forward
     layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda a: a[0], nnx.state(layer)))
     assert not np.asarray(layer(np.ones((4, 8, 8), np.float32)).y).any()
+
+
+def test_token_choice_runs_the_same_weights_and_no_row_sees_another():
+    """Bit by bit, whatever the others hold, where `grouped` and `discrete` see them; and back again."""
+    config = config_of(MixingConfig())
+    routed = token_choice(config)
+    kind = routed.model.feed_forward
+    assert (kind.top_k, kind.hidden_dim(16), kind.capacity_factor) == (2, 8, None)
+    params, rng = init_params(config.model, jax.random.key(0, impl="rbg")), np.random.default_rng(0)
+    params = {name: value * (10 if "controller" in name else 1) for name, value in params.items()}
+    tokens = rng.integers(0, 256, (8, 8)).astype(np.int32)
+    sees = {}
+    for mode in (grouped, discrete, token_choice):
+        model = bind(mode(config).model, params)
+        run = jax.jit(lambda tokens, model=model: model(tokens).hidden)
+        drawn = (np.concatenate([rng.integers(0, 256, (7, 8)), tokens[7:]]).astype(np.int32) for _ in range(20))
+        expected = run(tokens)[7]
+        sees[mode.__name__] = any((run(other)[7] != expected).any() for other in drawn)
+    assert sees == {"grouped": True, "discrete": True, "token_choice": False}
+    assert grouped(routed).model == config.model and discrete(routed).model == discrete(config).model
+    assert regrouped(routed, 2) == regrouped(config, 2)
+
+
+def test_token_choice_of_itself_only_loses_its_capacity():
+    kind = TokenChoiceConfig(8, top_k=2, routing_group_tokens=16)
+    losses = LossWeights(load_balancing=0.1)
+    model = ModelConfig(2, 8, 16, 2, context_length=8, loss_chunk=8, feed_forward=kind)
+    config = Config(model=model, training=TrainingConfig(batch_size=8, losses=losses))
+    changed = token_choice(config).model.feed_forward
+    assert changed == dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=8, expert_dim=8)
+    assert token_choice(config, top_k=1).model.feed_forward == dataclasses.replace(changed, top_k=1)
+    for mode in (grouped, discrete):
+        with pytest.raises(ConfigError, match="mix nothing"):
+            mode(config)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        MixingConfig("uniform"),
+        MixingConfig("logits", layer_norm=True),
+        MixingConfig(emit="softmax", controllers="common_base"),
+        MixingConfig(layer_norm=True),
+        MixingConfig(learnt_temperature="per_expert"),
+    ],
+    ids=repr,
+)
+def test_a_controller_that_is_no_router_is_refused(mixing):
+    with pytest.raises(ConfigError) as error:
+        token_choice(config_of(mixing))
+    assert all(fault.startswith("--mode token_choice: has no meaning with ") for fault in error.value.faults)
+    for fine in (MixingConfig(temperature=0.5), MixingConfig(emit="ones"), MixingConfig(annealing="linear")):
+        check(token_choice(config_of(fine)))
