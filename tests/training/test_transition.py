@@ -15,6 +15,7 @@ from etils import epath
 
 from mot_jax.cli import main
 from mot_jax.config import Config, ConfigError, DenseConfig, LoggingConfig, MixingConfig, check
+from mot_jax.mixing import temperature
 from mot_jax.sharding import make_mesh
 from mot_jax.training import loop, transition
 from mot_jax.training.metrics import read_rows
@@ -88,17 +89,13 @@ def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_firs
 
 
 def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
-    config = tuned(source, steps=4, log_every=1, checkpoint_every=2)
-    asked: list[tuple[int, int]] = []
-    batches = loop.train_batches
+    config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
+    asked: list[int] = []
+    batches, track = loop.train_batches, loop.log.Console.track
 
     def watched(*arguments):
         asked.append(arguments[-1])
         return batches(*arguments)
-
-    monkeypatch.setattr(loop, "train_batches", watched)
-    loop.train(config, tmp_path / "undisturbed")
-    track = loop.log.Console.track
 
     def stopping(self, steps, done):
         for step in track(self, steps, done):
@@ -106,14 +103,12 @@ def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(
                 raise KeyboardInterrupt
             yield step
 
-    for stops in (True, False):
-        with monkeypatch.context() as patch:
-            if stops:
-                patch.setattr(loop.log.Console, "track", stopping)
-                with pytest.raises(KeyboardInterrupt):
-                    loop.train(config, tmp_path / "stopped")
-            else:
-                loop.train(config, tmp_path / "stopped")
+    monkeypatch.setattr(loop, "train_batches", watched)
+    loop.train(config, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.log.Console, "track", stopping)
+        loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "stopped")
     assert asked == [6 * 32, 6 * 32, 8 * 32]
     for split in ("train", "validation"):
         assert rows(tmp_path / "stopped", split) == rows(tmp_path / "undisturbed", split)
@@ -123,6 +118,7 @@ def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(
     assert transition.go_over(wider, mesh)[1] == 320  # after 192 examples
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(source, tmp_path, monkeypatch):
     config = tuned(source, steps=2)
     with monkeypatch.context() as patch:
@@ -133,14 +129,15 @@ def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(sourc
     assert [row["step"] for row in rows(tmp_path / "run", "validation")] == [0, 1, 2]
 
 
-def test_annealing_ends_one_hot_and_is_what_the_mixture_then_is(source, tmp_path):
+def test_annealing_ends_one_hot_which_the_mixture_then_is(source):
     config = transition.annealing_config(*source, 4)
-    loop.train(config, tmp_path / "annealed")
-    entropies = [row["mixing_entropy/00"] for row in rows(tmp_path / "annealed", "train")]
-    assert entropies[0] > 0.5 and entropies[-1] < 0.2  # the last step but one has a quarter of the temperature
-    mixture = tuned((config, str(tmp_path / "annealed"))).model.feed_forward.mixture
-    assert mixture.mixing == MixingConfig(temperature=0.0)
-    transition.check_transition(tuned((config, str(tmp_path / "annealed"))))
+    mixing = config.model.feed_forward.mixing
+    assert [float(temperature(mixing, np.int32(step))) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert config.training.transition_from == source[1] and config.training.steps == 4
+    later = tuned((config, source[1]))
+    assert later.model.feed_forward.mixture.mixing == MixingConfig(temperature=0.0)
+    transition.check_transition(config)
+    transition.check_transition(later)
 
 
 def test_a_source_that_cannot_be_tuned_is_refused_in_one_line(source, tmp_path):
@@ -239,3 +236,16 @@ def test_tuning_recovers_what_the_switch_costs(small, tmp_path, capsys):
     main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
     again = capsys.readouterr().out.splitlines()
     assert "nothing left to train" in again[0] and again[-len(before) - 3 :] == lines[-len(before) - 3 :]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_annealed_before(source, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    main(["transition", source[1], "--to", "token_choice", "--steps", "2", "--anneal", "2", "--output", str(output)])
+    out = capsys.readouterr().out
+    annealed = f"{output}-annealed"
+    assert f"begins as {source[1]} after 6 steps, with example 192" in out
+    assert f"begins as {annealed} after 2 steps, with example 256" in out
+    assert f"validation loss of {source[1]} and of {output}" in out
+    entropies = [row["mixing_entropy/00"] for row in rows(annealed, "train")]
+    assert entropies[1] < entropies[0]
