@@ -206,6 +206,8 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
+    stacked: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
+        depth. False: every block by itself, as for generation, whose steps would copy each block's weights in a loop.
     """
 
     num_blocks: int = 4
@@ -233,6 +235,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
+    stacked: bool = True
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""

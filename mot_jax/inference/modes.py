@@ -202,6 +202,11 @@ def default_mode(config: Config) -> tuple[str, str]:
     return "grouped", "no row hears another"
 
 
+def trained_mode(config: Config) -> str:
+    """The mode that is the model as it was trained; of token choice, but for what training dropped."""
+    return "token_choice" if isinstance(config.model.feed_forward, TokenChoiceConfig) else "grouped"
+
+
 def needs_companions(config: Config) -> bool:
     """Whether a config in a mode has layers that keep something of companions."""
     return isinstance(config.model.feed_forward, CompanionsConfig)

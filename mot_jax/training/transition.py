@@ -179,23 +179,25 @@ def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
 # --- what it cost and what it gave ------------------------------------------------------------------------------------
 
 
-def report(config: Config, workdir: epath.PathLike, source: str) -> list[str]:
+def report(config: Config, workdir: epath.PathLike, source: str, limit: int | None = None) -> list[str]:
     """The losses in every mode of the run in `source`, and of the one in `workdir` that came of it: lines for people.
 
-    config: of the latter. Writes `transition.json` and `transition.png` there; where they are, it reads the first. Of
-    several processes, each calls it, and the first gets the lines. Raises what `evaluate_run` raises.
+    config: of the latter. limit: windows to score; None: the whole validation split. Writes `transition.json` and
+    `transition.png` there; where they are, it reads the first. Of several processes, each calls it, and the first gets
+    the lines. Raises what `evaluate_run` raises.
     """
     workdir = user_path("workdir", workdir)
     path, steps = workdir / "transition.json", config.training.steps
+    about = {"from": source, "tuned": str(workdir), "steps": steps, "limit": limit}
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if not distributed.gather(found.get("steps") == steps)[0]:
+    if not distributed.gather(found.items() >= about.items())[0]:
         old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
-        found = {"from": source, "tuned": str(workdir), "steps": steps, "router": config.training.transition_router}
-        found |= {"before": _scores(old, source), "after": _scores(config, workdir)}
+        found = {**about, "router": config.training.transition_router}
+        found |= {"before": _scores(old, source, limit), "after": _scores(config, workdir, limit)}
         # The windows that the run was scored on meanwhile may be fewer.
-        split, limit = config.data.validation_split, config.data.validation_windows
-        found["grouped"] = evaluate_run(source, old, split, limit)[0]["loss"]
-        last = evaluate_run(workdir, config, split, limit, ["token_choice"])[0]
+        split, fewer = config.data.validation_split, config.data.validation_windows
+        found["grouped"] = evaluate_run(source, old, split, fewer)[0]["loss"]
+        last = evaluate_run(workdir, config, split, fewer, ["token_choice"])[0]
         if distributed.is_first():
             rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < steps]
             found["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
@@ -204,11 +206,11 @@ def report(config: Config, workdir: epath.PathLike, source: str) -> list[str]:
     return _lines(found) if distributed.is_first() else []
 
 
-def _scores(config: Config, workdir: epath.PathLike) -> dict[str, Score]:
+def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[str, Score]:
     """By mode, in all that the run has."""
     companions = load_companions(workdir)
     there = [mode for mode in modes.MODES if modes.lacking(mode, config, companions) is None]
-    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, None, there)}
+    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, limit, there)}
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
