@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mot_jax import distributed
-from mot_jax.cli import bench, data, models, runs
+from mot_jax.cli import bench, data, models, runs, tuning
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError, TransientError, error_words
 
@@ -23,6 +23,7 @@ COMMANDS = {
         runs.plan,
         data.data,
         runs.evaluate,
+        tuning.transition,
         models.generate,
         models.fill,
         runs.inspect,

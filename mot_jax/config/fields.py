@@ -340,7 +340,9 @@ class TrainingConfig:
     """The training run.
 
     batch_size counts sequences of the whole mesh; `accumulation` splits it into microbatches. upcycle_from: workdir of
-    a dense model of the same sizes, whose feed-forward layers the experts begin as.
+    a dense model of the same sizes, whose feed-forward layers the experts begin as. transition_from: workdir of a
+    Mixture-of-Tokens run that this one begins as, weights, optimizer and text (PAPER.md section 4); learning rate and
+    steps begin anew. transition_router: what routes at first, its `controller` or a `random` one, for comparison.
     """
 
     steps: int = _extendable(1000)
@@ -348,6 +350,8 @@ class TrainingConfig:
     accumulation: int = 1
     seed: int = 0
     upcycle_from: str | None = None
+    transition_from: str | None = None
+    transition_router: Literal["controller", "random"] = "controller"
     optimizer: OptimizerConfig = OptimizerConfig()
     losses: LossWeights = LossWeights()
     log_every: int = _free(10)

@@ -120,11 +120,11 @@ def token_choice(config: Config, top_k: int | None = None) -> Config:
             f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
         )
     tokens = min(kind.routing_group_tokens, config.model.context_length)
+    data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
     width = kind.hidden_dim(config.model.d_ff)  # of the weights, however many are chosen
     kind = dataclasses.replace(kind, expert_dim=width, top_k=top_k or kind.top_k)
-    data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
-    config = dataclasses.replace(config, data=data)
-    changed = _with_kind(config, dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens))
+    kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
+    changed = _with_kind(dataclasses.replace(config, data=data), kind)
     check(changed)
     return changed
 
@@ -225,10 +225,10 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     config = _mixed(config, f"--mode {mode}")
     if config.model.group_size == 1:
         raise ConfigError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
-    data = dataclasses.replace(config.data, group_size=config.group_size)
     changed = CompanionsConfig(**vars(_mixture(config)), **fields)  # type: ignore[arg-type]
     if changed.mixing.layer_norm and changed.experts_per_token is not None:
         raise ConfigError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
+    data = dataclasses.replace(config.data, group_size=config.group_size)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
 
 

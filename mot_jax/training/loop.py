@@ -13,12 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax import accounting, distributed
-from mot_jax.config import Config, ConfigError, check, from_json, identity_changes, to_json
+from mot_jax.config import Config, ConfigError, TokenChoiceConfig, check, from_json, identity_changes, to_json
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.inference.companions import choose, save_companions
+from mot_jax.inference.companions import choose, load_companions, save_companions
+from mot_jax.inference.modes import token_choice
 from mot_jax.inference.sample import sample_text
 from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
@@ -28,6 +29,7 @@ from mot_jax.training.evaluation import make_evaluation
 from mot_jax.training.restore import check_data
 from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
+from mot_jax.training.transition import check_transition, go_over
 from mot_jax.training.upcycle import check_upcycle, upcycle
 
 _SEEN_WITHIN = 30.0  # seconds after which another host sees a file, where the file system is shared
@@ -48,17 +50,22 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         workdir = user_path("workdir", workdir)
         mesh = make_mesh(config)
         _check_workdir(config, workdir)
-        if config.training.upcycle_from is not None and not (workdir / "checkpoints").exists():
+        t, begins = config.training, not (workdir / "checkpoints").exists()
+        if begins and t.upcycle_from is not None:
             check_upcycle(config)
+        if begins and t.transition_from is not None:
+            check_transition(config)
         _check_space(abstract_state(config, mesh), config, workdir)
         tokenizer = open_tokenizer(config)
         check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)  # before hours of tokenising, perhaps
         _, windows, unseen, order, data = open_text(config, tokenizer)
         check_data(data, config, workdir)
+        if begins and t.transition_from is not None:
+            check_data(data, config, t.transition_from)
         same |= {f"text of data.corpus, {name}": fingerprint for name, fingerprint in data.items()}
 
     # --- the run, new or resumed --------------------------------------------------------------------------------------
-    t, first = config.training, distributed.is_first()
+    first = distributed.is_first()
     console = log.Console(t.steps, quiet=not first)
     with distributed.together():
         if first:
@@ -68,6 +75,8 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             if config.model.group_size > 1:
                 objective = Objective.of(config, tokenizer)
                 save_companions(workdir, choose(windows, order, objective, config.model.group_size))
+            elif t.transition_from is not None and (companions := load_companions(t.transition_from)) is not None:
+                save_companions(workdir, companions)
     with distributed.together():
         _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
@@ -81,8 +90,12 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 state, next_example, changed = checkpoints.restore(done, config, mesh)
                 for line in changed:
                     console.line(f"warning: another version, so last bits may differ: {line}")
-            else:
+            elif t.transition_from is None:
                 state, next_example = create_state(config, mesh), 0
+        if not done and t.transition_from is not None:
+            state, next_example, notes = go_over(config, mesh)
+            for line in notes:
+                console.line(line)
         if not done and t.upcycle_from is not None:
             params, notes = upcycle(config.model, state.params, t.upcycle_from)
             state = state._replace(params=params)
@@ -105,12 +118,12 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         example = place(objective(windows.read([-1] * len(rows)), rows))
         start = time.perf_counter()
         train_step = jax.jit(make_train_step(config), donate_argnums=0).lower(state, example).compile()
-        evaluate = make_evaluation(config, mesh, unseen, tokenizer)
+        evaluate = make_evaluation(_without_drops(config), mesh, unseen, tokenizer)
         console.line(f"compiled the training step in {time.perf_counter() - start:.1f} s")
 
         # --- the loop -------------------------------------------------------------------------------------------------
         with distributed.together():
-            metrics_log = log.MetricsLog(workdir, done, config.logging) if first else None
+            metrics_log = log.MetricsLog(workdir, done or -1, config.logging) if first else None
         meter = _Meter(config, mesh)
         meter.restart(done)
         pending: tuple[int, Metrics, TrainBatch] | None = None
@@ -131,7 +144,13 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 record(row, log.train_line(row, t.steps))
                 pending = None
 
+        def validate(step: int, limit: int | None) -> None:
+            row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
+            record(row, log.validation_line(row))
+
         try:
+            if not done and t.transition_from is not None:
+                validate(0, config.data.validation_windows)  # the spike
             with distributed.preemption() as preempted:
                 for step in console.track(range(done + 1, t.steps + 1), done):
                     with meter.waiting():
@@ -141,19 +160,18 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     last = step == t.steps
                     if step % t.log_every == 0 or last:
                         pending = (step, values, batch)
-                    validates = step % t.validate_every == 0 or last
+                    early = t.transition_from is not None and step.bit_count() == 1  # 1, 2, 4, 8 ...: a spike is short
+                    validates = step % t.validate_every == 0 or last or early
                     stops = preempted(step) and not last
                     saves = step % t.checkpoint_every == 0 or last or stops
                     if validates or saves:
                         log_pending()  # a checkpoint never outlives the rows before it
                     if validates:
-                        limit = None if last else config.data.validation_windows
-                        row = {"step": step, "split": "validation", **evaluate(state.params, state.step, limit)}
-                        record(row, log.validation_line(row))
+                        validate(step, None if last else config.data.validation_windows)
                     if saves:
                         if metrics_log is not None:
                             metrics_log.flush()
-                        checkpoints.save(step, state, step * t.batch_size, config)
+                        checkpoints.save(step, state, next_example + (step - done) * t.batch_size, config)
                     if validates or saves:
                         meter.restart(step)
                     if stops:
@@ -177,6 +195,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                     replace_file(workdir / "sample.txt", sample.encode())
                 replace_file(workdir / "loss.png", log.plot_curves({workdir.name: log.read_rows(workdir)}))
         return _report(console, workdir)
+
+
+def _without_drops(config: Config) -> Config:
+    """As the model is scored: where tokens choose experts, all are heard."""
+    return token_choice(config) if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
 
 
 def _check_workdir(config: Config, workdir: epath.Path) -> None:

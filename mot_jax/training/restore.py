@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -16,6 +16,7 @@ from mot_jax.config import Config, ConfigError, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
+from mot_jax.training.state import TrainState, abstract_state
 from mot_jax.training.stores import orbax_path, quieten, unreadable
 
 
@@ -25,6 +26,14 @@ class Run(NamedTuple):
     config: Config
     params: Params
     step: int
+
+
+class Whole(NamedTuple):
+    """All that a run needs to go on: its config, its state, and the next example of its text."""
+
+    config: Config
+    state: TrainState
+    next_example: int
 
 
 def load_run_config(workdir: epath.PathLike) -> Config:
@@ -65,28 +74,47 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     the mesh that they were trained on does not matter. Of several processes, each calls it. Raises ConfigError if there
     is no run, no checkpoint yet or a damaged one; TransientError if it cannot be read now.
     """
-    quieten()
     with distributed.together():
         config = load_run_config(workdir)
         abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
+    checkpoint, content = _load_newest(workdir, {"params": abstract})
+    return Run(config, content["params"], int(checkpoint.name))
+
+
+def load_whole(workdir: epath.PathLike, mesh: Mesh) -> Whole:
+    """The newest complete checkpoint of the run in `workdir`, the optimizer's state too; otherwise as `load_run`."""
+    with distributed.together():
+        config = load_run_config(workdir)
+        abstract = abstract_state(config, mesh)._asdict()
+    checkpoint, content = _load_newest(workdir, abstract)
+    with distributed.together():
+        try:
+            next_example = int(ocp.metadata(checkpoint).custom_metadata["next_example"])
+        except Exception as error:  # as below
+            raise unreadable(checkpoint, error, "has no readable metadata") from error
+    return Whole(config, TrainState(**content), next_example)
+
+
+def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epath.Path, dict[str, Any]]:
+    """Those parts of the newest complete checkpoint, and where it is."""
+    quieten()
+    with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     while True:
         step = _newest(folder)
         if step is None:
             raise ConfigError(f"workdir = {workdir}: has no checkpoint yet; try again after the run has saved one")
-        params, fault = _load(folder / str(step), abstract)
+        content, fault = _load(folder / str(step), abstract)
         if not any(distributed.gather(fault is not None)):
-            return Run(config, params, step)
+            return folder / str(step), content
         if _newest(folder) == step:  # else the run saved a newer one, and may have deleted this one meanwhile
             with distributed.together():
                 if fault is not None:
                     raise fault
 
 
-def _load(
-    checkpoint: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct]
-) -> tuple[dict[str, jax.Array], ConfigError | None]:
-    """The parameters in a checkpoint, or what is wrong with it."""
+def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], ConfigError | None]:
+    """Those parts of a checkpoint, or what is wrong with it."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     # Alone: a process that cannot read would leave the others at a barrier of Orbax's for five minutes.
@@ -94,16 +122,17 @@ def _load(
     context.multiprocessing.active_processes = {jax.process_index()}
     try:
         with context:
-            params = ocp.load(checkpoint, {"params": abstract})["params"]
+            content = ocp.load(checkpoint, abstract)
     except jax.errors.JaxRuntimeError:  # a lost process, say
         raise
     except Exception as error:  # Orbax raises whatever its parts do
         return {}, unreadable(checkpoint, error, "cannot be read")
-    missing = [name for name in abstract if not isinstance(params.get(name), jax.Array)]
+    found = content["params"]
+    missing = [name for name in abstract["params"] if not isinstance(found.get(name), jax.Array)]
     if missing:
         words = f"workdir = {checkpoint.parent.parent}: its checkpoint is of another mot_jax, without {missing[0]}"
         return {}, ConfigError(words)
-    return params, None
+    return content, None
 
 
 def _newest(folder: epath.Path) -> int | None:

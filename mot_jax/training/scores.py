@@ -24,7 +24,7 @@ _KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, 
 
 def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
     """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
-    independent = MODES[mode].independent or config.model.group_size == 1
+    independent = MODES[mode].independent or MODES[mode].change(config).model.group_size == 1
     about = {"mode": mode, "split": split, "group_size": config.model.group_size, "independent": independent}
     return {**about, **result, "perplexity": math.exp(result["loss"])}
 

@@ -1,0 +1,251 @@
+"""A Mixture-of-Tokens run that another run goes on with: annealed, or as token choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from mot_jax.cli import main
+from mot_jax.config import Config, ConfigError, DenseConfig, LoggingConfig, MixingConfig, check
+from mot_jax.mixing import temperature
+from mot_jax.sharding import make_mesh
+from mot_jax.training import loop, transition
+from mot_jax.training.metrics import read_rows
+from mot_jax.training.restore import load_whole
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Config) -> Config:
+    """With little else than training: hundreds of windows to score, no samples."""
+    data = dataclasses.replace(tiny.data, validation_split="validation[:1%]")
+    return dataclasses.replace(tiny, data=data, logging=LoggingConfig(tensorboard=False, sample_tokens=0))
+
+
+@pytest.fixture(scope="module")
+def source(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, str]:
+    """A run of six steps."""
+    workdir = str(tmp_path_factory.mktemp("mixed") / "run")
+    config = dataclasses.replace(small, training=dataclasses.replace(small.training, steps=6))
+    loop.train(config, workdir)
+    return config, workdir
+
+
+def tuned(source: tuple[Config, str], steps: int = 4, **changes) -> Config:
+    """The command's config of a tuning run."""
+    config = transition.tuning_config(*source, "token_choice", steps)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def rows(workdir: Path | str, split: str) -> list[dict]:
+    speed = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
+    found = [row for row in read_rows(epath.Path(workdir)) if row["split"] == split]
+    return [{name: value for name, value in row.items() if name not in speed} for row in found]
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("to", ["annealed", "token_choice"])
+def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(source, to):
+    config = transition.annealing_config(*source, 4) if to == "annealed" else tuned(source)
+    check(config)
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        old = load_whole(source[1], mesh).state
+        state, example, notes = transition.go_over(config, mesh)
+    assert example == 6 * 32 and "after 6 steps" in notes[0] and "learning rate up to" in notes[1]
+    schedules = [part for part in state.opt_state if isinstance(part, optax.ScaleByScheduleState)]
+    assert int(state.step) == 0 and [int(part.count) for part in schedules] == [0]
+    before, after = named((old.params, old.opt_state[:-1])), named((state.params, state.opt_state[:-1]))
+    assert before.keys() == after.keys() and any("count" in name for name in before)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    if to == "token_choice":
+        assert {name: p.shape for name, p in state.params.items()} == {
+            name: p.shape for name, p in transition.create_state(config, mesh).params.items()
+        }
+
+
+def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_first_step(source):
+    config = tuned(source, transition_router="random")
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        old = load_whole(source[1], mesh).state.params
+        first = transition.create_state(source[0], mesh).params
+        params = transition.go_over(config, mesh)[0].params
+    for name, value in params.items():
+        new = name.endswith("/controller")
+        assert np.array_equal(value, old[name]) != new, name
+        assert not new or not np.allclose(value, first[name]), name
+
+
+def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
+    config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
+    asked: list[int] = []
+    batches, track = loop.train_batches, loop.log.Console.track
+
+    def watched(*arguments):
+        asked.append(arguments[-1])
+        return batches(*arguments)
+
+    def stopping(self, steps, done):
+        for step in track(self, steps, done):
+            if step == 4:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(loop, "train_batches", watched)
+    loop.train(config, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.log.Console, "track", stopping)
+        loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "stopped")
+    assert asked == [6 * 32, 6 * 32, 8 * 32]
+    for split in ("train", "validation"):
+        assert rows(tmp_path / "stopped", split) == rows(tmp_path / "undisturbed", split)
+    assert [row["step"] for row in rows(tmp_path / "stopped", "validation")] == [0, 1, 2, 4]
+    mesh = make_mesh(config)
+    wider = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=160))
+    assert transition.go_over(wider, mesh)[1] == 320  # after 192 examples
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(source, tmp_path, monkeypatch):
+    config = tuned(source, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run", "validation")] == [0, 1, 2]
+
+
+def test_annealing_ends_one_hot_which_the_mixture_then_is(source):
+    config = transition.annealing_config(*source, 4)
+    mixing = config.model.feed_forward.mixing
+    assert [float(temperature(mixing, np.int32(step))) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert config.training.transition_from == source[1] and config.training.steps == 4
+    later = tuned((config, source[1]))
+    assert later.model.feed_forward.mixture.mixing == MixingConfig(temperature=0.0)
+    transition.check_transition(config)
+    transition.check_transition(later)
+
+
+def test_a_source_that_cannot_be_tuned_is_refused_in_one_line(source, tmp_path):
+    dense = dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=DenseConfig()))
+    for config in (lambda: tuned((dense, "runs/dense")), lambda: transition.annealing_config(dense, "runs/dense", 4)):
+        with pytest.raises(ConfigError, match=r"^WORKDIR = runs/dense: must be a Mixture-of-Tokens run, and is dense;"):
+            config()
+    with pytest.raises(ConfigError, match=r"^--to = 'expert_choice': no such kind to tune to; .*token_choice"):
+        transition.tuning_config(*source, "expert_choice", 4)
+    with pytest.raises(ConfigError, match="token_choice") as error:
+        tuned(variant(source, controllers="separate", emit="softmax"))
+    assert len(error.value.faults) == 1
+
+
+def variant(source: tuple[Config, str], **mixing) -> tuple[Config, str]:
+    """Its config with another kind of mixing."""
+    kind = dataclasses.replace(source[0].model.feed_forward, mixing=MixingConfig(**mixing))
+    return dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=kind)), source[1]
+
+
+def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(source, tmp_path):
+    config = tuned(source)
+    transition.check_transition(config)
+    optimizer = dataclasses.replace(config.training.optimizer, name="muon")
+    training = dataclasses.replace(config.training, optimizer=optimizer, seed=1)
+    kind = dataclasses.replace(config.model.feed_forward, mixture=None)
+    model = dataclasses.replace(config.model, final_norm=True, feed_forward=kind)
+    data = dataclasses.replace(config.data, group_size=8)
+    with pytest.raises(ConfigError) as error:
+        transition.check_transition(dataclasses.replace(config, model=model, training=training, data=data))
+    assert [fault.partition(":")[0] for fault in error.value.faults] == [
+        "model.final_norm = True",
+        "training.seed = 1",
+        "training.optimizer.name = 'muon'",
+        "data.group_size = 8",
+        "model.feed_forward",
+    ]
+    assert all(f"as in training.transition_from = {source[1]!r}" in fault for fault in error.value.faults)
+
+
+def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anything_begins(source, tmp_path):
+    copy = Path(shutil.copytree(source[1], tmp_path / "copy"))
+    config = tuned((source[0], str(copy)))
+    there = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(there | {"train": "other"}))
+    with pytest.raises(ConfigError, match=f"workdir = {copy} was trained on other text: train: other there"):
+        loop.train(config, tmp_path / "new")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ConfigError, match=r"copy': has no checkpoint yet; try again"):
+        loop.train(config, tmp_path / "new")
+    shutil.rmtree(copy)
+    with pytest.raises(ConfigError, match="copy: no such directory"):
+        loop.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to", "token_choice", "--steps", "0"], "--steps = '0': must be a whole number, at least 1"),
+        (["--to", "token_choice", "--steps", "4", "--anneal", "-1"], "--anneal = '-1': must be a whole number"),
+        (["--to", "token_choice", "--steps", "4", "--top-k", "9"], "top_k = 9: must be at most"),
+        (["--to", "token_choice", "--steps", "4", "--router", "best"], "training.transition_router = 'best': must be"),
+        (["--to", "dense", "--steps", "4"], "--to = 'dense': no such kind"),
+        (["--steps", "4"], "the following arguments are required: --to"),
+        (["--to", "token_choice", "--steps", "4", "--model.topk", "1"], "--model.topk: no such field"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        main(["transition", source[1], *flags])
+    told = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(told) == 1 and words in told[0]
+
+
+@pytest.mark.slow
+def test_tuning_recovers_what_the_switch_costs(small, tmp_path, capsys):
+    """The command from end to end, on a small model that has learnt to mix; a second time it only tells."""
+    optimizer = dataclasses.replace(small.training.optimizer, learning_rate=1e-2)
+    often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
+    training = dataclasses.replace(small.training, steps=500, optimizer=optimizer, **often)
+    workdir, output = str(tmp_path / "mixed"), tmp_path / "mixed-token_choice"
+    loop.train(dataclasses.replace(small, training=training), workdir)
+    main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads((output / "transition.json").read_text())
+    before, after = ({mode: score["loss"] for mode, score in found[when].items()} for when in ("before", "after"))
+    assert before.keys() == after.keys() >= {"grouped", "discrete", "companions", "token_choice", "without"}
+    assert before["token_choice"] > before["grouped"] * 1.02
+    assert after["token_choice"] < before["grouped"] * 1.01
+    steps = [step for step, _ in found["curve"]]
+    assert steps[:7] == [0, 1, 2, 4, 6, 8, 12] and steps[-1] == 50
+    assert found["curve"][0][1] > found["grouped"] and len({s["windows"] for s in found["after"].values()}) == 1
+    assert (output / "transition.png").read_bytes().startswith(b"\x89PNG")
+    assert any(line.startswith("token_choice | ") for line in lines)
+    main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
+    again = capsys.readouterr().out.splitlines()
+    assert "nothing left to train" in again[0] and again[-len(before) - 3 :] == lines[-len(before) - 3 :]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_annealed_before(source, tmp_path, capsys):
+    output = tmp_path / "tuned"
+    main(["transition", source[1], "--to", "token_choice", "--steps", "2", "--anneal", "2", "--output", str(output)])
+    out = capsys.readouterr().out
+    annealed = f"{output}-annealed"
+    assert f"begins as {source[1]} after 6 steps, with example 192" in out
+    assert f"begins as {annealed} after 2 steps, with example 256" in out
+    assert f"validation loss of {source[1]} and of {output}" in out
+    entropies = [row["mixing_entropy/00"] for row in rows(annealed, "train")]
+    assert entropies[1] < entropies[0]
