@@ -102,8 +102,8 @@ def test_masked_tokens_are_given_nothing():
     np.testing.assert_array_equal(masked[mask], plain[mask])
 
 
-@pytest.mark.parametrize("positions", [S, 1])
-@pytest.mark.parametrize("name", ["default", "emit over experts"])
+@pytest.mark.parametrize("positions", [pytest.param(S, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("name", ["default", pytest.param("emit over experts", marks=pytest.mark.slow)])
 def test_the_experts_that_are_not_run_say_what_they_say_to_the_companions(name, positions):
     """By hand, token for token; all E experts run is nothing left out. One position: of averages over all."""
     x, companions = drawn(1), drawn(2, G)
