@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import tyro
 
-from mot_jax import distributed
+from mot_jax import cli_convert, distributed
 from mot_jax.config import (
     Config,
     ConfigError,
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`mot COMMAND ...`"""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "describe": _describe, "data": _data, "evaluate": _evaluate}
-    commands |= {"inspect": _inspect, "curves": _curves, "plan": _plan}
+    commands |= {"inspect": _inspect, "curves": _curves, "plan": _plan, "export": _export, "import": _import}
     epilog = "\n".join(f"{name:9} {command.__doc__}" for name, command in commands.items())
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
@@ -188,6 +188,16 @@ def _inspect(arguments: list[str]) -> None:
 
     for line in inspect(options.workdir, options.output, options.group, options.position):
         print(line)
+
+
+def _export(arguments: list[str]) -> None:
+    """a model as safetensors: mot export WORKDIR --output DIR [--dtype bfloat16] [--overwrite]"""
+    cli_convert.export(_Parser("mot export", allow_abbrev=False), arguments)
+
+
+def _import(arguments: list[str]) -> None:
+    """the authors' model, or the Hugging Face port's: mot import FILE.safetensors --config CONFIG --output DIR"""
+    cli_convert.import_(_Parser("mot import", allow_abbrev=False), arguments)
 
 
 def _data(arguments: list[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 
@@ -92,11 +95,20 @@ def make_directory(name: str, path: epath.Path) -> None:
 
 def replace_file(path: epath.Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A file to write piece by piece, so that a kill leaves the old one or the new one."""
     if is_remote(path):
-        path.write_bytes(content)
+        with path.open("wb") as file:  # an object appears when it is closed
+            yield file
     else:
         new = path.with_name(path.name + ".new")
-        new.write_bytes(content)
+        with new.open("wb") as file:
+            yield file
         new.replace(path)
 
 

@@ -1,7 +1,8 @@
-"""A trained model from its workdir, only by reading: a training run may be writing there."""
+"""A trained model from its workdir or an export, only by reading: a training run may be writing there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,11 @@ from mot_jax.config import Config, ConfigError, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
+from mot_jax.tensor_files import holds_tensors, open_tensors, tensor_faults
+from mot_jax.training.state import spread
 from mot_jax.training.stores import orbax_path, quieten, unreadable
+
+EXPORTED_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # what an export calls its own
 
 
 class Run(NamedTuple):
@@ -28,14 +33,20 @@ class Run(NamedTuple):
 
 
 def load_run_config(workdir: epath.PathLike) -> Config:
-    """The config of the run in `workdir`. Raises ConfigError if there is none."""
+    """The config of the run, or the export, in `workdir`, whose tokenizer is its own. Raises ConfigError if there is
+    none.
+    """
     workdir = user_path("workdir", workdir)
     if not workdir.is_dir():
         raise ConfigError(f"workdir = {workdir}: no such directory; try the --workdir of a training run")
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
-    return from_json(path.read_text())
+    config = from_json(path.read_text())
+    own = workdir / config.data.tokenizer
+    if config.data.tokenizer in EXPORTED_TOKENIZERS and own.exists():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(own)))
+    return config
 
 
 def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) -> None:
@@ -59,7 +70,8 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
 
 
 def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
-    """The newest complete checkpoint of the run in `workdir`: its parameters, without the optimizer's state.
+    """The newest complete checkpoint of the run in `workdir`, or an export: its parameters, without the optimizer's
+    state.
 
     They come to lie on `mesh`, on the mesh that is set where none is given, and where none is set on the first device;
     the mesh that they were trained on does not matter. Of several processes, each calls it. Raises ConfigError if there
@@ -69,7 +81,10 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     with distributed.together():
         config = load_run_config(workdir)
         abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
-        folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
+        path = user_path("workdir", workdir)
+        if holds_tensors(path):
+            return _load_export(path, config, abstract)
+        folder = orbax_path(path / "checkpoints")
     while True:
         step = _newest(folder)
         if step is None:
@@ -81,6 +96,19 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
             with distributed.together():
                 if fault is not None:
                     raise fault
+
+
+def _load_export(folder: epath.Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> Run:
+    """One stack after the other; each process keeps what its devices hold. Raises ConfigError with every fault."""
+    found = open_tensors(folder)
+    faults = tensor_faults(found, abstract, folder)
+    step = found.metadata.get("step", "")
+    if not step.isdecimal():
+        faults.append(f"{folder}: its step is {step!r}, must be a number; export it again")
+    if faults:
+        raise ConfigError(*faults)
+    values = ((name, found.tensors[name].read().astype(kind.dtype)) for name, kind in abstract.items())
+    return Run(config, {name: spread(value, abstract[name].sharding) for name, value in values}, int(step))
 
 
 def _load(
