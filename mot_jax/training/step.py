@@ -47,7 +47,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
     def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array):
         model = bind(config.model, params)
-        context = FeedForwardContext(batch.token_mask, batch.inputs, step, losses=wanted, train=True)
+        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=wanted, train=True)
         out = model(batch.inputs, context, batch.segments)
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, weigh.head_z)
         total = sums.loss / targets
@@ -94,7 +94,7 @@ def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params,
 
     def eval_step(params: Params, step: jax.Array, batch: Batch) -> Evaluation:
         model = bind(config.model, params)
-        out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step), batch.segments)
+        out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step=step), batch.segments)
         sizes = jnp.asarray(token_bytes, jnp.float32).at[batch.targets].get(out_sharding=spec("rows", None))
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, accuracy=True)
         counts = (
