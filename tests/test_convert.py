@@ -1,0 +1,456 @@
+"""Exports, and the models of others: each against NumPy written in its authors' conventions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from etils import epath
+
+from mot_jax import cli
+from mot_jax.config import Config, ConfigError, DataConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
+from mot_jax.convert import export, import_model
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.model import bind
+from mot_jax.sharding import parameter_spec
+from mot_jax.tensor_files import INDEX, MODEL, open_tensors
+from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.training.restore import load_run, load_run_config
+from mot_jax.training.state import TrainState, abstract_state
+
+KIND = MixtureOfTokensConfig(group_size=4, num_experts=8, expert_dim=6)
+AUTHORS = ModelConfig(
+    num_blocks=4, d_model=12, d_ff=10, num_heads=3, context_length=7, vocab_size=260, loss_chunk=7,
+    feed_forward=KIND, moe_blocks="last_half",
+)  # fmt: skip
+PORT = dataclasses.replace(AUTHORS, moe_blocks="all", activation="gelu", final_norm=True, tied_head=True)
+
+
+def config_of(model: ModelConfig, **data) -> Config:
+    return Config(model=model, data=DataConfig(**data), training=TrainingConfig(batch_size=8))
+
+
+# --- others' models, in NumPy -----------------------------------------------------------------------------------------
+
+
+def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
+
+
+def authors_tensors(model: ModelConfig = AUTHORS) -> dict[str, np.ndarray]:
+    """A state dict of their LLM: `torch.nn.Linear` has [out, in]."""
+    v, s, d, f, kind = model.vocab_size, model.context_length, model.d_model, model.d_ff, KIND
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding_layer.layers.0.weight": (v, d),
+        "embedding_layer.layers.1.layer.weight": (s, d),
+        "head.weight": (v, d),
+    }
+    for i in range(model.num_blocks):
+        block = f"encoder.blocks.block_{i}.block."
+        for part in ("attention", "feedforward"):
+            shapes |= {f"{block}residual_{part}.layer.pre_norm.{name}": (d,) for name in ("weight", "bias")}
+        attention, layer = (f"{block}residual_{n}.layer.{n}" for n in ("attention", "feedforward"))
+        shapes |= {f"{attention}.input_projection.weight": (3 * d, d), f"{attention}.output_projection.weight": (d, d)}
+        if i < model.num_blocks // 2:
+            shapes |= {f"{layer}.logging_ff_pre_relu.weight": (f, d), f"{layer}.logging_ff_pre_relu.bias": (f,)}
+            shapes |= {f"{layer}.logging_ff_post_relu.weight": (d, f), f"{layer}.logging_ff_post_relu.bias": (d,)}
+        else:
+            e, m = kind.num_experts, kind.expert_dim
+            shapes |= {f"{layer}.lin1": (e, d, m), f"{layer}.lin2": (e, m, d), f"{layer}.controller": (d, e)}
+    return draw(shapes)
+
+
+def port_tensors(model: ModelConfig = PORT) -> dict[str, np.ndarray]:
+    """A state dict of the port's language model: GPT-2's names, and its linear maps with [in, out]."""
+    v, s, d, kind = model.vocab_size, model.context_length, model.d_model, KIND
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (v, d), "wpe.weight": (s, d)}
+    shapes |= {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for i in range(model.num_blocks):
+        shapes |= {f"h.{i}.ln_{n}.{name}": (d,) for n in (1, 2) for name in ("weight", "bias")}
+        shapes |= {f"h.{i}.attn.c_attn.weight": (d, 3 * d), f"h.{i}.attn.c_proj.weight": (d, d)}
+        e, m = kind.num_experts, kind.expert_dim
+        shapes |= {f"h.{i}.mlp.lin1": (e, d, m), f"h.{i}.mlp.lin2": (e, m, d), f"h.{i}.mlp.controller": (d, e)}
+    found = {f"transformer.{name}": value for name, value in draw(shapes).items()}
+    for i in range(model.num_blocks):
+        found[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * d, np.float32)
+        found[f"transformer.h.{i}.attn.c_proj.bias"] = np.zeros(d, np.float32)
+    return found
+
+
+def layer_norm(x, weight, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def attend(query, key, value):
+    """[B, S, K] each, of one head."""
+    scores = query @ key.swapaxes(1, 2) / np.sqrt(query.shape[-1])
+    scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True) @ value
+
+
+def mix(x, controller, lin1, lin2, act):
+    y = np.zeros_like(x)
+    for begin in range(0, len(x), KIND.group_size):
+        for s in range(x.shape[1]):
+            rows = x[begin : begin + KIND.group_size, s]
+            powers = np.exp(rows @ controller)
+            weights = powers / powers.sum(0)
+            outputs = np.stack([act(weights[:, e] @ rows @ lin1[e]) @ lin2[e] for e in range(len(lin1))])
+            y[begin : begin + KIND.group_size, s] = weights @ outputs
+    return y
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def authors_logits(p: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Every head's query, key and value are neighbours among the rows of one projection."""
+    x = p["embedding_layer.layers.0.weight"][tokens] + p["embedding_layer.layers.1.layer.weight"][: tokens.shape[1]]
+    for i in range(AUTHORS.num_blocks):
+        b, width = f"encoder.blocks.block_{i}.block.", AUTHORS.d_model // AUTHORS.num_heads
+        n = layer_norm(x, *(p[f"{b}residual_attention.layer.pre_norm.{w}"] for w in ("weight", "bias")))
+        projected = n @ p[f"{b}residual_attention.layer.attention.input_projection.weight"].T
+        heads = [
+            attend(*(projected[..., (3 * h + part) * width :][..., :width] for part in range(3)))
+            for h in range(AUTHORS.num_heads)
+        ]
+        x = x + np.concatenate(heads, -1) @ p[f"{b}residual_attention.layer.attention.output_projection.weight"].T
+        n = layer_norm(x, *(p[f"{b}residual_feedforward.layer.pre_norm.{w}"] for w in ("weight", "bias")))
+        layer = {name.rpartition("feedforward.")[2]: v for name, v in p.items() if name.startswith(f"{b}residual_feed")}
+        if "lin1" in layer:
+            x = x + mix(n, layer["controller"], layer["lin1"], layer["lin2"], relu)
+        else:
+            h = relu(n @ layer["logging_ff_pre_relu.weight"].T + layer["logging_ff_pre_relu.bias"])
+            x = x + h @ layer["logging_ff_post_relu.weight"].T + layer["logging_ff_post_relu.bias"]
+    return x @ p["head.weight"].T
+
+
+def port_logits(p: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Queries of all heads come first, then keys, then values."""
+    p = {name.removeprefix("transformer."): value for name, value in p.items()}
+    x = p["wte.weight"][tokens] + p["wpe.weight"][: tokens.shape[1]]
+    for i in range(PORT.num_blocks):
+        n = layer_norm(x, p[f"h.{i}.ln_1.weight"], p[f"h.{i}.ln_1.bias"])
+        projected = n @ p[f"h.{i}.attn.c_attn.weight"] + p[f"h.{i}.attn.c_attn.bias"]
+        parts = [np.split(part, PORT.num_heads, -1) for part in np.split(projected, 3, -1)]
+        heads = np.concatenate([attend(*head) for head in zip(*parts, strict=True)], -1)
+        x = x + heads @ p[f"h.{i}.attn.c_proj.weight"] + p[f"h.{i}.attn.c_proj.bias"]
+        n = layer_norm(x, p[f"h.{i}.ln_2.weight"], p[f"h.{i}.ln_2.bias"])
+        x = x + mix(n, *(p[f"h.{i}.mlp.{name}"] for name in ("controller", "lin1", "lin2")), gelu)
+    return layer_norm(x, p["ln_f.weight"], p["ln_f.bias"]) @ p["wte.weight"].T
+
+
+OTHERS = {"authors": (AUTHORS, authors_tensors, authors_logits), "port": (PORT, port_tensors, port_logits)}
+
+
+def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A safetensors file, as its format says, without the library."""
+    header, content = {}, b""
+    for name, value in tensors.items():
+        end = len(content) + value.nbytes
+        header[name] = {
+            "dtype": {4: "F32", 2: "F16"}[value.itemsize],
+            "shape": value.shape,
+            "data_offsets": [len(content), end],
+        }
+        content += value.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+    return path
+
+
+@partial(jax.jit, static_argnums=0)
+def logits(model: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Array:
+    bound = bind(model, params)
+    return bound.logits(bound(tokens).hidden)
+
+
+@pytest.mark.parametrize("whose", OTHERS)
+def test_the_models_of_others_say_what_they_said(tmp_path, whose):
+    model, tensors, expected = OTHERS[whose]
+    there = tensors()
+    file = save(tmp_path / "theirs.safetensors", there)
+    (line,) = import_model(file, tmp_path / "ours", config_of(model))
+    tokens = np.random.default_rng(1).integers(0, model.vocab_size, (8, 7)).astype(np.int32)
+    wanted = expected({name: value.astype(np.float64) for name, value in there.items()}, tokens)
+    run = load_run(tmp_path / "ours")
+    found = logits(model, run.params, tokens)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert run.config == config_of(model) and run.step == 0
+    assert f"{sum(value.size for value in run.params.values()):,} parameters" in line
+
+
+def test_names_that_training_code_adds_and_buffers_are_no_matter(tmp_path):
+    there = authors_tensors()
+    import_model(save(tmp_path / "a.safetensors", there), tmp_path / "a", config_of(AUTHORS))
+    wrapped = {
+        "module." + name.replace("block_1.", "block_1._checkpoint_wrapped_module."): v for name, v in there.items()
+    }
+    rope = "module.encoder.blocks.block_0.block.residual_attention.layer.attention.rope."
+    wrapped |= {rope + name: np.zeros((7, 4), np.float32) for name in ("sin", "cos")}
+    import_model(save(tmp_path / "b.safetensors", wrapped), tmp_path / "b", config_of(AUTHORS))
+    assert (tmp_path / "a" / MODEL).read_bytes() == (tmp_path / "b" / MODEL).read_bytes()
+    port = port_tensors()
+    import_model(save(tmp_path / "c.safetensors", port), tmp_path / "c", config_of(PORT))
+    bare = {name.removeprefix("transformer."): v for name, v in port.items() if "c_attn.bias" not in name}
+    bare |= {"h.0.attn.masked_bias": np.ones((), np.float32), "lm_head.weight": bare["wte.weight"]}
+    import_model(save(tmp_path / "d.safetensors", bare), tmp_path / "d", config_of(PORT))
+    assert (tmp_path / "c" / MODEL).read_bytes() == (tmp_path / "d" / MODEL).read_bytes()
+
+
+def test_narrow_numbers_become_wide_and_infinite_ones_are_told(tmp_path):
+    there = {name: value.astype(np.float16) for name, value in authors_tensors().items()}
+    there["head.weight"][3, 4] = np.nan
+    file = save(tmp_path / "half.safetensors", there)
+    warning, _ = import_model(file, tmp_path / "ours", config_of(AUTHORS))
+    assert warning == "warning: head: 1 of 3120 numbers are infinite or no numbers"
+    found = load_run(tmp_path / "ours").params["head"]
+    np.testing.assert_array_equal(found, there["head.weight"].T.astype(np.float32))
+
+
+def faults_of(tmp_path: Path, model: ModelConfig, tensors: dict[str, np.ndarray]) -> list[str]:
+    file = save(tmp_path / "wrong.safetensors", tensors)
+    with pytest.raises(ConfigError) as error:
+        import_model(file, tmp_path / "new", config_of(model))
+    assert not (tmp_path / "new").exists()
+    assert all("\n" not in fault for fault in error.value.faults)
+    return [fault.removeprefix(f"{file}: ") for fault in error.value.faults]
+
+
+def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
+    there = authors_tensors()
+    lin1 = "encoder.blocks.block_2.block.residual_feedforward.layer.feedforward.lin1"
+    bias = "encoder.blocks.block_3.block.residual_attention.layer.pre_norm.bias"
+    there["encoder.blocks.block_9.more"] = there.pop(bias)
+    there[lin1] = there[lin1].transpose(1, 0, 2).copy()
+    assert sorted(faults_of(tmp_path, AUTHORS, there)) == [
+        f"tensor {lin1}: has shape (12, 8, 6), must have (8, 12, 6)",
+        f"tensor {bias}: is missing, must have shape (12,)",
+        "tensor encoder.blocks.block_9.more: the model has no parameter for it",
+    ]
+
+
+def test_what_a_config_asks_that_others_do_not_have(tmp_path):
+    kind = dataclasses.replace(KIND, shared_dim=4)
+    model = dataclasses.replace(AUTHORS, final_norm=True, num_heads=2, num_kv_heads=1, feed_forward=kind)
+    faults = faults_of(tmp_path, model, authors_tensors())
+    assert (
+        "model.num_kv_heads = 1: the authors' PyTorch code (llm-random) shares no keys and values; try None" in faults
+    )
+    for name in ("final_norm/scale", "stacks/1/0/feed_forward/shared/kernel_in"):
+        assert f"{name}: the authors' PyTorch code (llm-random) has nothing for this parameter" in faults
+
+
+def test_biases_and_heads_of_the_port(tmp_path):
+    there = port_tensors()
+    there["transformer.h.2.attn.c_attn.bias"][5] = 1e-9
+    there["lm_head.weight"] = there["transformer.wte.weight"] + 1
+    biased, untied = faults_of(tmp_path, PORT, there)
+    assert biased == "tensor h.2.attn.c_attn.bias: must be zero, as attention has no biases here, and is not"
+    assert untied == "tensor lm_head.weight: is not wte.weight; try model.tied_head = False"
+    del there["lm_head.weight"], there["transformer.h.2.attn.c_attn.bias"]
+    (missing,) = faults_of(tmp_path, dataclasses.replace(PORT, tied_head=False), there)
+    assert missing == "tensor lm_head.weight: is missing; try model.tied_head = True"
+
+
+def test_foreign_files_and_a_missing_config(tmp_path):
+    file = save(tmp_path / "x.safetensors", {"model.layers.0.self_attn.q_proj.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ConfigError, match=r"of no model that is known \(the first is model.layers.0.self_attn.q_proj"):
+        import_model(file, tmp_path / "new", config_of(AUTHORS))
+    file = save(tmp_path / "theirs.safetensors", authors_tensors())
+    with pytest.raises(ConfigError, match=r"--config is missing: .* is of the authors' PyTorch code"):
+        import_model(file, tmp_path / "new")
+
+
+# --- exports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, TrainState]:
+    """A workdir with a checkpoint of random numbers, and its state, on a mesh of two by two devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    workdir.mkdir()
+    shape, axes = (1, 2, 2, 1), ("data", "fsdp", "expert", "tensor")
+    types = (jax.sharding.AxisType.Explicit,) * 4
+    config = config_of(AUTHORS)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(config, jax.make_mesh(shape, axes, axis_types=types, devices=jax.devices()[:4])),
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(12, state, 0, config)
+    (workdir / "config.json").write_text(to_json(config))
+    (workdir / "data.json").write_text(json.dumps({"train": "1", "tokenizer": ByteTokenizer.fingerprint}))
+    np.save(workdir / "companions.npy", np.arange(28, dtype=np.int32).reshape(4, 7))
+    return workdir, state
+
+
+def assert_same(params: dict, expected: dict) -> None:
+    assert params.keys() == expected.keys()
+    for name, value in expected.items():
+        assert params[name].dtype == value.dtype
+        assert np.asarray(params[name]).tobytes() == np.asarray(value).tobytes()
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+def test_an_export_is_the_run_to_the_bit(saved, tmp_path, mesh_of, meshed):
+    workdir, state = saved
+    mesh = mesh_of(fsdp=2, expert=4) if meshed else None
+    if mesh is None:
+        export(workdir, tmp_path / "out")
+    else:
+        with jax.set_mesh(mesh):
+            export(workdir, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "companions.npy", "config.json", "data.json", MODEL,
+    ]  # fmt: skip
+    run = load_run(tmp_path / "out", mesh)
+    assert (run.config, run.step) == (config_of(AUTHORS), 12)
+    assert_same(run.params, state.params)
+    for name, value in run.params.items():
+        if mesh is not None:
+            assert value.sharding.spec == parameter_spec(name, value.ndim) and value.sharding.mesh == mesh
+    for name in ("companions.npy", "data.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (workdir / name).read_bytes()
+
+
+def test_large_exports_are_several_files_and_come_back_by_import(saved, tmp_path):
+    workdir, state = saved
+    export(workdir, tmp_path / "out", shard_bytes=4000)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3 and (tmp_path / "out" / INDEX).exists()
+    assert_same(load_run(tmp_path / "out").params, state.params)
+    for source in (tmp_path / "out", tmp_path / "out" / INDEX):
+        import_model(source, tmp_path / "again", overwrite=True)
+        run = load_run(tmp_path / "again")
+        assert (run.config, run.step) == (config_of(AUTHORS), 12)
+        assert_same(run.params, state.params)
+    export(workdir, tmp_path / "out", overwrite=True)  # in one file: of the others, none is left
+    assert not list((tmp_path / "out").glob("model-*")) and not (tmp_path / "out" / INDEX).exists()
+
+
+def test_narrow_exports_are_read_as_the_parameters_are_wide(saved, tmp_path):
+    workdir, state = saved
+    export(workdir, tmp_path / "out", "bfloat16")
+    tensors = open_tensors(epath.Path(tmp_path / "out")).tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {jnp.dtype(jnp.bfloat16)}
+    rounded = {name: value.astype(jnp.bfloat16).astype(jnp.float32) for name, value in state.params.items()}
+    assert_same(load_run(tmp_path / "out").params, rounded)
+    with pytest.raises(ConfigError, match="--dtype = 'float16': no such dtype"):
+        export(workdir, tmp_path / "other", "float16")
+
+
+def test_a_tokenizer_goes_with_its_model(saved, tmp_path):
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "<|endoftext|>": 2}, unk_token="[UNK]")
+    )
+    words.add_special_tokens(["<|endoftext|>"])
+    words.save(str(tmp_path / "words.json"))
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(saved[0] / "checkpoints")
+    (workdir / "config.json").write_text(to_json(config_of(AUTHORS, tokenizer=str(tmp_path / "words.json"))))
+    export(workdir, tmp_path / "out")
+    (tmp_path / "words.json").rename(tmp_path / "elsewhere.json")
+    config = load_run_config(tmp_path / "out")
+    assert config.data.tokenizer == str(tmp_path / "out" / "tokenizer.json")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["data"]["tokenizer"] == "tokenizer.json"
+    export(tmp_path / "out", tmp_path / "second")  # of an export, too
+    assert (tmp_path / "second" / "tokenizer.json").read_bytes() == (tmp_path / "elsewhere.json").read_bytes()
+    (workdir / "data.json").write_text(json.dumps({"tokenizer": "another"}))
+    (tmp_path / "elsewhere.json").rename(tmp_path / "words.json")
+    with pytest.raises(ConfigError, match="does not match the checkpoints in workdir"):
+        export(workdir, tmp_path / "third")
+
+
+def test_nothing_is_overwritten_unasked(saved, tmp_path):
+    workdir, _ = saved
+    export(workdir, tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds an export already; try another directory, or --overwrite"):
+        export(workdir, tmp_path / "out")
+    with pytest.raises(ConfigError, match="is where the tensors come from"):
+        export(tmp_path / "out", tmp_path / "out", overwrite=True)
+    with pytest.raises(ConfigError, match="is where the tensors come from"):
+        import_model(tmp_path / "out" / MODEL, tmp_path / "out", overwrite=True)
+    load_run(tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds checkpoints, which is of no export"):
+        export(tmp_path / "out", workdir, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; try a new directory"):
+        export(workdir, tmp_path / "file")
+
+
+def test_a_kill_leaves_no_half_of_an_export(saved, tmp_path, monkeypatch):
+    workdir, state = saved
+    export(workdir, tmp_path / "out")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mot_jax.convert.to_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(workdir, tmp_path / "out", overwrite=True)
+    with pytest.raises(ConfigError, match=r"holds no run \(no config.json\)"):
+        load_run(tmp_path / "out")
+    export(workdir, tmp_path / "out", overwrite=True)
+    assert_same(load_run(tmp_path / "out").params, state.params)
+
+
+def test_damage_and_another_config_are_lines(saved, tmp_path):
+    export(saved[0], tmp_path / "out")
+    content = (tmp_path / "out" / MODEL).read_bytes()
+    (tmp_path / "out" / MODEL).write_bytes(content[:-1])
+    with pytest.raises(ConfigError, match="is cut short"):
+        load_run(tmp_path / "out")
+    (tmp_path / "out" / MODEL).write_bytes(content.replace(b'"12"', b'"1x"'))
+    with pytest.raises(ConfigError, match="its step is '1x', must be a number"):
+        load_run(tmp_path / "out")
+    (tmp_path / "out" / MODEL).write_bytes(content)
+    model = dataclasses.replace(AUTHORS, final_norm=True, vocab_size=300)
+    (tmp_path / "out" / "config.json").write_text(to_json(config_of(model)))
+    with pytest.raises(ConfigError) as error:
+        load_run(tmp_path / "out")
+    assert sorted(fault.removeprefix(f"{tmp_path / 'out'}: ") for fault in error.value.faults) == [
+        "tensor final_norm/bias: is missing, must have shape (12,)",
+        "tensor final_norm/scale: is missing, must have shape (12,)",
+        "tensor head: has shape (12, 260), must have (12, 300)",
+        "tensor token_embedding: has shape (260, 12), must have (300, 12)",
+    ]
+
+
+def test_the_commands(saved, tmp_path, capsys):
+    workdir, state = saved
+    cli.main(["export", str(workdir), "--output", str(tmp_path / "out")])
+    size = sum(value.size for value in state.params.values())
+    assert f"out: step 12, {size:,} parameters in " in capsys.readouterr().out
+    cli.main(["import", str(tmp_path / "out" / MODEL), "--output", str(tmp_path / "again")])
+    assert_same(load_run(tmp_path / "again").params, state.params)
+    capsys.readouterr()
+    (tmp_path / "theirs.bin").write_bytes(b"")
+    for arguments, words in {
+        ("export", str(workdir)): "the following arguments are required: --output",
+        ("export", str(tmp_path / "none"), "--output", "x"): "no such directory",
+        ("import", str(tmp_path / "theirs.bin"), "--output", "x"): "is a pickle, which can run code",
+        ("import", "x", "--config", str(tmp_path / "none.py"), "--output", "x"): "no such file",
+    }.items():
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and words in line
