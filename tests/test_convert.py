@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 import tokenizers
 from etils import epath
+from processes import start
 
 from mot_jax import cli
-from mot_jax.config import Config, ConfigError, DataConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TrainingConfig,
+    to_json,
+)
 from mot_jax.convert import export, import_model
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.model import bind
@@ -454,3 +464,17 @@ def test_the_commands(saved, tmp_path, capsys):
         assert exit_.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and words in line
+
+
+@pytest.mark.slow
+def test_two_processes_gather_what_each_holds_a_part_of(saved, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(saved[0] / "checkpoints")
+    config = dataclasses.replace(config_of(AUTHORS), mesh=MeshConfig(fsdp=2, expert=2))
+    (workdir / "config.json").write_text(to_json(config))
+    processes = start([str(workdir), "--output", str(tmp_path / "out")], 2, 2, tmp_path / "record", command="export")
+    logs = [tmp_path / f"record.{i}.log" for i in range(2)]
+    assert [process.wait(200) for process in processes] == [0, 0], [log.read_text() for log in logs]
+    assert "parameters in" in logs[0].read_text() and "parameters in" not in logs[1].read_text()
+    assert_same(load_run(tmp_path / "out").params, saved[1].params)
