@@ -41,7 +41,9 @@ AUTHORS = ModelConfig(
     num_blocks=4, d_model=12, d_ff=10, num_heads=3, context_length=7, vocab_size=260, loss_chunk=7,
     feed_forward=KIND, moe_blocks="last_half",
 )  # fmt: skip
-PORT = dataclasses.replace(AUTHORS, moe_blocks="all", activation="gelu", final_norm=True, tied_head=True)
+PORT = dataclasses.replace(
+    AUTHORS, moe_blocks="all", activation="gelu", final_norm=True, tied_head=True, attention_bias=True
+)
 
 
 def config_of(model: ModelConfig, **data) -> Config:
@@ -87,13 +89,10 @@ def port_tensors(model: ModelConfig = PORT) -> dict[str, np.ndarray]:
     for i in range(model.num_blocks):
         shapes |= {f"h.{i}.ln_{n}.{name}": (d,) for n in (1, 2) for name in ("weight", "bias")}
         shapes |= {f"h.{i}.attn.c_attn.weight": (d, 3 * d), f"h.{i}.attn.c_proj.weight": (d, d)}
+        shapes |= {f"h.{i}.attn.c_attn.bias": (3 * d,), f"h.{i}.attn.c_proj.bias": (d,)}
         e, m = kind.num_experts, kind.expert_dim
         shapes |= {f"h.{i}.mlp.lin1": (e, d, m), f"h.{i}.mlp.lin2": (e, m, d), f"h.{i}.mlp.controller": (d, e)}
-    found = {f"transformer.{name}": value for name, value in draw(shapes).items()}
-    for i in range(model.num_blocks):
-        found[f"transformer.h.{i}.attn.c_attn.bias"] = np.zeros(3 * d, np.float32)
-        found[f"transformer.h.{i}.attn.c_proj.bias"] = np.zeros(d, np.float32)
-    return found
+    return {f"transformer.{name}": value for name, value in draw(shapes).items()}
 
 
 def layer_norm(x, weight, bias):
@@ -217,7 +216,7 @@ def test_names_that_training_code_adds_and_buffers_are_no_matter(tmp_path):
     assert (tmp_path / "a" / MODEL).read_bytes() == (tmp_path / "b" / MODEL).read_bytes()
     port = port_tensors()
     import_model(save(tmp_path / "c.safetensors", port), tmp_path / "c", config_of(PORT))
-    bare = {name.removeprefix("transformer."): v for name, v in port.items() if "c_attn.bias" not in name}
+    bare = {name.removeprefix("transformer."): v for name, v in port.items()}
     bare |= {"h.0.attn.masked_bias": np.ones((), np.float32), "lm_head.weight": bare["wte.weight"]}
     import_model(save(tmp_path / "d.safetensors", bare), tmp_path / "d", config_of(PORT))
     assert (tmp_path / "c" / MODEL).read_bytes() == (tmp_path / "d" / MODEL).read_bytes()
@@ -268,14 +267,11 @@ def test_what_a_config_asks_that_others_do_not_have(tmp_path):
 
 def test_biases_and_heads_of_the_port(tmp_path):
     there = port_tensors()
-    there["transformer.h.2.attn.c_attn.bias"][5] = 1e-9
+    faults = faults_of(tmp_path, dataclasses.replace(PORT, attention_bias=False, tied_head=False), there)
+    assert faults[0] == "tensor lm_head.weight: is missing; try model.tied_head = True"
+    assert "tensor h.2.attn.c_attn.bias: the model has no parameter for it" in faults
     there["lm_head.weight"] = there["transformer.wte.weight"] + 1
-    biased, untied = faults_of(tmp_path, PORT, there)
-    assert biased == "tensor h.2.attn.c_attn.bias: must be zero, as attention has no biases here, and is not"
-    assert untied == "tensor lm_head.weight: is not wte.weight; try model.tied_head = False"
-    del there["lm_head.weight"], there["transformer.h.2.attn.c_attn.bias"]
-    (missing,) = faults_of(tmp_path, dataclasses.replace(PORT, tied_head=False), there)
-    assert missing == "tensor lm_head.weight: is missing; try model.tied_head = True"
+    assert faults_of(tmp_path, PORT, there) == ["tensor lm_head.weight: is not wte.weight; try model.tied_head = False"]
 
 
 def test_foreign_files_and_a_missing_config(tmp_path):
