@@ -73,7 +73,7 @@ def recomputed_flops(model: ModelConfig) -> float:
     d, kinds = model.d_model, model.block_kinds()
     if model.remat == "blocks":
         total = sum(sum(_block_flops(model, kind).values()) for kind in kinds)
-        for period, repeats in stack_plan(kinds):
+        for period, repeats in stack_plan(model):
             last = period[-1]
             width = last.num_experts + last.shared_dim if isinstance(last, MixtureOfTokensConfig) else model.d_ff
             total -= repeats * 2 * d * width
@@ -166,7 +166,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig())
     if model.remat == "blocks":
         base = dataclasses.replace(base, remat="none")
-    for period, repeats in stack_plan(model.block_kinds()):
+    for period, repeats in stack_plan(model):
         here: Counter[str] = Counter()
         for kind in period:
             traced = {"attention": _trace_kept(base, DenseConfig(), "attention")}

@@ -34,8 +34,8 @@ from mot_jax.config import (
 from mot_jax.data.text import open_tokenizer
 from mot_jax.model import block_places, init_params
 from mot_jax.paths import is_passing, make_directory, replace_file, user_path
-from mot_jax.tensor_files import INDEX, MODEL, SHARD_BYTES, Tensor, Tensors, open_tensors, tensor_faults, write_tensors
-from mot_jax.training.restore import EXPORTED_TOKENIZERS, check_data, load_run, load_run_config
+from mot_jax.tensor_files import INDEX, MODEL, SHARD_BYTES, Tensor, Tensors, open_tensors, write_tensors
+from mot_jax.training.restore import EXPORTED_TOKENIZERS, check_data, load_run, load_run_config, tensor_faults
 from mot_jax.training.state import fetch
 
 DTYPES = ("float32", "bfloat16")
@@ -134,7 +134,7 @@ def _write(
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
     try:
         (folder / "config.json").unlink(missing_ok=True)
-        written = write_tensors(folder, kinds, checked, {"format": "mot_jax", "step": str(step)}, shard_bytes)
+        written = write_tensors(folder, kinds, checked, {"step": str(step)}, shard_bytes)
         for name, content in copies.items():
             replace_file(folder / name, content)
         for path in folder.iterdir():  # of an export that was there before

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from typing import IO
 
 from etils import epath
 
@@ -95,20 +92,11 @@ def make_directory(name: str, path: epath.Path) -> None:
 
 def replace_file(path: epath.Path, content: bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one."""
-    with whole_file(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A file to write piece by piece, so that a kill leaves the old one or the new one."""
     if is_remote(path):
-        with path.open("wb") as file:  # an object appears when it is closed
-            yield file
+        path.write_bytes(content)
     else:
         new = path.with_name(path.name + ".new")
-        with new.open("wb") as file:
-            yield file
+        new.write_bytes(content)
         new.replace(path)
 
 

@@ -3,6 +3,7 @@
 from mot_jax.config.checks import check, mixing_faults
 from mot_jax.config.fields import (
     CheckpointConfig,
+    CompanionsConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -26,6 +27,7 @@ from mot_jax.config.hints import leaves, type_words
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointConfig",
+    "CompanionsConfig",
     "Config",
     "ConfigError",
     "DataConfig",

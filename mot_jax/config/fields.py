@@ -129,6 +129,22 @@ class MixtureOfTokensConfig:
         return self.group_size * (d_ff - self.shared_dim) // self.num_experts
 
 
+@dataclasses.dataclass(frozen=True)
+class CompanionsConfig(MixtureOfTokensConfig):
+    """A trained Mixture-of-Tokens layer whose rows share a group with G - 1 fixed sequences each, not with each other.
+
+    An inference mode makes it; it is not for training, and of no run. What the others of a group say at a position is
+    worked out once (`feed_forward.companions`).
+
+    num_positions: for how many positions that is kept: the context length; or 1, which stands for all positions.
+    experts_per_token: how many experts a token runs, those that it weighs most; None: all.
+    """
+
+    kind: ClassVar[str] = "companions"
+    num_positions: int = 1
+    experts_per_token: int | None = None
+
+
 FeedForwardConfig = DenseConfig | MixtureOfTokensConfig
 
 
@@ -162,6 +178,8 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
+    stacked: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
+        depth. False: every block by itself, as for generation, whose steps would copy each block's weights in a loop.
     """
 
     num_blocks: int = 4
@@ -190,6 +208,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
+    stacked: bool = True
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
@@ -206,9 +225,9 @@ class ModelConfig:
     def group_size(self) -> int:
         """Rows that must stay together: G, or 1 for a model that mixes nothing across rows."""
         kind = self.feed_forward
-        if isinstance(kind, MixtureOfTokensConfig) and kind.mixing.groups == "across":
-            return kind.group_size
-        return 1
+        if isinstance(kind, CompanionsConfig) or not isinstance(kind, MixtureOfTokensConfig):
+            return 1
+        return kind.group_size if kind.mixing.groups == "across" else 1
 
 
 @dataclasses.dataclass(frozen=True)

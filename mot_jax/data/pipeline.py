@@ -67,11 +67,12 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """One pass over the validation windows, in the same groups and order every time; absent rows fill the last batch.
 
-    rows_per_batch: rows of a whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
+    rows_per_batch: rows of a whole batch, in whole groups, or in equal parts of one where rows do not mix.
+    rows: int [b], ascending, the rows of it to read.
     limit: stop after the group that completes that many windows; None reads them all.
     """
-    if rows_per_batch % group_size:
-        raise ValueError(f"rows_per_batch = {rows_per_batch} must be a multiple of group_size = {group_size}")
+    if rows_per_batch % group_size and group_size % rows_per_batch:
+        raise ValueError(f"rows_per_batch = {rows_per_batch} must divide group_size = {group_size}, or be a multiple")
     groups = validation_order(windows.documents, group_size)
     if limit is not None:
         groups = groups[: np.searchsorted((groups >= 0).sum(axis=1).cumsum(), limit) + 1]

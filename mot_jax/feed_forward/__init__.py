@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import CompanionsConfig, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.feed_forward.companions import Companions
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
@@ -14,9 +15,18 @@ from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
 KINDS: dict[type, Callable[..., nnx.Module]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
+    CompanionsConfig: Companions,
 }
 
-__all__ = ["KINDS", "Dense", "FeedForwardContext", "FeedForwardOutput", "MixtureOfTokens", "make_feed_forward"]
+__all__ = [
+    "KINDS",
+    "Companions",
+    "Dense",
+    "FeedForwardContext",
+    "FeedForwardOutput",
+    "MixtureOfTokens",
+    "make_feed_forward",
+]
 
 
 def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -85,10 +85,8 @@ class MixtureOfTokens(nnx.Module):
         config = self.config
         grouped = self._group(x.astype(self.dtype))
         weights, emit_weights = self._weights(grouped, context)
-        w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
-        w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
-        project_out = _project_out(self.activation)
-        y = mixing.mix_through(_project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
+        (project_in, w_in), (project_out, w_out) = self.experts()
+        y = mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
         y = reshard(mixing.ungroup(y, x.shape[1]), *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
@@ -98,6 +96,12 @@ class MixtureOfTokens(nnx.Module):
         entropies = self._entropies(weights, emit_weights, context)
         losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if wanted and entropies else {}
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
+
+    def experts(self) -> tuple[tuple[mixing.Project, dict], tuple[mixing.Project, dict]]:
+        """The experts up to their activation, and from there on: see `mixing.mix_through`."""
+        w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
+        w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
+        return (_project_in, w_in), (_project_out(self.activation), w_out)
 
     def weights(
         self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()
@@ -110,8 +114,15 @@ class MixtureOfTokens(nnx.Module):
 
     def _weights(self, grouped: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, jax.Array | None]:
         config, mask = self.config.mixing, self._group_mask(context)
+        said, emit_said = self.logits(grouped)
+        t, emit_t = self.temperatures(context)
+        weights = mixing.mixing_weights(said, config, mask, t)
+        return weights, mixing.emit_weights(weights, emit_said, config, mask, emit_t)
 
-        def logits(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
+    def logits(self, grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[N, G, S, D] -> what the controllers of merge and of emit say, [N, G, S, E] in float32 (or wider)."""
+
+        def say(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
             kernel = controller[...]
             if self.base_controller is not None:
                 base = self.base_controller[...]
@@ -120,15 +131,18 @@ class MixtureOfTokens(nnx.Module):
             wide = jnp.promote_types(self.dtype, jnp.float32)
             return product("ngsd,de->ngse", grouped, kernel, dtype=wide)
 
-        said = logits(self.controller, self.base_weight)
-        t = mixing.temperature(config, context.step, _value(self.temperature))
-        weights = mixing.mixing_weights(said, config, mask, t)
-        if self.emit_controller is not None:
-            base_weight = self.base_weight if self.emit_base_weight is None else self.emit_base_weight
-            said = logits(self.emit_controller, base_weight)
-        if self.emit_temperature is not None:
-            t = mixing.temperature(config, context.step, _value(self.emit_temperature))
-        return weights, mixing.emit_weights(weights, said, config, mask, t)
+        said = say(self.controller, self.base_weight)
+        if self.emit_controller is None:
+            return said, said
+        base_weight = self.base_weight if self.emit_base_weight is None else self.emit_base_weight
+        return said, say(self.emit_controller, base_weight)
+
+    def temperatures(self, context: FeedForwardContext) -> tuple[float | jax.Array, float | jax.Array]:
+        """T of merge and of emit, scalars or [E]."""
+        t = mixing.temperature(self.config.mixing, context.step, _value(self.temperature))
+        if self.emit_temperature is None:
+            return t, t
+        return t, mixing.temperature(self.config.mixing, context.step, _value(self.emit_temperature))
 
     def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
         return None if context.token_mask is None else self._group(context.token_mask)

@@ -6,7 +6,6 @@ the group, the weights themselves.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from functools import partial
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from mot_jax.config import ConfigError, MixtureOfTokensConfig, ModelConfig, error_words
 from mot_jax.data.objectives import VALIDATION, Batch, Objective
@@ -24,10 +22,11 @@ from mot_jax.data.order import validation_order
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
+from mot_jax.feed_forward import FeedForwardContext, MixtureOfTokens
 from mot_jax.inference import pictures
+from mot_jax.inference.recording import record
 from mot_jax.mixing import normalised_entropy
-from mot_jax.model import ModelOutput, Params, bind
+from mot_jax.model import ModelOutput, Params
 from mot_jax.paths import user_path
 from mot_jax.training.metrics import read_rows
 from mot_jax.training.restore import Run, check_data, load_run, load_run_config
@@ -104,19 +103,6 @@ def inspect(
 # --- the weights ------------------------------------------------------------------------------------------------------
 
 
-class _Recording(nnx.Module):
-    """A layer whose metrics hold its mixing weights as well, so that they come out of the model's own forward pass."""
-
-    def __init__(self, layer: MixtureOfTokens):
-        self.layer = layer
-
-    def __call__(self, x: jax.Array, context: FeedForwardContext) -> FeedForwardOutput:
-        out = self.layer(x, context)
-        merge, emit = self.layer.weights(x, context)
-        weights = {"weights merge": merge} | ({} if emit is None else {"weights emit": emit})
-        return dataclasses.replace(out, metrics=out.metrics | weights)
-
-
 def forward_with_weights(
     config: ModelConfig, params: Params, step: int, batch: Batch
 ) -> tuple[ModelOutput, dict[str, dict[int, jax.Array]]]:
@@ -124,18 +110,13 @@ def forward_with_weights(
 
     Weights: [N, G, S, E], a large array for each block.
     """
-    model = bind(config, params)
-    for stack in model.stacks:
-        for block in stack:
-            if isinstance(block.feed_forward, MixtureOfTokens):
-                block.feed_forward = _Recording(block.feed_forward)
-    out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, jnp.asarray(step)), batch.segments)
-    weights: dict[str, dict[int, jax.Array]] = {}
-    for key in sorted(out.metrics):
-        if key.startswith("weights "):
-            name, _, index = key.removeprefix("weights ").partition("/")
-            weights.setdefault(name, {})[int(index)] = out.metrics.pop(key)
-    return out, weights
+
+    def look(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardContext) -> dict[str, jax.Array]:
+        merge, emit = layer.weights(x, context)
+        return {"merge": merge} | ({} if emit is None else {"emit": emit})
+
+    context = FeedForwardContext(batch.token_mask, batch.inputs, step=jnp.asarray(step))
+    return record(config, params, batch.inputs, context, batch.segments, look)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +14,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax import distributed
-from mot_jax.config import Config, to_json
+from mot_jax.config import CompanionsConfig, Config, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
+from mot_jax.inference.companions import load_companions
+from mot_jax.inference.modes import enter
 from mot_jax.model import Params
 from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
 from mot_jax.training.restore import check_data, load_run
+from mot_jax.training.scores import Score, record_score, score_of
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -40,8 +44,7 @@ def make_evaluation(
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
-        multiple = rows_multiple(config, mesh)
-        rows = -(-config.training.batch_size // config.training.accumulation // multiple) * multiple
+        rows = _rows(config, mesh)
         batches = validation_batches(windows, objective, config.group_size, rows, local_rows(mesh, rows), limit)
         sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
@@ -64,11 +67,14 @@ def make_evaluation(
     return evaluate
 
 
-def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int | None) -> Result:
-    """The newest checkpoint of the run in `workdir` on a split of its text, as `config` says: mode, group size, mesh.
+def evaluate_run(
+    workdir: epath.PathLike, config: Config, split: str, limit: int | None, modes: Sequence[str] = ("grouped",)
+) -> list[Score]:
+    """The newest checkpoint of the run in `workdir` on a split of its text, in each of these modes.
 
-    The config is that of the run but for what an inference mode changes. `step` is among the results.
-    Raises ConfigError if the tokenizer, or the run's own validation text, is not what it was.
+    config: that of the run, but for its mesh and perhaps regrouped. Each score is written down in the workdir, too, if
+    that can be written. Raises ConfigError if the tokenizer, or the run's own validation text, is not what it was, and
+    for a mode that the model does not have.
     """
     with distributed.together() as same:
         same |= {"config": to_json(config), "workdir": str(workdir)}
@@ -78,10 +84,34 @@ def evaluate_run(workdir: epath.PathLike, config: Config, split: str, limit: int
         if split == config.data.validation_split:
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
+        companions = load_companions(workdir)
+    scores = []
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh)
-        evaluate = make_evaluation(config, mesh, windows, tokenizer)
-        return {"step": run.step, **evaluate(run.params, jnp.asarray(run.step), limit)}
+        for mode in modes:
+            changed, params = enter(mode, config, run.params, run.step, companions)
+            evaluate = make_evaluation(changed, mesh, windows, tokenizer)
+            result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
+            scores.append(score_of(mode, split, config, result))
+            if distributed.is_first():
+                with contextlib.suppress(OSError):  # somebody else's run
+                    record_score(workdir, scores[-1])
+    return scores
+
+
+_MIXTURE_BYTES = 2**28  # of one device, at most, if that many hold one row
+
+
+def _rows(config: Config, mesh: Mesh) -> int:
+    """Of a batch: those of a microbatch of training, in whole groups; fewer where each has mixtures of its own."""
+    multiple, kind = rows_multiple(config, mesh), config.model.feed_forward
+    rows = -(-config.training.batch_size // config.training.accumulation // multiple) * multiple
+    if not isinstance(kind, CompanionsConfig):
+        return rows
+    model, devices = config.model, shards(DIMENSIONS["rows"])
+    of_row = model.context_length * (kind.experts_per_token or kind.num_experts) * model.d_model * 4
+    whole = [n for n in range(devices, rows + 1, devices) if n % config.group_size == 0 or config.group_size % n == 0]
+    return max((n for n in whole if n * of_row <= devices * _MIXTURE_BYTES), default=whole[0])
 
 
 def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:

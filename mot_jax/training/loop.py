@@ -18,6 +18,7 @@ from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
+from mot_jax.inference.companions import choose, save_companions
 from mot_jax.inference.sample import sample_text
 from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
@@ -64,6 +65,9 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             make_directory("workdir", workdir)
             replace_file(workdir / "config.json", to_json(config).encode())
             replace_file(workdir / "data.json", json.dumps(data, indent=1).encode())
+            if config.model.group_size > 1:
+                objective = Objective.of(config, tokenizer)
+                save_companions(workdir, choose(windows, order, objective, config.model.group_size))
     with distributed.together():
         _check_shared(config, workdir)
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):

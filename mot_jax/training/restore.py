@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
@@ -17,7 +19,7 @@ from mot_jax.config import Config, ConfigError, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
-from mot_jax.tensor_files import holds_tensors, open_tensors, tensor_faults
+from mot_jax.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
 from mot_jax.training.state import spread
 from mot_jax.training.stores import orbax_path, quieten, unreadable
 
@@ -109,6 +111,24 @@ def _load_export(folder: epath.Path, config: Config, abstract: dict[str, jax.Sha
         raise ConfigError(*faults)
     values = ((name, found.tensors[name].read().astype(kind.dtype)) for name, kind in abstract.items())
     return Run(config, {name: spread(value, abstract[name].sharding) for name, value in values}, int(step))
+
+
+def tensor_faults(found: Tensors, wanted: Mapping[str, jax.ShapeDtypeStruct], where: object) -> list[str]:
+    """A line for each tensor that is missing, of another shape or dtype than wanted, or not wanted at all.
+
+    A tensor may be narrower than wanted, which changes no value, but not wider. where: the tensors are, for people.
+    """
+    faults = [f"{name}: the model has no parameter for it" for name in found.tensors if name not in wanted]
+    for name, kind in wanted.items():
+        tensor = found.tensors.get(name)
+        if tensor is None:
+            faults.append(f"{name}: is missing, must have shape {kind.shape}")
+        elif tensor.shape != kind.shape:
+            faults.append(f"{name}: has shape {tensor.shape}, must have {kind.shape}")
+        elif tensor.dtype not in FLOATS.values() or jnp.promote_types(tensor.dtype, kind.dtype) != kind.dtype:
+            words = f"is {tensor.dtype}, must be {kind.dtype} or narrower; try model.param_dtype = 'float32'"
+            faults.append(f"{name}: {words}")
+    return [f"{where}: tensor {fault}" for fault in faults]
 
 
 def _load(

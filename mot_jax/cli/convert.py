@@ -1,28 +1,27 @@
-"""`mot export` and `mot import`: parse, call, print."""
+"""Models in and out: `mot export`, `mot import`."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 
 from mot_jax import distributed
+from mot_jax.cli.options import PROCESS, Parser, process
 from mot_jax.config import check, load_config
 
 
-def export(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Writes a run's model as safetensors."""
+def export(arguments: list[str]) -> None:
+    """a model as safetensors: mot export WORKDIR --output DIR [--dtype bfloat16] [--overwrite]"""
+    parser = Parser("mot export", allow_abbrev=False)
     parser.add_argument("workdir", metavar="WORKDIR")
-    parser.add_argument("--output", required=True, metavar="DIR", help="made, or empty, or an export to overwrite")
     parser.add_argument("--dtype", metavar="DTYPE", help="float32 or bfloat16 (default: as they are)")
-    parser.add_argument("--overwrite", action="store_true", help="an export that is there")
-    for flag in ("--coordinator", "--num-processes", "--process-id"):
+    _add_output(parser)
+    for flag in PROCESS:
         parser.add_argument(flag)
     options = parser.parse_args(arguments)
     from mot_jax.training.restore import load_run_config
 
     config = load_run_config(options.workdir)
-    named = distributed.from_flags(options.coordinator, options.num_processes, options.process_id)
-    distributed.connect(named or distributed.detect(config.mesh.wait_seconds), config.mesh, trains=False)
+    distributed.connect(process(options, config), config.mesh, trains=False)
     import jax
 
     from mot_jax.convert import export
@@ -35,12 +34,12 @@ def export(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         print(line)
 
 
-def import_(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Makes an export of other tensors."""
+def import_(arguments: list[str]) -> None:
+    """the authors' model, or the Hugging Face port's: mot import FILE.safetensors --config CONFIG --output DIR"""
+    parser = Parser("mot import", allow_abbrev=False)
     parser.add_argument("file", metavar="FILE", help="of tensors, .safetensors, or an index of several")
     parser.add_argument("--config", metavar="CONFIG", help="of the model; config.json beside tensors of mot export")
-    parser.add_argument("--output", required=True, metavar="DIR", help="made, or empty, or an export to overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="an export that is there")
+    _add_output(parser)
     options = parser.parse_args(arguments)
     config = None
     if options.config is not None:
@@ -50,3 +49,8 @@ def import_(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
     for line in import_model(options.file, options.output, config, options.overwrite):
         print(line)
+
+
+def _add_output(parser: Parser) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help="made, or empty, or an export to overwrite")
+    parser.add_argument("--overwrite", action="store_true", help="an export that is there")

@@ -1,0 +1,61 @@
+"""`mot data`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from mot_jax.cli.options import Parser
+from mot_jax.config import ConfigError
+from mot_jax.paths import local_path
+
+
+def data(arguments: list[str]) -> None:
+    """corpora: mot data build NAME FILE ... | inspect NAME | train-tokenizer NAME --output FILE"""
+    parser = Parser(prog="mot data", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build | inspect | train-tokenizer")
+    command = commands.add_parser("build", help="make a corpus out of files", allow_abbrev=False)
+    command.add_argument("name", metavar="NAME", help="what to call it in data.corpus")
+    command.add_argument("files", nargs="+", metavar="FILE", help="files, patterns or directories; .gz too")
+    command.add_argument("--feature", default="text", help="the field or column with the text (default: text)")
+    command.add_argument("--documents", default="file", choices=["file", "line", "paragraph"], help="of plain text")
+    command.add_argument("--validation", type=float, default=0.01, metavar="SHARE", help="of the documents (0.01)")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
+    for name, text in {"inspect": "what a corpus holds", "train-tokenizer": "a tokenizer out of a corpus"}.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("name", metavar="NAME", help="as in data.corpus")
+        command.add_argument("--split", default="train")
+        command.add_argument("--feature", default="text")
+        if name == "inspect":
+            command.add_argument("--tokenizer", help="tell its bytes per token")
+            command.add_argument("-n", type=int, default=3, metavar="N", help="documents to show (3)")
+        else:
+            command.add_argument("--vocab-size", type=int, default=8192, metavar="V")
+            command.add_argument("--kind", default="bpe", choices=["bpe", "sentencepiece"])
+            command.add_argument("--output", required=True, metavar="FILE")
+    for command in commands.choices.values():
+        command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
+    options = parser.parse_args(arguments)
+    from mot_jax.data import DATA_DIRECTORY
+
+    directory = Path(local_path("--directory", options.directory or DATA_DIRECTORY)).absolute()
+    if options.command == "build":
+        from mot_jax.data.build import build, plan_files
+
+        if options.workers is not None and options.workers < 1:
+            raise ConfigError(f"--workers = {options.workers}: must be at least 1; try 1")
+        plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
+        build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
+        return
+    from mot_jax.data import corpora, report, tokenizers
+
+    if options.command == "train-tokenizer":
+        tokenizers.check_suffix(options.output, options.kind)
+    corpus = corpora.open_corpus(options.name, options.split, directory, options.feature)
+    if options.command == "inspect":
+        tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None
+        for line in report.lines(corpus, tokenizer, options.n):
+            print(line)
+    else:
+        train = functools.partial(tokenizers.train_tokenizer, vocab_size=options.vocab_size, kind=options.kind)
+        print(report.write_tokenizer(corpus, train, options.output))

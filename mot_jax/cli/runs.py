@@ -1,0 +1,128 @@
+"""Commands about a run: before it, itself, after it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+from mot_jax import distributed
+from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
+from mot_jax.config import ConfigError, error_words, nearest
+from mot_jax.inference.modes import MODES, lacking, regrouped
+from mot_jax.paths import user_path
+
+DOES_NOT_FIT = 1
+
+
+def train(arguments: list[str]) -> None:
+    """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
+    options, config = parse("mot train", arguments, "configs/demo.py", ["--workdir", *PROCESS])
+    distributed.connect(process(options, config), config.mesh)
+    from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
+
+    loop.train(config, options.workdir or f"runs/{Path(options.config).stem}")
+
+
+def describe(arguments: list[str]) -> None:
+    """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
+    options, config = parse("mot describe", arguments, None, ["--json"])
+    from mot_jax import accounting
+
+    description = accounting.describe(config)
+    for line in description.lines():
+        print(line)
+    if options.json:
+        write_json(options.json, description.to_dict())
+
+
+def plan(arguments: list[str]) -> None:
+    """memory, collectives and modelled time on a machine you need not have: mot plan CONFIG --topology v5p:8x8x8"""
+    options, config = parse("mot plan", arguments, None, ["--topology", "--slices", "--json"])
+    from mot_jax.planning.hardware import KNOWN, parse_topology
+
+    if options.topology is None:
+        raise ConfigError(f"--topology is missing; known: {KNOWN}")
+    slices = positive("--slices", options.slices or "1")
+    if parse_topology(options.topology, slices).hardware:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
+    from mot_jax.planning.plan import plan
+
+    result = plan(config, options.topology, slices, functools.partial(print, flush=True))
+    for line in result.lines():
+        print(line)
+    if options.json:
+        write_json(options.json, {"config": options.config, **result.to_dict()})
+    if not result.fits:
+        sys.exit(DOES_NOT_FIT)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode companions|...|all] [--group-size G]"""
+    from mot_jax.training.restore import load_run_config
+
+    own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
+    options, config = parse("mot evaluate", arguments, None, own, load_run_config)
+    if options.mode not in (None, *MODES, "all"):
+        raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, [*MODES, 'all'])}")
+    if options.group_size is not None:
+        config = regrouped(config, positive("--group-size", options.group_size))
+    limit = None if options.windows is None else positive("--windows", options.windows)
+    mode, split = options.mode or "grouped", options.split or config.data.validation_split
+    if mode != "all":
+        MODES[mode].change(config)  # or say why not
+    distributed.connect(process(options, config), config.mesh, trains=False)
+    from mot_jax.inference.companions import load_companions
+    from mot_jax.training import evaluation, scores
+
+    faults = {}
+    if mode == "all":
+        companions = load_companions(options.config)
+        faults = {name: fault for name in MODES if (fault := lacking(name, config, companions))}
+    modes = [name for name in MODES if name not in faults] if mode == "all" else [mode]
+    found = evaluation.evaluate_run(options.config, config, split, limit, modes)
+    if not distributed.is_first():
+        return
+    scores.show(config, found)
+    for name, fault in faults.items():
+        print(f"{name} is left out: {fault}")
+    if options.json:
+        about = found[0] if len(found) == 1 else {"split": split, "modes": found}
+        write_json(options.json, {"workdir": options.config, **about})
+
+
+def curves(arguments: list[str]) -> None:
+    """draw the loss curves of runs into one picture: mot curves WORKDIR [WORKDIR ...] [--output curves.png]"""
+    parser = Parser(prog="mot curves", allow_abbrev=False)
+    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
+    parser.add_argument("--output", default="curves.png", metavar="FILE")
+    options = parser.parse_args(arguments)
+    from mot_jax.training import metrics
+
+    workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
+    runs = {path.name: metrics.read_rows(path) for path in workdirs}
+    for path, rows in zip(options.workdirs, runs.values(), strict=True):
+        if not rows:
+            raise ConfigError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
+    try:
+        user_path("--output", options.output).write_bytes(metrics.plot_curves(runs))
+    except OSError as error:
+        raise ConfigError(
+            f"--output = {options.output}: cannot be written ({error.strerror or error_words(error)}); try curves.png"
+        ) from None
+    print(options.output)
+
+
+def inspect(arguments: list[str]) -> None:
+    """what a trained model mixes, in pictures: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
+    parser = Parser(prog="mot inspect", allow_abbrev=False)
+    parser.add_argument("workdir", metavar="WORKDIR")
+    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/inspect")
+    parser.add_argument("--group", type=int, default=0, metavar="N", help="of the validation split (default: 0)")
+    parser.add_argument("--position", type=int, metavar="S", help="default: the middle of the window")
+    options = parser.parse_args(arguments)
+    from mot_jax.inference.inspect import inspect
+
+    for line in inspect(options.workdir, options.output, options.group, options.position):
+        print(line)

@@ -1,0 +1,299 @@
+"""A trained model to write, fill in and score text with, in an inference mode."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mot_jax.config import Config, ConfigError
+from mot_jax.data.text import open_tokenizer
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.inference.companions import load_companions
+from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
+from mot_jax.inference.modes import MODES, default_mode, enter, trained_mode
+from mot_jax.model import Params, unstack
+from mot_jax.sharding import rows_multiple
+from mot_jax.training.restore import check_data, load_run, load_run_config
+from mot_jax.training.scores import measured
+
+_STREAMED = 8  # tokens that the device writes before people see them
+_FEWEST = 8  # columns that a prompt is padded to at least
+
+
+Prompt = str | bytes | np.ndarray  # text, or its tokens, int [n]
+GAP = "\N{WHITE SQUARE}"
+
+
+class Filled(NamedTuple):
+    """text: with the likeliest token in each gap. gaps: (token, its probability) of each."""
+
+    text: str
+    gaps: list[tuple[str, float]]
+
+
+class Continuation(NamedTuple):
+    """text: what follows the prompt, without the stop that ended it. tokens: int32 [n], with it. log_probs: float32
+    [n], natural, of each token by the model's own distribution. finished: whether a stop ended it.
+    """
+
+    text: str
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """config: in its mode. params: by name, with what the mode needs. mode, step: which, after how many updates.
+
+    mesh: where the parameters lie; None is one device.
+    """
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer
+    mode: str
+    step: int
+    mesh: Mesh | None = None
+
+    # --- causal models --------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Continuation]:
+        """What the model writes after each prompt, all in one batch; `options` are those of `stream`."""
+        *_, last = self.stream(prompts, **options)
+        return last
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 200,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        stop: Sequence[str | bytes] = (),
+        ends: bool = True,
+        seed: int = 0,
+    ) -> Iterator[list[Continuation]]:
+        """The continuations so far, again and again while they grow.
+
+        temperature: 0 takes the likeliest token. top_k, top_p: only the likeliest tokens, see `Sampler`. stop: texts
+        that end a row; as tokens, the way the tokenizer writes them. ends: the end of a text ends a row as well.
+
+        A prompt and its continuation that outgrow the context go on from their last half context, read anew. Raises
+        ConfigError for an empty prompt, one longer than the context, or an option out of range.
+        """
+        rows = [_Row(self._encode(prompt)) for prompt in prompts]
+        stops = [self._encode(text) for text in stop]
+        self._check(rows, stops, max_tokens, temperature, top_k, top_p)
+        ended = [*stops, *([np.array([self.tokenizer.end_of_text])] if ends else [])]
+        sampler = Sampler(
+            temperature=np.float32(temperature),
+            top_k=np.int32(top_k or self.tokenizer.vocab_size),
+            top_p=np.float32(top_p),
+            seed=np.uint32(seed),
+            stops=_table(ended),
+        )
+        filtered = top_k is not None or top_p < 1
+        drawn, half = 0, max(self.config.model.context_length // 2, 1)
+        while drawn < max_tokens and not all(row.finished for row in rows):
+            texts = [row.text[: 0 if row.finished else None][-half if drawn else 0 :] for row in rows]
+            for state, new in self._fill_columns(texts, max_tokens, drawn, sampler, filtered):
+                arrays = jax.device_get((state.tokens, state.real, state.log_probs, state.finished))
+                for row, *(tokens, real, log_probs, finished) in zip(rows, *arrays, strict=False):  # absent ones follow
+                    row.take(tokens[new][real[new]], log_probs[new][real[new]], finished)
+                drawn += new.stop - new.start
+                yield [row.continuation(self.tokenizer, stops) for row in rows]
+
+    def _fill_columns(
+        self, texts: list[np.ndarray], max_tokens: int, drawn: int, sampler: Sampler, filtered: bool
+    ) -> Iterator[tuple[Decoding, slice]]:
+        """As many columns as the context has room for: the state, and the columns that are new, again and again."""
+        longest, model = max(map(len, texts)), self.config.model
+        room = min(max_tokens, model.context_length - longest + 1)
+        width = self._round(max(longest, _FEWEST))
+        last = width + min(room, max_tokens - drawn)
+        sizes = {"vocab_size": self.tokenizer.vocab_size, "end_of_text": self.tokenizer.end_of_text}
+        sizes["filtered"] = filtered
+        batch = left_padded(texts, self._rows(len(texts)), width)
+        with self._on_mesh():
+            columns = width + self._round(room)
+            state = prefill(model, self.params, *batch, sampler, np.int32(drawn), columns=columns, **sizes)
+        column = width
+        while True:
+            column, seen = int(state.column), column
+            yield state, slice(seen, column)
+            if column >= last or bool(state.finished.all()):
+                return
+            with self._on_mesh():
+                until = np.int32(min(column + _STREAMED, last))
+                state = decode(model, self.params, state, sampler, until, **sizes)
+
+    # --- masked models --------------------------------------------------------------------------------------------
+
+    def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
+        """Each text with the likeliest token in the place of every `gap`, all of them in one batch.
+
+        Where texts are tokens, mask tokens are the gaps. Raises ConfigError for a causal model, a text without a gap,
+        or one longer than the context.
+        """
+        model, tokenizer, faults = self.config.model, self.tokenizer, []
+        if model.objective != "masked":
+            faults.append("model.objective = 'causal': has no gaps to fill; try `mot generate`")
+        if not texts:
+            faults.append(f"text: there must be at least one; try 'def {gap}ead('")
+        rows = [self._with_gaps(text, gap) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if tokenizer.mask_token not in row:
+                faults.append(f"text = {_short(text)}: has no gap; try 'def {gap}ead('")
+            elif len(row) > model.context_length:
+                rule = f"has {len(row)} tokens, and the context {model.context_length}; try a part of it"
+                faults.append(f"text = {_short(text)}: {rule}")
+        if faults:
+            raise ConfigError(*faults)
+        tokens, real = np.zeros((2, self._rows(len(rows)), model.context_length), np.int32)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)], real[i, : len(row)] = row, 1
+        segments = np.cumsum(tokens == tokenizer.end_of_text, axis=1, dtype=np.int32) if model.document_mask else None
+        with self._on_mesh():
+            found = fill(model, self.params, tokens, real.astype(bool), segments, tokenizer.vocab_size)
+
+        def words(tokens: np.ndarray) -> str:
+            return tokenizer.decode(tokens).decode(errors="replace")
+
+        filled = []
+        for row, best, log_probs in zip(rows, *jax.device_get(found), strict=False):
+            gaps = np.flatnonzero(row == tokenizer.mask_token)
+            row[gaps] = best[gaps]
+            filled.append(Filled(words(row), [(words(row[i : i + 1]), float(np.exp(log_probs[i]))) for i in gaps]))
+        return filled
+
+    def _with_gaps(self, text: Prompt, gap: str) -> np.ndarray:
+        if isinstance(text, np.ndarray):
+            return text.astype(np.int32)
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        first, *others = (self._encode(piece) for piece in text.split(gap))
+        mask = np.array([self.tokenizer.mask_token], np.int32)
+        return np.concatenate([first, *(part for other in others for part in (mask, other))])
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    def _round(self, size: int) -> int:
+        """Up to a power of two, so that few programs are compiled, and to parts for every device."""
+        power, parts = 1 << (size - 1).bit_length(), 1 if self.mesh is None else self.mesh.size
+        return -(-power // parts) * parts
+
+    def _rows(self, texts: int) -> int:
+        if self.mesh is None:
+            multiple = self.config.model.group_size
+        else:  # what the shuffle of the training keeps together does not matter here
+            data = dataclasses.replace(self.config.data, group_size=None)
+            multiple = rows_multiple(dataclasses.replace(self.config, data=data), self.mesh)
+        return -(-texts // multiple) * multiple
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _encode(self, text: Prompt) -> np.ndarray:
+        if isinstance(text, np.ndarray):
+            return text.astype(np.int32)
+        return self.tokenizer.encode(text.encode() if isinstance(text, str) else text).astype(np.int32)
+
+    def _check(self, rows, stops, max_tokens, temperature, top_k, top_p) -> None:
+        faults, context = [], self.config.model.context_length
+        if self.config.model.objective != "causal":
+            faults.append("model.objective = 'masked': continues no text; try `mot fill`")
+        if not rows:
+            faults.append("prompt: there must be at least one; try 'def '")
+        for row in rows:
+            if not len(row.text):
+                faults.append("prompt = '': is empty; try 'def '")
+            elif len(row.text) > context:
+                words = _short(self.tokenizer.decode(row.text).decode(errors="replace"))
+                faults.append(f"prompt = {words}: has {len(row.text)} tokens, and the context {context}; try its end")
+        if not all(map(len, stops)):
+            faults.append("stop = '': is empty; try a line end")
+        rules = {
+            "max_tokens": (max_tokens, max_tokens >= 1, "at least 1", 200),
+            "temperature": (temperature, 0 <= temperature < float("inf"), "finite and at least 0", 0.7),
+            "top_k": (top_k, top_k is None or top_k >= 1, "at least 1", 40),
+            "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1", 0.9),
+        }
+        faults += [
+            f"{name} = {v}: must be {rule}; try {good}" for name, (v, fine, rule, good) in rules.items() if not fine
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
+
+def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+    """The newest checkpoint of a run, or an exported model, in an inference mode.
+
+    mode: a name in `MODES`; None is the run's own default, in which no row sees another's text. mesh: with our Explicit
+    axes, to spread the parameters over; None is one device. Raises ConfigError for what is missing or does not match.
+    """
+    run = load_run(workdir, mesh)
+    tokenizer = open_tokenizer(run.config)
+    check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)
+    mode = default_mode(run.config)[0] if mode is None else mode
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
+        model, params = unstack(config.model, params)
+    config = dataclasses.replace(config, model=model)
+    return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
+
+
+def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:
+    """For people: who hears whom; why this mode, unless it was `chosen`; and what it costs beside that of training."""
+    run, mode = load_run_config(workdir), model.mode
+    alone = MODES[mode].independent or run.model.group_size == 1
+    heard = "no row hears another" if alone else "the rows of a group influence each other"
+    lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
+    if mode == (trained := trained_mode(run)):
+        return lines
+    scores = measured(workdir, model.step)
+    if mode in scores and trained in scores:
+        cost = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))
+        found = f"{cost}, bits per byte of {scores[mode]['windows']:,} validation windows"
+    else:
+        found = f"what that costs is not measured yet: mot evaluate {workdir} --mode all"
+    return [*lines, f"warning: the model was trained in mode {trained}; {found}"]
+
+
+class _Row:
+    """A prompt and what was written after it."""
+
+    def __init__(self, prompt: np.ndarray):
+        self.text, self.finished = prompt, False
+        self._begin, self._log_probs = len(prompt), np.zeros(0, np.float32)
+
+    def take(self, tokens: np.ndarray, log_probs: np.ndarray, finished: bool) -> None:
+        if not self.finished:
+            self.text, self._log_probs = np.append(self.text, tokens), np.append(self._log_probs, log_probs)
+            self.finished = bool(finished)
+
+    def continuation(self, tokenizer: Tokenizer, stops: list[np.ndarray]) -> Continuation:
+        tokens = self.text[self._begin :]
+        ends = (len(s) for s in stops if self.finished and np.array_equal(tokens[-len(s) :], s))
+        words = tokenizer.decode(tokens[: len(tokens) - max(ends, default=0)]).decode(errors="replace")
+        return Continuation(words, tokens, self._log_probs, self.finished)
+
+
+def _table(stops: list[np.ndarray]) -> np.ndarray:
+    """`Sampler.stops`, of few sizes, so that few programs are compiled."""
+    size = len(stops) + -len(stops) % 4, 8 * -(-max(map(len, stops), default=1) // 8)
+    table = np.full(size, -2, np.int32)  # no token
+    for row, stop in zip(table, stops, strict=False):
+        row[:] = [-1] * (size[1] - len(stop)) + stop.tolist()
+    return table
+
+
+def _short(text: Prompt) -> str:
+    return repr(text if len(text) < 30 else text[:30]) + ("" if len(text) < 30 else "...")
