@@ -32,10 +32,17 @@ from mot_jax.config import (
     to_json,
 )
 from mot_jax.data.text import open_tokenizer
-from mot_jax.model import block_places, init_params
+from mot_jax.model import block_places
 from mot_jax.paths import is_passing, make_directory, replace_file, user_path
 from mot_jax.tensor_files import INDEX, MODEL, SHARD_BYTES, Tensor, Tensors, open_tensors, write_tensors
-from mot_jax.training.restore import EXPORTED_TOKENIZERS, check_data, load_run, load_run_config, tensor_faults
+from mot_jax.training.restore import (
+    EXPORTED_TOKENIZERS,
+    check_data,
+    load_run,
+    load_run_config,
+    parameter_kinds,
+    tensor_faults,
+)
 from mot_jax.training.state import fetch
 
 DTYPES = ("float32", "bfloat16")
@@ -43,7 +50,7 @@ _COPIED = ("data.json", "companions.npy")
 _FILES = ("config.json", MODEL, INDEX, *EXPORTED_TOKENIZERS, *_COPIED)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-Kinds = dict[str, jax.ShapeDtypeStruct]
+Kinds = Mapping[str, jax.ShapeDtypeStruct]
 
 
 # --- exports ----------------------------------------------------------------------------------------------------------
@@ -277,7 +284,7 @@ def import_model(
             raise ConfigError(f"--config is missing: {path} is of {names.title}; try --config configs/v2_medium_32e.py")
         config = load_run_config(path if path.is_dir() else path.parent)
     tokenizer = open_tokenizer(config)
-    kinds: Kinds = dict(jax.eval_shape(partial(init_params, config.model), jax.random.key(0)))
+    kinds = parameter_kinds(config.model)
     if names is None:
         if faults := tensor_faults(found, kinds, path):
             raise ConfigError(*faults)
@@ -325,7 +332,7 @@ def _plan(
     blocks: dict[str, list[str]] = {}
     for block, (place, _) in enumerate(block_places(model)):  # the blocks of a stack, in its order
         blocks.setdefault(place, []).append(names.block.format(block))
-    wanted: Kinds = {}
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
     makers: dict[str, Callable[[], np.ndarray]] = {}
     for name, kind in kinds.items():
         place = next((place for place in blocks if name.startswith(place)), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def tensors_of(export: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.read() for name, tensor in open_tensors(epath.Path(export)).tensors.items()}
+
+
 @partial(jax.jit, static_argnums=0)
 def logits(model: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Array:
     bound = bind(model, params)
@@ -92,8 +97,7 @@ def test_blocks_may_be_apart(tmp_path):
     file = save(tmp_path / "theirs.safetensors", authors_tensors())
     for stacked in (True, False):
         import_model(file, tmp_path / str(stacked), config_of(dataclasses.replace(AUTHORS, stacked=stacked)))
-    apart = unstack(AUTHORS, load_run(tmp_path / "True").params)[1]
-    assert_same(load_run(tmp_path / "False").params, apart)
+    assert_same(tensors_of(tmp_path / "False"), unstack(AUTHORS, tensors_of(tmp_path / "True"))[1])
 
 
 def test_narrow_numbers_become_wide_and_infinite_ones_are_told(tmp_path):
@@ -102,7 +106,7 @@ def test_narrow_numbers_become_wide_and_infinite_ones_are_told(tmp_path):
     file = save(tmp_path / "half.safetensors", there)
     warning, _ = import_model(file, tmp_path / "ours", config_of(AUTHORS))
     assert warning == "warning: head: 1 of 3120 numbers are infinite or no numbers"
-    found = load_run(tmp_path / "ours").params["head"]
+    found = tensors_of(tmp_path / "ours")["head"]
     np.testing.assert_array_equal(found, there["head.weight"].T.astype(np.float32))
 
 
@@ -181,6 +185,13 @@ def saved(tmp_path_factory) -> tuple[Path, TrainState]:
     return workdir, state
 
 
+@pytest.fixture(scope="module")
+def exported(saved, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "out"
+    export(saved[0], folder)
+    return folder
+
+
 def assert_same(params: dict, expected: dict) -> None:
     assert params.keys() == expected.keys()
     for name, value in expected.items():
@@ -189,50 +200,46 @@ def assert_same(params: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("meshed", [False, True])
-def test_an_export_is_the_run_to_the_bit(saved, tmp_path, mesh_of, meshed):
+def test_an_export_is_the_run_to_the_bit(saved, exported, tmp_path, mesh_of, meshed):
     workdir, state = saved
-    mesh = mesh_of(fsdp=2, expert=4) if meshed else None
-    if mesh is None:
-        export(workdir, tmp_path / "out")
-    else:
+    mesh = None
+    if meshed:
+        mesh, exported = mesh_of(fsdp=2, expert=4), tmp_path / "out"
         with jax.set_mesh(mesh):
-            export(workdir, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "companions.npy", "config.json", "data.json", MODEL,
-    ]  # fmt: skip
-    run = load_run(tmp_path / "out", mesh)
+            export(workdir, exported)
+    assert sorted(path.name for path in exported.iterdir()) == ["companions.npy", "config.json", "data.json", MODEL]
+    run = load_run(exported, mesh)
     assert (run.config, run.step) == (config_of(AUTHORS), 12)
     assert_same(run.params, state.params)
     for name, value in run.params.items():
         if mesh is not None:
             assert value.sharding.spec == parameter_spec(name, value.ndim) and value.sharding.mesh == mesh
     for name in ("companions.npy", "data.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (workdir / name).read_bytes()
+        assert (exported / name).read_bytes() == (workdir / name).read_bytes()
 
 
-def test_large_exports_are_several_files_and_come_back_by_import(saved, tmp_path):
-    workdir, state = saved
-    export(workdir, tmp_path / "out", shard_bytes=4000)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3 and (tmp_path / "out" / INDEX).exists()
-    assert_same(load_run(tmp_path / "out").params, state.params)
-    for source in (tmp_path / "out", tmp_path / "out" / INDEX):
+def test_large_exports_are_several_files_and_come_back_by_import(saved, exported, tmp_path):
+    params, out = saved[1].params, tmp_path / "out"
+    export(exported, out, shard_bytes=4000)
+    assert len(list(out.glob("model-*.safetensors"))) > 3 and (out / INDEX).exists()
+    assert_same(load_run(out).params, params)
+    for source in (out, out / INDEX):
         import_model(source, tmp_path / "again", overwrite=True)
-        run = load_run(tmp_path / "again")
-        assert (run.config, run.step) == (config_of(AUTHORS), 12)
-        assert_same(run.params, state.params)
-    export(workdir, tmp_path / "out", overwrite=True)  # in one file: of the others, none is left
-    assert not list((tmp_path / "out").glob("model-*")) and not (tmp_path / "out" / INDEX).exists()
+        assert_same(tensors_of(tmp_path / "again"), params)
+        assert (tmp_path / "again" / "config.json").read_text() == to_json(config_of(AUTHORS))
+        assert open_tensors(epath.Path(tmp_path / "again")).metadata == {"step": "12"}
+    export(exported, out, overwrite=True)  # in one file: of the others, none is left
+    assert not list(out.glob("model-*")) and not (out / INDEX).exists()
 
 
-def test_narrow_exports_are_read_as_the_parameters_are_wide(saved, tmp_path):
-    workdir, state = saved
-    export(workdir, tmp_path / "out", "bfloat16")
-    tensors = open_tensors(epath.Path(tmp_path / "out")).tensors
-    assert {tensor.dtype for tensor in tensors.values()} == {"bfloat16"}
-    rounded = {name: value.astype(jnp.bfloat16).astype(jnp.float32) for name, value in state.params.items()}
-    assert_same(load_run(tmp_path / "out").params, rounded)
+def test_narrow_exports_are_read_as_the_parameters_are_wide(exported, tmp_path):
+    export(exported, tmp_path / "out", "bfloat16")
+    narrow = {name: value.astype(jnp.bfloat16) for name, value in tensors_of(exported).items()}
+    assert_same(tensors_of(tmp_path / "out"), narrow)
+    wide = {name: value.astype(np.float32) for name, value in narrow.items()}
+    assert_same(load_run(tmp_path / "out").params, wide)
     with pytest.raises(ConfigError, match="--dtype = 'float16': no such dtype"):
-        export(workdir, tmp_path / "other", "float16")
+        export(exported, tmp_path / "other", "float16")
 
 
 def test_a_tokenizer_goes_with_its_model(saved, tmp_path):
@@ -258,55 +265,57 @@ def test_a_tokenizer_goes_with_its_model(saved, tmp_path):
         export(workdir, tmp_path / "third")
 
 
-def test_nothing_is_overwritten_unasked(saved, tmp_path):
-    workdir, _ = saved
-    export(workdir, tmp_path / "out")
+@pytest.fixture
+def out(exported, tmp_path) -> Path:
+    """An export to spoil."""
+    return Path(shutil.copytree(exported, tmp_path / "out"))
+
+
+def test_nothing_is_overwritten_unasked(saved, exported, out, tmp_path):
     with pytest.raises(ConfigError, match="holds an export already; try another directory, or --overwrite"):
-        export(workdir, tmp_path / "out")
+        export(exported, out)
     with pytest.raises(ConfigError, match="is where the tensors come from"):
-        export(tmp_path / "out", tmp_path / "out", overwrite=True)
+        export(out, out, overwrite=True)
     with pytest.raises(ConfigError, match="is where the tensors come from"):
-        import_model(tmp_path / "out" / MODEL, tmp_path / "out", overwrite=True)
-    load_run(tmp_path / "out")
+        import_model(out / MODEL, out, overwrite=True)
     with pytest.raises(ConfigError, match="holds checkpoints, which is of no export"):
-        export(tmp_path / "out", workdir, overwrite=True)
+        export(out, saved[0], overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; try a new directory"):
-        export(workdir, tmp_path / "file")
+        export(out, tmp_path / "file")
+    for path in out.iterdir():
+        assert path.read_bytes() == (exported / path.name).read_bytes()
 
 
-def test_a_kill_leaves_no_half_of_an_export(saved, tmp_path, monkeypatch):
-    workdir, state = saved
-    export(workdir, tmp_path / "out")
-
+def test_a_kill_leaves_no_half_of_an_export(saved, exported, out, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("mot_jax.convert.to_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            export(workdir, tmp_path / "out", overwrite=True)
+            export(exported, out, overwrite=True)
     with pytest.raises(ConfigError, match=r"holds no run \(no config.json\)"):
-        load_run(tmp_path / "out")
-    export(workdir, tmp_path / "out", overwrite=True)
-    assert_same(load_run(tmp_path / "out").params, state.params)
+        load_run(out)
+    export(exported, out, overwrite=True)
+    assert_same(load_run(out).params, saved[1].params)
 
 
-def test_damage_and_another_config_are_lines(saved, tmp_path):
-    export(saved[0], tmp_path / "out")
-    content = (tmp_path / "out" / MODEL).read_bytes()
-    (tmp_path / "out" / MODEL).write_bytes(content[:-1])
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load_run(tmp_path / "out")
-    (tmp_path / "out" / MODEL).write_bytes(content.replace(b'"12"', b'"1x"'))
-    with pytest.raises(ConfigError, match="its step is '1x', must be a number"):
-        load_run(tmp_path / "out")
-    (tmp_path / "out" / MODEL).write_bytes(content)
+def test_damage_and_another_config_are_lines(out):
+    content = (out / MODEL).read_bytes()
+    for damaged, words in {
+        content[:-1]: "cannot be read",
+        content.replace(b'"12"', b'"1x"'): "its step is '1x', must be a number",
+    }.items():
+        (out / MODEL).write_bytes(damaged)
+        with pytest.raises(ConfigError, match=words):
+            load_run(out)
+    (out / MODEL).write_bytes(content)
     model = dataclasses.replace(AUTHORS, final_norm=True, vocab_size=300)
-    (tmp_path / "out" / "config.json").write_text(to_json(config_of(model)))
+    (out / "config.json").write_text(to_json(config_of(model)))
     with pytest.raises(ConfigError) as error:
-        load_run(tmp_path / "out")
-    assert sorted(fault.removeprefix(f"{tmp_path / 'out'}: ") for fault in error.value.faults) == [
+        load_run(out)
+    assert sorted(fault.removeprefix(f"{out}: ") for fault in error.value.faults) == [
         "tensor final_norm/bias: is missing, must have shape (12,)",
         "tensor final_norm/scale: is missing, must have shape (12,)",
         "tensor head: has shape (12, 260), must have (12, 300)",
@@ -314,13 +323,13 @@ def test_damage_and_another_config_are_lines(saved, tmp_path):
     ]
 
 
-def test_the_commands(saved, tmp_path, capsys):
-    workdir, state = saved
+def test_the_commands(saved, exported, tmp_path, capsys):
+    workdir, state = exported, saved[1]
     cli.main(["export", str(workdir), "--output", str(tmp_path / "out")])
     size = sum(value.size for value in state.params.values())
     assert f"out: step 12, {size:,} parameters in " in capsys.readouterr().out
     cli.main(["import", str(tmp_path / "out" / MODEL), "--output", str(tmp_path / "again")])
-    assert_same(load_run(tmp_path / "again").params, state.params)
+    assert_same(tensors_of(tmp_path / "again"), state.params)
     capsys.readouterr()
     (tmp_path / "theirs.bin").write_bytes(b"")
     for arguments, words in {

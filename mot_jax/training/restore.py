@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax import distributed
-from mot_jax.config import Config, ConfigError, from_json
+from mot_jax.config import Config, ConfigError, ModelConfig, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
@@ -164,12 +164,17 @@ def _newest(folder: epath.Path) -> int | None:
     return distributed.gather(newest)[0]
 
 
-def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+@lru_cache
+def parameter_kinds(model: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a model's parameters, by name."""
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    return {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
+
+def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     def place(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = parameter_spec(name, len(shape.shape))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return {name: place(name, shape) for name, shape in shapes.items()}
+    return {name: place(name, shape) for name, shape in parameter_kinds(config.model).items()}
