@@ -40,10 +40,11 @@ class LayerCache:
 
 
 class Attention(nnx.Module):
-    """Scaled dot-product attention over the positions of a row, no biases: the earlier ones, or all if `masked`.
+    """Scaled dot-product attention over the positions of a row: the earlier ones, or all if `masked`.
 
-    Parameters: `query` [D, H, K], `key_value` [D, 2, H_kv, K], `out` [H, K, D], with K = D / H. Of the H heads of
-    queries, each H / H_kv neighbours share keys and values.
+    Parameters: `query` [D, H, K], `key_value` [D, 2, H_kv, K], `out` [H, K, D], with K = D / H; with `attention_bias`
+    `query_bias` [H, K], `key_value_bias` [2, H_kv, K] and `out_bias` [D], zero at first. Of the H heads of queries,
+    each H / H_kv neighbours share keys and values.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -53,6 +54,11 @@ class Attention(nnx.Module):
         self.query = nnx.Param(draw(rngs.params(), (d, h, k), d, config.init, config.param_dtype))
         self.key_value = nnx.Param(draw(rngs.params(), (d, 2, h_kv, k), d, config.init, config.param_dtype))
         self.out = nnx.Param(draw(rngs.params(), (h, k, d), d, config.init, config.param_dtype))
+
+        def bias(*shape: int) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros(shape, config.param_dtype)) if config.attention_bias else None
+
+        self.query_bias, self.key_value_bias, self.out_bias = bias(h, k), bias(2, h_kv, k), bias(d)
 
     def __call__(
         self,
@@ -72,13 +78,16 @@ class Attention(nnx.Module):
         x = x.astype(config.dtype)
         query = product("bsd,dhk->bshk", x, self.query[...])
         key, value = product("bsd,dchk->cbshk", x, self.key_value[...])
+        if self.query_bias is not None and self.key_value_bias is not None:
+            query += self.query_bias[...].astype(config.dtype)
+            key_bias, value_bias = (self.key_value_bias[i].astype(config.dtype) for i in (0, 1))
+            key, value = key + key_bias, value + value_bias
         if config.positions == "rotary":
             positions = jnp.arange(x.shape[1]) if positions is None else positions
             query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
         if cache is not None:
             key, value = cache.extend(key, value)
-            y = jax.nn.dot_product_attention(query, key, value, mask=cache.visible)
-            return product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
+            return self._out(jax.nn.dot_product_attention(query, key, value, mask=cache.visible), x)
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if config.document_mask:
             if segments is None:
@@ -88,8 +97,12 @@ class Attention(nnx.Module):
         attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=config.objective == "causal")
         if config.remat == "attention":  # the S x S scores are large, and cheap to compute again
             attend = jax.checkpoint(attend)
-        y = attend(query, key, value, mask=mask)
-        return product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
+        return self._out(attend(query, key, value, mask=mask), x)
+
+    def _out(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """What the heads say, y [B, S, H, K], as an update that lies where x [B, S, D] does."""
+        y = product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
+        return y if self.out_bias is None else y + self.out_bias[...].astype(y.dtype)
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

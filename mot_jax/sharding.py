@@ -48,6 +48,8 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "query": ("features", "heads", None),
     "key_value": ("features", None, "heads", None),
     "out": ("heads", None, "features"),
+    "query_bias": ("heads", None),
+    "key_value_bias": (None, "heads", None),
     "kernel_in": ("features", "hidden"),
     "kernel_gate": ("features", "hidden"),
     "kernel_out": ("hidden", "features"),

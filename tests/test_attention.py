@@ -11,6 +11,7 @@ from flax import nnx
 
 from mot_jax.attention import Attention, rotate
 from mot_jax.config import ModelConfig
+from mot_jax.sharding import parameter_spec, reshard
 
 B, S, D, H = 2, 6, 16, 4
 K = D // H
@@ -24,7 +25,12 @@ MASK = np.random.default_rng(1).random((B, S)) < 0.6
 
 @lru_cache
 def layer_of(**choices) -> Attention:
-    return Attention(dataclasses.replace(MODEL, **choices), rngs=nnx.Rngs(params=KEY))
+    layer = Attention(dataclasses.replace(MODEL, **choices), rngs=nnx.Rngs(params=KEY))
+    for i, bias in enumerate((layer.query_bias, layer.key_value_bias, layer.out_bias)):
+        if bias is not None:  # which are zero at first
+            assert not bias[...].any()
+            bias[...] = jax.random.normal(jax.random.fold_in(KEY, i), bias.shape)
+    return layer
 
 
 def turned(x: np.ndarray, base: float) -> np.ndarray:
@@ -39,11 +45,15 @@ def plainly(layer: Attention, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """One row, head and query after the other."""
     config = layer.config
     w_q, w_kv, w_o = (np.asarray(p[...], "float64") for p in (layer.query, layer.key_value, layer.out))
-    y = np.zeros(x.shape)
+    b_q, b_kv, b_o = np.zeros(w_q.shape[1:]), np.zeros(w_kv.shape[1:]), np.zeros(x.shape[-1])
+    if config.attention_bias:
+        b_q, b_kv, b_o = (np.asarray(p[...]) for p in (layer.query_bias, layer.key_value_bias, layer.out_bias))
+    y = np.zeros(x.shape) + b_o
     for b in range(len(x)):
         for h in range(H):
             shared = h * w_kv.shape[2] // H
-            queries, keys, values = x[b] @ w_q[:, h], x[b] @ w_kv[:, 0, shared], x[b] @ w_kv[:, 1, shared]
+            queries = x[b] @ w_q[:, h] + b_q[h]
+            keys, values = (x[b] @ w_kv[:, i, shared] + b_kv[i, shared] for i in (0, 1))
             if config.positions == "rotary":
                 queries, keys = turned(queries, config.rotary_base), turned(keys, config.rotary_base)
             for s in np.flatnonzero(mask[b]):
@@ -58,6 +68,7 @@ CHOICES = {
     "paper": {},
     "masked": {"objective": "masked"},
     "grouped": {"num_kv_heads": 2},
+    "biased": {"num_kv_heads": 2, "attention_bias": True},
     "all": {"num_kv_heads": 1, "positions": "rotary", "rotary_base": 50.0, "document_mask": True},
 }
 
@@ -68,6 +79,23 @@ def test_equals_the_plain_formula(case, mask):
     layer, real = layer_of(**CHOICES[case]), np.ones((B, S), bool) if mask is None else mask
     y = jax.jit(layer)(X, mask, SEGMENTS)
     np.testing.assert_allclose(np.asarray(y)[real], plainly(layer, X, real)[real], atol=1e-5)
+
+
+def test_biases_on_a_mesh(mesh_of):
+    """Values and gradients, where heads are spread, and positions between the sub-layers."""
+    layer = layer_of(**CHOICES["biased"])
+    graph, state = nnx.split(layer)
+
+    def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+        return (nnx.merge(graph, state)(reshard(x, "rows", "positions", None)) ** 2).sum()
+
+    expected = jax.jit(jax.value_and_grad(loss))(state, X)
+    mesh = mesh_of(fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        spread = nnx.to_flat_state(state)
+        spread = [(p, v.replace(jax.device_put(v[...], parameter_spec(p[-1], v.ndim)))) for p, v in spread]
+        found = jax.jit(jax.value_and_grad(loss))(nnx.from_flat_state(spread), X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_grouped_heads_are_repeated_ones():

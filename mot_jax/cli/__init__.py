@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mot_jax import distributed
-from mot_jax.cli import bench, data, models, runs, tuning
+from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError, TransientError, error_words
 
@@ -29,8 +29,9 @@ COMMANDS = {
         runs.inspect,
         runs.curves,
         bench.bench,
+        convert.export,
     )
-}
+} | {"import": convert.import_}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

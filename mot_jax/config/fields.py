@@ -196,6 +196,7 @@ class ModelConfig:
     objective: `causal`, a decoder that predicts the next token; `masked`, a bidirectional encoder that predicts the
         tokens that were masked out.
     num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries; None is num_heads.
+    attention_bias: biases on attention's linear maps, which the paper's have not, and the Hugging Face port's have.
     positions: `learned` embeddings, or `rotary` ones in attention, with wavelengths up to 2π `rotary_base`.
     activation, gated: of dense layer and experts alike; a gated one multiplies its activation by a second projection.
     norm: `layer` or `rms`; final_norm: one more before the head. tied_head: the head is the token embedding.
@@ -215,6 +216,7 @@ class ModelConfig:
     d_ff: int = 1024
     num_heads: int = 4
     num_kv_heads: int | None = None
+    attention_bias: bool = False
     context_length: int = 256
     vocab_size: int = 257
     objective: Literal["causal", "masked"] = "causal"

@@ -1,23 +1,29 @@
-"""A trained model from its workdir, only by reading: a training run may be writing there."""
+"""A trained model from its workdir or an export, only by reading: a training run may be writing there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from functools import partial
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax import distributed
-from mot_jax.config import Config, ConfigError, from_json
+from mot_jax.config import Config, ConfigError, ModelConfig, from_json
 from mot_jax.model import Params, init_params
 from mot_jax.paths import user_path
 from mot_jax.sharding import parameter_spec
-from mot_jax.training.state import TrainState, abstract_state
+from mot_jax.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
+from mot_jax.training.state import TrainState, abstract_state, spread
 from mot_jax.training.stores import orbax_path, quieten, unreadable
+
+EXPORTED_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # what an export calls its own
 
 
 class Run(NamedTuple):
@@ -37,14 +43,20 @@ class Whole(NamedTuple):
 
 
 def load_run_config(workdir: epath.PathLike) -> Config:
-    """The config of the run in `workdir`. Raises ConfigError if there is none."""
+    """The config of the run, or the export, in `workdir`, whose tokenizer is its own. Raises ConfigError if there is
+    none.
+    """
     workdir = user_path("workdir", workdir)
     if not workdir.is_dir():
         raise ConfigError(f"workdir = {workdir}: no such directory; try the --workdir of a training run")
     path = workdir / "config.json"
     if not path.exists():
         raise ConfigError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
-    return from_json(path.read_text())
+    config = from_json(path.read_text())
+    own = workdir / config.data.tokenizer
+    if config.data.tokenizer in EXPORTED_TOKENIZERS and own.exists():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(own)))
+    return config
 
 
 def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) -> None:
@@ -68,7 +80,8 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
 
 
 def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
-    """The newest complete checkpoint of the run in `workdir`: its parameters, without the optimizer's state.
+    """The newest complete checkpoint of the run in `workdir`, or an export: its parameters, without the optimizer's
+    state.
 
     They come to lie on `mesh`, on the mesh that is set where none is given, and where none is set on the first device;
     the mesh that they were trained on does not matter. Of several processes, each calls it. Raises ConfigError if there
@@ -77,6 +90,9 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
     with distributed.together():
         config = load_run_config(workdir)
         abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
+        path = user_path("workdir", workdir)
+        if holds_tensors(path):
+            return _load_export(path, config, abstract)
     checkpoint, content = _load_newest(workdir, {"params": abstract})
     return Run(config, content["params"], int(checkpoint.name))
 
@@ -113,6 +129,37 @@ def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epa
                     raise fault
 
 
+def _load_export(folder: epath.Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> Run:
+    """One stack after the other; each process keeps what its devices hold. Raises ConfigError with every fault."""
+    found = open_tensors(folder)
+    faults = tensor_faults(found, abstract, folder)
+    step = found.metadata.get("step", "")
+    if not step.isdecimal():
+        faults.append(f"{folder}: its step is {step!r}, must be a number; export it again")
+    if faults:
+        raise ConfigError(*faults)
+    values = ((name, found.tensors[name].read().astype(kind.dtype)) for name, kind in abstract.items())
+    return Run(config, {name: spread(value, abstract[name].sharding) for name, value in values}, int(step))
+
+
+def tensor_faults(found: Tensors, wanted: Mapping[str, jax.ShapeDtypeStruct], where: object) -> list[str]:
+    """A line for each tensor that is missing, of another shape or dtype than wanted, or not wanted at all.
+
+    A tensor may be narrower than wanted, which changes no value, but not wider. where: the tensors are, for people.
+    """
+    faults = [f"{name}: the model has no parameter for it" for name in found.tensors if name not in wanted]
+    for name, kind in wanted.items():
+        tensor = found.tensors.get(name)
+        if tensor is None:
+            faults.append(f"{name}: is missing, must have shape {kind.shape}")
+        elif tensor.shape != kind.shape:
+            faults.append(f"{name}: has shape {tensor.shape}, must have {kind.shape}")
+        elif tensor.dtype not in FLOATS.values() or jnp.promote_types(tensor.dtype, kind.dtype) != kind.dtype:
+            words = f"is {tensor.dtype}, must be {kind.dtype} or narrower; try model.param_dtype = 'float32'"
+            faults.append(f"{name}: {words}")
+    return [f"{where}: tensor {fault}" for fault in faults]
+
+
 def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], ConfigError | None]:
     """Those parts of a checkpoint, or what is wrong with it."""
     context = ocp.Context()
@@ -145,12 +192,17 @@ def _newest(folder: epath.Path) -> int | None:
     return distributed.gather(newest)[0]
 
 
-def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
+@lru_cache
+def parameter_kinds(model: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a model's parameters, by name."""
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    return {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
+
+def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     def place(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = parameter_spec(name, len(shape.shape))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return {name: place(name, shape) for name, shape in shapes.items()}
+    return {name: place(name, shape) for name, shape in parameter_kinds(config.model).items()}

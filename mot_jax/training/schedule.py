@@ -134,8 +134,8 @@ def stacked(name: str) -> int:
 
 
 def _is_matrix(name: str, rank: int) -> bool:
-    """Whether a parameter of a block is one, by its rank without leading dimensions. A norm's is none."""
-    return name.startswith("stacks/") and "norm" not in name and rank > 1
+    """Whether a parameter of a block is one, by its rank without leading dimensions. A norm's, or a bias, is none."""
+    return name.startswith("stacks/") and "norm" not in name and "bias" not in name and rank > 1
 
 
 def _decayed(params: Params) -> dict[str, bool]:

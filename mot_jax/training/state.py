@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mot_jax.config import Config
 from mot_jax.model import Params, init_params
-from mot_jax.sharding import parameter_spec
+from mot_jax.sharding import parameter_spec, whole
 from mot_jax.training.schedule import make_optimizer, stacked
 
 
@@ -52,3 +53,16 @@ def _create(config: Config, key: jax.Array) -> TrainState:
     params = init_params(config.model, key)
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def fetch(value: jax.Array) -> np.ndarray:
+    """All of an array in this process's memory, a copy.
+
+    Of several processes, each calls it, with the mesh set; then each device needs room for the array meanwhile.
+    """
+    return np.array(value if value.is_fully_addressable else jax.jit(whole)(value))
+
+
+def spread(value: np.ndarray, sharding: Sharding) -> jax.Array:
+    """The parts of it that this process's devices hold."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])

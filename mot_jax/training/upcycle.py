@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.text import open_tokenizer
 from mot_jax.model import Params, block_places
-from mot_jax.sharding import whole
 from mot_jax.training.restore import check_data, load_run, load_run_config
+from mot_jax.training.state import fetch, spread
 
 
 def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, list[str]]:
@@ -27,8 +26,8 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
     Raises what `check_upcycle` raises, and ConfigError without a checkpoint.
     """
     old, dense, step = load_run(workdir)
-    there = {name: _whole(value) for name, value in dense.items()}
-    values = {name: _whole(value) for name, value in params.items()}
+    there = {name: fetch(value) for name, value in dense.items()}
+    values = {name: fetch(value) for name, value in params.items()}
     dropped = False
     for name in values:
         if not name.startswith("stacks/"):
@@ -45,17 +44,7 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
     notes = [f"experts begin as the dense layers of {workdir} after {step} steps"]
     if dropped:
         notes += ["warning: the dense layers' biases have no place in experts and layers without, and are dropped"]
-    return {name: _split(value, params[name].sharding) for name, value in values.items()}, notes
-
-
-def _whole(value: jax.Array) -> np.ndarray:
-    """All of an array in this process's memory, a copy. Each device needs room for the largest stack meanwhile."""
-    return np.array(jax.jit(whole)(value))
-
-
-def _split(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """The parts of it that this process's devices hold."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])
+    return {name: spread(value, params[name].sharding) for name, value in values.items()}, notes
 
 
 def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,12 +20,14 @@ from training.test_loop import StoppedError, numbers, stop_at
 
 from mot_jax import cli
 from mot_jax.config import Config, ConfigError, LoggingConfig, to_json
+from mot_jax.convert import export, import_model
 from mot_jax.sharding import make_mesh
+from mot_jax.tensor_files import INDEX
 from mot_jax.training import loop
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.restore import load_run
-from mot_jax.training.state import abstract_state
+from mot_jax.training.state import abstract_state, create_state
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -154,6 +156,30 @@ def test_a_checkpoint_counts_when_it_is_whole(bucket, tiny):
         assert checkpoints.latest() == 8
         assert checkpoints.restore(8, tiny, mesh)[1] == 256
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8"}
+
+
+@pytest.mark.slow
+def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
+    """From a workdir on the store to the store, in several files that are written over; from there to a disk."""
+    workdir, output = bucket / "to_export", bucket / "exported"
+    state = create_state(tiny, make_mesh(tiny))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(4, state, 0, tiny)
+    (workdir / "config.json").write_text(to_json(tiny))
+    export(workdir, output, shard_bytes=4000)
+    export(workdir, output, shard_bytes=8000, overwrite=True)
+    with pytest.raises(ConfigError, match="holds an export already"):
+        export(workdir, output)
+    import_model(output, tmp_path / "copy")
+    for place in (output, tmp_path / "copy"):
+        run = load_run(place)
+        assert (run.config, run.step) == (tiny, 4)
+        for name, value in state.params.items():
+            np.testing.assert_array_equal(run.params[name], value)
+    content = (output / INDEX).read_bytes()
+    (output / INDEX).write_bytes(content[:-9])
+    with pytest.raises(ConfigError, match=r"model.safetensors.index.json: is no index of tensors"):
+        load_run(output)
 
 
 def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tiny):

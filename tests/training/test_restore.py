@@ -11,17 +11,20 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from etils import epath
+from safetensors.numpy import save_file
 
 from mot_jax import distributed
 from mot_jax.config import Config, ConfigError, MeshConfig, TransientError, to_json
 from mot_jax.sharding import make_mesh
+from mot_jax.tensor_files import open_tensors
 from mot_jax.training import restore
 from mot_jax.training.checkpoint import Checkpoints
-from mot_jax.training.restore import load_run, load_run_config
+from mot_jax.training.restore import load_run, load_run_config, tensor_faults
 from mot_jax.training.state import TrainState, abstract_state
 
 
@@ -93,8 +96,9 @@ import sys
 import jax
 from mot_jax.config import ConfigError
 from mot_jax.sharding import make_mesh
+from mot_jax.tensor_files import open_tensors
 from mot_jax.training.checkpoint import Checkpoints
-from mot_jax.training.restore import load_run, load_run_config
+from mot_jax.training.restore import load_run, load_run_config, tensor_faults
 
 def restore_state(workdir):
     config = load_run_config(workdir)
@@ -205,3 +209,21 @@ def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
     of_parameters, of_state = told_of(copy)
     assert of_parameters.startswith(f"ConfigError workdir = {copy}: its checkpoint 12 cannot be read (ValueError: ")
     assert "its checkpoint 12 cannot be read into this config's state by mot_jax 0.1.0 (ValueError: " in of_state
+
+
+def test_what_a_model_wants_and_finds(tmp_path):
+    dtypes = {"good": "float32", "narrow": "float16", "wide": "float32", "whole": "int32", "tiny": "float8_e4m3fn"}
+    values = {name: np.zeros((2, 3), dtype) for name, dtype in dtypes.items()}
+    values |= {"turned": values["good"], "extra": values["good"]}
+    save_file(values, tmp_path / "model.safetensors")
+    wanted = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in [*dtypes, "absent"]}
+    wanted |= {"turned": jax.ShapeDtypeStruct((3, 2), jnp.float32), "wide": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
+    advice = "or narrower; try model.param_dtype = 'float32'"
+    assert tensor_faults(open_tensors(epath.Path(tmp_path)), wanted, "here") == [
+        "here: tensor extra: the model has no parameter for it",
+        f"here: tensor wide: is float32, must be bfloat16 {advice}",
+        f"here: tensor whole: is I32, must be float32 {advice}",
+        f"here: tensor tiny: is F8_E4M3, must be float32 {advice}",
+        "here: tensor absent: is missing, must have shape (2, 3)",
+        "here: tensor turned: has shape (2, 3), must have (3, 2)",
+    ]
