@@ -16,7 +16,7 @@ from mot_jax.config import ConfigError, TransientError, error_words
 
 BAD_INPUT = 2
 COMMANDS = {
-    command.__name__: command
+    command.__name__.replace("_", "-"): command
     for command in (
         runs.train,
         runs.describe,
@@ -25,6 +25,7 @@ COMMANDS = {
         runs.evaluate,
         models.generate,
         models.fill,
+        models.lm_eval,
         runs.inspect,
         runs.curves,
     )

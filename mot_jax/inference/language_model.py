@@ -71,6 +71,11 @@ class LanguageModel:
     step: int
     mesh: Mesh | None = None
 
+    @property
+    def independent(self) -> bool:
+        """Whether no row hears another."""
+        return MODES[self.mode].independent or self.config.model.group_size == 1
+
     # --- causal models --------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Continuation]:
@@ -309,8 +314,7 @@ def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = N
 def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:
     """For people: who hears whom; why this mode, unless it was `chosen`; and what it costs beside that of training."""
     run, mode = load_run_config(workdir), model.mode
-    alone = MODES[mode].independent or run.model.group_size == 1
-    heard = "no row hears another" if alone else "the rows of a group influence each other"
+    heard = "no row hears another" if model.independent else "the rows of a group influence each other"
     lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
     if mode == (trained := trained_mode(run)):
         return lines
