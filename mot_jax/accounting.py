@@ -2,11 +2,12 @@
 
 FLOPs: a multiply-add is 2. Only matrix products count: no norms, softmax, activations, optimizer. Attention scores are
     the full S x S products that XLA computes, causal or not. Mixing is 3 D E multiply-adds per token (controller,
-    merge, emit; PAPER.md section 2), learned or not, and D E more where emit has a controller of its own. Training is
+    merge, emit; PAPER.md section 2), learned or not, and D E more where emit has a controller of its own. Token choice
+    costs D E for the router, and k experts: neither empty slots nor dropped tokens are counted apart. Training is
     3 x the forward pass, as in MFU; what is computed a second time to save memory is *recomputed*, and apart.
 Active parameters: those that a token pays FLOPs for. The G tokens of a group share the runs of its E experts, so
-    experts count 1/G (by the paper's rule E F = G d_ff: the dense layer's); the embeddings, looked up, not at all, but
-    for one that is the head as well.
+    experts count 1/G (by the paper's rule E F = G d_ff: the dense layer's), in token choice k/E; the embeddings, looked
+    up, not at all, but for one that is the head as well.
 Bytes: of all devices together, replicated arrays once; 1 MiB is 2**20.
 Kept: what the forward pass leaves for the backward pass of one microbatch. Read off the residuals of JAX's own
     derivative of each part, traced on shapes, and so true of any feed-forward kind. What does not grow with the batch
@@ -28,7 +29,15 @@ import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax import routing
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    FeedForwardConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.model import Block, init_params, stack_plan
 from mot_jax.training.schedule import make_optimizer
 
@@ -55,8 +64,11 @@ def _block_flops(model: ModelConfig, kind: FeedForwardConfig) -> dict[str, float
     parts: dict[str, float] = {"attention projections": 2 * product * (d + d_kv)}
     parts["attention scores"] = 2 * product * model.context_length
     layer = product * (3 if model.gated else 2)  # per number of the hidden width
-    if not isinstance(kind, MixtureOfTokensConfig):
+    if isinstance(kind, DenseConfig):
         return parts | {"dense FFN": layer * model.d_ff}
+    if isinstance(kind, TokenChoiceConfig):
+        parts |= {"router": product * kind.num_experts, "shared experts": layer * kind.shared_dim}
+        return parts | {"experts": layer * kind.hidden_dim(model.d_ff) * kind.top_k}
     experts = layer * kind.hidden_dim(model.d_ff) * kind.num_experts / kind.group_size
     mixing = (3 + (kind.mixing.controllers != "shared")) * product * kind.num_experts
     return parts | {"mixing": mixing, "experts": experts, "shared experts": layer * kind.shared_dim}
@@ -73,13 +85,16 @@ def recomputed_flops(model: ModelConfig) -> float:
     d, kinds = model.d_model, model.block_kinds()
     if model.remat == "blocks":
         total = sum(sum(_block_flops(model, kind).values()) for kind in kinds)
-        for period, repeats in stack_plan(kinds):
+        for period, repeats in stack_plan(model):
             last = period[-1]
-            width = last.num_experts + last.shared_dim if isinstance(last, MixtureOfTokensConfig) else model.d_ff
+            width = model.d_ff if isinstance(last, DenseConfig) else last.shared_dim
+            width += last.num_experts if isinstance(last, MixtureOfTokensConfig) else 0
             total -= repeats * 2 * d * width
         return total
     total = model.num_blocks * 2.0 * model.context_length * d if model.remat == "attention" else 0.0
     for kind in kinds:
+        if isinstance(kind, TokenChoiceConfig) and kind.capacity_factor is None:  # `routing.sum_experts`
+            total += _block_flops(model, kind)["experts"] / (3 if model.gated else 2)
         if isinstance(kind, MixtureOfTokensConfig):
             merge, products = 2 * d * kind.num_experts, _block_flops(model, kind)["experts"]
             output = products / (3 if model.gated else 2)
@@ -108,7 +123,11 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
 def active_parameters(model: ModelConfig) -> int:
     """The parameters that a token pays FLOPs for (see the top of this file)."""
     parts = count_parameters(model)
-    experts = parts.pop("experts", 0) // getattr(model.feed_forward, "group_size", 1)
+    experts, kind = parts.pop("experts", 0), model.feed_forward
+    if isinstance(kind, TokenChoiceConfig):
+        experts = experts * kind.top_k // kind.num_experts
+    elif isinstance(kind, MixtureOfTokensConfig):
+        experts //= kind.group_size
     head = model.vocab_size * model.d_model if model.tied_head else 0
     return sum(parts.values()) - parts["embeddings"] + experts + head
 
@@ -148,6 +167,8 @@ def _trace_kept(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> t
         return sum(math.prod(v.aval.shape[1:]) * v.aval.dtype.itemsize for v in kept if v.aval.shape[:1] == (_MANY,))
 
     g = getattr(kind, "group_size", 1)
+    if isinstance(kind, TokenChoiceConfig):
+        g = max(1, kind.routing_group_tokens // model.context_length)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # whatever mesh the caller has set
         one, two = size(g), size(2 * g)
     return (two - one) / g, 2 * one - two
@@ -166,7 +187,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig())
     if model.remat == "blocks":
         base = dataclasses.replace(base, remat="none")
-    for period, repeats in stack_plan(model.block_kinds()):
+    for period, repeats in stack_plan(model):
         here: Counter[str] = Counter()
         for kind in period:
             traced = {"attention": _trace_kept(base, DenseConfig(), "attention")}
@@ -266,6 +287,12 @@ def describe(config: Config) -> Description:
             f"saved: {s}": dataclasses.replace(m, remat="none", feed_forward=dataclasses.replace(kind, saved=s))
             for s in ("nothing", "pre_activations", "all")
         }
+    if isinstance(kind, TokenChoiceConfig):
+        sizes |= {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(m.d_ff), "choices_k": kind.top_k}
+        sizes["routing_group_tokens_T"] = kind.routing_group_tokens
+        if kind.capacity_factor is not None:
+            of = (kind.routing_group_tokens, kind.top_k, kind.num_experts, kind.capacity_factor)
+            sizes["capacity_C"] = routing.capacity(*of)
     sizes |= {"windows_per_step": t.batch_size, "tokens_per_step": tokens}
     sizes |= {"steps": steps, "windows_per_run": t.batch_size * steps, "tokens_per_run": tokens * steps}
     choices["remat: attention"] = dataclasses.replace(m, remat="attention")

@@ -49,7 +49,7 @@ class Cache:
             place = spec(None, "rows", None, "heads", None)
             return jnp.zeros((repeats, *shape), config.dtype, out_sharding=place)
 
-        layers = [[(zeros(n), zeros(n)) for _ in period] for period, n in stack_plan(config.block_kinds())]
+        layers = [[(zeros(n), zeros(n)) for _ in period] for period, n in stack_plan(config)]
         real, segments = (jnp.zeros((rows, columns), t, out_sharding=spec("rows", None)) for t in (bool, jnp.int32))
         return cls(layers, real, segments, jnp.zeros((), jnp.int32))
 
@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
             if config.positions == "learned"
             else None
         )
-        self.plan = stack_plan(config.block_kinds())
+        self.plan = stack_plan(config)
         self.stacks = nnx.List(nnx.List(_stack(config, kind, n, rngs) for kind in period) for period, n in self.plan)
         self.final_norm = _norm(config, rngs) if config.final_norm else None
         self.head = None if config.tied_head else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
@@ -190,8 +190,14 @@ class Transformer(nnx.Module):
         return self.token_embedding[...].T if self.head is None else self.head[...]
 
 
-def stack_plan(kinds: list[FeedForwardConfig]) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
-    """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one a run of equals."""
+def stack_plan(config: ModelConfig) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
+    """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one a run of equals.
+
+    One for each block, unless they are `stacked`.
+    """
+    kinds = config.block_kinds()
+    if not config.stacked:
+        return [((kind,), 1) for kind in kinds]
     n = len(kinds)
     for period in range(1, n // 2 + 1):
         if n % period == 0 and kinds == kinds[:period] * (n // period):
@@ -209,7 +215,7 @@ def block_places(config: ModelConfig) -> list[tuple[str, int]]:
     """Where each block's parameters are: the beginning of their names, and their index in the leading dimension."""
     return [
         (f"stacks/{i}/{j}/", repeat)
-        for i, (period, repeats) in enumerate(stack_plan(config.block_kinds()))
+        for i, (period, repeats) in enumerate(stack_plan(config))
         for repeat in range(repeats)
         for j in range(len(period))
     ]
@@ -303,3 +309,14 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
     flat = nnx.to_flat_state(state)
     values = [(path, variable.replace(params["/".join(map(str, path))])) for path, variable in flat]
     return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model with every block by itself."""
+    apart = dataclasses.replace(config, stacked=False)
+    found = {name: value for name, value in params.items() if not name.startswith("stacks/")}
+    for (old, repeat), (new, _) in zip(block_places(config), block_places(apart), strict=True):
+        for name, value in params.items():
+            if name.startswith(old):
+                found[new + name.removeprefix(old)] = value[repeat : repeat + 1]
+    return apart, found

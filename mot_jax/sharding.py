@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, ConfigError, MeshConfig, MixtureOfTokensConfig
+from mot_jax.config import Config, ConfigError, MeshConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -59,6 +59,8 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_in": ("experts", "features", "hidden"),
     "w_gate": ("experts", "features", "hidden"),
     "w_out": ("experts", "hidden", "features"),
+    "companion_mixtures": (None, "experts", None),
+    "companion_outputs": (None, "experts", None),
 }
 
 
@@ -116,7 +118,7 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
     parts += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
     if m.d_model % fsdp == 0:
         parts += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
-    if isinstance(kind, MixtureOfTokensConfig):
+    if isinstance(kind, (MixtureOfTokensConfig, TokenChoiceConfig)):
         parts += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
         parts += [("tensor", tensor, "model.feed_forward.shared_dim", kind.shared_dim)]
     for axis, size, name, whole in parts:
@@ -130,20 +132,26 @@ def _batch_faults(config: Config, sizes: Sizes) -> Iterator[str]:
     """The fault of a microbatch whose groups cannot be made whole on the mesh, if they cannot."""
     t, m = config.training, config.model
     rows = t.batch_size // t.accumulation
-    if _kept_axes(rows, m.context_length, m.group_size, sizes) is None:
-        multiple = _rows_multiple(m.group_size, m.context_length, sizes)
+    multiple = _model_rows(m, sizes)
+    if rows % multiple:
         good = max(1, round(rows / multiple)) * multiple * t.accumulation
-        over = math.prod(sizes[:3])
-        parts = f"group size {m.group_size} x accumulation {t.accumulation} on {over} shards of the rows"
+        group_size, over = max(m.group_size, m.routing_rows), math.prod(sizes[:3])
+        parts = f"group size {group_size} x accumulation {t.accumulation} on {over} shards of the rows"
         words = f"must be a multiple of {multiple * t.accumulation} ({parts}); try {good}"
         yield f"training.batch_size = {t.batch_size}: {words}"
 
 
 def rows_multiple(config: Config, mesh: Mesh) -> int:
     """The rows that the mesh can hold so that its devices can make the groups whole: this many, or a multiple."""
-    shape, m = mesh.shape, config.model
+    shape = mesh.shape
     sizes = (shape["data"], shape["fsdp"], shape["expert"], shape["tensor"])
-    return math.lcm(config.group_size, _rows_multiple(m.group_size, m.context_length, sizes))
+    return math.lcm(config.group_size, _model_rows(config.model, sizes))
+
+
+def _model_rows(model: ModelConfig, sizes: Sizes) -> int:
+    """Mixing groups may span devices, which then exchange; a routing group is whole on one."""
+    mixed = _rows_multiple(model.group_size, model.context_length, sizes)
+    return math.lcm(mixed, model.routing_rows * math.prod(sizes[:3]))
 
 
 def _rows_multiple(group_size: int, length: int, sizes: Sizes) -> int:

@@ -184,6 +184,72 @@ class Layer:
         return d
 
 
+@dataclasses.dataclass
+class Routed:
+    """Token choice, forward and backward, one token after the other. capacity: slots of an expert in a routing group of
+    so many `tokens`; None: without end. mask: bool [B, S]. balance, z: weights of the two losses.
+    """
+
+    top_k: int
+    tokens: int
+    capacity: int | None = None
+    mask: np.ndarray | None = None
+    balance: float = 0.0
+    z: float = 0.0
+
+    def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+        """(y [B, S, D], the two losses times their weights, gradients of sum(y dy) + losses); p as for `Layer`."""
+        x = p["x"].reshape(-1, p["x"].shape[-1])
+        real = np.ones(len(x), bool) if self.mask is None else self.mask.reshape(-1)
+        dy, y, d = dy.reshape(x.shape), np.zeros(x.shape), {name: np.zeros(v.shape) for name, v in p.items()}
+        dx = d["x"].reshape(x.shape)
+        groups = [np.arange(start, start + self.tokens) for start in range(0, len(x), self.tokens)]
+        groups = [group[real[group]] for group in groups if real[group].any()]
+        loss, count = 0.0, p["controller"].shape[1]
+        for group in groups:
+            logits = x[group] @ p["controller"]
+            sums = np.log(np.exp(logits).sum(axis=1))
+            probabilities = np.exp(logits - sums[:, None])
+            chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+            share = np.bincount(chosen.reshape(-1), minlength=count) / chosen.size
+            loss += self.balance * count * (share * probabilities.mean(axis=0)).sum() / len(groups)
+            loss += self.z * (sums**2).mean() / len(groups)
+            d_probabilities = np.tile(self.balance * count * share / len(group) / len(groups), (len(group), 1))
+            d_logits = self.z * 2 * sums[:, None] * probabilities / len(group) / len(groups)
+            taken = np.zeros(count, int)
+            for i, t in enumerate(group):
+                for e in chosen[i]:
+                    if self.capacity is not None and taken[e] == self.capacity:
+                        continue
+                    taken[e] += 1
+                    h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
+                    hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+                    output = hidden @ p["w_out"][e]
+                    y[t] += probabilities[i, e] * output
+                    d_probabilities[i, e] += output @ dy[t]
+                    d_output = probabilities[i, e] * dy[t]
+                    d["w_out"][e] += np.outer(hidden, d_output)
+                    d_hidden = p["w_out"][e] @ d_output
+                    if gate is None:
+                        parts = {"w_in": d_hidden * (h > 0)}
+                    else:
+                        parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                    for name, part in parts.items():
+                        d[name][e] += np.outer(x[t], part)
+                        dx[t] += p[name][e] @ part
+            d_logits += probabilities * (d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True))
+            d["controller"] += x[group].T @ d_logits
+            dx[group] += d_logits @ p["controller"].T
+        if "kernel_in" in p:
+            h = x @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.maximum(h, 0).T @ dy
+            d["kernel_in"] += x.T @ d_h
+            dx += d_h @ p["kernel_in"].T
+        return y.reshape(p["x"].shape), loss, d
+
+
 def shannon(weights: np.ndarray) -> float:
     """Entropy over that of as many equal weights: 1 is uniform, 0 is one-hot."""
     positive = weights[weights > 0]

@@ -22,6 +22,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    TokenChoiceConfig,
     TrainingConfig,
     check,
     from_json,
@@ -102,8 +103,10 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    if draw(st.booleans()):
-        shared = draw(st.integers(0, d_ff - 1))
+    which = draw(st.sampled_from(["mixture", "token choice", "dense"]))
+    length = chunk * draw(small)
+    shared = draw(st.integers(0, d_ff - 1))
+    if which == "mixture":
         wanted = group * (d_ff - shared)
         experts = draw(st.sampled_from([e for e in range(1, wanted + 1) if wanted % e == 0]))
         expert_dim = draw(st.sampled_from([None, wanted // experts]))
@@ -117,6 +120,20 @@ def configs(draw) -> Config:
             controller_init_scale=draw(positive),
             saved=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
         )
+    elif which == "token choice":
+        divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
+        top_k, experts = draw(st.sampled_from(divisors)), draw(st.integers(0, 9))
+        tokens = st.sampled_from([n for n in range(1, length + 1) if length % n == 0] + [2 * length, 3 * length])
+        kind = TokenChoiceConfig(
+            experts + top_k,
+            top_k=top_k,
+            shared_dim=shared,
+            capacity_factor=draw(st.none() | positive),
+            routing_group_tokens=draw(tokens),
+        )
+        if draw(st.booleans()):
+            mixture = MixtureOfTokensConfig(draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_dim=shared)
+            kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
     else:
         kind = DenseConfig(draw(st.booleans()))
     dense_bias = isinstance(kind, DenseConfig) or draw(st.booleans())
@@ -126,7 +143,7 @@ def configs(draw) -> Config:
         d_model=heads * draw(small),
         d_ff=d_ff,
         num_heads=heads,
-        context_length=chunk * draw(small),
+        context_length=length,
         vocab_size=draw(st.integers(1, 1000)),
         feed_forward=kind,
         moe_blocks=draw(moe),
@@ -136,7 +153,7 @@ def configs(draw) -> Config:
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         loss_chunk=chunk,
     )
-    group_size = model.group_size
+    group_size = max(model.group_size, model.routing_rows)
     optimizer = OptimizerConfig(
         draw(st.sampled_from(["adamw", "adafactor", "muon"])),
         draw(positive),
@@ -234,9 +251,49 @@ def test_more_combinations_are_refused():
         put(dense, name, value)
         for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
     )
-    for broken in (rotary, entropy, upcycled, put(dense, "model.dense_bias", False)):
+    balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
+    for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
         (fault,) = faults(broken)
         check(follow(broken, fault))
+
+
+WAS = MixtureOfTokensConfig(8, 16, 256)
+ROUTED = Config(model=ModelConfig(feed_forward=TokenChoiceConfig(16, top_k=4, routing_group_tokens=512, mixture=WAS)))
+BROKEN_ROUTING = {
+    "model.feed_forward.top_k": 3,
+    "model.feed_forward.num_experts": 0,
+    "model.feed_forward.routing_group_tokens": 300,
+    "model.feed_forward.capacity_factor": 0,
+    "model.feed_forward.mixture.num_experts": 32,
+    "model.feed_forward.mixture.expert_dim": 128,
+    "model.feed_forward.mixture.mixing.temperature": -1.0,
+    "data.group_size": 3,
+    "training.batch_size": 33,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ROUTING)
+def test_each_rule_of_token_choice_has_a_line(name):
+    check(ROUTED)
+    broken = put(ROUTED, name, BROKEN_ROUTING[name])
+    fault = next(fault for fault in faults(broken) if fault.startswith(f"{name} = {BROKEN_ROUTING[name]}: "))
+    for _ in range(4):  # another number of experts breaks other rules
+        broken = reduce(follow, faults(broken), broken)
+    check(broken)
+    assert get(broken, name) != BROKEN_ROUTING[name], fault
+
+
+def test_more_choices_than_experts_and_no_width_left():
+    for name, value in {"top_k": 32, "shared_dim": 1024}.items():
+        kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
+        (fault,) = faults(put(ROUTED, "model.feed_forward", kind))
+        assert fault.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        check(follow(put(ROUTED, "model.feed_forward", kind), fault))
+
+
+def test_rows_of_a_routing_group_come_from_different_documents():
+    assert ROUTED.group_size == 2 and ROUTED.model.group_size == 1
+    assert put(ROUTED, "model.feed_forward.routing_group_tokens", 128).group_size == 1
 
 
 @pytest.mark.parametrize("experts", [32, 48])

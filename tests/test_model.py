@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mot_jax.config import DenseConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, load_config
 from mot_jax.feed_forward import FeedForwardContext
-from mot_jax.model import Block, Transformer, bind, get_params, init_params, stack_plan
+from mot_jax.model import Block, Transformer, bind, get_params, init_params, stack_plan, unstack
 
 B, S, G = 4, 4, 2
 MIXTURE = MixtureOfTokensConfig(group_size=G, num_experts=4)
@@ -211,18 +211,30 @@ PLANS = {
 def test_plan(case):
     moe_blocks, num_blocks, expected = PLANS[case]
     config = dataclasses.replace(MODEL, num_blocks=num_blocks, moe_blocks=moe_blocks)
-    assert stack_plan(config.block_kinds()) == expected
+    assert stack_plan(config) == expected
 
 
 @given(st.lists(st.sampled_from([DENSE, MIXTURE]), min_size=1, max_size=12), st.integers(1, 3))
 def test_plan_gives_back_the_blocks(pattern, repeats):
     kinds = pattern * repeats
-    plan = stack_plan(kinds)
+    moe_blocks = tuple(i for i, kind in enumerate(kinds) if kind == MIXTURE)
+    plan = stack_plan(dataclasses.replace(MODEL, num_blocks=len(kinds), moe_blocks=moe_blocks))
     assert [kind for period, n in plan for _ in range(n) for kind in period] == kinds
     runs = 1 + sum(a != b for a, b in pairwise(kinds))
     assert len(plan) <= runs
     if repeats > 1:
         assert len(plan) == 1 and len(plan[0][0]) <= len(pattern)
+
+
+@pytest.mark.parametrize("moe_blocks", ["all", "every_other"])
+def test_blocks_apart_are_the_same_model(moe_blocks):
+    config = dataclasses.replace(MODEL, num_blocks=4, moe_blocks=moe_blocks)
+    params = init_params(config, jax.random.key(0, impl="rbg"))
+    apart, moved = unstack(config, params)
+    assert len(stack_plan(apart)) == 4 and {name: v.shape for name, v in moved.items()} == {
+        name: v.shape for name, v in abstract(apart).items()
+    }
+    np.testing.assert_allclose(bind(apart, moved)(TOKENS).hidden, bind(config, params)(TOKENS).hidden, atol=1e-6)
 
 
 def one_by_one(config: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Array:

@@ -24,6 +24,7 @@ from mot_jax.config import (
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    TokenChoiceConfig,
     TrainingConfig,
 )
 from mot_jax.feed_forward import FeedForwardContext, MixtureOfTokens
@@ -334,6 +335,19 @@ def training(config: Config, batch_size: int, accumulation: int = 1) -> Config:
     return dataclasses.replace(config, training=TrainingConfig(batch_size=batch_size, accumulation=accumulation))
 
 
+def routed(shape, rows: int, **fields) -> Config:
+    """Token choice in routing groups of so many rows."""
+    config = config_of(shape)
+    kind = TokenChoiceConfig(8, routing_group_tokens=rows * S, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+
+
+def test_rows_that_a_mesh_can_hold_make_whole_routing_groups():
+    mesh = jax.make_mesh((2, 1, 2, 1), sharding.AXES, devices=jax.devices()[:4])
+    assert sharding.rows_multiple(routed((2, 1, 2, 1), 3), mesh) == 12
+    assert sharding.rows_multiple(routed((2, 1, 2, 1), 1), mesh) == 4
+
+
 FAULTS = {
     "too many devices": (
         config_of((16, 1, 1, 1)),
@@ -357,6 +371,14 @@ FAULTS = {
         ["mesh.expert = 6: must divide model.feed_forward.num_experts = 8; try 2", "training.batch_size = 16"],
     ),
     "heads": (config_of((1, 1, 1, 8), d_ff=72), ["mesh.tensor = 8: must divide model.num_heads = 4; try 4"] * 1),
+    "routing groups": (
+        routed(DATA, 4),
+        ["training.batch_size = 16: must be a multiple of 32 (group size 4 x accumulation 1 on 8 shards of the rows)"],
+    ),
+    "routed widths": (
+        routed((1, 1, 2, 4), 1, shared_dim=6),
+        ["mesh.tensor = 4: must divide model.feed_forward.expert_dim = 34", "mesh.tensor = 4: must divide model.feed_"],
+    ),
     "width": (config_of((1, 3, 1, 1)), ["mesh.fsdp = 3: must divide model.d_model = 16; try 1", "training.batch_size"]),
 }
 

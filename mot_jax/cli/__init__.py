@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from mot_jax import distributed
-from mot_jax.cli import data, models, runs
+from mot_jax.cli import bench, data, models, runs
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError, TransientError, error_words
 
@@ -28,6 +28,7 @@ COMMANDS = {
         models.lm_eval,
         runs.inspect,
         runs.curves,
+        bench.bench,
     )
 }
 

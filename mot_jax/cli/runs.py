@@ -10,7 +10,7 @@ from pathlib import Path
 from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
 from mot_jax.config import ConfigError, error_words, nearest
-from mot_jax.inference.modes import MODES, lacking, regrouped
+from mot_jax.inference.modes import MODES, lacking, regrouped, trained_mode
 from mot_jax.paths import user_path
 
 DOES_NOT_FIT = 1
@@ -69,7 +69,7 @@ def evaluate(arguments: list[str]) -> None:
     if options.group_size is not None:
         config = regrouped(config, positive("--group-size", options.group_size))
     limit = None if options.windows is None else positive("--windows", options.windows)
-    mode, split = options.mode or "grouped", options.split or config.data.validation_split
+    mode, split = options.mode or trained_mode(config), options.split or config.data.validation_split
     if mode != "all":
         MODES[mode].change(config)  # or say why not
     distributed.connect(process(options, config), config.mesh, trains=False)

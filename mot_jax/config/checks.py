@@ -8,7 +8,15 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mot_jax.config.fields import Config, ConfigError, DenseConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config.fields import (
+    Config,
+    ConfigError,
+    DenseConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.config.hints import leaves, matches, type_words
 
 
@@ -40,13 +48,15 @@ def _default(field: dataclasses.Field) -> str:
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
     "expert_dim steps batch_size accumulation log_every validate_every checkpoint_every keep "
-    "validation_windows".split(),
+    "validation_windows top_k routing_group_tokens".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
 _RANGES |= {"preempted_exit_code": (3, 255), "wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_share": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
-_RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon"], (1e-30, sys.float_info.max))
+_RANGES |= dict.fromkeys(
+    ["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, sys.float_info.max)
+)
 
 
 def _range_faults(config: Config) -> Iterator[str]:
@@ -94,18 +104,22 @@ def _size_faults(config: Config) -> Iterator[str]:
         yield "model.dense_bias = False: is for models of two kinds; a dense one has model.feed_forward.bias; try True"
     if isinstance(m.feed_forward, MixtureOfTokensConfig):
         yield from _mixture_faults(m, m.feed_forward)
-        for fault in mixing_faults(m.feed_forward.mixing):
-            yield f"model.feed_forward.mixing.{fault}"
     elif config.training.upcycle_from is not None:
         yield (
             f"training.upcycle_from = {config.training.upcycle_from!r}: model.feed_forward must be a Mixture of "
             f"Tokens, and is {m.feed_forward.kind}; try None"
         )
+    if isinstance(m.feed_forward, TokenChoiceConfig):
+        yield from _token_choice_faults(m, m.feed_forward)
     if config.training.losses.mixing_entropy:
         mixing = getattr(m.feed_forward, "mixing", MixingConfig("uniform"))
         if not mixing.uses_temperature:
             weight = config.training.losses.mixing_entropy
             yield f"training.losses.mixing_entropy = {weight}: model.feed_forward learns no mixing weights; try 0"
+    if not isinstance(m.feed_forward, TokenChoiceConfig):
+        for name in ("load_balancing", "router_z"):
+            if weight := getattr(config.training.losses, name):
+                yield f"training.losses.{name} = {weight}: is for model.feed_forward of kind token_choice; try 0"
     if not d.corpus:
         yield "data.corpus = (): must name a corpus; try ('python_source/stdlib',)"
     elif d.weights and len(d.weights) != len(d.corpus):
@@ -113,11 +127,9 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"data.weights = {d.weights}: must be one number for each of the {len(d.corpus)} of data.corpus, or none; "
             f"try {(1,) * len(d.corpus)}"
         )
-    if d.group_size and d.group_size % max(m.group_size, 1):
-        yield (
-            f"data.group_size = {d.group_size}: must be a multiple of "
-            f"model.feed_forward.group_size = {m.group_size}; try {m.group_size}"
-        )
+    rows, what = max((m.group_size, "model.feed_forward.group_size"), (m.routing_rows, "the rows of a routing group"))
+    if d.group_size and d.group_size % max(rows, 1):
+        yield f"data.group_size = {d.group_size}: must be a multiple of {what} = {rows}; try {rows}"
         config = dataclasses.replace(config, data=dataclasses.replace(d, group_size=None))
     yield from _batch_faults(config)
 
@@ -153,8 +165,9 @@ def mixing_faults(c: MixingConfig) -> Iterator[str]:
         yield f"learnt_temperature = {c.learnt_temperature!r}: {words}; try 'none'"
 
 
-def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator[str]:
-    name = "model.feed_forward"
+def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward") -> Iterator[str]:
+    for words in mixing_faults(kind.mixing):
+        yield f"{name}.mixing.{words}"
     if kind.mixing.groups == "within":
         if model.objective == "causal":
             yield (
@@ -162,10 +175,10 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator
                 "model is to predict; must be across rows there; try 'across'"
             )
         yield from _divisor_faults(f"{name}.group_size", kind.group_size, "model.context_length", model.context_length)
-    width = model.d_ff - kind.shared_dim
-    if width < 1:
-        yield f"{name}.shared_dim = {kind.shared_dim}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
+    if fault := _shared_fault(model, kind.shared_dim, name):
+        yield fault
         return
+    width = model.d_ff - kind.shared_dim
     wanted = kind.group_size * width
     rule = f"num_experts x expert_dim = group_size x (d_ff - shared_dim) = {wanted}"
     if kind.num_experts < 1 or kind.group_size < 1:
@@ -179,6 +192,37 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig) -> Iterator
     if kind.flop_matched and kind.expert_dim is not None and kind.num_experts * kind.expert_dim != wanted:
         advice = "None" if divides else f"{name}.expert_dim = None, {name}.num_experts = {good}"
         yield f"{name}.expert_dim = {kind.expert_dim}: breaks the rule {rule} that flop_matched asks for; try {advice}"
+
+
+def _shared_fault(model: ModelConfig, width: int, name: str) -> str | None:
+    if width < model.d_ff:
+        return None
+    return f"{name}.shared_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
+
+
+def _token_choice_faults(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    if kind.top_k > kind.num_experts >= 1:
+        yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if fault := _shared_fault(model, kind.shared_dim, name):
+        yield fault
+    elif kind.expert_dim is None:
+        yield from _divisor_faults(f"{name}.top_k", kind.top_k, "d_ff - shared_dim", model.d_ff - kind.shared_dim)
+    tokens, length = kind.routing_group_tokens, model.context_length
+    if min(tokens, length) > 0 and length % tokens and tokens % length:
+        rule = f"must divide model.context_length = {length} or be a multiple of it"
+        yield f"{name}.routing_group_tokens = {tokens}: {rule}; try {max(1, round(tokens / length)) * length}"
+    if kind.mixture is not None:
+        yield from _mixture_faults(model, kind.mixture, f"{name}.mixture")
+        for field in ("num_experts", "shared_dim"):
+            there, here = getattr(kind.mixture, field), getattr(kind, field)
+            if there != here:
+                yield f"{name}.mixture.{field} = {there}: must be that of the same weights, {here} here; try {here}"
+        if min(kind.top_k, kind.mixture.num_experts) < 1:
+            return
+        there, here = kind.mixture.hidden_dim(model.d_ff), kind.hidden_dim(model.d_ff)
+        if there != here:
+            yield f"{name}.mixture.expert_dim = {there}: must be that of the same weights, {here} here; try {here}"
 
 
 def _batch_faults(config: Config) -> Iterator[str]:

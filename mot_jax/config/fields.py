@@ -145,7 +145,36 @@ class CompanionsConfig(MixtureOfTokensConfig):
     experts_per_token: int | None = None
 
 
-FeedForwardConfig = DenseConfig | MixtureOfTokensConfig
+@dataclasses.dataclass(frozen=True)
+class TokenChoiceConfig:
+    """A sparse mixture of experts: each token goes to the `top_k` experts that the controller finds likeliest.
+
+    num_experts: E. expert_dim: F, the hidden width of an expert; None is the rule top_k F = d_ff - shared_dim, which
+        costs the FLOPs of the dense layer. shared_dim: as in MixtureOfTokensConfig, and so the init scales.
+    capacity_factor: an expert takes at most so many times its even share of a routing group; None: whatever comes.
+    routing_group_tokens: neighbouring tokens, row after row, within which capacity is shared and balance measured, so
+        that both are the same on every mesh. Divides the context length, or is a multiple of it: whole rows.
+    mixture: the Mixture-of-Tokens layer that these weights were trained as, if they were.
+    """
+
+    kind: ClassVar[str] = "token_choice"
+    num_experts: int = 32
+    expert_dim: int | None = None
+    top_k: int = 1
+    shared_dim: int = 0
+    capacity_factor: float | None = 1.25
+    routing_group_tokens: int = 256
+    controller_init_scale: float = 1.0
+    w_in_init_scale: float = 1.0
+    w_out_init_scale: float = 1.0
+    mixture: MixtureOfTokensConfig | None = _free(None)
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_dim) // self.top_k
+
+
+FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +206,8 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
+    stacked: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
+        depth. False: every block by itself, as for generation, whose steps would copy each block's weights in a loop.
     """
 
     num_blocks: int = 4
@@ -204,6 +235,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
+    stacked: bool = True
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
@@ -224,6 +256,14 @@ class ModelConfig:
             return 1
         return kind.group_size if kind.mixing.groups == "across" else 1
 
+    @property
+    def routing_rows(self) -> int:
+        """Rows of a routing group; 1 where groups lie within rows, or nothing is routed."""
+        kind = self.feed_forward
+        if not isinstance(kind, TokenChoiceConfig):
+            return 1
+        return max(1, kind.routing_group_tokens // max(self.context_length, 1))
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -233,8 +273,8 @@ class DataConfig:
     weights: share of each corpus in a batch, in any unit; none given: by their sizes.
     train_split, validation_split, feature: of the data sets, as TFDS names them.
     tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
-    group_size: rows that the shuffle gives to different documents; None is the model's group size. A dense twin that is
-        to see the same batches as its MoT sets it.
+    group_size: rows that the shuffle gives to different documents; None is the model's group size, or the rows of its
+        routing groups. A dense twin that is to see the same batches as its MoT sets it.
     mask_share: of the tokens, for the masked objective.
     directory: where prepared text is kept; None is `~/.cache/mot_jax`.
     validation_windows: score at most that many windows of the validation split; None is all of them.
@@ -280,12 +320,19 @@ class OptimizerConfig:
 class LossWeights:
     """What is added to the cross-entropy, each mean times its weight.
 
-    mixing_entropy: normalised entropy of the mixing weights, mean over the layers. head_z: (log Z)² of the head's
-    logits, Z being the sum of their exponentials.
+    head_z: (log Z)² of the head's logits, Z being the sum of their exponentials. The others, of the layers, mean over
+    them: mixing_entropy, normalised, of the mixing weights; load_balancing of token choice, 1 where all experts are
+    alike; router_z: (log Z)² of its logits.
     """
 
     mixing_entropy: float = 0.0
     head_z: float = 0.0
+    load_balancing: float = 0.0
+    router_z: float = 0.0
+
+    def of_layers(self) -> dict[str, float]:
+        """The weights that are not 0, by the names of the layers' losses."""
+        return {name: weight for name, weight in vars(self).items() if weight and name != "head_z"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,4 +405,4 @@ class Config:
     @property
     def group_size(self) -> int:
         """Rows that the data keeps together, and gives to different documents."""
-        return self.data.group_size or self.model.group_size
+        return self.data.group_size or max(self.model.group_size, self.model.routing_rows)

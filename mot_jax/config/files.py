@@ -15,7 +15,7 @@ from typing import Any
 from mot_jax.config import fields
 from mot_jax.config.checks import check
 from mot_jax.config.fields import Config, ConfigError, nearest
-from mot_jax.config.hints import leaves, options
+from mot_jax.config.hints import leaves, matches, options
 
 FORMAT_VERSION = 2
 
@@ -91,12 +91,12 @@ def from_json(text: str) -> Config:
 
 def _decode(data: Any, hint: Any, path: str) -> Any:
     classes: list[Any] = [option for option in options(hint) if dataclasses.is_dataclass(option)]
-    if not classes:
+    if not classes or (data is None and matches(data, hint)):
         return tuple(_decode(item, None, path) for item in data) if isinstance(data, list) else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path} = {data!r}: must be a group of fields")
     data = dict(data)
-    if len(classes) > 1:
+    if hasattr(classes[0], "kind"):
         kinds = {c.kind: c for c in classes}
         kind = str(data.pop("kind", None))
         if kind not in kinds:

@@ -6,16 +6,25 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from mot_jax.config import CompanionsConfig, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import (
+    CompanionsConfig,
+    DenseConfig,
+    FeedForwardConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.feed_forward.companions import Companions
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.feed_forward.token_choice import TokenChoice
 
 KINDS: dict[type, Callable[..., nnx.Module]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
+    TokenChoiceConfig: TokenChoice,
 }
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "FeedForwardContext",
     "FeedForwardOutput",
     "MixtureOfTokens",
+    "TokenChoice",
     "make_feed_forward",
 ]
 

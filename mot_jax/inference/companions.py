@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
 
-from mot_jax.config import ConfigError, ModelConfig, error_words
+from mot_jax.config import CompanionsConfig, ConfigError, ModelConfig, error_words
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
 from mot_jax.data.windows import Windows
@@ -27,7 +27,7 @@ from mot_jax.feed_forward.companions import summarise
 from mot_jax.inference.recording import record
 from mot_jax.model import Params, block_places
 from mot_jax.paths import replace_file, user_path
-from mot_jax.sharding import axis_size, parameter_spec, reshard
+from mot_jax.sharding import axis_size, parameter_spec, reshard, whole
 
 FILE = "companions.npy"
 _ANEW = "the command that trained it, mot train CONFIG --workdir WORKDIR, writes it, and trains no further"
@@ -79,33 +79,36 @@ def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
 
 
 def summaries(
-    model: ModelConfig, params: Params, step: int, companions: np.ndarray, num_positions: int
+    model: ModelConfig, params: Params, step: int, companions: np.ndarray, kind: CompanionsConfig
 ) -> dict[str, jax.Array]:
-    """What `feed_forward.Companions` keeps of them, by parameter name, on the mesh that is set.
+    """What the layers of this `kind` keep of them, by parameter name, on the mesh that is set.
 
     model: as trained, of which the first G of the companions are a group.
     """
     rows = axis_size("data") * axis_size("fsdp") * axis_size("expert")
     copies = rows // math.gcd(rows, model.group_size)  # of the group, so that each device has as many rows
     tokens, segments = np.tile(companions[:, : model.group_size], (1, copies, 1))
-    found = _summaries(model, params, tokens, segments, jnp.asarray(step), num_positions)
+    found = _summaries(model, kind, params, tokens, segments, jnp.asarray(step))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return found
     return {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in found.items()}
 
 
-@partial(jax.jit, static_argnames=("model", "num_positions"))
+@partial(jax.jit, static_argnames=("model", "kind"))
 def _summaries(
-    model: ModelConfig, params: Params, tokens: jax.Array, segments: jax.Array, step: jax.Array, num_positions: int
+    model: ModelConfig, kind: CompanionsConfig, params: Params, tokens: jax.Array, segments: jax.Array, step: jax.Array
 ) -> dict[str, jax.Array]:
     tokens, segments = (reshard(a, "rows", None) for a in (tokens, segments))
     context = FeedForwardContext(token_ids=tokens, step=step)
     _, recorded = record(model, params, tokens, context, segments, summarise)
+    if kind.experts_per_token is None:
+        del recorded["companion_outputs"]
     places = block_places(model)
     stacked: dict[str, list[jax.Array]] = {}
     for name, of_block in recorded.items():
         for block, value in of_block.items():  # in the order of the blocks, and so of a stack's repeats
-            value = reshard(value, *[None] * value.ndim)
+            value = whole(value)[0]  # of the copies of the group
+            value = value if kind.num_positions > 1 else value.mean(axis=0, keepdims=True)
             stacked.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
     return {name: jnp.stack(values) for name, values in stacked.items()}

@@ -19,7 +19,7 @@ from mot_jax.inference.companions import load_companions
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
 from mot_jax.inference.modes import MODES, default_mode, enter, trained_mode
 from mot_jax.inference.scoring import right_padded, score, windows
-from mot_jax.model import Params
+from mot_jax.model import Params, unstack
 from mot_jax.sharding import rows_multiple
 from mot_jax.training.restore import check_data, load_run, load_run_config
 from mot_jax.training.scores import measured
@@ -308,6 +308,8 @@ def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = N
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
+        model, params = unstack(config.model, params)
+    config = dataclasses.replace(config, model=model)
     return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
 
 

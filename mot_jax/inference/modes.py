@@ -6,10 +6,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from mot_jax.config import CompanionsConfig, Config, ConfigError, MixingConfig, MixtureOfTokensConfig, check, nearest
+from mot_jax.config import (
+    CompanionsConfig,
+    Config,
+    ConfigError,
+    FeedForwardConfig,
+    LossWeights,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    TokenChoiceConfig,
+    check,
+    nearest,
+)
 
 if TYPE_CHECKING:  # commands that run no model do without JAX
     import numpy as np
@@ -27,8 +38,8 @@ class Mode:
 
 
 def grouped(config: Config) -> Config:
-    """As trained: the rows of a group influence each other."""
-    return config
+    """As trained: the rows of a group influence each other. Of token choice that was tuned from it: the MoT it was."""
+    return _mixed(config, "--mode grouped") if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
 
 
 def companions(config: Config) -> Config:
@@ -36,9 +47,17 @@ def companions(config: Config) -> Config:
     return _alone(config, "companions", num_positions=config.model.context_length)
 
 
+def sparse(config: Config) -> Config:
+    """`companions`, but a token runs the E / G experts alone that it weighs most: FLOPs as in a group of users.
+
+    The other experts are taken to say to it what they say to the companions.
+    """
+    return _alone(config, "sparse", num_positions=config.model.context_length, experts_per_token=_granularity(config))
+
+
 def mean_field(config: Config) -> Config:
-    """Each row shares its group with the average of what G - 1 fixed sequences say at all positions."""
-    return _alone(config, "mean_field", num_positions=1)
+    """`sparse`, but what the companions say is averaged over the positions, and as little kept as for one."""
+    return _alone(config, "mean_field", num_positions=1, experts_per_token=_granularity(config))
 
 
 def discrete(config: Config) -> Config:
@@ -46,7 +65,8 @@ def discrete(config: Config) -> Config:
 
     The rows of a group influence each other still. A merge without a softmax takes the largest logit.
     """
-    mixing = _mixture(config, "--mode discrete").mixing
+    config = _mixed(config, "--mode discrete")
+    mixing = _mixture(config).mixing
     merge = "softmax" if mixing.merge == "logits" else mixing.merge
     plain = MixingConfig()
     # `softmax` over the same logits at the same temperature 0 is what merge has.
@@ -68,14 +88,66 @@ def discrete(config: Config) -> Config:
 
 def without(config: Config) -> Config:
     """No expert says anything, which `enter` sees to: what mixing is worth."""
-    _mixture(config, "--mode without")
-    return config
+    return _mixed(config, "--mode without")
+
+
+def token_choice(config: Config, top_k: int | None = None) -> Config:
+    """Each token to the top_k experts that the controller, by softmax over the experts, finds likeliest; none dropped.
+
+    No token sees another row. Of a MoT layer top_k is its granularity, and at least 1; a temperature is not applied,
+    which changes the probabilities but no choice. Of token choice it is as trained, without the capacity.
+
+    Raises ConfigError for a MoT whose controller is no router: learnt otherwise or scaled for each expert, beside
+    another one, or before a norm, which no token by itself has.
+    """
+    kind = config.model.feed_forward
+    if isinstance(kind, MixtureOfTokensConfig):
+        if faults := list(_router_faults(kind.mixing)):
+            raise ConfigError(*faults)
+        kind = TokenChoiceConfig(
+            num_experts=kind.num_experts,
+            expert_dim=kind.hidden_dim(config.model.d_ff),
+            top_k=max(1, kind.num_experts // kind.group_size),
+            shared_dim=kind.shared_dim,
+            routing_group_tokens=config.model.context_length,
+            controller_init_scale=kind.controller_init_scale,
+            w_in_init_scale=kind.w_in_init_scale,
+            w_out_init_scale=kind.w_out_init_scale,
+            mixture=kind,
+        )
+    if not isinstance(kind, TokenChoiceConfig):
+        raise ConfigError(
+            f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
+        )
+    tokens = min(kind.routing_group_tokens, config.model.context_length)
+    kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens, top_k=top_k or kind.top_k)
+    data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
+    config = dataclasses.replace(config, data=data)
+    changed = _with_kind(config, dataclasses.replace(kind, expert_dim=kind.hidden_dim(config.model.d_ff)))
+    check(changed)
+    return changed
+
+
+def _router_faults(mixing: MixingConfig) -> Iterator[str]:
+    plain = {"merge": "softmax", "controllers": "shared", "layer_norm": False}
+    reasons = {
+        "merge": "the controller was not learnt as the logits of a softmax",
+        "controllers": "there are two controllers, and a router is one",
+        "layer_norm": "the experts read normalised mixtures, and a token by itself is none",
+    }
+    for name, value in plain.items():
+        if getattr(mixing, name) != value:
+            yield f"--mode token_choice: has no meaning with mixing.{name} = {getattr(mixing, name)!r}: {reasons[name]}"
+    if mixing.learnt_temperature == "per_expert":
+        yield "--mode token_choice: has no meaning with a temperature learnt for each expert, by which choices differ"
 
 
 MODES = {
     "grouped": Mode(grouped, "as trained: the rows of a group influence each other"),
     "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
-    "mean_field": Mode(mean_field, "each row in a group with the average of fixed training texts", independent=True),
+    "sparse": Mode(sparse, "companions, and a token runs only the experts that it weighs most", independent=True),
+    "mean_field": Mode(mean_field, "sparse, and the companions are averaged over positions", independent=True),
+    "token_choice": Mode(token_choice, "each token to its likeliest experts, none dropped", independent=True),
     "discrete": Mode(discrete, "each expert takes one token of the group"),
     "without": Mode(without, "no expert says anything: what mixing is worth", independent=True),
 }
@@ -97,10 +169,11 @@ def enter(
     if needs_companions(changed):
         from mot_jax.inference.companions import check_companions, summaries
 
-        check_companions(companions, config.model)
+        mixed = _mixed(config, mode).model
+        check_companions(companions, mixed)
         kind = changed.model.feed_forward
         assert isinstance(kind, CompanionsConfig) and companions is not None
-        params = params | summaries(config.model, params, step, companions, kind.num_positions)
+        params = params | summaries(mixed, params, step, companions, kind)
     if mode == "without":
         silent = ("feed_forward/w_out", "feed_forward/output_norm")
         params = {name: 0 * value if name.endswith(silent) else value for name, value in params.items()}
@@ -113,7 +186,7 @@ def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | N
         if needs_companions(MODES[mode].change(config)):
             from mot_jax.inference.companions import check_companions
 
-            check_companions(companions, config.model)
+            check_companions(companions, _mixed(config, mode).model)
     except ConfigError as error:
         return str(error)
     return None
@@ -121,14 +194,16 @@ def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | N
 
 def default_mode(config: Config) -> tuple[str, str]:
     """The mode for whoever names none, in which no row hears another, and why."""
+    if isinstance(config.model.feed_forward, TokenChoiceConfig):
+        return "token_choice", "the model was trained so, and nothing is dropped"
     if config.model.group_size > 1:
         return "companions", "the model was trained in groups, and hears nobody else's text so"
     return "grouped", "no row hears another"
 
 
 def trained_mode(config: Config) -> str:
-    """The mode that is the model as it was trained, or tuned."""
-    return "grouped"
+    """The mode that is the model as it was trained; of token choice, but for what training dropped."""
+    return "token_choice" if isinstance(config.model.feed_forward, TokenChoiceConfig) else "grouped"
 
 
 def needs_companions(config: Config) -> bool:
@@ -138,34 +213,63 @@ def needs_companions(config: Config) -> bool:
 
 def regrouped(config: Config, group_size: int) -> Config:
     """The same experts for groups of another size (PAPER.md section 3)."""
-    kind = _mixture(config, f"--group-size {group_size}")
-    width = kind.hidden_dim(config.model.d_ff)
+    config = _mixed(config, f"--group-size {group_size}")
+    width = _mixture(config).hidden_dim(config.model.d_ff)
     changed = _with(config, group_size=group_size, expert_dim=width, flop_matched=False)
-    data, rows = dataclasses.replace(config.data, group_size=None), changed.model.group_size
-    batch = -(-config.training.batch_size // rows) * rows  # whole groups
-    training = dataclasses.replace(config.training, batch_size=batch, accumulation=1)
-    changed = dataclasses.replace(changed, data=data, training=training)
-    check(changed)
-    return changed
+    return _whole_groups(dataclasses.replace(changed, data=dataclasses.replace(config.data, group_size=None)))
 
 
 def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     """With companions, and the same windows in the same order as those of the config's groups."""
-    kind = _mixture(config, f"--mode {mode}")
+    config = _mixed(config, f"--mode {mode}")
     if config.model.group_size == 1:
         raise ConfigError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
-    changed = CompanionsConfig(**vars(kind), **fields)  # type: ignore[arg-type]
     data = dataclasses.replace(config.data, group_size=config.group_size)
+    changed = CompanionsConfig(**vars(_mixture(config)), **fields)  # type: ignore[arg-type]
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
 
 
-def _mixture(config: Config, asked: str) -> MixtureOfTokensConfig:
+def _granularity(config: Config) -> int:
     kind = config.model.feed_forward
+    mixture = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
+    return max(1, mixture.num_experts // mixture.group_size) if isinstance(mixture, MixtureOfTokensConfig) else 1
+
+
+def _mixed(config: Config, asked: str) -> Config:
+    """`config` itself if its layers mix; the MoT that the layers were if they were tuned from one."""
+    kind = config.model.feed_forward
+    if isinstance(kind, TokenChoiceConfig) and kind.mixture is not None:
+        return _whole_groups(_with_kind(config, kind.mixture))
     if not isinstance(kind, MixtureOfTokensConfig):
         raise ConfigError(f"{asked}: must be left out, since the model's layers mix nothing: they are {kind.kind}")
+    return config
+
+
+def _mixture(config: Config) -> MixtureOfTokensConfig:
+    kind = config.model.feed_forward
+    assert isinstance(kind, MixtureOfTokensConfig)
     return kind
 
 
 def _with(config: Config, **changes: object) -> Config:
-    kind = dataclasses.replace(_mixture(config, "mode"), **changes)  # type: ignore[arg-type]
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+    return _with_kind(config, dataclasses.replace(_mixture(config), **changes))  # type: ignore[arg-type]
+
+
+def _with_kind(config: Config, kind: FeedForwardConfig) -> Config:
+    """Another feed-forward layer, without what the training had for the one before."""
+    training = config.training
+    if type(kind) is not type(config.model.feed_forward):
+        losses = LossWeights(head_z=training.losses.head_z)
+        training = dataclasses.replace(training, upcycle_from=None, losses=losses)
+    model = dataclasses.replace(config.model, feed_forward=kind)
+    return dataclasses.replace(config, model=model, training=training)
+
+
+def _whole_groups(config: Config) -> Config:
+    """With a batch of whole groups of the model."""
+    rows, t = config.model.group_size, config.training
+    if t.batch_size % (rows * t.accumulation):
+        batch = -(-t.batch_size // rows) * rows
+        config = dataclasses.replace(config, training=dataclasses.replace(t, batch_size=batch, accumulation=1))
+    check(config)
+    return config

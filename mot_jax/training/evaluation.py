@@ -109,7 +109,7 @@ def _rows(config: Config, mesh: Mesh) -> int:
     if not isinstance(kind, CompanionsConfig):
         return rows
     model, devices = config.model, shards(DIMENSIONS["rows"])
-    of_row = model.context_length * (kind.experts_per_token or kind.num_experts) * model.d_model * 4
+    of_row = model.context_length * kind.num_experts * model.d_model * 4
     whole = [n for n in range(devices, rows + 1, devices) if n % config.group_size == 0 or config.group_size % n == 0]
     return max((n for n in whole if n * of_row <= devices * _MIXTURE_BYTES), default=whole[0])
 

@@ -43,16 +43,17 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     accumulation, weigh = config.training.accumulation, config.training.losses
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     schedule = learning_rate(config.training.optimizer, config.training.steps)
-    wanted = ("mixing_entropy",) if weigh.mixing_entropy else ()
+    weights = weigh.of_layers()
 
     def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array):
         model = bind(config.model, params)
-        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=wanted, train=True)
+        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=tuple(weights), train=True)
         out = model(batch.inputs, context, batch.segments)
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, weigh.head_z)
         total = sums.loss / targets
-        if out.losses:
-            total += weigh.mixing_entropy * sum(out.losses.values()) / len(out.losses) / accumulation
+        for name, weight in weights.items():
+            found = [value for of, value in out.losses.items() if of.startswith(name + "/")]
+            total += weight * sum(found) / max(len(found), 1) / accumulation
         return total, (sums.nats / targets, out.metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

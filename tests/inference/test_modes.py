@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from mot_jax.config import (
     Config,
@@ -16,7 +17,7 @@ from mot_jax.config import (
     TrainingConfig,
     check,
 )
-from mot_jax.inference.modes import discrete, regrouped
+from mot_jax.inference.modes import MODES, default_mode, discrete, enter, lacking, regrouped
 from mot_jax.model import bind, init_params
 
 MIXINGS = {
@@ -82,6 +83,46 @@ def test_another_group_size_keeps_experts_and_parameters():
 
 def test_a_dense_model_has_no_modes():
     dense = Config(model=ModelConfig(feed_forward=DenseConfig()))
-    for mode in (discrete, lambda config: regrouped(config, 8)):
+    others = [mode.change for name, mode in MODES.items() if name != "grouped"]
+    for mode in (*others, lambda config: regrouped(config, 8)):
         with pytest.raises(ConfigError, match="mix nothing"):
             mode(dense)
+    assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
+
+
+def test_rows_that_hear_no_others_need_no_companions():
+    """Groups of one, and within rows."""
+    within = config_of(MixingConfig(groups="within"))
+    model = dataclasses.replace(within.model, objective="masked")
+    for config in (regrouped(config_of(MixingConfig()), 1), dataclasses.replace(within, model=model)):
+        for mode in ("companions", "sparse", "mean_field"):
+            assert "no row hears another anyway; try --mode grouped" in lacking(mode, config, None)
+        assert lacking("without", config, None) is None and default_mode(config)[0] == "grouped"
+    assert default_mode(config_of(MixingConfig()))[0] == "companions"
+
+
+def test_rows_with_companions_stay_in_the_order_of_their_groups():
+    """So that every mode is scored on the same windows; E 8, G 4: two experts a token."""
+    config = config_of(MixingConfig())
+    assert config.group_size == 4
+    for mode, positions, k in (("companions", 8, None), ("sparse", 8, 2), ("mean_field", 1, 2)):
+        changed = MODES[mode].change(config)
+        kind = changed.model.feed_forward
+        assert (changed.group_size, changed.model.group_size) == (4, 1) and kind.hidden_dim(16) == 8
+        assert (kind.num_positions, kind.experts_per_token) == (positions, k)
+
+
+def test_an_unknown_mode_is_one_line():
+    with pytest.raises(ConfigError, match="mode = 'companion': no such mode; did you mean 'companions'"):
+        enter("companion", config_of(MixingConfig()), {}, 0)
+
+
+@pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(layer_norm=True)])
+def test_without_experts_nothing_is_heard(mixing):
+    config = config_of(mixing)
+    params = init_params(config.model, jax.random.key(0, impl="rbg"))
+    params = {name: value + 0.1 for name, value in params.items()}
+    changed, silent = enter("without", config, params, 0)
+    layer = bind(changed.model, silent).stacks[0][0].feed_forward
+    layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda a: a[0], nnx.state(layer)))
+    assert not np.asarray(layer(np.ones((4, 8, 8), np.float32)).y).any()

@@ -17,9 +17,11 @@ from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, to_js
 from mot_jax.data.build import build, plan_files
 from mot_jax.data.corpora import open_corpus
 from mot_jax.inference.inspect import inspect
-from mot_jax.training import loop
+from mot_jax.inference.modes import MODES
+from mot_jax.training import evaluation, loop
 from mot_jax.training.evaluation import evaluate_run
 from mot_jax.training.metrics import read_rows
+from mot_jax.training.scores import measured, record_score
 from mot_jax.training.upcycle import check_upcycle
 
 COLOURS = "red green blue black white".split()
@@ -65,7 +67,9 @@ def last_row(workdir: Path) -> dict:
 
 def test_a_finished_run_has_the_scores_of_its_last_row(run):
     config, workdir, _ = run
-    assert evaluate_run(workdir, config, "validation", None) == last_row(workdir)
+    (score,) = evaluate_run(workdir, config, "validation", None)
+    about = {"mode": "grouped", "split": "validation", "group_size": 4, "independent": False}
+    assert score == about | last_row(workdir) | {"perplexity": pytest.approx(math.exp(score["loss"]))}
 
 
 def test_bits_per_byte_count_the_bytes_that_the_tokenizer_loses(run):
@@ -87,10 +91,64 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
     found = json.loads((tmp_path / "result.json").read_text())
     kind = dataclasses.replace(config.model.feed_forward, **changes)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
-    expected = evaluate_run(workdir, other, "validation", None)
+    (expected,) = evaluate_run(workdir, other, "validation", None)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["step"] == 4
     assert abs(found["loss"] - last_row(workdir)["loss"]) > 1e-5
-    assert f"groups of {kind.group_size}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"groups of {kind.group_size}" in said and "rows influence each other" in said and "perplexity" in said
+
+
+def test_all_modes_are_scored_on_the_same_text_shown_and_written_down(run, tmp_path, capsys, monkeypatch):
+    """In batches that the mixtures of a row each fit into; without companions, the modes that do without."""
+    config, workdir, _ = run
+    (workdir / "modes.json").unlink(missing_ok=True)
+    monkeypatch.setattr(evaluation, "_MIXTURE_BYTES", 3 * 16 * 8 * 16 * 4)
+    cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30", "--json", str(tmp_path / "result.json")])
+    lines = capsys.readouterr().out.splitlines()
+    scores = measured(workdir, 4)
+    assert list(scores) == list(MODES) and scores == {
+        s["mode"]: s for s in json.loads((tmp_path / "result.json").read_text())["modes"]
+    }
+    for field in ("windows", "tokens", "group_size"):
+        assert len({score[field] for score in scores.values()}) == 1
+    assert len({round(score["loss"], 6) for score in scores.values()}) == len(MODES)
+    assert {mode for mode, score in scores.items() if score["independent"]} == {
+        m for m in MODES if MODES[m].independent
+    }
+    for mode, score in scores.items():
+        (line,) = [line for line in lines if line.startswith(f"{mode} ")]
+        assert f"{score['bits_per_byte']:.4f}" in line and MODES[mode].about in line
+    companions = workdir / "companions.npy"
+    moved = companions.rename(tmp_path / "companions.npy")
+    try:
+        cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30"])
+        assert "mean_field is left out: companions.npy: is missing" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", str(workdir), "--mode", "sparse"])
+        assert capsys.readouterr().err.startswith("error: companions.npy: is missing")
+        loop.train(config, workdir)  # the remedy
+        assert companions.read_bytes() == moved.read_bytes()
+    finally:
+        moved.rename(companions)
+
+
+def test_the_scores_that_most_modes_have_are_those_that_compare(run, tmp_path):
+    config, _, _ = run
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert measured(tmp_path, 4) == {}
+    for mode, windows, loss in (("grouped", 9, 1.0), ("grouped", 5, 2.0), ("without", 5, 3.0), ("without", 5, 4.0)):
+        record_score(
+            tmp_path,
+            {"mode": mode, "split": "validation", "step": 4, "windows": windows, "group_size": 4, "loss": loss},
+        )
+    record_score(
+        tmp_path, {"mode": "discrete", "split": "train", "step": 4, "windows": 5, "group_size": 4, "loss": 5.0}
+    )
+    assert {mode: score["loss"] for mode, score in measured(tmp_path, 4).items()} == {"grouped": 2.0, "without": 4.0}
+    assert measured(tmp_path, 5) == {}
+    (tmp_path / "modes.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"modes.json: is damaged \(.*\); delete it, and mot evaluate"):
+        measured(tmp_path, 4)
 
 
 def upcycled(config: Config, workdir: Path) -> None:
@@ -136,6 +194,6 @@ def test_validation_text_that_has_changed_is_refused(run, tmp_path, reader):
         path.write_text(json.dumps(json.loads(before) | {"validation": "another"}))
         with pytest.raises(ConfigError, match=r"was trained on other text: validation: another there, "):
             readers[reader](config, workdir)
-        assert evaluate_run(workdir, config, "train", 32)["step"] == 4
+        assert evaluate_run(workdir, config, "train", 32)[0]["step"] == 4
     finally:
         path.write_text(before)

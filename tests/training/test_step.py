@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -13,7 +14,15 @@ import optax
 import pytest
 from variants import VARIANTS
 
-from mot_jax.config import Config, DenseConfig, LossWeights, MeshConfig, MixingConfig, OptimizerConfig
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    LossWeights,
+    MeshConfig,
+    MixingConfig,
+    OptimizerConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
@@ -249,6 +258,67 @@ def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets).mean()
         z = (jax.nn.logsumexp(logits, axis=-1) ** 2).mean()
         return nats + 0.3 * sum(out.losses.values()) / 2 + 0.01 * z, nats
+
+    gradient, nats = jax.jit(jax.grad(naive, has_aux=True))(before)
+    assert float(metrics["loss"]) == pytest.approx(float(nats), rel=1e-5)
+    expected = np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)]) ** 2))
+    assert float(metrics["gradient_rms"]) == pytest.approx(expected, rel=1e-4)
+
+
+# --- token choice -----------------------------------------------------------------------------------------------------
+
+
+def routed(tiny: Config, factor: float | None, mesh: MeshConfig = MeshConfig(data=1)) -> Config:
+    """Routing groups of two rows; both losses are weighed."""
+    kind = TokenChoiceConfig(8, None, 2, 8, factor, routing_group_tokens=32, controller_init_scale=3.0)
+    training = dataclasses.replace(tiny.training, losses=LossWeights(load_balancing=0.1, router_z=0.01))
+    return dataclasses.replace(
+        tiny, model=dataclasses.replace(tiny.model, feed_forward=kind), training=training, mesh=mesh
+    )
+
+
+@pytest.fixture(scope="module")
+def routed_rows(tiny):
+    """The rows of one device, by capacity factor."""
+    return functools.cache(lambda factor: run(routed(tiny, factor))[0])
+
+
+ROUTED = {"data 2 x expert 4": MeshConfig(data=2, expert=4)}
+ROUTED |= {name: MESHES[name] for name in ("data 8", "expert 8", "expert 4 x tensor 2", "fsdp 8")}
+
+
+@pytest.mark.parametrize("factor", [1.0, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(n, marks=[] if n == "data 2 x expert 4" else [pytest.mark.slow]) for n in ROUTED]
+)
+def test_twenty_routed_steps_on_eight_devices_equal_one_device(tiny, routed_rows, mesh, factor):
+    expected = routed_rows(factor)
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.03
+    assert (expected[0]["dropped/00"] > 0.05) == (factor is not None)
+    rows, program = run(routed(tiny, factor, ROUTED[mesh]))
+    assert_close(rows, expected)
+    found, axes = collectives(program), ROUTED[mesh]
+    assert not found["collective-permute"]
+    if factor is None:  # tokens are gathered along `expert`, and sums scattered
+        assert not found["all-to-all"] and bool(found["all-gather"]) == (mesh != "data 8")
+    else:  # the body of a scan holds one layer: there and back, forward and backward
+        assert found["all-to-all"] == (4 if axes.expert > 1 else 0)
+        assert bool(found["all-gather"]) == (axes.fsdp * axes.tensor > 1)
+
+
+def test_losses_of_token_choice_are_added_by_their_weights(tiny):
+    """Its gradient is that of cross-entropy + 0.1 x mean balance + 0.01 x mean (log Z)^2; `loss` has the first."""
+    config = routed(tiny, 1.0)
+    mesh, state, step = compiled_step(config)
+    before, batch = jax.device_get(state.params), batches(config, 1)[0]
+    _, metrics = step(state, place(mesh, config, batch))
+
+    def naive(params):
+        model = bind(config.model, params)
+        out = model(batch.inputs, FeedForwardContext(losses=("load_balancing", "router_z")))
+        nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden), batch.targets).mean()
+        balance, z = (out.losses[f"{name}/00"] + out.losses[f"{name}/01"] for name in ("load_balancing", "router_z"))
+        return nats + 0.1 * balance / 2 + 0.01 * z / 2, nats
 
     gradient, nats = jax.jit(jax.grad(naive, has_aux=True))(before)
     assert float(metrics["loss"]) == pytest.approx(float(nats), rel=1e-5)

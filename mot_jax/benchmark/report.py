@@ -1,0 +1,17 @@
+"""Benchmarks for people: Markdown, with the machine that the figures are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]  # its title, and what it says of a row
+
+
+def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
+    """A line on the machine, and a table that reads as plain text, too."""
+    cells = [[title for title, _ in columns], *([say(row) for _, say in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return [", ".join(f"{name} {value}" for name, value in about.items()), "", lines[0], rule, *lines[1:]]
