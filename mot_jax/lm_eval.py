@@ -63,7 +63,7 @@ class HarnessModel(TemplateLM):
             for texts, context, continuation in requests
         ]
         texts = [texts for texts, *_ in requests]
-        return [tuple(found) for found in self._score("loglikelihood", texts, pairs, disable_tqdm)]
+        return [*self._score("loglikelihood", texts, pairs, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args for request in requests]

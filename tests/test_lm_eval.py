@@ -134,7 +134,11 @@ def test_scores_are_what_the_harness_would_make_of_tokens(model):
     assert harness.loglikelihood([Request(*pair) for pair in asked], disable_tqdm=True) == [tuple(x) for x in said]
 
 
-def test_what_does_not_work_is_one_line(directory, model):
+def test_what_does_not_work_is_one_line(directory, model, tmp_path):
+    words = "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such.jsonl}}\ntest_split: test"
+    (tmp_path / "broken.yaml").write_text(words + TASKS["choosing"])
+    with pytest.raises(ConfigError, match=r"--tasks = broken: cannot be loaded \(.*such"):
+        lm_eval.evaluate(model, ["broken"], include_path=str(tmp_path))
     with pytest.raises(ConfigError, match=r"'choosin': no such task; did you mean 'choosing'"):
         lm_eval.evaluate(model, ["choosin"], include_path=directory)
     with pytest.raises(ConfigError, match=r"generation_kwargs.num_beams: no such option"):

@@ -96,7 +96,7 @@ def lm_eval(arguments: list[str]) -> None:
     options, config = parse(parser.prog, arguments, None, parser, load_run_config)
     if not options.tasks:
         raise ConfigError(f"--tasks is missing; try {parser.prog} {options.config} --tasks arc_easy")
-    numbers = {
+    numbers: dict[str, Any] = {
         "batch_size": positive("--batch-size", options.batch_size),
         "limit": None if options.limit is None else positive("--limit", options.limit),
         "num_fewshot": None if options.num_fewshot is None else positive("--num-fewshot", options.num_fewshot, 0),

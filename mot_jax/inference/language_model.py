@@ -74,7 +74,7 @@ class LanguageModel:
     @property
     def independent(self) -> bool:
         """Whether no row hears another."""
-        return MODES[self.mode].independent or self.config.model.group_size == 1
+        return MODES[self.mode].independent or self._grouping.group_size == 1
 
     # --- causal models --------------------------------------------------------------------------------------------
 
@@ -254,12 +254,14 @@ class LanguageModel:
         return -(-power // parts) * parts
 
     def _rows(self, texts: int) -> int:
-        if self.mesh is None:
-            multiple = self.config.model.group_size
-        else:  # what the shuffle of the training keeps together does not matter here
-            data = dataclasses.replace(self.config.data, group_size=None)
-            multiple = rows_multiple(dataclasses.replace(self.config, data=data), self.mesh)
+        config = self._grouping
+        multiple = config.group_size if self.mesh is None else rows_multiple(config, self.mesh)
         return -(-texts // multiple) * multiple
+
+    @property
+    def _grouping(self) -> Config:
+        """Without what the shuffle of the training keeps together, which does not matter here."""
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, group_size=None))
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -90,7 +90,9 @@ def test_a_continuation_adds_up_its_tokens():
         assert continuation or found == (0.0, True)
 
 
-@pytest.mark.parametrize("mode", ["companions", *(pytest.param(m, marks=SLOW) for m in ("mean_field", "without"))])
+@pytest.mark.parametrize(
+    "mode", ["companions", *(pytest.param(m, marks=SLOW) for m in ("sparse", "mean_field", "token_choice"))]
+)
 def test_no_other_pair_matters_where_no_row_hears_another(mode):
     """Bit for bit in batches of one shape: their number, their order, what they say."""
     lm = language_model(GROUPED, mode)
