@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+import mot_jax
 from mot_jax import cli
 from mot_jax.config import Config, check, load_config
 from mot_jax.data import tokenizers
-from mot_jax.training import loop
+from mot_jax.training import loop, restore
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEMO = str(CONFIGS / "demo.py")
@@ -283,4 +285,28 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
 )
 def test_mistakes_of_data_are_one_line(capsys, arguments, start):
     (line,) = fails(capsys, "data", *arguments)
+    assert line.startswith(start)
+
+
+@pytest.fixture
+def a_run(monkeypatch):
+    """What is asked of runs/x is asked of the demo's config."""
+    monkeypatch.setattr(restore, "load_run_config", lambda workdir: load_config(DEMO))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ([], "error: --tasks is missing; try mot lm-eval runs/x --tasks arc_easy"),
+        (["--tasks", "x", "--limit", "0"], "error: --limit = '0': must be a whole number, at least 1"),
+        (["--tasks", "x", "--num-fewshot", "-1"], "error: --num-fewshot = '-1': must be a whole number, at least 0"),
+        (["--tasks", "x", "--include-path", "/no/such"], "error: --include-path = /no/such: must be a directory"),
+        (["--tasks", "x"], "error: lm_eval is not installed; try pip install 'mot_jax[lm-eval]'"),
+    ],
+)
+def test_mistakes_of_lm_eval_are_one_line(capsys, monkeypatch, a_run, arguments, start):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "mot_jax.lm_eval", raising=False)
+    monkeypatch.delattr(mot_jax, "lm_eval", raising=False)
+    (line,) = fails(capsys, "lm-eval", "runs/x", *arguments)
     assert line.startswith(start)

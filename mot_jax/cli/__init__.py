@@ -16,7 +16,7 @@ from mot_jax.config import ConfigError, TransientError, error_words
 
 BAD_INPUT = 2
 COMMANDS = {
-    command.__name__: command
+    command.__name__.replace("_", "-"): command
     for command in (
         runs.train,
         runs.describe,
@@ -26,6 +26,7 @@ COMMANDS = {
         tuning.transition,
         models.generate,
         models.fill,
+        models.lm_eval,
         runs.inspect,
         runs.curves,
         bench.bench,

@@ -1,14 +1,15 @@
-"""Commands that use a trained model: write, fill in."""
+"""Commands that use a trained model: write, fill in, pass tests."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
-from mot_jax.config import ConfigError, error_words
+from mot_jax.config import Config, ConfigError, error_words
 from mot_jax.inference.modes import MODES
 from mot_jax.paths import user_path
 
@@ -78,6 +79,45 @@ def fill(arguments: list[str]) -> None:
         write_json(options.json, {"workdir": options.config, "mode": model.mode, "step": model.step, "texts": rows})
 
 
+def lm_eval(arguments: list[str]) -> None:
+    """score a model on tasks of the lm-evaluation-harness: mot lm-eval WORKDIR --tasks NAME,... [--mode M] ..."""
+    usage = "mot lm-eval WORKDIR --tasks NAME,... [options] [--mesh.data N ...]"
+    parser = Parser("mot lm-eval", usage=usage, allow_abbrev=False)
+    parser.add_argument("--tasks", metavar="NAME,...", help="or patterns of names")
+    parser.add_argument("--include-path", metavar="DIR", help="with tasks of your own, in YAML")
+    parser.add_argument("--num-fewshot", metavar="N", help="examples before each question (as the task says)")
+    parser.add_argument("--limit", metavar="N", help="only the first examples of each task")
+    parser.add_argument("--batch-size", default="8", metavar="N", help="rows (8), rounded up to whole groups")
+    parser.add_argument("--mode", help=" | ".join(MODES))
+    for option in ("--json", *PROCESS):
+        parser.add_argument(option)
+    from mot_jax.training.restore import load_run_config
+
+    options, config = parse(parser.prog, arguments, None, parser, load_run_config)
+    if not options.tasks:
+        raise ConfigError(f"--tasks is missing; try {parser.prog} {options.config} --tasks arc_easy")
+    numbers: dict[str, Any] = {
+        "batch_size": positive("--batch-size", options.batch_size),
+        "limit": None if options.limit is None else positive("--limit", options.limit),
+        "num_fewshot": None if options.num_fewshot is None else positive("--num-fewshot", options.num_fewshot, 0),
+    }
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise ConfigError(f"--include-path = {options.include_path}: must be a directory; leave it out for known tasks")
+    try:
+        from mot_jax import lm_eval
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; try pip install 'mot_jax[lm-eval]'") from None
+    model = _model(options, config)
+    results = lm_eval.evaluate(model, options.tasks.split(","), include_path=options.include_path, **numbers)
+    if not distributed.is_first():
+        return
+    print(lm_eval.table(results))
+    if options.json:
+        about = {"workdir": options.config, "mode": model.mode, "step": model.step, **numbers}
+        parts = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
+        write_json(options.json, about | {part: results[part] for part in parts if part in results})
+
+
 def _parser(prog: str, word: str) -> Parser:
     usage = f"{prog} WORKDIR --{word} TEXT [options] [--mesh.data N ...]"
     parser = Parser(prog, usage=usage, allow_abbrev=False)
@@ -92,7 +132,7 @@ def _parser(prog: str, word: str) -> Parser:
 
 
 def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Namespace, list[str], Any]:
-    """The options, the texts, and the model in its mode on its mesh, after a word on who hears whom."""
+    """The options, the texts, and the model, see `_model`."""
     from mot_jax.training.restore import load_run_config
 
     options, config = parse(parser.prog, arguments, None, parser, load_run_config)
@@ -105,6 +145,11 @@ def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Nam
             raise ConfigError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
     if not texts:
         raise ConfigError(f"--{word} is missing; try {parser.prog} {options.config} --{word} 'def '")
+    return options, texts, _model(options, config)
+
+
+def _model(options: argparse.Namespace, config: Config) -> Any:
+    """The model in its mode on its mesh, after a word on who hears whom."""
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.language_model import about_mode, load
     from mot_jax.sharding import make_mesh
@@ -113,4 +158,4 @@ def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Nam
     if distributed.is_first():
         for line in about_mode(model, options.config, chosen=options.mode is not None):
             print(line, file=sys.stderr)
-    return options, texts, model
+    return model

@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {self.prog} --help tells more")
 
 
-def positive(name: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{name} = {text!r}: must be a whole number, at least 1; try 32")
+def positive(name: str, text: str, least: int = 1) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise ConfigError(f"{name} = {text!r}: must be a whole number, at least {least}; try 32")
     return int(text)
 
 

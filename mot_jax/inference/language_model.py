@@ -18,6 +18,7 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.inference.companions import load_companions
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
 from mot_jax.inference.modes import MODES, default_mode, enter, trained_mode
+from mot_jax.inference.scoring import right_padded, score, windows
 from mot_jax.model import Params, unstack
 from mot_jax.sharding import rows_multiple
 from mot_jax.training.restore import check_data, load_run, load_run_config
@@ -49,6 +50,13 @@ class Continuation(NamedTuple):
     finished: bool
 
 
+class Likelihood(NamedTuple):
+    """log_prob: natural, of all tokens of a continuation together. greedy: whether each of them is the likeliest."""
+
+    log_prob: float
+    greedy: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """config: in its mode. params: by name, with what the mode needs. mode, step: which, after how many updates.
@@ -62,6 +70,11 @@ class LanguageModel:
     mode: str
     step: int
     mesh: Mesh | None = None
+
+    @property
+    def independent(self) -> bool:
+        """Whether no row hears another."""
+        return MODES[self.mode].independent or self._grouping.group_size == 1
 
     # --- causal models --------------------------------------------------------------------------------------------
 
@@ -136,6 +149,56 @@ class LanguageModel:
                 until = np.int32(min(column + _STREAMED, last))
                 state = decode(model, self.params, state, sampler, until, **sizes)
 
+    def log_likelihoods(self, pairs: Sequence[tuple[Prompt, Prompt]], batch_size: int = 8) -> list[Likelihood]:
+        """Of each pair of a context and its continuation, how likely the model writes the latter after the former.
+
+        Texts are encoded together, and tokens that hold some of both are the continuation's. An empty context is the
+        end of a text before. Of what is longer than the context length the last tokens are read; a continuation that
+        is longer itself is predicted a window at a time, each but the last from its own tokens alone.
+
+        batch_size: rows of a batch, rounded up to whole groups and to the mesh. Raises ConfigError for a masked model.
+        """
+        model = self.config.model
+        if model.objective != "causal":
+            raise ConfigError("model.objective = 'masked': gives continuations no probability; try `mot evaluate`")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size = {batch_size}: must be at least 1; try 8")
+        length, rows = model.context_length, self._rows(batch_size)
+        short = min(self._round(-(-length // 4)), length)
+        # A window's own length chooses its width, so that its score depends on no other pair.
+        by_width: dict[int, list] = {short: [], length: []}
+        for index, pair in enumerate(pairs):
+            for window in windows(*self._joined(*pair), length):
+                by_width[short if len(window.tokens) <= short + 1 else length].append((index, window))
+        sums, greedy = [0.0] * len(pairs), [True] * len(pairs)
+        for width, items in by_width.items():
+            for first in range(0, len(items), rows):
+                indices, part = zip(*items[first : first + rows], strict=True)
+                with self._on_mesh():
+                    found = score(
+                        model,
+                        self.params,
+                        *right_padded(part, rows, width),
+                        vocab_size=self.tokenizer.vocab_size,
+                        end_of_text=self.tokenizer.end_of_text,
+                    )
+                for index, log_probs, likeliest in zip(indices, *jax.device_get(found), strict=False):
+                    sums[index] += float(log_probs.sum(dtype=np.float64))
+                    greedy[index] &= bool(likeliest.all())
+        return [Likelihood(*found) for found in zip(sums, greedy, strict=True)]
+
+    def _joined(self, context: Prompt, continuation: Prompt) -> tuple[np.ndarray, int]:
+        """The tokens of both, and where those of the continuation begin: at 1 at least, after an end of text."""
+        before, after = self._encode(context), self._encode(continuation)
+        tokens, begin = np.concatenate([before, after]), len(before)
+        if not isinstance(context, np.ndarray) and not isinstance(continuation, np.ndarray):
+            tokens = self._encode(_bytes(context) + _bytes(continuation))
+            same = min(len(before), len(tokens))
+            begin = int(np.argmin([*(before[:same] == tokens[:same]), False]))
+        if begin == 0:
+            tokens, begin = np.append(np.int32(self.tokenizer.end_of_text), tokens), 1
+        return tokens, begin
+
     # --- masked models --------------------------------------------------------------------------------------------
 
     def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
@@ -191,12 +254,14 @@ class LanguageModel:
         return -(-power // parts) * parts
 
     def _rows(self, texts: int) -> int:
-        if self.mesh is None:
-            multiple = self.config.model.group_size
-        else:  # what the shuffle of the training keeps together does not matter here
-            data = dataclasses.replace(self.config.data, group_size=None)
-            multiple = rows_multiple(dataclasses.replace(self.config, data=data), self.mesh)
+        config = self._grouping
+        multiple = config.group_size if self.mesh is None else rows_multiple(config, self.mesh)
         return -(-texts // multiple) * multiple
+
+    @property
+    def _grouping(self) -> Config:
+        """Without what the shuffle of the training keeps together, which does not matter here."""
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, group_size=None))
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -204,7 +269,7 @@ class LanguageModel:
     def _encode(self, text: Prompt) -> np.ndarray:
         if isinstance(text, np.ndarray):
             return text.astype(np.int32)
-        return self.tokenizer.encode(text.encode() if isinstance(text, str) else text).astype(np.int32)
+        return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
     def _check(self, rows, stops, max_tokens, temperature, top_k, top_p) -> None:
         faults, context = [], self.config.model.context_length
@@ -253,8 +318,7 @@ def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = N
 def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:
     """For people: who hears whom; why this mode, unless it was `chosen`; and what it costs beside that of training."""
     run, mode = load_run_config(workdir), model.mode
-    alone = MODES[mode].independent or run.model.group_size == 1
-    heard = "no row hears another" if alone else "the rows of a group influence each other"
+    heard = "no row hears another" if model.independent else "the rows of a group influence each other"
     lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
     if mode == (trained := trained_mode(run)):
         return lines
@@ -293,6 +357,10 @@ def _table(stops: list[np.ndarray]) -> np.ndarray:
     for row, stop in zip(table, stops, strict=False):
         row[:] = [-1] * (size[1] - len(stop)) + stop.tolist()
     return table
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _short(text: Prompt) -> str:
