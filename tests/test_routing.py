@@ -93,8 +93,11 @@ def relu(h, gate):
     return jax.nn.relu(h) if gate is None else jax.nn.relu(gate) * h
 
 
-@pytest.mark.parametrize("tokens, k, e", [(1, 2, 7), (6, 3, 5), (300, 2, 4)], ids="b 1, b 4, b 128".split(", "))
-@pytest.mark.parametrize("own", [False, True], ids=["one input", "own inputs"])
+@pytest.mark.parametrize(
+    "tokens, k, e, own",
+    [(1, 2, 7, False), (6, 3, 5, True), (300, 2, 4, False), (300, 2, 4, True)],
+    ids=["b 1", "b 4, own inputs", "b 128", "b 128, own inputs"],
+)
 def test_experts_without_a_capacity_are_the_experts(tokens, k, e, own):
     """Values and gradients, with gates, for blocks of every size; nowhere gives 0."""
     rng, d, f = np.random.default_rng(0), 3, 4
