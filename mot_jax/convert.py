@@ -47,7 +47,7 @@ from mot_jax.training.state import fetch
 
 DTYPES = ("float32", "bfloat16")
 _COPIED = ("data.json", "companions.npy")
-_FILES = ("config.json", MODEL, INDEX, *EXPORTED_TOKENIZERS, *_COPIED)
+_FILES = ("config.json", "modes.json", MODEL, INDEX, *EXPORTED_TOKENIZERS, *_COPIED)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 Kinds = Mapping[str, jax.ShapeDtypeStruct]

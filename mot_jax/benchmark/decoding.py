@@ -14,12 +14,12 @@ import numpy as np
 from mot_jax.accounting import active_parameters
 from mot_jax.benchmark.report import Column
 from mot_jax.benchmark.timing import bandwidth, in_turns
-from mot_jax.config import Config, DenseConfig, ModelConfig
+from mot_jax.config import Config, ConfigError, DenseConfig, ModelConfig
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.inference.modes import MODES, enter, lacking
 from mot_jax.model import Params, init_params, unstack
 
-_COLUMNS = 32  # that are written in one timing
+_COLUMNS = 32  # that are written in one timing, at most
 
 Row = dict[str, Any]
 
@@ -36,10 +36,13 @@ def bench_decoding(
     the cache, and what the mode keeps of companions; bound_seconds, these over the measured bandwidth;
     temporaries, bytes that XLA allocates beside arguments and results.
     """
+    if config.model.objective != "causal":
+        raise ConfigError(f"model.objective = {config.model.objective!r}: writes no text; try a causal model")
     rate, length = bandwidth(), config.model.context_length
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     group = config.model.group_size
     companions = np.random.default_rng(0).integers(0, 256, (2, max(group, 1), length)).astype(np.int32)
+    companions[1] = 0  # one document each
     dense = dense_twin(config)
     models = {"dense": (dense.model, jax.jit(partial(init_params, dense.model))(jax.random.key(0)))}
     for mode in MODES:
@@ -60,14 +63,13 @@ def bench_decoding(
                 {
                     "mode": name,
                     "batch": batch,
-                    "seconds_per_step": write[name].median / _COLUMNS,
+                    "seconds_per_step": write[name].median / runs[name].columns,
                     "spread": write[name].spread,
                     "ratio_to_dense": write[name].median / write["dense"].median,
                     "prefill_seconds": read[name].median,
                     "bytes": size,
                     "bound_seconds": size / rate,
                     "temporaries": temporaries[name],
-                    "parameters": active_parameters(model),
                 }
             )
     return rows, rate
@@ -93,25 +95,35 @@ class _Run:
     def __init__(self, model: ModelConfig, params: Params, batch: int):
         model, params = unstack(model, params)
         length, rows = model.context_length, -(-batch // model.group_size) * model.group_size
-        width = max(length // 2 - _COLUMNS, 1)
+        width = length // 2
+        self.columns = min(_COLUMNS, length - width)
         prompts = np.random.default_rng(1).integers(0, min(model.vocab_size, 256), (batch, width))
         no_stop = np.full((1, 1), -2, np.int32)
         self._sampler = Sampler(np.float32(0.7), np.int32(1), np.float32(1), np.uint32(0), no_stop)
         sizes = {"vocab_size": model.vocab_size, "end_of_text": model.vocab_size - 1, "filtered": False}
         tokens, real = left_padded(list(prompts), rows, width)
         self._prefill = partial(
-            prefill, model, params, tokens, real, self._sampler, np.int32(0), columns=width + _COLUMNS + 1, **sizes
+            prefill,
+            model,
+            params,
+            np.int32(0),
+            tokens,
+            real,
+            self._sampler,
+            np.int32(0),
+            columns=width + self.columns + 1,
+            **sizes,
         )
-        self._decode = partial(decode, model, params, **sizes)
-        self._until = np.int32(width + _COLUMNS + 1)
-        self._lower = partial(decode.lower, model, params, **sizes)
+        self._decode = partial(decode, model, params, np.int32(0), **sizes)
+        self._until = np.int32(width + self.columns + 1)
+        self._lower = partial(decode.lower, model, params, np.int32(0), **sizes)
 
     def read(self) -> Callable[[], Any]:
         """The prompts, and the first token of each."""
         return lambda: self._prefill()
 
     def write(self) -> Callable[[], Any]:
-        """`_COLUMNS` further tokens of each."""
+        """`columns` further tokens of each."""
         state = jax.block_until_ready(self._prefill())
         return lambda: self._decode(state, self._sampler, self._until)
 
@@ -147,12 +159,14 @@ def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:
     total = 0.0
     for name, value in params.items():
         last, size = name.rpartition("/")[2], float(value.size * value.dtype.itemsize)
-        if last.endswith("_embedding"):
+        if last.endswith("_embedding") and not (model.tied_head and last == "token_embedding"):
             size = min(size, batch * size / value.shape[0])
         elif last.startswith("companion_") and value.shape[1] > 1:
             size = min(size, batch * size / value.shape[1])
         elif last in ("w_in", "w_gate", "w_out"):
             size *= share
+        if last == "companion_mixtures":
+            size *= (chosen or experts) / experts
         total += size
     width = model.d_model // model.num_heads * (model.num_kv_heads or model.num_heads)
     cache = 2 * model.num_blocks * batch * (model.context_length // 2) * width * jnp.dtype(model.dtype).itemsize

@@ -29,7 +29,7 @@ def _decoding(arguments: list[str]) -> None:
     from mot_jax.benchmark.timing import machine
 
     progress = functools.partial(print, file=sys.stderr, flush=True)
-    rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds), progress)
+    rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds, least=3), progress)
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s"}
     print("\n".join(markdown(about, rows, COLUMNS)))
     if options.json:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import math
+import zipfile
 from functools import partial
 
 import jax
@@ -30,7 +31,7 @@ from mot_jax.paths import replace_file, user_path
 from mot_jax.sharding import axis_size, parameter_spec, reshard, whole
 
 FILE = "companions.npy"
-_ANEW = "the command that trained it, mot train CONFIG --workdir WORKDIR, writes it, and trains no further"
+_ANEW = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
 
 
 def choose(windows: Windows, order: Order, objective: Objective, group_size: int) -> np.ndarray:
@@ -61,14 +62,14 @@ def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
         return None
     try:
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: is damaged ({error_words(error)}); delete it: {_ANEW}") from None
 
 
 def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
     """Raises ConfigError unless they are int32 [2, G, S], of the model's group size or more and its context length."""
     if companions is None:
-        raise ConfigError(f"{FILE}: is missing, the run being of an older mot_jax; {_ANEW}")
+        raise ConfigError(f"{FILE}: is missing; {_ANEW}")
     shape, length = companions.shape, model.context_length
     if companions.dtype != np.int32 or len(shape) != 3 or shape[0] != 2 or shape[2] != length:
         words = f"must be int32 [2, G, {length}], and is {companions.dtype} {list(shape)}"

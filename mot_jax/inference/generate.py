@@ -58,6 +58,7 @@ class Decoding(NamedTuple):
 def prefill(
     config: ModelConfig,
     params: Params,
+    step: jax.Array,
     prompts: jax.Array,
     real: jax.Array,
     sampler: Sampler,
@@ -70,7 +71,8 @@ def prefill(
 ) -> Decoding:
     """Reads left-padded prompts, int32 [B, P], P < `columns`, and draws the first token after them.
 
-    real: bool [B, P], False in the padding; a row without any is absent, and finished. columns: T, room for the text.
+    step: int32 scalar, how long the model was trained, which an annealed temperature depends on. real: bool [B, P],
+    False in the padding; a row without any is absent, and finished. columns: T, room for the text.
     vocab_size: of the tokenizer; the model may have room for more. filtered: whether top_k or top_p leave any out.
     drawn: int32 scalar, the tokens that each row has drawn before this text was cut.
     """
@@ -79,7 +81,7 @@ def prefill(
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     segments = jnp.cumsum(real & (prompts == end_of_text), axis=1)
     cache = Cache.empty(config, rows, columns)
-    hidden, cache = _read(config, params, prompts, real, positions, segments, cache)
+    hidden, cache = _read(config, params, step, prompts, real, positions, segments, cache)
     pad = ((0, 0), (0, columns - length))
     state = Decoding(
         cache=cache,
@@ -98,6 +100,7 @@ def prefill(
 def decode(
     config: ModelConfig,
     params: Params,
+    step: jax.Array,
     state: Decoding,
     sampler: Sampler,
     until: jax.Array,
@@ -112,17 +115,17 @@ def decode(
         last = state.column - 1
         token, real = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (state.tokens, state.real))
         positions = jnp.maximum(state.real.sum(axis=1, keepdims=True) - 1, 0)
-        hidden, cache = _read(config, params, token, real, positions, state.segment[:, None], state.cache)
+        hidden, cache = _read(config, params, step, token, real, positions, state.segment[:, None], state.cache)
         state = state._replace(cache=cache)
         return _draw(config, params, state, hidden, sampler, vocab_size, end_of_text, filtered)
 
     return jax.lax.while_loop(lambda s: (s.column < until) & ~s.finished.all(), body, state)
 
 
-def _read(config, params, tokens, real, positions, segments, cache: Cache) -> tuple[jax.Array, Cache]:
+def _read(config, params, step, tokens, real, positions, segments, cache: Cache) -> tuple[jax.Array, Cache]:
     """The next columns [B, S] of the text -> (hidden [B, D] of the last one, on every device; the cache)."""
     tokens, real, positions, segments = (reshard(a, "rows", None) for a in (tokens, real, positions, segments))
-    context = FeedForwardContext(token_mask=real, token_ids=tokens, positions=positions)
+    context = FeedForwardContext(token_mask=real, token_ids=tokens, positions=positions, step=step)
     out = bind(config, params)(tokens, context, segments, cache)
     assert out.cache is not None
     return whole(whole(out.hidden)[:, -1]), out.cache
@@ -192,15 +195,22 @@ def left_padded(texts: list[np.ndarray], rows: int, width: int) -> tuple[np.ndar
 
 @partial(jax.jit, static_argnames=("config", "vocab_size"))
 def fill(
-    config: ModelConfig, params: Params, tokens: jax.Array, real: jax.Array, segments: jax.Array | None, vocab_size: int
+    config: ModelConfig,
+    params: Params,
+    step: jax.Array,
+    tokens: jax.Array,
+    real: jax.Array,
+    segments: jax.Array | None,
+    vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The likeliest token of every place by a masked model, int32 [B, S], and its log-probability, float32 [B, S].
 
-    tokens: int32 [B, S], with mask tokens in the gaps. real: bool [B, S]. segments: int32 [B, S], see `Transformer`.
+    step: as in `prefill`. tokens: int32 [B, S], with mask tokens in the gaps. real: bool [B, S]. segments: int32 [B,
+    S], see `Transformer`.
     """
     tokens, real = reshard(tokens, "rows", None), reshard(real, "rows", None)
     segments = None if segments is None else reshard(segments, "rows", None)
     model = bind(config, params)
-    logits = model.logits(model(tokens, FeedForwardContext(real, tokens), segments).hidden)
+    logits = model.logits(model(tokens, FeedForwardContext(real, tokens, step=step), segments).hidden)
     log_probs = jax.nn.log_softmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
     return whole(jnp.argmax(log_probs, axis=-1)), whole(log_probs.max(axis=-1))

@@ -98,32 +98,37 @@ class LanguageModel:
         """The continuations so far, again and again while they grow.
 
         temperature: 0 takes the likeliest token. top_k, top_p: only the likeliest tokens, see `Sampler`. stop: texts
-        that end a row; as tokens, the way the tokenizer writes them. ends: the end of a text ends a row as well.
+        that end a row; a group hears it no more from the next token on if they are written as the tokenizer would,
+        and otherwise after a few. ends: the end of a text ends a row as well.
 
-        A prompt and its continuation that outgrow the context go on from their last half context, read anew. Raises
-        ConfigError for an empty prompt, one longer than the context, or an option out of range.
+        A row that outgrows the context, prompt and all, goes on from its last half context, read anew, whatever the
+        other rows do. Raises ConfigError for an empty prompt, one longer than the context, or an option out of range.
         """
+        self._check(prompts, stop, max_tokens, temperature, top_k, top_p, seed)
         rows = [_Row(self._encode(prompt)) for prompt in prompts]
         stops = [self._encode(text) for text in stop]
-        self._check(rows, stops, max_tokens, temperature, top_k, top_p)
         ended = [*stops, *([np.array([self.tokenizer.end_of_text])] if ends else [])]
         sampler = Sampler(
             temperature=np.float32(temperature),
-            top_k=np.int32(top_k or self.tokenizer.vocab_size),
+            top_k=np.int32(min(top_k or self.tokenizer.vocab_size, self.tokenizer.vocab_size)),
             top_p=np.float32(top_p),
             seed=np.uint32(seed),
             stops=_table(ended),
         )
         filtered = top_k is not None or top_p < 1
-        drawn, half = 0, max(self.config.model.context_length // 2, 1)
+        drawn, length = 0, self.config.model.context_length
         while drawn < max_tokens and not all(row.finished for row in rows):
-            texts = [row.text[: 0 if row.finished else None][-half if drawn else 0 :] for row in rows]
+            texts = [row.text[: 0 if row.finished else None] for row in rows]
+            texts = [text if len(text) <= length else text[-max(length // 2, 1) :] for text in texts]
             for state, new in self._fill_columns(texts, max_tokens, drawn, sampler, filtered):
                 arrays = jax.device_get((state.tokens, state.real, state.log_probs, state.finished))
                 for row, *(tokens, real, log_probs, finished) in zip(rows, *arrays, strict=False):  # absent ones follow
                     row.take(tokens[new][real[new]], log_probs[new][real[new]], finished)
+                    row.end_at([_bytes(text) for text in stop], self.tokenizer)
                 drawn += new.stop - new.start
-                yield [row.continuation(self.tokenizer, stops) for row in rows]
+                yield [row.continuation(self.tokenizer) for row in rows]
+                if all(row.finished for row in rows):
+                    return
 
     def _fill_columns(
         self, texts: list[np.ndarray], max_tokens: int, drawn: int, sampler: Sampler, filtered: bool
@@ -138,7 +143,9 @@ class LanguageModel:
         batch = left_padded(texts, self._rows(len(texts)), width)
         with self._on_mesh():
             columns = width + self._round(room)
-            state = prefill(model, self.params, *batch, sampler, np.int32(drawn), columns=columns, **sizes)
+            state = prefill(
+                model, self.params, np.int32(self.step), *batch, sampler, np.int32(drawn), columns=columns, **sizes
+            )
         column = width
         while True:
             column, seen = int(state.column), column
@@ -147,7 +154,7 @@ class LanguageModel:
                 return
             with self._on_mesh():
                 until = np.int32(min(column + _STREAMED, last))
-                state = decode(model, self.params, state, sampler, until, **sizes)
+                state = decode(model, self.params, np.int32(self.step), state, sampler, until, **sizes)
 
     def log_likelihoods(self, pairs: Sequence[tuple[Prompt, Prompt]], batch_size: int = 8) -> list[Likelihood]:
         """Of each pair of a context and its continuation, how likely the model writes the latter after the former.
@@ -178,6 +185,7 @@ class LanguageModel:
                     found = score(
                         model,
                         self.params,
+                        np.int32(self.step),
                         *right_padded(part, rows, width),
                         vocab_size=self.tokenizer.vocab_size,
                         end_of_text=self.tokenizer.end_of_text,
@@ -212,6 +220,8 @@ class LanguageModel:
             faults.append("model.objective = 'causal': has no gaps to fill; try `mot generate`")
         if not texts:
             faults.append(f"text: there must be at least one; try 'def {gap}ead('")
+        if not gap:
+            raise ConfigError("gap = '': must be a mark that stands for a missing token; try '_'")
         rows = [self._with_gaps(text, gap) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if tokenizer.mask_token not in row:
@@ -226,7 +236,9 @@ class LanguageModel:
             tokens[i, : len(row)], real[i, : len(row)] = row, 1
         segments = np.cumsum(tokens == tokenizer.end_of_text, axis=1, dtype=np.int32) if model.document_mask else None
         with self._on_mesh():
-            found = fill(model, self.params, tokens, real.astype(bool), segments, tokenizer.vocab_size)
+            found = fill(
+                model, self.params, np.int32(self.step), tokens, real.astype(bool), segments, tokenizer.vocab_size
+            )
 
         def words(tokens: np.ndarray) -> str:
             return tokenizer.decode(tokens).decode(errors="replace")
@@ -271,25 +283,28 @@ class LanguageModel:
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
-    def _check(self, rows, stops, max_tokens, temperature, top_k, top_p) -> None:
+    def _check(self, prompts, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
         faults, context = [], self.config.model.context_length
+        if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
+            raise ConfigError(f"prompts = {_short(prompts)}, stop = {stop!r}: must be lists of texts; try [...]")
         if self.config.model.objective != "causal":
             faults.append("model.objective = 'masked': continues no text; try `mot fill`")
-        if not rows:
+        if not len(prompts):
             faults.append("prompt: there must be at least one; try 'def '")
-        for row in rows:
-            if not len(row.text):
+        for prompt in prompts:
+            size = len(self._encode(prompt))
+            if not size:
                 faults.append("prompt = '': is empty; try 'def '")
-            elif len(row.text) > context:
-                words = _short(self.tokenizer.decode(row.text).decode(errors="replace"))
-                faults.append(f"prompt = {words}: has {len(row.text)} tokens, and the context {context}; try its end")
-        if not all(map(len, stops)):
+            elif size > context:
+                faults.append(f"prompt = {_short(prompt)}: has {size} tokens, and the context {context}; try its end")
+        if not all(map(len, stop)):
             faults.append("stop = '': is empty; try a line end")
         rules = {
             "max_tokens": (max_tokens, max_tokens >= 1, "at least 1", 200),
             "temperature": (temperature, 0 <= temperature < float("inf"), "finite and at least 0", 0.7),
             "top_k": (top_k, top_k is None or top_k >= 1, "at least 1", 40),
             "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1", 0.9),
+            "seed": (seed, 0 <= seed < 2**32, "at least 0 and below 2^32", 0),
         }
         faults += [
             f"{name} = {v}: must be {rule}; try {good}" for name, (v, fine, rule, good) in rules.items() if not fine
@@ -322,7 +337,10 @@ def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> l
     lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
     if mode == (trained := trained_mode(run)):
         return lines
-    scores = measured(workdir, model.step)
+    try:
+        scores = measured(workdir, model.step)
+    except ConfigError:  # damaged, which is no reason not to write
+        scores = {}
     if mode in scores and trained in scores:
         cost = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))
         found = f"{cost}, bits per byte of {scores[mode]['windows']:,} validation windows"
@@ -337,16 +355,31 @@ class _Row:
     def __init__(self, prompt: np.ndarray):
         self.text, self.finished = prompt, False
         self._begin, self._log_probs = len(prompt), np.zeros(0, np.float32)
+        self._end: int | None = None  # bytes before the stop
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray, finished: bool) -> None:
         if not self.finished:
             self.text, self._log_probs = np.append(self.text, tokens), np.append(self._log_probs, log_probs)
             self.finished = bool(finished)
 
-    def continuation(self, tokenizer: Tokenizer, stops: list[np.ndarray]) -> Continuation:
+    def end_at(self, stops: list[bytes], tokenizer: Tokenizer) -> None:
+        """Ends the row with the token that completes the first of `stops`, if what was written holds any."""
+        if self._end is not None or not stops:
+            return
+        written = tokenizer.decode(self.text[self._begin :])
+        if not any(stop in written for stop in stops):
+            return
+        for length in range(1, len(self._log_probs) + 1):
+            written = tokenizer.decode(self.text[self._begin : self._begin + length])
+            places = [place for stop in stops if (place := written.find(stop)) >= 0]
+            if places:
+                self.text, self._log_probs = self.text[: self._begin + length], self._log_probs[:length]
+                self.finished, self._end = True, min(places)
+                return
+
+    def continuation(self, tokenizer: Tokenizer) -> Continuation:
         tokens = self.text[self._begin :]
-        ends = (len(s) for s in stops if self.finished and np.array_equal(tokens[-len(s) :], s))
-        words = tokenizer.decode(tokens[: len(tokens) - max(ends, default=0)]).decode(errors="replace")
+        words = tokenizer.decode(tokens)[: self._end].decode(errors="replace")
         return Continuation(words, tokens, self._log_probs, self.finished)
 
 
@@ -360,7 +393,9 @@ def _table(stops: list[np.ndarray]) -> np.ndarray:
 
 
 def _bytes(text: str | bytes) -> bytes:
-    return text.encode() if isinstance(text, str) else text
+    return (
+        text.encode(errors="surrogateescape") if isinstance(text, str) else text
+    )  # what a shell gives may be no UTF-8
 
 
 def _short(text: Prompt) -> str:

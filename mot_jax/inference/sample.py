@@ -11,12 +11,13 @@ from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.language_model import GAP, LanguageModel
+from mot_jax.inference.modes import trained_mode
 from mot_jax.model import Params
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
     """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
-    model = LanguageModel(config, params, tokenizer, "grouped", config.training.steps, mesh)
+    model = LanguageModel(config, params, tokenizer, trained_mode(config), config.training.steps, mesh)
     objective, size = Objective.of(config, tokenizer), config.group_size
     shown = next(validation_batches(windows, objective, size, size, np.arange(size), None))
     present = shown.token_mask[:, 0]

@@ -49,6 +49,7 @@ def right_padded(windows: Sequence[Window], rows: int, width: int) -> tuple[np.n
 def score(
     config: ModelConfig,
     params: Params,
+    step: jax.Array,
     tokens: jax.Array,
     lengths: jax.Array,
     scored: jax.Array,
@@ -58,8 +59,9 @@ def score(
 ) -> tuple[jax.Array, jax.Array]:
     """Natural log-probabilities of the last `scored` tokens, float32 [B, S], and whether each is the likeliest, bool.
 
-    Both at the place of the token before; elsewhere 0 and True. tokens: int32 [B, S + 1]. lengths: int32 [B], how many
-    of each row are read; a row without any is absent. scored: int32 [B]. vocab_size: of the tokenizer.
+    Both at the place of the token before; elsewhere 0 and True. step: int32 scalar, how long the model was trained.
+    tokens: int32 [B, S + 1]. lengths: int32 [B], how many of each row are read; a row without any is absent. scored:
+    int32 [B]. vocab_size: of the tokenizer.
     """
     read, targets = tokens[:, :-1], tokens[:, 1:]
     places, lengths = jnp.arange(read.shape[1]), lengths[:, None]
@@ -68,7 +70,7 @@ def score(
     segments = jnp.cumsum(real & (read == end_of_text), axis=1)
     read, real, segments, targets = (reshard(whole(a), "rows", None) for a in (read, real, segments, targets))
     model = bind(config, params)
-    hidden = reshard(model(read, FeedForwardContext(real, read), segments).hidden, "rows", None, None)
+    hidden = reshard(model(read, FeedForwardContext(real, read, step=step), segments).hidden, "rows", None, None)
     size = math.gcd(config.loss_chunk, read.shape[1])  # logits exist for so many positions of each row at a time
 
     def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:

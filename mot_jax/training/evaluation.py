@@ -25,7 +25,7 @@ from mot_jax.inference.modes import enter
 from mot_jax.model import Params
 from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
 from mot_jax.training.restore import check_data, load_run
-from mot_jax.training.scores import Score, record_score, score_of
+from mot_jax.training.scores import Score, check_scores, record_score, score_of
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -85,6 +85,7 @@ def evaluate_run(
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
         companions = load_companions(workdir)
+        check_scores(workdir)
     scores = []
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh)

@@ -23,6 +23,7 @@ from mot_jax.inference.modes import token_choice
 from mot_jax.inference.sample import sample_text
 from mot_jax.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.tensor_files import holds_tensors
 from mot_jax.training import metrics as log
 from mot_jax.training.checkpoint import Checkpoints
 from mot_jax.training.evaluation import make_evaluation
@@ -188,7 +189,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
         checkpoints.wait()
 
         # --- what came of it ------------------------------------------------------------------------------------------
-        sample = sample_text(config, mesh, state.params, unseen, tokenizer) if config.logging.sample_tokens else None
+        sample = (
+            sample_text(_without_drops(config), mesh, state.params, unseen, tokenizer)
+            if config.logging.sample_tokens
+            else None
+        )
         with distributed.together():
             if first:
                 if sample is not None:
@@ -205,6 +210,8 @@ def _without_drops(config: Config) -> Config:
 def _check_workdir(config: Config, workdir: epath.Path) -> None:
     """Raises ConfigError unless `workdir` is new, empty, or holds a run that `config` may continue."""
     path = workdir / "config.json"
+    if holds_tensors(workdir):
+        raise ConfigError(f"workdir = {workdir}: holds an export, which cannot be trained on; try a new --workdir")
     if path.exists():
         changes = identity_changes(from_json(path.read_text()), config)
         if changes:

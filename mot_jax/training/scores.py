@@ -25,7 +25,7 @@ _KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, 
 def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
     """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
     independent = MODES[mode].independent or MODES[mode].change(config).model.group_size == 1
-    about = {"mode": mode, "split": split, "group_size": config.model.group_size, "independent": independent}
+    about = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
     return {**about, **result, "perplexity": math.exp(result["loss"])}
 
 
@@ -42,7 +42,7 @@ def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:
     All are of equally many windows, so that they compare: of as many as most modes have been scored on.
     """
     config = load_run_config(workdir)
-    wanted = {"split": config.data.validation_split, "step": step, "group_size": config.model.group_size}
+    wanted = {"split": config.data.validation_split, "step": step, "group_size": _group_size(config)}
     by_windows: dict[int, dict[str, Score]] = {}
     for score in _read(user_path("workdir", workdir) / "modes.json"):
         if all(score[key] == value for key, value in wanted.items()):
@@ -50,10 +50,24 @@ def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:
     return max(by_windows.items(), key=lambda item: (len(item[1]), item[0]), default=(0, {}))[1]
 
 
+def _group_size(config: Config) -> int:
+    """Of the layers as they mix; of those that were tuned to route, as they mixed."""
+    mixture = getattr(config.model.feed_forward, "mixture", None)
+    return config.model.group_size if mixture is None else mixture.group_size
+
+
+def check_scores(workdir: epath.PathLike) -> None:
+    """Raises ConfigError if what was written down before is damaged."""
+    _read(user_path("workdir", workdir) / "modes.json")
+
+
 def _read(path: epath.Path) -> list[Score]:
     try:
-        return json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:
+        scores = json.loads(path.read_text()) if path.exists() else []
+        if not all(score.keys() >= {*_KEY} for score in scores):
+            raise ValueError(f"a score must have {', '.join(_KEY)}")
+        return scores
+    except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); delete it, and mot evaluate writes it anew") from None
 
 

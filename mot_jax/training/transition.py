@@ -66,12 +66,13 @@ def annealing_config(source: Config, workdir: str, steps: int) -> Config:
 
 
 def _begun_as(source: Config, workdir: str, steps: int, **changes: Any) -> Config:
-    old = source.training
-    optimizer = dataclasses.replace(
-        old.optimizer,
-        learning_rate=old.optimizer.learning_rate * _LEARNING_RATE,
-        warmup_steps=round(old.optimizer.warmup_steps * _WARMUP),
-    )
+    old, optimizer = source.training, source.training.optimizer
+    if old.transition_from is None:  # after annealing they are what they are to be
+        optimizer = dataclasses.replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate * _LEARNING_RATE,
+            warmup_steps=round(optimizer.warmup_steps * _WARMUP),
+        )
     training = dataclasses.replace(
         old,
         steps=steps,
