@@ -178,7 +178,7 @@ def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
             np.testing.assert_array_equal(run.params[name], value)
     content = (output / INDEX).read_bytes()
     (output / INDEX).write_bytes(content[:-9])
-    with pytest.raises(ConfigError, match=r"model.safetensors.index.json: is no index of tensors"):
+    with pytest.raises(ConfigError, match=r"model.safetensors.index.json: cannot be read"):
         load_run(output)
 
 
