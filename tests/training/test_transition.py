@@ -88,6 +88,10 @@ def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_firs
         assert not new or not np.allclose(value, first[name]), name
 
 
+class StoppedError(Exception):
+    pass
+
+
 def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
     config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
     asked: list[int] = []
@@ -100,12 +104,12 @@ def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(
     def stopping(self, steps, done):
         for step in track(self, steps, done):
             if step == 4:
-                raise KeyboardInterrupt
+                raise StoppedError
             yield step
 
     monkeypatch.setattr(loop, "train_batches", watched)
     loop.train(config, tmp_path / "undisturbed")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(loop.log.Console, "track", stopping)
         loop.train(config, tmp_path / "stopped")
     loop.train(config, tmp_path / "stopped")
