@@ -53,11 +53,11 @@ def language_model(model: ModelConfig, mode: str = "grouped") -> LanguageModel:
     return LanguageModel(config, params, ByteTokenizer(), mode, 0)
 
 
-def score(lm: LanguageModel, prompts: list[bytes], found: list) -> tuple[np.ndarray, np.ndarray]:
+def score(lm: LanguageModel, prompts: list[np.ndarray], found: list) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities [B, T, V] by one pass over the same left-padded batch, and where its columns of text begin."""
     width = max(map(len, prompts))
     length = width + max(len(f.tokens) for f in found)
-    tokens, real = left_padded([np.frombuffer(p, np.uint8) for p in prompts], len(prompts), width)
+    tokens, real = left_padded(prompts, len(prompts), width)
     pad = ((0, 0), (0, length - width))
     tokens, real = np.pad(tokens, pad), np.pad(real, pad)
     for row, f in enumerate(found):
@@ -78,12 +78,16 @@ def score(lm: LanguageModel, prompts: list[bytes], found: list) -> tuple[np.ndar
 def test_the_cache_writes_what_the_whole_model_would(name, mode):
     """Greedy tokens and log-probabilities, at every position, of rows that begin and end at different columns."""
     lm = language_model(MODELS[name], mode)
-    once = lm.generate(PROMPTS, max_tokens=14, temperature=0)
+    prompts = [np.frombuffer(prompt, np.uint8).astype(np.int32) for prompt in PROMPTS]
+    if MODELS[name].document_mask:
+        for prompt in prompts:
+            prompt[len(prompt) // 2] = 256  # a document ends within the prompt
+    once = lm.generate(prompts, max_tokens=14, temperature=0)
     stops = [bytes(f.tokens[[2 * i + 1]].tolist()) for i, f in enumerate(once) if i % 2 and f.tokens[2 * i + 1] < 256]
     assert stops
-    found = lm.generate(PROMPTS, max_tokens=14, temperature=0, stop=stops)
+    found = lm.generate(prompts, max_tokens=14, temperature=0, stop=stops)
     assert any(f.finished for f in found) and len({len(f.tokens) for f in found}) > 1
-    expected, begin = score(lm, PROMPTS, found)
+    expected, begin = score(lm, prompts, found)
     for row, f in zip(expected, found, strict=True):
         there = row[begin - 1 : begin - 1 + len(f.tokens)]
         np.testing.assert_array_equal(there.argmax(axis=-1), f.tokens)
@@ -95,10 +99,24 @@ def test_text_that_outgrows_the_context_goes_on_from_its_last_half():
     found = lm.generate(PROMPTS, max_tokens=40, temperature=0, ends=False)
     assert [len(f.tokens) for f in found] == [40] * 4
     room = MODEL.context_length - max(map(len, PROMPTS)) + 1
-    texts = [np.append(np.frombuffer(p, np.uint8), f.tokens[:room])[-12:] for p, f in zip(PROMPTS, found, strict=True)]
+    texts = [np.append(np.frombuffer(p, np.uint8), f.tokens[:room]) for p, f in zip(PROMPTS, found, strict=True)]
+    assert len(texts[2]) == 25 and max(len(text) for text in texts if text is not texts[2]) <= 24
+    texts = [text[-12:] if len(text) > 24 else text for text in texts]
     again = lm.generate(texts, max_tokens=40 - room, temperature=0, ends=False)
     for before, after in zip(found, again, strict=True):
-        np.testing.assert_array_equal(before.tokens[room : room + 13], after.tokens[:13])
+        np.testing.assert_array_equal(before.tokens[room:], after.tokens)
+
+
+def test_a_row_goes_on_as_if_alone_whatever_its_neighbours_lengths():
+    """Where no row hears another, also past the context: each is cut when it has outgrown it itself."""
+    lm = language_model(MODEL, "companions")
+    found = [
+        lm.generate([b"import os", *others], max_tokens=30, temperature=0, ends=False)[0]
+        for others in ([], [b"x" * 24, b"yy"], [b"another row of text"])
+    ]
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.tokens, found[0].tokens)
+        np.testing.assert_allclose(other.log_probs, found[0].log_probs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_ends_with_the_first_stop_that_it_wrote_itself():
@@ -110,6 +128,8 @@ def test_a_row_ends_with_the_first_stop_that_it_wrote_itself():
     assert found.finished and not free.finished
     np.testing.assert_array_equal(found.tokens, free.tokens[:first])
     assert found.text == ByteTokenizer().decode(free.tokens[: first - 2]).decode(errors="replace")
+    text = found.text.encode()  # a stop that the tokenizer would write otherwise is found in the text
+    assert lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[text])[0].text == ""
     across = PROMPTS[0][-1:] + bytes(free.tokens[:1].tolist())
     (found, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[across])
     assert len(found.tokens) > 1
@@ -199,6 +219,8 @@ def test_tokens_are_drawn_by_their_probability():
         ([b"x"], {"top_k": 0}, "top_k = 0: must be at least 1"),
         ([b"x"], {"top_p": 1.5}, "top_p = 1.5"),
         ([b"x"], {"stop": [""]}, "stop = ''"),
+        ([b"x"], {"seed": -1}, "seed = -1: must be at least 0"),
+        ("text", {}, "must be lists of texts"),
     ],
 )
 def test_bad_requests_are_one_line(prompts, options, words):

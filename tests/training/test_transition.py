@@ -24,9 +24,9 @@ from mot_jax.training.restore import load_whole
 
 @pytest.fixture(scope="module")
 def small(tiny: Config) -> Config:
-    """With little else than training: hundreds of windows to score, no samples."""
+    """With little else than training: hundreds of windows to score, a sample of a token."""
     data = dataclasses.replace(tiny.data, validation_split="validation[:1%]")
-    return dataclasses.replace(tiny, data=data, logging=LoggingConfig(tensorboard=False, sample_tokens=0))
+    return dataclasses.replace(tiny, data=data, logging=LoggingConfig(tensorboard=False, sample_tokens=1))
 
 
 @pytest.fixture(scope="module")
