@@ -114,9 +114,10 @@ class _Run:
             columns=width + self.columns + 1,
             **sizes,
         )
-        self._decode = partial(decode, model, params, np.int32(0), **sizes)
         self._until = np.int32(width + self.columns + 1)
-        self._lower = partial(decode.lower, model, params, np.int32(0), **sizes)
+        given = (jax.eval_shape(self._prefill), self._sampler, self._until)
+        self._compiled = decode.lower(model, params, np.int32(0), *given, **sizes).compile()
+        self._decode = partial(self._compiled, params, np.int32(0))
 
     def read(self) -> Callable[[], Any]:
         """The prompts, and the first token of each."""
@@ -129,8 +130,7 @@ class _Run:
 
     def temporaries(self) -> int:
         """Bytes of the decoding program beside its arguments and results."""
-        state = jax.eval_shape(self._prefill)
-        analysis = self._lower(state, self._sampler, self._until).compile().memory_analysis()
+        analysis = self._compiled.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes
 

@@ -1,11 +1,11 @@
 """Experiment configuration: fields, checks, files."""
 
 from mot_jax.config.checks import check, mixing_faults
+from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
     Config,
-    ConfigError,
     DataConfig,
     DenseConfig,
     FeedForwardConfig,
@@ -19,8 +19,6 @@ from mot_jax.config.fields import (
     OptimizerConfig,
     TokenChoiceConfig,
     TrainingConfig,
-    TransientError,
-    nearest,
 )
 from mot_jax.config.files import FORMAT_VERSION, error_words, from_json, identity_changes, load_config, to_json
 from mot_jax.config.hints import leaves, type_words

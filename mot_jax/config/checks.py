@@ -8,9 +8,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from mot_jax.config.errors import ConfigError
 from mot_jax.config.fields import (
     Config,
-    ConfigError,
     DenseConfig,
     MixingConfig,
     MixtureOfTokensConfig,

@@ -14,7 +14,8 @@ from typing import Any
 
 from mot_jax.config import fields
 from mot_jax.config.checks import check
-from mot_jax.config.fields import Config, ConfigError, nearest
+from mot_jax.config.errors import ConfigError, nearest
+from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
 
 FORMAT_VERSION = 2

@@ -55,7 +55,9 @@ def inspect(
     config = load_run_config(workdir)
     kind, length = config.model.feed_forward, config.model.context_length
     if MixtureOfTokensConfig not in map(type, config.model.block_kinds()):
-        raise ConfigError(f"workdir = {workdir}: holds a dense model, which mixes nothing; try a Mixture-of-Tokens run")
+        raise ConfigError(
+            f"workdir = {workdir}: holds a {kind.kind} model, which mixes nothing; try a Mixture-of-Tokens run"
+        )
     assert isinstance(kind, MixtureOfTokensConfig)
     run = load_run(workdir)
     tokenizer = open_tokenizer(config)
