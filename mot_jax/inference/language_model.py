@@ -313,11 +313,14 @@ class LanguageModel:
             raise ConfigError(*faults)
 
 
-def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+def load(
+    workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None, apart: bool = False
+) -> LanguageModel:
     """The newest checkpoint of a run, or an exported model, in an inference mode.
 
     mode: a name in `MODES`; None is the run's own default, in which no row sees another's text. mesh: with our Explicit
-    axes, to spread the parameters over; None is one device. Raises ConfigError for what is missing or does not match.
+    axes, to spread the parameters over; None is one device. apart: every block by itself (`model.unstack`), for who
+    writes much on a CPU. Raises ConfigError for what is missing or does not match.
     """
     run = load_run(workdir, mesh)
     tokenizer = open_tokenizer(run.config)
@@ -325,8 +328,9 @@ def load(workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = N
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
-        model, params = unstack(config.model, params)
-    config = dataclasses.replace(config, model=model)
+        if apart:
+            model, params = unstack(config.model, params)
+            config = dataclasses.replace(config, model=model)
     return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
 
 
