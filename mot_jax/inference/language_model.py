@@ -116,10 +116,9 @@ class LanguageModel:
             stops=_table(ended),
         )
         filtered = top_k is not None or top_p < 1
-        drawn, length = 0, self.config.model.context_length
+        drawn = 0
         while drawn < max_tokens and not all(row.finished for row in rows):
-            texts = [row.text[: 0 if row.finished else None] for row in rows]
-            texts = [text if len(text) <= length else text[-max(length // 2, 1) :] for text in texts]
+            texts = [row.window(self.config.model.context_length) for row in rows]
             for state, new in self._fill_columns(texts, max_tokens, drawn, sampler, filtered):
                 arrays = jax.device_get((state.tokens, state.real, state.log_probs, state.finished))
                 for row, *(tokens, real, log_probs, finished) in zip(rows, *arrays, strict=False):  # absent ones follow
@@ -360,6 +359,13 @@ class _Row:
         self.text, self.finished = prompt, False
         self._begin, self._log_probs = len(prompt), np.zeros(0, np.float32)
         self._end: int | None = None  # bytes before the stop
+        self._first = 0  # token of it that the model reads
+
+    def window(self, length: int) -> np.ndarray:
+        """What the model reads next, at most `length` tokens: from where it read before, unless that was outgrown."""
+        if len(self.text) - self._first > length:
+            self._first = len(self.text) - max(length // 2, 1)
+        return self.text[len(self.text) if self.finished else self._first :]
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray, finished: bool) -> None:
         if not self.finished:
