@@ -94,22 +94,11 @@ class HarnessModel(TemplateLM):
                 for number, first in enumerate(range(0, len(indices), self.batch_size)):
                     part = indices[first : first + self.batch_size]
                     rows = [np.array(prompts[index][-room:], np.int32) for index in part]
-                    for index, text in zip(part, self._write(rows, options, number), strict=True):
-                        found[index] = text
-                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    for index, written in zip(part, self.model.generate(rows, seed=number, **options), strict=True):
+                        found[index] = written.text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, written.text)
                     bar.update(len(part))
         return found
-
-    def _write(self, prompts: list[np.ndarray], options: dict[str, Any], seed: int) -> list[str]:
-        """What follows each prompt, up to a stop: other tokens than the device looks for may spell that."""
-        texts: list[str] = []
-        for rows in self.model.stream(prompts, seed=seed, **options):
-            texts = [
-                min((row.text.split(stop, 1)[0] for stop in options["stop"]), key=len, default=row.text) for row in rows
-            ]
-            if all(row.finished or len(text) < len(row.text) for row, text in zip(rows, texts, strict=True)):
-                break
-        return texts
 
 
 @register_model("mot_jax")

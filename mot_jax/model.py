@@ -174,10 +174,14 @@ class Transformer(nnx.Module):
             cache = dataclasses.replace(cache, layers=layers, column=cache.column + tokens.shape[1])
         return ModelOutput(x, losses, metrics, cache)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V] in float32 (or wider)."""
+    def logits(self, hidden: jax.Array, vocab_size: int | None = None) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] in float32 (or wider).
+
+        vocab_size: of the tokenizer, where the model has room for more: -inf from there on. None: as they are.
+        """
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.matmul(hidden, whole(self._head().astype(hidden.dtype)), preferred_element_type=wide)
+        logits = jnp.matmul(hidden, whole(self._head().astype(hidden.dtype)), preferred_element_type=wide)
+        return logits if vocab_size is None else jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
     def loss_sum(
         self, hidden: jax.Array, targets: jax.Array, mask: jax.Array, head_z: float = 0.0, accuracy: bool = False

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from mot_jax import cli
+from mot_jax.cli import options
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -153,8 +154,8 @@ def test_the_command_of_a_manifest_is_one_that_mot_takes(job_set):
 def check_command(command: list[str]) -> None:
     """`mot train` would parse and accept this."""
     assert command[:2] == ["mot", "train"] and (ROOT / command[2]).is_file()
-    options, _ = cli._parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
-    assert options.workdir
+    found, _ = options.parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
+    assert found.workdir
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def prefill(
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     segments = jnp.cumsum(real & (prompts == end_of_text), axis=1)
     cache = Cache.empty(config, rows, columns)
-    hidden, cache = _read(config, params, step, prompts, real, positions, segments, cache)
+    logits, cache = _read(config, params, step, prompts, real, positions, segments, cache, vocab_size)
     pad = ((0, 0), (0, columns - length))
     state = Decoding(
         cache=cache,
@@ -93,7 +93,7 @@ def prefill(
         finished=~real.any(axis=1),
         segment=segments[:, -1],
     )
-    return _draw(config, params, state, hidden, sampler, vocab_size, end_of_text, filtered)
+    return _draw(state, logits, sampler, end_of_text, filtered)
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size", "end_of_text", "filtered"), donate_argnames="state")
@@ -115,26 +115,25 @@ def decode(
         last = state.column - 1
         token, real = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (state.tokens, state.real))
         positions = jnp.maximum(state.real.sum(axis=1, keepdims=True) - 1, 0)
-        hidden, cache = _read(config, params, step, token, real, positions, state.segment[:, None], state.cache)
-        state = state._replace(cache=cache)
-        return _draw(config, params, state, hidden, sampler, vocab_size, end_of_text, filtered)
+        segments = state.segment[:, None]
+        logits, cache = _read(config, params, step, token, real, positions, segments, state.cache, vocab_size)
+        return _draw(state._replace(cache=cache), logits, sampler, end_of_text, filtered)
 
     return jax.lax.while_loop(lambda s: (s.column < until) & ~s.finished.all(), body, state)
 
 
-def _read(config, params, step, tokens, real, positions, segments, cache: Cache) -> tuple[jax.Array, Cache]:
-    """The next columns [B, S] of the text -> (hidden [B, D] of the last one, on every device; the cache)."""
+def _read(config, params, step, tokens, real, positions, segments, cache: Cache, vocab_size) -> tuple[jax.Array, Cache]:
+    """The next columns [B, S] of the text -> (logits [B, V] after the last one, on every device; the cache)."""
     tokens, real, positions, segments = (reshard(a, "rows", None) for a in (tokens, real, positions, segments))
     context = FeedForwardContext(token_mask=real, token_ids=tokens, positions=positions, step=step)
-    out = bind(config, params)(tokens, context, segments, cache)
+    model = bind(config, params)
+    out = model(tokens, context, segments, cache)
     assert out.cache is not None
-    return whole(whole(out.hidden)[:, -1]), out.cache
+    return whole(model.logits(whole(whole(out.hidden)[:, -1]), vocab_size)), out.cache
 
 
-def _draw(config, params, state: Decoding, hidden, sampler, vocab_size, end_of_text, filtered) -> Decoding:
+def _draw(state: Decoding, logits, sampler, end_of_text, filtered) -> Decoding:
     """The token of the next column."""
-    logits = whole(bind(config, params).logits(hidden))
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
     token = choose(logits, sampler, state.drawn, filtered)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     token = jnp.where(state.finished, end_of_text, token)
@@ -211,6 +210,6 @@ def fill(
     tokens, real = reshard(tokens, "rows", None), reshard(real, "rows", None)
     segments = None if segments is None else reshard(segments, "rows", None)
     model = bind(config, params)
-    logits = model.logits(model(tokens, FeedForwardContext(real, tokens, step=step), segments).hidden)
-    log_probs = jax.nn.log_softmax(jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf), axis=-1)
+    hidden = model(tokens, FeedForwardContext(real, tokens, step=step), segments).hidden
+    log_probs = jax.nn.log_softmax(model.logits(hidden, vocab_size), axis=-1)
     return whole(jnp.argmax(log_probs, axis=-1)), whole(log_probs.max(axis=-1))

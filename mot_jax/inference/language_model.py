@@ -104,9 +104,11 @@ class LanguageModel:
         A row that outgrows the context, prompt and all, goes on from its last half context, read anew, whatever the
         other rows do. Raises ConfigError for an empty prompt, one longer than the context, or an option out of range.
         """
-        self._check(prompts, stop, max_tokens, temperature, top_k, top_p, seed)
+        if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
+            raise ConfigError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
         rows = [_Row(self._encode(prompt)) for prompt in prompts]
-        stops = [self._encode(text) for text in stop]
+        self._check(prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed)
+        stops, spelt = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
         ended = [*stops, *([np.array([self.tokenizer.end_of_text])] if ends else [])]
         sampler = Sampler(
             temperature=np.float32(temperature),
@@ -123,7 +125,7 @@ class LanguageModel:
                 arrays = jax.device_get((state.tokens, state.real, state.log_probs, state.finished))
                 for row, *(tokens, real, log_probs, finished) in zip(rows, *arrays, strict=False):  # absent ones follow
                     row.take(tokens[new][real[new]], log_probs[new][real[new]], finished)
-                    row.end_at([_bytes(text) for text in stop], self.tokenizer)
+                    row.end_at(spelt, self.tokenizer)
                 drawn += new.stop - new.start
                 yield [row.continuation(self.tokenizer) for row in rows]
                 if all(row.finished for row in rows):
@@ -211,8 +213,8 @@ class LanguageModel:
     def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
         """Each text with the likeliest token in the place of every `gap`, all of them in one batch.
 
-        Where texts are tokens, mask tokens are the gaps. Raises ConfigError for a causal model, a text without a gap,
-        or one longer than the context.
+        Where texts are tokens, mask tokens are the gaps, and there may be none. Raises ConfigError for a causal model,
+        words without a gap, or a text longer than the context.
         """
         model, tokenizer, faults = self.config.model, self.tokenizer, []
         if model.objective != "masked":
@@ -223,7 +225,7 @@ class LanguageModel:
             raise ConfigError("gap = '': must be a mark that stands for a missing token; try '_'")
         rows = [self._with_gaps(text, gap) for text in texts]
         for text, row in zip(texts, rows, strict=True):
-            if tokenizer.mask_token not in row:
+            if isinstance(text, (str, bytes)) and tokenizer.mask_token not in row:
                 faults.append(f"text = {_short(text)}: has no gap; try 'def {gap}ead('")
             elif len(row) > model.context_length:
                 rule = f"has {len(row)} tokens, and the context {model.context_length}; try a part of it"
@@ -282,16 +284,14 @@ class LanguageModel:
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
-    def _check(self, prompts, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
+    def _check(self, prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
         faults, context = [], self.config.model.context_length
-        if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
-            raise ConfigError(f"prompts = {_short(prompts)}, stop = {stop!r}: must be lists of texts; try [...]")
         if self.config.model.objective != "causal":
             faults.append("model.objective = 'masked': continues no text; try `mot fill`")
         if not len(prompts):
             faults.append("prompt: there must be at least one; try 'def '")
-        for prompt in prompts:
-            size = len(self._encode(prompt))
+        for prompt, row in zip(prompts, rows, strict=True):
+            size = len(row.text)
             if not size:
                 faults.append("prompt = '': is empty; try 'def '")
             elif size > context:

@@ -75,10 +75,8 @@ def score(
 
     def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         part, target = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1) for a in (hidden, targets))
-        logits = model.logits(part)
-        tokens = jnp.arange(logits.shape[-1])
-        logits = jnp.where(tokens < vocab_size, logits, -jnp.inf)
-        own = jnp.where(tokens == target[..., None], logits, 0).sum(axis=-1)
+        logits = model.logits(part, vocab_size)
+        own = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0).sum(axis=-1)
         return None, (own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target)
 
     _, found = jax.lax.scan(body, None, jnp.arange(0, read.shape[1], size))

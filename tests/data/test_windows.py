@@ -210,7 +210,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, toy_corpus: Callable[..., Corp
 
 
 SLOW_BUILD = """
-import sys, time
+import sys
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import open_windows
@@ -219,7 +219,7 @@ class Slow(ByteTokenizer):
     def encode(self, text):
         if text == b"stop":
             print("building", flush=True)
-            time.sleep(float(sys.argv[2]))
+            sys.stdin.readline()
         return super().encode(text)
 
 records = [{"name": b"a", "text": text} for text in (b"x" * 5000, b"stop", b"y" * 5000)]
@@ -228,14 +228,15 @@ print(len(open_windows(Corpus("toy", "train", "1", "f", records), "train", Slow(
 
 
 @pytest.fixture
-def slow_build() -> Iterator[Callable[[Path, float], subprocess.Popen[bytes]]]:
-    """Starts builds in processes of their own; returns when they are half-way."""
+def slow_build() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Starts builds in processes of their own; returns when they are half-way, and wait for a line."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     started = []
 
-    def start(directory: Path, seconds: float) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", SLOW_BUILD, str(directory), str(seconds)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment))
+    def start(directory: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SLOW_BUILD, str(directory)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
         output = started[-1].stdout
         assert output is not None and output.readline() == b"building\n"
         return started[-1]
@@ -247,25 +248,23 @@ def slow_build() -> Iterator[Callable[[Path, float], subprocess.Popen[bytes]]]:
 
 
 def test_a_killed_build_leaves_nothing_half_valid(
-    tmp_path: Path, slow_build: Callable[[Path, float], subprocess.Popen[bytes]]
+    tmp_path: Path, slow_build: Callable[[Path], subprocess.Popen[bytes]]
 ) -> None:
-    killed = slow_build(tmp_path, 60)
+    killed = slow_build(tmp_path)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert [name[-9:] for name in directories(tmp_path)] == [".building"]
-    output, _ = slow_build(tmp_path, 0).communicate()
+    output, _ = slow_build(tmp_path).communicate(b"\n")
     assert output == b"626\n"
     (left,) = directories(tmp_path)
     assert not left.endswith(".building")
 
 
-def test_two_processes_may_build_at_once(
-    tmp_path: Path, slow_build: Callable[[Path, float], subprocess.Popen[bytes]]
-) -> None:
-    slow = slow_build(tmp_path, 3)
-    fast = slow_build(tmp_path, 0)
-    assert fast.communicate()[0] == b"626\n", "the fast one leaves the slow one's directory alone"
-    assert slow.communicate()[0] == b"626\n"
+def test_two_processes_may_build_at_once(tmp_path: Path, slow_build: Callable[[Path], subprocess.Popen[bytes]]) -> None:
+    slow = slow_build(tmp_path)
+    fast = slow_build(tmp_path)
+    assert fast.communicate(b"\n")[0] == b"626\n", "the fast one leaves the slow one's directory alone"
+    assert slow.communicate(b"\n")[0] == b"626\n"
     assert slow.returncode == fast.returncode == 0
     (left,) = directories(tmp_path)
     info = json.loads((tmp_path / "windows" / left / "windows.json").read_text())

@@ -173,19 +173,17 @@ def test_they_are_the_first_full_windows_of_the_training_order():
 
 def test_what_is_damaged_missing_or_of_another_size_is_one_line(tmp_path, params):
     assert load_companions(tmp_path) is None
-    with pytest.raises(
-        ConfigError, match=r"companions.npy: is missing, .*; the command that trained it, mot train CONF"
-    ):
+    with pytest.raises(ConfigError, match=r"companions.npy: is missing; a finished run writes it when .* --mode grou"):
         enter("companions", CONFIG, params, 3, None)
     save_companions(tmp_path, COMPANIONS)
     save_companions(tmp_path, COMPANIONS + 1)  # the first stay
     np.testing.assert_array_equal(load_companions(tmp_path), COMPANIONS)
     with pytest.raises(ConfigError, match=r"holds 3 sequences, too few for groups of 4; try --group-size 3"):
         enter("sparse", CONFIG, params, 3, COMPANIONS[:, :3])
-    with pytest.raises(ConfigError, match=r"must be int32 \[2, G, 8\], and is int32 \[2, 4, 7\]; delete it: the comm"):
+    with pytest.raises(ConfigError, match=r"must be int32 \[2, G, 8\], and is int32 \[2, 4, 7\]; delete it: a fin"):
         enter("mean_field", CONFIG, params, 3, COMPANIONS[:, :, :7])
     content = (tmp_path / "companions.npy").read_bytes()
     for damaged in (b"", content[:-8], b"nothing of NumPy's"):
         (tmp_path / "companions.npy").write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"companions.npy: is damaged \(.*\); delete it: the command that trai"):
+        with pytest.raises(ConfigError, match=r"companions.npy: is damaged \(.*\); delete it: a finished run writes"):
             load_companions(tmp_path)
