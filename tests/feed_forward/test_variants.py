@@ -181,7 +181,9 @@ def test_variant_on_a_mesh_equals_one_device(name, mesh_of):
     (_, y), gradients = expected
     assert set(nnx.to_pure_dict(gradients)) == set(placed)
     chex.assert_trees_all_close(jax.device_get(found[0][1]), y, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(jax.device_get(found[1]), gradients, rtol=1e-3, atol=1e-3)
+    for name, leaf in nnx.to_pure_dict(gradients).items():
+        largest = np.abs(leaf).max()
+        np.testing.assert_allclose(nnx.to_pure_dict(found[1])[name] / largest, leaf / largest, rtol=0, atol=3e-4)
 
 
 # --- temperatures -----------------------------------------------------------------------------------------------------
