@@ -117,10 +117,8 @@ def test_the_content_of_masked_tokens_changes_no_bit(name):
 
 
 # Emit that is merge, apart, over experts; learnt temperatures; within rows; without a softmax in merge.
-ENTROPIES = [
-    "default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing",
-    "much at once",
-]  # fmt: skip
+ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing"]
+ENTROPIES = ["much at once", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
 
 @pytest.mark.parametrize("name", ENTROPIES)

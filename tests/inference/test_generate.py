@@ -94,6 +94,7 @@ def test_the_cache_writes_what_the_whole_model_would(name, mode):
         np.testing.assert_allclose(there[np.arange(len(f.tokens)), f.tokens], f.log_probs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_that_outgrows_the_context_goes_on_from_its_last_half():
     lm = language_model(MODEL)
     found = lm.generate(PROMPTS, max_tokens=40, temperature=0, ends=False)
@@ -107,7 +108,7 @@ def test_text_that_outgrows_the_context_goes_on_from_its_last_half():
         np.testing.assert_array_equal(before.tokens[room:], after.tokens)
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_row_goes_on_as_if_alone_whatever_its_neighbours_lengths():
     """Where no row hears another, also past the context: each is cut when it has outgrown it itself."""
     lm = language_model(MODEL, "companions")

@@ -125,6 +125,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny, 
     assert numbers(workdir) == numbers(finished)
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended(tiny, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=4)), workdir)
@@ -198,6 +199,7 @@ def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, t
     assert (workdir / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, tiny, tmp_path, monkeypatch):
     workdir = epath.Path(tmp_path / "run")
     with monkeypatch.context() as patch:

@@ -244,6 +244,7 @@ def test_a_dense_model_trains_without_groups(tiny):
     assert not any("entropy" in name for name in rows[0])
 
 
+@pytest.mark.slow
 def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
     """The step's gradient is that of cross-entropy + 0.3 x mean entropy + 0.01 x (log Z)^2; `loss` has the first."""
     weights = LossWeights(mixing_entropy=0.3, head_z=0.01)
@@ -288,10 +289,9 @@ ROUTED = {"data 2 x expert 4": MeshConfig(data=2, expert=4)}
 ROUTED |= {name: MESHES[name] for name in ("data 8", "expert 8", "expert 4 x tensor 2", "fsdp 8")}
 
 
-@pytest.mark.parametrize("factor", [1.0, pytest.param(None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(n, marks=[] if n == "data 2 x expert 4" else [pytest.mark.slow]) for n in ROUTED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1.0, None])
+@pytest.mark.parametrize("mesh", ROUTED)
 def test_twenty_routed_steps_on_eight_devices_equal_one_device(tiny, routed_rows, mesh, factor):
     expected = routed_rows(factor)
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.03

@@ -92,6 +92,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
     config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
     asked: list[int] = []

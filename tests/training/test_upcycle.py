@@ -37,7 +37,7 @@ def mixture(config: Config, shape: str, **changes) -> Config:
 
 
 @pytest.mark.parametrize(
-    "shape", ["slices", "shared", *(pytest.param(s, marks=pytest.mark.slow) for s in ("copies", "wider"))]
+    "shape", ["slices", *(pytest.param(s, marks=pytest.mark.slow) for s in ("shared", "copies", "wider"))]
 )
 def test_where_all_rows_of_a_group_are_equal_the_model_is_the_dense_one(dense_run, shape):
     """Uniform mixing of equal tokens: the experts together give G times the dense update, each token a G-th of it."""
