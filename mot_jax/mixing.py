@@ -238,7 +238,7 @@ def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
     weights [N, G, S, E], x [N, G, S, D] -> [N, S, E, D] in x's dtype.
     """
     _check_pair(weights, x)
-    return jnp.einsum("ngse,ngsd->nsed", weights.astype(x.dtype), x)
+    return jnp.einsum("nsge,nsgd->nsed", *_by_position(weights.astype(x.dtype), x))
 
 
 def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -250,7 +250,13 @@ def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     n, _, s, e = weights.shape
     words = "expert outputs are [N, S, E, D] beside weights [N, G, S, E]"
     chex.assert_shape(outputs, (n, s, e, None), custom_message=words)
-    return jnp.einsum("ngse,nsed->ngsd", weights.astype(outputs.dtype), outputs)
+    (weights,) = _by_position(weights.astype(outputs.dtype))
+    return jnp.swapaxes(jnp.einsum("nsge,nsed->nsgd", weights, outputs), 1, 2)
+
+
+def _by_position(*arrays: jax.Array) -> list[jax.Array]:
+    """[N, G, S, ...] -> [N, S, G, ...]: a matrix for each position, which products over G read as it lies."""
+    return [jnp.swapaxes(a, 1, 2) for a in arrays]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -272,7 +278,7 @@ def mix_through(
     must travel anyway: two all-to-alls forward and two backward, whatever is kept.
 
     Args:
-        project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [N, S, E, F]: the experts up to the activation.
+        project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [E, N, S, F]: the experts up to the activation.
         project_out: (pre-activations, w_out) -> [N, S, E, D]: activation and output projection.
         saved: what to keep, see `MixtureOfTokensConfig`.
         x: [N, G, S, D].
@@ -313,13 +319,19 @@ def _backward(project_in, project_out, saved, residuals, dy):
     else:
         o, du = _to_groups(x, reshard(o, *axes_of(du)), du)
     dx = emit(weights, du)  # merge's transpose
-    d_merge, d_emit = (jnp.einsum("ngsd,nsed->ngse", *pair) for pair in ((x, du), (dy, o)))
+    d_merge, d_emit = map(_weights_gradient, (x, dy), (du, o))
     if emit_weights is None:
         return dx, (d_merge + d_emit).astype(weights.dtype), dw_in, dw_out, None
     return dx, d_merge.astype(weights.dtype), dw_in, dw_out, d_emit.astype(emit_weights.dtype)
 
 
 mix_through.defvjp(_forward, _backward)
+
+
+def _weights_gradient(tokens: jax.Array, of_experts: jax.Array) -> jax.Array:
+    """[N, G, S, D], [N, S, E, D] -> their products over D, [N, G, S, E]."""
+    (tokens,) = _by_position(tokens)
+    return jnp.swapaxes(jnp.einsum("nsgd,nsed->nsge", tokens, of_experts), 1, 2)
 
 
 def _to_experts(*arrays: jax.Array) -> tuple[jax.Array, ...]:

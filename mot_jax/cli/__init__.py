@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from mot_jax import distributed
+from mot_jax import distributed, memory
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError, TransientError, error_words
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS)
+    memory.keep_freed()
     with distributed.ending(), _errors_for_people():
         COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
 

@@ -172,20 +172,21 @@ _product = functools.partial(product, fenced=False)  # `mix_through` has a fence
 
 
 def _project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    u = _layer_norm(u, p["norm"])
-    gate = None if p["gate"] is None else _product("nsed,edf->nsef", u, p["gate"])
-    return _product("nsed,edf->nsef", u, p["w"]), gate
+    """[N, S, E, D] -> [E, N, S, F]: experts first, so that neither product transposes what is between them."""
+    u = _layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
+    gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
+    return _product("ensd,edf->ensf", u, p["w"]), gate
 
 
 @functools.cache  # one function for each activation: JAX knows functions by identity
 def _project_out(activation: str) -> mixing.Project:
     def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
         hidden = activate(activation, *h)
-        groups, positions, experts, width = axes_of(hidden)
-        if hidden.shape[1] % shards(positions + width) == 0:  # each device that has a part of F sums some positions
+        experts, groups, positions, width = axes_of(hidden)
+        if hidden.shape[2] % shards(positions + width) == 0:  # each device that has a part of F sums some positions
             positions = width + positions
-        out = spec(groups, positions, experts, None)
-        return _layer_norm(_product("nsef,efd->nsed", hidden, p["w"], out), p["norm"])
+        out = spec(experts, groups, positions, None)
+        return jnp.moveaxis(_layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)
 
     return project_out
 

@@ -291,7 +291,7 @@ def test_what_is_saved():
         config = config_of(saved=saved)
         pull = jax.vjp(lambda p, c=config: apply(c, "float32", p).y, p)[1]
         shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
-        kept[saved] = (shapes.count((n, S, E, F)), shapes.count((n, S, E, D)))
+        kept[saved] = (shapes.count((E, n, S, F)), shapes.count((n, S, E, D)))
         flops[saved] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
     assert kept == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
     assert flops["nothing"] > flops["pre_activations"] > flops["all"]

@@ -1,0 +1,33 @@
+"""The memory of a process that computes on CPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+
+import jax
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+
+
+def keep_freed() -> None:
+    """Where JAX has CPUs alone, memory that is freed is kept for the next array, and not given back to the system.
+
+    glibc gives large blocks back at once, and then every step has the system find and zero their pages anew. To be
+    called before JAX starts its threads: a thread's own pool has no room for large blocks. Nothing happens where there
+    may be an accelerator, or no glibc.
+    """
+    if not _only_cpus():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, value)
+
+
+def _only_cpus() -> bool:
+    if platforms := jax.config.jax_platforms:
+        return platforms == "cpu"
+    return not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
