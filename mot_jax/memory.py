@@ -28,6 +28,6 @@ def keep_freed() -> None:
 
 
 def _only_cpus() -> bool:
-    if platforms := jax.config.jax_platforms:
+    if platforms := jax.config.values["jax_platforms"]:
         return platforms == "cpu"
     return not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
