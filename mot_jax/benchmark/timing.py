@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import statistics
@@ -12,6 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.program import read_program
 from mot_jax.training.checkpoint import versions
 
 
@@ -58,6 +62,67 @@ def bandwidth(size: int = 2**28) -> float:
     total = jax.jit(jnp.sum)
     times = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]
     return size / min(times.seconds)
+
+
+def matmul_peak(dtype: str, size: int | None = None) -> float:
+    """FLOP/s that the first device reaches in the product of two square matrices: the best of several.
+
+    size: of a side; None takes 8,192, or 2,048 on a CPU.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    times = in_turns({"product": lambda: lambda: product(x, x)}, rounds=7)["product"]
+    return 2 * size**3 / min(times.seconds)
+
+
+class Program:
+    """A compiled function of arrays, ready to be timed.
+
+    Its results take the place of its last ones, so that what is timed is the program, and not the system's finding
+    memory for them: on a CPU, that of a layer's gradients costs as much as a tenth of the layer.
+
+    seconds_to_compile. temporaries: bytes that XLA allocates beside arguments and results; None where it does not
+    say. copies: operations of the compiled program that do nothing but copy or transpose 4 KiB or more; bytes: what its
+    instructions read and write (`planning.program`). Both are None where its text cannot be read.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self._arguments = arguments
+        results = jax.eval_shape(function, *arguments)
+        self._results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+
+        def into(arguments: tuple[Any, ...], places: Any) -> Any:
+            del places
+            return function(*arguments)
+
+        start = time.perf_counter()
+        jitted = jax.jit(into, donate_argnums=1, keep_unused=True)
+        self._compiled = jitted.lower(arguments, self._results).compile()
+        self.seconds_to_compile = time.perf_counter() - start
+        analysis = self._compiled.memory_analysis()
+        self.temporaries = None if analysis is None else analysis.temp_size_in_bytes
+        self.copies = self.bytes = None
+        with contextlib.suppress(UnknownTextError):
+            text = self._compiled.as_text()
+            self.copies = count_copies(text)
+            self.bytes = read_program(text, {}).hbm_bytes
+
+    def __call__(self) -> Callable[[], Any]:
+        """For `in_turns`."""
+        return self._run
+
+    def _run(self) -> Any:
+        self._results = self._compiled(self._arguments, self._results)
+        return self._results
+
+
+def count_copies(text: str, least: int = 4096) -> int:
+    """Copies and transposes of at least so many bytes in the text of a compiled program, inside of fusions or not."""
+    module = hlo.parse(text)
+    found = (i for computation in module.computations.values() for i in computation.instructions.values())
+    moving = (i for i in found if i.opcode in ("copy", "copy-start", "transpose"))
+    return sum(instruction.arrays[0].bytes >= least for instruction in moving)
 
 
 def machine() -> dict[str, str]:
