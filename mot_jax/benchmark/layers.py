@@ -228,11 +228,11 @@ def plot(rows: Sequence[Row]) -> bytes:
     panels = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0]
     width = 0.8 / max(len(kinds), 1)
     for axes, direction in zip(panels, directions, strict=True):
-        for number, kind in enumerate(kinds):
+        for place, kind in enumerate(kinds):
             found = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
-            places = [shapes.index(row["shape"]) + (number - (len(kinds) - 1) / 2) * width for row in found]
+            places = [shapes.index(row["shape"]) + (place - (len(kinds) - 1) / 2) * width for row in found]
             heights = [row["ratio_to_dense"] for row in found]
-            bars = axes.bar(places, heights, width, label=kind.replace("_", " "), color=f"C{number}")
+            bars = axes.bar(places, heights, width, label=kind.replace("_", " "), color=f"C{place}")
             for bar, row in zip(bars, found, strict=True):
                 bar.set_hatch("//" if row["void"] else "")
         axes.axhline(1, color="black", linewidth=0.8)
