@@ -83,7 +83,7 @@ class Program:
     memory for them: on a CPU, that of a layer's gradients costs as much as a tenth of the layer.
 
     seconds_to_compile. temporaries: bytes that XLA allocates beside arguments and results; None where it does not
-    say. copies: operations of the compiled program that do nothing but copy or transpose 4 KiB or more; bytes: what its
+    say. copies: instructions of the compiled program that copy or transpose (`count_copies`). bytes: what its
     instructions read and write (`planning.program`). Both are None where its text cannot be read.
     """
 
@@ -118,11 +118,20 @@ class Program:
 
 
 def count_copies(text: str, least: int = 4096) -> int:
-    """Copies and transposes of at least so many bytes in the text of a compiled program, inside of fusions or not."""
-    module = hlo.parse(text)
-    found = (i for computation in module.computations.values() for i in computation.instructions.values())
-    moving = (i for i in found if i.opcode in ("copy", "copy-start", "transpose"))
-    return sum(instruction.arrays[0].bytes >= least for instruction in moving)
+    """Instructions of a compiled program that copy or transpose so many bytes or more; a fusion that does so is one."""
+    computations = hlo.parse(text).computations
+    everything = (i for computation in computations.values() for i in computation.instructions.values())
+    inside = {name for i in everything if i.opcode == "fusion" for name in i.called("calls")}
+
+    def moves(instruction: hlo.Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            called = (computations[name] for name in instruction.called("calls"))
+            return any(moves(i) for computation in called for i in computation.instructions.values())
+        moving = instruction.opcode in ("copy", "copy-start", "transpose")
+        return moving and instruction.arrays[0].bytes >= least
+
+    outside = (computation for name, computation in computations.items() if name not in inside)
+    return sum(moves(i) for computation in outside for i in computation.instructions.values())
 
 
 def machine() -> dict[str, str]:
