@@ -128,10 +128,15 @@ def test_one_row_for_each_shape_direction_and_kind():
 def test_forward_backward_is_the_gradient():
     run, params = layers.layer(TINY, "mixture_of_tokens", "float32")
     x = jax.random.normal(jax.random.key(0), (4, 2, 32))
-    y, gradients, dx = layers._both(run)(params, x, jnp.ones_like(x))
-    wanted = jax.grad(lambda p, x: run(p, x).sum(), argnums=(0, 1))(params, x)
-    assert jnp.array_equal(y, run(params, x)) and jnp.array_equal(dx, wanted[1])
-    assert all(map(jnp.array_equal, jax.tree.leaves(gradients), jax.tree.leaves(wanted[0])))
+
+    def loss(params, x):
+        y = run(params, x)
+        return y.sum(), y
+
+    found = jax.jit(layers._both(run))(params, x, jnp.ones_like(x))
+    (_, y), wanted = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((y, *wanted)), strict=True):
+        assert a.shape == b.shape and jnp.allclose(a, b, rtol=1e-4, atol=1e-5) and jnp.any(a)
 
 
 def test_unknown_names_are_told(capsys):
