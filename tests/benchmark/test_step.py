@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mot_jax.benchmark import step
 from mot_jax.benchmark.counts import optimizer_bytes
 from mot_jax.benchmark.step import bench_step, dense_twin, random_batch
 from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, load_config, to_json
+from mot_jax.sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
@@ -40,10 +42,28 @@ def test_an_update_reads_four_arrays_and_writes_three():
     assert optimizer_bytes(10) == 10 * 4 * (4 + 3)
 
 
-def test_a_row_for_the_config_and_its_twin(monkeypatch):
+class Stub:
+    """In place of what is compiled: a step of 20 ms, an update of 5."""
+
+    seconds_to_compile, temporaries = 1.0, 1
+
+    def __init__(self, config: Config):
+        self.mesh = make_mesh(config)
+
+    def step(self):
+        return lambda: time.sleep(0.02)
+
+    def optimizer(self):
+        return lambda: time.sleep(0.005)
+
+
+@pytest.mark.parametrize("real", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_row_for_the_config_and_its_twin(real, monkeypatch):
     """Times of step and optimizer, and their shares of what the device reaches."""
     monkeypatch.setattr(step, "matmul_peak", lambda dtype: 1e9)
     monkeypatch.setattr(step, "bandwidth", lambda: 1e8)
+    if not real:
+        monkeypatch.setattr(step, "_Run", Stub)
     rows, reached = bench_step({"mot": CONFIG, "dense": dense_twin(CONFIG)}, 3, lambda line: None)
     assert [row["config"] for row in rows] == ["mot", "dense"] and rows[1]["ratio_to_dense"] == 1
     assert reached == {"peak": 1e9, "bandwidth": 1e8}
@@ -52,6 +72,7 @@ def test_a_row_for_the_config_and_its_twin(monkeypatch):
         assert row["tokens"] == 8 * 16 and row["compile_s"] > 0 and row["temporaries"] > 0
         assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / reached["peak"])
         assert row["optimizer_share"] == row["optimizer_s"] / row["median_s"] and row["mfu_by_datasheet"] is None
+        assert real or 0.1 < row["optimizer_share"] < 0.9
         assert row["optimizer_bound_s"] == optimizer_bytes(row["parameters"]) / reached["bandwidth"]
     assert rows[0]["flops"] == flops_per_token(CONFIG) * 128
 
@@ -69,3 +90,13 @@ def test_the_command_compares_with_the_config_it_is_given(tmp_path, capsys, monk
     cli.main(["bench", "step", paths[0], "--against", paths[1], "--rounds", "3", "--json", paths[2]])
     assert [row["config"] for row in json.loads(Path(paths[2]).read_text())["rows"]] == ["a", "b"]
     assert capsys.readouterr().out.count("\n| ") == 3
+
+
+def test_a_step_hands_its_state_on():
+    """Donated or not: each run begins where the last one, or the last update, ended."""
+    run = object.__new__(step._Run)
+    run._state, run._batch, run._gradients = 0, 1, 10
+    run._step, run._update = lambda state, batch: (state + batch, None), lambda gradients, state: state + gradients
+    for program in (run.step, run.optimizer, run.step):
+        program()()
+    assert run._state == 12
