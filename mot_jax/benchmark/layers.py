@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from mot_jax.benchmark.counts import Shape, layer_parts
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
-from mot_jax.config import ConfigError, InitConfig, ModelConfig, nearest
-from mot_jax.feed_forward import make_feed_forward
+from mot_jax.config import ConfigError, InitConfig, nearest
+from mot_jax.feed_forward import KINDS
 from mot_jax.training.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -148,10 +148,9 @@ def layer(
     shape: Shape, kind: str, dtype: str, param_dtype: str = "float32"
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
     """(parameters, x [B, S, D]) -> update [B, S, D] of a layer of this kind, and its parameters, freshly drawn."""
-    model = ModelConfig(
-        d_model=shape.d_model, d_ff=shape.d_ff, init=InitConfig(scale=1.0), dtype=dtype, param_dtype=param_dtype
-    )
-    made = make_feed_forward(model, shape.kinds()[kind], nnx.Rngs(params=0))
+    config, options = shape.kinds()[kind], {"dtype": dtype, "param_dtype": param_dtype}
+    init = InitConfig(distribution="normal", scale=1.0, cut=None)
+    made = KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
     graph, params = nnx.split(made)
     return lambda params, x: nnx.merge(graph, params)(x).y, params
 

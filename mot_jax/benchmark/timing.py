@@ -102,9 +102,10 @@ class Program:
         self.seconds_to_compile = time.perf_counter() - start
         analysis = self._compiled.memory_analysis()
         self.temporaries = None if analysis is None else analysis.temp_size_in_bytes
-        self.copies = self.bytes = None
+        self.copies: int | None = None
+        self.bytes: float | None = None
         with contextlib.suppress(UnknownTextError):
-            text = self._compiled.as_text()
+            text = self._compiled.as_text() or ""
             self.copies = count_copies(text)
             self.bytes = read_program(text, {}).hbm_bytes
 

@@ -45,7 +45,8 @@ def parts(monkeypatch, **makers):
     monkeypatch.setattr(accelerator, "_run", lambda part, *rest: makers[part]())
 
 
-ROW = {"kind": "dense", "dtype": "float32", "y_error": 1e-7, "gradient_error": None, "tolerance": 1e-5, "ok": True}
+ROW = {"kind": "dense", "dtype": "float32", "y_error": 1e-7, "gradient_error": None, "ok": True}
+ROW |= {"tolerance": 1e-5, "gradient_tolerance": 1e-5}
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
