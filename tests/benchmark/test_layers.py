@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from mot_jax import cli
 from mot_jax.accounting import forward_flops
 from mot_jax.benchmark import layers
-from mot_jax.benchmark.counts import SHAPES, layer_parts, paper_shapes
+from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, layer_parts, paper_shapes
 from mot_jax.benchmark.layers import bench_layers, plot
 from mot_jax.benchmark.timing import Program, count_copies
 from mot_jax.config import CompanionsConfig, ConfigError, ModelConfig
@@ -25,8 +26,7 @@ def test_flops_are_those_of_accounting(shape, kind):
     model = ModelConfig(1, shape.d_model, shape.d_ff, 1, feed_forward=shape.kinds()[kind])
     parts = forward_flops(model)
     wanted = shape.tokens * sum(n for name, n in parts.items() if "attention" not in name and name != "head")
-    for part in (layer_parts(shape, kind)[-1], *layer_parts(shape, kind)[-1:]):
-        assert part.flops == (wanted, 2 * wanted)
+    assert layer_parts(shape, kind)[-1].flops == (wanted, 2 * wanted)
     if kind != "dense":
         assert sum(part.flops[0] for part in layer_parts(shape, kind)[:-1]) == wanted
 
@@ -76,6 +76,14 @@ def test_counts_print_a_table_without_running_anything(monkeypatch, capsys, tmp_
     rows = json.loads(output.read_text())["rows"]
     dense = next(row for row in rows if (row["shape"], row["kind"]) == ("base_32e", "dense"))
     assert dense["floors"]["H100"] == pytest.approx(12 * 65_536 * 768 * 3072 / 989e12)
+
+
+def test_the_table_of_the_docs_is_what_is_counted():
+    """Those of dense and mixture: the lines of `mot bench layers --counts`."""
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text().splitlines()
+    rows = [row for row in count_rows(paper_shapes(on_cpu=False), "bfloat16") if row["kind"] != "token_choice"]
+    for row in rows:
+        assert "| " + " | ".join(say(row) for _, say in COUNT_COLUMNS) + " |" in page
 
 
 def test_copies_are_counted_once_for_each_fusion():
