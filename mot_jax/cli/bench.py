@@ -125,7 +125,7 @@ def _accelerator(arguments: list[str]) -> None:
     parts = "numerics,layers,step,decoding"
     parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="for JSON and Markdown")
     parser.add_argument("--parts", default=parts, metavar="PART,...", help=f"to run, in their order ({parts})")
-    parser.add_argument("--minutes", default="8", metavar="N", help="after which no part begins, and a run stops (8)")
+    parser.add_argument("--minutes", default="7", metavar="N", help="after which no part begins, and a run stops (7)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run, not how fast")
     headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; again, it goes on"
     parser.add_argument("--small-headline", action="store_true", help=headline)

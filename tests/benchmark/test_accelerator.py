@@ -71,6 +71,8 @@ def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_pa
     assert bench_accelerator(str(tmp_path), ["layers"], False, 0, quiet) == []
     found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
     assert found["layers"]["not_run"] == "no time was left" and found["numerics"]["rows"]
+    assert bench_accelerator(str(tmp_path), ["numerics"], False, 0, quiet) == []
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == found["numerics"]
     with pytest.raises(ConfigError, match="did you mean 'layers'"):
         bench_accelerator(str(tmp_path), ["layer"], False, 60, quiet)
 
