@@ -15,3 +15,8 @@ def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: 
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return [", ".join(f"{name} {value}" for name, value in about.items()), "", lines[0], rule, *lines[1:]]
+
+
+def number(name: str, scale: float, form: str, row: Mapping[str, Any]) -> str:
+    """A figure of a row times `scale`; a dash where it is None."""
+    return "-" if row[name] is None else format(row[name] * scale, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import statistics
@@ -12,6 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.program import read_program
 from mot_jax.training.checkpoint import versions
 
 
@@ -58,6 +62,77 @@ def bandwidth(size: int = 2**28) -> float:
     total = jax.jit(jnp.sum)
     times = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]
     return size / min(times.seconds)
+
+
+def matmul_peak(dtype: str, size: int | None = None) -> float:
+    """FLOP/s that the first device reaches in the product of two square matrices: the best of several.
+
+    size: of a side; None takes 8,192, or 2,048 on a CPU.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    times = in_turns({"product": lambda: lambda: product(x, x)}, rounds=7)["product"]
+    return 2 * size**3 / min(times.seconds)
+
+
+class Program:
+    """A compiled function of arrays, ready to be timed.
+
+    Its results take the place of its last ones, so that what is timed is the program, and not the system's finding
+    memory for them: on a CPU, that of a layer's gradients costs as much as a tenth of the layer.
+
+    seconds_to_compile. temporaries: bytes that XLA allocates beside arguments and results; None where it does not
+    say. copies: instructions of the compiled program that copy or transpose (`count_copies`). bytes: what its
+    instructions read and write (`planning.program`). Both are None where its text cannot be read.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self._arguments = arguments
+        results = jax.eval_shape(function, *arguments)
+        self._results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+
+        def into(arguments: tuple[Any, ...], places: Any) -> Any:
+            del places
+            return function(*arguments)
+
+        start = time.perf_counter()
+        jitted = jax.jit(into, donate_argnums=1, keep_unused=True)
+        self._compiled = jitted.lower(arguments, self._results).compile()
+        self.seconds_to_compile = time.perf_counter() - start
+        analysis = self._compiled.memory_analysis()
+        self.temporaries = None if analysis is None else analysis.temp_size_in_bytes
+        self.copies: int | None = None
+        self.bytes: float | None = None
+        with contextlib.suppress(UnknownTextError):
+            text = self._compiled.as_text() or ""
+            self.copies = count_copies(text)
+            self.bytes = read_program(text, {}).hbm_bytes
+
+    def __call__(self) -> Callable[[], Any]:
+        """For `in_turns`."""
+        return self._run
+
+    def _run(self) -> Any:
+        self._results = self._compiled(self._arguments, self._results)
+        return self._results
+
+
+def count_copies(text: str, least: int = 4096) -> int:
+    """Instructions of a compiled program that copy or transpose so many bytes or more; a fusion that does so is one."""
+    computations = hlo.parse(text).computations
+    everything = (i for computation in computations.values() for i in computation.instructions.values())
+    inside = {name for i in everything if i.opcode == "fusion" for name in i.called("calls")}
+
+    def moves(instruction: hlo.Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            called = (computations[name] for name in instruction.called("calls"))
+            return any(moves(i) for computation in called for i in computation.instructions.values())
+        moving = instruction.opcode in ("copy", "copy-start", "transpose")
+        return moving and instruction.arrays[0].bytes >= least
+
+    outside = (computation for name, computation in computations.items() if name not in inside)
+    return sum(moves(i) for computation in outside for i in computation.instructions.values())
 
 
 def machine() -> dict[str, str]:

@@ -3,17 +3,102 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
+from pathlib import Path
 
 from mot_jax.cli.options import Parser, parse, positive, write_json
+from mot_jax.config import ConfigError, check, error_words, load_config
+from mot_jax.paths import user_path
+
+_progress = functools.partial(print, file=sys.stderr, flush=True)
 
 
 def bench(arguments: list[str]) -> None:
-    """time things on this machine: mot bench decoding CONFIG [--batch 1,8,32] [--rounds 20] [--json FILE]"""
+    """time things on this machine: mot bench layers | step CONFIG | decoding CONFIG | accelerator [--json FILE]"""
     parser = Parser(prog="mot bench", allow_abbrev=False)
-    parser.add_argument("what", choices=["decoding"])
+    commands = {"layers": _layers, "step": _step, "decoding": _decoding, "accelerator": _accelerator}
+    parser.add_argument("what", choices=commands)
     options = parser.parse_args(arguments[:1])
-    {"decoding": _decoding}[options.what](arguments[1:])
+    commands[options.what](arguments[1:])
+
+
+def _layers(arguments: list[str]) -> None:
+    parser = Parser(prog="mot bench layers", allow_abbrev=False)
+    shapes = "default: cpu_e32,cpu_e128 on a CPU, the paper's elsewhere"
+    parser.add_argument("--shapes", metavar="NAME,...", help=f"of benchmark/counts.py ({shapes})")
+    parser.add_argument("--kinds", metavar="KIND,...", help="beside dense (default: all that train)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--param-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", default="20", metavar="N", help="in which all take turns (20)")
+    parser.add_argument("--counts", action="store_true", help="FLOPs, fewest bytes and floors; nothing is run")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="a PNG of the ratios to dense")
+    parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
+    options = parser.parse_args(arguments)
+    rounds = positive("--rounds", options.rounds, least=3)
+    from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, paper_shapes, shape_of
+    from mot_jax.benchmark.report import markdown
+
+    chosen = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
+    if options.counts:
+        dtype = options.dtype or "bfloat16"
+        rows = count_rows(chosen or [s for s in SHAPES.values() if s.name != "tiny"], dtype, options.param_dtype)
+        about = {"dtype": dtype, "parameters in": options.param_dtype}
+        print("\n".join(markdown(about, rows, COUNT_COLUMNS)))
+        if options.json:
+            write_json(options.json, {"dtype": dtype, "param_dtype": options.param_dtype, "rows": rows})
+        return
+    import jax
+
+    from mot_jax.benchmark import layers
+    from mot_jax.benchmark.timing import machine
+
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    kinds = options.kinds.split(",") if options.kinds else None
+    found, rate = layers.bench_layers(
+        chosen or paper_shapes(on_cpu), kinds, dtype, rounds, _progress, options.param_dtype, options.profile
+    )
+    about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s", "dtype": dtype, "rounds": str(rounds)}
+    print("\n".join(markdown(about, found, layers.COLUMNS)))
+    if options.json:
+        write_json(options.json, {"machine": about, "bandwidth": rate, "rows": found})
+    if options.plot:
+        _write("--plot", options.plot, layers.plot(found))
+
+
+def _step(arguments: list[str]) -> None:
+    usage = "mot bench step CONFIG [options] [--model.d-model N ...]"
+    parser = Parser(prog="mot bench step", usage=usage, allow_abbrev=False)
+    against = "a config to compare with (default: the dense model of the same widths)"
+    parser.add_argument("--against", metavar="CONFIG", help=against)
+    parser.add_argument("--rounds", default="20", metavar="N", help="in which both take turns (20)")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
+    options, config = parse(parser.prog, arguments, None, parser)
+    rounds = positive("--rounds", options.rounds, least=3)
+    from mot_jax.benchmark.report import markdown
+    from mot_jax.benchmark.step import COLUMNS, bench_step, dense_twin
+    from mot_jax.benchmark.timing import machine
+
+    name = Path(options.config).stem
+    if options.against:
+        other, twin = Path(options.against).stem, load_config(options.against)
+        check(twin)
+    else:
+        other, twin = f"{name}, dense", dense_twin(config)
+    if other == name:
+        other = options.against
+    rows, reached = bench_step({name: config, other: twin}, rounds, _progress, options.profile)
+    about = machine() | {
+        "matrix products": f"{reached['peak'] / 1e9:,.1f} GFLOP/s",
+        "memory bandwidth": f"{reached['bandwidth'] / 1e9:.1f} GB/s",
+        "rounds": str(rounds),
+    }
+    print("\n".join(markdown(about, rows, COLUMNS)))
+    if options.json:
+        write_json(options.json, {"config": options.config, "machine": about, **reached, "rows": rows})
 
 
 def _decoding(arguments: list[str]) -> None:
@@ -28,9 +113,41 @@ def _decoding(arguments: list[str]) -> None:
     from mot_jax.benchmark.report import markdown
     from mot_jax.benchmark.timing import machine
 
-    progress = functools.partial(print, file=sys.stderr, flush=True)
-    rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds, least=3), progress)
+    rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds, least=3), _progress)
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s"}
     print("\n".join(markdown(about, rows, COLUMNS)))
     if options.json:
         write_json(options.json, {"config": options.config, "machine": about, "rows": rows})
+
+
+def _accelerator(arguments: list[str]) -> None:
+    parser = Parser(prog="mot bench accelerator", allow_abbrev=False)
+    parts = "numerics,layers,step,decoding"
+    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="for JSON and Markdown")
+    parser.add_argument("--parts", default=parts, metavar="PART,...", help=f"to run, in their order ({parts})")
+    parser.add_argument("--minutes", default="7", metavar="N", help="after which no part begins, and a run stops (7)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run, not how fast")
+    headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; again, it goes on"
+    parser.add_argument("--small-headline", action="store_true", help=headline)
+    options = parser.parse_args(arguments)
+    minutes = positive("--minutes", options.minutes)
+    # What is compared with needs a CPU device beside the accelerator; JAX is still asleep.
+    named = os.environ.get("JAX_PLATFORMS")
+    import jax
+
+    if named and "cpu" not in named.split(","):
+        jax.config.update("jax_platforms", f"{named},cpu")
+    from mot_jax.benchmark.accelerator import bench_accelerator
+
+    chosen = ["headline"] if options.small_headline else options.parts.split(",")
+    failed = bench_accelerator(options.out, chosen, options.small, 60.0 * minutes, _progress)
+    if failed:
+        sys.exit(1)
+
+
+def _write(name: str, path: str, content: bytes) -> None:
+    try:
+        user_path(name, path).write_bytes(content)
+    except OSError as error:
+        words = error.strerror or error_words(error)
+        raise ConfigError(f"{name} = {path}: cannot be written ({words}); try ratios.png") from None

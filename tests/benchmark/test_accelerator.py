@@ -1,0 +1,139 @@
+"""`mot bench accelerator`: numerics, what becomes of a part that fails, the headline that stops by time."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from mot_jax import cli
+from mot_jax.benchmark import accelerator, numerics
+from mot_jax.benchmark.accelerator import bench_accelerator
+from mot_jax.benchmark.headline import bench_headline, headline_configs, headline_rows, sigterm_after
+from mot_jax.config import ConfigError, DenseConfig, check
+from mot_jax.feed_forward import KINDS
+
+
+def quiet(line):
+    pass
+
+
+def test_numerics_know_every_kind():
+    assert {type(config) for config in numerics.kinds(numerics.SHAPE).values()} == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["mixture_of_tokens", *(pytest.param(k, marks=pytest.mark.slow) for k in ("dense", "token_choice", "companions"))],
+)
+def test_a_layer_is_right_here_and_a_wrong_one_is_found(kind, monkeypatch):
+    config = numerics.kinds(numerics.SHAPES["tiny"])[kind]
+    monkeypatch.setattr(numerics, "kinds", lambda shape: {kind: config})
+    rows = numerics.bench_numerics(True, quiet)
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] and all(row["ok"] for row in rows)
+    assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # bfloat16 shows
+    assert (rows[0]["gradient_error"] is None) == (kind == "companions")
+    right = numerics._run
+    run_here = iter([True, False] * 2)
+    monkeypatch.setattr(
+        numerics, "_run", lambda g, s, x, *rest: right(g, s, x.at[0, 0].add(1) if next(run_here) else x, *rest)
+    )
+    assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
+
+
+def parts(monkeypatch, **makers):
+    monkeypatch.setattr(accelerator, "_run", lambda part, *rest: makers[part]())
+
+
+ROW = {"kind": "dense", "dtype": "float32", "y_error": 1e-7, "gradient_error": None, "ok": True}
+ROW |= {"tolerance": 1e-5, "gradient_tolerance": 1e-5}
+
+
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    parts(monkeypatch, numerics=lambda: [ROW], step=fails)
+    assert bench_accelerator(str(tmp_path), ["step", "numerics"], True, 60, quiet) == ["step"]
+    found = json.loads(next(tmp_path.glob("*_small.json")).read_text())
+    assert found["parts"]["numerics"]["rows"] == [ROW] and "out of memory" in found["parts"]["step"]["not_run"]
+    assert {"device", "date", "python", "jax"} <= found["machine"].keys()
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "Not measured: RuntimeError: out of memory" in page and "1.0e-07" in page and page in capsys.readouterr().out
+
+
+def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_path, monkeypatch):
+    parts(monkeypatch, numerics=lambda: [ROW | {"ok": False}])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "accelerator", "--out", str(tmp_path), "--parts", "numerics"])
+    assert exit_.value.code == 1
+    assert "WRONG" in next(tmp_path.glob("*.md")).read_text()
+    assert bench_accelerator(str(tmp_path), ["layers"], False, 0, quiet) == []
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
+    assert found["layers"]["not_run"] == "no time was left" and found["numerics"]["rows"]
+    assert bench_accelerator(str(tmp_path), ["numerics"], False, 0, quiet) == []
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == found["numerics"]
+    with pytest.raises(ConfigError, match="did you mean 'layers'"):
+        bench_accelerator(str(tmp_path), ["layer"], False, 60, quiet)
+
+
+def test_headline_models_are_version_1_s_with_a_small_vocabulary(tmp_path):
+    configs = headline_configs(tmp_path, small=False)
+    for config in configs.values():
+        check(config)
+        assert (config.model.vocab_size, config.model.d_model, config.training.batch_size) == (8192, 256, 256)
+        assert config.group_size == 32
+    assert sum(config.training.steps for config in configs.values()) == 8_000
+    dense, mot = configs["dense"], configs["mixture_of_tokens"]
+    assert isinstance(dense.model.feed_forward, DenseConfig) and mot.model.feed_forward.num_experts == 512
+    rates = [config.training.optimizer.learning_rate for config in (dense, mot)]
+    assert rates == [4e-3, 2e-3]
+
+
+def run(losses: dict[int, float], speed: float) -> list[dict]:
+    rows = [{"split": "train", "step": step, "loss": 9.0, "tokens_per_second": speed} for step in losses]
+    return rows + [{"split": "validation", "step": step, "loss": loss} for step, loss in losses.items()]
+
+
+def test_the_headline_is_the_step_and_the_time_of_the_dense_models_last_loss():
+    dense = (40, run({10: 3.0, 40: 2.0}, 100.0))
+    mot = (40, run({10: 2.5, 20: 1.9}, 50.0))
+    first, second = headline_rows({"dense": dense, "mixture_of_tokens": mot})
+    assert (first["matched_step"], first["share_of_steps"], first["share_of_time"]) == (40, 1.0, 1.0)
+    assert (second["matched_step"], second["share_of_steps"], second["share_of_time"]) == (20, 0.5, 1.0)
+    assert (second["step"], second["loss"], second["tokens_per_second"]) == (20, 1.9, 50.0)
+    unfinished = headline_rows({"dense": (80, dense[1]), "mixture_of_tokens": (80, [])})
+    assert [row["matched_step"] for row in unfinished] == [None, None] and unfinished[1]["loss"] is None
+
+
+def test_a_sigterm_comes_in_time_again_until_somebody_listens_and_not_afterwards():
+    heard = []
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_after(0.05):
+        time.sleep(0.3)  # nobody listens
+        previous = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+        until = time.monotonic() + 5
+        while not heard and time.monotonic() < until:
+            time.sleep(0.05)
+        signal.signal(signal.SIGTERM, previous)
+    with sigterm_after(0.1):
+        pass
+    time.sleep(0.2)
+    assert heard == [True] and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_a_headline_stops_by_time_and_goes_on(tmp_path):
+    """The first call is asked to stop at its first step; the second one trains both models to their ends."""
+    rows = bench_headline(tmp_path / "headline", True, 0.01, quiet)
+    assert rows[0]["step"] < rows[0]["steps"] and rows[1]["step"] == 0
+    rows = bench_headline(tmp_path / "headline", True, 300, quiet)
+    assert [row["step"] for row in rows] == [6, 6] and rows[0]["matched_step"] is not None
+
+
+@pytest.mark.slow
+def test_the_command_measures_all_parts(tmp_path, capsys):
+    cli.main(["bench", "accelerator", "--small", "--out", str(tmp_path), "--minutes", "9"])
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
+    assert set(found) == {"numerics", "layers", "step", "decoding"} and all(part["rows"] for part in found.values())
+    assert capsys.readouterr().out.count("## ") == 4 and list(tmp_path.glob("*.png"))

@@ -1,0 +1,173 @@
+"""`mot bench layers`: what is counted, what is timed, when a ratio is void."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mot_jax import cli
+from mot_jax.accounting import forward_flops
+from mot_jax.benchmark import layers
+from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, layer_parts, paper_shapes
+from mot_jax.benchmark.layers import bench_layers, plot
+from mot_jax.benchmark.timing import Program, count_copies
+from mot_jax.config import CompanionsConfig, ConfigError, ModelConfig
+from mot_jax.feed_forward import KINDS
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.mark.parametrize("kind", TINY.kinds())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+def test_flops_are_those_of_accounting(shape, kind):
+    model = ModelConfig(1, shape.d_model, shape.d_ff, 1, feed_forward=shape.kinds()[kind])
+    parts = forward_flops(model)
+    wanted = shape.tokens * sum(n for name, n in parts.items() if "attention" not in name and name != "head")
+    assert layer_parts(shape, kind)[-1].flops == (wanted, 2 * wanted)
+    if kind != "dense":
+        assert sum(part.flops[0] for part in layer_parts(shape, kind)[:-1]) == wanted
+
+
+def test_every_kind_that_trains_is_timed():
+    assert {type(config) for config in TINY.kinds().values()} == set(KINDS) - {CompanionsConfig}
+    for shape in SHAPES.values():
+        kinds = shape.kinds()
+        assert kinds["mixture_of_tokens"].hidden_dim(shape.d_ff) == kinds["token_choice"].hidden_dim(shape.d_ff)
+
+
+def test_bytes_of_a_dense_layer_by_hand():
+    """x, y: T D; both kernels: D F; pre-activations kept: T F. Backward: x, dy, kernels, kept; dx, gradients."""
+    t, d, f = 256, 32, 64
+    (part,) = layer_parts(TINY, "dense", "bfloat16", "float32")
+    assert part.bytes == (2 * 2 * t * d + 4 * 2 * d * f, 3 * 2 * t * d + 4 * 2 * 2 * d * f + 2 * t * f)
+    assert part.kept == 2 * t * f
+    assert part.of("forward") == (4 * t * d * f, part.bytes[0])
+    assert part.of("forward_backward") == (12 * t * d * f, sum(part.bytes) + part.kept)
+    assert part.floor(1e30, 1.0) == sum(part.bytes) + part.kept and part.floor(1.0, 1e30) == 12 * t * d * f
+
+
+@pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice"])
+def test_a_layer_at_once_moves_less_than_its_parts(kind):
+    for shape in SHAPES.values():
+        *parts, whole = layer_parts(shape, kind)
+        assert whole.training_bytes < sum(part.training_bytes for part in parts)
+        assert whole.training_bytes > layer_parts(shape, "dense")[0].training_bytes
+
+
+def test_bytes_of_the_mixture_at_once_by_hand():
+    """Beside dense's: the controller, G times the experts' parameters, the mixing weights kept in float32."""
+    t, d, e, g, params = 256, 32, 8, 4, 2 * 32 * 64
+    *_, whole = layer_parts(TINY, "mixture_of_tokens", "float32", "float32")
+    (dense,) = layer_parts(TINY, "dense", "float32", "float32")
+    more = 4 * ((g - 1) * params + d * e)
+    assert whole.bytes == (dense.bytes[0] + more, dense.bytes[1] + 2 * more + 4 * t * e)
+    assert whole.kept == dense.kept + 4 * t * e
+
+
+def test_counts_print_a_table_without_running_anything(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(layers, "bench_layers", None)
+    output = tmp_path / "counts.json"
+    cli.main(["bench", "layers", "--counts", "--shapes", "base_32e,v1", "--json", str(output)])
+    table = capsys.readouterr().out
+    assert table.count("\n| ") == 1 + 2 * (1 + 4 + 5) and "ms H100" in table and "ms v5p" in table
+    rows = json.loads(output.read_text())["rows"]
+    dense = next(row for row in rows if (row["shape"], row["kind"]) == ("base_32e", "dense"))
+    assert dense["floors"]["H100"] == pytest.approx(12 * 65_536 * 768 * 3072 / 989e12)
+
+
+def test_the_table_of_the_docs_is_what_is_counted():
+    """Those of dense and mixture: the lines of `mot bench layers --counts`."""
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text().splitlines()
+    rows = [row for row in count_rows(paper_shapes(on_cpu=False), "bfloat16") if row["kind"] != "token_choice"]
+    for row in rows:
+        assert "| " + " | ".join(say(row) for _, say in COUNT_COLUMNS) + " |" in page
+
+
+def test_copies_are_counted_once_for_each_fusion():
+    def text(function, *shapes):
+        return jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes)).compile().as_text()
+
+    assert count_copies(text(lambda x, y: x @ y, (64, 64), (64, 64))) == 0
+    assert count_copies(text(lambda x: x.T + 0.0, (64, 128))) == 1
+    assert count_copies(text(lambda x: x.T + 0.0, (2, 4))) == 0  # too small to matter
+
+
+def test_a_program_writes_its_results_where_the_last_ones_were():
+    program = Program(lambda x: (x + 1, 2 * x), jnp.arange(2.0))
+    for _ in range(3):
+        one, two = program()()
+        assert one.tolist() == [1, 2] and two.tolist() == [0, 2]
+    assert program.seconds_to_compile > 0 and program.copies == 0
+
+
+def rows_at(dense_ms: float) -> list[dict]:
+    """As if the products had taken 1 ms."""
+    from mot_jax.benchmark.timing import Times
+
+    program = Program(lambda x: x, jnp.zeros(1))
+    names = ("products", "dense", "dense_flat", "mixture_of_tokens")
+    seconds = dict(zip(names, (1.0, 2 * dense_ms, dense_ms, 3.0), strict=True))
+    times = {name: Times((1e-3 * s,) * 3) for name, s in seconds.items()}
+    return layers._rows(TINY, "forward", "float32", "float32", dict.fromkeys(names, program), times, 1e9)
+
+
+def test_ratios_are_over_the_faster_dense_layer_and_void_where_that_is_slow():
+    good, bad = rows_at(1 / 0.86), rows_at(1 / 0.84)
+    assert [row["void"] for row in good] == [False] * 4 and [row["void"] for row in bad] == [True] * 4
+    assert good[-1]["ratio_to_dense"] == pytest.approx(3 * 0.86)
+    assert good[2]["peak_share"] == good[0]["dense_share"] == pytest.approx(0.86)
+    said = dict(layers.COLUMNS)["over dense"]
+    assert said(good[-1]) == "2.58" and said(bad[-1]) == "2.52 void"
+
+
+def test_one_row_for_each_shape_direction_and_kind():
+    shape = dataclasses.replace(TINY, rows=4, length=8)
+    rows, rate = bench_layers([shape], ["mixture_of_tokens"], "float32", 3, lambda line: None)
+    kinds = ["products", "dense", "mixture_of_tokens", "dense_flat"]
+    assert [(row["direction"], row["kind"]) for row in rows] == [(d, k) for d in layers.DIRECTIONS for k in kinds]
+    for row in rows:
+        assert row["median_s"] > 0 and row["bound_s"] == row["bytes"] / rate and row["floor_s"] >= row["bound_s"] * 0.99
+    assert plot(rows).startswith(b"\x89PNG")
+
+
+def test_forward_backward_is_the_gradient():
+    run, params = layers.layer(TINY, "mixture_of_tokens", "float32")
+    x = jax.random.normal(jax.random.key(0), (4, 2, 32))
+
+    def loss(params, x):
+        y = run(params, x)
+        return y.sum(), y
+
+    found = jax.jit(layers._both(run))(params, x, jnp.ones_like(x))
+    (_, y), wanted = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((y, *wanted)), strict=True):
+        assert a.shape == b.shape and jnp.allclose(a, b, rtol=1e-4, atol=1e-5) and jnp.any(a)
+
+
+def test_unknown_names_are_told(capsys):
+    for flags, words in ((["--shapes", "v2"], "did you mean 'v1'"), (["--kinds", "denser"], "did you mean 'dense'")):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "layers", *flags])
+        assert words in capsys.readouterr().err
+    with pytest.raises(ConfigError):
+        layers.kinds_of([TINY], ["companions"])
+
+
+def test_a_cpu_has_shapes_of_its_own():
+    assert [shape.name for shape in paper_shapes(on_cpu=True)] == ["cpu_e32", "cpu_e128"]
+    assert [shape.name for shape in paper_shapes(on_cpu=False)] == ["d2048", "base_32e", "medium_32e_8", "v1"]
+
+
+@pytest.mark.slow
+def test_the_command_writes_json_picture_and_trace(tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("a.json", "a.png", "trace")}
+    flags = ["--json", str(files["a.json"]), "--plot", str(files["a.png"]), "--profile", str(files["trace"])]
+    cli.main(["bench", "layers", "--shapes", "tiny", "--rounds", "3", *flags])
+    rows = json.loads(files["a.json"].read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"products", "dense_flat", *TINY.kinds()}
+    assert {"kind", "shape", "direction", "median_s", "ratio_to_dense", "peak_share"} <= rows[0].keys()
+    assert capsys.readouterr().out.count("\n| tiny") == len(rows) == 10
+    assert files["a.png"].stat().st_size > 1000 and list(files["trace"].rglob("*.xplane.pb"))
