@@ -19,6 +19,7 @@ Eight times the FLOPs of a merge, but rows of eight positions are one tile: an e
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -26,9 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from mot_jax.feed_forward.interface import activate
 from mot_jax.kernels.counting import moved_bytes
+from mot_jax.sharding import axes_of, reshard, spec, whole
 
 TILE = 8  # positions that are merged in one product: the rows of a tile
 ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
@@ -92,9 +95,10 @@ def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
 
     # What stays for the inner loop is not fetched ahead.
     tokens = (block((1, g, p, d), lambda i, t, j: (i, 0, t, 0), None if by_experts else once), dtype)
-    weights = (block((1, p // TILE, k, g * TILE), lambda i, t, j: (i, t, j, 0)), wide)
+    weights = (block((1, p // TILE, k, g * TILE), lambda i, t, j: (i, t, j, 0)), dtype)
     experts = [
-        (block(shape, lambda i, t, j: (j, 0, 0), once if by_experts else None), dtype) for shape in ((k, d, f), (k, f, d))
+        (block(shape, lambda i, t, j: (j, 0, 0), once if by_experts else None), dtype)
+        for shape in ((k, d, f), (k, f, d))
     ]
     mixtures = pltpu.VMEM((p // TILE, k, TILE, d), wide)
     sums = pltpu.VMEM((p // TILE, g * TILE, d), wide)
@@ -130,7 +134,7 @@ def _same(lanes: int) -> jax.Array:
 def _spread(weights: jax.Array, dtype) -> jax.Array:
     """[k, (g, s)] -> [(e, s), (g, s')], zero between different positions."""
     k, lanes = weights.shape
-    spread = jnp.where(_same(lanes)[None], weights[:, None, :], 0.0)
+    spread = jnp.where(_same(lanes)[None], weights.astype(jnp.float32)[:, None, :], 0.0)
     return spread.reshape(k * TILE, lanes).astype(dtype)
 
 
@@ -208,7 +212,7 @@ def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mix
         o = cotangents[q].reshape(du.shape).astype(x.dtype)
         found = _dot(du, _tokens(x, q), (1, 1)) + _dot(o, _tokens(dy, q), (1, 1))
         found = found.reshape(-1, TILE, found.shape[-1])
-        d_weights[0, q] = jnp.where(_same(found.shape[-1])[None], found, 0.0).sum(axis=1)
+        d_weights[0, q] = jnp.where(_same(found.shape[-1])[None], found, 0.0).sum(axis=1).astype(x.dtype)
 
     _each(sums.shape[0], tile)
     pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _finish(sums, dx))
@@ -236,74 +240,95 @@ def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mi
 _KERNELS = {"forward": _forward_kernel, "backward": _backward_kernel, "gradients": _gradients_kernel}
 
 
-def _call(kernel: str, activation: str, interpret: bool, shapes: list[tuple[int, ...]], *arrays: jax.Array):
+def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
     x, w_in = arrays[0], arrays[-2]
     (n, g, s, d), (e, _, f) = x.shape, w_in.shape
     found = plan(kernel, n, g, s, e, d, f, x.dtype.name)
-    by_experts = kernel == "gradients"
-    return pl.pallas_call(
-        functools.partial(_KERNELS[kernel], activation),
-        [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, found.outputs, strict=True)],
-        grid=found.grid,
-        in_specs=[spec for spec, _ in found.inputs],
-        out_specs=[spec for spec, _ in found.outputs],
-        scratch_shapes=found.scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary" if by_experts else "parallel"], "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-        ),
-        interpret=interpret,
-        name=f"mixing_{kernel}",
-    )(*arrays)
+
+    def call(interpret: bool) -> Callable[..., list[jax.Array]]:
+        return pl.pallas_call(
+            functools.partial(_KERNELS[kernel], activation),
+            [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, found.outputs, strict=True)],
+            grid=found.grid,
+            in_specs=[spec for spec, _ in found.inputs],
+            out_specs=[spec for spec, _ in found.outputs],
+            scratch_shapes=found.scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            ),
+            interpret=interpret,
+            name=f"mixing_{kernel}",
+        )
+
+    return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def mix_through(
-    activation: str, interpret: bool, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
-) -> jax.Array:
-    """`mixing.mix_through` on one device, for experts act(u w_in) w_out that emit by the merge weights.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix_through(activation: str, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+    """`mixing.mix_through` for experts act(u w_in) w_out that emit by the merge weights; interpreted where no TPU is.
+
+    Under a mesh each device has its groups or positions, and for their time all experts' weights.
 
     Args:
         activation: of `interface.activate`, without a gate.
-        interpret: run the kernels on any machine, slowly.
-        x: [N, G, S, D], S a multiple of 8.
-        weights: [N, G, S, E] in float32, E a multiple of 8.
+        x: [N, G, S, D], S a multiple of 8 (on each device).
+        weights: [N, G, S, E], E a multiple of 8; used in x's dtype, as in `mixing.merge`, and so is their gradient.
         w_in, w_out: [E, D, F], [E, F, D].
 
     Returns:
         The update [N, G, S, D] in x's dtype. Products are of x's dtype and add up in float32.
     """
-    return _forward(activation, interpret, x, weights, w_in, w_out)[0]
+    return _forward(activation, x, weights, w_in, w_out)[0]
 
 
-def _forward(activation, interpret, x, weights, w_in, w_out):
+def _forward(activation, x, weights, w_in, w_out):
     chex.assert_rank([x, weights], 4, custom_message="x is [N, G, S, D], weights are [N, G, S, E]")
-    operands = (x, _by_tiles(weights), w_in.astype(x.dtype), w_out.astype(x.dtype))
-    (y,) = _call("forward", activation, interpret, [x.shape], *operands)
+
+    def local(axes, x, weights, w_in, w_out):
+        return _call("forward", activation, [x.shape], x, _by_tiles(weights), w_in, w_out)[0]
+
+    y = _on_each(local, "y", x, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
     return y, (x, weights, w_in, w_out)
 
 
-def _backward(activation, interpret, kept, dy):
+def _backward(activation, kept, dy):
     x, weights, w_in, w_out = kept
-    tiles = _by_tiles(weights)
-    operands = (x, dy, tiles, w_in.astype(x.dtype), w_out.astype(x.dtype))
-    dx, d_tiles = _call("backward", activation, interpret, [x.shape, tiles.shape], *operands)
-    dw_in, dw_out = _call("gradients", activation, interpret, [w_in.shape, w_out.shape], *operands)
-    d_weights = _from_tiles(d_tiles, weights.shape[1]).astype(weights.dtype)
-    return dx, d_weights, dw_in.astype(w_in.dtype), dw_out.astype(w_out.dtype)
+
+    def local(axes, x, dy, weights, w_in, w_out):
+        tiles = _by_tiles(weights)
+        dx, d_tiles = _call("backward", activation, [x.shape, tiles.shape], x, dy, tiles, w_in, w_out)
+        found = _call("gradients", activation, [w_in.shape, w_out.shape], x, dy, tiles, w_in, w_out)
+        dw_in, dw_out = jax.lax.psum(found, axes) if axes else found
+        return dx, _from_tiles(d_tiles, x.shape[1]), dw_in, dw_out
+
+    arrays = (x, dy, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    dx, d_weights, *found = _on_each(local, ("dx", "d_weights", None, None), *arrays)
+    dw_in, dw_out = (reshard(dw.astype(w.dtype), *axes_of(w)) for dw, w in zip(found, (w_in, w_out), strict=True))
+    return dx, d_weights.astype(weights.dtype), dw_in, dw_out
 
 
 mix_through.defvjp(_forward, _backward)
 
 
+def _on_each(local: Callable[..., Any], outputs: Any, x: jax.Array, *arrays: jax.Array) -> Any:
+    """`local(axes, x, ...)` on each device; axes: those over which x is spread. outputs: None where they are not."""
+    groups, _, positions, _ = axes_of(x)
+    here = spec(groups, None, positions, None)
+    if here is None:
+        return local((), x, *arrays)
+    inputs = tuple(here if a.ndim == 4 else PartitionSpec() for a in (x, *arrays))
+    results = jax.tree.map(lambda o: PartitionSpec() if o is None else here, outputs, is_leaf=lambda o: o is None)
+    mapped = functools.partial(local, groups + positions)
+    return jax.shard_map(mapped, in_specs=inputs, out_specs=results, check_vma=False)(x, *arrays)
+
+
 def _by_tiles(weights: jax.Array) -> jax.Array:
     """[N, G, S, E] -> [N, S / 8, E, (G, 8)]: what eight positions need of each expert, as full lanes."""
     n, g, s, e = weights.shape
-    tiles = weights.astype(jnp.float32).reshape(n, g, s // TILE, TILE, e)
-    return tiles.transpose(0, 2, 4, 1, 3).reshape(n, s // TILE, e, g * TILE)
+    return weights.reshape(n, g, s // TILE, TILE, e).transpose(0, 2, 4, 1, 3).reshape(n, s // TILE, e, g * TILE)
 
 
 def _from_tiles(tiles: jax.Array, g: int) -> jax.Array:
