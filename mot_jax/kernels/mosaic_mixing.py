@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from mot_jax.config import ConfigError
 from mot_jax.feed_forward.interface import activate
 from mot_jax.kernels.counting import moved_bytes
 from mot_jax.sharding import axes_of, reshard, spec, whole
@@ -39,12 +40,12 @@ VMEM_BYTES = 63 * 2**20  # that a kernel may use; a v5p core has 64 MiB
 
 
 class Plan(NamedTuple):
-    """A kernel's grid and blocks. blocks: (spec, dtype) of x, dy, ... in the order of the kernel's arguments."""
+    """A kernel's grid and blocks. inputs, outputs: (spec, dtype) in the order of the kernel's arguments."""
 
     grid: tuple[int, ...]
     inputs: list[tuple[pl.BlockSpec, Any]]
     outputs: list[tuple[pl.BlockSpec, Any]]
-    scratch: list[pltpu.VMEM]
+    scratch: list[Any]
 
     @property
     def bytes(self) -> int:
@@ -72,14 +73,15 @@ def _padded(shape: Any, dtype: Any) -> int:
 def plan(kernel: str, n: int, g: int, s: int, e: int, d: int, f: int, dtype: str) -> Plan:
     """The blocks of `forward`, `backward` or `gradients` that fit and move the fewest bytes.
 
-    Raises ValueError where none fits: S and E are multiples of 8.
+    S and E are multiples of 8. Raises ConfigError where none fits, as with experts of the dense width.
     """
     positions = [p for p in range(TILE, s + 1, TILE) if s % p == 0 and p >= min(ROWS, s)]
     sizes = [(p, k) for p in positions for k in range(TILE, e + 1, TILE) if e % k == 0]
     plans = (_plan(kernel, n, g, s, e, d, f, jnp.dtype(dtype), p, k) for p, k in sizes)
     fitting = [found for found in plans if found.vmem_bytes <= VMEM_BYTES - 2**22]  # what the compiler wants for itself
     if not fitting:
-        raise ValueError(f"no blocks for S = {s}, E = {e}, D = {d}, F = {f}: S and E must be multiples of {TILE}")
+        words = f"eight experts of d_model = {d} and width {f}, and {min(ROWS, s)} positions of {g} rows"
+        raise ConfigError(f"kernel = 'pallas': {words} are too much for a core's memory; try kernel = 'xla'")
     return min(fitting, key=lambda found: found.bytes)
 
 
@@ -237,7 +239,11 @@ def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mi
     _each(w_in.shape[0], expert)
 
 
-_KERNELS = {"forward": _forward_kernel, "backward": _backward_kernel, "gradients": _gradients_kernel}
+_KERNELS: dict[str, Callable[..., None]] = {
+    "forward": _forward_kernel,
+    "backward": _backward_kernel,
+    "gradients": _gradients_kernel,
+}
 
 
 def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
@@ -245,7 +251,7 @@ def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: 
     (n, g, s, d), (e, _, f) = x.shape, w_in.shape
     found = plan(kernel, n, g, s, e, d, f, x.dtype.name)
 
-    def call(interpret: bool) -> Callable[..., list[jax.Array]]:
+    def call(interpret: bool) -> Any:
         return pl.pallas_call(
             functools.partial(_KERNELS[kernel], activation),
             [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, found.outputs, strict=True)],
@@ -254,7 +260,8 @@ def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: 
             out_specs=[spec for spec, _ in found.outputs],
             scratch_shapes=found.scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+                dimension_semantics=("parallel", "arbitrary" if kernel == "gradients" else "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_BYTES,
             ),
             interpret=interpret,
             name=f"mixing_{kernel}",

@@ -115,6 +115,12 @@ def test_what_the_kernel_does_not_do_is_refused(fields):
     layer("xla", **fields)
 
 
+def test_the_kernel_keeps_nothing():
+    config = MixtureOfTokensConfig(G, E, F, kernel="pallas")
+    with pytest.raises(ConfigError, match="saved = 'pre_activations'; try saved = 'nothing'"):
+        MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
+
+
 def test_bytes_are_those_of_every_block():
     """By hand: x and y once; weights of the experts for each of two blocks of positions; a float is 4 bytes."""
     plan = mosaic_mixing._plan("forward", N, G, S, E, D, F, jnp.dtype("float32"), 8, 8)
@@ -125,12 +131,12 @@ def test_bytes_are_those_of_every_block():
     assert moved_bytes((N, 2, 1), [(spec, dtype)]) == 4 * 8 * D * F
 
 
-def test_no_blocks():
-    with pytest.raises(ValueError, match="no blocks for S = 12"):
-        mosaic_mixing.plan("forward", N, G, 12, E, D, F, "float32")
+def test_experts_of_the_dense_width_do_not_fit():
+    with pytest.raises(ConfigError, match=r"width 3072.* too much for a core's memory; try kernel = 'xla'"):
+        mosaic_mixing.plan("forward", 8, 32, 256, 32, 768, 3072, "bfloat16")
 
 
-SHAPES = {"Medium/32E/8": (512, 256, 256, 1.3e9, 1.4e9, 2.7e9), "v1": (256, 512, 64, 0.5e9, 0.6e9, 0.6e9)}
+SHAPES = {"Medium/32E/8": (512, 256, 256, 1.25e9, 1.35e9, 2.6e9), "v1": (256, 512, 64, 0.41e9, 0.51e9, 0.44e9)}
 
 
 @pytest.mark.parametrize("name", SHAPES)
