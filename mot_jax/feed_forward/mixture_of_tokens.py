@@ -107,7 +107,9 @@ class MixtureOfTokens(nnx.Module):
                 if (size := axis_size(axis)) > 1:
                     words = f"kernel = 'pallas' takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
                     raise ConfigError(f"mesh.{axis} = {size}: {words}")
-            return mosaic_mixing.mix_through(self.activation, grouped, weights, self.w_in[...], self.w_out[...])
+            return mosaic_mixing.mix_through(
+                _activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...]
+            )
         (project_in, w_in), (project_out, w_out) = self.experts()
         return mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
 
@@ -202,6 +204,11 @@ def _project_out(activation: str) -> mixing.Project:
         return _layer_norm(_product("nsef,efd->nsed", hidden, p["w"], out), p["norm"])
 
     return project_out
+
+
+@functools.cache
+def _activation(name: str) -> mosaic_mixing.Activation:
+    return lambda h: activate(name, h, None)
 
 
 def _layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:

@@ -30,9 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from mot_jax.config import ConfigError
-from mot_jax.feed_forward.interface import activate
 from mot_jax.kernels.counting import moved_bytes
 from mot_jax.sharding import axes_of, reshard, spec, whole
+
+Activation = Callable[[jax.Array], jax.Array]
 
 TILE = 8  # positions that are merged in one product: the rows of a tile
 ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
@@ -188,7 +189,7 @@ def _forward_kernel(activation, x, weights, w_in, w_out, y, mixtures, sums):
 
     def expert(i):
         h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
-        _put(mixtures, i, _dot(activate(activation, h, None).astype(x.dtype), w_out[i]))
+        _put(mixtures, i, _dot(activation(h).astype(x.dtype), w_out[i]))
 
     _each(w_in.shape[0], expert)
     _each(sums.shape[0], lambda q: _emit(weights, mixtures, sums, q, x.dtype))
@@ -202,7 +203,7 @@ def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mix
 
     def expert(i):
         h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
-        hidden, pull = jax.vjp(lambda h: activate(activation, h, None), h)
+        hidden, pull = jax.vjp(activation, h)
         (dh,) = pull(_dot(_rows(cotangents, i, x.dtype), w_out[i], (1, 1)))
         _put(mixtures, i, _dot(dh.astype(x.dtype), w_in[i], (1, 1)))
         _put(cotangents, i, _dot(hidden.astype(x.dtype), w_out[i]))
@@ -231,7 +232,7 @@ def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mi
 
     def expert(i):
         u, do = _rows(mixtures, i, x.dtype), _rows(cotangents, i, x.dtype)
-        hidden, pull = jax.vjp(lambda h: activate(activation, h, None), _dot(u, w_in[i]))
+        hidden, pull = jax.vjp(activation, _dot(u, w_in[i]))
         (dh,) = pull(_dot(do, w_out[i], (1, 1)))
         dw_in[i] += _dot(u, dh.astype(x.dtype), (0, 0))
         dw_out[i] += _dot(hidden.astype(x.dtype), do, (0, 0))
@@ -246,7 +247,7 @@ _KERNELS: dict[str, Callable[..., None]] = {
 }
 
 
-def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
+def _call(kernel: str, activation: Activation, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
     x, w_in = arrays[0], arrays[-2]
     (n, g, s, d), (e, _, f) = x.shape, w_in.shape
     found = plan(kernel, n, g, s, e, d, f, x.dtype.name)
@@ -274,13 +275,15 @@ def _call(kernel: str, activation: str, shapes: list[tuple[int, ...]], *arrays: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix_through(activation: str, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array) -> jax.Array:
+def mix_through(
+    activation: Activation, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
+) -> jax.Array:
     """`mixing.mix_through` for experts act(u w_in) w_out that emit by the merge weights; interpreted where no TPU is.
 
     Under a mesh each device has its groups or positions, and for their time all experts' weights.
 
     Args:
-        activation: of `interface.activate`, without a gate.
+        activation: of pre-activations in float32, element by element; JAX knows it by identity.
         x: [N, G, S, D], S a multiple of 8 (on each device).
         weights: [N, G, S, E], E a multiple of 8; used in x's dtype, as in `mixing.merge`, and so is their gradient.
         w_in, w_out: [E, D, F], [E, F, D].
