@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import check, mixing_faults
+from mot_jax.config.checks import check, kernel_faults, mixing_faults
 from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "error_words",
     "from_json",
     "identity_changes",
+    "kernel_faults",
     "leaves",
     "load_config",
     "mixing_faults",

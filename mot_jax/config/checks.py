@@ -165,9 +165,30 @@ def mixing_faults(c: MixingConfig) -> Iterator[str]:
         yield f"learnt_temperature = {c.learnt_temperature!r}: {words}; try 'none'"
 
 
+def kernel_faults(kind: MixtureOfTokensConfig, gated: bool) -> Iterator[str]:
+    """What a layer asks for that its kernel does not do."""
+    if kind.kernel == "xla":
+        return
+    wrong = "kernel = 'pallas': "
+    if kind.saved != "nothing":
+        yield f"{wrong}keeps nothing for the backward pass, and saved = {kind.saved!r}; try saved = 'nothing'"
+    if kind.num_experts % 8:
+        yield f"{wrong}takes a multiple of 8 experts, and num_experts = {kind.num_experts}; try kernel = 'xla'"
+    if kind.mixing.emit != "merge":
+        yield f"{wrong}emits by the merge weights, and mixing.emit = {kind.mixing.emit!r}; try kernel = 'xla'"
+    if kind.mixing.groups == "within":
+        yield f"{wrong}mixes across rows, and mixing.groups = 'within'; try kernel = 'xla'"
+    if kind.mixing.layer_norm:
+        yield f"{wrong}normalises no mixtures, and mixing.layer_norm = True; try kernel = 'xla'"
+    if gated:
+        yield f"{wrong}has experts without a gate, and gated = True; try kernel = 'xla'"
+
+
 def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward") -> Iterator[str]:
     for words in mixing_faults(kind.mixing):
         yield f"{name}.mixing.{words}"
+    for words in kernel_faults(kind, model.gated):
+        yield f"{name}.{words}"
     if kind.mixing.groups == "within":
         if model.objective == "causal":
             yield (

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mot_jax import mixing
-from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokensConfig, mixing_faults
+from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokensConfig, kernel_faults, mixing_faults
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
-from mot_jax.sharding import axes_of, product, reshard, shards, spec
+from mot_jax.kernels import mosaic_mixing
+from mot_jax.sharding import axes_of, axis_size, product, reshard, shards, spec
 
 
 class MixtureOfTokens(nnx.Module):
@@ -47,6 +48,8 @@ class MixtureOfTokens(nnx.Module):
         d, e, f, c = d_model, config.num_experts, config.hidden_dim(d_ff), config.mixing
         if faults := list(mixing_faults(c)):
             raise ConfigError(*(f"mixing.{fault}" for fault in faults))
+        if faults := list(kernel_faults(config, gated)):
+            raise ConfigError(*faults)
 
         def param(shape: tuple[int, ...], fan_in: int, multiplier: float) -> nnx.Param:
             return nnx.Param(draw(rngs.params(), shape, fan_in, init, param_dtype, multiplier))
@@ -82,11 +85,9 @@ class MixtureOfTokens(nnx.Module):
         Metrics: `mixing_entropy` and, where emit has a softmax of its own, `emit_entropy`: the normalised entropies of
         the mixing weights. Loss: `mixing_entropy`, their mean.
         """
-        config = self.config
         grouped = self._group(x.astype(self.dtype))
         weights, emit_weights = self._weights(grouped, context)
-        (project_in, w_in), (project_out, w_out) = self.experts()
-        y = mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
+        y = self._through(grouped, weights, emit_weights)
         y = reshard(mixing.ungroup(y, x.shape[1]), *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
@@ -96,6 +97,21 @@ class MixtureOfTokens(nnx.Module):
         entropies = self._entropies(weights, emit_weights, context)
         losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if wanted and entropies else {}
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
+
+    def _through(self, grouped: jax.Array, weights: jax.Array, emit_weights: jax.Array | None) -> jax.Array:
+        """Merge, experts, emit: [N, G, S, D]. Raises ConfigError where a kernel is to run on parts of the experts."""
+        config, positions = self.config, axes_of(grouped)[2]
+        # Other lengths, such as the one position of a step of generation, are no work for the kernel.
+        if config.kernel == "pallas" and grouped.shape[2] % (mosaic_mixing.TILE * shards(positions)) == 0:
+            for axis in ("expert", "tensor"):
+                if (size := axis_size(axis)) > 1:
+                    words = f"kernel = 'pallas' takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
+                    raise ConfigError(f"mesh.{axis} = {size}: {words}")
+            return mosaic_mixing.mix_through(
+                _activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...]
+            )
+        (project_in, w_in), (project_out, w_out) = self.experts()
+        return mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
 
     def experts(self) -> tuple[tuple[mixing.Project, dict], tuple[mixing.Project, dict]]:
         """The experts up to their activation, and from there on: see `mixing.mix_through`."""
@@ -189,6 +205,11 @@ def _project_out(activation: str) -> mixing.Project:
         return jnp.moveaxis(_layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)
 
     return project_out
+
+
+@functools.cache
+def _activation(name: str) -> mosaic_mixing.Activation:
+    return lambda h: activate(name, h, None)
 
 
 def _layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Kernels written by hand for one kind of chip each: one file a kernel, and what they move."""

@@ -1,0 +1,346 @@
+"""Merge, experts and emit as Pallas kernels for TPU: neither mixtures nor expert outputs reach HBM.
+
+Three kernels (letters as in `mixing.py`; P positions and a block of k experts at a time):
+
+    forward    for each block of positions, over the blocks of experts: mixtures, both products, emit into y
+    backward   the same for dx and the gradient of the mixing weights
+    gradients  for each block of experts, over all positions: the gradients of w_in and w_out
+
+What a kernel needs of the forward pass it makes again; nothing but x and the weights is kept.
+
+A mixture contracts over G, too few for a matrix unit, and is made for all experts of a position, while an expert wants
+all positions. So eight positions are merged in one product, with a matrix that is zero between different positions:
+
+    mixtures [(e, s), D] = spread [(e, s), (g, s')] x [(g, s'), D],   spread = weights where s = s', else 0
+
+Eight times the FLOPs of a merge, but rows of eight positions are one tile: an expert's rows are picked, never moved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+from mot_jax.config import ConfigError
+from mot_jax.kernels.counting import moved_bytes
+from mot_jax.sharding import axes_of, reshard, spec, whole
+
+Activation = Callable[[jax.Array], jax.Array]
+
+TILE = 8  # positions that are merged in one product: the rows of a tile
+ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
+VMEM_BYTES = 63 * 2**20  # that a kernel may use; a v5p core has 64 MiB
+
+
+class Plan(NamedTuple):
+    """A kernel's grid and blocks. inputs, outputs: (spec, dtype) in the order of the kernel's arguments."""
+
+    grid: tuple[int, ...]
+    inputs: list[tuple[pl.BlockSpec, Any]]
+    outputs: list[tuple[pl.BlockSpec, Any]]
+    scratch: list[Any]
+
+    @property
+    def bytes(self) -> int:
+        """Moved between HBM and the cores."""
+        return moved_bytes(self.grid, self.inputs + self.outputs)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Of blocks, twice where the next is fetched meanwhile, and of scratch; lanes padded."""
+        total = sum(_padded(s.shape, s.dtype) for s in self.scratch)
+        for block, dtype in self.inputs + self.outputs:
+            total += _padded(block.block_shape, dtype) * (2 if block.pipeline_mode is None else 1)
+        return total
+
+
+def _padded(shape: Any, dtype: Any) -> int:
+    *outer, rows, lanes = shape
+    size = -(-rows // TILE) * TILE * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
+    for n in outer:
+        size *= n
+    return size
+
+
+@functools.cache
+def plan(kernel: str, n: int, g: int, s: int, e: int, d: int, f: int, dtype: str) -> Plan:
+    """The blocks of `forward`, `backward` or `gradients` that fit and move the fewest bytes.
+
+    S and E are multiples of 8. Raises ConfigError where none fits, as with experts of the dense width.
+    """
+    positions = [p for p in range(TILE, s + 1, TILE) if s % p == 0 and p >= min(ROWS, s)]
+    sizes = [(p, k) for p in positions for k in range(TILE, e + 1, TILE) if e % k == 0]
+    plans = (_plan(kernel, n, g, s, e, d, f, jnp.dtype(dtype), p, k) for p, k in sizes)
+    fitting = [found for found in plans if found.vmem_bytes <= VMEM_BYTES - 2**22]  # what the compiler wants for itself
+    if not fitting:
+        words = f"eight experts of d_model = {d} and width {f}, and {min(ROWS, s)} positions of {g} rows"
+        raise ConfigError(f"kernel = 'pallas': {words} are too much for a core's memory; try kernel = 'xla'")
+    return min(fitting, key=lambda found: found.bytes)
+
+
+def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
+    once = pl.Buffered(1)
+    wide = jnp.dtype(jnp.float32)
+    by_experts = kernel == "gradients"
+    grid = (e // k, n, s // p) if by_experts else (n, s // p, e // k)
+
+    def block(shape, index, mode=None):
+        place = (lambda j, i, t: index(i, t, j)) if by_experts else index
+        return pl.BlockSpec(shape, place, pipeline_mode=mode)
+
+    # What stays for the inner loop is not fetched ahead.
+    tokens = (block((1, g, p, d), lambda i, t, j: (i, 0, t, 0), None if by_experts else once), dtype)
+    weights = (block((1, p // TILE, k, g * TILE), lambda i, t, j: (i, t, j, 0)), dtype)
+    experts = [
+        (block(shape, lambda i, t, j: (j, 0, 0), once if by_experts else None), dtype)
+        for shape in ((k, d, f), (k, f, d))
+    ]
+    mixtures = pltpu.VMEM((p // TILE, k, TILE, d), wide)
+    sums = pltpu.VMEM((p // TILE, g * TILE, d), wide)
+    if kernel == "forward":
+        return Plan(grid, [tokens, weights, *experts], [tokens], [mixtures, sums])
+    inputs = [tokens, tokens, weights, *experts]
+    if by_experts:
+        return Plan(grid, inputs, [(spec, wide) for spec, _ in experts], [mixtures, mixtures])
+    return Plan(grid, inputs, [tokens, weights], [mixtures, mixtures, sums])
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _tokens(ref, q) -> jax.Array:
+    """Eight positions of [1, G, P, D] as rows [(g, s), D]."""
+    tile = ref[0, :, pl.ds(q * TILE, TILE), :]
+    return tile.astype(jnp.float32).reshape(-1, tile.shape[-1]).astype(tile.dtype)
+
+
+def _same(lanes: int) -> jax.Array:
+    """[8, (g, s')]: whether s = s'."""
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), axis) for axis in (0, 1))
+    return rows == columns % TILE
+
+
+def _spread(weights: jax.Array, dtype) -> jax.Array:
+    """[k, (g, s)] -> [(e, s), (g, s')], zero between different positions."""
+    k, lanes = weights.shape
+    spread = jnp.where(_same(lanes)[None], weights.astype(jnp.float32)[:, None, :], 0.0)
+    return spread.reshape(k * TILE, lanes).astype(dtype)
+
+
+def _each(count: int, body) -> None:
+    def turn(i, nothing):
+        body(i)
+        return nothing
+
+    jax.lax.fori_loop(0, count, turn, None)
+
+
+def _merge(weights, tokens, mixtures) -> None:
+    def tile(q):
+        x = _tokens(tokens, q)
+        mixtures[q] = _dot(_spread(weights[0, q], x.dtype), x).reshape(mixtures.shape[1:])
+
+    _each(mixtures.shape[0], tile)
+
+
+def _rows(mixtures, i, dtype) -> jax.Array:
+    """What expert i reads: [P, D]."""
+    return mixtures[:, i].reshape(-1, mixtures.shape[-1]).astype(dtype)
+
+
+def _put(mixtures, i, rows: jax.Array) -> None:
+    mixtures[:, i] = rows.reshape(mixtures.shape[0], TILE, mixtures.shape[-1])
+
+
+def _emit(weights, mixtures, sums, q, dtype) -> jax.Array:
+    outputs = mixtures[q].reshape(-1, mixtures.shape[-1]).astype(dtype)
+    sums[q] += _dot(_spread(weights[0, q], dtype), outputs, (0, 0))
+    return outputs
+
+
+def _finish(sums, out) -> None:
+    def tile(q):
+        out[0, :, pl.ds(q * TILE, TILE), :] = sums[q].reshape(-1, TILE, sums.shape[-1]).astype(out.dtype)
+
+    _each(sums.shape[0], tile)
+
+
+def _begin(sums) -> None:
+    sums[...] = jnp.zeros_like(sums)
+
+
+def _forward_kernel(activation, x, weights, w_in, w_out, y, mixtures, sums):
+    pl.when(pl.program_id(2) == 0)(lambda: _begin(sums))
+    _merge(weights, x, mixtures)
+
+    def expert(i):
+        h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
+        _put(mixtures, i, _dot(activation(h).astype(x.dtype), w_out[i]))
+
+    _each(w_in.shape[0], expert)
+    _each(sums.shape[0], lambda q: _emit(weights, mixtures, sums, q, x.dtype))
+    pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _finish(sums, y))
+
+
+def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mixtures, cotangents, sums):
+    pl.when(pl.program_id(2) == 0)(lambda: _begin(sums))
+    _merge(weights, x, mixtures)
+    _merge(weights, dy, cotangents)
+
+    def expert(i):
+        h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
+        hidden, pull = jax.vjp(activation, h)
+        (dh,) = pull(_dot(_rows(cotangents, i, x.dtype), w_out[i], (1, 1)))
+        _put(mixtures, i, _dot(dh.astype(x.dtype), w_in[i], (1, 1)))
+        _put(cotangents, i, _dot(hidden.astype(x.dtype), w_out[i]))
+
+    _each(w_in.shape[0], expert)
+
+    def tile(q):
+        du = _emit(weights, mixtures, sums, q, x.dtype)
+        o = cotangents[q].reshape(du.shape).astype(x.dtype)
+        found = _dot(du, _tokens(x, q), (1, 1)) + _dot(o, _tokens(dy, q), (1, 1))
+        found = found.reshape(-1, TILE, found.shape[-1])
+        d_weights[0, q] = jnp.where(_same(found.shape[-1])[None], found, 0.0).sum(axis=1).astype(x.dtype)
+
+    _each(sums.shape[0], tile)
+    pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _finish(sums, dx))
+
+
+def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mixtures, cotangents):
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _():
+        _begin(dw_in)
+        _begin(dw_out)
+
+    _merge(weights, x, mixtures)
+    _merge(weights, dy, cotangents)
+
+    def expert(i):
+        u, do = _rows(mixtures, i, x.dtype), _rows(cotangents, i, x.dtype)
+        hidden, pull = jax.vjp(activation, _dot(u, w_in[i]))
+        (dh,) = pull(_dot(do, w_out[i], (1, 1)))
+        dw_in[i] += _dot(u, dh.astype(x.dtype), (0, 0))
+        dw_out[i] += _dot(hidden.astype(x.dtype), do, (0, 0))
+
+    _each(w_in.shape[0], expert)
+
+
+_KERNELS: dict[str, Callable[..., None]] = {
+    "forward": _forward_kernel,
+    "backward": _backward_kernel,
+    "gradients": _gradients_kernel,
+}
+
+
+def _call(kernel: str, activation: Activation, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
+    x, w_in = arrays[0], arrays[-2]
+    (n, g, s, d), (e, _, f) = x.shape, w_in.shape
+    found = plan(kernel, n, g, s, e, d, f, x.dtype.name)
+
+    def call(interpret: bool) -> Any:
+        return pl.pallas_call(
+            functools.partial(_KERNELS[kernel], activation),
+            [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, found.outputs, strict=True)],
+            grid=found.grid,
+            in_specs=[spec for spec, _ in found.inputs],
+            out_specs=[spec for spec, _ in found.outputs],
+            scratch_shapes=found.scratch,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary" if kernel == "gradients" else "parallel", "arbitrary"),
+                vmem_limit_bytes=VMEM_BYTES,
+            ),
+            interpret=interpret,
+            name=f"mixing_{kernel}",
+        )
+
+    return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mix_through(
+    activation: Activation, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
+) -> jax.Array:
+    """`mixing.mix_through` for experts act(u w_in) w_out that emit by the merge weights; interpreted where no TPU is.
+
+    Under a mesh each device has its groups or positions, and for their time all experts' weights.
+
+    Args:
+        activation: of pre-activations in float32, element by element; JAX knows it by identity.
+        x: [N, G, S, D], S a multiple of 8 (on each device).
+        weights: [N, G, S, E], E a multiple of 8; used in x's dtype, as in `mixing.merge`, and so is their gradient.
+        w_in, w_out: [E, D, F], [E, F, D].
+
+    Returns:
+        The update [N, G, S, D] in x's dtype. Products are of x's dtype and add up in float32.
+    """
+    return _forward(activation, x, weights, w_in, w_out)[0]
+
+
+def _forward(activation, x, weights, w_in, w_out):
+    chex.assert_rank([x, weights], 4, custom_message="x is [N, G, S, D], weights are [N, G, S, E]")
+
+    def local(axes, x, weights, w_in, w_out):
+        return _call("forward", activation, [x.shape], x, _by_tiles(weights), w_in, w_out)[0]
+
+    y = _on_each(local, "y", x, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    return y, (x, weights, w_in, w_out)
+
+
+def _backward(activation, kept, dy):
+    x, weights, w_in, w_out = kept
+
+    def local(axes, x, dy, weights, w_in, w_out):
+        tiles = _by_tiles(weights)
+        dx, d_tiles = _call("backward", activation, [x.shape, tiles.shape], x, dy, tiles, w_in, w_out)
+        found = _call("gradients", activation, [w_in.shape, w_out.shape], x, dy, tiles, w_in, w_out)
+        dw_in, dw_out = jax.lax.psum(found, axes) if axes else found
+        return dx, _from_tiles(d_tiles, x.shape[1]), dw_in, dw_out
+
+    arrays = (x, dy, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    dx, d_weights, *found = _on_each(local, ("dx", "d_weights", None, None), *arrays)
+    dw_in, dw_out = (reshard(dw.astype(w.dtype), *axes_of(w)) for dw, w in zip(found, (w_in, w_out), strict=True))
+    return dx, d_weights.astype(weights.dtype), dw_in, dw_out
+
+
+mix_through.defvjp(_forward, _backward)
+
+
+def _on_each(local: Callable[..., Any], outputs: Any, x: jax.Array, *arrays: jax.Array) -> Any:
+    """`local(axes, x, ...)` on each device; axes: those over which x is spread. outputs: None where they are not."""
+    groups, _, positions, _ = axes_of(x)
+    here = spec(groups, None, positions, None)
+    if here is None:
+        return local((), x, *arrays)
+    inputs = tuple(here if a.ndim == 4 else PartitionSpec() for a in (x, *arrays))
+    results = jax.tree.map(lambda o: PartitionSpec() if o is None else here, outputs, is_leaf=lambda o: o is None)
+    mapped = functools.partial(local, groups + positions)
+    return jax.shard_map(mapped, in_specs=inputs, out_specs=results, check_vma=False)(x, *arrays)
+
+
+def _by_tiles(weights: jax.Array) -> jax.Array:
+    """[N, G, S, E] -> [N, S / 8, E, (G, 8)]: what eight positions need of each expert, as full lanes."""
+    n, g, s, e = weights.shape
+    return weights.reshape(n, g, s // TILE, TILE, e).transpose(0, 2, 4, 1, 3).reshape(n, s // TILE, e, g * TILE)
+
+
+def _from_tiles(tiles: jax.Array, g: int) -> jax.Array:
+    n, parts, e, _ = tiles.shape
+    return tiles.reshape(n, parts, e, g, TILE).transpose(0, 3, 1, 4, 2).reshape(n, g, parts * TILE, e)
