@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from mot_jax.benchmark.counts import Shape, layer_parts
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
-from mot_jax.config import ConfigError, InitConfig, nearest
+from mot_jax.config import ConfigError, FeedForwardConfig, InitConfig, nearest
 from mot_jax.feed_forward import KINDS
 from mot_jax.training.metrics import png
 
@@ -140,22 +140,23 @@ def _programs(shape: Shape, kinds: Sequence[str], dtype: str, param_dtype: str, 
     layers = {kind: layer(shape, kind, dtype, param_dtype) for kind in kinds}
     layers["dense_flat"] = _flat(shape, dtype, param_dtype)
     for name, (run, params) in layers.items():
-        programs[name] = Program(run, params, x) if direction == "forward" else Program(_both(run), params, x, dy)
+        programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
     return programs
 
 
 def layer(
-    shape: Shape, kind: str, dtype: str, param_dtype: str = "float32"
+    shape: Shape, kind: str | FeedForwardConfig, dtype: str, param_dtype: str = "float32"
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
     """(parameters, x [B, S, D]) -> update [B, S, D] of a layer of this kind, and its parameters, freshly drawn."""
-    config, options = shape.kinds()[kind], {"dtype": dtype, "param_dtype": param_dtype}
+    config = shape.kinds()[kind] if isinstance(kind, str) else kind
+    options = {"dtype": dtype, "param_dtype": param_dtype}
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
     made = KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
     graph, params = nnx.split(made)
     return lambda params, x: nnx.merge(graph, params)(x).y, params
 
 
-def _both(run: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:
+def both(run: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:
     """(parameters, x, dy) -> y, gradients of the parameters, dx. y too: the next layer needs it."""
 
     def both(params: Any, x: jax.Array, dy: jax.Array) -> Any:

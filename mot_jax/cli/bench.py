@@ -32,6 +32,7 @@ def _layers(arguments: list[str]) -> None:
     parser.add_argument("--param-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", default="20", metavar="N", help="in which all take turns (20)")
     parser.add_argument("--counts", action="store_true", help="FLOPs, fewest bytes and floors; nothing is run")
+    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here, and count bytes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of the ratios to dense")
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
@@ -48,6 +49,18 @@ def _layers(arguments: list[str]) -> None:
         print("\n".join(markdown(about, rows, COUNT_COLUMNS)))
         if options.json:
             write_json(options.json, {"dtype": dtype, "param_dtype": options.param_dtype, "rows": rows})
+        return
+    if options.topology:
+        from mot_jax.benchmark import ahead
+        from mot_jax.training.checkpoint import versions
+
+        dtype = options.dtype or "bfloat16"
+        paper = [s for name, s in SHAPES.items() if name != "tiny" and not name.startswith("cpu_")]
+        rows = ahead.bytes_of_layers(chosen or paper, options.topology, dtype, options.param_dtype, _progress)
+        about = {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype} | versions()
+        print("\n".join(markdown(about, rows, ahead.COLUMNS)))
+        if options.json:
+            write_json(options.json, {"machine": about, "rows": rows})
         return
     import jax
 

@@ -271,6 +271,11 @@ def _call(kernel: str, activation: Activation, shapes: list[tuple[int, ...]], *a
     return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
 
 
+def layer_bytes(n: int, g: int, s: int, e: int, d: int, f: int, dtype: str) -> int:
+    """What the three kernels move of one layer, forward and backward."""
+    return sum(plan(kernel, n, g, s, e, d, f, dtype).bytes for kernel in _KERNELS)
+
+
 # --- the function -----------------------------------------------------------------------------------------------------
 
 

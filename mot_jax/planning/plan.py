@@ -119,7 +119,7 @@ def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], No
     Raises ConfigError for a topology or a mesh that cannot be, before anything is compiled.
     """
     where = parse_topology(topology, slices)
-    devices = _devices(where)
+    devices = devices_of(where)
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
@@ -170,7 +170,7 @@ def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], No
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
-def _devices(where: Topology) -> list[jax.Device]:
+def devices_of(where: Topology) -> list[jax.Device]:
     """The devices of a topology: those that are here, or those that libtpu compiles for."""
     if where.hardware is None:
         if where.chips:

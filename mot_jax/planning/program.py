@@ -77,19 +77,21 @@ class Program:
         return sum(body.executions * body.hbm_bytes for body in self.bodies)
 
 
-def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1) -> Program:
+def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
     """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
 
-    The first axis of several slices goes over the slices; XLA's program is that of one of them.
+    The first axis of several slices goes over the slices; XLA's program is that of one of them. kernels: whether those
+    written by hand are counted, as reading each operand and writing each result once; False for who knows better.
     """
     first = next((name for name, size in mesh_shape.items() if size > 1), None)
     inside = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
-    return _Reader(hlo.parse(text), inside, slices).read()
+    return _Reader(hlo.parse(text), inside, slices, kernels).read()
 
 
 class _Reader:
-    def __init__(self, module: Module, mesh_shape: dict[str, int], slices: int):
+    def __init__(self, module: Module, mesh_shape: dict[str, int], slices: int, kernels: bool):
         self.slices = slices
+        self.free_calls = _FREE_CALLS if kernels else {*_FREE_CALLS, "tpu_custom_call"}
         self.computations = module.computations
         self.entry = module.computations[module.entry]
         self.axes = _axes_by_groups(mesh_shape)
@@ -144,7 +146,7 @@ class _Reader:
             return hlo.product_flops(instruction, computation.operands(instruction))
         if instruction.opcode == "custom-call":
             target = _target(instruction)
-            if target not in _FREE_CALLS:
+            if target not in self.free_calls:
                 self.unknown[f"FLOPs of the custom call {target}"] = None
         return sum(self._flops(c, i) for c in self._inside(instruction) for i in c.instructions.values())
 
@@ -154,7 +156,7 @@ class _Reader:
         opcode, operands = instruction.opcode, computation.operands(instruction)
         if opcode in _FREE or opcode.endswith(("-done", "async-update")):
             return 0.0
-        if opcode == "custom-call" and _target(instruction) in _FREE_CALLS:
+        if opcode == "custom-call" and _target(instruction) in self.free_calls:
             return 0.0
         kind = opcode.removesuffix("-start")
         if kind in KINDS:

@@ -141,7 +141,7 @@ def test_forward_backward_is_the_gradient():
         y = run(params, x)
         return y.sum(), y
 
-    found = jax.jit(layers._both(run))(params, x, jnp.ones_like(x))
+    found = jax.jit(layers.both(run))(params, x, jnp.ones_like(x))
     (_, y), wanted = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((y, *wanted)), strict=True):
         assert a.shape == b.shape and jnp.allclose(a, b, rtol=1e-4, atol=1e-5) and jnp.any(a)

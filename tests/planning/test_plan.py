@@ -181,7 +181,7 @@ def by_kind(program):
 @pytest.mark.slow
 @needs_libtpu
 def test_fully_sharded_weights_on_a_tpu_by_hand():
-    devices = module._devices(parse_topology("v5e:2x4"))
+    devices = module.devices_of(parse_topology("v5e:2x4"))
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
     program = read_program(sharded_program(mesh), dict(mesh.shape))
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
@@ -227,7 +227,7 @@ def test_a_fully_sharded_model_on_a_tpu_by_hand():
 @pytest.mark.slow
 @needs_libtpu
 def test_two_slices_on_a_tpu_by_hand():
-    devices = module._devices(parse_topology("v5e:2x2", 2))
+    devices = module.devices_of(parse_topology("v5e:2x2", 2))
     order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
     mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
     program = read_program(sharded_program(mesh), dict(mesh.shape), slices=2)

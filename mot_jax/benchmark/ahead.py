@@ -1,0 +1,107 @@
+"""`mot bench layers --topology`: what layers move on a chip that is not here, by compiling them for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from mot_jax.benchmark.counts import Shape
+from mot_jax.benchmark.layers import both, layer
+from mot_jax.benchmark.report import Column, number
+from mot_jax.benchmark.timing import count_copies
+from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig
+from mot_jax.kernels import mosaic_mixing
+from mot_jax.planning.hardware import parse_topology
+from mot_jax.planning.plan import devices_of
+from mot_jax.planning.program import read_program
+
+Row = dict[str, Any]
+KINDS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
+    "dense": DenseConfig(bias=False),
+    "mixture_of_tokens": MixtureOfTokensConfig(),
+    "mixture_of_tokens, all kept": MixtureOfTokensConfig(saved="all"),
+    "mixture_of_tokens, pallas": MixtureOfTokensConfig(kernel="pallas", saved="nothing"),
+}
+
+
+def bytes_of_layers(
+    shapes: Sequence[Shape], topology: str, dtype: str, param_dtype: str, progress: Callable[[str], None]
+) -> list[Row]:
+    """A row for each shape and way to compute it: one layer forward and backward on one chip of `topology`.
+
+    Rows: shape, kind; hbm_bytes, by the compiled program's text, where what stays in the core's memory is free;
+    cost_bytes, of XLA's `cost_analysis()`, where it is not; ratio and cost_ratio, these over dense's. kernel_bytes:
+    those of the hand-written kernels, by their grids and block specs; they are in hbm_bytes in the place of what the
+    text says of the kernels, and in cost_bytes beside what the cost model says of them. copies; temporaries, bytes;
+    compile_s. Where a kernel does not do a shape, the row has `refused`, in words, instead.
+    """
+    where = SingleDeviceSharding(devices_of(parse_topology(topology))[0])
+    rows: list[Row] = []
+    for shape in shapes:
+        dense: Row = {}
+        for kind, config in KINDS.items():
+            progress(f"{shape.name}, {kind}: compiling for {topology}")
+            try:
+                row = _row(shape, config, dtype, param_dtype, where)
+            except ConfigError as error:
+                rows.append({"shape": shape.name, "kind": kind, "refused": str(error)})
+                continue
+            dense = dense or row
+            ratios = {"ratio": "hbm_bytes", "cost_ratio": "cost_bytes"}
+            rows.append(
+                {"shape": shape.name, "kind": kind} | row | {name: row[of] / dense[of] for name, of in ratios.items()}
+            )
+    return rows
+
+
+def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, param_dtype: str, where: Any) -> Row:
+    kernel_bytes = 0
+    if isinstance(config, MixtureOfTokensConfig):
+        if config.kernel == "pallas" and "TPU" not in next(iter(where.device_set)).device_kind:
+            raise ConfigError("kernel = 'pallas': is for TPU; try --topology v5p:2x2x1")
+        config = dataclasses.replace(config, group_size=shape.group_size, num_experts=shape.num_experts)
+        if config.kernel == "pallas":
+            sizes = (shape.rows // shape.group_size, shape.group_size, shape.length, shape.num_experts)
+            kernel_bytes = mosaic_mixing.layer_bytes(*sizes, shape.d_model, config.hidden_dim(shape.d_ff), dtype)
+    drawn = []
+
+    def draw() -> Any:
+        run, params = layer(shape, config, dtype, param_dtype)
+        drawn.append(run)
+        return params
+
+    params = jax.eval_shape(draw)
+    x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
+    given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))
+    start = time.perf_counter()
+    compiled = jax.jit(both(drawn[0]), out_shardings=where).lower(*given).compile()
+    seconds, text, memory = time.perf_counter() - start, compiled.as_text() or "", compiled.memory_analysis()
+    costs = compiled.cost_analysis()
+    assert costs is not None
+    return {
+        "hbm_bytes": read_program(text, {}, kernels=not kernel_bytes).hbm_bytes + kernel_bytes,
+        "cost_bytes": costs["bytes accessed"] + kernel_bytes,
+        "kernel_bytes": kernel_bytes,
+        "copies": count_copies(text),
+        "temporaries": None if memory is None else memory.temp_size_in_bytes,
+        "compile_s": seconds,
+    }
+
+
+COLUMNS: list[Column] = [
+    ("shape", lambda row: row["shape"]),
+    ("kind", lambda row: row["kind"]),
+    ("GB", lambda row: row.get("refused") or f"{row['hbm_bytes'] / 1e9:.2f}"),
+    ("over dense", lambda row: f"{row['ratio']:.2f}" if "ratio" in row else ""),
+    ("GB, cost model", lambda row: f"{row['cost_bytes'] / 1e9:.2f}" if "cost_bytes" in row else ""),
+    ("over dense", lambda row: f"{row['cost_ratio']:.2f}" if "cost_ratio" in row else ""),
+    ("GB of kernels", lambda row: f"{row['kernel_bytes'] / 1e9:.2f}" if row.get("kernel_bytes") else ""),
+    ("copies", lambda row: f"{row['copies']}" if "copies" in row else ""),
+    ("GB temporaries", lambda row: number("temporaries", 1e-9, ".2f", row) if "temporaries" in row else ""),
+    ("s to compile", lambda row: f"{row['compile_s']:.0f}" if "compile_s" in row else ""),
+]
