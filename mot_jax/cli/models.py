@@ -13,6 +13,8 @@ from mot_jax.config import Config, ConfigError, error_words
 from mot_jax.inference.modes import MODES
 from mot_jax.paths import user_path
 
+_MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
+
 
 def generate(arguments: list[str]) -> None:
     """continue texts: mot generate WORKDIR --prompt TEXT [--mode M] [--tokens N] [--temperature T] [--top-k K] ..."""
@@ -88,7 +90,7 @@ def lm_eval(arguments: list[str]) -> None:
     parser.add_argument("--num-fewshot", metavar="N", help="examples before each question (as the task says)")
     parser.add_argument("--limit", metavar="N", help="only the first examples of each task")
     parser.add_argument("--batch-size", default="8", metavar="N", help="rows (8), rounded up to whole groups")
-    parser.add_argument("--mode", help=" | ".join(MODES))
+    parser.add_argument("--mode", help=_MODES)
     for option in ("--json", *PROCESS):
         parser.add_argument(option)
     from mot_jax.training.restore import load_run_config
@@ -125,7 +127,7 @@ def _parser(prog: str, word: str) -> Parser:
         f"--{word}", action="append", default=[], metavar="TEXT", help="may be repeated; - is the input"
     )
     parser.add_argument(f"--{word}s", metavar="FILE", help="one a line")
-    parser.add_argument("--mode", help=" | ".join(MODES))
+    parser.add_argument("--mode", help=_MODES)
     for option in ("--json", *PROCESS):
         parser.add_argument(option)
     return parser

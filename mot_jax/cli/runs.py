@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
-from mot_jax.config import ConfigError, error_words, nearest
-from mot_jax.inference.modes import MODES, lacking, regrouped, trained_mode
+from mot_jax.config import ConfigError, error_words
+from mot_jax.inference.modes import MODES, lacking, mode_of, regrouped, trained_mode
 from mot_jax.paths import user_path
 
 DOES_NOT_FIT = 1
@@ -64,14 +64,14 @@ def evaluate(arguments: list[str]) -> None:
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
     options, config = parse("mot evaluate", arguments, None, own, load_run_config)
-    if options.mode not in (None, *MODES, "all"):
-        raise ConfigError(f"--mode = {options.mode!r}: no such mode{nearest(options.mode, [*MODES, 'all'])}")
+    if options.mode not in (None, "all"):
+        mode_of(options.mode)
     if options.group_size is not None:
         config = regrouped(config, positive("--group-size", options.group_size))
     limit = None if options.windows is None else positive("--windows", options.windows)
     mode, split = options.mode or trained_mode(config), options.split or config.data.validation_split
     if mode != "all":
-        MODES[mode].change(config)  # or say why not
+        mode_of(mode).change(config)  # or say why not
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.companions import load_companions
     from mot_jax.training import evaluation, scores

@@ -17,7 +17,7 @@ from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.inference.companions import load_companions
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
-from mot_jax.inference.modes import MODES, default_mode, enter, trained_mode
+from mot_jax.inference.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.inference.scoring import right_padded, score, windows
 from mot_jax.model import Params, unstack
 from mot_jax.sharding import rows_multiple
@@ -74,7 +74,7 @@ class LanguageModel:
     @property
     def independent(self) -> bool:
         """Whether no row hears another."""
-        return MODES[self.mode].independent or self._grouping.group_size == 1
+        return mode_of(self.mode).independent or self._grouping.group_size == 1
 
     # --- causal models --------------------------------------------------------------------------------------------
 
@@ -317,9 +317,9 @@ def load(
 ) -> LanguageModel:
     """The newest checkpoint of a run, or an exported model, in an inference mode.
 
-    mode: a name in `MODES`; None is the run's own default, in which no row sees another's text. mesh: with our Explicit
-    axes, to spread the parameters over; None is one device. apart: every block by itself (`model.unstack`), for who
-    writes much on a CPU. Raises ConfigError for what is missing or does not match.
+    mode: a name that `modes.mode_of` knows; None is the run's own default, in which no row sees another's text. mesh:
+    with our Explicit axes, to spread the parameters over; None is one device. apart: every block by itself
+    (`model.unstack`), for who writes much on a CPU. Raises ConfigError for what is missing or does not match.
     """
     run = load_run(workdir, mesh)
     tokenizer = open_tokenizer(run.config)

@@ -1,12 +1,14 @@
 """Other ways to run a trained model: functions Config -> Config. The same parameters load under all of them.
 
-`enter` adds to the parameters what a mode needs beside them, and changes nothing else.
+`enter` adds to the parameters what a mode needs beside them, and changes nothing else. A mode is named as in `MODES`;
+where tokens choose among the experts, `token_choice:2`, say, has each choose two.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mot_jax.config import (
@@ -30,11 +32,14 @@ if TYPE_CHECKING:  # commands that run no model do without JAX
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """change: the mode. about: what it does, in a line. independent: no row hears another's text."""
+    """change: the mode. about: what it does, in a line. independent: no row hears another's text.
+    chooses: tokens choose among the experts, as many as `change`'s second argument says, or by its default E / G.
+    """
 
-    change: Callable[[Config], Config]
+    change: Callable[..., Config]
     about: str
     independent: bool = False
+    chooses: bool = False
 
 
 def grouped(config: Config) -> Config:
@@ -47,17 +52,18 @@ def companions(config: Config) -> Config:
     return _alone(config, "companions", num_positions=config.model.context_length)
 
 
-def sparse(config: Config) -> Config:
+def sparse(config: Config, experts: int | None = None) -> Config:
     """`companions`, but a token runs the E / G experts alone that it weighs most: FLOPs as in a group of users.
 
     The other experts are taken to say to it what they say to the companions.
     """
-    return _alone(config, "sparse", num_positions=config.model.context_length, experts_per_token=_granularity(config))
+    chosen = experts or _granularity(config)
+    return _alone(config, "sparse", num_positions=config.model.context_length, experts_per_token=chosen)
 
 
-def mean_field(config: Config) -> Config:
+def mean_field(config: Config, experts: int | None = None) -> Config:
     """`sparse`, but what the companions say is averaged over the positions, and as little kept as for one."""
-    return _alone(config, "mean_field", num_positions=1, experts_per_token=_granularity(config))
+    return _alone(config, "mean_field", num_positions=1, experts_per_token=experts or _granularity(config))
 
 
 def discrete(config: Config) -> Config:
@@ -91,11 +97,11 @@ def without(config: Config) -> Config:
     return _mixed(config, "--mode without")
 
 
-def token_choice(config: Config, top_k: int | None = None) -> Config:
-    """Each token to the top_k experts that the controller, by softmax over the experts, finds likeliest; none dropped.
+def token_choice(config: Config, experts: int | None = None) -> Config:
+    """Each token to the `experts` that the controller, by softmax over all, finds likeliest; none dropped.
 
-    No token sees another row. Of a MoT layer top_k is its granularity, and at least 1; a temperature is not applied,
-    which changes the probabilities but no choice. Of token choice it is as trained, without the capacity.
+    No token sees another row. Of a MoT layer they are its granularity, and at least 1; a temperature is not applied,
+    which changes the probabilities but no choice. Of token choice they are as trained, without the capacity.
 
     Raises ConfigError for a MoT whose controller is no router: learnt otherwise or scaled for each expert, beside
     another one, or before a norm, which no token by itself has.
@@ -122,7 +128,7 @@ def token_choice(config: Config, top_k: int | None = None) -> Config:
     tokens = min(kind.routing_group_tokens, config.model.context_length)
     data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
     width = kind.hidden_dim(config.model.d_ff)  # of the weights, however many are chosen
-    kind = dataclasses.replace(kind, expert_dim=width, top_k=top_k or kind.top_k)
+    kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)
     kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
     changed = _with_kind(dataclasses.replace(config, data=data), kind)
     check(changed)
@@ -145,13 +151,34 @@ def _router_faults(mixing: MixingConfig) -> Iterator[str]:
 
 MODES = {
     "grouped": Mode(grouped, "as trained: the rows of a group influence each other"),
-    "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
-    "sparse": Mode(sparse, "companions, and a token runs only the experts that it weighs most", independent=True),
-    "mean_field": Mode(mean_field, "sparse, and the companions are averaged over positions", independent=True),
-    "token_choice": Mode(token_choice, "each token to its likeliest experts, none dropped", independent=True),
+    "companions": Mode(companions, "each row in a group with fixed training texts, read once", True),
+    "sparse": Mode(
+        sparse, "companions, and a token runs only the experts that it weighs most", independent=True, chooses=True
+    ),
+    "mean_field": Mode(
+        mean_field, "sparse, and the companions are averaged over positions", independent=True, chooses=True
+    ),
+    "token_choice": Mode(
+        token_choice, "each token to its likeliest experts, none dropped", independent=True, chooses=True
+    ),
     "discrete": Mode(discrete, "each expert takes one token of the group"),
-    "without": Mode(without, "no expert says anything: what mixing is worth", independent=True),
+    "without": Mode(without, "no expert says anything: what mixing is worth", True),
 }
+
+
+def mode_of(name: str) -> Mode:
+    """The mode of this name, or of `name:k`, in which each token chooses k experts. Raises ConfigError."""
+    word, colon, number = name.partition(":")
+    if word not in MODES:
+        raise ConfigError(f"mode = {name!r}: no such mode{nearest(word, MODES)}")
+    mode = MODES[word]
+    if not colon:
+        return mode
+    if not mode.chooses:
+        raise ConfigError(f"mode = {name!r}: must be {word!r}, where tokens choose no experts; try 'token_choice:2'")
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"mode = {name!r}: must say how many experts a token chooses; try '{word}:2'")
+    return dataclasses.replace(mode, change=partial(mode.change, experts=int(number)))
 
 
 def enter(
@@ -164,9 +191,7 @@ def enter(
 
     Raises ConfigError for a mode that is not known, that the model does not have, or that lacks companions.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode = {mode!r}: no such mode{nearest(mode, MODES)}")
-    changed = MODES[mode].change(config)
+    changed = mode_of(mode).change(config)
     if needs_companions(changed):
         from mot_jax.inference.companions import check_companions, summaries
 
@@ -184,7 +209,7 @@ def enter(
 def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | None:
     """Why a model does not have a mode; None if it does. The arguments are those of `enter`."""
     try:
-        if needs_companions(MODES[mode].change(config)):
+        if needs_companions(mode_of(mode).change(config)):
             from mot_jax.inference.companions import check_companions
 
             check_companions(companions, _mixed(config, mode).model)
@@ -226,6 +251,9 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
     if config.model.group_size == 1:
         raise ConfigError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
     changed = CompanionsConfig(**vars(_mixture(config)), **fields)  # type: ignore[arg-type]
+    if (changed.experts_per_token or 1) > changed.num_experts:
+        rule = f"must be at most model.feed_forward.num_experts = {changed.num_experts}"
+        raise ConfigError(f"--mode {mode}:{changed.experts_per_token}: {rule}; try --mode {mode}")
     if changed.mixing.layer_norm and changed.experts_per_token is not None:
         raise ConfigError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
     data = dataclasses.replace(config.data, group_size=config.group_size)

@@ -12,7 +12,7 @@ import rich.table
 from etils import epath
 
 from mot_jax.config import Config, ConfigError
-from mot_jax.inference.modes import MODES
+from mot_jax.inference.modes import mode_of
 from mot_jax.paths import replace_file, user_path
 from mot_jax.training.metrics import validation_line
 from mot_jax.training.restore import load_run_config
@@ -24,7 +24,7 @@ _KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, 
 
 def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
     """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
-    independent = MODES[mode].independent or MODES[mode].change(config).model.group_size == 1
+    independent = mode_of(mode).independent or mode_of(mode).change(config).model.group_size == 1
     about = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
     return {**about, **result, "perplexity": math.exp(result["loss"])}
 
@@ -79,14 +79,14 @@ def show(config: Config, scores: Sequence[Score]) -> None:
     print(f"{scores[0]['split']} split of {' + '.join(config.data.corpus)}, groups of {scores[0]['group_size']}")
     if len(scores) == 1:
         (score,) = scores
-        print(f"mode {score['mode']}, {MODES[score['mode']].about}; rows {_hearing(score)}")
+        print(f"mode {score['mode']}, {mode_of(score['mode']).about}; rows {_hearing(score)}")
         print(f"{validation_line(score)} | {score['tokens']:,} tokens | perplexity {score['perplexity']:.3f}")
         return
     print(f"after {scores[0]['step']} steps, {scores[0]['windows']:,} windows, {scores[0]['tokens']:,} tokens")
     names = ("mode", "bits per byte", "loss", "perplexity", "rows", "")
     rows = [
         (s["mode"], f"{s['bits_per_byte']:.4f}", f"{s['loss']:.4f}", f"{s['perplexity']:.3f}", _hearing(s),
-         MODES[s["mode"]].about)
+         mode_of(s["mode"]).about)
         for s in scores
     ]  # fmt: skip
     console = rich.console.Console(highlight=False, soft_wrap=True)

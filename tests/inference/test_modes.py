@@ -1,6 +1,7 @@
 """Inference modes: other configs for the same parameters."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -21,7 +22,17 @@ from mot_jax.config import (
     check,
 )
 from mot_jax.feed_forward import make_feed_forward
-from mot_jax.inference.modes import MODES, default_mode, discrete, enter, grouped, lacking, regrouped, token_choice
+from mot_jax.inference.modes import (
+    MODES,
+    default_mode,
+    discrete,
+    enter,
+    grouped,
+    lacking,
+    mode_of,
+    regrouped,
+    token_choice,
+)
 from mot_jax.model import bind, init_params
 
 MIXINGS = {
@@ -130,6 +141,30 @@ def test_an_unknown_mode_is_one_line():
         enter("companion", config_of(MixingConfig()), {}, 0)
 
 
+def test_a_mode_may_say_how_many_experts_a_token_chooses():
+    config, name = config_of(MixingConfig()), "experts_per_token"
+    assert mode_of("token_choice:3").change(config) == token_choice(config, 3) != token_choice(config)
+    for mode in ("sparse", "mean_field"):
+        changed = [mode_of(f"{mode}{k}").change(config).model.feed_forward for k in ("", ":3")]
+        assert changed[1] == dataclasses.replace(changed[0], **{name: 3}) and getattr(changed[0], name) == 2
+    assert enter("token_choice:1", config, {}, 0)[0].model.feed_forward.top_k == 1
+
+
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("companions:2", "must be 'companions', where tokens choose no experts; try 'token_choice:2'"),
+        ("token_choice:", "must say how many experts a token chooses; try 'token_choice:2'"),
+        ("token_choice:0", "must say how many experts a token chooses"),
+        ("token_choice:9", "top_k = 9: must be at most model.feed_forward.num_experts = 8"),
+        ("sparse:9", "--mode sparse:9: must be at most model.feed_forward.num_experts = 8; try --mode sparse"),
+    ],
+)
+def test_a_wrong_number_of_experts_is_one_line(mode, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        mode_of(mode).change(config_of(MixingConfig()))
+
+
 @pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(layer_norm=True)])
 def test_without_experts_nothing_is_heard(mixing):
     config = config_of(mixing)
@@ -169,7 +204,7 @@ def test_token_choice_of_itself_only_loses_its_capacity():
     config = Config(model=model, training=TrainingConfig(batch_size=8, losses=losses))
     changed = token_choice(config).model.feed_forward
     assert changed == dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=8, expert_dim=8)
-    assert token_choice(config, top_k=1).model.feed_forward == dataclasses.replace(changed, top_k=1)
+    assert token_choice(config, experts=1).model.feed_forward == dataclasses.replace(changed, top_k=1)
     for mode in (grouped, discrete):
         with pytest.raises(ConfigError, match="mix nothing"):
             mode(config)
