@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-
-import jax
+import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -28,6 +27,6 @@ def keep_freed() -> None:
 
 
 def _only_cpus() -> bool:
-    if platforms := jax.config.values["jax_platforms"]:
+    if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))

@@ -100,12 +100,7 @@ MESHES = {
     "data 2 x fsdp 2 x expert 2": MeshConfig(data=2, fsdp=2, expert=2),
     "expert 4 x tensor 2": MeshConfig(data=1, expert=4, tensor=2),
 }
-
-
-def on_meshes(fast: str):
-    """Every mesh, of which one is not slow."""
-    slow = {name: [] if name == fast else [pytest.mark.slow] for name in MESHES}
-    return pytest.mark.parametrize("mesh", [pytest.param(m, id=name, marks=slow[name]) for name, m in MESHES.items()])
+FAST = "data 2 x fsdp 2 x expert 2"
 
 
 def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -114,7 +109,9 @@ def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]])
         assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
 
 
-@on_meshes(fast="data 2 x fsdp 2 x expert 2")
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(m, id=n, marks=[] if n == FAST else [pytest.mark.slow]) for n, m in MESHES.items()]
+)
 def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     rows, program = run(dataclasses.replace(tiny, mesh=mesh))
     assert_close(rows, one_device)
@@ -124,7 +121,8 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     assert bool(found["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not found["collective-permute"]
 
 
-@on_meshes(fast="expert 4 x tensor 2")
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_groups_larger_than_a_devices_rows_equal_one_device(tiny, grouped, mesh):
     """32 rows in two microbatches: two rows a device, and groups of 8; the blocks are computed again."""
     config, expected = grouped
