@@ -238,7 +238,7 @@ def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
     weights [N, G, S, E], x [N, G, S, D] -> [N, S, E, D] in x's dtype.
     """
     _check_pair(weights, x)
-    return jnp.einsum("nsge,nsgd->nsed", *_by_position(weights.astype(x.dtype), x))
+    return jnp.einsum("nsge,nsgd->nsed", _by_position(weights.astype(x.dtype)), _by_position(x))
 
 
 def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -250,13 +250,12 @@ def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     n, _, s, e = weights.shape
     words = "expert outputs are [N, S, E, D] beside weights [N, G, S, E]"
     chex.assert_shape(outputs, (n, s, e, None), custom_message=words)
-    (weights,) = _by_position(weights.astype(outputs.dtype))
-    return jnp.swapaxes(jnp.einsum("nsge,nsed->nsgd", weights, outputs), 1, 2)
+    return _by_position(jnp.einsum("nsge,nsed->nsgd", _by_position(weights.astype(outputs.dtype)), outputs))
 
 
-def _by_position(*arrays: jax.Array) -> list[jax.Array]:
-    """[N, G, S, ...] -> [N, S, G, ...]: a matrix for each position, which products over G read as it lies."""
-    return [jnp.swapaxes(a, 1, 2) for a in arrays]
+def _by_position(x: jax.Array) -> jax.Array:
+    """[N, G, S, ...] -> [N, S, G, ...], and back: a matrix for each position, which products read as it lies."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -330,8 +329,7 @@ mix_through.defvjp(_forward, _backward)
 
 def _weights_gradient(tokens: jax.Array, of_experts: jax.Array) -> jax.Array:
     """[N, G, S, D], [N, S, E, D] -> their products over D, [N, G, S, E]."""
-    (tokens,) = _by_position(tokens)
-    return jnp.swapaxes(jnp.einsum("nsgd,nsed->nsge", tokens, of_experts), 1, 2)
+    return _by_position(jnp.einsum("nsgd,nsed->nsge", _by_position(tokens), of_experts))
 
 
 def _to_experts(*arrays: jax.Array) -> tuple[jax.Array, ...]:

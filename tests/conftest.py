@@ -42,6 +42,14 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture
+def optimized():
+    """Compiled as for users: for what must hold to the last bit, or nearly."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def mesh_of():
     """mesh_of(data=1, fsdp=1, expert=1, tensor=1): the Explicit mesh of that shape over the first devices."""
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from mot_jax.benchmark.counts import Shape
-from mot_jax.benchmark.layers import both, layer
+from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.timing import count_copies
+from mot_jax.benchmark.timing import count_copies, temporaries
 from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig
 from mot_jax.kernels import mosaic_mixing
 from mot_jax.planning.hardware import parse_topology
@@ -21,7 +22,7 @@ from mot_jax.planning.plan import devices_of
 from mot_jax.planning.program import read_program
 
 Row = dict[str, Any]
-KINDS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
+WAYS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
     "dense": DenseConfig(bias=False),
     "mixture_of_tokens": MixtureOfTokensConfig(),
     "mixture_of_tokens, all kept": MixtureOfTokensConfig(saved="all"),
@@ -44,7 +45,7 @@ def bytes_of_layers(
     rows: list[Row] = []
     for shape in shapes:
         dense: Row = {}
-        for kind, config in KINDS.items():
+        for kind, config in WAYS.items():
             progress(f"{shape.name}, {kind}: compiling for {topology}")
             try:
                 row = _row(shape, config, dtype, param_dtype, where)
@@ -68,27 +69,19 @@ def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, 
         if config.kernel == "pallas":
             sizes = (shape.rows // shape.group_size, shape.group_size, shape.length, shape.num_experts)
             kernel_bytes = mosaic_mixing.layer_bytes(*sizes, shape.d_model, config.hidden_dim(shape.d_ff), dtype)
-    drawn = []
-
-    def draw() -> Any:
-        run, params = layer(shape, config, dtype, param_dtype)
-        drawn.append(run)
-        return params
-
-    params = jax.eval_shape(draw)
+    run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))
     start = time.perf_counter()
-    compiled = jax.jit(both(drawn[0]), out_shardings=where).lower(*given).compile()
-    seconds, text, memory = time.perf_counter() - start, compiled.as_text() or "", compiled.memory_analysis()
-    costs = compiled.cost_analysis()
+    compiled = jax.jit(both(run), out_shardings=where).lower(*given).compile()
+    seconds, text, costs = time.perf_counter() - start, compiled.as_text() or "", compiled.cost_analysis()
     assert costs is not None
     return {
         "hbm_bytes": read_program(text, {}, kernels=not kernel_bytes).hbm_bytes + kernel_bytes,
         "cost_bytes": costs["bytes accessed"] + kernel_bytes,
         "kernel_bytes": kernel_bytes,
         "copies": count_copies(text),
-        "temporaries": None if memory is None else memory.temp_size_in_bytes,
+        "temporaries": temporaries(compiled),
         "compile_s": seconds,
     }
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mot_jax.accounting import active_parameters
-from mot_jax.benchmark.report import Column
-from mot_jax.benchmark.timing import bandwidth, in_turns
+from mot_jax.benchmark.report import Column, number
+from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
 from mot_jax.config import Config, ConfigError, DenseConfig, ModelConfig
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.inference.modes import MODES, enter, lacking
@@ -51,9 +51,8 @@ def bench_decoding(
             models[mode] = (changed.model, needed)
     rows = []
     for batch in batches:
+        progress(f"{batch} texts: compiling {len(models)} models")
         runs = {name: _Run(*model, batch) for name, model in models.items()}
-        progress(f"{batch} texts: compiling {len(runs)} models")
-        temporaries = {name: run.temporaries() for name, run in runs.items()}
         progress(f"{batch} texts: {rounds} rounds")
         read = in_turns({name: run.read for name, run in runs.items()}, rounds)
         write = in_turns({name: run.write for name, run in runs.items()}, rounds)
@@ -69,7 +68,7 @@ def bench_decoding(
                     "prefill_seconds": read[name].median,
                     "bytes": size,
                     "bound_seconds": size / rate,
-                    "temporaries": temporaries[name],
+                    "temporaries": runs[name].temporaries,
                 }
             )
     return rows, rate
@@ -84,7 +83,7 @@ COLUMNS: list[Column] = [
     ("tokens/s", lambda row: f"{row['batch'] / row['seconds_per_step']:,.0f}"),
     ("MB to read", lambda row: f"{row['bytes'] / 1e6:.1f}"),
     ("ms at the bound", lambda row: f"{1e3 * row['bound_seconds']:.2f}"),
-    ("MB of temporaries", lambda row: f"{row['temporaries'] / 1e6:.2f}"),
+    ("MB of temporaries", partial(number, "temporaries", 1e-6, ".2f")),
     ("ms to read the prompts", lambda row: f"{1e3 * row['prefill_seconds']:.1f}"),
 ]
 
@@ -116,8 +115,9 @@ class _Run:
         )
         self._until = np.int32(width + self.columns + 1)
         given = (jax.eval_shape(self._prefill), self._sampler, self._until)
-        self._compiled = decode.lower(model, params, np.int32(0), *given, **sizes).compile()
-        self._decode = partial(self._compiled, params, np.int32(0))
+        compiled = decode.lower(model, params, np.int32(0), *given, **sizes).compile()
+        self.temporaries = temporaries(compiled)
+        self._decode = partial(compiled, params, np.int32(0))
 
     def read(self) -> Callable[[], Any]:
         """The prompts, and the first token of each."""
@@ -127,12 +127,6 @@ class _Run:
         """`columns` further tokens of each."""
         state = jax.block_until_ready(self._prefill())
         return lambda: self._decode(state, self._sampler, self._until)
-
-    def temporaries(self) -> int:
-        """Bytes of the decoding program beside its arguments and results."""
-        analysis = self._compiled.memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
 
 
 def dense_twin(config: Config) -> Config:

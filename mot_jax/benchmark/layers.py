@@ -145,13 +145,20 @@ def _programs(shape: Shape, kinds: Sequence[str], dtype: str, param_dtype: str, 
 
 
 def layer(
-    shape: Shape, kind: str | FeedForwardConfig, dtype: str, param_dtype: str = "float32"
+    shape: Shape, kind: str, dtype: str, param_dtype: str = "float32"
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
     """(parameters, x [B, S, D]) -> update [B, S, D] of a layer of this kind, and its parameters, freshly drawn."""
-    config = shape.kinds()[kind] if isinstance(kind, str) else kind
-    options = {"dtype": dtype, "param_dtype": param_dtype}
+    return applied(make(shape, shape.kinds()[kind], dtype=dtype, param_dtype=param_dtype))
+
+
+def make(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
+    """A layer with what the kinds share in `options`, freshly drawn."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
-    made = KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
+    return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
+
+
+def applied(made: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
+    """(parameters, x [B, S, D]) -> update [B, S, D] of a layer, and its parameters."""
     graph, params = nnx.split(made)
     return lambda params, x: nnx.merge(graph, params)(x).y, params
 

@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from mot_jax.benchmark.counts import SHAPES, Shape
+from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
-from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, InitConfig
-from mot_jax.feed_forward import KINDS
+from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig
 from mot_jax.feed_forward.companions import Summary
 
 Row = dict[str, Any]
@@ -60,15 +60,15 @@ def _errors(shape: Shape, config: FeedForwardConfig, dtype: str, cpu: jax.Device
     draw = np.random.default_rng(0)
     size = (shape.rows, shape.length, shape.d_model)
     with jax.default_device(cpu):
-        graph, state = nnx.split(_layer(shape, config, dtype))
+        run, state = applied(_layer(shape, config, dtype))
         values = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         given = [np.asarray(jnp.asarray(draw.standard_normal(size), dtype)) for _ in range(2)]
     with jax.default_matmul_precision("highest"):
         state = jax.tree.unflatten(jax.tree.structure(state), values)
         x, dy = map(jnp.asarray, given)
-        here = [np.asarray(leaf, np.float64) for leaf in _run(graph, state, x, dy, config)]
+        here = [np.asarray(leaf, np.float64) for leaf in _run(run, state, x, dy, config)]
     with jax.enable_x64(True), jax.default_device(cpu):
-        exact, exact_state = nnx.split(_layer(shape, config, "float64"))
+        exact, exact_state = applied(_layer(shape, config, "float64"))
         *wide, x, dy = (jnp.asarray(value.astype(np.float64)) for value in (*values, *given))
         exact_state = jax.tree.unflatten(jax.tree.structure(exact_state), wide)
         there = [np.asarray(leaf) for leaf in _run(exact, exact_state, x, dy, config)]
@@ -76,27 +76,17 @@ def _errors(shape: Shape, config: FeedForwardConfig, dtype: str, cpu: jax.Device
 
 
 def _layer(shape: Shape, config: FeedForwardConfig, dtype: str) -> nnx.Module:
-    init = InitConfig(distribution="normal", scale=1.0, cut=None)
-    options: dict[str, Any] = {"activation": "gelu", "init": init, "dtype": dtype, "rngs": nnx.Rngs(params=0)}
-    layer = KINDS[type(config)](shape.d_model, shape.d_ff, config, **options)
+    layer = make(shape, config, activation="gelu", dtype=dtype)
     for name, value in vars(layer).items():
         if isinstance(value, Summary):  # zero as yet
             value[...] = jax.random.normal(jax.random.key(len(name)), value.shape).astype(value.dtype)
     return layer
 
 
-def _run(graph: Any, state: Any, x: jax.Array, dy: jax.Array, config: FeedForwardConfig) -> list[jax.Array]:
+def _run(run: Any, state: Any, x: jax.Array, dy: jax.Array, config: FeedForwardConfig) -> list[jax.Array]:
     """y; of kinds that train, the gradients of the parameters and of x too."""
-
-    def forward(state: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state)(x).y
-
-    def both(state: Any, x: jax.Array, dy: jax.Array) -> Any:
-        y, pull = jax.vjp(forward, state, x)
-        return y, pull(dy.astype(y.dtype))
-
-    found = jax.jit(forward)(state, x) if isinstance(config, CompanionsConfig) else jax.jit(both)(state, x, dy)
-    return jax.tree.leaves(found)
+    trains = not isinstance(config, CompanionsConfig)
+    return jax.tree.leaves(jax.jit(both(run))(state, x, dy) if trains else jax.jit(run)(state, x))
 
 
 COLUMNS: list[Column] = [

@@ -23,7 +23,7 @@ import optax
 from mot_jax.accounting import count_parameters, flops_per_token, peak_flops
 from mot_jax.benchmark.counts import optimizer_bytes
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak
+from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak, temporaries
 from mot_jax.config import Config, DenseConfig, check
 from mot_jax.data.objectives import Batch
 from mot_jax.sharding import local_rows, make_mesh, place_microbatches
@@ -130,8 +130,7 @@ class _Run:
             small = jax.jit(lambda params: jax.tree.map(lambda p: jnp.full_like(p, 1e-4), params))
             self._gradients = small(self._state.params)
             self._update = jax.jit(update, donate_argnums=1).lower(self._gradients, self._state).compile()
-        analysis = self._step.memory_analysis()
-        self.temporaries = None if analysis is None else analysis.temp_size_in_bytes
+        self.temporaries = temporaries(self._step)
 
     def step(self) -> Callable[[], Any]:
         """One step of training."""

@@ -100,8 +100,7 @@ class Program:
         jitted = jax.jit(into, donate_argnums=1, keep_unused=True)
         self._compiled = jitted.lower(arguments, self._results).compile()
         self.seconds_to_compile = time.perf_counter() - start
-        analysis = self._compiled.memory_analysis()
-        self.temporaries = None if analysis is None else analysis.temp_size_in_bytes
+        self.temporaries = temporaries(self._compiled)
         self.copies: int | None = None
         self.bytes: float | None = None
         with contextlib.suppress(UnknownTextError):
@@ -116,6 +115,12 @@ class Program:
     def _run(self) -> Any:
         self._results = self._compiled(self._arguments, self._results)
         return self._results
+
+
+def temporaries(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that a program allocates beside arguments and results; None where XLA does not say."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
 
 
 def count_copies(text: str, least: int = 4096) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mot_jax.cli.options import Parser, parse, positive, write_json
 from mot_jax.config import ConfigError, check, error_words, load_config
@@ -39,28 +41,23 @@ def _layers(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     rounds = positive("--rounds", options.rounds, least=3)
     from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, paper_shapes, shape_of
-    from mot_jax.benchmark.report import markdown
 
     chosen = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
     if options.counts:
         dtype = options.dtype or "bfloat16"
         rows = count_rows(chosen or [s for s in SHAPES.values() if s.name != "tiny"], dtype, options.param_dtype)
         about = {"dtype": dtype, "parameters in": options.param_dtype}
-        print("\n".join(markdown(about, rows, COUNT_COLUMNS)))
-        if options.json:
-            write_json(options.json, {"dtype": dtype, "param_dtype": options.param_dtype, "rows": rows})
+        _tell(options.json, about, rows, COUNT_COLUMNS, dtype=dtype, param_dtype=options.param_dtype)
         return
     if options.topology:
         from mot_jax.benchmark import ahead
         from mot_jax.training.checkpoint import versions
 
         dtype = options.dtype or "bfloat16"
-        paper = [s for name, s in SHAPES.items() if name != "tiny" and not name.startswith("cpu_")]
-        rows = ahead.bytes_of_layers(chosen or paper, options.topology, dtype, options.param_dtype, _progress)
+        wanted = chosen or paper_shapes(on_cpu=False)
+        rows = ahead.bytes_of_layers(wanted, options.topology, dtype, options.param_dtype, _progress)
         about = {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype} | versions()
-        print("\n".join(markdown(about, rows, ahead.COLUMNS)))
-        if options.json:
-            write_json(options.json, {"machine": about, "rows": rows})
+        _tell(options.json, about, rows, ahead.COLUMNS, machine=about)
         return
     import jax
 
@@ -74,9 +71,7 @@ def _layers(arguments: list[str]) -> None:
         chosen or paper_shapes(on_cpu), kinds, dtype, rounds, _progress, options.param_dtype, options.profile
     )
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s", "dtype": dtype, "rounds": str(rounds)}
-    print("\n".join(markdown(about, found, layers.COLUMNS)))
-    if options.json:
-        write_json(options.json, {"machine": about, "bandwidth": rate, "rows": found})
+    _tell(options.json, about, found, layers.COLUMNS, machine=about, bandwidth=rate)
     if options.plot:
         _write("--plot", options.plot, layers.plot(found))
 
@@ -91,7 +86,6 @@ def _step(arguments: list[str]) -> None:
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options, config = parse(parser.prog, arguments, None, parser)
     rounds = positive("--rounds", options.rounds, least=3)
-    from mot_jax.benchmark.report import markdown
     from mot_jax.benchmark.step import COLUMNS, bench_step, dense_twin
     from mot_jax.benchmark.timing import machine
 
@@ -109,9 +103,7 @@ def _step(arguments: list[str]) -> None:
         "memory bandwidth": f"{reached['bandwidth'] / 1e9:.1f} GB/s",
         "rounds": str(rounds),
     }
-    print("\n".join(markdown(about, rows, COLUMNS)))
-    if options.json:
-        write_json(options.json, {"config": options.config, "machine": about, **reached, "rows": rows})
+    _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about, **reached)
 
 
 def _decoding(arguments: list[str]) -> None:
@@ -123,14 +115,11 @@ def _decoding(arguments: list[str]) -> None:
     options, config = parse(parser.prog, arguments, None, parser)
     batches = [positive("--batch", number) for number in options.batch.split(",")]
     from mot_jax.benchmark.decoding import COLUMNS, bench_decoding
-    from mot_jax.benchmark.report import markdown
     from mot_jax.benchmark.timing import machine
 
     rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds, least=3), _progress)
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s"}
-    print("\n".join(markdown(about, rows, COLUMNS)))
-    if options.json:
-        write_json(options.json, {"config": options.config, "machine": about, "rows": rows})
+    _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about)
 
 
 def _accelerator(arguments: list[str]) -> None:
@@ -156,6 +145,15 @@ def _accelerator(arguments: list[str]) -> None:
     failed = bench_accelerator(options.out, chosen, options.small, 60.0 * minutes, _progress)
     if failed:
         sys.exit(1)
+
+
+def _tell(json: str | None, about: dict[str, str], rows: list[dict], columns: Sequence[Any], **content: Any) -> None:
+    """Prints the table; writes `content` and the rows into the file `json`, if there is one to be."""
+    from mot_jax.benchmark.report import markdown
+
+    print("\n".join(markdown(about, rows, columns)))
+    if json:
+        write_json(json, content | {"rows": rows})
 
 
 def _write(name: str, path: str, content: bytes) -> None:

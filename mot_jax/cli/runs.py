@@ -64,8 +64,6 @@ def evaluate(arguments: list[str]) -> None:
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
     options, config = parse("mot evaluate", arguments, None, own, load_run_config)
-    if options.mode not in (None, "all"):
-        mode_of(options.mode)
     if options.group_size is not None:
         config = regrouped(config, positive("--group-size", options.group_size))
     limit = None if options.windows is None else positive("--windows", options.windows)

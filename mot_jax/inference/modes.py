@@ -151,7 +151,7 @@ def _router_faults(mixing: MixingConfig) -> Iterator[str]:
 
 MODES = {
     "grouped": Mode(grouped, "as trained: the rows of a group influence each other"),
-    "companions": Mode(companions, "each row in a group with fixed training texts, read once", True),
+    "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
     "sparse": Mode(
         sparse, "companions, and a token runs only the experts that it weighs most", independent=True, chooses=True
     ),
@@ -162,7 +162,7 @@ MODES = {
         token_choice, "each token to its likeliest experts, none dropped", independent=True, chooses=True
     ),
     "discrete": Mode(discrete, "each expert takes one token of the group"),
-    "without": Mode(without, "no expert says anything: what mixing is worth", True),
+    "without": Mode(without, "no expert says anything: what mixing is worth", independent=True),
 }
 
 

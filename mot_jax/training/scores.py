@@ -24,7 +24,8 @@ _KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, 
 
 def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
     """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
-    independent = mode_of(mode).independent or mode_of(mode).change(config).model.group_size == 1
+    found = mode_of(mode)
+    independent = found.independent or found.change(config).model.group_size == 1
     about = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
     return {**about, **result, "perplexity": math.exp(result["loss"])}
 

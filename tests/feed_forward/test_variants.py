@@ -153,7 +153,7 @@ SLOWLY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) f
 
 
 @pytest.mark.parametrize("name", SLOWLY)
-def test_variant_on_a_mesh_equals_one_device(name, mesh_of):
+def test_variant_on_a_mesh_equals_one_device(name, mesh_of, optimized):
     """float32, rows over 2 x 4 devices, experts over 4: the same values and gradients, without a mask."""
     layer = layer_of(VARIANTS[name], name, num_experts=4)
     graph, state = nnx.split(layer)
@@ -179,9 +179,7 @@ def test_variant_on_a_mesh_equals_one_device(name, mesh_of):
     (_, y), gradients = expected
     assert set(nnx.to_pure_dict(gradients)) == set(placed)
     chex.assert_trees_all_close(jax.device_get(found[0][1]), y, rtol=1e-4, atol=1e-4)
-    for name, leaf in nnx.to_pure_dict(gradients).items():
-        largest = np.abs(leaf).max()
-        np.testing.assert_allclose(nnx.to_pure_dict(found[1])[name] / largest, leaf / largest, rtol=0, atol=3e-4)
+    chex.assert_trees_all_close(jax.device_get(found[1]), gradients, rtol=1e-3, atol=1e-3)
 
 
 # --- temperatures -----------------------------------------------------------------------------------------------------

@@ -63,6 +63,22 @@ def test_values_and_gradients(small_blocks):
     assert_equal(jax.nn.gelu)
 
 
+def test_a_position_sees_no_other_position_and_no_other_group(small_blocks):
+    """Bit by bit, in a tile of eight positions, too: whatever stands at the later ones and in the other group."""
+    (x, weights, *experts), draw = arguments(), np.random.default_rng(5)
+    run = jax.jit(partial(mosaic_mixing.mix_through, jax.nn.relu))
+    for last in (3, 8, 12):
+        expected = run(x, weights, *experts)[0, :, :last]
+        for _ in range(3):
+            other_x, other = (np.array(a) for a in (x, weights))
+            for array in (other_x, other):
+                array[0, :, last:] = 100 * draw.normal(size=array[0, :, last:].shape)
+                array[1] = 100 * draw.normal(size=array[1].shape)
+            found = run(other_x, other, *experts)
+            np.testing.assert_array_equal(found[0, :, :last], expected)
+            assert (found[0, :, last:] != run(x, weights, *experts)[0, :, last:]).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.silu])
 def test_other_activations_in_one_block(activation):
