@@ -254,7 +254,7 @@ def test_kept_bytes_are_the_compilers(saved, remat):
         dataclasses.replace(with_kind(PROBE, **PROBE_MIXTURE), objective="masked"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_kept_bytes_are_the_residuals(model, dtype):
     """Of the whole model's derivative. It also keeps masks and zeros, once a stack: below 2 % in stacks this deep."""
     model, rows = dataclasses.replace(model, num_blocks=64, dtype=dtype), 12

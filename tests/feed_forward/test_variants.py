@@ -80,7 +80,11 @@ def value_and_gradients(name: str, p: dict, dy: jax.Array, mask: jax.Array | Non
     return y, gradients
 
 
-EVERY = pytest.mark.parametrize("name", VARIANTS)
+# Each choice once; the others are slow.
+FAST_ALONE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "much at once"}
+EVERY = pytest.mark.parametrize(
+    "name", [name if name in FAST_ALONE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 
 
 @EVERY

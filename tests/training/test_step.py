@@ -234,6 +234,7 @@ def test_the_optimizer_clips_the_whole_gradient():
     assert float(optax.tree.norm(first)) == pytest.approx(0.5 * 0.1, rel=1e-5)  # (1 - beta1) of the clipped
 
 
+@pytest.mark.slow
 def test_a_dense_model_trains_without_groups(tiny):
     model = dataclasses.replace(tiny.model, feed_forward=DenseConfig())
     rows, _ = run(dataclasses.replace(tiny, model=model), 10)
@@ -304,6 +305,7 @@ def test_twenty_routed_steps_on_eight_devices_equal_one_device(tiny, routed_rows
         assert bool(found["all-gather"]) == (axes.fsdp * axes.tensor > 1)
 
 
+@pytest.mark.slow
 def test_losses_of_token_choice_are_added_by_their_weights(tiny):
     """Its gradient is that of cross-entropy + 0.1 x mean balance + 0.01 x mean (log Z)^2; `loss` has the first."""
     config = routed(tiny, 1.0)

@@ -54,7 +54,7 @@ def named(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("to", ["annealed", "token_choice"])
+@pytest.mark.parametrize("to", [pytest.param("annealed", marks=pytest.mark.slow), "token_choice"])
 def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(source, to):
     config = transition.annealing_config(*source, 4) if to == "annealed" else tuned(source)
     check(config)
