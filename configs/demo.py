@@ -34,6 +34,7 @@ def get_config() -> Config:
             final_norm=True,
             init=InitConfig(scale=1.0),
             loss_chunk=32,
+            stacked=False,  # a fifth faster on CPUs
         ),
         data=DataConfig(validation_windows=512),
         training=TrainingConfig(

@@ -122,7 +122,10 @@ class Transformer(nnx.Module):
             else None
         )
         self.plan = stack_plan(config)
-        self.stacks = nnx.List(nnx.List(_stack(config, kind, n, rngs) for kind in period) for period, n in self.plan)
+        self.stacks, keys = nnx.List(), _block_keys(config, rngs)
+        for period, n in self.plan:
+            own, keys = keys[: n * len(period)], keys[n * len(period) :]
+            self.stacks.append(nnx.List(_stack(config, kind, own[j :: len(period)]) for j, kind in enumerate(period)))
         self.final_norm = _norm(config, rngs) if config.final_norm else None
         self.head = None if config.tied_head else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
 
@@ -225,14 +228,23 @@ def block_places(config: ModelConfig) -> list[tuple[str, int]]:
     ]
 
 
-def _stack(config: ModelConfig, kind: FeedForwardConfig, repeats: int, rngs: nnx.Rngs) -> Block:
-    """A block whose parameters have a leading dimension of `repeats`, each drawn from a key of its own."""
+def _block_keys(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """A key for each block, [blocks], in whatever stacks they are."""
+    keys: list[jax.Array] = []
+    for period, n in stack_plan(dataclasses.replace(config, stacked=True)):
+        found = jnp.stack([jax.random.split(rngs.params(), n) for _ in period], axis=1)  # [repeats, period]
+        keys.append(found.reshape(-1))
+    return jnp.concatenate(keys)
+
+
+def _stack(config: ModelConfig, kind: FeedForwardConfig, keys: jax.Array) -> Block:
+    """A block whose parameters have a leading dimension, each part drawn from one of the `keys`."""
 
     def create(key: jax.Array) -> nnx.State:
         return nnx.state(Block(config, kind, rngs=nnx.Rngs(params=key)))
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(params=0))))
-    return nnx.merge(graph, jax.vmap(create)(jax.random.split(rngs.params(), repeats)))
+    return nnx.merge(graph, jax.vmap(create)(keys))
 
 
 def _run(

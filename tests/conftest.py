@@ -37,6 +37,7 @@ def compiled_once(tmp_path_factory):
         directory = directory.parent  # that of all workers
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")  # of processes that tests start
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 

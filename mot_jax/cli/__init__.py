@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from mot_jax import distributed, memory
+from mot_jax import compilation, distributed, memory
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError, TransientError, error_words
@@ -33,6 +33,7 @@ COMMANDS = {
         convert.export,
     )
 } | {"import": convert.import_}
+MEASURING = ("bench", "plan")  # how long compiling takes, among other things
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS)
     memory.keep_freed()
     with distributed.ending(), _errors_for_people():
-        COMMANDS[parser.parse_args(arguments[:1]).command](arguments[1:])
+        command = parser.parse_args(arguments[:1]).command
+        if command not in MEASURING:
+            compilation.keep_compiled()
+        COMMANDS[command](arguments[1:])
 
 
 def train() -> None:

@@ -17,9 +17,15 @@ _progress = functools.partial(print, file=sys.stderr, flush=True)
 
 
 def bench(arguments: list[str]) -> None:
-    """time things on this machine: mot bench layers | step CONFIG | decoding CONFIG | accelerator [--json FILE]"""
+    """time things on this machine: mot bench layers | step CONFIG | input CONFIG | decoding CONFIG | accelerator"""
     parser = Parser(prog="mot bench", allow_abbrev=False)
-    commands = {"layers": _layers, "step": _step, "decoding": _decoding, "accelerator": _accelerator}
+    commands = {
+        "layers": _layers,
+        "step": _step,
+        "input": _input,
+        "decoding": _decoding,
+        "accelerator": _accelerator,
+    }
     parser.add_argument("what", choices=commands)
     options = parser.parse_args(arguments[:1])
     commands[options.what](arguments[1:])
@@ -104,6 +110,21 @@ def _step(arguments: list[str]) -> None:
         "rounds": str(rounds),
     }
     _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about, **reached)
+
+
+def _input(arguments: list[str]) -> None:
+    usage = "mot bench input CONFIG [options] [--model.d-model N ...]"
+    parser = Parser(prog="mot bench input", usage=usage, allow_abbrev=False)
+    parser.add_argument("--batches", metavar="N", help="to time (default: two blocks of the order)")
+    parser.add_argument("--json", metavar="FILE")
+    options, config = parse(parser.prog, arguments, None, parser)
+    batches = None if options.batches is None else positive("--batches", options.batches)
+    from mot_jax.benchmark.input import COLUMNS, bench_input
+    from mot_jax.benchmark.timing import machine
+
+    about = machine()
+    row = bench_input(config, _progress, batches)
+    _tell(options.json, about, [row], COLUMNS, config=options.config, machine=about)
 
 
 def _decoding(arguments: list[str]) -> None:

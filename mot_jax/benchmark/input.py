@@ -1,0 +1,73 @@
+"""`mot bench input`: how fast a config's batches come, read and placed on the devices, with no step in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from mot_jax.benchmark.report import Column, number
+from mot_jax.config import Config, check
+from mot_jax.data.objectives import Objective
+from mot_jax.data.order import BLOCK_GROUPS
+from mot_jax.data.pipeline import train_batches
+from mot_jax.data.text import open_text
+from mot_jax.sharding import local_rows, make_mesh, place_microbatches
+
+
+def bench_input(config: Config, progress: Callable[[str], None], batches: int | None = None) -> dict[str, Any]:
+    """What `mot train` does for a batch but the step, by this process for its devices.
+
+    Raises ConfigError for a config or a corpus that cannot be. batches: to be timed; None takes what two blocks of the
+    order hold, because dealing a block takes long and happens once in so many batches.
+
+    Returns: corpus and objective; batch_size and tokens of a batch; batches; mean_s, seconds a batch over all of them;
+    slowest_s, the longest wait for one; tokens_per_second.
+    """
+    check(config)
+    t, mesh = config.training, make_mesh(config)
+    tokenizer, windows, _, order, _ = open_text(config)
+    count = batches or max(64, 2 * BLOCK_GROUPS * config.group_size // t.batch_size)
+    rows = local_rows(mesh, t.batch_size, t.accumulation)
+    found = train_batches(windows, order, Objective.of(config, tokenizer), t.batch_size, rows, 0)
+    progress(f"{count} batches of {t.batch_size} x {config.model.context_length} tokens")
+
+    def one() -> None:
+        batch = place_microbatches(mesh, next(found).rows, t.batch_size, t.accumulation)
+        jax.block_until_ready(batch)
+
+    try:
+        one()
+        ends = [time.perf_counter()]
+        for _ in range(count):
+            one()
+            ends.append(time.perf_counter())
+    finally:
+        found.close()
+    mean, tokens = (ends[-1] - ends[0]) / count, t.batch_size * config.model.context_length
+    return {
+        "corpus": ", ".join(config.data.corpus),
+        "objective": config.model.objective,
+        "batch_size": t.batch_size,
+        "tokens": tokens,
+        "batches": count,
+        "mean_s": mean,
+        "slowest_s": float(np.diff(ends).max()),
+        "tokens_per_second": tokens / mean,
+    }
+
+
+COLUMNS: list[Column] = [
+    ("corpus", lambda row: row["corpus"]),
+    ("objective", lambda row: row["objective"]),
+    ("rows", lambda row: f"{row['batch_size']:,}"),
+    ("tokens", lambda row: f"{row['tokens']:,}"),
+    ("batches", lambda row: f"{row['batches']:,}"),
+    ("ms a batch", partial(number, "mean_s", 1e3, ",.2f")),
+    ("slowest", partial(number, "slowest_s", 1e3, ",.2f")),
+    ("tokens/s", partial(number, "tokens_per_second", 1, ",.0f")),
+]

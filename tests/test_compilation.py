@@ -1,0 +1,45 @@
+"""Compiled programs are found again by the next process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COMPILE = """
+from mot_jax import compilation
+compilation.keep_compiled()
+import jax
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpartition("/")[2]))
+jax.jit(lambda x: x + 1)(1)
+print("cache_hits" in events)
+"""
+
+
+def found(home: Path, **environment: str) -> bool:
+    """Whether a process with this home finds its program there."""
+    paths = os.pathsep.join(p for p in sys.path if p)
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    own = {"HOME": str(home), "PYTHONPATH": paths, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=inherited | own, check=True, capture_output=True, text=True)
+    return done.stdout.strip() == "True"
+
+
+def test_the_next_process_finds_what_this_one_compiled(tmp_path):
+    assert not found(tmp_path)
+    assert found(tmp_path)
+    assert not found(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
+
+
+def test_a_directory_that_the_user_names_is_taken(tmp_path):
+    assert not found(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+    assert any((tmp_path / "own").iterdir())
+    assert not (tmp_path / ".cache").exists()
+
+
+def test_without_a_directory_to_write_to_it_goes_on(tmp_path):
+    (tmp_path / ".cache").write_text("a file")
+    assert not found(tmp_path)
