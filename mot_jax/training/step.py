@@ -38,7 +38,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     """(state, microbatches of global arrays [A, B / A, S]) -> (state, metrics): one update by the mean loss per target.
 
     Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; RMS of gradient (before
-    clipping), update and parameters; the layers' own, averaged over microbatches. Compile it with the state donated.
+    clipping), of the parameters and of their change; the layers' own, averaged over microbatches. Compile it with the
+    state donated.
     """
     accumulation, weigh = config.training.accumulation, config.training.losses
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
@@ -77,11 +78,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # Not of `updates`: this one XLA fuses with the optimizer, which then reads and writes each array once.
+        changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step),
             "gradient_rms": _rms(gradients),
-            "update_rms": _rms(updates),
+            "update_rms": _rms(changes),
             "parameter_rms": _rms(params),
             **metrics,
         }
