@@ -6,6 +6,7 @@ each part; of several calls on one day and device each adds its parts to them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -35,6 +36,8 @@ _TITLES: dict[str, tuple[str, list[Column]]] = {
     "numerics": ("Numerics, against float64 on a CPU", numerics.COLUMNS),
     "layers": ("Layers", layers.COLUMNS),
     "step": ("The training step of v1", step.COLUMNS),
+    "step_base_32e": ("The training step of Base/32E", step.COLUMNS),
+    "step_d2048": ("The training step of two blocks of d_model 2,048, E 32", step.COLUMNS),
     "decoding": ("Writing text with v1", decoding.COLUMNS),
     "headline": ("v1's models, 4,000 steps on Python source", headline.COLUMNS),
 }
@@ -101,14 +104,26 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         return layers.bench_layers(shapes, None, dtype, rounds, progress, may_go_on=may_go_on)[0]
     if part == "headline":
         return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
+    if part.startswith("step"):
+        config = _SMALL if small else _stepping(part)
+        return step.bench_step({"mixture_of_tokens": config, "dense": step.dense_twin(config)}, rounds, progress)[0]
     config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")
-    if part == "step":
-        return step.bench_step({"v1_mot": config, "v1_dense": step.dense_twin(config)}, rounds, progress)[0]
     rows: list[dict[str, Any]] = []
     for batch in (1, 32):
         if time.monotonic() < deadline and not (small and rows):
             rows += decoding.bench_decoding(config, [batch], rounds, progress)[0]
     return rows
+
+
+def _stepping(part: str) -> Config:
+    """Whose step is timed."""
+    if part == "step":
+        return load_config(headline.CONFIGS / "v1_mot.py")
+    config = load_config(headline.CONFIGS / "v2_base_32e.py")
+    if part == "step_base_32e":
+        return config
+    model = dataclasses.replace(config.model, num_blocks=2, d_model=2048, d_ff=8192, num_heads=16)
+    return dataclasses.replace(config, model=model, training=dataclasses.replace(config.training, batch_size=128))
 
 
 _SMALL = Config(

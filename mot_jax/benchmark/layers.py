@@ -71,6 +71,7 @@ def bench_layers(
     for shape in shapes:
         for direction in directions:
             if not may_go_on():
+                progress(f"{shape.name}, {direction}: no time is left")
                 return rows, rate
             progress(f"{shape.name}, {direction}: compiling {len(names) + 2} programs")
             programs = _programs(shape, names, dtype, param_dtype, direction)

@@ -41,6 +41,14 @@ def test_a_layer_is_right_here_and_a_wrong_one_is_found(kind, monkeypatch):
     assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
 
 
+@pytest.mark.parametrize("part", ["step", "step_base_32e", "step_d2048"])
+def test_steps_are_of_models_that_can_be(part):
+    config = accelerator._stepping(part)
+    check(config)
+    assert config.model.dtype == "bfloat16" and config.model.feed_forward.kind == "mixture_of_tokens"
+    assert {"step": 256, "step_base_32e": 768, "step_d2048": 2048}[part] == config.model.d_model
+
+
 def parts(monkeypatch, **makers):
     monkeypatch.setattr(accelerator, "_run", lambda part, *rest: makers[part]())
 
@@ -135,5 +143,5 @@ def test_a_headline_stops_by_time_and_goes_on(tmp_path):
 def test_the_command_measures_all_parts(tmp_path, capsys):
     cli.main(["bench", "accelerator", "--small", "--out", str(tmp_path), "--minutes", "9"])
     found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
-    assert set(found) == {"numerics", "layers", "step", "decoding"} and all(part["rows"] for part in found.values())
-    assert capsys.readouterr().out.count("## ") == 4 and list(tmp_path.glob("*.png"))
+    assert found.keys() == accelerator._TITLES.keys() - {"headline"} and all(part["rows"] for part in found.values())
+    assert capsys.readouterr().out.count("## ") == len(found) and list(tmp_path.glob("*.png"))
