@@ -37,7 +37,9 @@ def compiled_once(tmp_path_factory):
         directory = directory.parent  # that of all workers
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")  # of processes that tests start
+    # Of processes that tests start:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     yield
     jax.config.update("jax_compilation_cache_dir", None)
 
