@@ -122,7 +122,8 @@ class Transformer(nnx.Module):
             else None
         )
         self.plan = stack_plan(config)
-        self.stacks, keys = nnx.List(), _block_keys(config, rngs)
+        keys = _block_keys(config, rngs)
+        self.stacks: nnx.List = nnx.List()
         for period, n in self.plan:
             own, keys = keys[: n * len(period)], keys[n * len(period) :]
             self.stacks.append(nnx.List(_stack(config, kind, own[j :: len(period)]) for j, kind in enumerate(period)))

@@ -69,7 +69,7 @@ def evaluate(arguments: list[str]) -> None:
     limit = None if options.windows is None else positive("--windows", options.windows)
     mode, split = options.mode or trained_mode(config), options.split or config.data.validation_split
     if mode != "all":
-        mode_of(mode).change(config)  # or say why not
+        mode_of(mode, also=["all"]).change(config)  # or say why not
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.companions import load_companions
     from mot_jax.training import evaluation, scores

@@ -188,3 +188,8 @@ def validation_order(documents: np.ndarray, group_size: int) -> np.ndarray:
     order.reshape(-1)[:n] = np.arange(n)
     assert not shared_document_pairs(documents, order.T).any()
     return np.ascontiguousarray(order.T)
+
+
+def filled_share(documents: np.ndarray, group_size: int) -> float:
+    """Of the places in the groups of `validation_order`, those that hold a window; 1 is full groups."""
+    return len(documents) / validation_order(documents, group_size).size

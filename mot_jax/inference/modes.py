@@ -7,7 +7,7 @@ where tokens choose among the experts, `token_choice:2`, say, has each choose tw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -166,11 +166,14 @@ MODES = {
 }
 
 
-def mode_of(name: str) -> Mode:
-    """The mode of this name, or of `name:k`, in which each token chooses k experts. Raises ConfigError."""
+def mode_of(name: str, also: Sequence[str] = ()) -> Mode:
+    """The mode of this name, or of `name:k`, in which each token chooses k experts.
+
+    Raises ConfigError; `also` names what else a person may have meant.
+    """
     word, colon, number = name.partition(":")
     if word not in MODES:
-        raise ConfigError(f"mode = {name!r}: no such mode{nearest(word, MODES)}")
+        raise ConfigError(f"mode = {name!r}: no such mode{nearest(word, [*MODES, *also])}")
     mode = MODES[word]
     if not colon:
         return mode

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mot_jax import accounting, distributed
 from mot_jax.config import Config, ConfigError, TokenChoiceConfig, check, from_json, identity_changes, to_json
 from mot_jax.data.objectives import Batch, Objective
+from mot_jax.data.order import filled_share
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
@@ -34,6 +35,7 @@ from mot_jax.training.transition import check_transition, go_over
 from mot_jax.training.upcycle import check_upcycle, upcycle
 
 _SEEN_WITHIN = 30.0  # seconds after which another host sees a file, where the file system is shared
+_FILLED = 0.5  # the share of places in validation groups below which people are warned
 _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 
 
@@ -104,6 +106,11 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 console.line(line)
         console.line(f"{workdir}: {f'going on from step {done}' if done else 'a new run'}, {t.steps} steps")
         console.line(_summary(config, mesh, windows))
+        if (share := filled_share(unseen.documents, config.group_size)) < _FILLED:
+            console.line(
+                f"warning: validation groups are filled to {share:.0%}: rows of a group come from different documents; "
+                f"data.validation_split = {config.data.validation_split!r} has too few long ones to score it as trained"
+            )
 
         if first:
             (workdir / "loss.png").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mot_jax.config import ConfigError
 from mot_jax.data import order as order_module
-from mot_jax.data.order import MixtureOrder, TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.order import MixtureOrder, TrainingOrder, filled_share, shared_document_pairs, validation_order
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -36,7 +36,7 @@ def test_an_epoch_is_a_permutation_and_access_is_random(
 ) -> None:
     documents = documents_of(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_module, "_BLOCK_GROUPS", block)
+        patch.setattr(order_module, "BLOCK_GROUPS", block)
         if len(documents) < group_size:
             with pytest.raises(ConfigError, match="group_size"):
                 TrainingOrder(documents, group_size, seed)
@@ -124,6 +124,11 @@ def test_validation_has_every_window_once_and_no_pairs(lengths: list[int], group
 
 def test_validation_without_groups_is_the_natural_order() -> None:
     assert validation_order(documents_of([5, 9, 2]), 1)[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_one_document_leaves_groups_to_single_rows():
+    assert filled_share(documents_of([400]), 4) == 0.25
+    assert filled_share(documents_of([100] * 8), 4) > 0.9
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------

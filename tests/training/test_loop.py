@@ -213,11 +213,13 @@ def test_a_run_goes_on_on_another_mesh(finished, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, tmp_path):
+def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, tmp_path, capsys):
     roomy = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=4096))
     short = dataclasses.replace(roomy, training=dataclasses.replace(tiny.training, steps=1))
-    loop.train(short, tmp_path / "run")
+    one_document = dataclasses.replace(short, data=dataclasses.replace(tiny.data, validation_split="validation[:1%]"))
+    loop.train(one_document, tmp_path / "run")
     assert (tmp_path / "run" / "sample.txt").exists()
+    assert "warning: validation groups are filled to 25%" in capsys.readouterr().out
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
