@@ -16,7 +16,7 @@ from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
 from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig
-from mot_jax.kernels import mosaic_mixing
+from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.planning.hardware import parse_topology
 from mot_jax.planning.plan import devices_of
 from mot_jax.planning.program import read_program
@@ -27,6 +27,7 @@ WAYS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
     "mixture_of_tokens": MixtureOfTokensConfig(),
     "mixture_of_tokens, all kept": MixtureOfTokensConfig(saved="all"),
     "mixture_of_tokens, pallas": MixtureOfTokensConfig(kernel="pallas", saved="nothing"),
+    "mixture_of_tokens, pallas experts": MixtureOfTokensConfig(kernel="pallas_experts", saved="all"),
 }
 
 
@@ -63,12 +64,14 @@ def bytes_of_layers(
 def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, param_dtype: str, where: Any) -> Row:
     kernel_bytes = 0
     if isinstance(config, MixtureOfTokensConfig):
-        if config.kernel == "pallas" and "TPU" not in next(iter(where.device_set)).device_kind:
-            raise ConfigError("kernel = 'pallas': is for TPU; try --topology v5p:2x2x1")
+        if config.kernel != "xla" and "TPU" not in next(iter(where.device_set)).device_kind:
+            raise ConfigError(f"kernel = {config.kernel!r}: is for TPU; try --topology v5p:2x2x1")
         config = dataclasses.replace(config, group_size=shape.group_size, num_experts=shape.num_experts)
+        n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":
-            sizes = (shape.rows // shape.group_size, shape.group_size, shape.length, shape.num_experts)
-            kernel_bytes = mosaic_mixing.layer_bytes(*sizes, shape.d_model, config.hidden_dim(shape.d_ff), dtype)
+            kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
+        if config.kernel == "pallas_experts":
+            kernel_bytes = mosaic_experts.layer_bytes(e, n * shape.length, d, f, dtype, param_dtype)
     run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))

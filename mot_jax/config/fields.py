@@ -102,7 +102,7 @@ class MixtureOfTokensConfig:
     w_in_init_scale: float = 1.0
     w_out_init_scale: float = 1.0
     saved: Literal["nothing", "pre_activations", "all"] = "pre_activations"
-    kernel: Literal["xla", "pallas"] = "xla"
+    kernel: Literal["xla", "pallas", "pallas_experts"] = "xla"
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
