@@ -1,10 +1,11 @@
-"""`mot bench layers --topology`: what layers move on a chip that is not here, by compiling them for it."""
+"""`--topology` of `mot bench layers` and `step`: what they move and need on a chip that is not here, by compiling."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from mot_jax.benchmark.counts import Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
-from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig
+from mot_jax.config import Config, ConfigError, DenseConfig, MeshConfig, MixtureOfTokensConfig
 from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.planning.hardware import parse_topology
-from mot_jax.planning.plan import devices_of
+from mot_jax.planning.plan import devices_of, plan
 from mot_jax.planning.program import read_program
 
 Row = dict[str, Any]
@@ -100,4 +101,33 @@ COLUMNS: list[Column] = [
     ("copies", lambda row: f"{row['copies']}" if "copies" in row else ""),
     ("GB temporaries", lambda row: number("temporaries", 1e-9, ".2f", row) if "temporaries" in row else ""),
     ("s to compile", lambda row: f"{row['compile_s']:.0f}" if "compile_s" in row else ""),
+]
+
+
+def memory_of_steps(configs: Mapping[str, Config], topology: str, progress: Callable[[str], None]) -> list[Row]:
+    """A row for the training step of each config on one chip of `topology`; the last one is the baseline.
+
+    Rows: config; needed: bytes of the chip's memory, of which arguments (parameters, optimizer state, batch) and
+    temporaries, whose ratio is over the baseline's; hbm_bytes, of a step, by the compiled program's text; compile_s. Of
+    a step that does not fit there is `needed` alone, None where the compiler does not say, and `fits` is False.
+    """
+    rows: list[Row] = []
+    for name, config in configs.items():
+        progress(f"{name}: compiling for one chip of {topology}, a minute or more for large models")
+        found = plan(dataclasses.replace(config, mesh=MeshConfig(data=1)), topology, chips=1)
+        row: Row = {"config": name, "fits": found.fits, "compile_s": found.seconds_to_compile}
+        row |= {part: found.memory.get(part) for part in ("needed", "arguments", "temporaries")}
+        rows.append(row | {"hbm_bytes": found.program and found.program.hbm_bytes})
+    base = rows[-1]["temporaries"]
+    return [row | {"ratio": row["temporaries"] / base if base and row["temporaries"] else None} for row in rows]
+
+
+STEP_COLUMNS: list[Column] = [
+    ("config", lambda row: row["config"] + ("" if row["fits"] else ", does not fit")),
+    ("GB needed", partial(number, "needed", 1e-9, ".2f")),
+    ("GB of arguments", partial(number, "arguments", 1e-9, ".2f")),
+    ("GB of temporaries", partial(number, "temporaries", 1e-9, ".2f")),
+    ("over dense", partial(number, "ratio", 1, ".2f")),
+    ("GB moved", partial(number, "hbm_bytes", 1e-9, ".1f")),
+    ("s to compile", partial(number, "compile_s", 1, ".0f")),
 ]

@@ -87,8 +87,9 @@ class MixtureOfTokensConfig:
     saved: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
         `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
         computed again.
-    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), which at
-        high granularity moves fewer bytes, for more FLOPs.
+    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), for small
+        experts, or `pallas_experts` (`kernels/mosaic_experts.py`, the experts alone), for wide ones. They move fewer
+        bytes, for more FLOPs.
     """
 
     kind: ClassVar[str] = "mixture_of_tokens"

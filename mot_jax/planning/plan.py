@@ -113,13 +113,21 @@ class Plan:
         ]
 
 
-def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
+def plan(
+    config: Config,
+    topology: str,
+    slices: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+    chips: int | None = None,
+) -> Plan:
     """Compiles the training step of `config` for `topology` and says what it needs. `say`: progress, in lines.
+
+    chips: for the first so many of them; None: for all.
 
     Raises ConfigError for a topology or a mesh that cannot be, before anything is compiled.
     """
     where = parse_topology(topology, slices)
-    devices = devices_of(where)
+    devices = devices_of(where)[:chips]
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)

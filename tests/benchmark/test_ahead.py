@@ -1,4 +1,4 @@
-"""Layers compiled for a chip that is not here."""
+"""Layers and steps compiled for a chip that is not here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import json
 import pytest
 
 from mot_jax import cli
+from mot_jax.benchmark.ahead import memory_of_steps
+from mot_jax.benchmark.step import dense_twin
+from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
 
 
 def rows_of(tmp_path, topology: str) -> dict[str, dict]:
@@ -23,6 +26,27 @@ def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     assert dense["hbm_bytes"] > 3 * weights + 4 * tokens and dense["ratio"] == 1
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1 and mixture["copies"] > 0
     assert "is for TPU; try --topology v5p" in refused["refused"] and "is for TPU" in capsys.readouterr().out
+
+
+def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
+    model = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
+    config = Config(model=model, training=TrainingConfig(batch_size=8))
+    mot, dense = memory_of_steps({"mot": config, "dense": dense_twin(config)}, "local:1", lambda line: None)
+    assert (mot["config"], dense["config"], dense["ratio"]) == ("mot", "dense", 1)
+    assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1 and mot["fits"]
+    for row in (mot, dense):
+        assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
+    # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
+    assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))
+
+
+@pytest.mark.slow
+def test_the_command_tells_of_steps(tmp_path, capsys):
+    arguments = ["--topology", "local:1", "--model.num-blocks", "1", "--model.context-length", "16"]
+    cli.main(["bench", "step", "configs/demo.py", *arguments, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["config"] for row in rows] == ["demo", "demo, dense"] and rows[0]["ratio"] > 1
+    assert "GB of temporaries" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_what_the_kernels_do_not_do_is_refused():
     config = MixtureOfTokensConfig(G, E, F, kernel="pallas_experts")
     with pytest.raises(ConfigError, match="saved = 'pre_activations'; try saved = 'all'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
-    with pytest.raises(ConfigError, match="65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
+    with pytest.raises(ConfigError, match=r"65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
         mosaic_experts.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32")
 
 
