@@ -108,8 +108,10 @@ def memory_of_steps(configs: Mapping[str, Config], topology: str, progress: Call
     """A row for the training step of each config on one chip of `topology`; the last one is the baseline.
 
     Rows: config; needed: bytes of the chip's memory, of which arguments (parameters, optimizer state, batch) and
-    temporaries, whose ratio is over the baseline's; hbm_bytes, of a step, by the compiled program's text; compile_s. Of
-    a step that does not fit there is `needed` alone, None where the compiler does not say, and `fits` is False.
+    temporaries, gaps between them included; live: those of the temporaries that are in use at the peak. ratio,
+    live_ratio: temporaries and live over the baseline's. hbm_bytes, of a step, by the compiled program's text;
+    compile_s. Of a step that does not fit there is `needed` alone, None where the compiler does not say, and `fits` is
+    False.
     """
     rows: list[Row] = []
     for name, config in configs.items():
@@ -117,9 +119,14 @@ def memory_of_steps(configs: Mapping[str, Config], topology: str, progress: Call
         found = plan(dataclasses.replace(config, mesh=MeshConfig(data=1)), topology, chips=1)
         row: Row = {"config": name, "fits": found.fits, "compile_s": found.seconds_to_compile}
         row |= {part: found.memory.get(part) for part in ("needed", "arguments", "temporaries")}
+        row["live"] = found.memory.get("in use at once")
         rows.append(row | {"hbm_bytes": found.program and found.program.hbm_bytes})
-    base = rows[-1]["temporaries"]
-    return [row | {"ratio": row["temporaries"] / base if base and row["temporaries"] else None} for row in rows]
+    base = rows[-1]
+
+    def over(row: Row, part: str) -> float | None:
+        return row[part] / base[part] if row[part] and base[part] else None
+
+    return [row | {"ratio": over(row, "temporaries"), "live_ratio": over(row, "live")} for row in rows]
 
 
 STEP_COLUMNS: list[Column] = [
@@ -128,6 +135,8 @@ STEP_COLUMNS: list[Column] = [
     ("GB of arguments", partial(number, "arguments", 1e-9, ".2f")),
     ("GB of temporaries", partial(number, "temporaries", 1e-9, ".2f")),
     ("over dense", partial(number, "ratio", 1, ".2f")),
+    ("GB live", partial(number, "live", 1e-9, ".2f")),
+    ("over dense", partial(number, "live_ratio", 1, ".2f")),
     ("GB moved", partial(number, "hbm_bytes", 1e-9, ".1f")),
     ("s to compile", partial(number, "compile_s", 1, ".0f")),
 ]

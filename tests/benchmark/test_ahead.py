@@ -28,14 +28,22 @@ def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     assert "is for TPU; try --topology v5p" in refused["refused"] and "is for TPU" in capsys.readouterr().out
 
 
+MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
+CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8))
+
+
+def test_a_steps_memory():
+    [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
+    assert (row["config"], row["fits"], row["ratio"], row["live_ratio"]) == ("mot", True, 1, 1)
+    assert row["needed"] >= row["arguments"] + row["temporaries"] >= row["arguments"] + row["live"]
+    assert 0 < row["live"] and row["hbm_bytes"] > row["arguments"]
+
+
+@pytest.mark.slow
 def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
-    model = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
-    config = Config(model=model, training=TrainingConfig(batch_size=8))
-    mot, dense = memory_of_steps({"mot": config, "dense": dense_twin(config)}, "local:1", lambda line: None)
-    assert (mot["config"], dense["config"], dense["ratio"]) == ("mot", "dense", 1)
-    assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1 and mot["fits"]
-    for row in (mot, dense):
-        assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
+    mot, dense = memory_of_steps({"mot": CONFIG, "dense": dense_twin(CONFIG)}, "local:1", lambda line: None)
+    assert (mot["config"], dense["config"], dense["ratio"], dense["live_ratio"]) == ("mot", "dense", 1, 1)
+    assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1
     # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
     assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))
 
