@@ -36,7 +36,7 @@ def test_a_steps_memory():
     [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
     assert (row["config"], row["fits"], row["ratio"], row["live_ratio"]) == ("mot", True, 1, 1)
     assert row["needed"] >= row["arguments"] + row["temporaries"] >= row["arguments"] + row["live"]
-    assert 0 < row["live"] and row["hbm_bytes"] > row["arguments"]
+    assert row["live"] > 0 and row["hbm_bytes"] > row["arguments"]
 
 
 @pytest.mark.slow
