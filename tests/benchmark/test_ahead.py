@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from mot_jax import cli
 from mot_jax.benchmark.ahead import memory_of_steps
 from mot_jax.benchmark.step import dense_twin
 from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
+
+
+@pytest.fixture(autouse=True)
+def awake():
+    """JAX has its devices, or else `local:1` would leave one to all tests of this process."""
+    jax.devices()
 
 
 def rows_of(tmp_path, topology: str) -> dict[str, dict]:
