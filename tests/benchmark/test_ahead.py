@@ -57,7 +57,7 @@ def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
 
 @pytest.mark.slow
 def test_the_command_tells_of_steps(tmp_path, capsys):
-    arguments = ["--topology", "local:1", "--model.num-blocks", "1", "--model.context-length", "16"]
+    arguments = ["--topology", "local:1", "--model.num-blocks", "1"]
     cli.main(["bench", "step", "configs/demo.py", *arguments, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["config"] for row in rows] == ["demo", "demo, dense"] and rows[0]["ratio"] > 1
