@@ -1,10 +1,11 @@
-"""`mot bench layers --topology`: what layers move on a chip that is not here, by compiling them for it."""
+"""`--topology` of `mot bench layers` and `step`: what they move and need on a chip that is not here, by compiling."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from mot_jax.benchmark.counts import Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
-from mot_jax.config import ConfigError, DenseConfig, MixtureOfTokensConfig
-from mot_jax.kernels import mosaic_mixing
+from mot_jax.config import Config, ConfigError, DenseConfig, MeshConfig, MixtureOfTokensConfig
+from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.planning.hardware import parse_topology
-from mot_jax.planning.plan import devices_of
+from mot_jax.planning.plan import devices_of, plan
 from mot_jax.planning.program import read_program
 
 Row = dict[str, Any]
@@ -27,6 +28,7 @@ WAYS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
     "mixture_of_tokens": MixtureOfTokensConfig(),
     "mixture_of_tokens, all kept": MixtureOfTokensConfig(saved="all"),
     "mixture_of_tokens, pallas": MixtureOfTokensConfig(kernel="pallas", saved="nothing"),
+    "mixture_of_tokens, pallas experts": MixtureOfTokensConfig(kernel="pallas_experts", saved="all"),
 }
 
 
@@ -63,12 +65,14 @@ def bytes_of_layers(
 def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, param_dtype: str, where: Any) -> Row:
     kernel_bytes = 0
     if isinstance(config, MixtureOfTokensConfig):
-        if config.kernel == "pallas" and "TPU" not in next(iter(where.device_set)).device_kind:
-            raise ConfigError("kernel = 'pallas': is for TPU; try --topology v5p:2x2x1")
+        if config.kernel != "xla" and "TPU" not in next(iter(where.device_set)).device_kind:
+            raise ConfigError(f"kernel = {config.kernel!r}: is for TPU; try --topology v5p:2x2x1")
         config = dataclasses.replace(config, group_size=shape.group_size, num_experts=shape.num_experts)
+        n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":
-            sizes = (shape.rows // shape.group_size, shape.group_size, shape.length, shape.num_experts)
-            kernel_bytes = mosaic_mixing.layer_bytes(*sizes, shape.d_model, config.hidden_dim(shape.d_ff), dtype)
+            kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
+        if config.kernel == "pallas_experts":
+            kernel_bytes = mosaic_experts.layer_bytes(e, n * shape.length, d, f, dtype, param_dtype)
     run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))
@@ -97,4 +101,42 @@ COLUMNS: list[Column] = [
     ("copies", lambda row: f"{row['copies']}" if "copies" in row else ""),
     ("GB temporaries", lambda row: number("temporaries", 1e-9, ".2f", row) if "temporaries" in row else ""),
     ("s to compile", lambda row: f"{row['compile_s']:.0f}" if "compile_s" in row else ""),
+]
+
+
+def memory_of_steps(configs: Mapping[str, Config], topology: str, progress: Callable[[str], None]) -> list[Row]:
+    """A row for the training step of each config on one chip of `topology`; the last one is the baseline.
+
+    Rows: config; needed: bytes of the chip's memory, of which arguments (parameters, optimizer state, batch) and
+    temporaries, gaps between them included; live: those of the temporaries that are in use at the peak. ratio,
+    live_ratio: temporaries and live over the baseline's. hbm_bytes, of a step, by the compiled program's text;
+    compile_s. Of a step that does not fit there is `needed` alone, None where the compiler does not say, and `fits` is
+    False.
+    """
+    rows: list[Row] = []
+    for name, config in configs.items():
+        progress(f"{name}: compiling for one chip of {topology}, a minute or more for large models")
+        found = plan(dataclasses.replace(config, mesh=MeshConfig(data=1)), topology, chips=1)
+        row: Row = {"config": name, "fits": found.fits, "compile_s": found.seconds_to_compile}
+        row |= {part: found.memory.get(part) for part in ("needed", "arguments", "temporaries")}
+        row["live"] = found.memory.get("in use at once")
+        rows.append(row | {"hbm_bytes": found.program and found.program.hbm_bytes})
+    base = rows[-1]
+
+    def over(row: Row, part: str) -> float | None:
+        return row[part] / base[part] if row[part] and base[part] else None
+
+    return [row | {"ratio": over(row, "temporaries"), "live_ratio": over(row, "live")} for row in rows]
+
+
+STEP_COLUMNS: list[Column] = [
+    ("config", lambda row: row["config"] + ("" if row["fits"] else ", does not fit")),
+    ("GB needed", partial(number, "needed", 1e-9, ".2f")),
+    ("GB of arguments", partial(number, "arguments", 1e-9, ".2f")),
+    ("GB of temporaries", partial(number, "temporaries", 1e-9, ".2f")),
+    ("over dense", partial(number, "ratio", 1, ".2f")),
+    ("GB live", partial(number, "live", 1e-9, ".2f")),
+    ("over dense", partial(number, "live_ratio", 1, ".2f")),
+    ("GB moved", partial(number, "hbm_bytes", 1e-9, ".1f")),
+    ("s to compile", partial(number, "compile_s", 1, ".0f")),
 ]

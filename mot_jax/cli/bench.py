@@ -88,6 +88,7 @@ def _step(arguments: list[str]) -> None:
     against = "a config to compare with (default: the dense model of the same widths)"
     parser.add_argument("--against", metavar="CONFIG", help=against)
     parser.add_argument("--rounds", default="20", metavar="N", help="in which both take turns (20)")
+    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here; count memory")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options, config = parse(parser.prog, arguments, None, parser)
@@ -103,6 +104,14 @@ def _step(arguments: list[str]) -> None:
         other, twin = f"{name}, dense", dense_twin(config)
     if other == name:
         other = options.against
+    if options.topology:
+        from mot_jax.benchmark import ahead
+        from mot_jax.training.checkpoint import versions
+
+        rows = ahead.memory_of_steps({name: config, other: twin}, options.topology, _progress)
+        about = {"topology": options.topology, "chips": "1"} | versions()
+        _tell(options.json, about, rows, ahead.STEP_COLUMNS, config=options.config, machine=about)
+        return
     rows, reached = bench_step({name: config, other: twin}, rounds, _progress, options.profile)
     about = machine() | {
         "matrix products": f"{reached['peak'] / 1e9:,.1f} GFLOP/s",

@@ -172,10 +172,12 @@ def kernel_faults(kind: MixtureOfTokensConfig, gated: bool) -> Iterator[str]:
     """What a layer asks for that its kernel does not do."""
     if kind.kernel == "xla":
         return
-    wrong = "kernel = 'pallas': "
-    if kind.saved != "nothing":
-        yield f"{wrong}keeps nothing for the backward pass, and saved = {kind.saved!r}; try saved = 'nothing'"
-    if kind.num_experts % 8:
+    wrong = f"kernel = {kind.kernel!r}: "
+    saved = {"pallas": ("keeps nothing", "nothing"), "pallas_experts": ("keeps mixtures and expert outputs", "all")}
+    words, needed = saved[kind.kernel]
+    if kind.saved != needed:
+        yield f"{wrong}{words} for the backward pass, and saved = {kind.saved!r}; try saved = {needed!r}"
+    if kind.kernel == "pallas" and kind.num_experts % 8:
         yield f"{wrong}takes a multiple of 8 experts, and num_experts = {kind.num_experts}; try kernel = 'xla'"
     if kind.mixing.emit != "merge":
         yield f"{wrong}emits by the merge weights, and mixing.emit = {kind.mixing.emit!r}; try kernel = 'xla'"

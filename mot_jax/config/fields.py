@@ -87,8 +87,9 @@ class MixtureOfTokensConfig:
     saved: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
         `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
         computed again.
-    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), which at
-        high granularity moves fewer bytes, for more FLOPs.
+    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), for small
+        experts, or `pallas_experts` (`kernels/mosaic_experts.py`, the experts alone), for wide ones. They move fewer
+        bytes, for more FLOPs.
     """
 
     kind: ClassVar[str] = "mixture_of_tokens"
@@ -102,7 +103,7 @@ class MixtureOfTokensConfig:
     w_in_init_scale: float = 1.0
     w_out_init_scale: float = 1.0
     saved: Literal["nothing", "pre_activations", "all"] = "pre_activations"
-    kernel: Literal["xla", "pallas"] = "xla"
+    kernel: Literal["xla", "pallas", "pallas_experts"] = "xla"
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""

@@ -14,7 +14,7 @@ from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokens
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
-from mot_jax.kernels import mosaic_mixing
+from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.sharding import axes_of, axis_size, product, reshard, shards, spec
 
 
@@ -102,14 +102,13 @@ class MixtureOfTokens(nnx.Module):
         """Merge, experts, emit: [N, G, S, D]. Raises ConfigError where a kernel is to run on parts of the experts."""
         config, positions = self.config, axes_of(grouped)[2]
         # Other lengths, such as the one position of a step of generation, are no work for the kernel.
-        if config.kernel == "pallas" and grouped.shape[2] % (mosaic_mixing.TILE * shards(positions)) == 0:
+        if config.kernel != "xla" and grouped.shape[2] % (mosaic_mixing.TILE * shards(positions)) == 0:
             for axis in ("expert", "tensor"):
                 if (size := axis_size(axis)) > 1:
-                    words = f"kernel = 'pallas' takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
+                    words = f"kernel = {config.kernel!r} takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
                     raise ConfigError(f"mesh.{axis} = {size}: {words}")
-            return mosaic_mixing.mix_through(
-                _activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...]
-            )
+            kernel = {"pallas": mosaic_mixing, "pallas_experts": mosaic_experts}[config.kernel]
+            return kernel.mix_through(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
         return mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
 

@@ -116,7 +116,7 @@ def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -152,7 +152,7 @@ def _each(count: int, body) -> None:
 def _merge(weights, tokens, mixtures) -> None:
     def tile(q):
         x = _tokens(tokens, q)
-        mixtures[q] = _dot(_spread(weights[0, q], x.dtype), x).reshape(mixtures.shape[1:])
+        mixtures[q] = dot(_spread(weights[0, q], x.dtype), x).reshape(mixtures.shape[1:])
 
     _each(mixtures.shape[0], tile)
 
@@ -168,7 +168,7 @@ def _put(mixtures, i, rows: jax.Array) -> None:
 
 def _emit(weights, mixtures, sums, q, dtype) -> jax.Array:
     outputs = mixtures[q].reshape(-1, mixtures.shape[-1]).astype(dtype)
-    sums[q] += _dot(_spread(weights[0, q], dtype), outputs, (0, 0))
+    sums[q] += dot(_spread(weights[0, q], dtype), outputs, (0, 0))
     return outputs
 
 
@@ -188,8 +188,8 @@ def _forward_kernel(activation, x, weights, w_in, w_out, y, mixtures, sums):
     _merge(weights, x, mixtures)
 
     def expert(i):
-        h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
-        _put(mixtures, i, _dot(activation(h).astype(x.dtype), w_out[i]))
+        h = dot(_rows(mixtures, i, x.dtype), w_in[i])
+        _put(mixtures, i, dot(activation(h).astype(x.dtype), w_out[i]))
 
     _each(w_in.shape[0], expert)
     _each(sums.shape[0], lambda q: _emit(weights, mixtures, sums, q, x.dtype))
@@ -202,18 +202,18 @@ def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mix
     _merge(weights, dy, cotangents)
 
     def expert(i):
-        h = _dot(_rows(mixtures, i, x.dtype), w_in[i])
+        h = dot(_rows(mixtures, i, x.dtype), w_in[i])
         hidden, pull = jax.vjp(activation, h)
-        (dh,) = pull(_dot(_rows(cotangents, i, x.dtype), w_out[i], (1, 1)))
-        _put(mixtures, i, _dot(dh.astype(x.dtype), w_in[i], (1, 1)))
-        _put(cotangents, i, _dot(hidden.astype(x.dtype), w_out[i]))
+        (dh,) = pull(dot(_rows(cotangents, i, x.dtype), w_out[i], (1, 1)))
+        _put(mixtures, i, dot(dh.astype(x.dtype), w_in[i], (1, 1)))
+        _put(cotangents, i, dot(hidden.astype(x.dtype), w_out[i]))
 
     _each(w_in.shape[0], expert)
 
     def tile(q):
         du = _emit(weights, mixtures, sums, q, x.dtype)
         o = cotangents[q].reshape(du.shape).astype(x.dtype)
-        found = _dot(du, _tokens(x, q), (1, 1)) + _dot(o, _tokens(dy, q), (1, 1))
+        found = dot(du, _tokens(x, q), (1, 1)) + dot(o, _tokens(dy, q), (1, 1))
         found = found.reshape(-1, TILE, found.shape[-1])
         d_weights[0, q] = jnp.where(_same(found.shape[-1])[None], found, 0.0).sum(axis=1).astype(x.dtype)
 
@@ -232,10 +232,10 @@ def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mi
 
     def expert(i):
         u, do = _rows(mixtures, i, x.dtype), _rows(cotangents, i, x.dtype)
-        hidden, pull = jax.vjp(activation, _dot(u, w_in[i]))
-        (dh,) = pull(_dot(do, w_out[i], (1, 1)))
-        dw_in[i] += _dot(u, dh.astype(x.dtype), (0, 0))
-        dw_out[i] += _dot(hidden.astype(x.dtype), do, (0, 0))
+        hidden, pull = jax.vjp(activation, dot(u, w_in[i]))
+        (dh,) = pull(dot(do, w_out[i], (1, 1)))
+        dw_in[i] += dot(u, dh.astype(x.dtype), (0, 0))
+        dw_out[i] += dot(hidden.astype(x.dtype), do, (0, 0))
 
     _each(w_in.shape[0], expert)
 

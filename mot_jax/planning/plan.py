@@ -113,13 +113,21 @@ class Plan:
         ]
 
 
-def plan(config: Config, topology: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
+def plan(
+    config: Config,
+    topology: str,
+    slices: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+    chips: int | None = None,
+) -> Plan:
     """Compiles the training step of `config` for `topology` and says what it needs. `say`: progress, in lines.
+
+    chips: for the first so many of them; None: for all.
 
     Raises ConfigError for a topology or a mesh that cannot be, before anything is compiled.
     """
     where = parse_topology(topology, slices)
-    devices = devices_of(where)
+    devices = devices_of(where)[:chips]
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
@@ -233,10 +241,19 @@ def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
 
 
 def _program_bytes(analysis: Any, limit: float | None) -> dict[str, float | None]:
-    """The compiler's own figures. Outputs that take the place of arguments are counted once."""
+    """The compiler's own figures. Outputs that take the place of arguments are counted once.
+
+    `temporaries` is what is set aside for them, gaps between them included; of it `in use at once` is live at the peak.
+    """
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    live = max(analysis.peak_memory_in_bytes - arguments, 0)
     more = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
-    memory = {"arguments": arguments, "temporaries": temporaries, "other outputs and code": more}
+    memory = {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "in use at once": live,
+        "other outputs and code": more,
+    }
     return {**memory, "needed": arguments + temporaries + more, "HBM limit": limit}
 
 

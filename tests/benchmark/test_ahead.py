@@ -1,13 +1,23 @@
-"""Layers compiled for a chip that is not here."""
+"""Layers and steps compiled for a chip that is not here."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from mot_jax import cli
+from mot_jax.benchmark.ahead import memory_of_steps
+from mot_jax.benchmark.step import dense_twin
+from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
+
+
+@pytest.fixture(autouse=True)
+def awake():
+    """JAX has its devices, or else `local:1` would leave one to all tests of this process."""
+    jax.devices()
 
 
 def rows_of(tmp_path, topology: str) -> dict[str, dict]:
@@ -23,6 +33,35 @@ def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     assert dense["hbm_bytes"] > 3 * weights + 4 * tokens and dense["ratio"] == 1
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1 and mixture["copies"] > 0
     assert "is for TPU; try --topology v5p" in refused["refused"] and "is for TPU" in capsys.readouterr().out
+
+
+MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
+CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8))
+
+
+def test_a_steps_memory():
+    [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
+    assert (row["config"], row["fits"], row["ratio"], row["live_ratio"]) == ("mot", True, 1, 1)
+    assert row["needed"] >= row["arguments"] + row["temporaries"] >= row["arguments"] + row["live"]
+    assert row["live"] > 0 and row["hbm_bytes"] > row["arguments"]
+
+
+@pytest.mark.slow
+def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
+    mot, dense = memory_of_steps({"mot": CONFIG, "dense": dense_twin(CONFIG)}, "local:1", lambda line: None)
+    assert (mot["config"], dense["config"], dense["ratio"], dense["live_ratio"]) == ("mot", "dense", 1, 1)
+    assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1
+    # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
+    assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))
+
+
+@pytest.mark.slow
+def test_the_command_tells_of_steps(tmp_path, capsys):
+    arguments = ["--topology", "local:1", "--model.num-blocks", "1"]
+    cli.main(["bench", "step", "configs/demo.py", *arguments, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["config"] for row in rows] == ["demo", "demo, dense"] and rows[0]["ratio"] > 1
+    assert "GB of temporaries" in capsys.readouterr().out
 
 
 @pytest.mark.slow

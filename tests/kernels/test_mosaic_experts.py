@@ -1,0 +1,132 @@
+"""The experts' kernels against plain products (interpreted here), their blocks, and their compilation for a TPU."""
+
+import importlib.util
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mot_jax.config import ConfigError, MixtureOfTokensConfig
+from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.kernels import mosaic_experts
+from mot_jax.sharding import AXES
+
+N, G, S, E, D, F = 2, 4, 16, 4, 24, 256
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
+
+
+def plainly(activation, u, w_in, w_out):
+    return jnp.einsum("ensf,efd->ensd", activation(jnp.einsum("ensd,edf->ensf", u, w_in)), w_out)
+
+
+@pytest.mark.parametrize("width", [128, pytest.param(256, marks=pytest.mark.slow)])
+def test_values_and_gradients(width, monkeypatch):
+    """In two parts of F, where one would fit, and in two turns of rows."""
+
+    def plan(kernel, e, t, d, f, dtype, param_dtype):
+        return mosaic_experts._plan(kernel, e, t, d, f, jnp.dtype(dtype), jnp.dtype(param_dtype), width)
+
+    monkeypatch.setattr(mosaic_experts, "plan", plan)
+    monkeypatch.setattr(mosaic_experts, "ROWS", N * S // 2)
+    args, do = (normal(0, E, N, S, D), normal(1, E, D, F) / 5, normal(2, E, F, D) / 16), normal(3, E, N, S, D)
+    functions = (partial(f, jax.nn.gelu) for f in (mosaic_experts.experts, plainly))
+    with jax.default_matmul_precision("highest"):
+        (o, pull), (expected, expected_pull) = (jax.vjp(jax.jit(f), *args) for f in functions)
+        chex.assert_trees_all_close((o, pull(do)), (expected, expected_pull(do)), rtol=1e-5, atol=1e-5)
+
+
+def layer(kernel: str, **fields) -> MixtureOfTokens:
+    config = MixtureOfTokensConfig(G, E, F, saved="all", kernel=kernel)
+    return MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0), **fields)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 1, 1), (2, 4, 1, 1)))]
+)
+def test_the_layer_on_a_mesh(shape):
+    """Values and gradients of both ways, where groups are whole on a device, and where they span two."""
+    x, count = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D), int(np.prod(shape))
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:count])
+    found = []
+    for kernel in ("xla", "pallas_experts"):
+        graph, state = nnx.split(layer(kernel))
+        with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+            rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+            state = jax.device_put(state, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+
+            def loss(state, x, graph=graph):
+                return jnp.square(nnx.merge(graph, state)(x).y).sum()
+
+            found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, jax.device_put(x, rows)))
+    first, second = (jax.tree.map(np.asarray, jax.tree.leaves(f)) for f in found)
+    chex.assert_trees_all_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_a_position_sees_no_other_position_and_no_other_group():
+    run, draw = jax.jit(partial(mosaic_experts.mix_through, jax.nn.relu)), np.random.default_rng(5)
+    x, weights = normal(0, N, G, S, D), jax.nn.softmax(normal(1, N, G, S, E), axis=1)
+    weights_of_experts = normal(2, E, D, F), normal(3, E, F, D)
+    expected = run(x, weights, *weights_of_experts)
+    for last in (3, 8, 12):
+        other_x, other = (np.array(a) for a in (x, weights))
+        for array in (other_x, other):
+            array[0, :, last:] = 100 * draw.normal(size=array[0, :, last:].shape)
+            array[1] = 100 * draw.normal(size=array[1].shape)
+        found = run(other_x, other, *weights_of_experts)
+        np.testing.assert_array_equal(found[0, :, :last], expected[0, :, :last])
+        assert (found[0, :, last:] != expected[0, :, last:]).any()
+
+
+def test_what_the_kernels_do_not_do_is_refused():
+    with pytest.raises(ConfigError, match="kernel = 'pallas_experts': has experts without a gate, and gated = True"):
+        layer("pallas_experts", gated=True)
+    config = MixtureOfTokensConfig(G, E, F, kernel="pallas_experts")
+    with pytest.raises(ConfigError, match="saved = 'pre_activations'; try saved = 'all'"):
+        MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
+        mosaic_experts.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32")
+
+
+SHAPES = {"d2048": (32, 1024, 2048, 8192), "Base/32E": (32, 2048, 768, 3072), "Medium/32E/8": (256, 2048, 512, 256)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_block_is_moved_once(name):
+    """By hand: forward u and o, backward u, do and du, in 2 bytes; weights twice and their gradients, in 4."""
+    e, t, d, f = SHAPES[name]
+    expected = 5 * 2 * e * t * d + 3 * 4 * 2 * e * d * f
+    assert mosaic_experts.layer_bytes(e, t, d, f, "bfloat16", "float32") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
+@pytest.mark.parametrize("name", SHAPES)
+def test_mosaic_compiles_it_for_a_v5p(name):
+    from jax.sharding import SingleDeviceSharding
+
+    from mot_jax.planning.hardware import parse_topology
+    from mot_jax.planning.plan import devices_of
+
+    chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
+    e, t, d, f = SHAPES[name]
+
+    def both(do, *args):
+        o, pull = jax.vjp(partial(mosaic_experts.experts, jax.nn.relu), *args)
+        return o, pull(do)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
+
+    u = array("bfloat16", e, 8, t // 8, d)
+    weights = array("float32", e, d, f), array("float32", e, f, d)
+    text = jax.jit(both, out_shardings=chip).lower(u, u, *weights).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert f"{t},{f}]" not in text and f"{t // 8},{f}]" not in text  # no pre-activations anywhere
