@@ -95,9 +95,9 @@ def _size_faults(config: Config) -> Iterator[str]:
         odd = m.d_model / m.num_heads
         yield f"model.positions = 'rotary': needs an even d_model / num_heads, {odd:g} here; try 'learned'"
     yield from _divisor_faults("model.num_kv_heads", m.num_kv_heads or 1, "model.num_heads", m.num_heads)
-    if m.num_heads > 0 and m.d_model % m.num_heads == 0:
-        if fault := attention_fault(m.attention_kernel, m.context_length, m.d_model // m.num_heads, m.dtype):
-            yield f"model.{fault}"
+    width = m.d_model // max(m.num_heads, 1)
+    if fault := attention_fault(m.attention_kernel, m.context_length, width, m.dtype):
+        yield f"model.{fault}"
     yield from _divisor_faults("model.loss_chunk", m.loss_chunk, "model.context_length", m.context_length)
     if isinstance(m.moe_blocks, tuple):
         there = tuple(i for i in m.moe_blocks if 0 <= i < m.num_blocks)

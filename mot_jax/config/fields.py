@@ -218,7 +218,7 @@ class ModelConfig:
     init: InitConfig = InitConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("auto")
+    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
     stacked: bool = True

@@ -1,6 +1,6 @@
 """Attention whose S x S scores never reach memory: splash attention on TPU, cuDNN's on NVIDIA, both as JAX has them.
 
-Neither is ours. What is: when each runs, the masks in the form that it takes, and each device on its own rows and heads.
+Neither is ours. What is: when each runs, the masks in the form that it takes, each device on its own rows and heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from mot_jax.config import ModelConfig, attention_fault
-from mot_jax.sharding import spec
+from mot_jax.sharding import reshard, spec
 
 BLOCK = 512  # positions of queries, and of keys, that a core of a TPU reads at a time, at most
 AUTO_LENGTH = 1024  # `auto` takes splash from here on; docs/performance.md has the bytes
@@ -26,7 +26,7 @@ def choose(config: ModelConfig, length: int) -> str:
     trained on one machine and read on another, in texts of every length.
     """
     own = {"tpu": "splash", "gpu": "cudnn"}.get(platform())
-    wanted = config.attention_kernel
+    wanted: str = config.attention_kernel
     if wanted == "auto" and not (own == "splash" and length < AUTO_LENGTH):
         wanted = own or "xla"
     width = config.d_model // config.num_heads
@@ -60,9 +60,16 @@ def splash(
     documents: int32 [B, S]; a token attends to those of its own number alone, itself among them, so that no row of
     scores is empty. interpret: where no TPU is.
     """
-    length, heads = query.shape[1:3]
+    length = query.shape[1]
     block = next(n for n in range(min(BLOCK, length), 0, -128) if length % n == 0)
-    sizes = splash_attention_kernel.BlockSizes(*[block] * 8)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     mask = (splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask)((length, length))
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
@@ -78,9 +85,7 @@ def splash(
     return _on_each(local, query, key, value, documents)
 
 
-def cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None, causal: bool
-) -> jax.Array:
+def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None, causal: bool) -> jax.Array:
     """The same, in bfloat16. The documents are a bias [B, 1, S, S] in memory, one for all heads."""
 
     def local(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
@@ -103,8 +108,10 @@ def documents_of(token_mask: jax.Array | None, segments: jax.Array | None) -> ja
 
 def _on_each(local: Callable[..., jax.Array], query: jax.Array, *arrays: jax.Array | None) -> jax.Array:
     """`local` on each device of the mesh, with its own rows and heads; as it is where no mesh is set."""
-    heads, rows = spec("rows", None, "heads", None), spec("rows", None)
-    if heads is None or rows is None:
+    heads, rows = ("rows", None, "heads", None), ("rows", None)
+    if spec(*heads) is None:
         return local(query, *arrays)
-    places = tuple(rows if a is None or a.ndim == 2 else heads for a in (query, *arrays))
-    return jax.shard_map(local, in_specs=places, out_specs=heads, check_vma=False)(query, *arrays)
+    places = [rows if a is None or a.ndim == 2 else heads for a in (query, *arrays)]
+    there = [a if a is None else reshard(a, *place) for a, place in zip((query, *arrays), places, strict=True)]
+    specs = tuple(spec(*place) for place in places)
+    return jax.shard_map(local, in_specs=specs, out_specs=spec(*heads), check_vma=False)(*there)

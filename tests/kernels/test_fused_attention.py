@@ -103,7 +103,7 @@ def test_documents_are_numbers_that_tokens_share():
     assert same[:, np.arange(S), np.arange(S)].all()  # no row of scores is empty
 
 
-BIG = ModelConfig(d_model=128, num_heads=2, context_length=2048, dtype="bfloat16")
+BIG = ModelConfig(d_model=128, num_heads=2, context_length=2048, dtype="bfloat16", attention_kernel="auto")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_devices_of_another_kind_are_refused_for_training(kernel, platform):
 
 
 def test_a_run_may_go_on_with_another_kernel():
-    other = dataclasses.replace(Config().model, attention_kernel="xla")
+    other = dataclasses.replace(Config().model, attention_kernel="auto")
     assert not identity_changes(Config(), dataclasses.replace(Config(), model=other))
 
 
@@ -186,6 +186,8 @@ def test_cudnn_is_given_what_it_takes(monkeypatch, mesh_of):
 
     ids = jax.ShapeDtypeStruct((B, S), "int32")
     calls(text(q, kv, kv, ids, q), B, H)
+    with jax.set_mesh(mesh_of(data=2, tensor=2)):
+        calls(text(q, kv, kv, ids, q), B // 2, H // 2)
 
 
 @pytest.mark.slow
