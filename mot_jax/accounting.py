@@ -187,10 +187,11 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     largest = 0  # of the periods, with `remat`
     # All that a block depends on, so that equal blocks are traced once.
     base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig(), attention_kernel="xla")
-    logsumexps = 0  # of a row: what a kernel keeps in the place of the scores
+    instead = 0  # of scores, what a kernel keeps of a row: their float32 sums; splash its output in its own layout, too
     if model.attention_kernel in FUSED:
         base = dataclasses.replace(base, remat="attention")
-        logsumexps = model.num_heads * model.context_length * 4
+        instead = model.num_heads * model.context_length * 4
+        instead += hidden // rows if model.attention_kernel == "splash" else 0
     elif model.remat == "blocks":
         base = dataclasses.replace(base, remat="none")
     for period, repeats in stack_plan(model):
@@ -200,7 +201,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
             traced[kind.kind] = _trace_kept(base, kind, "feed_forward")
             for name, (per_row, copies) in traced.items():
                 here.update({name: round(per_row * rows), "copies of parameters": copies})
-            here["attention"] += rows * logsumexps
+            here["attention"] += rows * instead
         if model.remat == "blocks":
             here, largest = Counter({"block inputs": hidden}), max(largest, here.total())
         parts.update({name: repeats * size for name, size in here.items()})

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
+from mot_jax import accounting
 from mot_jax.attention import Attention
-from mot_jax.config import Config, ConfigError, ModelConfig, TrainingConfig, check, identity_changes
+from mot_jax.config import Config, ConfigError, DenseConfig, ModelConfig, TrainingConfig, check, identity_changes
 from mot_jax.kernels import fused_attention
 from mot_jax.sharding import make_mesh, parameter_spec, reshard
 
@@ -163,6 +164,19 @@ def test_devices_of_another_kind_are_refused_for_training(kernel, platform):
 def test_a_run_may_go_on_with_another_kernel():
     other = dataclasses.replace(Config().model, attention_kernel="auto")
     assert not identity_changes(Config(), dataclasses.replace(Config(), model=other))
+
+
+def test_accounting_knows_what_splash_keeps(monkeypatch):
+    """Without the scores, by JAX's own residuals; a kernel computes them again."""
+    plain = ModelConfig(d_model=D, num_heads=H, context_length=S, feed_forward=DenseConfig())
+    splash = dataclasses.replace(plain, attention_kernel="splash")
+    counted = accounting.kept_bytes(splash, B)["attention"] // splash.num_blocks
+    assert accounting.kept_bytes(plain, B)["attention"] // plain.num_blocks - counted > B * H * S * S * 4 * 0.9
+    again = accounting.recomputed_flops(splash) - accounting.recomputed_flops(plain)
+    assert again == splash.num_blocks * 2 * S * D
+    monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
+    traced, _ = accounting._trace_kept(splash, DenseConfig(), "attention")
+    assert traced * B == counted
 
 
 def test_cudnn_is_given_what_it_takes(monkeypatch, mesh_of):
