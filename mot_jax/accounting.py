@@ -78,9 +78,9 @@ def recomputed_flops(model: ModelConfig) -> float:
     """FLOPs per token that the backward pass spends on computing again what was not kept.
 
     By `saved` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
-    `nothing` their input products as well, of which gated ones have two. With `remat: attention`, the scores. With
-    `remat: blocks`, whatever `saved`, each stack's period runs forward again, but for the product that ends its last
-    block, which no derivative reads.
+    `nothing` their input products as well, of which gated ones have two. With `remat: attention`, and in the kernels
+    `cudnn` and `splash`, the scores (`auto` counts as `xla`). With `remat: blocks`, whatever `saved`, each stack's
+    period runs forward again, but for the product that ends its last block, which no derivative reads.
     """
     d, kinds = model.d_model, model.block_kinds()
     if model.remat == "blocks":
@@ -91,7 +91,8 @@ def recomputed_flops(model: ModelConfig) -> float:
             width += last.num_experts if isinstance(last, MixtureOfTokensConfig) else 0
             total -= repeats * 2 * d * width
         return total
-    total = model.num_blocks * 2.0 * model.context_length * d if model.remat == "attention" else 0.0
+    again = model.remat == "attention" or model.attention_kernel in FUSED
+    total = model.num_blocks * 2.0 * model.context_length * d if again else 0.0
     for kind in kinds:
         if isinstance(kind, TokenChoiceConfig) and kind.capacity_factor is None:  # `routing.sum_experts`
             total += _block_flops(model, kind)["experts"] / (3 if model.gated else 2)
@@ -140,6 +141,7 @@ def _shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
+FUSED = ("cudnn", "splash")  # kernels of attention that keep no scores
 _MANY = 1_000_003  # the length of a scan that is only traced: no other dimension is as large
 
 
@@ -184,8 +186,13 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
     parts: Counter[str] = Counter()
     largest = 0  # of the periods, with `remat`
     # All that a block depends on, so that equal blocks are traced once.
-    base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig())
-    if model.remat == "blocks":
+    base = dataclasses.replace(model, moe_blocks="all", feed_forward=DenseConfig(), attention_kernel="xla")
+    instead = 0  # of scores, what a kernel keeps of a row: their float32 sums; splash its output in its own layout, too
+    if model.attention_kernel in FUSED:
+        base = dataclasses.replace(base, remat="attention")
+        instead = model.num_heads * model.context_length * 4
+        instead += hidden // rows if model.attention_kernel == "splash" else 0
+    elif model.remat == "blocks":
         base = dataclasses.replace(base, remat="none")
     for period, repeats in stack_plan(model):
         here: Counter[str] = Counter()
@@ -194,6 +201,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
             traced[kind.kind] = _trace_kept(base, kind, "feed_forward")
             for name, (per_row, copies) in traced.items():
                 here.update({name: round(per_row * rows), "copies of parameters": copies})
+            here["attention"] += rows * instead
         if model.remat == "blocks":
             here, largest = Counter({"block inputs": hidden}), max(largest, here.total())
         parts.update({name: repeats * size for name, size in here.items()})

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mot_jax.config import ModelConfig
 from mot_jax.init import draw
+from mot_jax.kernels import fused_attention
 from mot_jax.sharding import axes_of, product, spec
 
 
@@ -88,16 +89,31 @@ class Attention(nnx.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
             return self._out(jax.nn.dot_product_attention(query, key, value, mask=cache.visible), x)
+        if config.document_mask and segments is None:
+            raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
+        return self._out(self._attend(query, key, value, token_mask, segments if config.document_mask else None), x)
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        token_mask: jax.Array | None,
+        segments: jax.Array | None,
+    ) -> jax.Array:
+        """[B, S, H, K], [B, S, H_kv, K] twice -> [B, S, H, K], by the kernel that does it here."""
+        causal, kernel = self.config.objective == "causal", fused_attention.choose(self.config, query.shape[1])
+        if kernel != "xla":
+            fused = {"splash": fused_attention.splash, "cudnn": fused_attention.cudnn}[kernel]
+            return fused(query, key, value, fused_attention.documents_of(token_mask, segments), causal)
         mask = None if token_mask is None else token_mask[:, None, None, :]
-        if config.document_mask:
-            if segments is None:
-                raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
+        if segments is not None:
             same = (segments[:, :, None] == segments[:, None, :])[:, None]
             mask = same if mask is None else same & mask
-        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=config.objective == "causal")
-        if config.remat == "attention":  # the S x S scores are large, and cheap to compute again
+        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=causal)
+        if self.config.remat == "attention":  # the S x S scores are large, and cheap to compute again
             attend = jax.checkpoint(attend)
-        return self._out(attend(query, key, value, mask=mask), x)
+        return attend(query, key, value, mask=mask)
 
     def _out(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """What the heads say, y [B, S, H, K], as an update that lies where x [B, S, D] does."""

@@ -23,7 +23,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, ConfigError, MeshConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    platform_fault,
+)
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -78,7 +86,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config.mesh, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if faults := [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]:
+    faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
+    faults += [fault] if trains and (fault := platform_fault(config, devices[0].platform)) else []
+    if faults:
         raise ConfigError(*faults)
     asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
     used = math.prod(sizes)

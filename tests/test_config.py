@@ -403,6 +403,7 @@ FREE = {
     "mesh.expert",
     "mesh.tensor",
     "checkpoint.keep",
+    "model.attention_kernel",
 }
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}

@@ -95,6 +95,9 @@ def _size_faults(config: Config) -> Iterator[str]:
         odd = m.d_model / m.num_heads
         yield f"model.positions = 'rotary': needs an even d_model / num_heads, {odd:g} here; try 'learned'"
     yield from _divisor_faults("model.num_kv_heads", m.num_kv_heads or 1, "model.num_heads", m.num_heads)
+    width = m.d_model // max(m.num_heads, 1)
+    if fault := attention_fault(m.attention_kernel, m.context_length, width, m.dtype):
+        yield f"model.{fault}"
     yield from _divisor_faults("model.loss_chunk", m.loss_chunk, "model.context_length", m.context_length)
     if isinstance(m.moe_blocks, tuple):
         there = tuple(i for i in m.moe_blocks if 0 <= i < m.num_blocks)
@@ -143,6 +146,30 @@ def _divisor_faults(name: str, value: int, of: str, whole: int) -> Iterator[str]
     if min(value, whole) > 0 and whole % value:
         good = next(n for n in range(min(value, whole), 0, -1) if whole % n == 0)
         yield f"{name} = {value}: must divide {of} = {whole}; try {good}"
+
+
+def attention_fault(kernel: str, length: int, width: int, dtype: str) -> str | None:
+    """What attention over `length` positions, in heads of this width, asks for that its kernel does not do."""
+    fault = None
+    if kernel == "splash" and length % 128:
+        fault = f"takes a multiple of 128 positions, and context_length = {length}"
+    if kernel == "cudnn":
+        if dtype != "bfloat16":
+            fault = f"computes in bfloat16, and dtype = {dtype!r}"
+        elif width % 8 or width > 128:
+            fault = f"takes heads of a multiple of 8 up to 128, and d_model / num_heads = {width}"
+        elif length % 2:
+            fault = f"takes an even number of positions, and context_length = {length}"
+    return fault and f"attention_kernel = {kernel!r}: {fault}; try 'auto'"
+
+
+def platform_fault(config: Config, platform: str) -> str | None:
+    """A kernel that training asks for on devices of another kind (`Device.platform`)."""
+    kernel = config.model.attention_kernel
+    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
+    if platform == wanted:
+        return None
+    return f"model.attention_kernel = {kernel!r}: is for devices of platform {wanted}, not {platform}; try 'auto'"
 
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:

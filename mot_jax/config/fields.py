@@ -187,6 +187,7 @@ class ModelConfig:
     moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense, with `dense_bias` as in
         DenseConfig.
     dtype: of activations and matrix products; logits, softmax, norms and loss are float32 at least.
+    attention_kernel: `xla`, whose S x S scores are in memory; `cudnn` on NVIDIA, `splash` on TPU, `auto`: what fits.
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
@@ -218,6 +219,7 @@ class ModelConfig:
     init: InitConfig = InitConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
     stacked: bool = True

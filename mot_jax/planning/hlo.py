@@ -105,6 +105,7 @@ def parse(text: str) -> Module:
     """The module of `compiled.as_text()`. Raises UnknownTextError."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
+    text = re.sub(r"kernel_metadata=\{\n.*\n\}", "kernel_metadata={}", text)  # the one attribute that spans lines
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):
             current = computations[head[2]] = Computation(head[2])

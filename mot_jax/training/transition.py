@@ -119,7 +119,7 @@ def check_transition(config: Config) -> None:
     old = _mixture(source, workdir)
     kind = model.feed_forward
     mine = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
-    free = {"feed_forward", "dtype", "remat", "loss_chunk"}
+    free = {"feed_forward", "dtype", "attention_kernel", "remat", "loss_chunk"}
     pairs = [
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
         ("training", source.training, t, ["seed"]),

@@ -82,7 +82,7 @@ def check_upcycle(config: Config) -> None:
     old = load_run_config(workdir).model
     if not isinstance(old.feed_forward, DenseConfig):
         raise ConfigError(f"training.upcycle_from = {workdir!r}: must be a dense run, and is {old.feed_forward.kind}")
-    free = {"feed_forward", "moe_blocks", "dense_bias", "init", "dtype", "remat", "loss_chunk"}
+    free = {"feed_forward", "moe_blocks", "dense_bias", "init", "dtype", "attention_kernel", "remat", "loss_chunk"}
     faults = [
         f"model.{field.name} = {getattr(model, field.name)!r}: must be as in training.upcycle_from = {workdir!r}; "
         f"try {getattr(old, field.name)!r}"
