@@ -68,12 +68,14 @@ class Attention(nnx.Module):
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: LayerCache | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """x [B, S, D] -> [B, S, D] in the layer's dtype.
 
         token_mask: bool [B, S]; False is not attended to. segments: int32 [B, S], which document of its row a token is
         of; read with `document_mask` alone, which raises ValueError without. positions: int32 [B, S], None is 0 to
         S - 1; read by rotary ones. cache: of earlier columns, extended by these; its `visible` stands for both masks.
+        train: what is not real is at the ends of rows.
         """
         config = self.config
         x = x.astype(config.dtype)
@@ -91,6 +93,8 @@ class Attention(nnx.Module):
             return self._out(jax.nn.dot_product_attention(query, key, value, mask=cache.visible), x)
         if config.document_mask and segments is None:
             raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
+        if train and config.objective == "causal":  # then no real token looks at one that is not
+            token_mask = None
         return self._out(self._attend(query, key, value, token_mask, segments if config.document_mask else None), x)
 
     def _attend(

@@ -98,7 +98,8 @@ class Block(nnx.Module):
         """x [B, S, D] -> (x, losses, metrics). Metric `update_ratio`: RMS of the update over that of what it joins, of
         real tokens.
         """
-        x = x + self.attention(self.attention_norm(x), context.token_mask, segments, context.positions, cache)
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, context.token_mask, segments, context.positions, cache, context.train)
         out = self.feed_forward(self.feed_forward_norm(x), context)
         ratio = jax.lax.stop_gradient(_length(out.y, context.token_mask) / (_length(x, context.token_mask) + 1e-30))
         return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}

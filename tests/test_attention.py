@@ -81,6 +81,13 @@ def test_equals_the_plain_formula(case, mask):
     np.testing.assert_allclose(np.asarray(y)[real], plainly(layer, X, real)[real], atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["paper", "masked", "all"])
+def test_in_training_the_ends_of_rows_may_be_padded(case):
+    layer, real = layer_of(**CHOICES[case]), np.arange(S) < np.array([[4], [6]])
+    y, trained = (np.asarray(layer(X, real, SEGMENTS, train=train)) for train in (False, True))
+    np.testing.assert_allclose(trained[real], y[real], atol=1e-6)
+
+
 def test_biases_on_a_mesh(mesh_of):
     """Values and gradients, where heads are spread, and positions between the sub-layers."""
     layer = layer_of(**CHOICES["biased"])

@@ -106,13 +106,21 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
     if part.startswith("step"):
         config = _SMALL if small else _stepping(part)
-        return step.bench_step({"mixture_of_tokens": config, "dense": step.dense_twin(config)}, rounds, progress)[0]
+        configs = {"mixture_of_tokens": config, "dense": step.dense_twin(config)}
+        if part == "step":  # the models are small: there is room for both ways to attend
+            auto = {f"{name}, attention_kernel auto": _auto(config) for name, config in configs.items()}
+            configs = auto | configs
+        return step.bench_step(configs, rounds, progress)[0]
     config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")
     rows: list[dict[str, Any]] = []
     for batch in (1, 32):
         if time.monotonic() < deadline and not (small and rows):
             rows += decoding.bench_decoding(config, [batch], rounds, progress)[0]
     return rows
+
+
+def _auto(config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="auto"))
 
 
 def _stepping(part: str) -> Config:
