@@ -154,7 +154,7 @@ def _permuted(size: int, seed: tuple[int, ...], begin: int, end: int) -> np.ndar
     """Places begin .. end - 1 of a seeded permutation of `size` windows: int64 [end - begin]."""
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     # What `grain.MapDataset.shuffle` does to an index, a third as dear.
-    places = (index_shuffle(i, max_index=size - 1, seed=state, rounds=4) for i in range(begin, end))
+    places = (index_shuffle(i, size - 1, state, 4) for i in range(begin, end))  # max_index, seed, rounds
     return np.fromiter(places, np.int64, end - begin)
 
 

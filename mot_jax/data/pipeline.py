@@ -33,12 +33,13 @@ def train_batches(
     rows: np.ndarray,
     first_example: int,
     threads: int = 2,
-    prefetch: int = 4,
+    prefetch: int = 16,
 ) -> grain.DatasetIterator[TrainBatch]:
     """The endless training batches from `first_example` on; `close()` stops their threads.
 
     batch_size: B, rows of the whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
-    first_example: the example to begin with, a multiple of B. prefetch: batches held ready.
+    first_example: the example to begin with, a multiple of B.
+    prefetch: batches held ready, for the time that dealing a block takes.
     """
     if batch_size % order.group_size or first_example % batch_size:
         raise ValueError(
