@@ -30,6 +30,7 @@ def get_config() -> Config:
             feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=512),  # width 64, by the rule
             init=InitConfig(distribution="uniform", scale=1.0, cut=None),
             dtype="bfloat16",
+            stacked=False,  # a loop over blocks moves far more bytes (docs/performance.md)
         ),
         data=DataConfig(corpus=("c4/en",), tokenizer="tokenizers/gpt2.json", validation_windows=16_384),
         training=TrainingConfig(

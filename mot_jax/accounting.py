@@ -116,7 +116,8 @@ _PARTS |= {"head": "^head$"}
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Numbers of parameters by part."""
-    sizes = {name: math.prod(shape.shape) for name, shape in _shapes(model).items()}
+    whole = _shapes(dataclasses.replace(model, stacked=True))  # the same numbers, traced once a kind of block
+    sizes = {name: math.prod(shape.shape) for name, shape in whole.items()}
     counts = {part: sum(n for name, n in sizes.items() if re.search(word, name)) for part, word in _PARTS.items()}
     return {part: count for part, count in counts.items() if count}
 

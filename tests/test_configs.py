@@ -88,6 +88,7 @@ def test_configs_of_version_2_are_the_papers(name):
         tied_head=False,
         dtype="bfloat16",
         dense_bias=True,
+        stacked=False,
     )
     assert (training.steps, training.batch_size) == (150_000, 256)
     assert training.optimizer == OptimizerConfig(

@@ -154,9 +154,11 @@ def _decoding(arguments: list[str]) -> None:
 
 def _accelerator(arguments: list[str]) -> None:
     parser = Parser(prog="mot bench accelerator", allow_abbrev=False)
-    parts = "numerics,layers,step,step_base_32e,step_d2048,decoding"
+    parts = "numerics,layers,step,decoding"
     parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="for JSON and Markdown")
-    parser.add_argument("--parts", default=parts, metavar="PART,...", help=f"to run, in their order ({parts})")
+    parser.add_argument(
+        "--parts", default=parts, metavar="PART,...", help=f"in their order ({parts}; step_base_32e, step_d2048)"
+    )
     parser.add_argument("--minutes", default="7", metavar="N", help="after which no part begins, and a run stops (7)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run, not how fast")
     headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; again, it goes on"

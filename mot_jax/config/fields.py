@@ -192,7 +192,8 @@ class ModelConfig:
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
     stacked: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
-        depth. False: every block by itself, from the same initial values: on CPU a loop copies each block's weights.
+        depth. False: every block by itself, from the same initial values: a step moves far fewer bytes, and compiles
+        for longer (docs/performance.md).
     """
 
     num_blocks: int = 4
