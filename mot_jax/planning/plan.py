@@ -243,15 +243,16 @@ def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
 def _program_bytes(analysis: Any, limit: float | None) -> dict[str, float | None]:
     """The compiler's own figures. Outputs that take the place of arguments are counted once.
 
-    `temporaries` is what is set aside for them, gaps between them included; of it `in use at once` is live at the peak.
+    `temporaries` is what is set aside for them, gaps between them included; of it `in use at once` is live at the peak,
+    None where the compiler does not say.
     """
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    live = max(analysis.peak_memory_in_bytes - arguments, 0)
+    live = analysis.peak_memory_in_bytes - arguments  # a CPU's compiler says less than the arguments
     more = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
     memory = {
         "arguments": arguments,
         "temporaries": temporaries,
-        "in use at once": live,
+        "in use at once": live if live > 0 else None,
         "other outputs and code": more,
     }
     return {**memory, "needed": arguments + temporaries + more, "HBM limit": limit}
