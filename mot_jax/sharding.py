@@ -23,8 +23,15 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, ConfigError, MeshConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
-from mot_jax.config.checks import platform_fault
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    platform_fault,
+)
 
 AXES = ("data", "fsdp", "expert", "tensor")
 

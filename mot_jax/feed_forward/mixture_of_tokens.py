@@ -14,7 +14,7 @@ from mot_jax.config import ConfigError, DenseConfig, InitConfig, MixtureOfTokens
 from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
-from mot_jax.kernels import mosaic_experts, mosaic_mixing
+from mot_jax.kernels import mosaic, mosaic_experts, mosaic_mixing
 from mot_jax.sharding import axes_of, axis_size, product, reshard, shards, spec
 
 
@@ -102,7 +102,7 @@ class MixtureOfTokens(nnx.Module):
         """Merge, experts, emit: [N, G, S, D]. Raises ConfigError where a kernel is to run on parts of the experts."""
         config, positions = self.config, axes_of(grouped)[2]
         # Other lengths, such as the one position of a step of generation, are no work for the kernel.
-        if config.kernel != "xla" and grouped.shape[2] % (mosaic_mixing.TILE * shards(positions)) == 0:
+        if config.kernel != "xla" and grouped.shape[2] % (mosaic.TILE * shards(positions)) == 0:
             for axis in ("expert", "tensor"):
                 if (size := axis_size(axis)) > 1:
                     words = f"kernel = {config.kernel!r} takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
@@ -207,7 +207,7 @@ def _project_out(activation: str) -> mixing.Project:
 
 
 @functools.cache
-def _activation(name: str) -> mosaic_mixing.Activation:
+def _activation(name: str) -> mosaic.Activation:
     return lambda h: activate(name, h, None)
 
 

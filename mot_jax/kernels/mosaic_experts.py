@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from mot_jax import mixing
 from mot_jax.config import ConfigError
-from mot_jax.kernels.mosaic_mixing import VMEM_BYTES, Activation, Plan, dot
+from mot_jax.kernels.mosaic import TILE, VMEM_BYTES, Activation, Plan, dot
 from mot_jax.sharding import axes_of, reshard, spec, whole
 
 LANES = 128
@@ -58,7 +58,7 @@ def _plan(kernel: str, e: int, t: int, d: int, f: int, dtype: Any, param_dtype: 
 
 
 def _by_rows(t: int, body: Callable[[Any], None]) -> None:
-    rows = next(r for r in range(min(t, ROWS) // 8 * 8, 0, -8) if t % r == 0)  # Mosaic cuts out eights of rows
+    rows = next(r for r in range(min(t, ROWS) // TILE * TILE, 0, -TILE) if t % r == 0)  # whole tiles
 
     def turn(i, nothing):
         body(pl.ds(i * rows, rows))
@@ -121,24 +121,9 @@ def _call(kernel: str, activation: Activation, *arrays: jax.Array) -> list[jax.A
     """u, or u and do, [E, T, D]; w_in; w_out -> o, or the gradients of u, w_in and w_out."""
     u, w_in = arrays[0], arrays[-2]
     found = plan(kernel, *u.shape, w_in.shape[-1], u.dtype.name, w_in.dtype.name)
-    shapes = [u] if kernel == "forward" else [u, *arrays[-2:]]
-
-    def call(interpret: bool) -> Any:
-        return pl.pallas_call(
-            functools.partial(_KERNELS[kernel], activation),
-            [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shapes],
-            grid=found.grid,
-            in_specs=[block for block, _ in found.inputs],
-            out_specs=[block for block, _ in found.outputs],
-            scratch_shapes=found.scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-            ),
-            interpret=interpret,
-            name=f"experts_{kernel}",
-        )
-
-    return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
+    shapes = [a.shape for a in ([u] if kernel == "forward" else [u, *arrays[-2:]])]
+    body = functools.partial(_KERNELS[kernel], activation)
+    return found.run(body, f"experts_{kernel}", ("parallel", "arbitrary"), shapes, *arrays)
 
 
 def layer_bytes(e: int, t: int, d: int, f: int, dtype: str, param_dtype: str) -> int:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -30,44 +30,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from mot_jax.config import ConfigError
-from mot_jax.kernels.counting import moved_bytes
+from mot_jax.kernels.mosaic import TILE, VMEM_BYTES, Activation, Plan, dot
 from mot_jax.sharding import axes_of, reshard, spec, whole
 
-Activation = Callable[[jax.Array], jax.Array]
-
-TILE = 8  # positions that are merged in one product: the rows of a tile
 ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
-VMEM_BYTES = 63 * 2**20  # that a kernel may use; a v5p core has 64 MiB
-
-
-class Plan(NamedTuple):
-    """A kernel's grid and blocks. inputs, outputs: (spec, dtype) in the order of the kernel's arguments."""
-
-    grid: tuple[int, ...]
-    inputs: list[tuple[pl.BlockSpec, Any]]
-    outputs: list[tuple[pl.BlockSpec, Any]]
-    scratch: list[Any]
-
-    @property
-    def bytes(self) -> int:
-        """Moved between HBM and the cores."""
-        return moved_bytes(self.grid, self.inputs + self.outputs)
-
-    @property
-    def vmem_bytes(self) -> int:
-        """Of blocks, twice where the next is fetched meanwhile, and of scratch; lanes padded."""
-        total = sum(_padded(s.shape, s.dtype) for s in self.scratch)
-        for block, dtype in self.inputs + self.outputs:
-            total += _padded(block.block_shape, dtype) * (2 if block.pipeline_mode is None else 1)
-        return total
-
-
-def _padded(shape: Any, dtype: Any) -> int:
-    *outer, rows, lanes = shape
-    size = -(-rows // TILE) * TILE * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
-    for n in outer:
-        size *= n
-    return size
 
 
 @functools.cache
@@ -114,12 +80,6 @@ def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
-
-
-def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _tokens(ref, q) -> jax.Array:
@@ -251,24 +211,8 @@ def _call(kernel: str, activation: Activation, shapes: list[tuple[int, ...]], *a
     x, w_in = arrays[0], arrays[-2]
     (n, g, s, d), (e, _, f) = x.shape, w_in.shape
     found = plan(kernel, n, g, s, e, d, f, x.dtype.name)
-
-    def call(interpret: bool) -> Any:
-        return pl.pallas_call(
-            functools.partial(_KERNELS[kernel], activation),
-            [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, found.outputs, strict=True)],
-            grid=found.grid,
-            in_specs=[spec for spec, _ in found.inputs],
-            out_specs=[spec for spec, _ in found.outputs],
-            scratch_shapes=found.scratch,
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary" if kernel == "gradients" else "parallel", "arbitrary"),
-                vmem_limit_bytes=VMEM_BYTES,
-            ),
-            interpret=interpret,
-            name=f"mixing_{kernel}",
-        )
-
-    return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
+    semantics = ("parallel", "arbitrary" if kernel == "gradients" else "parallel", "arbitrary")
+    return found.run(functools.partial(_KERNELS[kernel], activation), f"mixing_{kernel}", semantics, shapes, *arrays)
 
 
 def layer_bytes(n: int, g: int, s: int, e: int, d: int, f: int, dtype: str) -> int:

@@ -1,0 +1,79 @@
+"""What the Pallas kernels for TPU share: grid and blocks as a value, how they run, their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from mot_jax.kernels.counting import moved_bytes
+
+Activation = Callable[[jax.Array], jax.Array]
+
+TILE = 8  # rows of a tile; positions that `mosaic_mixing` merges in one product
+VMEM_BYTES = 63 * 2**20  # that a kernel may use; a v5p core has 64 MiB
+
+
+class Plan(NamedTuple):
+    """A kernel's grid and blocks. inputs, outputs: (spec, dtype) in the order of the kernel's arguments."""
+
+    grid: tuple[int, ...]
+    inputs: list[tuple[pl.BlockSpec, Any]]
+    outputs: list[tuple[pl.BlockSpec, Any]]
+    scratch: list[Any]
+
+    @property
+    def bytes(self) -> int:
+        """Moved between HBM and the cores."""
+        return moved_bytes(self.grid, self.inputs + self.outputs)
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Of blocks, twice where the next is fetched meanwhile, and of scratch; lanes padded."""
+        total = sum(_padded(s.shape, s.dtype) for s in self.scratch)
+        for block, dtype in self.inputs + self.outputs:
+            total += _padded(block.block_shape, dtype) * (2 if block.pipeline_mode is None else 1)
+        return total
+
+    def run(
+        self,
+        body: Callable[..., None],
+        name: str,
+        semantics: tuple[Any, ...],
+        shapes: Sequence[Any],
+        *arrays: jax.Array,
+    ) -> list[jax.Array]:
+        """Runs the kernel `body` on its inputs; interpreted where no TPU is. shapes: of its outputs."""
+
+        def call(interpret: bool) -> Any:
+            return pl.pallas_call(
+                body,
+                [jax.ShapeDtypeStruct(shape, dtype) for shape, (_, dtype) in zip(shapes, self.outputs, strict=True)],
+                grid=self.grid,
+                in_specs=[block for block, _ in self.inputs],
+                out_specs=[block for block, _ in self.outputs],
+                scratch_shapes=self.scratch,
+                compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES),
+                interpret=interpret,
+                name=name,
+            )
+
+        return jax.lax.platform_dependent(*arrays, tpu=call(False), default=call(True))
+
+
+def _padded(shape: Any, dtype: Any) -> int:
+    *outer, rows, lanes = shape
+    size = -(-rows // TILE) * TILE * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
+    for n in outer:
+        size *= n
+    return size
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
