@@ -86,6 +86,8 @@ def test_in_training_the_ends_of_rows_may_be_padded(case):
     layer, real = layer_of(**CHOICES[case]), np.arange(S) < np.array([[4], [6]])
     y, trained = (np.asarray(layer(X, real, SEGMENTS, train=train)) for train in (False, True))
     np.testing.assert_allclose(trained[real], y[real], atol=1e-6)
+    x = np.where(real[..., None], X, 100 * np.random.default_rng(7).normal(size=X.shape)).astype("float32")
+    np.testing.assert_array_equal(np.asarray(layer(x, real, SEGMENTS, train=True))[real], trained[real])
 
 
 def test_biases_on_a_mesh(mesh_of):

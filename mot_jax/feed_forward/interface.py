@@ -19,7 +19,8 @@ class FeedForwardContext:
     token_ids: int32 [B, S].
     positions: int32 [B, S], how many tokens of its text stand before each; None: 0 to S - 1, in every row.
     step: int32 scalar, the training step; None after training. key: a PRNG key.
-    losses: names of the losses that the training weighs; a layer makes those that it knows. losses, train: static.
+    losses: names of the losses that the training weighs; a layer makes those that it knows. train: whether it is a step
+        of training, where tokens that are not real stand at the ends of rows alone. losses, train: static.
     """
 
     token_mask: jax.Array | None = None

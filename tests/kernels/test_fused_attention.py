@@ -80,6 +80,28 @@ def test_splash_is_what_xla_computes(case, masked, on_tpu):
     assert_close(*(results(layer_of(kernel, **CHOICES[case]), mask) for kernel in ("splash", "xla")))
 
 
+def test_splash_shows_no_later_position_no_other_document_and_no_padding(monkeypatch):
+    """Whatever they are, outputs are the same to the last bit; what is changed does show where it may."""
+    monkeypatch.setattr(fused_attention, "BLOCK", 128)  # several
+    run = jax.jit(partial(fused_attention.splash, causal=True, interpret=True))
+    arrays = [jnp.asarray(a) for a in RANDOM.normal(size=(3, B, S, H, D // H)).astype("float32")]
+    documents = fused_attention.documents_of(MASK, SEGMENTS)
+    expected = run(*arrays, documents)
+
+    def changed(where: np.ndarray) -> jax.Array:
+        found = [jnp.where(where[..., None, None], 100 * RANDOM.normal(size=a.shape), a) for a in arrays]
+        return run(*(a.astype("float32") for a in found), documents)
+
+    for last in (1, 100, 128, 200):
+        later = np.broadcast_to(np.arange(S) >= last, (B, S))
+        found = changed(later)
+        np.testing.assert_array_equal(found[~later], expected[~later])
+        assert (found[later] != expected[later]).any()
+    for hidden in (~MASK, SEGMENTS == 2):
+        found = changed(hidden)
+        np.testing.assert_array_equal(found[~hidden & MASK], expected[~hidden & MASK])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CHOICES)
 def test_splash_on_a_mesh(case, mesh_of, on_tpu):
