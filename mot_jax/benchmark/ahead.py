@@ -72,7 +72,7 @@ def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, 
         if config.kernel == "pallas":
             kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
         if config.kernel == "pallas_experts":
-            kernel_bytes = mosaic_experts.layer_bytes(e, n * shape.length, d, f, dtype, param_dtype)
+            kernel_bytes = mosaic_experts.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype, param_dtype)
     run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))

@@ -1,7 +1,8 @@
-"""What the Pallas kernels for TPU share: grid and blocks as a value, how they run, their products."""
+"""What the Pallas kernels for TPU share: grid and blocks as a value, how they run, on each device, their products."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from mot_jax.kernels.counting import moved_bytes
+from mot_jax.sharding import axes_of, spec
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -66,7 +69,7 @@ class Plan(NamedTuple):
 
 
 def _padded(shape: Any, dtype: Any) -> int:
-    *outer, rows, lanes = shape
+    *outer, rows, lanes = (1 if n is None else n for n in shape)
     size = -(-rows // TILE) * TILE * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
     for n in outer:
         size *= n
@@ -77,3 +80,22 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def on_each(local: Callable[..., Any], inputs: str, outputs: str, x: jax.Array, *arrays: jax.Array) -> Any:
+    """`local(axes, x, *arrays)` on each device; axes: of the mesh, those that cut the groups and positions of x.
+
+    x: [N, G, S, D]. inputs, outputs: a word for each array, a letter for each dimension: `n` and `s` are cut as those
+    of x are, others are not; `-` is an array that is whole on every device.
+    """
+    groups, _, positions, _ = axes_of(x)
+    if spec(groups, positions) is None:
+        return local((), x, *arrays)
+
+    def places(words: str) -> list[Any]:
+        cut = {"n": groups, "s": positions}
+        return [PartitionSpec() if word == "-" else spec(*(cut.get(c, ()) for c in word)) for word in words.split()]
+
+    out_specs = tuple(places(outputs)) if " " in outputs else places(outputs)[0]
+    mapped = functools.partial(local, groups + positions)
+    return jax.shard_map(mapped, in_specs=tuple(places(inputs)), out_specs=out_specs, check_vma=False)(x, *arrays)

@@ -8,30 +8,24 @@ Three kernels (letters as in `mixing.py`; P positions and a block of k experts a
 
 What a kernel needs of the forward pass it makes again; nothing but x and the weights is kept.
 
-A mixture contracts over G, too few for a matrix unit, and is made for all experts of a position, while an expert wants
-all positions. So eight positions are merged in one product, with a matrix that is zero between different positions:
-
-    mixtures [(e, s), D] = spread [(e, s), (g, s')] x [(g, s'), D],   spread = weights where s = s', else 0
-
-Eight times the FLOPs of a merge, but rows of eight positions are one tile: an expert's rows are picked, never moved.
+Eight positions are merged in one product, at eight times the FLOPs: see `mosaic_tiles.py`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from mot_jax.config import ConfigError
-from mot_jax.kernels.mosaic import TILE, VMEM_BYTES, Activation, Plan, dot
-from mot_jax.sharding import axes_of, reshard, spec, whole
+from mot_jax.kernels.mosaic import TILE, VMEM_BYTES, Activation, Plan, dot, on_each
+from mot_jax.kernels.mosaic_tiles import by_tiles, each, from_tiles, gather, put, rows, spread
+from mot_jax.sharding import axes_of, reshard, whole
 
 ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
 
@@ -63,8 +57,8 @@ def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
         return pl.BlockSpec(shape, place, pipeline_mode=mode)
 
     # What stays for the inner loop is not fetched ahead.
-    tokens = (block((1, g, p, d), lambda i, t, j: (i, 0, t, 0), None if by_experts else once), dtype)
-    weights = (block((1, p // TILE, k, g * TILE), lambda i, t, j: (i, t, j, 0)), dtype)
+    tokens = (block((None, g, p, d), lambda i, t, j: (i, 0, t, 0), None if by_experts else once), dtype)
+    weights = (block((None, p // TILE, k, g * TILE), lambda i, t, j: (i, t, j, 0)), dtype)
     experts = [
         (block(shape, lambda i, t, j: (j, 0, 0), once if by_experts else None), dtype)
         for shape in ((k, d, f), (k, f, d))
@@ -82,39 +76,12 @@ def _plan(kernel: str, n, g, s, e, d, f, dtype, p: int, k: int) -> Plan:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-def _tokens(ref, q) -> jax.Array:
-    """Eight positions of [1, G, P, D] as rows [(g, s), D]."""
-    tile = ref[0, :, pl.ds(q * TILE, TILE), :]
-    return tile.astype(jnp.float32).reshape(-1, tile.shape[-1]).astype(tile.dtype)
-
-
-def _same(lanes: int) -> jax.Array:
-    """[8, (g, s')]: whether s = s'."""
-    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), axis) for axis in (0, 1))
-    return rows == columns % TILE
-
-
-def _spread(weights: jax.Array, dtype) -> jax.Array:
-    """[k, (g, s)] -> [(e, s), (g, s')], zero between different positions."""
-    k, lanes = weights.shape
-    spread = jnp.where(_same(lanes)[None], weights.astype(jnp.float32)[:, None, :], 0.0)
-    return spread.reshape(k * TILE, lanes).astype(dtype)
-
-
-def _each(count: int, body) -> None:
-    def turn(i, nothing):
-        body(i)
-        return nothing
-
-    jax.lax.fori_loop(0, count, turn, None)
-
-
 def _merge(weights, tokens, mixtures) -> None:
     def tile(q):
-        x = _tokens(tokens, q)
-        mixtures[q] = dot(_spread(weights[0, q], x.dtype), x).reshape(mixtures.shape[1:])
+        x = rows(tokens, q)
+        mixtures[q] = dot(spread(weights[q], x.dtype), x).reshape(mixtures.shape[1:])
 
-    _each(mixtures.shape[0], tile)
+    each(mixtures.shape[0], tile)
 
 
 def _rows(mixtures, i, dtype) -> jax.Array:
@@ -128,15 +95,12 @@ def _put(mixtures, i, rows: jax.Array) -> None:
 
 def _emit(weights, mixtures, sums, q, dtype) -> jax.Array:
     outputs = mixtures[q].reshape(-1, mixtures.shape[-1]).astype(dtype)
-    sums[q] += dot(_spread(weights[0, q], dtype), outputs, (0, 0))
+    sums[q] += dot(spread(weights[q], dtype), outputs, (0, 0))
     return outputs
 
 
 def _finish(sums, out) -> None:
-    def tile(q):
-        out[0, :, pl.ds(q * TILE, TILE), :] = sums[q].reshape(-1, TILE, sums.shape[-1]).astype(out.dtype)
-
-    _each(sums.shape[0], tile)
+    each(sums.shape[0], lambda q: put(out, q, sums[q]))
 
 
 def _begin(sums) -> None:
@@ -151,8 +115,8 @@ def _forward_kernel(activation, x, weights, w_in, w_out, y, mixtures, sums):
         h = dot(_rows(mixtures, i, x.dtype), w_in[i])
         _put(mixtures, i, dot(activation(h).astype(x.dtype), w_out[i]))
 
-    _each(w_in.shape[0], expert)
-    _each(sums.shape[0], lambda q: _emit(weights, mixtures, sums, q, x.dtype))
+    each(w_in.shape[0], expert)
+    each(sums.shape[0], lambda q: _emit(weights, mixtures, sums, q, x.dtype))
     pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _finish(sums, y))
 
 
@@ -168,16 +132,15 @@ def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mix
         _put(mixtures, i, dot(dh.astype(x.dtype), w_in[i], (1, 1)))
         _put(cotangents, i, dot(hidden.astype(x.dtype), w_out[i]))
 
-    _each(w_in.shape[0], expert)
+    each(w_in.shape[0], expert)
 
     def tile(q):
         du = _emit(weights, mixtures, sums, q, x.dtype)
         o = cotangents[q].reshape(du.shape).astype(x.dtype)
-        found = dot(du, _tokens(x, q), (1, 1)) + dot(o, _tokens(dy, q), (1, 1))
-        found = found.reshape(-1, TILE, found.shape[-1])
-        d_weights[0, q] = jnp.where(_same(found.shape[-1])[None], found, 0.0).sum(axis=1).astype(x.dtype)
+        found = dot(du, rows(x, q), (1, 1)) + dot(o, rows(dy, q), (1, 1))
+        d_weights[q] = gather(found).astype(x.dtype)
 
-    _each(sums.shape[0], tile)
+    each(sums.shape[0], tile)
     pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _finish(sums, dx))
 
 
@@ -197,7 +160,7 @@ def _gradients_kernel(activation, x, dy, weights, w_in, w_out, dw_in, dw_out, mi
         dw_in[i] += dot(u, dh.astype(x.dtype), (0, 0))
         dw_out[i] += dot(hidden.astype(x.dtype), do, (0, 0))
 
-    _each(w_in.shape[0], expert)
+    each(w_in.shape[0], expert)
 
 
 _KERNELS: dict[str, Callable[..., None]] = {
@@ -247,49 +210,26 @@ def _forward(activation, x, weights, w_in, w_out):
     chex.assert_rank([x, weights], 4, custom_message="x is [N, G, S, D], weights are [N, G, S, E]")
 
     def local(axes, x, weights, w_in, w_out):
-        return _call("forward", activation, [x.shape], x, _by_tiles(weights), w_in, w_out)[0]
+        return _call("forward", activation, [x.shape], x, by_tiles(weights), w_in, w_out)[0]
 
-    y = _on_each(local, "y", x, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
-    return y, (x, weights, w_in, w_out)
+    arrays = (x, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    return on_each(local, "ngsd ngse - -", "ngsd", *arrays), (x, weights, w_in, w_out)
 
 
 def _backward(activation, kept, dy):
     x, weights, w_in, w_out = kept
 
     def local(axes, x, dy, weights, w_in, w_out):
-        tiles = _by_tiles(weights)
+        tiles = by_tiles(weights)
         dx, d_tiles = _call("backward", activation, [x.shape, tiles.shape], x, dy, tiles, w_in, w_out)
         found = _call("gradients", activation, [w_in.shape, w_out.shape], x, dy, tiles, w_in, w_out)
         dw_in, dw_out = jax.lax.psum(found, axes) if axes else found
-        return dx, _from_tiles(d_tiles, x.shape[1]), dw_in, dw_out
+        return dx, from_tiles(d_tiles), dw_in, dw_out
 
     arrays = (x, dy, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
-    dx, d_weights, *found = _on_each(local, ("dx", "d_weights", None, None), *arrays)
+    dx, d_weights, *found = on_each(local, "ngsd ngsd ngse - -", "ngsd ngse - -", *arrays)
     dw_in, dw_out = (reshard(dw.astype(w.dtype), *axes_of(w)) for dw, w in zip(found, (w_in, w_out), strict=True))
     return dx, d_weights.astype(weights.dtype), dw_in, dw_out
 
 
 mix_through.defvjp(_forward, _backward)
-
-
-def _on_each(local: Callable[..., Any], outputs: Any, x: jax.Array, *arrays: jax.Array) -> Any:
-    """`local(axes, x, ...)` on each device; axes: those over which x is spread. outputs: None where they are not."""
-    groups, _, positions, _ = axes_of(x)
-    here = spec(groups, None, positions, None)
-    if here is None:
-        return local((), x, *arrays)
-    inputs = tuple(here if a.ndim == 4 else PartitionSpec() for a in (x, *arrays))
-    results = jax.tree.map(lambda o: PartitionSpec() if o is None else here, outputs, is_leaf=lambda o: o is None)
-    mapped = functools.partial(local, groups + positions)
-    return jax.shard_map(mapped, in_specs=inputs, out_specs=results, check_vma=False)(x, *arrays)
-
-
-def _by_tiles(weights: jax.Array) -> jax.Array:
-    """[N, G, S, E] -> [N, S / 8, E, (G, 8)]: what eight positions need of each expert, as full lanes."""
-    n, g, s, e = weights.shape
-    return weights.reshape(n, g, s // TILE, TILE, e).transpose(0, 2, 4, 1, 3).reshape(n, s // TILE, e, g * TILE)
-
-
-def _from_tiles(tiles: jax.Array, g: int) -> jax.Array:
-    n, parts, e, _ = tiles.shape
-    return tiles.reshape(n, parts, e, g, TILE).transpose(0, 3, 1, 4, 2).reshape(n, g, parts * TILE, e)

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mot_jax import mixing
 from mot_jax.config import ConfigError, MixtureOfTokensConfig
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
-from mot_jax.kernels import mosaic_experts
+from mot_jax.kernels import mosaic_experts, mosaic_tiles
 from mot_jax.sharding import AXES
 
 N, G, S, E, D, F = 2, 4, 16, 4, 24, 256
@@ -23,24 +24,34 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
 
 
-def plainly(activation, u, w_in, w_out):
-    return jnp.einsum("ensf,efd->ensd", activation(jnp.einsum("ensd,edf->ensf", u, w_in)), w_out)
+def arguments():
+    weights = jax.nn.softmax(normal(1, N, G, S, E), axis=1)
+    return normal(0, N, G, S, D), weights, normal(2, E, D, F) / D**0.5, normal(3, E, F, D) / F**0.5
 
 
-@pytest.mark.parametrize("width", [128, pytest.param(256, marks=pytest.mark.slow)])
-def test_values_and_gradients(width, monkeypatch):
-    """In two parts of F, where one would fit, and in two turns of rows."""
+def plainly(activation, x, weights, w_in, w_out):
+    o = jnp.einsum("ensf,efd->nsed", activation(jnp.einsum("nsed,edf->ensf", mixing.merge(weights, x), w_in)), w_out)
+    return mixing.emit(weights, o)
 
-    def plan(kernel, e, t, d, f, dtype, param_dtype):
-        return mosaic_experts._plan(kernel, e, t, d, f, jnp.dtype(dtype), jnp.dtype(param_dtype), width)
+
+@pytest.mark.parametrize("width, positions", [(128, 8), pytest.param(256, 16, marks=pytest.mark.slow)])
+def test_values_and_gradients(width, positions, monkeypatch):
+    """In two parts of F, where one would fit, two turns of rows, and two blocks of positions."""
+
+    def plan(kernel, *sizes_and_dtypes):
+        return mosaic_experts._plan(kernel, *sizes_and_dtypes, width)
+
+    def plan_of_passes(kernel, *sizes_and_dtype):
+        return mosaic_tiles._plan(kernel, *sizes_and_dtype, positions)
 
     monkeypatch.setattr(mosaic_experts, "plan", plan)
     monkeypatch.setattr(mosaic_experts, "ROWS", N * S // 2)
-    args, do = (normal(0, E, N, S, D), normal(1, E, D, F) / 5, normal(2, E, F, D) / 16), normal(3, E, N, S, D)
-    functions = (partial(f, jax.nn.gelu) for f in (mosaic_experts.experts, plainly))
+    monkeypatch.setattr(mosaic_tiles, "plan", plan_of_passes)
+    args, dy = arguments(), normal(4, N, G, S, D)
+    functions = (partial(f, jax.nn.gelu) for f in (mosaic_experts.mix_through, plainly))
     with jax.default_matmul_precision("highest"):
-        (o, pull), (expected, expected_pull) = (jax.vjp(jax.jit(f), *args) for f in functions)
-        chex.assert_trees_all_close((o, pull(do)), (expected, expected_pull(do)), rtol=1e-5, atol=1e-5)
+        (y, pull), (expected, expected_pull) = (jax.vjp(jax.jit(f), *args) for f in functions)
+        chex.assert_trees_all_close((y, pull(dy)), (expected, expected_pull(dy)), rtol=1e-5, atol=1e-5)
 
 
 def layer(kernel: str, **fields) -> MixtureOfTokens:
@@ -92,24 +103,33 @@ def test_what_the_kernels_do_not_do_is_refused():
     with pytest.raises(ConfigError, match="saved = 'pre_activations'; try saved = 'all'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match=r"65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
-        mosaic_experts.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32")
+        mosaic_experts.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32", "float32")
 
 
-SHAPES = {"d2048": (32, 1024, 2048, 8192), "Base/32E": (32, 2048, 768, 3072), "Medium/32E/8": (256, 2048, 512, 256)}
+SHAPES = {
+    "d2048": (4, 32, 256, 32, 2048, 8192),
+    "Base/32E": (8, 32, 256, 32, 768, 3072),
+    "Medium/32E/8": (8, 32, 256, 256, 512, 256),
+}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_block_is_moved_once(name):
-    """By hand: forward u and o, backward u, do and du, in 2 bytes; weights twice and their gradients, in 4."""
-    e, t, d, f = SHAPES[name]
-    expected = 5 * 2 * e * t * d + 3 * 4 * 2 * e * d * f
-    assert mosaic_experts.layer_bytes(e, t, d, f, "bfloat16", "float32") == expected
+    """By hand, of T tokens and U mixtures (each E / G of T), both in 2 bytes, and weights in 2, their gradient in 4:
+
+    forward x and u, u and o, o and y; backward dy and do, then u, do and du, then x, dy, o, du and dx. The experts'
+    weights twice and their gradients, in 4.
+    """
+    n, g, s, e, d, f = SHAPES[name]
+    tokens, mixtures, weights = n * g * s * d, n * s * e * d, n * g * s * e
+    expected = 2 * (6 * tokens + 10 * mixtures + 4 * weights) + 4 * weights + 3 * 4 * 2 * e * d * f
+    assert mosaic_experts.layer_bytes(*SHAPES[name], "bfloat16", "float32") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
-@pytest.mark.parametrize("e, t, d, f", [*SHAPES.values(), (4, 360, 768, 3072)])  # 180 rows would not be aligned
-def test_mosaic_compiles_it_for_a_v5p(e, t, d, f):
+@pytest.mark.parametrize("n, g, s, e, d, f", [*SHAPES.values(), (1, 4, 360, 4, 768, 3072)])  # blocks not of powers of 2
+def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
     from jax.sharding import SingleDeviceSharding
 
     from mot_jax.planning.hardware import parse_topology
@@ -117,15 +137,15 @@ def test_mosaic_compiles_it_for_a_v5p(e, t, d, f):
 
     chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
 
-    def both(do, *args):
-        o, pull = jax.vjp(partial(mosaic_experts.experts, jax.nn.relu), *args)
-        return o, pull(do)
+    def both(dy, *args):
+        y, pull = jax.vjp(partial(mosaic_experts.mix_through, jax.nn.relu), *args)
+        return y, pull(dy)
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
 
-    u = array("bfloat16", e, t // 8, 8, d)
-    weights = array("float32", e, d, f), array("float32", e, f, d)
-    text = jax.jit(both, out_shardings=chip).lower(u, u, *weights).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
-    assert f"{t},{f}]" not in text and f"{t // 8},8,{f}]" not in text  # no pre-activations anywhere
+    x, weights = array("bfloat16", n, g, s, d), array("float32", n, g, s, e)
+    of_experts = array("float32", e, d, f), array("float32", e, f, d)
+    text = jax.jit(both, out_shardings=chip).lower(x, x, weights, *of_experts).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 6
+    assert f"{e},{n * s},{f}]" not in text and f"{e},{n},{s},{f}]" not in text  # no pre-activations anywhere
