@@ -88,7 +88,7 @@ class MixtureOfTokensConfig:
         `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
         computed again.
     kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), for small
-        experts, or `pallas_experts` (`kernels/mosaic_experts.py`), for wide ones. They move fewer bytes, for more FLOPs.
+        experts, or `pallas_experts` (`kernels/mosaic_experts.py`), for wide ones. Fewer bytes, for more FLOPs.
     """
 
     kind: ClassVar[str] = "mixture_of_tokens"

@@ -81,6 +81,22 @@ def test_the_layer_on_a_mesh(shape):
     chex.assert_trees_all_close(first, second, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_gradients_of_experts_that_fsdp_has_cut_are_not_rounded_to_bfloat16():
+    mesh = jax.make_mesh((1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:2])
+    x = jnp.asarray(normal(5, 2 * G, S, D), "bfloat16")
+    graph, state = nnx.split(layer("pallas_experts", dtype="bfloat16"))
+    with jax.set_mesh(mesh):
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp")))
+        found = jax.jit(jax.grad(lambda state, x: jnp.square(nnx.merge(graph, state)(x).y).astype("float32").sum()))(
+            state, x
+        )
+    for name in ("w_in", "w_out"):
+        gradient = np.asarray(found[name][...])
+        assert gradient.dtype == np.float32 and (gradient.astype("bfloat16") != gradient).mean() > 0.9
+
+
 def test_a_position_sees_no_other_position_and_no_other_group():
     run, draw = jax.jit(partial(mosaic_experts.mix_through, jax.nn.relu)), np.random.default_rng(5)
     x, weights = normal(0, N, G, S, D), jax.nn.softmax(normal(1, N, G, S, E), axis=1)
