@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mot_jax.benchmark import decoding, headline, layers, numerics, step
-from mot_jax.benchmark.counts import SHAPES, paper_shapes
+from mot_jax.benchmark.counts import MIXTURE, SHAPES, WAYS, paper_shapes
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
 from mot_jax.config import (
@@ -106,10 +106,13 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
     if part.startswith("step"):
         config = _SMALL if small else _stepping(part)
-        configs = {"mixture_of_tokens": config, "dense": step.dense_twin(config)}
+        configs = {MIXTURE: config, "dense": step.dense_twin(config)}
         if part == "step":  # the models are small: there is room for both ways to attend
             auto = {f"{name}, attention_kernel auto": _auto(config) for name, config in configs.items()}
             configs = auto | configs
+        if jax.default_backend() == "tpu":
+            kernel = "pallas" if part == "step" else "pallas_experts"  # the one that takes their experts
+            configs = {f"{MIXTURE}, kernel {kernel}": _by(kernel, config)} | configs
         return step.bench_step(configs, rounds, progress)[0]
     config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")
     rows: list[dict[str, Any]] = []
@@ -117,6 +120,11 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         if time.monotonic() < deadline and not (small and rows):
             rows += decoding.bench_decoding(config, [batch], rounds, progress)[0]
     return rows
+
+
+def _by(kernel: str, config: Config) -> Config:
+    feed_forward = dataclasses.replace(config.model.feed_forward, **WAYS[kernel])
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=feed_forward))
 
 
 def _auto(config: Config) -> Config:

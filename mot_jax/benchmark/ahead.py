@@ -16,20 +16,13 @@ from mot_jax.benchmark.counts import Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
-from mot_jax.config import Config, ConfigError, DenseConfig, MeshConfig, MixtureOfTokensConfig
+from mot_jax.config import Config, ConfigError, DenseConfig, FeedForwardConfig, MeshConfig, MixtureOfTokensConfig
 from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.planning.hardware import parse_topology
 from mot_jax.planning.plan import devices_of, plan
 from mot_jax.planning.program import read_program
 
 Row = dict[str, Any]
-WAYS: dict[str, DenseConfig | MixtureOfTokensConfig] = {
-    "dense": DenseConfig(bias=False),
-    "mixture_of_tokens": MixtureOfTokensConfig(),
-    "mixture_of_tokens, all kept": MixtureOfTokensConfig(saved="all"),
-    "mixture_of_tokens, pallas": MixtureOfTokensConfig(kernel="pallas", saved="nothing"),
-    "mixture_of_tokens, pallas experts": MixtureOfTokensConfig(kernel="pallas_experts", saved="all"),
-}
 
 
 def bytes_of_layers(
@@ -47,7 +40,8 @@ def bytes_of_layers(
     rows: list[Row] = []
     for shape in shapes:
         dense: Row = {}
-        for kind, config in WAYS.items():
+        ways = {kind: config for kind, config in shape.ways().items() if isinstance(config, MixtureOfTokensConfig)}
+        for kind, config in ({"dense": DenseConfig(bias=False)} | ways).items():
             progress(f"{shape.name}, {kind}: compiling for {topology}")
             try:
                 row = _row(shape, config, dtype, param_dtype, where)
@@ -62,12 +56,11 @@ def bytes_of_layers(
     return rows
 
 
-def _row(shape: Shape, config: DenseConfig | MixtureOfTokensConfig, dtype: str, param_dtype: str, where: Any) -> Row:
+def _row(shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, where: Any) -> Row:
     kernel_bytes = 0
     if isinstance(config, MixtureOfTokensConfig):
         if config.kernel != "xla" and "TPU" not in next(iter(where.device_set)).device_kind:
             raise ConfigError(f"kernel = {config.kernel!r}: is for TPU; try --topology v5p:2x2x1")
-        config = dataclasses.replace(config, group_size=shape.group_size, num_experts=shape.num_experts)
         n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":
             kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)

@@ -35,6 +35,12 @@ def _milliseconds(name: str, row: dict[str, Any]) -> str:
     return f"{1e3 * row['floors'][name]:,.3f}"
 
 
+MIXTURE = MixtureOfTokensConfig.kind
+WAYS: dict[str, dict[str, Any]] = {
+    "all_kept": {"saved": "all"},
+    "pallas": {"kernel": "pallas", "saved": "nothing"},
+    "pallas_experts": {"kernel": "pallas_experts", "saved": "all"},
+}
 FLOORS = {"H100": "h100", "v5p": "v5p"}  # in tables, and in `hardware.HARDWARE`
 
 
@@ -64,9 +70,15 @@ class Shape:
         e, k = self.num_experts, max(1, self.num_experts // self.group_size)
         return {
             "dense": DenseConfig(),
-            "mixture_of_tokens": MixtureOfTokensConfig(self.group_size, e),
+            MIXTURE: MixtureOfTokensConfig(self.group_size, e),
             "token_choice": TokenChoiceConfig(e, top_k=k, routing_group_tokens=max(256, self.length)),
         }
+
+    def ways(self) -> dict[str, FeedForwardConfig]:
+        """The kinds, and the mixture as it can be computed otherwise, by `mixture_of_tokens:` and a name of `WAYS`."""
+        kinds = self.kinds()
+        others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in WAYS.items()}
+        return kinds | {f"{MIXTURE}:{name}": config for name, config in others.items()}
 
 
 SHAPES = {

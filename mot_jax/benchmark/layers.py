@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from mot_jax.benchmark.counts import Shape, layer_parts
+from mot_jax.benchmark.counts import MIXTURE, Shape, layer_parts
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
 from mot_jax.config import ConfigError, FeedForwardConfig, InitConfig, nearest
@@ -36,12 +36,21 @@ def needed_share() -> float:
 
 
 def kinds_of(shapes: Sequence[Shape], wanted: Sequence[str] | None) -> list[str]:
-    """The kinds to time: all, or those that are `wanted`. Raises ConfigError for one that there is not."""
-    there = list(shapes[0].kinds())
+    """The kinds and ways to time, those that are `wanted`, or all; on a CPU, the kinds.
+
+    Raises ConfigError for one that there is not, and for a kernel where no TPU is.
+    """
+    ways, platform = shapes[0].ways(), jax.default_backend()
+    here = [name for name, config in ways.items() if platform == "tpu" or getattr(config, "kernel", "xla") == "xla"]
     for kind in wanted or ():
-        if kind not in there:
-            raise ConfigError(f"--kinds = {kind}: no such kind{nearest(kind, there)}")
-    return list(dict.fromkeys(["dense", *(wanted or there)]))
+        if kind not in ways:
+            raise ConfigError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
+        if kind not in here:
+            raise ConfigError(
+                f"--kinds = {kind}: its kernel is for TPU; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
+            )
+    unless_told = list(shapes[0].kinds()) if platform == "cpu" else here
+    return list(dict.fromkeys(["dense", *(wanted or unless_told)]))
 
 
 def bench_layers(
@@ -56,6 +65,8 @@ def bench_layers(
     may_go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Row], float]:
     """A row for each shape, direction and kind; the memory's bytes/s. Raises ConfigError for an unknown kind.
+
+    Besides kinds there are ways to compute one (`Shape.ways`); a kernel that does not do a shape is left out.
 
     profile: a directory for a trace of the timed rounds, which the tracing slows down. may_go_on: asked before each
     shape and direction.
@@ -74,7 +85,7 @@ def bench_layers(
                 progress(f"{shape.name}, {direction}: no time is left")
                 return rows, rate
             progress(f"{shape.name}, {direction}: compiling {len(names) + 2} programs")
-            programs = _programs(shape, names, dtype, param_dtype, direction)
+            programs = _programs(shape, names, dtype, param_dtype, direction, progress)
             progress(f"{shape.name}, {direction}: {rounds} rounds")
             with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
                 times = in_turns(programs, rounds)
@@ -98,7 +109,7 @@ def _rows(
     share = dense.of(direction)[0] / best / peak
     rows = []
     for name, program in programs.items():
-        kind = name if name in shape.kinds() else "dense"
+        kind = name.partition(":")[0] if name in shape.ways() else "dense"
         count = layer_parts(shape, kind, dtype, param_dtype)[-1]
         flops, size = count.of(direction)
         median = times[name].median
@@ -133,15 +144,25 @@ def _rows(
 # --- what is timed ----------------------------------------------------------------------------------------------------
 
 
-def _programs(shape: Shape, kinds: Sequence[str], dtype: str, param_dtype: str, direction: str) -> dict[str, Program]:
+def _programs(
+    shape: Shape,
+    kinds: Sequence[str],
+    dtype: str,
+    param_dtype: str,
+    direction: str,
+    progress: Callable[[str], None],
+) -> dict[str, Program]:
     x, dy = (
         jax.random.normal(jax.random.key(seed), (shape.rows, shape.length, shape.d_model), dtype) for seed in (0, 1)
     )
     programs = {"products": Program(*_products(shape, dtype, direction))}
-    layers = {kind: layer(shape, kind, dtype, param_dtype) for kind in kinds}
-    layers["dense_flat"] = _flat(shape, dtype, param_dtype)
-    for name, (run, params) in layers.items():
-        programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
+    for name in (*kinds, "dense_flat"):
+        try:
+            flat = name == "dense_flat"
+            run, params = _flat(shape, dtype, param_dtype) if flat else layer(shape, name, dtype, param_dtype)
+            programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
+        except ConfigError as error:  # a kernel
+            progress(f"{shape.name}, {name}: {error}")
     return programs
 
 
@@ -149,7 +170,7 @@ def layer(
     shape: Shape, kind: str, dtype: str, param_dtype: str = "float32"
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
     """(parameters, x [B, S, D]) -> update [B, S, D] of a layer of this kind, and its parameters, freshly drawn."""
-    return applied(make(shape, shape.kinds()[kind], dtype=dtype, param_dtype=param_dtype))
+    return applied(make(shape, shape.ways()[kind], dtype=dtype, param_dtype=param_dtype))
 
 
 def make(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:

@@ -35,7 +35,11 @@ def _layers(arguments: list[str]) -> None:
     parser = Parser(prog="mot bench layers", allow_abbrev=False)
     shapes = "default: cpu_e32,cpu_e128 on a CPU, the paper's elsewhere"
     parser.add_argument("--shapes", metavar="NAME,...", help=f"of benchmark/counts.py ({shapes})")
-    parser.add_argument("--kinds", metavar="KIND,...", help="beside dense (default: all that train)")
+    parser.add_argument(
+        "--kinds",
+        metavar="KIND,...",
+        help="beside dense (default: all that train; elsewhere than on a CPU other ways to compute the mixture, too)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--param-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", default="20", metavar="N", help="in which all take turns (20)")

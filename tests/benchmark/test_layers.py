@@ -154,6 +154,27 @@ def test_unknown_names_are_told(capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(ConfigError):
         layers.kinds_of([TINY], ["companions"])
+    with pytest.raises(ConfigError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for TPU; try --topology"):
+        layers.kinds_of([TINY], ["mixture_of_tokens:pallas"])
+
+
+def test_other_ways_to_compute_the_mixture_are_timed_where_they_run(monkeypatch):
+    kinds = list(TINY.kinds())
+    assert layers.kinds_of([TINY], None) == kinds
+    for platform, others in (("gpu", ["all_kept"]), ("tpu", ["all_kept", "pallas", "pallas_experts"])):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert layers.kinds_of([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
+
+
+@pytest.mark.slow
+def test_a_kernel_that_does_not_do_a_shape_is_left_out(monkeypatch):
+    """As on a TPU, whose kernels are interpreted here."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    told, shape = [], dataclasses.replace(TINY, num_experts=12)  # not a multiple of 8
+    wanted = ["mixture_of_tokens:pallas", "mixture_of_tokens:pallas_experts"]
+    rows, _ = bench_layers([shape], wanted, "float32", 3, told.append, directions=["forward_backward"])
+    assert [row["kind"] for row in rows] == ["products", "dense", wanted[1], "dense_flat"]
+    assert any("takes a multiple of 8 experts" in line for line in told)
 
 
 def test_a_cpu_has_shapes_of_its_own():
