@@ -50,6 +50,9 @@ def test_steps_are_of_models_that_can_be(part):
     check(config)
     assert config.model.dtype == "bfloat16" and config.model.feed_forward.kind == "mixture_of_tokens"
     assert {"step": 256, "step_base_32e": 768, "step_d2048": 2048}[part] == config.model.d_model
+    kernel = accelerator._by("pallas" if part == "step" else "pallas_experts", config)
+    check(kernel)
+    assert kernel.model.feed_forward.kernel != "xla"
 
 
 def parts(monkeypatch, **makers):
