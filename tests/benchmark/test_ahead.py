@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.ahead import memory_of_steps
+from mot_jax.benchmark.ahead import COLUMNS, STEP_COLUMNS, memory_of_steps
 from mot_jax.benchmark.step import dense_twin
 from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
 
@@ -62,6 +62,21 @@ def test_the_command_tells_of_steps(tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["config"] for row in rows] == ["demo", "demo, dense"] and rows[0]["ratio"] > 1
     assert "GB of temporaries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["layers", "--shapes", "tiny"], ["step", "configs/demo.py"]], ids=lambda c: c[0])
+def test_what_times_is_refused_where_nothing_is_run(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *command, "--topology", "local:1", "--rounds", "9", "--profile", "trace"])
+    rounds, profile = capsys.readouterr().err.splitlines()
+    assert "--rounds = 9: has no part in --topology" in rounds and rounds.endswith("try without --rounds")
+    assert "--profile = trace: has no part in --topology" in profile and profile.endswith("try without --profile")
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, STEP_COLUMNS])
+def test_no_two_columns_have_one_title(columns):
+    titles = [title for title, _ in columns]
+    assert len(set(titles)) == len(titles)
 
 
 @pytest.mark.slow
