@@ -195,7 +195,7 @@ def test_accounting_knows_what_splash_keeps(monkeypatch):
     counted = accounting.kept_bytes(splash, B)["attention"] // splash.num_blocks
     assert accounting.kept_bytes(plain, B)["attention"] // plain.num_blocks - counted > B * H * S * S * 4 * 0.9
     again = accounting.recomputed_flops(splash) - accounting.recomputed_flops(plain)
-    assert again == splash.num_blocks * 2 * S * D
+    assert again == splash.num_blocks * 3 * 2 * S * D  # scores, and their gradient, in two kernels
     monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
     traced, _ = accounting._trace_kept(splash, DenseConfig(), "attention")
     assert traced * B == counted
