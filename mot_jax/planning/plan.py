@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 from mot_jax.accounting import flops_per_token, peak_flops, table
 from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
 from mot_jax.data.objectives import Batch
+from mot_jax.planning import hlo
 from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
@@ -139,7 +140,7 @@ def plan(
         say(f"compiling it for {topology}: a minute or more for large models")
         try:
             compiled = traced.lower().compile()
-            program = read_program(compiled.as_text(), dict(mesh.shape), where.slices)
+            program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), where.slices)
             memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

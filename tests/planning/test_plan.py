@@ -26,6 +26,7 @@ from mot_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
+from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
 from mot_jax.planning.hardware import HARDWARE, parse_topology
 from mot_jax.planning.plan import Plan, plan
@@ -183,7 +184,7 @@ def by_kind(program):
 def test_fully_sharded_weights_on_a_tpu_by_hand():
     devices = module.devices_of(parse_topology("v5e:2x4"))
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
-    program = read_program(sharded_program(mesh), dict(mesh.shape))
+    program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape))
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2  # bytes, in bfloat16
     # Gathered once, since the forward pass keeps them. libtpu reduces whole gradients and takes a part of them.
@@ -230,7 +231,7 @@ def test_two_slices_on_a_tpu_by_hand():
     devices = module.devices_of(parse_topology("v5e:2x2", 2))
     order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
     mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
-    program = read_program(sharded_program(mesh), dict(mesh.shape), slices=2)
+    program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape), slices=2)
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2
     # Each slice adds up its own gradients; a quarter of them goes from each chip to the other slice.
