@@ -110,10 +110,10 @@ def memory_of_steps(configs: Mapping[str, Config], topology: str, progress: Call
     """A row for the training step of each config on one chip of `topology`; the last one is the baseline.
 
     Rows: config; needed: bytes of the chip's memory, of which arguments (parameters, optimizer state, batch) and
-    temporaries, gaps between them included; live: those of the temporaries that are in use at the peak. ratio,
-    live_ratio: temporaries and live over the baseline's. hbm_bytes, of a step, by the compiled program's text;
-    compile_s. Of a step that does not fit there is `needed` alone, None where the compiler does not say, and `fits` is
-    False.
+    temporaries, gaps between them included; live: those of the temporaries that are in use at the peak, None but on a
+    TPU. ratio, live_ratio: temporaries and live over the baseline's. hbm_bytes, of a step, by the compiled program's
+    text; compile_s. Of a step that does not fit there is `needed` alone, None where the compiler does not say, and
+    `fits` is False.
     """
     rows: list[Row] = []
     for name, config in configs.items():

@@ -41,15 +41,15 @@ CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8))
 
 def test_a_steps_memory():
     [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
-    assert (row["config"], row["fits"], row["ratio"], row["live_ratio"]) == ("mot", True, 1, 1)
-    assert row["needed"] >= row["arguments"] + row["temporaries"] >= row["arguments"] + row["live"]
-    assert row["live"] > 0 and row["hbm_bytes"] > row["arguments"]
+    assert (row["config"], row["fits"], row["ratio"]) == ("mot", True, 1)
+    assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
+    assert row["live"] is None and row["live_ratio"] is None  # a CPU's compiler does not say
 
 
 @pytest.mark.slow
 def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
     mot, dense = memory_of_steps({"mot": CONFIG, "dense": dense_twin(CONFIG)}, "local:1", lambda line: None)
-    assert (mot["config"], dense["config"], dense["ratio"], dense["live_ratio"]) == ("mot", "dense", 1, 1)
+    assert (mot["config"], dense["config"], dense["ratio"]) == ("mot", "dense", 1)
     assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1
     # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
     assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))

@@ -6,13 +6,14 @@ import collections
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mot_jax.accounting import count_parameters, peak_flops
@@ -92,6 +93,24 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'mot_jax\[tpu\]'"):
         plan(small(data=4), "v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
+def test_what_is_in_use_at_once_on_a_tpu():
+    """All temporaries, where they follow one another without a gap; neither the argument nor what is given back."""
+    chip = SingleDeviceSharding(module.devices_of(parse_topology("v5p:2x2x1"))[0])
+    x = jax.ShapeDtypeStruct((8192, 8192), "float32", sharding=chip)
+
+    def run(x):
+        return (jnp.tanh(x @ x) @ x) @ (x @ x), x + 1
+
+    for donated, outputs in ((None, 2), (0, 1)):
+        compiled = jax.jit(run, out_shardings=chip, donate_argnums=donated).lower(x).compile()
+        found = module._program_bytes(compiled.memory_analysis(), None, "tpu")
+        assert found["other outputs and code"] == pytest.approx(outputs * 2**28, abs=2**22)
+        assert found["in use at once"] == found["temporaries"] > 2**26
+        assert "in use at once" not in module._program_bytes(compiled.memory_analysis(), None, "cpu")
 
 
 @pytest.mark.parametrize(
