@@ -43,6 +43,10 @@ from mot_jax.training.schedule import make_optimizer
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
 
+# The kernels of attention that keep no scores, and the products of S x S that their backward pass makes again: the
+# scores; splash, whose gradients of queries and of keys are kernels apart, makes them and their gradient in both.
+FUSED = {"cudnn": 1, "splash": 3}
+
 
 def flops_per_token(config: Config) -> float:
     """Model FLOPs of training per token: 3 x the forward pass, nothing that is computed again."""
@@ -78,21 +82,23 @@ def recomputed_flops(model: ModelConfig) -> float:
     """FLOPs per token that the backward pass spends on computing again what was not kept.
 
     By `saved` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
-    `nothing` their input products as well, of which gated ones have two. With `remat: attention`, and in the kernels
-    `cudnn` and `splash`, the scores (`auto` counts as `xla`). With `remat: blocks`, whatever `saved`, each stack's
-    period runs forward again, but for the product that ends its last block, which no derivative reads.
+    `nothing` their input products as well, of which gated ones have two. With `remat: attention` the scores. With
+    `remat: blocks`, whatever `saved`, each stack's period runs forward again, but for the product that ends its last
+    block, which no derivative reads. And always what the backward pass of a fused attention makes (`FUSED`; `auto`
+    counts as `xla`).
     """
     d, kinds = model.d_model, model.block_kinds()
+    fused = FUSED.get(model.attention_kernel, 0)
+    scores = 2.0 * model.context_length * d  # of one product of S x S
     if model.remat == "blocks":
-        total = sum(sum(_block_flops(model, kind).values()) for kind in kinds)
+        total = sum(sum(_block_flops(model, kind).values()) + fused * scores for kind in kinds)
         for period, repeats in stack_plan(model):
             last = period[-1]
             width = model.d_ff if isinstance(last, DenseConfig) else last.shared_dim
             width += last.num_experts if isinstance(last, MixtureOfTokensConfig) else 0
             total -= repeats * 2 * d * width
         return total
-    again = model.remat == "attention" or model.attention_kernel in FUSED
-    total = model.num_blocks * 2.0 * model.context_length * d if again else 0.0
+    total = model.num_blocks * scores * (fused or model.remat == "attention")
     for kind in kinds:
         if isinstance(kind, TokenChoiceConfig) and kind.capacity_factor is None:  # `routing.sum_experts`
             total += _block_flops(model, kind)["experts"] / (3 if model.gated else 2)
@@ -142,7 +148,6 @@ def _shapes(model: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-FUSED = ("cudnn", "splash")  # kernels of attention that keep no scores
 _MANY = 1_000_003  # the length of a scan that is only traced: no other dimension is as large
 
 

@@ -112,7 +112,7 @@ class Attention(nnx.Module):
             return fused(query, key, value, fused_attention.documents_of(token_mask, segments), causal)
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if segments is not None:
-            same = (segments[:, :, None] == segments[:, None, :])[:, None]
+            same = fused_attention.same_document(segments, segments)[:, None]
             mask = same if mask is None else same & mask
         attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=causal)
         if self.config.remat == "attention":  # the S x S scores are large, and cheap to compute again

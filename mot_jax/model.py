@@ -18,6 +18,7 @@ from mot_jax.attention import Attention, LayerCache
 from mot_jax.config import FeedForwardConfig, ModelConfig
 from mot_jax.feed_forward import FeedForwardContext, make_feed_forward
 from mot_jax.init import draw
+from mot_jax.kernels.fused_attention import same_document
 from mot_jax.losses import LossSums, cross_entropy_sum
 from mot_jax.sharding import anchor, positions_of, reshard, spec, whole
 
@@ -66,7 +67,7 @@ class Cache:
         seen = self.real[:, None, :] & (jnp.arange(self.real.shape[1]) <= columns[:, None])
         if document_mask:
             own = jax.lax.dynamic_slice_in_dim(self.segments, self.column, length, axis=1)
-            seen &= own[:, :, None] == self.segments[:, None, :]
+            seen &= same_document(own, self.segments)
         return seen[:, None]
 
 

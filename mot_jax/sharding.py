@@ -23,15 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import (
-    Config,
-    ConfigError,
-    MeshConfig,
-    MixtureOfTokensConfig,
-    ModelConfig,
-    TokenChoiceConfig,
-    platform_fault,
-)
+from mot_jax.config import Config, ConfigError, DenseConfig, MeshConfig, ModelConfig, platform_fault
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -80,8 +72,8 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, trains: bool = True) -> Mesh:
     """The Explicit mesh of `config.mesh` over `devices` (default: all), along the machine's own network.
 
-    Raises ConfigError if the axes do not multiply to the number of devices, or if what they are to divide (experts,
-    heads, widths; the batch of a config that `trains`) does not divide.
+    Raises ConfigError if the axes do not multiply to the number of devices, if what they are to divide (experts, heads,
+    widths; the batch of a config that `trains`) does not divide, or if they cut what a kernel takes whole.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config.mesh, len(devices))
@@ -122,7 +114,7 @@ def _sizes(mesh: MeshConfig, count: int) -> Sizes:
 
 
 def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int, slices: int) -> Iterator[str]:
-    """What an axis is to cut into equal parts, and cannot."""
+    """What an axis is to cut into equal parts, and cannot; what it is not to cut."""
     m, kind = config.model, config.model.feed_forward
     parts = [("expert", expert, "model.feed_forward.num_experts", getattr(kind, "num_experts", expert))]
     parts += [("tensor", tensor, "model.num_heads", m.num_heads)]
@@ -130,12 +122,16 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
     parts += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
     if m.d_model % fsdp == 0:
         parts += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
-    if isinstance(kind, (MixtureOfTokensConfig, TokenChoiceConfig)):
+    if not isinstance(kind, DenseConfig):
         parts += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
         parts += [("tensor", tensor, "model.feed_forward.shared_dim", kind.shared_dim)]
     for axis, size, name, whole in parts:
         if whole % size:
             yield f"mesh.{axis} = {size}: must divide {name} = {whole}; try {math.gcd(size, whole)}"
+    if (kernel := getattr(kind, "kernel", "xla")) != "xla":
+        for axis, size in (("expert", expert), ("tensor", tensor)):
+            if size > 1:
+                yield f"mesh.{axis} = {size}: model.feed_forward.kernel = {kernel!r} takes whole experts; try 1"
     if data % slices:
         yield f"mesh.data = {data}: must be a multiple of the {slices} slices; try {slices}"
 

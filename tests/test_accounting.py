@@ -6,6 +6,7 @@ import json
 import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from mot_jax.config import (
     TokenChoiceConfig,
     TrainingConfig,
 )
+from mot_jax.kernels.fused_attention import splash
 from mot_jax.model import bind, init_params
 
 POLICIES = ("nothing", "pre_activations", "all")
@@ -230,6 +232,27 @@ def test_rematerialised_flops_are_the_compilers(saved, remat):
     # The compiler also counts the exponentials of the scores, which matter beside a single product.
     share = 0.05 if remat == "attention" else 0.02
     assert more == pytest.approx(accounting.recomputed_flops(probe(1, saved, remat=remat)), rel=share)
+
+
+def test_what_splash_makes_again_is_what_its_kernels_hold():
+    def products(jaxpr, inside=False):
+        here = sum(equation.primitive.name == "dot_general" for equation in jaxpr.eqns) if inside else 0
+        for equation in jaxpr.eqns:
+            for part in jax.extend.core.jaxprs_in_params(equation.params):
+                here += products(part, inside or equation.primitive.name == "pallas_call")
+        return here
+
+    def attend(query, key, value):
+        return splash(query, key, value, None, causal=True, interpret=True).sum()
+
+    x = jax.ShapeDtypeStruct((1, 128, 1, 64), "float32")
+    made = products(jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(x, x, x).jaxpr)
+    again = made - 3 * 2  # forward, two for each gradient
+    model = dataclasses.replace(PROBE, num_blocks=3, context_length=128)
+    for remat in ("none", "blocks"):
+        xla = dataclasses.replace(model, remat=remat)
+        more = accounting.recomputed_flops(dataclasses.replace(xla, attention_kernel="splash"))
+        assert more - accounting.recomputed_flops(xla) == 3 * again * 2 * 128 * 256
 
 
 @pytest.mark.parametrize(("saved", "remat"), [("pre_activations", r) for r in ("none", "attention", "blocks")])

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mot_jax import compilation
+
 COMPILE = """
 from mot_jax import compilation
 compilation.keep_compiled()
@@ -43,3 +45,17 @@ def test_a_directory_that_the_user_names_is_taken(tmp_path):
 def test_without_a_directory_to_write_to_it_goes_on(tmp_path):
     (tmp_path / ".cache").write_text("a file")
     assert not found(tmp_path)
+
+
+def test_what_was_used_longest_ago_is_forgotten_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(compilation, "MOST_BYTES", 25)
+    directory = tmp_path / ".cache/mot_jax/compiled"
+    directory.mkdir(parents=True)
+    for name, written, used in (("a", 1, 9), ("b", 2, 2), ("c", 3, 3), ("d", 4, 4)):
+        file = directory / f"{name}-cache"
+        file.write_bytes(bytes(10))
+        os.utime(file, (used, written))
+    compilation.keep_compiled()
+    assert sorted(file.name for file in directory.iterdir()) == ["a-cache", "d-cache"]

@@ -342,6 +342,12 @@ def routed(shape, rows: int, **fields) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
 
 
+def with_kernel(shape) -> Config:
+    config = config_of(shape, saved="nothing")
+    kind = dataclasses.replace(config.model.feed_forward, kernel="pallas")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+
+
 def test_rows_that_a_mesh_can_hold_make_whole_routing_groups():
     mesh = jax.make_mesh((2, 1, 2, 1), sharding.AXES, devices=jax.devices()[:4])
     assert sharding.rows_multiple(routed((2, 1, 2, 1), 3), mesh) == 12
@@ -369,6 +375,10 @@ FAULTS = {
     "experts and batch at once": (
         training(config_of((1, 1, 6, 1)), 16),
         ["mesh.expert = 6: must divide model.feed_forward.num_experts = 8; try 2", "training.batch_size = 16"],
+    ),
+    "whole experts": (
+        with_kernel((2, 1, -1, 2)),
+        [f"mesh.{axis} = 2: model.feed_forward.kernel = 'pallas' takes whole experts" for axis in ("expert", "tensor")],
     ),
     "heads": (config_of((1, 1, 1, 8), d_ff=72), ["mesh.tensor = 8: must divide model.num_heads = 4; try 4"] * 1),
     "routing groups": (

@@ -104,9 +104,9 @@ class Program:
         self.copies: int | None = None
         self.bytes: float | None = None
         with contextlib.suppress(UnknownTextError):
-            text = self._compiled.as_text() or ""
-            self.copies = count_copies(text)
-            self.bytes = read_program(text, {}).hbm_bytes
+            module = hlo.parse(self._compiled.as_text() or "")
+            self.copies = count_copies(module)
+            self.bytes = read_program(module, {}).hbm_bytes
 
     def __call__(self) -> Callable[[], Any]:
         """For `in_turns`."""
@@ -123,9 +123,9 @@ def temporaries(compiled: jax.stages.Compiled) -> int | None:
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def count_copies(text: str, least: int = 4096) -> int:
+def count_copies(module: hlo.Module, least: int = 4096) -> int:
     """Instructions of a compiled program that copy or transpose so many bytes or more; a fusion that does so is one."""
-    computations = hlo.parse(text).computations
+    computations = module.computations
     everything = (i for computation in computations.values() for i in computation.instructions.values())
     inside = {name for i in everything if i.opcode == "fusion" for name in i.called("calls")}
 

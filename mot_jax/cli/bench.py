@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -42,14 +43,14 @@ def _layers(arguments: list[str]) -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--param-dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", default="20", metavar="N", help="in which all take turns (20)")
+    parser.add_argument("--rounds", metavar="N", help="in which all take turns (20)")
     parser.add_argument("--counts", action="store_true", help="FLOPs, fewest bytes and floors; nothing is run")
     parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here, and count bytes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of the ratios to dense")
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options = parser.parse_args(arguments)
-    rounds = positive("--rounds", options.rounds, least=3)
+    rounds = positive("--rounds", options.rounds or "20", least=3)
     from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, paper_shapes, shape_of
 
     chosen = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
@@ -60,6 +61,7 @@ def _layers(arguments: list[str]) -> None:
         _tell(options.json, about, rows, COUNT_COLUMNS, dtype=dtype, param_dtype=options.param_dtype)
         return
     if options.topology:
+        _refuse_timing(options, "kinds", "rounds", "plot", "profile")
         from mot_jax.benchmark import ahead
         from mot_jax.training.checkpoint import versions
 
@@ -91,12 +93,14 @@ def _step(arguments: list[str]) -> None:
     parser = Parser(prog="mot bench step", usage=usage, allow_abbrev=False)
     against = "a config to compare with (default: the dense model of the same widths)"
     parser.add_argument("--against", metavar="CONFIG", help=against)
-    parser.add_argument("--rounds", default="20", metavar="N", help="in which both take turns (20)")
+    parser.add_argument("--rounds", metavar="N", help="in which both take turns (20)")
     parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here; count memory")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options, config = parse(parser.prog, arguments, None, parser)
-    rounds = positive("--rounds", options.rounds, least=3)
+    if options.topology:
+        _refuse_timing(options, "rounds", "profile")
+    rounds = positive("--rounds", options.rounds or "20", least=3)
     from mot_jax.benchmark.step import COLUMNS, bench_step, dense_twin
     from mot_jax.benchmark.timing import machine
 
@@ -181,6 +185,14 @@ def _accelerator(arguments: list[str]) -> None:
     failed = bench_accelerator(options.out, chosen, options.small, 60.0 * minutes, _progress)
     if failed:
         sys.exit(1)
+
+
+def _refuse_timing(options: argparse.Namespace, *names: str) -> None:
+    """Raises ConfigError with every one of these options that is given, since nothing is run under --topology."""
+    given = [(name, value) for name in names if (value := getattr(options, name)) is not None]
+    rule = "has no part in --topology, which compiles and runs nothing"
+    if given:
+        raise ConfigError(*(f"--{name} = {value}: {rule}; try without --{name}" for name, value in given))
 
 
 def _tell(json: str | None, about: dict[str, str], rows: list[dict], columns: Sequence[Any], **content: Any) -> None:

@@ -107,10 +107,6 @@ def _size_faults(config: Config) -> Iterator[str]:
         yield "model.dense_bias = False: is for models of two kinds; a dense one has model.feed_forward.bias; try True"
     if isinstance(m.feed_forward, MixtureOfTokensConfig):
         yield from _mixture_faults(m, m.feed_forward)
-        kernel = m.feed_forward.kernel
-        for axis in ("expert", "tensor") if kernel != "xla" else ():
-            if (size := getattr(config.mesh, axis)) > 1:
-                yield f"mesh.{axis} = {size}: model.feed_forward.kernel = {kernel!r} takes whole experts; try 1"
     elif config.training.upcycle_from is not None:
         yield (
             f"training.upcycle_from = {config.training.upcycle_from!r}: model.feed_forward must be a Mixture of "

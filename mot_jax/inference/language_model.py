@@ -16,6 +16,7 @@ from mot_jax.config import Config, ConfigError
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.inference.companions import load_companions
+from mot_jax.inference.continuation import Continuation, Row
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
 from mot_jax.inference.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.inference.scoring import right_padded, score, windows
@@ -37,17 +38,6 @@ class Filled(NamedTuple):
 
     text: str
     gaps: list[tuple[str, float]]
-
-
-class Continuation(NamedTuple):
-    """text: what follows the prompt, without the stop that ended it. tokens: int32 [n], with it. log_probs: float32
-    [n], natural, of each token by the model's own distribution. finished: whether a stop ended it.
-    """
-
-    text: str
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    finished: bool
 
 
 class Likelihood(NamedTuple):
@@ -106,7 +96,7 @@ class LanguageModel:
         """
         if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
             raise ConfigError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
-        rows = [_Row(self._encode(prompt)) for prompt in prompts]
+        rows = [Row(self._encode(prompt)) for prompt in prompts]
         self._check(prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed)
         stops, spelt = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
         ended = [*stops, *([np.array([self.tokenizer.end_of_text])] if ends else [])]
@@ -350,47 +340,6 @@ def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> l
     else:
         found = f"what that costs is not measured yet: mot evaluate {workdir} --mode all"
     return [*lines, f"warning: the model was trained in mode {trained}; {found}"]
-
-
-class _Row:
-    """A prompt and what was written after it."""
-
-    def __init__(self, prompt: np.ndarray):
-        self.text, self.finished = prompt, False
-        self._begin, self._log_probs = len(prompt), np.zeros(0, np.float32)
-        self._end: int | None = None  # bytes before the stop
-        self._first = 0  # token of it that the model reads
-
-    def window(self, length: int) -> np.ndarray:
-        """What the model reads next, at most `length` tokens: from where it read before, unless that was outgrown."""
-        if len(self.text) - self._first > length:
-            self._first = len(self.text) - max(length // 2, 1)
-        return self.text[len(self.text) if self.finished else self._first :]
-
-    def take(self, tokens: np.ndarray, log_probs: np.ndarray, finished: bool) -> None:
-        if not self.finished:
-            self.text, self._log_probs = np.append(self.text, tokens), np.append(self._log_probs, log_probs)
-            self.finished = bool(finished)
-
-    def end_at(self, stops: list[bytes], tokenizer: Tokenizer) -> None:
-        """Ends the row with the token that completes the first of `stops`, if what was written holds any."""
-        if self._end is not None or not stops:
-            return
-        written = tokenizer.decode(self.text[self._begin :])
-        if not any(stop in written for stop in stops):
-            return
-        for length in range(1, len(self._log_probs) + 1):
-            written = tokenizer.decode(self.text[self._begin : self._begin + length])
-            places = [place for stop in stops if (place := written.find(stop)) >= 0]
-            if places:
-                self.text, self._log_probs = self.text[: self._begin + length], self._log_probs[:length]
-                self.finished, self._end = True, min(places)
-                return
-
-    def continuation(self, tokenizer: Tokenizer) -> Continuation:
-        tokens = self.text[self._begin :]
-        words = tokenizer.decode(tokens)[: self._end].decode(errors="replace")
-        return Continuation(words, tokens, self._log_probs, self.finished)
 
 
 def _table(stops: list[np.ndarray]) -> np.ndarray:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh
 from mot_jax.accounting import flops_per_token, peak_flops, table
 from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
 from mot_jax.data.objectives import Batch
+from mot_jax.planning import hlo
 from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
@@ -139,8 +140,8 @@ def plan(
         say(f"compiling it for {topology}: a minute or more for large models")
         try:
             compiled = traced.lower().compile()
-            program = read_program(compiled.as_text(), dict(mesh.shape), where.slices)
-            memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]))
+            program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), where.slices)
+            memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -240,22 +241,19 @@ def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _program_bytes(analysis: Any, limit: float | None) -> dict[str, float | None]:
+def _program_bytes(analysis: Any, limit: float | None, platform: str) -> dict[str, float | None]:
     """The compiler's own figures. Outputs that take the place of arguments are counted once.
 
     `temporaries` is what is set aside for them, gaps between them included; of it `in use at once` is live at the peak,
-    None where the compiler does not say.
+    with what lies in the core's own memory. It is said of a TPU alone: the peak of a CPU's compiler has no temporaries.
     """
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    live = analysis.peak_memory_in_bytes - arguments  # a CPU's compiler says less than the arguments
-    more = analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
-    memory = {
-        "arguments": arguments,
-        "temporaries": temporaries,
-        "in use at once": live if live > 0 else None,
-        "other outputs and code": more,
-    }
-    return {**memory, "needed": arguments + temporaries + more, "HBM limit": limit}
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory = {"arguments": arguments, "temporaries": temporaries}
+    if platform == "tpu":
+        memory["in use at once"] = analysis.peak_memory_in_bytes - arguments - outputs
+    more = outputs + analysis.generated_code_size_in_bytes
+    return {**memory, "other outputs and code": more, "needed": arguments + temporaries + more, "HBM limit": limit}
 
 
 def _refused_bytes(message: str, limit: float | None) -> dict[str, float | None]:

@@ -77,15 +77,15 @@ class Program:
         return sum(body.executions * body.hbm_bytes for body in self.bodies)
 
 
-def read_program(text: str, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
-    """The program of `compiled.as_text()`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
+def read_program(module: Module, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
+    """The program of `hlo.parse`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
 
     The first axis of several slices goes over the slices; XLA's program is that of one of them. kernels: whether those
     written by hand are counted, as reading each operand and writing each result once; False for who knows better.
     """
     first = next((name for name, size in mesh_shape.items() if size > 1), None)
     inside = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
-    return _Reader(hlo.parse(text), inside, slices, kernels).read()
+    return _Reader(module, inside, slices, kernels).read()
 
 
 class _Reader:

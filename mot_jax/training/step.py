@@ -37,9 +37,9 @@ class Evaluation(NamedTuple):
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, microbatches of global arrays [A, B / A, S]) -> (state, metrics): one update by the mean loss per target.
 
-    Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; RMS of gradient (before
-    clipping), of the parameters and of their change; the layers' own, averaged over microbatches. Compile it with the
-    state donated.
+    Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; gradient_rms, before
+    clipping; parameter_rms; update_rms, of the parameters' change, as rounded to their dtype; the layers' own, averaged
+    over microbatches. Compile it with the state donated.
     """
     accumulation, weigh = config.training.accumulation, config.training.losses
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)

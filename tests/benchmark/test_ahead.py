@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.ahead import memory_of_steps
+from mot_jax.benchmark.ahead import COLUMNS, STEP_COLUMNS, memory_of_steps
 from mot_jax.benchmark.step import dense_twin
 from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
 
@@ -41,15 +41,15 @@ CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8))
 
 def test_a_steps_memory():
     [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
-    assert (row["config"], row["fits"], row["ratio"], row["live_ratio"]) == ("mot", True, 1, 1)
-    assert row["needed"] >= row["arguments"] + row["temporaries"] >= row["arguments"] + row["live"]
-    assert row["live"] > 0 and row["hbm_bytes"] > row["arguments"]
+    assert (row["config"], row["fits"], row["ratio"]) == ("mot", True, 1)
+    assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
+    assert row["live"] is None and row["live_ratio"] is None  # a CPU's compiler does not say
 
 
 @pytest.mark.slow
 def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
     mot, dense = memory_of_steps({"mot": CONFIG, "dense": dense_twin(CONFIG)}, "local:1", lambda line: None)
-    assert (mot["config"], dense["config"], dense["ratio"], dense["live_ratio"]) == ("mot", "dense", 1, 1)
+    assert (mot["config"], dense["config"], dense["ratio"]) == ("mot", "dense", 1)
     assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1
     # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
     assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))
@@ -62,6 +62,21 @@ def test_the_command_tells_of_steps(tmp_path, capsys):
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["config"] for row in rows] == ["demo", "demo, dense"] and rows[0]["ratio"] > 1
     assert "GB of temporaries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["layers", "--shapes", "tiny"], ["step", "configs/demo.py"]], ids=lambda c: c[0])
+def test_what_times_is_refused_where_nothing_is_run(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *command, "--topology", "local:1", "--rounds", "9", "--profile", "trace"])
+    rounds, profile = capsys.readouterr().err.splitlines()
+    assert "--rounds = 9: has no part in --topology" in rounds and rounds.endswith("try without --rounds")
+    assert "--profile = trace: has no part in --topology" in profile and profile.endswith("try without --profile")
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, STEP_COLUMNS])
+def test_no_two_columns_have_one_title(columns):
+    titles = [title for title, _ in columns]
+    assert len(set(titles)) == len(titles)
 
 
 @pytest.mark.slow

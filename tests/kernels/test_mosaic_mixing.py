@@ -1,6 +1,5 @@
 """The kernels against `mixing.mix_through` (interpreted here), their blocks, and their compilation for a TPU."""
 
-import dataclasses
 import importlib.util
 import os
 from functools import partial
@@ -14,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mot_jax import mixing
-from mot_jax.config import Config, ConfigError, MeshConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, check
+from mot_jax.config import ConfigError, MixingConfig, MixtureOfTokensConfig
 from mot_jax.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.kernels import mosaic_mixing
 from mot_jax.kernels.counting import moved_bytes
@@ -135,15 +134,6 @@ def test_the_kernel_keeps_nothing():
     config = MixtureOfTokensConfig(G, E, F, kernel="pallas")
     with pytest.raises(ConfigError, match="saved = 'pre_activations'; try saved = 'nothing'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
-
-
-@pytest.mark.parametrize("axis", ["expert", "tensor"])
-def test_a_mesh_that_cuts_experts_is_refused_with_all_other_faults(axis):
-    kind = MixtureOfTokensConfig(G, E, kernel="pallas", saved="nothing")
-    config = Config(model=ModelConfig(feed_forward=kind), mesh=MeshConfig(**{"expert": 1, axis: 2}))
-    with pytest.raises(ConfigError, match=rf"mesh.{axis} = 2: .* takes whole experts; try 1"):
-        check(config)
-    check(dataclasses.replace(config, mesh=MeshConfig(expert=1)))
 
 
 def test_bytes_are_those_of_every_block():

@@ -72,7 +72,7 @@ def test_products_with_padding_and_holes_are_not_counted(strides, padding, left_
     left, right = jnp.ones((2, 6, 5, 3)), jnp.ones((2, 3, 3, 4))
     arguments = left, right, strides, padding, left_holes, right_holes
     compiled = jax.jit(convolution, static_argnums=(2, 3, 4, 5)).lower(*arguments).compile()
-    program = read_program(compiled.as_text(), {"data": 1})
+    program = read_program(hlo.parse(compiled.as_text()), {"data": 1})
     # Ones times ones: the sum of all outputs is the number of products.
     products = compiled(left, right).sum()
     assert program.flops == 2 * products and not program.unknown

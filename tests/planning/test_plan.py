@@ -6,13 +6,14 @@ import collections
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mot_jax.accounting import count_parameters, peak_flops
@@ -26,6 +27,7 @@ from mot_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
+from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
 from mot_jax.planning.hardware import HARDWARE, parse_topology
 from mot_jax.planning.plan import Plan, plan
@@ -91,6 +93,24 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'mot_jax\[tpu\]'"):
         plan(small(data=4), "v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
+def test_what_is_in_use_at_once_on_a_tpu():
+    """All temporaries, where they follow one another without a gap; neither the argument nor what is given back."""
+    chip = SingleDeviceSharding(module.devices_of(parse_topology("v5p:2x2x1"))[0])
+    x = jax.ShapeDtypeStruct((8192, 8192), "float32", sharding=chip)
+
+    def run(x):
+        return (jnp.tanh(x @ x) @ x) @ (x @ x), x + 1
+
+    for donated, outputs in ((None, 2), (0, 1)):
+        compiled = jax.jit(run, out_shardings=chip, donate_argnums=donated).lower(x).compile()
+        found = module._program_bytes(compiled.memory_analysis(), None, "tpu")
+        assert found["other outputs and code"] == pytest.approx(outputs * 2**28, abs=2**22)
+        assert found["in use at once"] == found["temporaries"] > 2**26
+        assert "in use at once" not in module._program_bytes(compiled.memory_analysis(), None, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +203,7 @@ def by_kind(program):
 def test_fully_sharded_weights_on_a_tpu_by_hand():
     devices = module.devices_of(parse_topology("v5e:2x4"))
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
-    program = read_program(sharded_program(mesh), dict(mesh.shape))
+    program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape))
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2  # bytes, in bfloat16
     # Gathered once, since the forward pass keeps them. libtpu reduces whole gradients and takes a part of them.
@@ -230,7 +250,7 @@ def test_two_slices_on_a_tpu_by_hand():
     devices = module.devices_of(parse_topology("v5e:2x2", 2))
     order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
     mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
-    program = read_program(sharded_program(mesh), dict(mesh.shape), slices=2)
+    program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape), slices=2)
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2
     # Each slice adds up its own gradients; a quarter of them goes from each chip to the other slice.

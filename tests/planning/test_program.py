@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mot_jax.planning import hlo
 from mot_jax.planning.program import read_program
 
 DEPTH, ROWS, WIDTH = 5, 128, 64
@@ -29,7 +30,7 @@ def compiled_text(mesh, function, *arrays: tuple[tuple[int, ...], P]) -> str:
 
 
 def read(mesh, function, *arrays):
-    return read_program(compiled_text(mesh, function, *arrays), dict(mesh.shape))
+    return read_program(hlo.parse(compiled_text(mesh, function, *arrays)), dict(mesh.shape))
 
 
 def scanned(weights, x):
@@ -127,11 +128,11 @@ SLICES = """ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 def test_between_slices_collectives_are_sends():
     text = SLICES.replace("MEGASCALE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
-    between, inside = read_program(text, {"data": 4, "expert": 1}, slices=2).collectives
+    between, inside = read_program(hlo.parse(text), {"data": 4, "expert": 1}, slices=2).collectives
     assert (between.kind, between.axes, between.bytes, between.members) == ("all-reduce", ("slices",), 128, (0, 2))
     assert (inside.kind, inside.axes, inside.members) == ("all-reduce", ("data",), (0, 1))
 
 
 def test_a_send_of_another_kind_is_told():
-    program = read_program(SLICES.replace("MEGASCALE", "frontend_attributes={}"), {"data": 4}, slices=2)
+    program = read_program(hlo.parse(SLICES.replace("MEGASCALE", "frontend_attributes={}")), {"data": 4}, slices=2)
     assert len(program.collectives) == 1 and "send" in program.unknown[0]

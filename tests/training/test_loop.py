@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from etils import epath
 
 from mot_jax.config import Config, ConfigError, InitConfig, LoggingConfig, MeshConfig, OptimizerConfig, to_json
+from mot_jax.data.order import filled_share
+from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.training import loop
 from mot_jax.training import metrics as log
 
@@ -219,7 +222,11 @@ def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, t
     one_document = dataclasses.replace(short, data=dataclasses.replace(tiny.data, validation_split="validation[:1%]"))
     loop.train(one_document, tmp_path / "run")
     assert (tmp_path / "run" / "sample.txt").exists()
-    assert "warning: validation groups are filled to 25%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning: validation groups are filled to 25%" in said
+    advice = dict(re.findall(r"data\.(\w+) = '(train\S+)'", said))  # which helps
+    assert set(advice) == {"train_split", "validation_split"}
+    assert filled_share(open_split(short, advice["validation_split"], open_tokenizer(short)).documents, 4) > 0.9
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
