@@ -26,6 +26,7 @@ from mot_jax.config import (
     ModelConfig,
     TokenChoiceConfig,
     TrainingConfig,
+    platform_faults,
 )
 from mot_jax.feed_forward import FeedForwardContext, MixtureOfTokens
 from mot_jax.model import bind, get_params, init_params
@@ -378,7 +379,8 @@ FAULTS = {
     ),
     "whole experts": (
         with_kernel((2, 1, -1, 2)),
-        [f"mesh.{axis} = 2: model.feed_forward.kernel = 'pallas' takes whole experts" for axis in ("expert", "tensor")],
+        [f"mesh.{axis} = 2: model.feed_forward.kernel = 'pallas' takes whole experts" for axis in ("expert", "tensor")]
+        + ["model.feed_forward.kernel = 'pallas': is for TPU v5e, v5p and later, not cpu"],
     ),
     "heads": (config_of((1, 1, 1, 8), d_ff=72), ["mesh.tensor = 8: must divide model.num_heads = 4; try 4"] * 1),
     "routing groups": (
@@ -416,6 +418,13 @@ def test_several_slices_lie_along_data():
     devices = [FakeDevice(i, slice_index=i % 2) for i in range(8)]
     with pytest.raises(ConfigError, match=r"mesh\.data = 1: must be a multiple of the 2 slices; try 2"):
         sharding.make_mesh(config_of(EXPERT), devices)
+
+
+def test_kernels_of_the_layer_are_for_training_on_later_tpus():
+    config = with_kernel((1, 1, 1, 1))
+    for platform, kind, faults in (("tpu", "TPU v5", 0), ("tpu", "TPU v4", 1), ("gpu", "NVIDIA H100", 1)):
+        assert len(list(platform_faults(config, platform, kind))) == faults
+    assert sharding.make_mesh(config, jax.devices()[:1], trains=False)  # interpreted
 
 
 def test_no_process_and_no_slice_is_left_out():

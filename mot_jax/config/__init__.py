@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import attention_fault, check, kernel_faults, mixing_faults, platform_fault
+from mot_jax.config.checks import attention_fault, check, kernel_faults, mixing_faults, platform_faults
 from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
@@ -53,7 +53,7 @@ __all__ = [
     "load_config",
     "mixing_faults",
     "nearest",
-    "platform_fault",
+    "platform_faults",
     "to_json",
     "type_words",
 ]

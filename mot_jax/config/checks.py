@@ -159,13 +159,15 @@ def attention_fault(kernel: str, length: int, width: int, dtype: str) -> str | N
     return fault and f"attention_kernel = {kernel!r}: {fault}; try 'auto'"
 
 
-def platform_fault(config: Config, platform: str) -> str | None:
-    """A kernel that training asks for on devices of another kind (`Device.platform`)."""
+def platform_faults(config: Config, platform: str, device_kind: str) -> Iterator[str]:
+    """Kernels that training asks for on devices of another kind (`Device.platform`, `Device.device_kind`)."""
     kernel = config.model.attention_kernel
     wanted = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
-    if platform == wanted:
-        return None
-    return f"model.attention_kernel = {kernel!r}: is for devices of platform {wanted}, not {platform}; try 'auto'"
+    if platform != wanted:
+        yield f"model.attention_kernel = {kernel!r}: is for devices of platform {wanted}, not {platform}; try 'auto'"
+    kernel = getattr(config.model.feed_forward, "kernel", "xla")
+    if kernel != "xla" and (platform != "tpu" or device_kind in ("TPU v2", "TPU v3", "TPU v4")):  # a core has 16 MiB
+        yield f"model.feed_forward.kernel = {kernel!r}: is for TPU v5e, v5p and later, not {device_kind}; try 'xla'"
 
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:

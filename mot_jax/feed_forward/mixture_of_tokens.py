@@ -15,7 +15,7 @@ from mot_jax.feed_forward.dense import Dense
 from mot_jax.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.init import draw
 from mot_jax.kernels import mosaic, mosaic_experts, mosaic_mixing
-from mot_jax.sharding import axes_of, axis_size, product, reshard, shards, spec
+from mot_jax.sharding import axes_of, product, reshard, shards, spec
 
 
 class MixtureOfTokens(nnx.Module):
@@ -99,14 +99,10 @@ class MixtureOfTokens(nnx.Module):
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
 
     def _through(self, grouped: jax.Array, weights: jax.Array, emit_weights: jax.Array | None) -> jax.Array:
-        """Merge, experts, emit: [N, G, S, D]. Raises ConfigError where a kernel is to run on parts of the experts."""
+        """Merge, experts, emit: [N, G, S, D]."""
         config, positions = self.config, axes_of(grouped)[2]
         # Other lengths, such as the one position of a step of generation, are no work for the kernel.
         if config.kernel != "xla" and grouped.shape[2] % (mosaic.TILE * shards(positions)) == 0:
-            for axis in ("expert", "tensor"):
-                if (size := axis_size(axis)) > 1:
-                    words = f"kernel = {config.kernel!r} takes whole experts; try mesh.{axis} = 1, or kernel = 'xla'"
-                    raise ConfigError(f"mesh.{axis} = {size}: {words}")
             kernel = {"pallas": mosaic_mixing, "pallas_experts": mosaic_experts}[config.kernel]
             return kernel.mix_through(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
