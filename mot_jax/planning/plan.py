@@ -40,7 +40,8 @@ class Plan:
 
     memory: bytes by what they hold; `HBM limit` and `needed` may be None where nobody knows. largest: (bytes, what) of
     the traced program's tensors, and advice: what to change, where it does not fit. program, times: None where it does
-    not fit; times also where the machine's figures are not known. efficiency: modelled MFU without and with overlap.
+    not fit; times also where the machine's figures are not known. efficiency: modelled MFU without and with overlap;
+    None where something of the program was not understood, which the times lack.
     """
 
     topology: str
@@ -102,15 +103,16 @@ class Plan:
         return sorted(rows, key=lambda row: -row[-1])
 
     def _time_lines(self) -> list[str]:
-        if not (self.times and self.efficiency):
+        if not (self.times and self.program):
             return ["No modelled time: this machine's peak, memory bandwidth or network is not in the table."]
-        t, (serial, overlapped) = self.times, self.efficiency
+        t, least = self.times, "at least " if self.program.unknown else ""
+        serial, overlapped = (f", MFU {share:.1%}" for share in self.efficiency) if self.efficiency else ("", "")
         parts = {"computation bound by FLOPs": t.compute, "computation bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
         return [
             *table("Modelled milliseconds", rows),
-            f"  without overlap  {1e3 * t.serial:,.2f} ms, MFU {serial:.1%}; most of it: {t.bound}",
-            f"  full overlap     {1e3 * t.overlapped:,.2f} ms, MFU {overlapped:.1%}; bound by: {t.overlapped_bound}",
+            f"  without overlap  {least}{1e3 * t.serial:,.2f} ms{serial}; most of it: {t.bound}",
+            f"  full overlap     {least}{1e3 * t.overlapped:,.2f} ms{overlapped}; bound by: {t.overlapped_bound}",
         ]
 
 
@@ -172,7 +174,9 @@ def plan(
         model_flops=model_flops,
         program=program if fits else None,
         times=times,
-        efficiency=(ideal / times.serial, ideal / times.overlapped) if times else None,
+        efficiency=(ideal / times.serial, ideal / times.overlapped)
+        if times and program and not program.unknown
+        else None,
     )
 
 

@@ -31,8 +31,8 @@ from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
 from mot_jax.planning.hardware import HARDWARE, parse_topology
 from mot_jax.planning.plan import Plan, plan
-from mot_jax.planning.program import read_program
-from mot_jax.planning.times import model_times
+from mot_jax.planning.program import Program, read_program
+from mot_jax.planning.times import Times, model_times
 
 LIBTPU = "0.0.42"  # another may make other collectives of the same program
 HERE = ""
@@ -150,6 +150,18 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
     told = capsys.readouterr().out
     assert all(text in told for text in ("v5p:2x2x1 2 32", "2.000", "unknown", "float32[4]", "more chips"))
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+
+
+def test_times_that_lack_a_kernel_are_least_times_without_an_mfu():
+    def told(unknown, efficiency):
+        program = Program((), (), unknown)
+        times = Times(0.1, 0.0, {}, 0.1, 0.1, "compute", "compute")
+        found = Plan("v5e:2x2", "TPU", 4, 1, {}, 1.0, {}, True, [], [], 1.0, program, times, efficiency)
+        return "\n".join(found.lines())
+
+    assert "without overlap  100.00 ms, MFU 50.0%" in told((), (0.5, 0.5))
+    found = told(("FLOPs of the custom call splash",), None)
+    assert "without overlap  at least 100.00 ms; most" in found and "MFU" not in found
 
 
 # --- with libtpu ------------------------------------------------------------------------------------------------------
