@@ -1,14 +1,13 @@
-"""A seeded permutation of any size whose places are found one by one, or many at once in NumPy.
+"""A seeded permutation of any size, any part of which is found by itself, many places at once.
 
-The block cipher Simon (Beaulieu et al. 2013, eprint 2013/404) permutes the numbers of 2 W bits. A place that it sends
-past the size is sent on until it is inside. With four rounds and these keys it is bit for bit `index_shuffle` of
-`grain.experimental`, by which runs have been ordered; that takes one place a call, a hundred times as long.
+The block cipher Simon (Beaulieu et al. 2013, eprint 2013/404) permutes all numbers of so many bits, and a place that it
+sends past the size is sent on until it is inside. With four rounds and its keys this is bit for bit `index_shuffle` of
+`grain.experimental`, which has ordered every run so far, a place a call and thirty times as dear.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -16,14 +15,15 @@ import numpy as np
 def permuted(size: int, seed: int, begin: int, end: int) -> np.ndarray:
     """Where begin .. end - 1 are sent by the permutation of 0 .. size - 1 with this seed, uint32: int64 [end - begin].
 
-    Like Grain's it is none for a size of 1 + 4^k above 2^16, of which the last place is sent where the first is.
+    Like Grain's it is none for sizes of 1 + 4^k from 2^16 on: the last place is sent where the first is.
     """
+    # Half the cipher's bits: at least 8, and enough for the last place.
     half = max(8, -(-math.ceil(math.log2(max(size - 1, 1))) // 2))
     keys = _keys(seed)
-    places = _encrypted(np.arange(begin, end, dtype=np.uint64), half, keys)
+    places: np.ndarray = _encrypted(np.arange(begin, end, dtype=np.uint64), half, keys)
     if size < 2**12:  # most are sent on, some by thousands of steps: a table of 2^16 steps, whose length doubles
-        steps = np.arange(2**16, dtype=np.uint64)
-        steps = np.where(steps < size, steps, _encrypted(steps, half, keys))
+        everywhere = np.arange(2**16, dtype=np.uint64)
+        steps: np.ndarray = np.where(everywhere < size, everywhere, _encrypted(everywhere, half, keys))
         while (places >= size).any():
             places, steps = steps[places], steps[steps]
     while (outside := np.flatnonzero(places >= size)).size:
@@ -32,7 +32,7 @@ def permuted(size: int, seed: int, begin: int, end: int) -> np.ndarray:
 
 
 def _encrypted(x: np.ndarray, half: int, keys: list[int]) -> np.ndarray:
-    """Numbers of 2 `half` bits, uint64, by a Feistel network with these keys."""
+    """Numbers of 2 `half` bits, uint64: a round of the cipher with each of an even number of keys."""
     mask = np.uint64((1 << half) - 1)
     left, right = x >> half & mask, x & mask
     for key in keys:

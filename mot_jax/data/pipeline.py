@@ -17,7 +17,7 @@ from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import Order, shared_document_pairs, validation_order
 from mot_jax.data.windows import WindowBatch, Windows
 
-READ_TOGETHER = 4096  # windows: every call of the reader wakes its 64 threads, every block hands Python over
+READ_TOGETHER = 2048  # windows; a call of the reader, which wakes 64 threads, takes a millisecond even for a few
 
 
 class TrainBatch(NamedTuple):
@@ -51,8 +51,9 @@ def train_batches(
     count = max(1, READ_TOGETHER // len(rows))
 
     def read(block: int) -> list[TrainBatch]:
-        firsts = first_example + (block * count + np.arange(count)) * batch_size
-        ids = order.window_ids(firsts[0], firsts[-1] + batch_size)
+        begin = first_example + block * count * batch_size
+        firsts = range(begin, begin + count * batch_size, batch_size)
+        ids = order.window_ids(firsts.start, firsts.stop)
         shared = shared_document_pairs(order.documents, ids.reshape(-1, order.group_size)).reshape(count, -1)
         found = windows.read(ids.reshape(count, -1)[:, rows].reshape(-1))
         batches = zip(*(np.split(array, count) for array in found), firsts, shared.mean(axis=1), strict=True)
@@ -61,6 +62,7 @@ def train_batches(
             for tokens, mask, first, share in batches
         ]
 
+    # More threads, or more ahead, were slower.
     blocks = grain.MapDataset.range(sys.maxsize).map(read)
     ahead = iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
 
