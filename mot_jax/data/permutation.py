@@ -20,12 +20,13 @@ def permuted(size: int, seed: int, begin: int, end: int) -> np.ndarray:
     # Half the cipher's bits: at least 8, and enough for the last place.
     half = max(8, -(-math.ceil(math.log2(max(size - 1, 1))) // 2))
     keys = _keys(seed)
-    places: np.ndarray = _encrypted(np.arange(begin, end, dtype=np.uint64), half, keys)
+    places = _encrypted(np.arange(begin, end, dtype=np.uint64), half, keys)
     if size < 2**12:  # most are sent on, some by thousands of steps: a table of 2^16 steps, whose length doubles
         everywhere = np.arange(2**16, dtype=np.uint64)
-        steps: np.ndarray = np.where(everywhere < size, everywhere, _encrypted(everywhere, half, keys))
+        steps = np.where(everywhere < size, everywhere, _encrypted(everywhere, half, keys))
         while (places >= size).any():
-            places, steps = steps[places], steps[steps]
+            places = steps[places]
+            steps = steps[steps]
     while (outside := np.flatnonzero(places >= size)).size:
         places[outside] = _encrypted(places[outside], half, keys)
     return places.astype(np.int64)
