@@ -35,7 +35,8 @@ def permuted(size: int, seed: int, begin: int, end: int) -> np.ndarray:
 def _encrypted(x: np.ndarray, half: int, keys: list[int]) -> np.ndarray:
     """Numbers of 2 `half` bits, uint64: a round of the cipher with each of an even number of keys."""
     mask = np.uint64((1 << half) - 1)
-    left, right = x >> half & mask, x & mask
+    left: np.ndarray = x >> half & mask
+    right: np.ndarray = x & mask
     for key in keys:
         twice, octuple = right << 1 | right >> half - 1, right << 8 | right >> half - 8
         left, right = right, left ^ (twice & octuple ^ (right << 2 | right >> half - 2) ^ key) & mask
