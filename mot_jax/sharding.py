@@ -387,10 +387,8 @@ def place_rows(mesh: Mesh, rows: Any, batch_size: int) -> Any:
 
 def place_microbatches(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> Any:
     """Global arrays [A, B / A, ...], with A the accumulation, from the rows [b, ...] that `local_rows` names."""
-
-    def place(x: np.ndarray) -> jax.Array:
-        shape = (accumulation, batch_size // accumulation, *x.shape[1:])
-        local = x.reshape(accumulation, -1, *x.shape[1:])
-        return jax.make_array_from_process_local_data(rows_sharding(mesh, leading=1), local, shape)
-
-    return jax.tree.map(place, rows)
+    leaves, tree = jax.tree.flatten(rows)  # all in one call: each has its price
+    local = [x.reshape(accumulation, -1, *x.shape[1:]) for x in leaves]
+    shapes = [(accumulation, batch_size // accumulation, *x.shape[1:]) for x in leaves]
+    placed = jax.make_array_from_process_local_data(rows_sharding(mesh, leading=1), local, shapes)
+    return jax.tree.unflatten(tree, placed)

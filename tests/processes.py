@@ -71,7 +71,8 @@ def _record(path: str) -> None:
 
         def _objective(self, batch, examples):
             made = self._inner(batch, examples)
-            self._made[id(made.inputs)] = (examples.tolist(), reading.ids)
+            ids, reading.ids = reading.ids[: len(examples)], reading.ids[len(examples) :]  # several batches' at once
+            self._made[id(made.inputs)] = (examples.tolist(), ids)
             return made
 
         def __next__(self):

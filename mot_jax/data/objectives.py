@@ -69,21 +69,23 @@ class Objective:
         if not self.masked:
             return Batch(inputs, tokens[:, 1:], real, real, segments)
         token_mask = np.concatenate([real[:, :1], real[:, :-1]], axis=1)  # a token more than it has targets
-        chosen, how, other = self._random(examples, split, inputs.shape[1])
-        chosen &= token_mask
-        hidden = np.where(how < 0.8, self.mask_token, np.where(how < 0.9, other, inputs)).astype(np.int32)
-        return Batch(np.where(chosen, hidden, inputs), inputs, token_mask, chosen, segments)
+        first, second = self._random(examples, split, inputs.shape[1])
+        chosen = token_mask & ((first >> 40) < self.mask_share * 2**24)
+        at = np.divmod(np.flatnonzero(chosen), chosen.shape[1])  # `nonzero` of two dimensions is slow
+        how, other = (first[at] & (2**24 - 1)) / 2**24, (second[at] % self.vocab_size).astype(np.int32)
+        hidden = inputs.copy()
+        hidden[at] = np.where(how < 0.8, self.mask_token, np.where(how < 0.9, other, inputs[at]))
+        return Batch(hidden, inputs, token_mask, chosen, segments)
 
-    def _random(self, examples: np.ndarray, split: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each token: whether it is chosen, a number in [0, 1), a token of the vocabulary."""
-        bits = np.empty((len(examples), 2 * length), np.uint64)
+    def _random(self, examples: np.ndarray, split: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Two random numbers for each token, uint64 [b, length]."""
         generator = np.random.Philox(key=[self.seed, split])  # NumPy promises raw bits for ever
-        state: Any = generator.state
-        for row, number in zip(bits, examples, strict=True):
-            state["state"]["counter"] = np.array([0, 0, 0, number], np.uint64)
+        state: Any = generator.state  # with lists in it, which are set in a third of the time that arrays take
+        state["buffer"], key = state["buffer"].tolist(), state["state"]["key"].tolist()
+        bits = []
+        for number in examples.tolist():
+            state["state"] = {"counter": [0, 0, 0, number], "key": key}
             generator.state = state  # a new generator would take ten times as long
-            row[:] = generator.random_raw(2 * length)
-        first, second = bits[:, :length], bits[:, length:]
-        chosen = (first >> np.uint64(40)) < self.mask_share * 2**24
-        how = (first & np.uint64(2**24 - 1)) / 2**24
-        return chosen, how, (second % np.uint64(self.vocab_size)).astype(np.int32)
+            bits.append(generator.random_raw(2 * length))
+        found = np.stack(bits)
+        return found[:, :length], found[:, length:]

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from mot_jax.config import ConfigError
+from mot_jax.data.permutation import permuted
 
 BLOCK_GROUPS = 512
 _ABSENT = np.iinfo(np.int32).max
@@ -44,7 +43,6 @@ class Order:
                 f"try a group size of {max(len(documents), 1)} or a shorter model.context_length"
             )
         self._block = functools.lru_cache(maxsize=4)(self._deal)
-        self._dealing = threading.Lock()  # or else each thread that waits for a block deals it too
 
     def window_ids(self, start: int, stop: int) -> np.ndarray:
         """The windows of examples start .. stop - 1, counted from the very first: int64 [stop - start]."""
@@ -52,9 +50,7 @@ class Order:
         parts, group = [np.zeros((0, self.group_size), np.int64)], first
         while group < last:
             key, begin = self._find(group)
-            with self._dealing:
-                block = self._block(*key)
-            parts.append(block[group - begin : last - begin])
+            parts.append(self._block(*key)[group - begin : last - begin])
             group += len(parts[-1])
         return np.concatenate(parts).reshape(-1)[start - first * self.group_size :][: stop - start]
 
@@ -152,10 +148,7 @@ class MixtureOrder(Order):
 
 def _permuted(size: int, seed: tuple[int, ...], begin: int, end: int) -> np.ndarray:
     """Places begin .. end - 1 of a seeded permutation of `size` windows: int64 [end - begin]."""
-    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    # What `grain.MapDataset.shuffle` does to an index, a third as dear.
-    places = (index_shuffle(i, size - 1, state, 4) for i in range(begin, end))  # max_index, seed, rounds
-    return np.fromiter(places, np.int64, end - begin)
+    return permuted(size, int(np.random.SeedSequence(seed).generate_state(1)[0]), begin, end)
 
 
 def shared_document_pairs(documents: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -92,14 +92,14 @@ class Windows:
 
         Raises RuntimeError for a record whose checksum is wrong, and for an id past the end.
         """
-        tokens = np.full((len(ids), self.context_length + 1), self.info["end_of_text"], np.int32)
-        mask = np.zeros((len(ids), self.context_length), bool)
-        rows = [row for row, window in enumerate(ids) if window >= 0]
-        for row, record in zip(rows, self._records.read([int(ids[row]) for row in rows]), strict=True):
-            window = np.frombuffer(record, self._dtype)
-            tokens[row, : len(window)] = window
-            mask[row, : len(window) - 1] = True
-        return WindowBatch(tokens, mask)
+        ids = np.asarray(ids)
+        records = self._records.read(ids[ids >= 0].tolist())
+        lengths = np.zeros(len(ids), int)
+        lengths[ids >= 0] = [len(record) // self._dtype.itemsize for record in records]
+        real = np.arange(self.context_length + 1) < lengths[:, None]
+        tokens = np.full(real.shape, self.info["end_of_text"], np.int32)
+        tokens[real] = np.frombuffer(b"".join(records), self._dtype)
+        return WindowBatch(tokens, real[:, 1:])
 
 
 class JoinedWindows(Windows):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from mot_jax.data import pipeline
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
@@ -71,17 +74,46 @@ def test_a_run_continues_where_it_stopped(windows: Windows) -> None:
 
 
 def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    asked: list[list[int]] = []
     read = windows.read
 
     def counting_read(ids: np.ndarray) -> WindowBatch:
-        asked.append(len(ids))
+        asked.append(ids.tolist())
         return read(ids)
 
     monkeypatch.setattr(windows, "read", counting_read)
-    take(windows, TrainingOrder(windows.documents, 4, seed=3), [1, 7], 0, 3)
     list(validation_batches(windows, CAUSAL, 4, 12, np.array([1, 7]), None))
-    assert set(asked) == {2}
+    assert {len(ids) for ids in asked} == {2}
+    asked.clear()
+    monkeypatch.setattr(pipeline, "READ_TOGETHER", 8)
+    order = TrainingOrder(windows.documents, 4, seed=3)
+    take(windows, order, [1, 7], 0, 3)
+    assert asked[0] == order.window_ids(0, 48).reshape(4, 12)[:, [1, 7]].reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("together", [1, 12, 30, 36])
+def test_batches_are_the_same_however_many_are_read_at_once(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    rows, expected = [0, 2, 5, 7, 8, 11], take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 2, 5], 24, 9)
+    monkeypatch.setattr(pipeline, "READ_TOGETHER", together)
+    found = take(windows, TrainingOrder(windows.documents, 4, seed=3), rows, 24, 9)
+    for a, b in zip(found, expected, strict=True):
+        same(jax.tree.map(lambda x: x[:3], a.rows), b.rows)
+        assert a.shared_document_share == b.shared_document_share
+
+
+def test_closing_ends_the_thread(windows: Windows) -> None:
+    batches = train_batches(windows, TrainingOrder(windows.documents, 4, seed=3), CAUSAL, 12, np.arange(12), 0)
+    before = threading.active_count()
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    for _ in range(500):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.01)
+    pytest.fail("the thread goes on")
 
 
 def test_batches_and_starts_that_cut_groups_are_refused(windows: Windows) -> None:
