@@ -3,7 +3,7 @@
 Command:    mot train configs/pods/mot_20b_v5p_512.py --workdir gs://BUCKET/runs/mot_20b   (launch/: on every host)
 Parameters: 20.1 B (1.31 B active)
 Plan:       mot plan configs/pods/mot_20b_v5p_512.py --topology v5p:8x8x8
-            52.5 of 95.7 GiB a chip, 277 ms a step without overlap, 206 with (docs/pods.md)
+            30.5 of 95.7 GiB a chip, 238 ms a step without overlap, 167 with (docs/pods.md)
 Here:       not run.
 """
 
