@@ -62,7 +62,7 @@ def train_batches(
             for tokens, mask, first, share in batches
         ]
 
-    # More threads, or more ahead, were slower.
+    # More threads, or more ahead, gained nothing that was sure.
     blocks = grain.MapDataset.range(sys.maxsize).map(read)
     ahead = iter(blocks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)))
 
