@@ -404,6 +404,8 @@ FREE = {
     "mesh.tensor",
     "checkpoint.keep",
     "model.attention_kernel",
+    "model.feed_forward.kernel",
+    "model.feed_forward.saved",
 }
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}

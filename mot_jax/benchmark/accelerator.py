@@ -26,6 +26,7 @@ from mot_jax.config import (
     ModelConfig,
     TrainingConfig,
     error_words,
+    kernel_runs_on,
     load_config,
     nearest,
 )
@@ -110,9 +111,10 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         if part == "step":  # the models are small: there is room for both ways to attend
             auto = {f"{name}, attention_kernel auto": _auto(config) for name, config in configs.items()}
             configs = auto | configs
-        if jax.default_backend() == "tpu":
-            kernel = "pallas" if part == "step" else "pallas_experts"  # the one that takes their experts
-            configs = {f"{MIXTURE}, kernel {kernel}": _by(kernel, config)} | configs
+        kernel, device = "pallas" if part == "step" else "pallas_experts", jax.devices()[0]  # what takes their experts
+        by_kernel = _by(kernel, config)
+        if kernel_runs_on(by_kernel.model.feed_forward, device.platform, device.device_kind):
+            configs = {f"{MIXTURE}, kernel {kernel}": by_kernel} | configs
         return step.bench_step(configs, rounds, progress)[0]
     config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")
     rows: list[dict[str, Any]] = []

@@ -16,7 +16,15 @@ from mot_jax.benchmark.counts import Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
-from mot_jax.config import Config, ConfigError, DenseConfig, FeedForwardConfig, MeshConfig, MixtureOfTokensConfig
+from mot_jax.config import (
+    Config,
+    ConfigError,
+    DenseConfig,
+    FeedForwardConfig,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    kernel_runs_on,
+)
 from mot_jax.kernels import mosaic_experts, mosaic_mixing
 from mot_jax.planning import hlo
 from mot_jax.planning.hardware import parse_topology
@@ -60,8 +68,9 @@ def bytes_of_layers(
 def _row(shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, where: Any) -> Row:
     kernel_bytes = 0
     if isinstance(config, MixtureOfTokensConfig):
-        if config.kernel != "xla" and "TPU" not in next(iter(where.device_set)).device_kind:
-            raise ConfigError(f"kernel = {config.kernel!r}: is for TPU; try --topology v5p:2x2x1")
+        (device,) = where.device_set
+        if not kernel_runs_on(config, device.platform, device.device_kind):
+            raise ConfigError(f"kernel = {config.kernel!r}: is for TPU v5e, v5p and later; try --topology v5p:2x2x1")
         n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":
             kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)

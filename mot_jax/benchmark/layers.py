@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from mot_jax.benchmark.counts import MIXTURE, Shape, layer_parts
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
-from mot_jax.config import ConfigError, FeedForwardConfig, InitConfig, nearest
+from mot_jax.config import ConfigError, FeedForwardConfig, InitConfig, kernel_runs_on, nearest
 from mot_jax.feed_forward import KINDS
 from mot_jax.training.metrics import png
 
@@ -40,16 +40,16 @@ def kinds_of(shapes: Sequence[Shape], wanted: Sequence[str] | None) -> list[str]
 
     Raises ConfigError for one that there is not, and for a kernel where no TPU is.
     """
-    ways, platform = shapes[0].ways(), jax.default_backend()
-    here = [name for name, config in ways.items() if platform == "tpu" or getattr(config, "kernel", "xla") == "xla"]
+    ways, device = shapes[0].ways(), jax.devices()[0]
+    here = [name for name, config in ways.items() if kernel_runs_on(config, device.platform, device.device_kind)]
     for kind in wanted or ():
         if kind not in ways:
             raise ConfigError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
         if kind not in here:
             raise ConfigError(
-                f"--kinds = {kind}: its kernel is for TPU; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
+                f"--kinds = {kind}: its kernel is for later TPUs; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
             )
-    unless_told = list(shapes[0].kinds()) if platform == "cpu" else here
+    unless_told = list(shapes[0].kinds()) if device.platform == "cpu" else here
     return list(dict.fromkeys(["dense", *(wanted or unless_told)]))
 
 
@@ -156,13 +156,17 @@ def _programs(
         jax.random.normal(jax.random.key(seed), (shape.rows, shape.length, shape.d_model), dtype) for seed in (0, 1)
     )
     programs = {"products": Program(*_products(shape, dtype, direction))}
+    shared: dict[str, Any] = {}  # the parameters of a kind, which all ways to compute it have
     for name in (*kinds, "dense_flat"):
         try:
             flat = name == "dense_flat"
             run, params = _flat(shape, dtype, param_dtype) if flat else layer(shape, name, dtype, param_dtype)
+            params = shared.setdefault(name.partition(":")[0], params)
             programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
-        except ConfigError as error:  # a kernel
-            progress(f"{shape.name}, {name}: {error}")
+        except (ConfigError, jax.errors.JaxRuntimeError) as error:  # a kernel, or memory
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            progress(f"{shape.name}, {name}: {str(error).splitlines()[0]}")
     return programs
 
 

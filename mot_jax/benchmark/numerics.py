@@ -20,7 +20,7 @@ from flax import nnx
 from mot_jax.benchmark.counts import SHAPES, Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
-from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, MixtureOfTokensConfig
+from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, MixtureOfTokensConfig, kernel_runs_on
 from mot_jax.feed_forward.companions import Summary
 
 Row = dict[str, Any]
@@ -29,11 +29,9 @@ SHAPE = Shape("numerics", 128, 512, 16, 32, 32, 32)
 TOLERANCES = {"float32": (2e-5, 2e-5), "bfloat16": (2e-2, 6e-2)}
 
 
-def kinds(shape: Shape, kernels: bool) -> dict[str, FeedForwardConfig]:
-    """All kinds there are, those for inference alone too; `kernels` as well, which are for TPU."""
-    ways = {
-        name: config for name, config in shape.ways().items() if kernels or getattr(config, "kernel", "xla") == "xla"
-    }
+def kinds(shape: Shape, platform: str, device_kind: str) -> dict[str, FeedForwardConfig]:
+    """All kinds there are, those for inference alone too, and all ways to compute them on such a device."""
+    ways = {name: config for name, config in shape.ways().items() if kernel_runs_on(config, platform, device_kind)}
     return ways | {"companions": CompanionsConfig(shape.group_size, shape.num_experts)}
 
 
@@ -48,7 +46,8 @@ def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         raise ConfigError("JAX_PLATFORMS: must leave a CPU device to compare with; try cuda,cpu") from None
-    for kind, config in kinds(shape, kernels=jax.default_backend() == "tpu").items():
+    device = jax.devices()[0]
+    for kind, config in kinds(shape, device.platform, device.device_kind).items():
         for dtype, (tolerance, of_gradients) in TOLERANCES.items():
             progress(f"numerics: {kind}, {dtype}")
             y_error, *errors = _errors(shape, config, dtype, cpu)
@@ -103,6 +102,6 @@ COLUMNS: list[Column] = [
     ("error of y", partial(number, "y_error", 1, ".1e")),
     ("at most", partial(number, "tolerance", 1, ".0e")),
     ("of gradients", partial(number, "gradient_error", 1, ".1e")),
-    ("at most", partial(number, "gradient_tolerance", 1, ".0e")),
+    ("gradients at most", partial(number, "gradient_tolerance", 1, ".0e")),
     ("", lambda row: "ok" if row["ok"] else "WRONG"),
 ]

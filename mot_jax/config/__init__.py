@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import attention_fault, check, kernel_faults, mixing_faults, platform_faults
+from mot_jax.config.checks import attention_fault, check, kernel_faults, kernel_runs_on, mixing_faults, platform_faults
 from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "from_json",
     "identity_changes",
     "kernel_faults",
+    "kernel_runs_on",
     "leaves",
     "load_config",
     "mixing_faults",

@@ -12,6 +12,7 @@ from mot_jax.config.errors import ConfigError
 from mot_jax.config.fields import (
     Config,
     DenseConfig,
+    FeedForwardConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -165,9 +166,15 @@ def platform_faults(config: Config, platform: str, device_kind: str) -> Iterator
     wanted = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
     if platform != wanted:
         yield f"model.attention_kernel = {kernel!r}: is for devices of platform {wanted}, not {platform}; try 'auto'"
-    kernel = getattr(config.model.feed_forward, "kernel", "xla")
-    if kernel != "xla" and (platform != "tpu" or device_kind in ("TPU v2", "TPU v3", "TPU v4")):  # a core has 16 MiB
+    if not kernel_runs_on(config.model.feed_forward, platform, device_kind):
+        kernel = getattr(config.model.feed_forward, "kernel", "xla")
         yield f"model.feed_forward.kernel = {kernel!r}: is for TPU v5e, v5p and later, not {device_kind}; try 'xla'"
+
+
+def kernel_runs_on(kind: FeedForwardConfig, platform: str, device_kind: str) -> bool:
+    """Whether a layer's kernel, if it has one, is for such devices: a core of older TPUs has 16 MiB, too few."""
+    takes = platform == "tpu" and device_kind not in ("TPU v2", "TPU v3", "TPU v4")
+    return takes or getattr(kind, "kernel", "xla") == "xla"
 
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:

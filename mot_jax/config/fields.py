@@ -101,8 +101,8 @@ class MixtureOfTokensConfig:
     controller_init_scale: float = 1.0
     w_in_init_scale: float = 1.0
     w_out_init_scale: float = 1.0
-    saved: Literal["nothing", "pre_activations", "all"] = "pre_activations"
-    kernel: Literal["xla", "pallas", "pallas_experts"] = "xla"
+    saved: Literal["nothing", "pre_activations", "all"] = _free("pre_activations")
+    kernel: Literal["xla", "pallas", "pallas_experts"] = _free("xla")
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""

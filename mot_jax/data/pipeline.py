@@ -18,6 +18,7 @@ from mot_jax.data.order import Order, shared_document_pairs, validation_order
 from mot_jax.data.windows import WindowBatch, Windows
 
 READ_TOGETHER = 2048  # windows; a call of the reader, which wakes 64 threads, takes a millisecond even for a few
+MOST_TOKENS, MOST_DEALT = 2**20, 2**17  # of such a block, and windows of whole batches that it is part of
 
 
 class TrainBatch(NamedTuple):
@@ -40,7 +41,7 @@ def train_batches(
     batch_size: B, rows of the whole batch, in whole groups. rows: int [b], ascending, the rows of it to read.
     first_example: the example to begin with, a multiple of B.
 
-    Blocks of about `READ_TOGETHER` rows are read at once, the next one while the batches of one are taken.
+    Blocks of up to `READ_TOGETHER` rows are read at once, the next one while the batches of one are taken.
     """
     if batch_size % order.group_size or first_example % batch_size:
         raise ValueError(
@@ -48,7 +49,8 @@ def train_batches(
             f"and first_example = {first_example} of batch_size"
         )
 
-    count = max(1, READ_TOGETHER // len(rows))
+    tokens = len(rows) * windows.context_length
+    count = max(1, min(READ_TOGETHER // len(rows), MOST_TOKENS // tokens, MOST_DEALT // batch_size))
 
     def read(block: int) -> list[TrainBatch]:
         begin = first_example + block * count * batch_size

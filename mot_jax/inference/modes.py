@@ -1,7 +1,8 @@
 """Other ways to run a trained model: functions Config -> Config. The same parameters load under all of them.
 
-`enter` adds to the parameters what a mode needs beside them, and changes nothing else. A mode is named as in `MODES`;
-where tokens choose among the experts, `token_choice:2`, say, has each choose two.
+`enter` adds to the parameters what a mode needs beside them, and changes nothing else; but where a layer's kernel is
+not for the device, XLA takes its place. A mode is named as in `MODES`; where tokens choose among the experts,
+`token_choice:2`, say, has each choose two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     TokenChoiceConfig,
     check,
+    kernel_runs_on,
     nearest,
 )
 
@@ -206,7 +208,18 @@ def enter(
     if mode == "without":
         silent = ("feed_forward/w_out", "feed_forward/output_norm")
         params = {name: 0 * value if name.endswith(silent) else value for name, value in params.items()}
-    return changed, params
+    return _where_kernels_run(changed), params
+
+
+def _where_kernels_run(config: Config) -> Config:
+    """Elsewhere the layer's kernels would be interpreted, which takes twenty times as long."""
+    import jax
+
+    kind, device = config.model.feed_forward, jax.devices()[0]
+    if not isinstance(kind, MixtureOfTokensConfig) or kernel_runs_on(kind, device.platform, device.device_kind):
+        return config
+    kind = dataclasses.replace(kind, kernel="xla")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
 
 
 def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | None:

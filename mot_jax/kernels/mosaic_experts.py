@@ -40,7 +40,8 @@ def plan(kernel: str, e: int, t: int, d: int, f: int, dtype: str, weight_dtype: 
     widths = [w for w in range(LANES, f, LANES) if f % w == 0]
     for width in [f, *reversed(widths)]:
         found = _plan(kernel, e, t, d, f, dtype, weight_dtype, gradient_dtype, width)
-        if found.vmem_bytes <= VMEM_BYTES * 3 // 4:  # the compiler wants the rest for products of `ROWS` rows
+        values = (2 if kernel == "forward" else 6) * 4 * min(t, ROWS) * width  # pre-activations and what comes of them
+        if found.vmem_bytes + values <= VMEM_BYTES * 3 // 4:  # the compiler wants the rest
             return found
     words = f"{t} mixtures of d_model = {d} for each expert are too much for a core's memory"
     raise ConfigError(f"kernel = 'pallas_experts': {words}; try fewer rows a device, or kernel = 'xla'")

@@ -147,6 +147,10 @@ def plan(
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            if "memory space vmem" in str(error):
+                kernel = getattr(config.model.feed_forward, "kernel", "xla")
+                words = "more of a core's memory than there is; try 'xla', and attention_kernel = 'xla'"
+                raise ConfigError(f"model.feed_forward.kernel = {kernel!r}: the compiler wants {words}") from None
             program = None
             memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
         except UnknownTextError as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -156,22 +157,29 @@ def test_unknown_names_are_told(capsys):
         assert words in capsys.readouterr().err
     with pytest.raises(ConfigError):
         layers.kinds_of([TINY], ["companions"])
-    with pytest.raises(ConfigError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for TPU; try --topology"):
+    with pytest.raises(
+        ConfigError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for later TPUs; try --topology"
+    ):
         layers.kinds_of([TINY], ["mixture_of_tokens:pallas"])
+
+
+def on_a(monkeypatch, platform: str, kind: str) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind=kind)])
 
 
 def test_other_ways_to_compute_the_mixture_are_timed_where_they_run(monkeypatch):
     kinds = list(TINY.kinds())
     assert layers.kinds_of([TINY], None) == kinds
-    for platform, others in (("gpu", ["all_kept"]), ("tpu", ["all_kept", "pallas", "pallas_experts"])):
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+    kernels = ["all_kept", "pallas", "pallas_experts"]
+    for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
+        on_a(monkeypatch, *device)
         assert layers.kinds_of([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
 
 
 @pytest.mark.slow
 def test_a_kernel_that_does_not_do_a_shape_is_left_out(monkeypatch):
     """As on a TPU, whose kernels are interpreted here."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    on_a(monkeypatch, "tpu", "TPU v5")
     told, shape = [], dataclasses.replace(TINY, num_experts=12)  # not a multiple of 8
     wanted = ["mixture_of_tokens:pallas", "mixture_of_tokens:pallas_experts"]
     rows, _ = bench_layers([shape], wanted, "float32", 3, told.append, directions=["forward_backward"])

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,6 +93,19 @@ def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.Mon
     assert asked[0] == order.window_ids(0, 48).reshape(4, 12)[:, [1, 7]].reshape(-1).tolist()
 
 
+@pytest.mark.parametrize("limit", ["READ_TOGETHER", "MOST_TOKENS", "MOST_DEALT"])
+def test_what_is_read_at_once_has_limits(windows: Windows, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Each alone allows two batches of two rows of twelve."""
+    asked: list[int] = []
+    counted: Any = SimpleNamespace(
+        read=lambda ids: asked.append(len(ids)) or windows.read(ids), context_length=windows.context_length
+    )
+    value = {"READ_TOGETHER": 5, "MOST_TOKENS": 5 * windows.context_length, "MOST_DEALT": 30}[limit]
+    monkeypatch.setattr(pipeline, limit, value)
+    take(counted, TrainingOrder(windows.documents, 4, seed=3), [1, 7], 0, 3)
+    assert asked[0] == 4
+
+
 @pytest.mark.parametrize("together", [1, 12, 30, 36])
 def test_batches_are_the_same_however_many_are_read_at_once(
     windows: Windows, monkeypatch: pytest.MonkeyPatch, together: int
@@ -105,12 +120,13 @@ def test_batches_are_the_same_however_many_are_read_at_once(
 
 def test_closing_ends_the_thread(windows: Windows) -> None:
     batches = train_batches(windows, TrainingOrder(windows.documents, 4, seed=3), CAUSAL, 12, np.arange(12), 0)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     next(batches)
-    assert threading.active_count() == before + 1
+    begun = set(threading.enumerate()) - before
+    assert len(begun) == 1
     batches.close()
     for _ in range(500):
-        if threading.active_count() == before:
+        if not begun & set(threading.enumerate()):
             return
         time.sleep(0.01)
     pytest.fail("the thread goes on")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -227,3 +228,13 @@ def test_a_controller_that_is_no_router_is_refused(mixing):
     assert all(fault.startswith("--mode token_choice: has no meaning with ") for fault in error.value.faults)
     for fine in (MixingConfig(temperature=0.5), MixingConfig(emit="ones"), MixingConfig(annealing="linear")):
         check(token_choice(config_of(fine)))
+
+
+def test_without_a_tpu_xla_takes_the_place_of_a_layers_kernel(monkeypatch):
+    kind = MixtureOfTokensConfig(4, 8, kernel="pallas", saved="nothing")
+    config = Config(model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=kind))
+    found, _ = enter("grouped", config, {}, 0)
+    assert found.model.feed_forward == dataclasses.replace(kind, kernel="xla")
+    device = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert enter("grouped", config, {}, 0)[0] == config

@@ -142,10 +142,14 @@ def test_every_block_is_moved_once(name):
     assert mosaic_experts.layer_bytes(*SHAPES[name], "bfloat16", "float32") == expected
 
 
+ODD = [(1, 4, 360, 4, 768, 3072), (2, 8, 256, 4, 256, 6144)]  # blocks not of powers of 2; large values beside blocks
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
-@pytest.mark.parametrize("n, g, s, e, d, f", [*SHAPES.values(), (1, 4, 360, 4, 768, 3072)])  # blocks not of powers of 2
+@pytest.mark.parametrize("n, g, s, e, d, f", [*SHAPES.values(), *ODD])
 def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
+    """Also where JAX's products are asked to be exact, as the benchmark's numerics do."""
     from jax.sharding import SingleDeviceSharding
 
     from mot_jax.planning.hardware import parse_topology
@@ -154,7 +158,7 @@ def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
     chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
 
     def both(dy, *args):
-        y, pull = jax.vjp(partial(mosaic_experts.mix_through, jax.nn.relu), *args)
+        y, pull = jax.vjp(partial(mosaic_experts.mix_through, jax.nn.gelu), *args)
         return y, pull(dy)
 
     def array(dtype, *shape):
@@ -162,6 +166,7 @@ def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
 
     x, weights = array("bfloat16", n, g, s, d), array("float32", n, g, s, e)
     of_experts = array("float32", e, d, f), array("float32", e, f, d)
-    text = jax.jit(both, out_shardings=chip).lower(x, x, weights, *of_experts).compile().as_text()
+    with jax.default_matmul_precision("highest"):
+        text = jax.jit(both, out_shardings=chip).lower(x, x, weights, *of_experts).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 6
     assert f"{e},{n * s},{f}]" not in text and f"{e},{n},{s},{f}]" not in text  # no pre-activations anywhere
