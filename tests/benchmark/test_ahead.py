@@ -32,7 +32,8 @@ def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     weights, tokens = 4 * 2 * 32 * 64, 2 * 8 * 32 * 32  # of tiny: D 32, d_ff 64, 8 rows of 32 tokens
     assert dense["hbm_bytes"] > 3 * weights + 4 * tokens and dense["ratio"] == 1
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1 and mixture["copies"] > 0
-    assert "is for TPU v5e, v5p and later; try --topology v5p" in refused["refused"] and "is for TPU" in capsys.readouterr().out
+    assert "is for TPU v5e, v5p and later; try --topology v5p" in refused["refused"]
+    assert "is for TPU" in capsys.readouterr().out
 
 
 MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
