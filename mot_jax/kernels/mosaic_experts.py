@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mot_jax.config import ConfigError
 from mot_jax.kernels.mosaic import TILE, VMEM_BYTES, Activation, Plan, dot, on_each
-from mot_jax.kernels.mosaic_tiles import by_tiles, emit, from_tiles, merge, mixing_backward, passes_bytes
+from mot_jax.kernels.mosaic_tiles import by_tiles, each, emit, from_tiles, merge, mixing_backward, passes_bytes
 from mot_jax.sharding import axes_of, reshard, whole
 
 LANES = 128
@@ -62,12 +62,7 @@ def _plan(kernel: str, e: int, t: int, d: int, f: int, dtype, weight_dtype, grad
 
 def _by_rows(t: int, body: Callable[[Any], None]) -> None:
     rows = next(r for r in range(min(t, ROWS) // TILE * TILE, 0, -TILE) if t % r == 0)  # whole tiles
-
-    def turn(i, nothing):
-        body(pl.ds(i * rows, rows))
-        return nothing
-
-    jax.lax.fori_loop(0, t // rows, turn, None)
+    each(t // rows, lambda i: body(pl.ds(i * rows, rows)))
 
 
 def _sum_up(sums, out) -> tuple[Callable[[], None], Callable[[], None]]:
