@@ -57,7 +57,7 @@ def _record(path: str) -> None:
 
     class Windows:
         def __init__(self, windows):
-            self._windows = windows
+            self._windows, self.context_length = windows, windows.context_length
 
         def read(self, ids):
             reading.ids = ids.tolist()
