@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mot_jax.data import DATA_DIRECTORY
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 MOST_BYTES = 10 * 10**9  # of programs that are kept
 
@@ -29,6 +33,21 @@ def keep_compiled() -> None:
     if os.access(directory, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         _forget(directory)
+
+
+def compile_anew_for(mesh: Mesh) -> None:
+    """From here on this process reads no program back and keeps none, if the mesh has more than one CPU device.
+
+    What XLA reads back for CPUs has lost the order of its collectives (jaxlib 0.10.2): one device waits in the first of
+    two for the others, which wait in the second, until XLA gives up and ends the process.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX has looked at the option once, if anything was compiled before
 
 
 def _forget(directory: Path) -> None:

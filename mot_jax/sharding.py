@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mot_jax.compilation import compile_anew_for
 from mot_jax.config import Config, ConfigError, DenseConfig, MeshConfig, ModelConfig, platform_faults
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -74,6 +75,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
 
     Raises ConfigError if the axes do not multiply to the number of devices, if what they are to divide (experts, heads,
     widths; the batch of a config that `trains`) does not divide, or if they cut what a kernel takes whole.
+    On several CPU devices JAX's compilation cache is off from here on, see `compilation.compile_anew_for`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(config.mesh, len(devices))
@@ -95,7 +97,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     except (NotImplementedError, ValueError) as error:
         advice = "try axes that are products of the torus' sizes"
         raise ConfigError(f"{asked}: JAX cannot lay these axes on this network; {advice}") from error
-    return Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    mesh = Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    compile_anew_for(mesh)
+    return mesh
 
 
 def _sizes(mesh: MeshConfig, count: int) -> Sizes:

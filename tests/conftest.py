@@ -12,7 +12,9 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs asks over gRP
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from jax.experimental.compilation_cache import compilation_cache
 
+from mot_jax.compilation import compile_anew_for
 from mot_jax.sharding import AXES
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -44,6 +46,15 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", None)
 
 
+@pytest.fixture(autouse=True)
+def read_back_again():
+    """A test with a mesh turns the cache off, for itself alone."""
+    yield
+    if not jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
 @pytest.fixture
 def optimized():
     """Compiled as for users: for what must hold to the last bit, or nearly."""
@@ -59,6 +70,8 @@ def mesh_of():
     def make(**sizes: int) -> jax.sharding.Mesh:
         shape = [sizes.get(axis, 1) for axis in AXES]
         types = (jax.sharding.AxisType.Explicit,) * len(AXES)
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
+        mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
+        compile_anew_for(mesh)
+        return mesh
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import threading
@@ -35,9 +36,15 @@ def same(found: Batch, expected: Batch) -> None:
 
 
 @pytest.fixture(scope="module")
-def windows(data_directory: Path, toy_corpus: Callable[..., Corpus]) -> Windows:
+def opened(data_directory: Path, toy_corpus: Callable[..., Corpus]) -> Windows:
     texts = [np.random.default_rng(i).bytes(20 + i) for i in range(60)]
     return open_windows(toy_corpus(*texts), "train", load_tokenizer("bytes"), 8, data_directory)
+
+
+@pytest.fixture
+def windows(opened: Windows) -> Windows:
+    """A test's own: the thread of one that is over may still be reading."""
+    return copy.copy(opened)
 
 
 def take(windows: Windows, order: TrainingOrder, rows: list[int], first: int, count: int) -> list[TrainBatch]:
