@@ -81,7 +81,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     sizes = _sizes(config.mesh, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
-    faults += platform_faults(config, devices[0].platform, devices[0].device_kind) if trains else ()
+    faults += platform_faults(config, devices[0]) if trains else ()
     if faults:
         raise ConfigError(*faults)
     asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))

@@ -423,7 +423,7 @@ def test_several_slices_lie_along_data():
 def test_kernels_of_the_layer_are_for_training_on_later_tpus():
     config = with_kernel((1, 1, 1, 1))
     for platform, kind, faults in (("tpu", "TPU v5", 0), ("tpu", "TPU v4", 1), ("gpu", "NVIDIA H100", 1)):
-        assert len(list(platform_faults(config, platform, kind))) == faults
+        assert len(list(platform_faults(config, FakeDevice(0, platform=platform, device_kind=kind)))) == faults
     assert sharding.make_mesh(config, jax.devices()[:1], trains=False)  # interpreted
 
 

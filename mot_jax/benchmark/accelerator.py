@@ -113,7 +113,7 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
             configs = auto | configs
         kernel, device = "pallas" if part == "step" else "pallas_experts", jax.devices()[0]  # what takes their experts
         by_kernel = _by(kernel, config)
-        if kernel_runs_on(by_kernel.model.feed_forward, device.platform, device.device_kind):
+        if kernel_runs_on(by_kernel.model.feed_forward, device):
             configs = {f"{MIXTURE}, kernel {kernel}": by_kernel} | configs
         return step.bench_step(configs, rounds, progress)[0]
     config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")

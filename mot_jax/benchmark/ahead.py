@@ -69,7 +69,7 @@ def _row(shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, 
     kernel_bytes = 0
     if isinstance(config, MixtureOfTokensConfig):
         (device,) = where.device_set
-        if not kernel_runs_on(config, device.platform, device.device_kind):
+        if not kernel_runs_on(config, device):
             raise ConfigError(f"kernel = {config.kernel!r}: is for TPU v5e, v5p and later; try --topology v5p:2x2x1")
         n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":

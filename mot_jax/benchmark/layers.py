@@ -41,7 +41,7 @@ def kinds_of(shapes: Sequence[Shape], wanted: Sequence[str] | None) -> list[str]
     Raises ConfigError for one that there is not, and for a kernel where no TPU is.
     """
     ways, device = shapes[0].ways(), jax.devices()[0]
-    here = [name for name, config in ways.items() if kernel_runs_on(config, device.platform, device.device_kind)]
+    here = [name for name, config in ways.items() if kernel_runs_on(config, device)]
     for kind in wanted or ():
         if kind not in ways:
             raise ConfigError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
@@ -159,9 +159,12 @@ def _programs(
     shared: dict[str, Any] = {}  # the parameters of a kind, which all ways to compute it have
     for name in (*kinds, "dense_flat"):
         try:
-            flat = name == "dense_flat"
-            run, params = _flat(shape, dtype, param_dtype) if flat else layer(shape, name, dtype, param_dtype)
-            params = shared.setdefault(name.partition(":")[0], params)
+            if name == "dense_flat":
+                run, params = _flat(shape, dtype, param_dtype)
+            else:
+                kind = name.partition(":")[0]
+                run, params = layer(shape, name, dtype, param_dtype, shared.get(kind))
+                shared[kind] = params
             programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
         except (ConfigError, jax.errors.JaxRuntimeError) as error:  # a kernel, or memory
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -171,10 +174,15 @@ def _programs(
 
 
 def layer(
-    shape: Shape, kind: str, dtype: str, param_dtype: str = "float32"
+    shape: Shape, way: str, dtype: str, param_dtype: str = "float32", params: nnx.State | None = None
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
-    """(parameters, x [B, S, D]) -> update [B, S, D] of a layer of this kind, and its parameters, freshly drawn."""
-    return applied(make(shape, shape.ways()[kind], dtype=dtype, param_dtype=param_dtype))
+    """(parameters, x [B, S, D]) -> update [B, S, D] of a layer; `params`, or else freshly drawn ones."""
+
+    def draw() -> nnx.Module:
+        return make(shape, shape.ways()[way], dtype=dtype, param_dtype=param_dtype)
+
+    run, drawn = applied(draw() if params is None else nnx.eval_shape(draw))
+    return run, drawn if params is None else params
 
 
 def make(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:

@@ -7,7 +7,6 @@ difference over that of the reference.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from flax import nnx
 from mot_jax.benchmark.counts import SHAPES, Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
-from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, MixtureOfTokensConfig, kernel_runs_on
+from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, kernel_runs_on, without_kernel
 from mot_jax.feed_forward.companions import Summary
 
 Row = dict[str, Any]
@@ -29,9 +28,9 @@ SHAPE = Shape("numerics", 128, 512, 16, 32, 32, 32)
 TOLERANCES = {"float32": (2e-5, 2e-5), "bfloat16": (2e-2, 6e-2)}
 
 
-def kinds(shape: Shape, platform: str, device_kind: str) -> dict[str, FeedForwardConfig]:
+def kinds(shape: Shape, device: jax.Device) -> dict[str, FeedForwardConfig]:
     """All kinds there are, those for inference alone too, and all ways to compute them on such a device."""
-    ways = {name: config for name, config in shape.ways().items() if kernel_runs_on(config, platform, device_kind)}
+    ways = {name: config for name, config in shape.ways().items() if kernel_runs_on(config, device)}
     return ways | {"companions": CompanionsConfig(shape.group_size, shape.num_experts)}
 
 
@@ -47,7 +46,7 @@ def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
     except RuntimeError:
         raise ConfigError("JAX_PLATFORMS: must leave a CPU device to compare with; try cuda,cpu") from None
     device = jax.devices()[0]
-    for kind, config in kinds(shape, device.platform, device.device_kind).items():
+    for kind, config in kinds(shape, device).items():
         for dtype, (tolerance, of_gradients) in TOLERANCES.items():
             progress(f"numerics: {kind}, {dtype}")
             y_error, *errors = _errors(shape, config, dtype, cpu)
@@ -71,15 +70,11 @@ def _errors(shape: Shape, config: FeedForwardConfig, dtype: str, cpu: jax.Device
         x, dy = map(jnp.asarray, given)
         here = [np.asarray(leaf, np.float64) for leaf in _run(run, state, x, dy, config)]
     with jax.enable_x64(True), jax.default_device(cpu):
-        exact, exact_state = applied(_layer(shape, _without_kernel(config), "float64"))
+        exact, exact_state = applied(_layer(shape, without_kernel(config), "float64"))
         *wide, x, dy = (jnp.asarray(value.astype(np.float64)) for value in (*values, *given))
         exact_state = jax.tree.unflatten(jax.tree.structure(exact_state), wide)
         there = [np.asarray(leaf) for leaf in _run(exact, exact_state, x, dy, config)]
     return [float(np.linalg.norm(a - b)) / float(np.linalg.norm(b)) for a, b in zip(here, there, strict=True)]
-
-
-def _without_kernel(config: FeedForwardConfig) -> FeedForwardConfig:
-    return dataclasses.replace(config, kernel="xla") if isinstance(config, MixtureOfTokensConfig) else config
 
 
 def _layer(shape: Shape, config: FeedForwardConfig, dtype: str) -> nnx.Module:

@@ -61,6 +61,7 @@ def bench_step(
     is not known; optimizer_s, its share of the step, optimizer_bound_s: the fewest bytes of AdamW over the measured
     bandwidth, None for another optimizer; temporaries, bytes, None where XLA does not say; compile_s.
     The machine: peak in FLOP/s of the last config's dtype, of all devices of its mesh; bandwidth in bytes/s, likewise.
+    Several CPU devices count as one: they share the cores.
     """
     for config in configs.values():
         check(config)
@@ -78,7 +79,8 @@ def bench_step(
     rate, peaks = bandwidth(), {d: matmul_peak(d) for d in {config.model.dtype for config in configs.values()}}
     rows = []
     for name, run in runs.items():
-        config, median, size = configs[name], times[name].median, run.mesh.size
+        config, median = configs[name], times[name].median
+        size = 1 if run.mesh.devices.flat[0].platform == "cpu" else run.mesh.size  # CPU devices are the same cores
         parameters, dtype = sum(count_parameters(config.model).values()), config.model.dtype
         tokens = config.training.batch_size * config.model.context_length
         flops, optimizer = flops_per_token(config) * tokens, times[f"{name}, optimizer"].median

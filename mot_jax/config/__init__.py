@@ -1,6 +1,14 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import attention_fault, check, kernel_faults, kernel_runs_on, mixing_faults, platform_faults
+from mot_jax.config.checks import (
+    attention_fault,
+    check,
+    kernel_faults,
+    kernel_runs_on,
+    mixing_faults,
+    platform_faults,
+    without_kernel,
+)
 from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
@@ -57,4 +65,5 @@ __all__ = [
     "platform_faults",
     "to_json",
     "type_words",
+    "without_kernel",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mot_jax.config.errors import ConfigError
 from mot_jax.config.fields import (
@@ -19,6 +19,9 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
 )
 from mot_jax.config.hints import leaves, matches, type_words
+
+if TYPE_CHECKING:
+    import jax
 
 
 def check(config: Config) -> None:
@@ -160,21 +163,28 @@ def attention_fault(kernel: str, length: int, width: int, dtype: str) -> str | N
     return fault and f"attention_kernel = {kernel!r}: {fault}; try 'auto'"
 
 
-def platform_faults(config: Config, platform: str, device_kind: str) -> Iterator[str]:
-    """Kernels that training asks for on devices of another kind (`Device.platform`, `Device.device_kind`)."""
+def platform_faults(config: Config, device: jax.Device) -> Iterator[str]:
+    """Kernels that training asks for on devices of another kind."""
     kernel = config.model.attention_kernel
-    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, platform)
-    if platform != wanted:
-        yield f"model.attention_kernel = {kernel!r}: is for devices of platform {wanted}, not {platform}; try 'auto'"
-    if not kernel_runs_on(config.model.feed_forward, platform, device_kind):
+    wanted = {"splash": "tpu", "cudnn": "gpu"}.get(kernel, device.platform)
+    if device.platform != wanted:
+        words = f"is for devices of platform {wanted}, not {device.platform}"
+        yield f"model.attention_kernel = {kernel!r}: {words}; try 'auto'"
+    if not kernel_runs_on(config.model.feed_forward, device):
         kernel = getattr(config.model.feed_forward, "kernel", "xla")
-        yield f"model.feed_forward.kernel = {kernel!r}: is for TPU v5e, v5p and later, not {device_kind}; try 'xla'"
+        words = f"is for TPU v5e, v5p and later, not {device.device_kind}"
+        yield f"model.feed_forward.kernel = {kernel!r}: {words}; try 'xla'"
 
 
-def kernel_runs_on(kind: FeedForwardConfig, platform: str, device_kind: str) -> bool:
+def kernel_runs_on(kind: FeedForwardConfig, device: jax.Device) -> bool:
     """Whether a layer's kernel, if it has one, is for such devices: a core of older TPUs has 16 MiB, too few."""
-    takes = platform == "tpu" and device_kind not in ("TPU v2", "TPU v3", "TPU v4")
+    takes = device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3", "TPU v4")
     return takes or getattr(kind, "kernel", "xla") == "xla"
+
+
+def without_kernel(kind: FeedForwardConfig) -> FeedForwardConfig:
+    """The same layer, computed by XLA."""
+    return dataclasses.replace(kind, kernel="xla") if isinstance(kind, MixtureOfTokensConfig) else kind
 
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:

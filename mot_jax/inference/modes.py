@@ -24,6 +24,7 @@ from mot_jax.config import (
     check,
     kernel_runs_on,
     nearest,
+    without_kernel,
 )
 
 if TYPE_CHECKING:  # commands that run no model do without JAX
@@ -215,11 +216,10 @@ def _where_kernels_run(config: Config) -> Config:
     """Elsewhere the layer's kernels would be interpreted, which takes twenty times as long."""
     import jax
 
-    kind, device = config.model.feed_forward, jax.devices()[0]
-    if not isinstance(kind, MixtureOfTokensConfig) or kernel_runs_on(kind, device.platform, device.device_kind):
+    kind = config.model.feed_forward
+    if kernel_runs_on(kind, jax.devices()[0]):
         return config
-    kind = dataclasses.replace(kind, kernel="xla")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=without_kernel(kind)))
 
 
 def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | None:

@@ -3,7 +3,9 @@
 import json
 import signal
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from mot_jax import cli
@@ -19,7 +21,7 @@ def quiet(line):
 
 
 def test_numerics_know_every_kind():
-    assert {type(config) for config in numerics.kinds(numerics.SHAPE, "cpu", "cpu").values()} == set(KINDS)
+    assert {type(config) for config in numerics.kinds(numerics.SHAPE, jax.devices()[0]).values()} == set(KINDS)
 
 
 OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:pallas", "mixture_of_tokens:pallas_experts")
@@ -30,8 +32,8 @@ OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:pallas", "mi
     ["mixture_of_tokens", *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS)],
 )
 def test_a_layer_is_right_here_and_a_wrong_one_is_found(kind, monkeypatch):
-    config = numerics.kinds(numerics.SHAPES["tiny"], "tpu", "TPU v5")[kind]
-    monkeypatch.setattr(numerics, "kinds", lambda shape, *device: {kind: config})
+    config = numerics.kinds(numerics.SHAPES["tiny"], SimpleNamespace(platform="tpu", device_kind="TPU v5"))[kind]
+    monkeypatch.setattr(numerics, "kinds", lambda shape, device: {kind: config})
     rows = numerics.bench_numerics(True, quiet)
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] and all(row["ok"] for row in rows)
     assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # bfloat16 shows

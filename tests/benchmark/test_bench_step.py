@@ -4,6 +4,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,19 @@ def test_a_row_for_the_config_and_its_twin(real, monkeypatch):
         assert real or 0.1 < row["optimizer_share"] < 0.9
         assert row["optimizer_bound_s"] == optimizer_bytes(row["parameters"]) / reached["bandwidth"]
     assert rows[0]["flops"] == flops_per_token(CONFIG) * 128
+
+
+@pytest.mark.parametrize(("platform", "times"), [("cpu", 1), ("gpu", 2)])
+def test_devices_of_a_cpu_share_its_peak(monkeypatch, platform, times):
+    device = SimpleNamespace(platform=platform, device_kind="H100")
+    mesh = SimpleNamespace(size=2, devices=SimpleNamespace(flat=[device, device]))
+    monkeypatch.setattr(step, "matmul_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(step, "bandwidth", lambda: 1e8)
+    monkeypatch.setattr(step, "_Run", Stub)
+    monkeypatch.setattr(Stub, "__init__", lambda self, config: setattr(self, "mesh", mesh))
+    (row,), reached = bench_step({"dense": dense_twin(CONFIG)}, 3, lambda line: None)
+    assert reached == {"peak": times * 1e9, "bandwidth": times * 1e8}
+    assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / reached["peak"])
 
 
 @pytest.mark.slow
