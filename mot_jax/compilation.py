@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mot_jax.data import DATA_DIRECTORY
+from mot_jax.paths import DATA_DIRECTORY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -11,6 +11,8 @@ from etils import epath
 
 from mot_jax.config import ConfigError, TransientError, error_words, nearest
 
+DATA_DIRECTORY = "~/.cache/mot_jax"  # of prepared text, where a config names no other, and of compiled programs
+
 # By scheme: the packages that read and write there (boto3 for TensorBoard), and the extra that brings them.
 _STORES = {"gs": (("gcsfs",), "gcs"), "s3": (("s3fs", "boto3"), "s3")}
 

@@ -49,9 +49,10 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def read_back_again():
     """A test with a mesh turns the cache off, for itself alone."""
+    before = jax.config.jax_enable_compilation_cache
     yield
-    if not jax.config.jax_enable_compilation_cache:
-        jax.config.update("jax_enable_compilation_cache", True)
+    if jax.config.jax_enable_compilation_cache != before:
+        jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
 
 

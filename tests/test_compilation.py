@@ -46,8 +46,12 @@ def test_the_next_process_finds_what_this_one_compiled(tmp_path):
 
 def test_programs_of_several_cpu_devices_are_not_read_back(tmp_path):
     """XLA would read them without the order of their collectives, and devices would wait for each other forever."""
+    directory = tmp_path / ".cache/mot_jax/compiled"
+    kept = []
     for _ in range(2):
         assert not found(tmp_path, devices=2)
+        kept.append(sorted(file.name for file in directory.glob("*-cache")))
+    assert kept[0] == kept[1] and len(kept[0]) == 1  # what was compiled before the mesh
 
 
 def test_a_directory_that_the_user_names_is_taken(tmp_path):

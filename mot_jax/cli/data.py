@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mot_jax.cli.options import Parser
 from mot_jax.config import ConfigError
-from mot_jax.paths import local_path
+from mot_jax.paths import DATA_DIRECTORY, local_path
 
 
 def data(arguments: list[str]) -> None:
@@ -36,7 +36,6 @@ def data(arguments: list[str]) -> None:
     for command in commands.choices.values():
         command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
     options = parser.parse_args(arguments)
-    from mot_jax.data import DATA_DIRECTORY
 
     directory = Path(local_path("--directory", options.directory or DATA_DIRECTORY)).absolute()
     if options.command == "build":

@@ -7,12 +7,11 @@ import json
 from typing import NamedTuple
 
 from mot_jax.config import Config, ConfigError
-from mot_jax.data import DATA_DIRECTORY
 from mot_jax.data.corpora import open_corpus
 from mot_jax.data.order import MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
-from mot_jax.paths import local_path
+from mot_jax.paths import DATA_DIRECTORY, local_path
 
 
 class Text(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from mot_jax.compilation import compile_anew_for
 from mot_jax.config import Config, ConfigError
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
@@ -309,8 +310,11 @@ def load(
 
     mode: a name that `modes.mode_of` knows; None is the run's own default, in which no row sees another's text. mesh:
     with our Explicit axes, to spread the parameters over; None is one device. apart: every block by itself
-    (`model.unstack`), for who writes much on a CPU. Raises ConfigError for what is missing or does not match.
+    (`model.unstack`), for who writes much on a CPU. On several CPU devices JAX's compilation cache is off from here on,
+    see `compilation.compile_anew_for`. Raises ConfigError for what is missing or does not match.
     """
+    if mesh is not None:
+        compile_anew_for(mesh)
     run = load_run(workdir, mesh)
     tokenizer = open_tokenizer(run.config)
     check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)

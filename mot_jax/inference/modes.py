@@ -153,7 +153,7 @@ def _router_faults(mixing: MixingConfig) -> Iterator[str]:
 
 
 MODES = {
-    "grouped": Mode(grouped, "as trained: the rows of a group influence each other"),
+    "grouped": Mode(grouped, "as trained"),
     "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
     "sparse": Mode(
         sparse, "companions, and a token runs only the experts that it weighs most", independent=True, chooses=True

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -69,6 +70,18 @@ def test_a_model_is_loaded_in_the_mode_that_hears_nobody(workdir):
     np.testing.assert_allclose(one.log_probs, among_others[0].log_probs, rtol=1e-5)
     config = mot_jax.load(workdir, "grouped").config
     assert enter("grouped", config, {}, 0)[0].model.feed_forward == KIND
+
+
+def test_a_model_is_spread_over_a_mesh_of_the_users(workdir):
+    expected = mot_jax.load(workdir).generate(["import os"], max_tokens=6, seed=1)
+    types = (jax.sharding.AxisType.Explicit,) * 4
+    mesh = jax.make_mesh((1, 2, 2, 1), ("data", "fsdp", "expert", "tensor"), types, devices=jax.devices()[:4])
+    model = mot_jax.load(workdir, mesh=mesh)
+    assert not jax.config.jax_enable_compilation_cache  # from which programs come without the order of collectives
+    (found,) = model.generate(["import os"], max_tokens=6, seed=1)
+    np.testing.assert_array_equal(found.tokens, expected[0].tokens)
+    weights = [value for name, value in model.params.items() if name.endswith("w_in")]
+    assert weights and all(4 * shard.data.size == w.size for w in weights for shard in w.addressable_shards)
 
 
 def test_text_goes_to_the_output_and_words_on_the_mode_beside_it(workdir, capsys, monkeypatch, tmp_path):

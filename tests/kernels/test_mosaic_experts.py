@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mot_jax import mixing
 from mot_jax.config import ConfigError, MixtureOfTokensConfig
@@ -62,10 +62,10 @@ def layer(kernel: str, **fields) -> MixtureOfTokens:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 1, 1), (2, 4, 1, 1)))]
 )
-def test_the_layer_on_a_mesh(shape):
+def test_the_layer_on_a_mesh(shape, mesh_of):
     """Values and gradients of both ways, where groups are whole on a device, and where they span two."""
-    x, count = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D), int(np.prod(shape))
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:count])
+    x = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D)
+    mesh = mesh_of(**dict(zip(AXES, shape, strict=True)))
     found = []
     for kernel in ("xla", "pallas_experts"):
         graph, state = nnx.split(layer(kernel))
@@ -82,8 +82,8 @@ def test_the_layer_on_a_mesh(shape):
 
 
 @pytest.mark.slow
-def test_gradients_of_experts_that_fsdp_has_cut_are_not_rounded_to_bfloat16():
-    mesh = jax.make_mesh((1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:2])
+def test_gradients_of_experts_that_fsdp_has_cut_are_not_rounded_to_bfloat16(mesh_of):
+    mesh = mesh_of(fsdp=2)
     x = jnp.asarray(normal(5, 2 * G, S, D), "bfloat16")
     graph, state = nnx.split(layer("pallas_experts", dtype="bfloat16"))
     with jax.set_mesh(mesh):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mot_jax import mixing
 from mot_jax.config import ConfigError, MixingConfig, MixtureOfTokensConfig
@@ -94,11 +94,11 @@ def layer(kernel: str, gated: bool = False, num_experts: int = E, **mixing_field
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 1), (2, 4, 1, 1)], ids=["one", "groups", "groups of two"])
-def test_the_layer_on_a_mesh(shape):
+def test_the_layer_on_a_mesh(shape, mesh_of):
     """Values and gradients of both kernels, where groups are whole on a device, and where they span two."""
-    x, count = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D), int(np.prod(shape))
+    x = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D)
     found = {}
-    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=jax.devices()[:count])
+    mesh = mesh_of(**dict(zip(AXES, shape, strict=True)))
     for kernel in ("xla", "pallas"):
         graph, state = nnx.split(layer(kernel))
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
