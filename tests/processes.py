@@ -37,8 +37,7 @@ def start(
     """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(record.parent / "compiled")}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     together = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
     found = []
     for i in range(count):
