@@ -2,8 +2,8 @@
 
 Command:    python train.py configs/demo_masked.py
 Parameters: 5.6 M (0.4 M active)
-Here:       54.5 % of the masked bytes of the validation split right after 1,300 steps; the commonest
-            byte is 27.5 % of them. See the README.
+Here:       54.5 % of the masked bytes of the validation split right after 1,300 steps; the commonest byte
+            is 27.5 % of them. See the README.
 """
 
 import dataclasses

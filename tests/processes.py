@@ -36,8 +36,7 @@ def start(
     Process i writes its text to `<record>.<i>.log` and its examples to `<record>.<i>`.
     """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     together = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
     found = []
     for i in range(count):

@@ -36,7 +36,6 @@ def data(arguments: list[str]) -> None:
     for command in commands.choices.values():
         command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
     options = parser.parse_args(arguments)
-
     directory = Path(local_path("--directory", options.directory or DATA_DIRECTORY)).absolute()
     if options.command == "build":
         from mot_jax.data.build import build, plan_files
