@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 
-from mot_jax.compilation import compile_anew_for
-from mot_jax.sharding import AXES
+from mot_jax.nn.sharding import AXES
+from mot_jax.runtime.compilation import compile_anew_for
 
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -16,21 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mot_jax.benchmark import decoding, headline, layers, numerics, step
-from mot_jax.benchmark.counts import MIXTURE, SHAPES, WAYS, paper_shapes
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
-from mot_jax.config import (
-    Config,
-    ConfigError,
-    MixtureOfTokensConfig,
-    ModelConfig,
-    TrainingConfig,
-    error_words,
-    kernel_runs_on,
-    load_config,
-    nearest,
-)
-from mot_jax.paths import local_path
+from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig, kernel_runs_on, load_config
+from mot_jax.cost.layers import MIXTURE, SHAPES, WAYS, paper_shapes
+from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.runtime.paths import local_path
 
 Progress = Callable[[str], None]
 _TITLES: dict[str, tuple[str, list[Column]]] = {
@@ -47,12 +38,12 @@ _TITLES: dict[str, tuple[str, list[Column]]] = {
 def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: float, progress: Progress) -> list[str]:
     """Runs the parts and writes their results under `out`; names those that failed or were wrong.
 
-    Prints the Markdown. seconds: after which no part, and no shape of the layers, begins. Raises ConfigError for a part
+    Prints the Markdown. seconds: after which no part, and no shape of the layers, begins. Raises UserError for a part
     that there is not, and for an `out` that cannot be.
     """
     for part in parts:
         if part not in _TITLES:
-            raise ConfigError(f"--parts = {part}: no such part{nearest(part, list(_TITLES))}")
+            raise UserError(f"--parts = {part}: no such part{nearest(part, list(_TITLES))}")
     deadline, about = time.monotonic() + seconds, machine()
     folder = Path(local_path("--out", out))
     device = re.sub(r"[^a-z0-9]+", "-", about.get("processor", about["device"]).lower()).strip("-")
@@ -61,7 +52,7 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         folder.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--out = {out}: {path.name} is no place for results ({error_words(error)})") from None
+        raise UserError(f"--out = {out}: {path.name} is no place for results ({error_words(error)})") from None
     failed = []
     for part in parts:
         start = time.monotonic()
@@ -74,7 +65,7 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
             progress(f"--- {part}, {deadline - start:.0f} s left")
             try:
                 found[part] = {"rows": _run(part, folder, small, deadline, progress)}
-            except ConfigError:
+            except UserError:
                 raise
             except Exception as error:  # the other parts may still work
                 progress(traceback.format_exc())

@@ -12,22 +12,15 @@ import jax
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from mot_jax.benchmark.counts import Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import count_copies, temporaries
-from mot_jax.config import (
-    Config,
-    ConfigError,
-    DenseConfig,
-    FeedForwardConfig,
-    MeshConfig,
-    MixtureOfTokensConfig,
-    kernel_runs_on,
-)
-from mot_jax.kernels import mosaic_experts, mosaic_mixing
+from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MeshConfig, MixtureOfTokensConfig, kernel_runs_on
+from mot_jax.cost.hardware import parse_topology
+from mot_jax.cost.layers import Shape
+from mot_jax.errors import UserError
+from mot_jax.nn.kernels import fused_experts_tpu, fused_mixture_tpu
 from mot_jax.planning import hlo
-from mot_jax.planning.hardware import parse_topology
 from mot_jax.planning.plan import devices_of, plan
 from mot_jax.planning.program import read_program
 
@@ -54,7 +47,7 @@ def bytes_of_layers(
             progress(f"{shape.name}, {kind}: compiling for {topology}")
             try:
                 row = _row(shape, config, dtype, param_dtype, where)
-            except ConfigError as error:
+            except UserError as error:
                 rows.append({"shape": shape.name, "kind": kind, "refused": str(error)})
                 continue
             dense = dense or row
@@ -70,12 +63,12 @@ def _row(shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, 
     if isinstance(config, MixtureOfTokensConfig):
         (device,) = where.device_set
         if not kernel_runs_on(config, device):
-            raise ConfigError(f"kernel = {config.kernel!r}: is for TPU v5e, v5p and later; try --topology v5p:2x2x1")
+            raise UserError(f"kernel = {config.kernel!r}: is for TPU v5e, v5p and later; try --topology v5p:2x2x1")
         n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
         if config.kernel == "pallas":
-            kernel_bytes = mosaic_mixing.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
+            kernel_bytes = fused_mixture_tpu.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
         if config.kernel == "pallas_experts":
-            kernel_bytes = mosaic_experts.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype, param_dtype)
+            kernel_bytes = fused_experts_tpu.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype, param_dtype)
     run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)
     given = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), (params, x, x))

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mot_jax.accounting import active_parameters
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
-from mot_jax.config import Config, ConfigError, DenseConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig, ModelConfig
+from mot_jax.cost.accounting import active_parameters
+from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
-from mot_jax.inference.modes import MODES, enter, lacking
-from mot_jax.model import Params, init_params, unstack
+from mot_jax.modes import MODES, enter, lacking
+from mot_jax.nn.transformer import Params, init_params, unstack
 
 _COLUMNS = 32  # that are written in one timing, at most
 
@@ -37,7 +38,7 @@ def bench_decoding(
     temporaries, bytes that XLA allocates beside arguments and results.
     """
     if config.model.objective != "causal":
-        raise ConfigError(f"model.objective = {config.model.objective!r}: writes no text; try a causal model")
+        raise UserError(f"model.objective = {config.model.objective!r}: writes no text; try a causal model")
     rate, length = bandwidth(), config.model.context_length
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     group = config.model.group_size

@@ -22,9 +22,9 @@ from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.step import dense_twin
 from mot_jax.config import Config, DataConfig, LoggingConfig, MixtureOfTokensConfig, ModelConfig, load_config
 from mot_jax.data import corpora, report, tokenizers
-from mot_jax.paths import user_path
+from mot_jax.runs.metrics import read_rows
+from mot_jax.runtime.paths import user_path
 from mot_jax.training import loop
-from mot_jax.training.metrics import read_rows
 
 Row = dict[str, Any]
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -16,13 +16,13 @@ from mot_jax.data.objectives import Objective
 from mot_jax.data.order import BLOCK_GROUPS
 from mot_jax.data.pipeline import train_batches
 from mot_jax.data.text import open_text
-from mot_jax.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
 
 
 def bench_input(config: Config, progress: Callable[[str], None], batches: int | None = None) -> dict[str, Any]:
     """What `mot train` does for a batch but the step, by this process for its devices.
 
-    Raises ConfigError for a config or a corpus that cannot be. batches: to be timed; None takes what two blocks of the
+    Raises UserError for a config or a corpus that cannot be. batches: to be timed; None takes what two blocks of the
     order hold, because dealing a block takes long and happens once in so many batches.
 
     Returns: corpus and objective; batch_size and tokens of a batch; batches; mean_s, seconds a batch over all of them;

@@ -18,12 +18,13 @@ import jax
 from flax import nnx
 from matplotlib.figure import Figure
 
-from mot_jax.benchmark.counts import MIXTURE, Shape, layer_parts
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
-from mot_jax.config import ConfigError, FeedForwardConfig, InitConfig, kernel_runs_on, nearest
-from mot_jax.feed_forward import KINDS
-from mot_jax.training.metrics import png
+from mot_jax.config import FeedForwardConfig, InitConfig, kernel_runs_on
+from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
+from mot_jax.errors import UserError, nearest
+from mot_jax.nn.feed_forward import KINDS
+from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
@@ -38,15 +39,15 @@ def needed_share() -> float:
 def kinds_of(shapes: Sequence[Shape], wanted: Sequence[str] | None) -> list[str]:
     """The kinds and ways to time, those that are `wanted`, or all; on a CPU, the kinds.
 
-    Raises ConfigError for one that there is not, and for a kernel where no TPU is.
+    Raises UserError for one that there is not, and for a kernel where no TPU is.
     """
     ways, device = shapes[0].ways(), jax.devices()[0]
     here = [name for name, config in ways.items() if kernel_runs_on(config, device)]
     for kind in wanted or ():
         if kind not in ways:
-            raise ConfigError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
+            raise UserError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
         if kind not in here:
-            raise ConfigError(
+            raise UserError(
                 f"--kinds = {kind}: its kernel is for later TPUs; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
             )
     unless_told = list(shapes[0].kinds()) if device.platform == "cpu" else here
@@ -64,7 +65,7 @@ def bench_layers(
     directions: Sequence[str] = DIRECTIONS,
     may_go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Row], float]:
-    """A row for each shape, direction and kind; the memory's bytes/s. Raises ConfigError for an unknown kind.
+    """A row for each shape, direction and kind; the memory's bytes/s. Raises UserError for an unknown kind.
 
     Besides kinds there are ways to compute one (`Shape.ways`); a kernel that does not do a shape is left out.
 
@@ -166,7 +167,7 @@ def _programs(
                 run, params = layer(shape, name, dtype, param_dtype, shared.get(kind))
                 shared[kind] = params
             programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
-        except (ConfigError, jax.errors.JaxRuntimeError) as error:  # a kernel, or memory
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # a kernel, or memory
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             progress(f"{shape.name}, {name}: {str(error).splitlines()[0]}")
@@ -283,3 +284,19 @@ def plot(rows: Sequence[Row]) -> bytes:
     if kinds:
         panels[0].legend()
     return png(figure)
+
+
+def _milliseconds(name: str, row: dict[str, Any]) -> str:
+    return f"{1e3 * row['floors'][name]:,.3f}"
+
+
+COUNT_COLUMNS: list[Column] = [
+    ("shape", lambda row: row["shape"]),
+    ("kind", lambda row: row["kind"]),
+    ("part", lambda row: row["part"]),
+    ("GFLOP forward", lambda row: f"{row['flops'][0] / 1e9:,.1f}"),
+    ("backward", lambda row: f"{row['flops'][1] / 1e9:,.1f}"),
+    ("MB forward", lambda row: f"{(row['bytes'][0] + row['kept']) / 1e6:,.1f}"),
+    ("backward", lambda row: f"{row['bytes'][1] / 1e6:,.1f}"),
+    *((f"ms {name}", partial(_milliseconds, name)) for name in FLOORS),
+]

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mot_jax.benchmark.counts import SHAPES, Shape
 from mot_jax.benchmark.layers import applied, both, make
 from mot_jax.benchmark.report import Column, number
-from mot_jax.config import CompanionsConfig, ConfigError, FeedForwardConfig, kernel_runs_on, without_kernel
-from mot_jax.feed_forward.companions import Summary
+from mot_jax.config import CompanionsConfig, FeedForwardConfig, kernel_runs_on, without_kernel
+from mot_jax.cost.layers import SHAPES, Shape
+from mot_jax.errors import UserError
+from mot_jax.nn.feed_forward.companions import Summary
 
 Row = dict[str, Any]
 SHAPE = Shape("numerics", 128, 512, 16, 32, 32, 32)
@@ -35,7 +36,7 @@ def kinds(shape: Shape, device: jax.Device) -> dict[str, FeedForwardConfig]:
 
 
 def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
-    """A row for each kind and dtype. Raises ConfigError where JAX has no CPU device beside the accelerator.
+    """A row for each kind and dtype. Raises UserError where JAX has no CPU device beside the accelerator.
 
     Rows: kind, dtype; y_error; gradient_error, the largest of those of x and the parameters, None for a kind that does
     not train; tolerance and gradient_tolerance; ok.
@@ -44,7 +45,7 @@ def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
-        raise ConfigError("JAX_PLATFORMS: must leave a CPU device to compare with; try cuda,cpu") from None
+        raise UserError("JAX_PLATFORMS: must leave a CPU device to compare with; try cuda,cpu") from None
     device = jax.devices()[0]
     for kind, config in kinds(shape, device).items():
         for dtype, (tolerance, of_gradients) in TOLERANCES.items():

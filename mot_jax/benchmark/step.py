@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mot_jax.accounting import count_parameters, flops_per_token, peak_flops
-from mot_jax.benchmark.counts import optimizer_bytes
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak, temporaries
 from mot_jax.config import Config, DenseConfig, check
+from mot_jax.cost.accounting import count_parameters, flops_per_token, peak_flops
+from mot_jax.cost.layers import optimizer_bytes
 from mot_jax.data.objectives import Batch
-from mot_jax.sharding import local_rows, make_mesh, place_microbatches
-from mot_jax.training.schedule import make_optimizer
-from mot_jax.training.state import TrainState, create_state
+from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.runs.optimizer import make_optimizer
+from mot_jax.runs.state import TrainState, create_state
 from mot_jax.training.step import make_train_step
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def bench_step(
 ) -> tuple[list[Row], dict[str, float]]:
     """A row for each config, by name, the last of which is the baseline; what the machine can do.
 
-    Raises ConfigError for a config that cannot be. profile: a directory for a trace of the timed rounds.
+    Raises UserError for a config that cannot be. profile: a directory for a trace of the timed rounds.
 
     Rows: config, kind; parameters; tokens, of a step; median_s; spread; ratio_to_dense, over the baseline;
     tokens_per_second; flops of a step, 3 x forward, and mfu over the measured peak; mfu_by_datasheet, None where that

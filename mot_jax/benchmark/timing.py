@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import read_program
-from mot_jax.training.checkpoint import versions
+from mot_jax.runs.checkpoint import versions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from mot_jax import compilation, distributed, memory
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.options import Parser
-from mot_jax.config import ConfigError, TransientError, error_words
+from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.runtime import allocator, compilation, distributed
 
 BAD_INPUT = 2
 COMMANDS = {
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS)
-    memory.keep_freed()
+    allocator.keep_freed()
     with distributed.ending(), _errors_for_people():
         command = parser.parse_args(arguments[:1]).command
         if command not in MEASURING:
@@ -64,10 +64,10 @@ def _errors_for_people() -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
-        sys.exit(distributed.TEMPORARY if isinstance(error, TransientError) else BAD_INPUT)
+        sys.exit(distributed.TEMPORARY if isinstance(error, RetryableError) else BAD_INPUT)
     except Exception as error:
         if not _disk_is_full(error):
             raise

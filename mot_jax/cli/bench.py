@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mot_jax.cli.options import Parser, parse, positive, write_json
-from mot_jax.config import ConfigError, check, error_words, load_config
-from mot_jax.paths import user_path
+from mot_jax.config import check, load_config
+from mot_jax.errors import UserError, error_words
+from mot_jax.runtime.paths import user_path
 
 _progress = functools.partial(print, file=sys.stderr, flush=True)
 
@@ -51,10 +52,12 @@ def _layers(arguments: list[str]) -> None:
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options = parser.parse_args(arguments)
     rounds = positive("--rounds", options.rounds or "20", least=3)
-    from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, paper_shapes, shape_of
+    from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
 
     chosen = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
     if options.counts:
+        from mot_jax.benchmark.layers import COUNT_COLUMNS
+
         dtype = options.dtype or "bfloat16"
         rows = count_rows(chosen or [s for s in SHAPES.values() if s.name != "tiny"], dtype, options.param_dtype)
         about = {"dtype": dtype, "parameters in": options.param_dtype}
@@ -63,7 +66,7 @@ def _layers(arguments: list[str]) -> None:
     if options.topology:
         _refuse_timing(options, "kinds", "rounds", "plot", "profile")
         from mot_jax.benchmark import ahead
-        from mot_jax.training.checkpoint import versions
+        from mot_jax.runs.checkpoint import versions
 
         dtype = options.dtype or "bfloat16"
         wanted = chosen or paper_shapes(on_cpu=False)
@@ -114,7 +117,7 @@ def _step(arguments: list[str]) -> None:
         other = options.against
     if options.topology:
         from mot_jax.benchmark import ahead
-        from mot_jax.training.checkpoint import versions
+        from mot_jax.runs.checkpoint import versions
 
         rows = ahead.memory_of_steps({name: config, other: twin}, options.topology, _progress)
         about = {"topology": options.topology, "chips": "1"} | versions()
@@ -188,11 +191,11 @@ def _accelerator(arguments: list[str]) -> None:
 
 
 def _refuse_timing(options: argparse.Namespace, *names: str) -> None:
-    """Raises ConfigError with every one of these options that is given, since nothing is run under --topology."""
+    """Raises UserError with every one of these options that is given, since nothing is run under --topology."""
     given = [(name, value) for name in names if (value := getattr(options, name)) is not None]
     rule = "has no part in --topology, which compiles and runs nothing"
     if given:
-        raise ConfigError(*(f"--{name} = {value}: {rule}; try without --{name}" for name, value in given))
+        raise UserError(*(f"--{name} = {value}: {rule}; try without --{name}" for name, value in given))
 
 
 def _tell(json: str | None, about: dict[str, str], rows: list[dict], columns: Sequence[Any], **content: Any) -> None:
@@ -209,4 +212,4 @@ def _write(name: str, path: str, content: bytes) -> None:
         user_path(name, path).write_bytes(content)
     except OSError as error:
         words = error.strerror or error_words(error)
-        raise ConfigError(f"{name} = {path}: cannot be written ({words}); try ratios.png") from None
+        raise UserError(f"{name} = {path}: cannot be written ({words}); try ratios.png") from None

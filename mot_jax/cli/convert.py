@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, process
 from mot_jax.config import check, load_config
+from mot_jax.runtime import distributed
 
 
 def export(arguments: list[str]) -> None:
@@ -18,14 +18,14 @@ def export(arguments: list[str]) -> None:
     for flag in PROCESS:
         parser.add_argument(flag)
     options = parser.parse_args(arguments)
-    from mot_jax.training.restore import load_run_config
+    from mot_jax.runs.restore import load_run_config
 
     config = load_run_config(options.workdir)
     distributed.connect(process(options, config), config.mesh, trains=False)
     import jax
 
-    from mot_jax.convert import export
-    from mot_jax.sharding import make_mesh
+    from mot_jax.interop.convert import export
+    from mot_jax.nn.sharding import make_mesh
 
     several = jax.process_count() > 1  # else this process's memory must hold the model, and its devices need not
     with jax.set_mesh(make_mesh(config, trains=False)) if several else contextlib.nullcontext():
@@ -45,7 +45,7 @@ def import_(arguments: list[str]) -> None:
     if options.config is not None:
         config = load_config(options.config)
         check(config)
-    from mot_jax.convert import import_model
+    from mot_jax.interop.convert import import_model
 
     for line in import_model(options.file, options.output, config, options.overwrite):
         print(line)

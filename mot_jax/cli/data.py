@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 
 from mot_jax.cli.options import Parser
-from mot_jax.config import ConfigError
-from mot_jax.paths import DATA_DIRECTORY, local_path
+from mot_jax.errors import UserError
+from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
 
 
 def data(arguments: list[str]) -> None:
@@ -41,7 +41,7 @@ def data(arguments: list[str]) -> None:
         from mot_jax.data.build import build, plan_files
 
         if options.workers is not None and options.workers < 1:
-            raise ConfigError(f"--workers = {options.workers}: must be at least 1; try 1")
+            raise UserError(f"--workers = {options.workers}: must be at least 1; try 1")
         plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
         build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
         return

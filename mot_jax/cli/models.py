@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
-from mot_jax.config import Config, ConfigError, error_words
-from mot_jax.inference.modes import MODES
-from mot_jax.paths import user_path
+from mot_jax.config import Config
+from mot_jax.errors import UserError, error_words
+from mot_jax.modes import MODES
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import user_path
 
 _MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
 
@@ -93,22 +94,22 @@ def lm_eval(arguments: list[str]) -> None:
     parser.add_argument("--mode", help=_MODES)
     for option in ("--json", *PROCESS):
         parser.add_argument(option)
-    from mot_jax.training.restore import load_run_config
+    from mot_jax.runs.restore import load_run_config
 
     options, config = parse(parser.prog, arguments, None, parser, load_run_config)
     if not options.tasks:
-        raise ConfigError(f"--tasks is missing; try {parser.prog} {options.config} --tasks arc_easy")
+        raise UserError(f"--tasks is missing; try {parser.prog} {options.config} --tasks arc_easy")
     numbers: dict[str, Any] = {
         "batch_size": positive("--batch-size", options.batch_size),
         "limit": None if options.limit is None else positive("--limit", options.limit),
         "num_fewshot": None if options.num_fewshot is None else positive("--num-fewshot", options.num_fewshot, 0),
     }
     if options.include_path is not None and not Path(options.include_path).is_dir():
-        raise ConfigError(f"--include-path = {options.include_path}: must be a directory; leave it out for known tasks")
+        raise UserError(f"--include-path = {options.include_path}: must be a directory; leave it out for known tasks")
     try:
-        from mot_jax import lm_eval
+        from mot_jax.interop import lm_eval
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; try pip install 'mot_jax[lm-eval]'") from None
+        raise UserError(f"{error.name} is not installed; try pip install 'mot_jax[lm-eval]'") from None
     model = _model(options, config)
     results = lm_eval.evaluate(model, options.tasks.split(","), include_path=options.include_path, **numbers)
     if not distributed.is_first():
@@ -135,7 +136,7 @@ def _parser(prog: str, word: str) -> Parser:
 
 def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Namespace, list[str], Any]:
     """The options, the texts, and the model, see `_model`."""
-    from mot_jax.training.restore import load_run_config
+    from mot_jax.runs.restore import load_run_config
 
     options, config = parse(parser.prog, arguments, None, parser, load_run_config)
     texts, path = list(getattr(options, word)), getattr(options, f"{word}s")
@@ -144,9 +145,9 @@ def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Nam
         try:
             texts += user_path(f"--{word}s", path).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
+            raise UserError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
     if not texts:
-        raise ConfigError(f"--{word} is missing; try {parser.prog} {options.config} --{word} 'def '")
+        raise UserError(f"--{word} is missing; try {parser.prog} {options.config} --{word} 'def '")
     return options, texts, _model(options, config)
 
 
@@ -154,7 +155,7 @@ def _model(options: argparse.Namespace, config: Config) -> Any:
     """The model in its mode on its mesh, after a word on who hears whom."""
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.language_model import about_mode, load
-    from mot_jax.sharding import make_mesh
+    from mot_jax.nn.sharding import make_mesh
 
     model = load(options.config, options.mode, make_mesh(config, trains=False))
     if distributed.is_first():

@@ -11,31 +11,22 @@ from typing import NoReturn
 
 import tyro
 
-from mot_jax import distributed
-from mot_jax.config import (
-    Config,
-    ConfigError,
-    check,
-    error_words,
-    identity_changes,
-    leaves,
-    load_config,
-    nearest,
-    type_words,
-)
-from mot_jax.paths import user_path
+from mot_jax.config import Config, check, identity_changes, leaves, load_config, type_words
+from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import user_path
 
 
 class Parser(argparse.ArgumentParser):
     """Tells a mistake as we tell all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help tells more")
+        raise UserError(f"{message}; {self.prog} --help tells more")
 
 
 def positive(name: str, text: str, least: int = 1) -> int:
     if not text.isdigit() or int(text) < least:
-        raise ConfigError(f"{name} = {text!r}: must be a whole number, at least {least}; try 32")
+        raise UserError(f"{name} = {text!r}: must be a whole number, at least {least}; try 32")
     return int(text)
 
 
@@ -43,7 +34,7 @@ def write_json(path: str, content: dict) -> None:
     try:
         user_path("--json", path).write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"--json = {path}: cannot be written ({error.strerror or error_words(error)}); try result.json"
         ) from None
 
@@ -83,18 +74,18 @@ def parse(
         options.config = rest.pop(0)
     if options.config is None:
         word, example = ("CONFIG", "configs/demo.py") if load is load_config else ("WORKDIR", "runs/demo")
-        raise ConfigError(f"{word} is missing; try {prog} {example}")
+        raise UserError(f"{word} is missing; try {prog} {example}")
     loaded = load(options.config)
     check(loaded)
     config = override(prog, loaded, rest, names)
     check(config)
     if load is not load_config and (changes := identity_changes(loaded, config)):
-        raise ConfigError(*changes)
+        raise UserError(*changes)
     return options, config
 
 
 def override(prog: str, config: Config, flags: list[str], own: list[str]) -> Config:
-    """The config with the fields that `--group.field VALUE` flags name. Raises ConfigError with every mistake."""
+    """The config with the fields that `--group.field VALUE` flags name. Raises UserError with every mistake."""
     help_wanted = any(flag in ("-h", "--help") for flag in flags)
     if help_wanted:
         print(f"usage: {prog} [CONFIG] {' '.join(f'[{o} VALUE]' for o in own)} [--group.field VALUE ...]\n")
@@ -122,7 +113,7 @@ def override(prog: str, config: Config, flags: list[str], own: list[str]) -> Con
                 value = " ".join(chunk[1:]) or chunk[0].partition("=")[2]
                 hint = type_words(names.get(name, bool))
                 faults.append(f"{name} = {value!r}: must be {hint}; here it is {_get(config, name)!r}")
-    raise ConfigError(*faults)
+    raise UserError(*faults)
 
 
 def _tyro(prog: str, config: Config, flags: Sequence[str]) -> Config:

@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
-from mot_jax.config import ConfigError, error_words
-from mot_jax.inference.modes import MODES, lacking, mode_of, regrouped, trained_mode
-from mot_jax.paths import user_path
+from mot_jax.errors import UserError, error_words
+from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import user_path
 
 DOES_NOT_FIT = 1
 
@@ -28,7 +28,7 @@ def train(arguments: list[str]) -> None:
 def describe(arguments: list[str]) -> None:
     """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
     options, config = parse("mot describe", arguments, None, ["--json"])
-    from mot_jax import accounting
+    from mot_jax.cost import accounting
 
     description = accounting.describe(config)
     for line in description.lines():
@@ -40,10 +40,10 @@ def describe(arguments: list[str]) -> None:
 def plan(arguments: list[str]) -> None:
     """memory, collectives and modelled time on a machine you need not have: mot plan CONFIG --topology v5p:8x8x8"""
     options, config = parse("mot plan", arguments, None, ["--topology", "--slices", "--json"])
-    from mot_jax.planning.hardware import KNOWN, parse_topology
+    from mot_jax.cost.hardware import KNOWN, parse_topology
 
     if options.topology is None:
-        raise ConfigError(f"--topology is missing; known: {KNOWN}")
+        raise UserError(f"--topology is missing; known: {KNOWN}")
     slices = positive("--slices", options.slices or "1")
     if parse_topology(options.topology, slices).hardware:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
@@ -60,7 +60,7 @@ def plan(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """score a model on a split: mot evaluate WORKDIR [--split S] [--mode companions|...|all] [--group-size G]"""
-    from mot_jax.training.restore import load_run_config
+    from mot_jax.runs.restore import load_run_config
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
     options, config = parse("mot evaluate", arguments, None, own, load_run_config)
@@ -71,8 +71,9 @@ def evaluate(arguments: list[str]) -> None:
     if mode != "all":
         mode_of(mode, also=["all"]).change(config)  # or say why not
     distributed.connect(process(options, config), config.mesh, trains=False)
-    from mot_jax.inference.companions import load_companions
-    from mot_jax.training import evaluation, scores
+    from mot_jax.modes.companions import load_companions
+    from mot_jax.runs import scores
+    from mot_jax.training import evaluation
 
     faults = {}
     if mode == "all":
@@ -96,17 +97,17 @@ def curves(arguments: list[str]) -> None:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     parser.add_argument("--output", default="curves.png", metavar="FILE")
     options = parser.parse_args(arguments)
-    from mot_jax.training import metrics
+    from mot_jax.runs import metrics
 
     workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
     runs = {path.name: metrics.read_rows(path) for path in workdirs}
     for path, rows in zip(options.workdirs, runs.values(), strict=True):
         if not rows:
-            raise ConfigError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
+            raise UserError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
     try:
         user_path("--output", options.output).write_bytes(metrics.plot_curves(runs))
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"--output = {options.output}: cannot be written ({error.strerror or error_words(error)}); try curves.png"
         ) from None
     print(options.output)
@@ -120,7 +121,7 @@ def inspect(arguments: list[str]) -> None:
     parser.add_argument("--group", type=int, default=0, metavar="N", help="of the validation split (default: 0)")
     parser.add_argument("--position", type=int, metavar="S", help="default: the middle of the window")
     options = parser.parse_args(arguments)
-    from mot_jax.inference.inspect import inspect
+    from mot_jax.analysis.inspect import inspect
 
     for line in inspect(options.workdir, options.output, options.group, options.position):
         print(line)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mot_jax import distributed
 from mot_jax.cli.options import PROCESS, Parser, chunks, override, positive, process
 from mot_jax.config import check
+from mot_jax.runtime import distributed
 
 # Flags that stand for fields.
 _FIELDS = {
@@ -29,8 +29,8 @@ def transition(arguments: list[str]) -> None:
     for short, long in _FIELDS.items():
         value = getattr(options, short.strip("-").replace("-", "_"))
         flags += [] if value is None else [long, value]
+    from mot_jax.runs.restore import load_run_config
     from mot_jax.training import transition as tuning
-    from mot_jax.training.restore import load_run_config
 
     steps, workdir = positive("--steps", options.steps), options.workdir.rstrip("/")
     limit = None if options.windows is None else positive("--windows", options.windows)

@@ -9,7 +9,6 @@ from mot_jax.config.checks import (
     platform_faults,
     without_kernel,
 )
-from mot_jax.config.errors import ConfigError, TransientError, nearest
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
@@ -28,7 +27,7 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
     TrainingConfig,
 )
-from mot_jax.config.files import FORMAT_VERSION, error_words, from_json, identity_changes, load_config, to_json
+from mot_jax.config.files import FORMAT_VERSION, from_json, identity_changes, load_config, to_json
 from mot_jax.config.hints import leaves, type_words
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "CheckpointConfig",
     "CompanionsConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "DenseConfig",
     "FeedForwardConfig",
@@ -50,10 +48,8 @@ __all__ = [
     "OptimizerConfig",
     "TokenChoiceConfig",
     "TrainingConfig",
-    "TransientError",
     "attention_fault",
     "check",
-    "error_words",
     "from_json",
     "identity_changes",
     "kernel_faults",
@@ -61,7 +57,6 @@ __all__ = [
     "leaves",
     "load_config",
     "mixing_faults",
-    "nearest",
     "platform_faults",
     "to_json",
     "type_words",

@@ -8,7 +8,6 @@ import typing
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mot_jax.config.errors import ConfigError
 from mot_jax.config.fields import (
     Config,
     DenseConfig,
@@ -19,18 +18,19 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
 )
 from mot_jax.config.hints import leaves, matches, type_words
+from mot_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jax
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` with every fault of `config`."""
+    """Raises `UserError` with every fault of `config`."""
     faults = list(_type_faults(config, ""))
     if not faults:
         faults = [*_range_faults(config), *_size_faults(config)]
     if faults:
-        raise ConfigError(*faults)
+        raise UserError(*faults)
 
 
 def _type_faults(value: Any, path: str) -> Iterator[str]:

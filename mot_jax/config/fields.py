@@ -87,8 +87,8 @@ class MixtureOfTokensConfig:
     saved: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
         `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
         computed again.
-    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`kernels/mosaic_mixing.py`), for small
-        experts, or `pallas_experts` (`kernels/mosaic_experts.py`), for wide ones. Fewer bytes, for more FLOPs.
+    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`fused_mixture_tpu.py`), for small
+        experts, or `pallas_experts` (`fused_experts_tpu.py`), for wide ones. Fewer bytes, for more FLOPs.
     """
 
     kind: ClassVar[str] = "mixture_of_tokens"

@@ -14,32 +14,32 @@ from typing import Any
 
 from mot_jax.config import fields
 from mot_jax.config.checks import check
-from mot_jax.config.errors import ConfigError, nearest
 from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
+from mot_jax.errors import UserError, error_words, nearest
 
 FORMAT_VERSION = 2
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """What `get_config()` of a config file returns. Raises ConfigError for a file that is missing or broken."""
+    """What `get_config()` of a config file returns. Raises UserError for a file that is missing or broken."""
     path = Path(path)
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         found = [str(p) for p in sorted(folder.glob("*.py"))]
-        raise ConfigError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
+        raise UserError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
     try:
         spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = module.get_config()
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:
-        raise ConfigError(f"config = {path}{_place_of(error, path)}: {error_words(error)}") from error
+        raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
     if not isinstance(config, Config):
-        raise ConfigError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
+        raise UserError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
     return config
 
 
@@ -50,9 +50,9 @@ def _place_of(error: Exception, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def error_words(error: Exception) -> str:
-    """An exception in one line, with the nearest name for a field that does not exist."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
+def _load_error(error: Exception) -> str:
+    """An error of a config file in one line, with the nearest name for a field that does not exist."""
+    text = error_words(error)
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown:
         cls = getattr(fields, unknown[1], None)
@@ -77,14 +77,14 @@ def _encode(value: Any) -> Any:
 
 
 def from_json(text: str) -> Config:
-    """The config of `to_json`. Raises ConfigError on unknown or mistyped fields and on another format version."""
+    """The config of `to_json`. Raises UserError on unknown or mistyped fields and on another format version."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
+        raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise ConfigError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json")
+        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json")
     config = _decode(data, Config, "")
     check(config)
     return config
@@ -95,19 +95,19 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
     if not classes or (data is None and matches(data, hint)):
         return tuple(_decode(item, None, path) for item in data) if isinstance(data, list) else data
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} = {data!r}: must be a group of fields")
+        raise UserError(f"{path} = {data!r}: must be a group of fields")
     data = dict(data)
     if hasattr(classes[0], "kind"):
         kinds = {c.kind: c for c in classes}
         kind = str(data.pop("kind", None))
         if kind not in kinds:
-            raise ConfigError(f"{path}.kind = {kind!r}: no such kind{nearest(kind, kinds)}")
+            raise UserError(f"{path}.kind = {kind!r}: no such kind{nearest(kind, kinds)}")
         classes = [kinds[kind]]
     hints = typing.get_type_hints(classes[0])
     names = [f.name for f in dataclasses.fields(classes[0])]
     for name in data:
         if name not in names:
-            raise ConfigError(f"{'.'.join(filter(None, [path, name]))}: no such field{nearest(name, names)}")
+            raise UserError(f"{'.'.join(filter(None, [path, name]))}: no such field{nearest(name, names)}")
     return classes[0](**{k: _decode(v, hints[k], ".".join(filter(None, [path, k]))) for k, v in data.items()})
 
 

@@ -29,9 +29,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mot_jax.config import ConfigError
-from mot_jax.data import processes
+from mot_jax.data import pool
 from mot_jax.data.files import Documents, Part, cut, find_files, read_part
+from mot_jax.errors import UserError
 
 FORMAT_VERSION = 1
 VERSION = "1.0.0"
@@ -78,15 +78,15 @@ class Plan:
 def plan_files(
     name: str, files: Iterable[str], documents: Documents = "file", feature: str = "text", validation: float = 0.01
 ) -> Plan:
-    """The plan of a corpus out of the user's files, patterns and directories. Raises ConfigError."""
+    """The plan of a corpus out of the user's files, patterns and directories. Raises UserError."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == "python_source":
         good = re.sub(r"^[^a-z]+|\W", "", name.lower().replace("-", "_"))
-        raise ConfigError(
+        raise UserError(
             f"NAME = {name!r}: must be small letters, digits and underscores, begin with a letter, and not be "
             f"python_source; try {good if good not in ('', 'python_source') else 'mine'}"
         )
     if not 0 <= validation < 1:
-        raise ConfigError(f"--validation = {validation:g}: must be at least 0 and below 1; try 0.01")
+        raise UserError(f"--validation = {validation:g}: must be at least 0 and below 1; try 0.01")
     found, others = find_files(files)
     size = _piece_bytes(sum(map(os.path.getsize, found)))
     parts = tuple(part for path, label in found.items() for part in cut(path, label, documents, size))
@@ -103,20 +103,20 @@ def build(plan: Plan, corpora: Path, workers: int | None = None, say: Callable[[
     """The directory of the corpus under `corpora`, which is filled if it is not there yet.
 
     workers: processes, at most; None is as many as there are cores. say: is told what comes of it, in lines.
-    Raises ConfigError where another corpus has that name, and where no document is left.
+    Raises UserError where another corpus has that name, and where no document is left.
     """
     say = say or (lambda line: None)
     directory, building = corpora / plan.name / VERSION, corpora / plan.name / f"{VERSION}.building"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f"data.directory = {corpora.parent}: cannot be written ({error.strerror}); try one that can"
         ) from error
     with _lock(directory.parent / ".lock", say):
         if prepared(corpora, plan.name):
             if json.loads((directory / "metadata.json").read_text()).get("plan") != plan.identity():
-                raise ConfigError(
+                raise UserError(
                     f"NAME = {plan.name!r}: {directory} holds a corpus of other files or options, or of files that "
                     f"have changed; try another name, or remove that directory"
                 )
@@ -185,7 +185,7 @@ def _features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()})
 
 
-def _write_piece(directory: Path, piece: Piece, advance: processes.Advance) -> None:
+def _write_piece(directory: Path, piece: Piece, advance: pool.Advance) -> None:
     """Writes the shards of a piece, and its marker."""
     plan = piece.plan
     writers = {}
@@ -245,7 +245,7 @@ def _fill(directory: Path, plan: Plan, workers: int | None, say: Callable[[str],
     size = sum(piece.plan.total_bytes for piece in missing)
     start = time.perf_counter()
     workers = 1 if len(missing) < 6 else workers  # a process takes as long to start as some pieces take
-    processes.run(functools.partial(_write_piece, directory), missing, workers, f"building {plan.name}, bytes", size)
+    pool.run(functools.partial(_write_piece, directory), missing, workers, f"building {plan.name}, bytes", size)
     seconds = time.perf_counter() - start
     results = [json.loads((directory / piece.marker).read_text()) for piece in pieces]
     new = sum(c["bytes"] for piece in missing for c in results[piece.number]["counts"].values())
@@ -254,7 +254,7 @@ def _fill(directory: Path, plan: Plan, workers: int | None, say: Callable[[str],
     if not metadata["counts"]:
         shutil.rmtree(directory)
         counted = "; ".join(f"{count:,} {_REASONS[reason]}" for reason, count in metadata["skipped"].items())
-        raise ConfigError(
+        raise UserError(
             f"NAME = {plan.name!r}: not one document in the files ({counted or 'which are empty'}); here --feature is "
             f"{plan.feature!r} and --documents is {plan.documents!r}; try others, or other files"
         )

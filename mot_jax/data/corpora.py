@@ -20,9 +20,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mot_jax.config import ConfigError, error_words, nearest
 from mot_jax.data import python_source
 from mot_jax.data.build import build, prepared
+from mot_jax.errors import UserError, error_words, nearest
 
 _PUBLIC_FOLDERS = ("datasets", "question_answering", "summarization", "text", "translate")  # of TFDS, those with text
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
@@ -71,16 +71,14 @@ def open_corpus(
     """The `split` of the corpus `name`, as TFDS names them; the source of Python is built first if it is not there yet.
 
     split: also a part, as `train[:90%]`. feature: the one that holds the text. field: what the split was asked for by.
-    Raises ConfigError, in one line, for a name, split or feature that does not exist, a data set that is not prepared
+    Raises UserError, in one line, for a name, split or feature that does not exist, a data set that is not prepared
     or not as array_record, and a split without a document.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
-        raise ConfigError(
-            f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another"
-        ) from error
+        raise UserError(f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another") from error
     info = builder.info
     _check_format(name, info, path)
     _check_feature(name, info, feature)
@@ -107,7 +105,7 @@ def _fingerprint(info: tfds.core.DatasetInfo) -> str:
 def _check_format(name: str, info: tfds.core.DatasetInfo, path: epath.Path) -> None:
     formats = sorted(form.value for form in info.available_file_formats())
     if "array_record" not in formats:
-        raise ConfigError(
+        raise UserError(
             f"data.corpus = {name!r}: is prepared as {' and '.join(formats)}, without random access; where TensorFlow "
             f"is installed, try tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
         )
@@ -121,32 +119,30 @@ def _texts(info: tfds.core.DatasetInfo) -> list[str]:
 def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None:
     texts = _texts(info)
     if not texts:
-        raise ConfigError(f"data.corpus = {name!r}: has no feature that is text; try another data set")
+        raise UserError(f"data.corpus = {name!r}: has no feature that is text; try another data set")
     if feature not in texts:
         what = "is not text" if feature in info.features else f"no such feature of {name}"
-        raise ConfigError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
+        raise UserError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
 
 
 def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str) -> None:
     there = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
     unknown = [part for part in re.findall(r"(?:^|\+)\s*(\w+)", split) if part not in info.splits]
     if unknown:
-        raise ConfigError(
-            f"{field} = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}"
-        )
+        raise UserError(f"{field} = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}")
     try:
         documents = info.splits[split].num_examples
     except Exception as error:
-        raise ConfigError(f"{field} = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
+        raise UserError(f"{field} = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
     if not documents:
-        raise ConfigError(f"{field} = {split!r}: empty, there is no document in it; {name} has {there}; try train")
+        raise UserError(f"{field} = {split!r}: empty, there is no document in it; {name} has {there}; try train")
 
 
 # --- where a data set lies --------------------------------------------------------------------------------------------
 
 
 def _find(name: str, corpora: Path) -> epath.Path:
-    """The version directory of a data set, built first if it is Python's source. Raises ConfigError."""
+    """The version directory of a data set, built first if it is Python's source. Raises UserError."""
     if name == "python_source/stdlib":
         return epath.Path(prepared(corpora, python_source.stdlib_name()) or build(python_source.stdlib(), corpora))
     if name == "python_source/site_packages":
@@ -155,7 +151,7 @@ def _find(name: str, corpora: Path) -> epath.Path:
     roots = [epath.Path(corpora), epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     if re.match(r"(?!gs:)\w+://", path):
-        raise ConfigError(f"data.corpus = {name!r}: array_record reads local files and gs:// alone; try a local copy")
+        raise UserError(f"data.corpus = {name!r}: array_record reads local files and gs:// alone; try a local copy")
     is_path = "://" in path or path.startswith(("/", "~", "."))
     try:
         for root in [epath.Path()] if is_path else roots:
@@ -164,12 +160,12 @@ def _find(name: str, corpora: Path) -> epath.Path:
                 if (directory / "dataset_info.json").exists():
                     return directory
         if is_path:
-            raise ConfigError(f"data.corpus = {name!r}: no prepared data set; its directory holds dataset_info.json")
-        raise ConfigError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
-    except ConfigError:
+            raise UserError(f"data.corpus = {name!r}: no prepared data set; its directory holds dataset_info.json")
+        raise UserError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
+    except UserError:
         raise
     except Exception as error:  # of a bucket, or of a directory that may not be read
-        raise ConfigError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a copy") from error
+        raise UserError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a copy") from error
 
 
 def _versions(base: epath.Path) -> list[epath.Path]:

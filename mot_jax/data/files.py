@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, Literal
 
-from mot_jax.config import ConfigError
+from mot_jax.errors import UserError
 
 LIMIT = 1 << 26  # bytes of the longest line or document that is kept
 Documents = Literal["file", "line", "paragraph"]
@@ -63,7 +63,7 @@ def kind_of(path: str) -> str | None:
 def find_files(arguments: Iterable[str]) -> tuple[dict[str, str], int]:
     """({path: name}, how many files of other kinds were left out) of files, patterns and directories, in order.
 
-    Directories are searched to the bottom, without hidden files. Raises ConfigError where there is nothing to read.
+    Directories are searched to the bottom, without hidden files. Raises UserError where there is nothing to read.
     """
     found: dict[str, str] = {}
     others = 0
@@ -71,7 +71,7 @@ def find_files(arguments: Iterable[str]) -> tuple[dict[str, str], int]:
         expanded = os.path.expanduser(argument)
         paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not paths:
-            raise ConfigError(f"FILE = {argument!r}: no such file, and no file fits it as a pattern")
+            raise UserError(f"FILE = {argument!r}: no such file, and no file fits it as a pattern")
         for path in map(os.path.abspath, paths):
             if os.path.isdir(path):
                 inside = {file: os.path.relpath(file, path) for file in _walk(path)}
@@ -81,13 +81,13 @@ def find_files(arguments: Iterable[str]) -> tuple[dict[str, str], int]:
             elif kind_of(path):
                 found[path] = os.path.basename(path)
             else:
-                raise ConfigError(
+                raise UserError(
                     f"FILE = {path!r}: no kind of file that can be read; must be .parquet, or end, before any .gz, in "
                     f"one of {' '.join(sorted(_JSON | _TEXT))}; try renaming it to .txt or .jsonl"
                 )
     unreadable = next((path for path in found if not os.access(path, os.R_OK)), None)
     if unreadable is not None:
-        raise ConfigError(f"FILE = {unreadable!r}: may not be read; try chmod +r")
+        raise UserError(f"FILE = {unreadable!r}: may not be read; try chmod +r")
     return found, others
 
 

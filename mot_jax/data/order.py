@@ -15,8 +15,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from mot_jax.config import ConfigError
 from mot_jax.data.permutation import permuted
+from mot_jax.errors import UserError
 
 BLOCK_GROUPS = 512
 _ABSENT = np.iinfo(np.int32).max
@@ -30,7 +30,7 @@ class Order:
     block has groups never meets itself.
 
     Random access, the same on every machine: an example depends on the arguments and its number alone. Memory is that
-    of a few blocks. Raises ConfigError if the windows do not fill one group.
+    of a few blocks. Raises UserError if the windows do not fill one group.
     """
 
     def __init__(self, documents: np.ndarray, group_size: int, seed: int):
@@ -38,7 +38,7 @@ class Order:
         self.group_size = group_size
         self.seed = seed
         if len(documents) < group_size:
-            raise ConfigError(
+            raise UserError(
                 f"data.group_size = {group_size}: the corpus has {len(documents)} windows, too few for one group; "
                 f"try a group size of {max(len(documents), 1)} or a shorter model.context_length"
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from mot_jax.config import ConfigError
 from mot_jax.data.build import summary
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.tokenizers import Tokenizer
-from mot_jax.paths import user_path
+from mot_jax.errors import UserError
+from mot_jax.runtime.paths import user_path
 
 _DOCUMENTS = 10_000  # read to count bytes, where no build has counted them
 _ENCODED_BYTES = 1 << 20
@@ -46,11 +46,11 @@ def lines(corpus: Corpus, tokenizer: Tokenizer | None = None, shown: int = 3) ->
 def write_tokenizer(corpus: Corpus, train: Callable[[Iterable[bytes]], bytes], output: str) -> str:
     """Writes the file that `train` makes of the corpus' texts, a sample of them if there are many; says what it did.
 
-    Raises ConfigError if `output` is there already.
+    Raises UserError if `output` is there already.
     """
     path = user_path("--output", output)
     if path.exists():
-        raise ConfigError(f"--output = {output!r}: is there already, and is never overwritten; try another name")
+        raise UserError(f"--output = {output!r}: is there already, and is never overwritten; try another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     size = 0
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from mot_jax.config import Config, ConfigError
+from mot_jax.config import Config
 from mot_jax.data.corpora import open_corpus
 from mot_jax.data.order import MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
-from mot_jax.paths import DATA_DIRECTORY, local_path
+from mot_jax.errors import UserError
+from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
 
 
 class Text(NamedTuple):
@@ -27,7 +28,7 @@ class Text(NamedTuple):
 def open_text(config: Config, tokenizer: Tokenizer | None = None) -> Text:
     """All text of `config`, tokenised now if it has not been before. `tokenizer`: its own, if it is open already.
 
-    Raises ConfigError.
+    Raises UserError.
     """
     data = config.data
     tokenizer = tokenizer or open_tokenizer(config)
@@ -45,13 +46,13 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> Text:
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of `config`. Raises ConfigError if there is none, or if its tokens are too many for the model."""
+    """The tokenizer of `config`. Raises UserError if there is none, or if its tokens are too many for the model."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     needed, what = tokenizer.vocab_size, ""
     if config.model.objective == "masked" and tokenizer.mask_token >= needed:
         needed, what = tokenizer.mask_token + 1, ", and a mask"
     if needed > config.model.vocab_size:
-        raise ConfigError(
+        raise UserError(
             f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} of tokenizer "
             f"{config.data.tokenizer!r}{what}; try {needed}"
         )
@@ -59,7 +60,7 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 
 def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
-    """The windows of one split of every corpus of `config`, joined. Raises ConfigError."""
+    """The windows of one split of every corpus of `config`, joined. Raises UserError."""
     data, length = config.data, config.model.context_length
     directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
     fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}

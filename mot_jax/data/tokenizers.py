@@ -16,8 +16,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from mot_jax.config import ConfigError, error_words, nearest
-from mot_jax.paths import user_path
+from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.runtime.paths import user_path
 
 # What the end of a text, and the mask, are called in published tokenizers: the first that there is.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
@@ -76,7 +76,7 @@ class ByteTokenizer:
 def load_tokenizer(name: str) -> Tokenizer:
     """`bytes`, or the tokenizer in a file: a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
 
-    Raises ConfigError if there is none, or if its file is not what its name says.
+    Raises UserError if there is none, or if its file is not what its name says.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -84,20 +84,20 @@ def load_tokenizer(name: str) -> Tokenizer:
     suffix = PurePosixPath(name).suffix
     if suffix not in kinds:
         found = nearest(name, ["bytes", "a path to a tokenizer.json", "a path to a SentencePiece .model"])
-        raise ConfigError(f"data.tokenizer = {name!r}: no such tokenizer{found}")
+        raise UserError(f"data.tokenizer = {name!r}: no such tokenizer{found}")
     try:
         content = user_path("data.tokenizer", name).read_bytes()
     except OSError as error:
         words = error.strerror or error_words(error)
-        raise ConfigError(f"data.tokenizer = {name!r}: cannot be read ({words}); try 'bytes'") from None
+        raise UserError(f"data.tokenizer = {name!r}: cannot be read ({words}); try 'bytes'") from None
     try:
         tokenizer = kinds[suffix](content)
     except Exception as error:  # either library raises what it likes
         rule = {".json": "a tokenizer.json of the tokenizers library", ".model": "a SentencePiece model"}[suffix]
         words = error_words(error)
-        raise ConfigError(f"data.tokenizer = {name!r}: must be {rule} ({words}); try 'bytes'") from None
+        raise UserError(f"data.tokenizer = {name!r}: must be {rule} ({words}); try 'bytes'") from None
     if tokenizer.end_of_text < 0:
-        raise ConfigError(f"data.tokenizer = {name!r}: has no token for the end of a text; {tokenizer.adding}")
+        raise UserError(f"data.tokenizer = {name!r}: has no token for the end of a text; {tokenizer.adding}")
     return tokenizer
 
 
@@ -266,24 +266,24 @@ def _cut(text: str, inside: re.Pattern[str], longest: int = _BATCH) -> Iterator[
 
 
 def check_suffix(output: str, kind: str) -> None:
-    """Raises ConfigError if a tokenizer of that kind could not be opened under the name `output`."""
+    """Raises UserError if a tokenizer of that kind could not be opened under the name `output`."""
     suffix, path = {"bpe": ".json", "sentencepiece": ".model"}[kind], PurePosixPath(output)
     if path.suffix != suffix:
         good = f"{path.with_suffix(suffix)}" if path.name else f"tokenizer{suffix}"
-        raise ConfigError(f"--output = {output!r}: must end in {suffix} for a tokenizer of kind {kind}; try {good!r}")
+        raise UserError(f"--output = {output!r}: must end in {suffix} for a tokenizer of kind {kind}; try {good!r}")
 
 
 def train_tokenizer(texts: Iterable[bytes], vocab_size: int, kind: str = "bpe") -> bytes:
     """The content of a new tokenizer's file, with `<|endoftext|>`; any text in UTF-8 survives it.
 
     kind: `bpe`, byte-level, for a `tokenizer.json`; `sentencepiece`, unigram with byte fallback, for a `.model`.
-    vocab_size: V, or less if the texts are few. Texts are read once. Raises ConfigError for a V that is too small.
+    vocab_size: V, or less if the texts are few. Texts are read once. Raises UserError for a V that is too small.
     """
     kinds = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}
     if kind not in kinds:
-        raise ConfigError(f"kind = {kind!r}: no such kind of tokenizer{nearest(kind, kinds)}")
+        raise UserError(f"kind = {kind!r}: no such kind of tokenizer{nearest(kind, kinds)}")
     if vocab_size < 257:
-        raise ConfigError(f"vocab_size = {vocab_size}: must be at least 257, every byte and an end of text; try 32000")
+        raise UserError(f"vocab_size = {vocab_size}: must be at least 257, every byte and an end of text; try 32000")
     nowhere = re.compile(_NOWHERE)
     pieces = itertools.chain.from_iterable(_cut(text.decode(errors="replace"), nowhere) for text in texts)
     return kinds[kind](pieces, vocab_size)
@@ -328,5 +328,5 @@ def _train_sentencepiece(pieces: Iterator[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         words = re.sub(r".*\] *|\. Increase.*", "", error_words(error)) or "the text is empty"
-        raise ConfigError(f"vocab_size = {vocab_size}: SentencePiece refuses it ({words}); try 32000") from None
+        raise UserError(f"vocab_size = {vocab_size}: SentencePiece refuses it ({words}); try 32000") from None
     return model.getvalue()

@@ -32,10 +32,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mot_jax.config import ConfigError
-from mot_jax.data import processes
+from mot_jax.data import pool
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batches
+from mot_jax.errors import UserError
 
 FORMAT_VERSION = 1  # another one where other windows are made of the same text: the next three decide it, too
 PACKING = "concatenate"
@@ -141,12 +141,12 @@ def open_windows(
 
     `directory` is on a local or shared file system: windows are mapped and renamed, which object stores cannot do.
     workers: processes that build parts, None for one a core; corpus and tokenizer are pickled for them.
-    Raises ConfigError for an unknown corpus or split, and for a split without text or shorter than a window.
+    Raises UserError for an unknown corpus or split, and for a split without text or shorter than a window.
     """
     if isinstance(corpus, str):
         corpus = open_corpus(corpus, split, directory)
     if not len(corpus):
-        raise ConfigError(
+        raise UserError(
             f"data.corpus = {corpus.name!r}: its {split} split has no documents; try another split or corpus"
         )
     count = min(max(1, -(-corpus.num_bytes // PART_BYTES)), _MOST_PARTS, len(corpus))
@@ -169,7 +169,7 @@ def open_windows(
         # In any order: processes that build the same windows on one file system then share the work.
         random.Random().shuffle(missing)
         documents = sum(part.stop - part.start for part in missing)
-        processes.run(_Part.build, missing, workers, f"tokenising {corpus.name} {split}, documents", documents)
+        pool.run(_Part.build, missing, workers, f"tokenising {corpus.name} {split}, documents", documents)
     opened = [Windows(place) for place in places]
     return opened[0] if count == 1 else JoinedWindows(opened, fingerprint)
 
@@ -210,7 +210,7 @@ class _Part(NamedTuple):
             return True
         return False
 
-    def build(self, advance: processes.Advance) -> None:
+    def build(self, advance: pool.Advance) -> None:
         if self.is_there():  # another process was faster
             advance(self.stop - self.start)
             return
@@ -218,7 +218,7 @@ class _Part(NamedTuple):
             _write(temporary, self, advance)
 
 
-def _write(directory: Path, part: _Part, advance: processes.Advance) -> None:
+def _write(directory: Path, part: _Part, advance: pool.Advance) -> None:
     """Fills `directory`. Memory stays at a small multiple of the largest document."""
     corpus, tokenizer, inputs, start, stop, _ = part
     context_length, end_of_text = inputs["context_length"], tokenizer.end_of_text
@@ -245,7 +245,7 @@ def _write(directory: Path, part: _Part, advance: processes.Advance) -> None:
         _write_header(documents, counts["windows"])
     records.close()
     if counts["tokens"] <= context_length and "parts" not in inputs:
-        raise ConfigError(
+        raise UserError(
             f"model.context_length = {context_length}: the {corpus.split} split of data.corpus = {corpus.name!r} has "
             f"{counts['tokens']} tokens, and a window takes one more than context_length; "
             f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"

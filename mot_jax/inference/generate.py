@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mot_jax.config import ModelConfig
-from mot_jax.feed_forward import FeedForwardContext
-from mot_jax.model import Cache, Params, bind
-from mot_jax.sharding import reshard, whole
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.sharding import reshard, whole
+from mot_jax.nn.transformer import Cache, Params, bind
 
 
 class Sampler(NamedTuple):

@@ -12,19 +12,20 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.compilation import compile_anew_for
-from mot_jax.config import Config, ConfigError
+from mot_jax.config import Config
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
-from mot_jax.inference.companions import load_companions
+from mot_jax.errors import UserError
 from mot_jax.inference.continuation import Continuation, Row
 from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
-from mot_jax.inference.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.inference.scoring import right_padded, score, windows
-from mot_jax.model import Params, unstack
-from mot_jax.sharding import rows_multiple
-from mot_jax.training.restore import check_data, load_run, load_run_config
-from mot_jax.training.scores import measured
+from mot_jax.modes import default_mode, enter, mode_of, trained_mode
+from mot_jax.modes.companions import load_companions
+from mot_jax.nn.sharding import rows_multiple
+from mot_jax.nn.transformer import Params, unstack
+from mot_jax.runs.restore import check_data, load_run, load_run_config
+from mot_jax.runs.scores import measured
+from mot_jax.runtime.compilation import compile_anew_for
 
 _STREAMED = 8  # tokens that the device writes before people see them
 _FEWEST = 8  # columns that a prompt is padded to at least
@@ -93,10 +94,10 @@ class LanguageModel:
         and otherwise after a few. ends: the end of a text ends a row as well.
 
         A row that outgrows the context, prompt and all, goes on from its last half context, read anew, whatever the
-        other rows do. Raises ConfigError for an empty prompt, one longer than the context, or an option out of range.
+        other rows do. Raises UserError for an empty prompt, one longer than the context, or an option out of range.
         """
         if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
-            raise ConfigError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
+            raise UserError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
         rows = [Row(self._encode(prompt)) for prompt in prompts]
         self._check(prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed)
         stops, spelt = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
@@ -155,13 +156,13 @@ class LanguageModel:
         end of a text before. Of what is longer than the context length the last tokens are read; a continuation that
         is longer itself is predicted a window at a time, each but the last from its own tokens alone.
 
-        batch_size: rows of a batch, rounded up to whole groups and to the mesh. Raises ConfigError for a masked model.
+        batch_size: rows of a batch, rounded up to whole groups and to the mesh. Raises UserError for a masked model.
         """
         model = self.config.model
         if model.objective != "causal":
-            raise ConfigError("model.objective = 'masked': gives continuations no probability; try `mot evaluate`")
+            raise UserError("model.objective = 'masked': gives continuations no probability; try `mot evaluate`")
         if batch_size < 1:
-            raise ConfigError(f"batch_size = {batch_size}: must be at least 1; try 8")
+            raise UserError(f"batch_size = {batch_size}: must be at least 1; try 8")
         length, rows = model.context_length, self._rows(batch_size)
         short = min(self._round(-(-length // 4)), length)
         # A window's own length chooses its width, so that its score depends on no other pair.
@@ -204,7 +205,7 @@ class LanguageModel:
     def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
         """Each text with the likeliest token in the place of every `gap`, all of them in one batch.
 
-        Where texts are tokens, mask tokens are the gaps, and there may be none. Raises ConfigError for a causal model,
+        Where texts are tokens, mask tokens are the gaps, and there may be none. Raises UserError for a causal model,
         words without a gap, or a text longer than the context.
         """
         model, tokenizer, faults = self.config.model, self.tokenizer, []
@@ -213,7 +214,7 @@ class LanguageModel:
         if not texts:
             faults.append(f"text: there must be at least one; try 'def {gap}ead('")
         if not gap:
-            raise ConfigError("gap = '': must be a mark that stands for a missing token; try '_'")
+            raise UserError("gap = '': must be a mark that stands for a missing token; try '_'")
         rows = [self._with_gaps(text, gap) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if isinstance(text, (str, bytes)) and tokenizer.mask_token not in row:
@@ -222,7 +223,7 @@ class LanguageModel:
                 rule = f"has {len(row)} tokens, and the context {model.context_length}; try a part of it"
                 faults.append(f"text = {_short(text)}: {rule}")
         if faults:
-            raise ConfigError(*faults)
+            raise UserError(*faults)
         tokens, real = np.zeros((2, self._rows(len(rows)), model.context_length), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)], real[i, : len(row)] = row, 1
@@ -300,7 +301,7 @@ class LanguageModel:
             f"{name} = {v}: must be {rule}; try {good}" for name, (v, fine, rule, good) in rules.items() if not fine
         ]
         if faults:
-            raise ConfigError(*faults)
+            raise UserError(*faults)
 
 
 def load(
@@ -311,7 +312,7 @@ def load(
     mode: a name that `modes.mode_of` knows; None is the run's own default, in which no row sees another's text. mesh:
     with our Explicit axes, to spread the parameters over; None is one device. apart: every block by itself
     (`model.unstack`), for who writes much on a CPU. On several CPU devices JAX's compilation cache is off from here on,
-    see `compilation.compile_anew_for`. Raises ConfigError for what is missing or does not match.
+    see `compilation.compile_anew_for`. Raises UserError for what is missing or does not match.
     """
     if mesh is not None:
         compile_anew_for(mesh)
@@ -336,7 +337,7 @@ def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> l
         return lines
     try:
         scores = measured(workdir, model.step)
-    except ConfigError:  # damaged, which is no reason not to write
+    except UserError:  # damaged, which is no reason not to write
         scores = {}
     if mode in scores and trained in scores:
         cost = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))

@@ -11,8 +11,8 @@ from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.inference.language_model import GAP, LanguageModel
-from mot_jax.inference.modes import trained_mode
-from mot_jax.model import Params
+from mot_jax.modes import trained_mode
+from mot_jax.nn.transformer import Params
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:

@@ -18,16 +18,17 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from mot_jax.accounting import flops_per_token, peak_flops, table
-from mot_jax.config import Config, ConfigError, MixtureOfTokensConfig
+from mot_jax.config import Config, MixtureOfTokensConfig
+from mot_jax.cost.accounting import flops_per_token, peak_flops, table
+from mot_jax.cost.hardware import HARDWARE, Hardware, Topology, parse_topology
 from mot_jax.data.objectives import Batch
+from mot_jax.errors import UserError
+from mot_jax.nn.sharding import make_mesh, rows_sharding
 from mot_jax.planning import hlo
-from mot_jax.planning.hardware import HARDWARE, Hardware, Topology, parse_topology
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import Times, label, model_times
-from mot_jax.sharding import make_mesh, rows_sharding
-from mot_jax.training.state import TrainState, abstract_state
+from mot_jax.runs.state import TrainState, abstract_state
 from mot_jax.training.step import make_train_step
 
 LARGEST = 8  # tensors that are named when a program does not fit
@@ -127,7 +128,7 @@ def plan(
 
     chips: for the first so many of them; None: for all.
 
-    Raises ConfigError for a topology or a mesh that cannot be, before anything is compiled.
+    Raises UserError for a topology or a mesh that cannot be, before anything is compiled.
     """
     where = parse_topology(topology, slices)
     devices = devices_of(where)[:chips]
@@ -150,11 +151,11 @@ def plan(
             if "memory space vmem" in str(error):
                 kernel = getattr(config.model.feed_forward, "kernel", "xla")
                 words = "more of a core's memory than there is; try 'xla', and attention_kernel = 'xla'"
-                raise ConfigError(f"model.feed_forward.kernel = {kernel!r}: the compiler wants {words}") from None
+                raise UserError(f"model.feed_forward.kernel = {kernel!r}: the compiler wants {words}") from None
             program = None
             memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
         except UnknownTextError as error:
-            raise ConfigError(f"the compiled program cannot be read: {error}; try the versions of the lock") from error
+            raise UserError(f"the compiled program cannot be read: {error}; try the versions of the lock") from error
     seconds = time.perf_counter() - start
     say(f"compiled it in {seconds:.1f} s")
     needed, limit = memory["needed"], memory["HBM limit"]
@@ -195,10 +196,10 @@ def devices_of(where: Topology) -> list[jax.Device]:
                 jax.config.update("jax_num_cpu_devices", where.chips)
         devices = jax.devices()
         if where.chips and where.chips > len(devices):
-            raise ConfigError(f"--topology = {where.name}: there are {len(devices)} devices; try local:{len(devices)}")
+            raise UserError(f"--topology = {where.name}: there are {len(devices)} devices; try local:{len(devices)}")
         return devices[: where.chips]
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology = {where.name}: needs libtpu, which is not here; try pip install 'mot_jax[tpu]'")
+        raise UserError(f"--topology = {where.name}: needs libtpu, which is not here; try pip install 'mot_jax[tpu]'")
     # libtpu reads these when it wakes up, and would otherwise look for a TPU, or ask the cloud's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -210,13 +211,13 @@ def devices_of(where: Topology) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(where.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"--topology = {where.name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--topology = {where.name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
 
 
 def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
     mesh = make_mesh(config, devices)
     if mesh.size != len(devices):
-        raise ConfigError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
+        raise UserError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
     return mesh
 
 

@@ -31,7 +31,7 @@ import math
 
 import jax
 
-from mot_jax.planning.hardware import Hardware
+from mot_jax.cost.hardware import Hardware
 from mot_jax.planning.program import SLICES, Collective, Program
 
 

@@ -13,19 +13,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax import distributed
 from mot_jax.config import CompanionsConfig, Config, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.inference.companions import load_companions
-from mot_jax.inference.modes import enter
-from mot_jax.model import Params
-from mot_jax.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
-from mot_jax.training.restore import check_data, load_run
-from mot_jax.training.scores import Score, check_scores, record_score, score_of
+from mot_jax.modes import enter
+from mot_jax.modes.companions import load_companions
+from mot_jax.nn.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
+from mot_jax.nn.transformer import Params
+from mot_jax.runs.restore import check_data, load_run
+from mot_jax.runs.scores import Score, check_scores, record_score, score_of
+from mot_jax.runtime import distributed
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -73,7 +73,7 @@ def evaluate_run(
     """The newest checkpoint of the run in `workdir` on a split of its text, in each of these modes.
 
     config: that of the run, but for its mesh and perhaps regrouped. Each score is written down in the workdir, too, if
-    that can be written. Raises ConfigError if the tokenizer, or the run's own validation text, is not what it was, and
+    that can be written. Raises UserError if the tokenizer, or the run's own validation text, is not what it was, and
     for a mode that the model does not have.
     """
     with distributed.together() as same:

@@ -12,27 +12,29 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax import accounting, distributed
-from mot_jax.config import Config, ConfigError, TokenChoiceConfig, check, from_json, identity_changes, to_json
+from mot_jax.config import Config, TokenChoiceConfig, check, from_json, identity_changes, to_json
+from mot_jax.cost import accounting
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.order import filled_share
 from mot_jax.data.pipeline import TrainBatch, train_batches
 from mot_jax.data.text import open_text, open_tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.inference.companions import choose, load_companions, save_companions
-from mot_jax.inference.modes import token_choice
+from mot_jax.errors import UserError
 from mot_jax.inference.sample import sample_text
-from mot_jax.paths import is_remote, make_directory, replace_file, user_path
-from mot_jax.sharding import local_rows, make_mesh, place_microbatches
-from mot_jax.tensor_files import holds_tensors
-from mot_jax.training import metrics as log
-from mot_jax.training.checkpoint import Checkpoints
+from mot_jax.modes import token_choice
+from mot_jax.modes.companions import choose, load_companions, save_companions
+from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.runs import metrics as log
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.restore import check_data
+from mot_jax.runs.state import TrainState, abstract_state, create_state
+from mot_jax.runs.tensor_files import holds_tensors
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.training.evaluation import make_evaluation
-from mot_jax.training.restore import check_data
-from mot_jax.training.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import Metrics, make_train_step
 from mot_jax.training.transition import check_transition, go_over
-from mot_jax.training.upcycle import check_upcycle, upcycle
+from mot_jax.training.upcycling import check_upcycle, upcycle
 
 _SEEN_WITHIN = 30.0  # seconds after which another host sees a file, where the file system is shared
 _FILLED = 0.5  # the share of places in validation groups below which people are warned
@@ -42,7 +44,7 @@ _SHOWN = 3  # continuations printed at the end; sample.txt has the whole group
 def train(config: Config, workdir: epath.PathLike) -> log.Row:
     """Trains as `config` says, or goes on where the run in `workdir` stopped. Returns the last validation row.
 
-    Raises ConfigError, before the workdir is touched, for whatever in the config or the workdir cannot work. After a
+    Raises UserError, before the workdir is touched, for whatever in the config or the workdir cannot work. After a
     SIGTERM it saves a checkpoint and raises SystemExit. Of several processes, each calls it with the same arguments.
     """
     # --- all that can fail, before anything is touched ----------------------------------------------------------------
@@ -216,26 +218,26 @@ def _without_drops(config: Config) -> Config:
 
 
 def _check_workdir(config: Config, workdir: epath.Path) -> None:
-    """Raises ConfigError unless `workdir` is new, empty, or holds a run that `config` may continue."""
+    """Raises UserError unless `workdir` is new, empty, or holds a run that `config` may continue."""
     path = workdir / "config.json"
     if holds_tensors(workdir):
-        raise ConfigError(f"workdir = {workdir}: holds an export, which cannot be trained on; try a new --workdir")
+        raise UserError(f"workdir = {workdir}: holds an export, which cannot be trained on; try a new --workdir")
     if path.exists():
         changes = identity_changes(from_json(path.read_text()), config)
         if changes:
-            raise ConfigError(*(f"workdir = {workdir} holds another run: {c}; try a new --workdir" for c in changes))
+            raise UserError(*(f"workdir = {workdir} holds another run: {c}; try a new --workdir" for c in changes))
     elif workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
+        raise UserError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
     elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
-        raise ConfigError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
+        raise UserError(f"workdir = {workdir}: holds files, but no run (no config.json); try {workdir / 'run'}")
 
 
 def _check_shared(config: Config, workdir: epath.Path) -> None:
-    """Raises ConfigError where this process does not see what process 0 has just written."""
+    """Raises UserError where this process does not see what process 0 has just written."""
     path, deadline = workdir / "config.json", time.monotonic() + _SEEN_WITHIN
     while not (path.exists() and path.read_text() == to_json(config)):
         if time.monotonic() > deadline:
-            raise ConfigError(
+            raise UserError(
                 f"workdir = {workdir}: must be one directory for all processes, and what process 0 wrote is not "
                 "there; try one on a file system that they share"
             )
@@ -243,7 +245,7 @@ def _check_shared(config: Config, workdir: epath.Path) -> None:
 
 
 def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None:
-    """Raises ConfigError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
+    """Raises UserError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
     if is_remote(workdir):
         return
     folder, keep = workdir / "checkpoints", config.checkpoint.keep
@@ -255,7 +257,7 @@ def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ConfigError(
+        raise UserError(
             f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
             f"free; try a --workdir on a larger disk"
         )

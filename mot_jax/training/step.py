@@ -13,11 +13,11 @@ import optax
 
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch
-from mot_jax.feed_forward import FeedForwardContext
-from mot_jax.model import Params, bind
-from mot_jax.sharding import spec
-from mot_jax.training.schedule import learning_rate, make_optimizer
-from mot_jax.training.state import TrainState
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.sharding import spec
+from mot_jax.nn.transformer import Params, bind
+from mot_jax.runs.optimizer import learning_rate, make_optimizer
+from mot_jax.runs.state import TrainState
 
 Metrics = dict[str, jax.Array]
 

@@ -13,25 +13,24 @@ from etils import epath
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from mot_jax import distributed
+from mot_jax import modes
 from mot_jax.config import (
     Config,
-    ConfigError,
     FeedForwardConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
     TokenChoiceConfig,
-    nearest,
 )
-from mot_jax.inference import modes
-from mot_jax.inference.companions import load_companions
-from mot_jax.paths import replace_file, user_path
+from mot_jax.errors import UserError, nearest
+from mot_jax.modes.companions import load_companions
+from mot_jax.runs.metrics import png, read_rows
+from mot_jax.runs.restore import load_run_config, load_whole
+from mot_jax.runs.scores import Score
+from mot_jax.runs.state import TrainState, create_state
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import replace_file, user_path
 from mot_jax.training.evaluation import evaluate_run
-from mot_jax.training.metrics import png, read_rows
-from mot_jax.training.restore import load_run_config, load_whole
-from mot_jax.training.scores import Score
-from mot_jax.training.state import TrainState, create_state
 
 TARGETS = ("token_choice",)
 
@@ -42,14 +41,14 @@ _LEARNING_RATE, _WARMUP = 0.4, 0.1
 def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
     """The config of a run that makes of the one in `workdir`, whose config is `source`, a model of the kind `to`.
 
-    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises ConfigError, also
+    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises UserError, also
     for a variant of mixing whose parameters a router has no place for.
     """
     if to not in TARGETS:
-        raise ConfigError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
+        raise UserError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
     mixture = _settled(_mixture(source, workdir))
     if mixture.mixing.learnt_temperature != "none":
-        raise ConfigError(f"WORKDIR = {workdir}: its temperature is learnt, and a router has none; try another run")
+        raise UserError(f"WORKDIR = {workdir}: its temperature is learnt, and a router has none; try another run")
     kind = modes.token_choice(_with(source, mixture)).model.feed_forward
     assert isinstance(kind, TokenChoiceConfig)
     tokens = source.group_size * source.model.context_length
@@ -59,7 +58,7 @@ def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
 
 
 def annealing_config(source: Config, workdir: str, steps: int) -> Config:
-    """The config of a run that goes on with that in `workdir` while its temperature falls to 0. Raises ConfigError."""
+    """The config of a run that goes on with that in `workdir` while its temperature falls to 0. Raises UserError."""
     kind = _mixture(source, workdir)
     mixing = dataclasses.replace(kind.mixing, annealing="linear", final_temperature=0.0, annealing_steps=(0, steps))
     return _with(_begun_as(source, workdir, steps), dataclasses.replace(kind, mixing=mixing))
@@ -96,7 +95,7 @@ def _with(config: Config, kind: FeedForwardConfig) -> Config:
 def _mixture(source: Config, workdir: str) -> MixtureOfTokensConfig:
     kind = source.model.feed_forward
     if not isinstance(kind, MixtureOfTokensConfig):
-        raise ConfigError(f"WORKDIR = {workdir}: must be a Mixture-of-Tokens run, and is {kind.kind}; try such a one")
+        raise UserError(f"WORKDIR = {workdir}: must be a Mixture-of-Tokens run, and is {kind.kind}; try such a one")
     return kind
 
 
@@ -110,7 +109,7 @@ def _settled(kind: MixtureOfTokensConfig, temperature: float | None = None) -> M
 
 
 def check_transition(config: Config) -> None:
-    """Raises ConfigError unless `transition_from` is a Mixture-of-Tokens run that `config` may go on with: the same
+    """Raises UserError unless `transition_from` is a Mixture-of-Tokens run that `config` may go on with: the same
     weights by name, an optimizer with the same state, the same shuffle.
     """
     model, t, workdir = config.model, config.training, config.training.transition_from
@@ -138,10 +137,10 @@ def check_transition(config: Config) -> None:
     if not isinstance(mine, MixtureOfTokensConfig) or _settled(mine, 1.0) != _settled(old, 1.0):
         faults.append(f"model.feed_forward: {rule}, but for its temperature; try mot transition {workdir}")
     if faults:
-        raise ConfigError(*faults)
+        raise UserError(*faults)
     folder = user_path("training.transition_from", workdir) / "checkpoints"
     if not folder.exists() or not any(path.name.isdigit() for path in folder.iterdir()):
-        raise ConfigError(
+        raise UserError(
             f"training.transition_from = {workdir!r}: has no checkpoint yet; try again after the run has saved one"
         )
 

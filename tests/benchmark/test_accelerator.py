@@ -12,8 +12,9 @@ from mot_jax import cli
 from mot_jax.benchmark import accelerator, numerics
 from mot_jax.benchmark.accelerator import bench_accelerator
 from mot_jax.benchmark.headline import bench_headline, headline_configs, headline_rows, sigterm_after
-from mot_jax.config import ConfigError, DenseConfig, check
-from mot_jax.feed_forward import KINDS
+from mot_jax.config import DenseConfig, check
+from mot_jax.errors import UserError
+from mot_jax.nn.feed_forward import KINDS
 
 
 def quiet(line):
@@ -89,7 +90,7 @@ def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_pa
     assert found["layers"]["not_run"] == "no time was left" and found["numerics"]["rows"]
     assert bench_accelerator(str(tmp_path), ["numerics"], False, 0, quiet) == []
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == found["numerics"]
-    with pytest.raises(ConfigError, match="did you mean 'layers'"):
+    with pytest.raises(UserError, match="did you mean 'layers'"):
         bench_accelerator(str(tmp_path), ["layer"], False, 60, quiet)
 
 

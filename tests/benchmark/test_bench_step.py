@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mot_jax import cli
-from mot_jax.accounting import flops_per_token
 from mot_jax.benchmark import step
-from mot_jax.benchmark.counts import optimizer_bytes
 from mot_jax.benchmark.step import bench_step, dense_twin, random_batch
 from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, load_config, to_json
-from mot_jax.sharding import make_mesh
+from mot_jax.cost.accounting import flops_per_token
+from mot_jax.cost.layers import optimizer_bytes
+from mot_jax.nn.sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))

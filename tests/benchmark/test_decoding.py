@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mot_jax import cli
-from mot_jax.accounting import active_parameters
 from mot_jax.benchmark.decoding import dense_twin, step_bytes
 from mot_jax.benchmark.report import markdown
 from mot_jax.benchmark.timing import Times, in_turns
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
-from mot_jax.inference.modes import enter
-from mot_jax.model import init_params
+from mot_jax.cost.accounting import active_parameters
+from mot_jax.modes import enter
+from mot_jax.nn.transformer import init_params
 
 MODEL = ModelConfig(2, 16, 64, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from mot_jax import cli
-from mot_jax.accounting import forward_flops
 from mot_jax.benchmark import layers
-from mot_jax.benchmark.counts import COUNT_COLUMNS, SHAPES, count_rows, layer_parts, paper_shapes
-from mot_jax.benchmark.layers import bench_layers, plot
+from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, count_copies
-from mot_jax.config import CompanionsConfig, ConfigError, ModelConfig
-from mot_jax.feed_forward import KINDS
+from mot_jax.config import CompanionsConfig, ModelConfig
+from mot_jax.cost.accounting import forward_flops
+from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes
+from mot_jax.errors import UserError
+from mot_jax.nn.feed_forward import KINDS
 from mot_jax.planning import hlo
 
 TINY = SHAPES["tiny"]
@@ -155,10 +156,10 @@ def test_unknown_names_are_told(capsys):
         with pytest.raises(SystemExit):
             cli.main(["bench", "layers", *flags])
         assert words in capsys.readouterr().err
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         layers.kinds_of([TINY], ["companions"])
     with pytest.raises(
-        ConfigError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for later TPUs; try --topology"
+        UserError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for later TPUs; try --topology"
     ):
         layers.kinds_of([TINY], ["mixture_of_tokens:pallas"])
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from mot_jax.config import ConfigError
 from mot_jax.data import build as module
-from mot_jax.data import processes
+from mot_jax.data import pool
 from mot_jax.data.build import build, plan_files
+from mot_jax.errors import UserError
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_build_that_stops_goes_on(
     expected = metadata(build(plan, tmp_path / "at_once", 1))
     write, written = module._write_piece, []
 
-    def failing(directory: Path, piece: module.Piece, advance: processes.Advance) -> None:
+    def failing(directory: Path, piece: module.Piece, advance: pool.Advance) -> None:
         if len(written) == 2:
             (directory / "mine-train.array_record-00002-of-00008").write_bytes(b"half a shard")
             raise RuntimeError("stop")
@@ -122,10 +122,10 @@ def test_a_name_is_never_given_to_other_files(source: Path, tmp_path: Path) -> N
         plan_files("mine", [str(source)], validation=0.5),
         plan_files("mine", [str(source)], "line"),
     ):
-        with pytest.raises(ConfigError, match=r"NAME = 'mine': .* holds a corpus of other files or options"):
+        with pytest.raises(UserError, match=r"NAME = 'mine': .* holds a corpus of other files or options"):
             build(plan, tmp_path, 1)
     (source / "c0.txt").write_text("changed")
-    with pytest.raises(ConfigError, match="holds a corpus of other files"):
+    with pytest.raises(UserError, match="holds a corpus of other files"):
         build(plan_files("mine", [str(source)]), tmp_path, 1)
     assert before == {file: file.stat().st_mtime_ns for file in path.iterdir()}
 
@@ -154,15 +154,15 @@ def test_what_is_left_out_is_told_and_kept(tmp_path: Path) -> None:
 def test_nothing_left_and_nowhere_to_write_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
-        ConfigError,
+        UserError,
         match=r"NAME = 'mine': not one document in the files \(3 lines .* no such text\); here --feature is 'text'",
     ):
         build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "full").write_text("a file, not a directory")
-    with pytest.raises(ConfigError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
         build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
-    with pytest.raises(ConfigError, match="which are empty"):
+    with pytest.raises(UserError, match="which are empty"):
         build(plan_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
 
@@ -177,7 +177,7 @@ def test_nothing_left_and_nowhere_to_write_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_faults_of_a_plan(name: str, validation: float, fault: str) -> None:
-    with pytest.raises(ConfigError, match=fault):
+    with pytest.raises(UserError, match=fault):
         plan_files(name, [], validation=validation)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mot_jax.config import ConfigError
 from mot_jax.data.build import build, plan_files
 from mot_jax.data.corpora import open_corpus
+from mot_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tfds_data_dir(tfds_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def fault(*arguments: object, **feature: str) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_corpus(*arguments, **feature)  # type: ignore[arg-type]
     (line,) = error.value.faults
     assert "\n" not in line

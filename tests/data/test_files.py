@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.config import ConfigError
 from mot_jax.data import files
 from mot_jax.data.files import Part, cut, find_files, read_part
+from mot_jax.errors import UserError
 
 TEXTS = ["first\nwith two lines", "zweites: äöü €", "\ttabs and 'quotes' \"\n\nand a gap"]
 
@@ -170,9 +170,9 @@ def test_finding_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         str(tmp_path / "b.txt"): "b.txt",
         str(tmp_path / "deep/c.md"): "c.md",
     }
-    with pytest.raises(ConfigError, match=r"FILE = 'nothing\*': no such file"):
+    with pytest.raises(UserError, match=r"FILE = 'nothing\*': no such file"):
         find_files(["nothing*"])
-    with pytest.raises(ConfigError, match=r"picture.png': no kind of file that can be read.*\.jsonl"):
+    with pytest.raises(UserError, match=r"picture.png': no kind of file that can be read.*\.jsonl"):
         find_files(["deep/picture.png"])
 
 

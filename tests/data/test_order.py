@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mot_jax.config import ConfigError
 from mot_jax.data import order as order_module
 from mot_jax.data.order import MixtureOrder, TrainingOrder, filled_share, shared_document_pairs, validation_order
+from mot_jax.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -38,7 +38,7 @@ def test_an_epoch_is_a_permutation_and_access_is_random(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order_module, "BLOCK_GROUPS", block)
         if len(documents) < group_size:
-            with pytest.raises(ConfigError, match="group_size"):
+            with pytest.raises(UserError, match="group_size"):
                 TrainingOrder(documents, group_size, seed)
             return
         order = TrainingOrder(documents, group_size, seed)

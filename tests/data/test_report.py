@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mot_jax.config import ConfigError
 from mot_jax.data import report
 from mot_jax.data.build import build, plan_files
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import load_tokenizer
+from mot_jax.errors import UserError
 
 
 def test_a_corpus_that_was_built(tmp_path: Path) -> None:
@@ -55,6 +55,6 @@ def test_a_tokenizer_is_never_overwritten(toy_corpus: Callable[..., Corpus], tmp
     output = tmp_path / "new" / "tokenizer.json"
     said = report.write_tokenizer(toy_corpus(b"one", b"two"), train, str(output))
     assert said == f"{output}: trained on 6 bytes of toy" and output.read_bytes() == b"one|two"
-    with pytest.raises(ConfigError, match=r"--output = .* is there already, and is never overwritten"):
+    with pytest.raises(UserError, match=r"--output = .* is there already, and is never overwritten"):
         report.write_tokenizer(toy_corpus(b"three"), train, str(output))
     assert output.read_bytes() == b"one|two"

@@ -12,8 +12,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.config import ConfigError
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from mot_jax.errors import UserError
 
 TEXT = [f"def f(x):\n    return x + {i}  # größer, ein Satz, 漢字\n".encode() * 3 for i in range(40)]
 EOT = "<|endoftext|>"
@@ -125,7 +125,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, name):
     content, words = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         load_tokenizer(str(tmp_path / name))
     assert "\n" not in str(error.value) and str(error.value).startswith("data.tokenizer = ")
 
@@ -133,11 +133,11 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, name):
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
     (tmp_path / "t.json").write_bytes(library(tokenizers.models.BPE(), trainer))
-    with pytest.raises(ConfigError, match=r"no token for the end of a text; try tokenizer\.add_special_tokens"):
+    with pytest.raises(UserError, match=r"no token for the end of a text; try tokenizer\.add_special_tokens"):
         load_tokenizer(str(tmp_path / "t.json"))
 
 
 @pytest.mark.parametrize(("size", "kind", "words"), [(100, "bpe", "at least 257"), (300, "bpa", "did you mean 'bpe'")])
 def test_training_that_cannot_work_is_refused(size, kind, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         train_tokenizer(TEXT, size, kind)

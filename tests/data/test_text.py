@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mot_jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
+from mot_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mot_jax.data import text as module
 from mot_jax.data import windows as windows_module
 from mot_jax.data.build import build, plan_files
 from mot_jax.data.order import MixtureOrder, TrainingOrder
 from mot_jax.data.text import open_split, open_text, open_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
+from mot_jax.errors import UserError
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_lossy_tokenizer_is_told_of(corpora, tmp_path):
 def test_a_vocabulary_that_the_model_has_no_room_for_is_refused(tmp_path, objective, size, good):
     config = config_of(tmp_path, "small")
     config = dataclasses.replace(config, model=ModelConfig(vocab_size=size, objective=objective))
-    with pytest.raises(ConfigError, match=rf"^model.vocab_size = {size}: must be at least .*; try {good}$"):
+    with pytest.raises(UserError, match=rf"^model.vocab_size = {size}: must be at least .*; try {good}$"):
         open_tokenizer(config)
 
 
@@ -113,7 +114,7 @@ def test_a_split_that_does_not_exist_is_told_by_its_field(tmp_path, field):
     (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(50)))
     build(plan_files("mine", [str(tmp_path / "a.txt")], "line", validation=0.2), tmp_path / "corpora", 1)
     config = config_of(tmp_path, "mine", **{field: "tran"})
-    with pytest.raises(ConfigError, match=rf"^data\.{field} = 'tran': mine has no such split"):
+    with pytest.raises(UserError, match=rf"^data\.{field} = 'tran': mine has no such split"):
         open_text(config)
-    with pytest.raises(ConfigError, match=r"^--split = 'test': mine has no such split"):
+    with pytest.raises(UserError, match=r"^--split = 'test': mine has no such split"):
         open_split(config, "test", open_tokenizer(config))

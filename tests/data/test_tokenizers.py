@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.config import ConfigError
 from mot_jax.data.tokenizers import load_tokenizer
+from mot_jax.errors import UserError
 
 TOKENIZER = load_tokenizer("bytes")
 
@@ -35,5 +35,5 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
 
 
 def test_unknown_tokenizer() -> None:
-    with pytest.raises(ConfigError, match=r"data.tokenizer = 'byte'.*'bytes'"):
+    with pytest.raises(UserError, match=r"data.tokenizer = 'byte'.*'bytes'"):
         load_tokenizer("byte")

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mot_jax.config import ConfigError
 from mot_jax.data import windows as windows_module
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import Windows, open_windows, pack
+from mot_jax.errors import UserError
 
 TOKENIZER = ByteTokenizer()
 EOT = TOKENIZER.end_of_text
@@ -134,14 +134,12 @@ def test_the_fingerprint_changes_with_every_input(
 
 
 def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
-    with pytest.raises(
-        ConfigError, match=r"model.context_length = 12: .*data.corpus = 'toy'.* 12 tokens.* try 11 "
-    ) as e:
+    with pytest.raises(UserError, match=r"model.context_length = 12: .*data.corpus = 'toy'.* 12 tokens.* try 11 ") as e:
         open_windows(toy_corpus(b"0123456789"), "train", TOKENIZER, 12, tmp_path)
     assert "\n" not in str(e.value)
     assert not any((tmp_path / "windows").iterdir())
     assert len(open_windows(toy_corpus(b"0123456789"), "train", TOKENIZER, 11, tmp_path)) == 1
-    with pytest.raises(ConfigError, match="its train split has no documents"):
+    with pytest.raises(UserError, match="its train split has no documents"):
         open_windows(toy_corpus(), "train", TOKENIZER, 12, tmp_path)
 
 

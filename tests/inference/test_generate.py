@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.tokenizers import ByteTokenizer
-from mot_jax.feed_forward import FeedForwardContext
+from mot_jax.errors import UserError
 from mot_jax.inference import generate
 from mot_jax.inference.generate import Sampler, choose, left_padded
 from mot_jax.inference.language_model import GAP, LanguageModel
-from mot_jax.inference.modes import MODES, enter
-from mot_jax.model import bind, init_params
-from mot_jax.sharding import parameter_spec
+from mot_jax.modes import MODES, enter
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.sharding import parameter_spec
+from mot_jax.nn.transformer import bind, init_params
 
 MODEL = ModelConfig(2, 16, 32, 2, context_length=24, loss_chunk=24, feed_forward=MixtureOfTokensConfig(4, 8))
 ROTARY = {"positions": "rotary", "num_kv_heads": 1, "final_norm": True}
@@ -224,7 +225,7 @@ def test_tokens_are_drawn_by_their_probability():
     ],
 )
 def test_bad_requests_are_one_line(prompts, options, words):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         language_model(MODEL).generate(prompts, **options)
     assert words in str(caught.value) and len(caught.value.faults) == 1
 
@@ -253,9 +254,9 @@ def test_gaps_are_filled_with_the_likeliest_tokens():
 
 @pytest.mark.parametrize("text, words", [("no gap", "has no gap"), (GAP * 25, "has 25 tokens, and the context 24")])
 def test_what_has_no_gaps_is_not_filled(text, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         language_model(MASKED).fill([text])
-    with pytest.raises(ConfigError, match="has no gaps to fill; try `mot generate`"):
+    with pytest.raises(UserError, match="has no gaps to fill; try `mot generate`"):
         language_model(MODEL).fill([text + GAP])
-    with pytest.raises(ConfigError, match="continues no text; try `mot fill`"):
+    with pytest.raises(UserError, match="continues no text; try `mot fill`"):
         language_model(MASKED).generate(["x"])

@@ -12,13 +12,14 @@ from etils import epath
 
 import mot_jax
 from mot_jax import cli
-from mot_jax.config import Config, ConfigError, DataConfig, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
-from mot_jax.inference.companions import save_companions
-from mot_jax.inference.modes import enter
-from mot_jax.sharding import make_mesh
-from mot_jax.training.checkpoint import Checkpoints
-from mot_jax.training.scores import record_score
-from mot_jax.training.state import create_state
+from mot_jax.config import Config, DataConfig, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
+from mot_jax.errors import UserError
+from mot_jax.modes import enter
+from mot_jax.modes.companions import save_companions
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.scores import record_score
+from mot_jax.runs.state import create_state
 
 KIND = MixtureOfTokensConfig(group_size=4, num_experts=8)
 MODEL = ModelConfig(2, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=KIND)
@@ -160,5 +161,5 @@ def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     (expected,) = mot_jax.load(tmp_path / "masked", "grouped").fill(["d_f f_"], "_")
     assert row == {"given": "d_f f_", "text": expected.text, "gaps": [list(gap) for gap in expected.gaps]}
     assert expected.text in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="has no gap"):
+    with pytest.raises(UserError, match="has no gap"):
         mot_jax.load(tmp_path / "masked").fill(["def"])

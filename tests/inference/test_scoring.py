@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mot_jax.config import Config, ConfigError, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.tokenizers import ByteTokenizer
-from mot_jax.feed_forward import FeedForwardContext
+from mot_jax.errors import UserError
 from mot_jax.inference import scoring
 from mot_jax.inference.language_model import LanguageModel
-from mot_jax.inference.modes import enter
 from mot_jax.inference.scoring import windows
-from mot_jax.model import bind, init_params
-from mot_jax.sharding import parameter_spec
+from mot_jax.modes import enter
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.sharding import parameter_spec
+from mot_jax.nn.transformer import bind, init_params
 
 # The models have room for more tokens than the tokenizer has.
 GROUPED = ModelConfig(
@@ -172,7 +173,7 @@ def test_what_cannot_be_scored_is_one_line():
     masked = LanguageModel(
         Config(model=dataclasses.replace(GROUPED, objective="masked")), {}, ByteTokenizer(), "grouped", 0
     )
-    with pytest.raises(ConfigError, match="no probability; try `mot evaluate`"):
+    with pytest.raises(UserError, match="no probability; try `mot evaluate`"):
         masked.log_likelihoods(PAIRS)
-    with pytest.raises(ConfigError, match="batch_size = 0: must be at least 1; try 8"):
+    with pytest.raises(UserError, match="batch_size = 0: must be at least 1; try 8"):
         language_model(GROUPED).log_likelihoods(PAIRS, batch_size=0)

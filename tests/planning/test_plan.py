@@ -16,20 +16,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from mot_jax.accounting import count_parameters, peak_flops
 from mot_jax.cli import main
-from mot_jax.config import (
-    Config,
-    ConfigError,
-    DenseConfig,
-    MeshConfig,
-    MixtureOfTokensConfig,
-    ModelConfig,
-    TrainingConfig,
-)
+from mot_jax.config import Config, DenseConfig, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig
+from mot_jax.cost.accounting import count_parameters, peak_flops
+from mot_jax.cost.hardware import HARDWARE, parse_topology
+from mot_jax.errors import UserError
 from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
-from mot_jax.planning.hardware import HARDWARE, parse_topology
 from mot_jax.planning.plan import Plan, plan
 from mot_jax.planning.program import Program, read_program
 from mot_jax.planning.times import Times, model_times
@@ -85,13 +78,13 @@ def test_experts_cost_four_exchanges_a_layer():
 
 
 def test_a_mesh_that_leaves_chips_idle_is_refused():
-    with pytest.raises(ConfigError, match=r"idle; try --mesh.data -1"):
+    with pytest.raises(UserError, match=r"idle; try --mesh.data -1"):
         plan(small(data=2), "local:8")
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'mot_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install 'mot_jax\[tpu\]'"):
         plan(small(data=4), "v5e:2x2")
 
 

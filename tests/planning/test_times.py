@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mot_jax.planning.hardware import HARDWARE
+from mot_jax.cost.hardware import HARDWARE
 from mot_jax.planning.program import Body, Collective, Program
 from mot_jax.planning.times import Network, model_times
 

@@ -13,16 +13,17 @@ import tokenizers
 from etils import epath
 
 from mot_jax import cli
-from mot_jax.config import Config, ConfigError, DenseConfig, MixingConfig, to_json
+from mot_jax.analysis.inspect import inspect
+from mot_jax.config import Config, DenseConfig, MixingConfig, to_json
 from mot_jax.data.build import build, plan_files
 from mot_jax.data.corpora import open_corpus
-from mot_jax.inference.inspect import inspect
-from mot_jax.inference.modes import MODES
+from mot_jax.errors import UserError
+from mot_jax.modes import MODES
+from mot_jax.runs.metrics import read_rows
+from mot_jax.runs.scores import measured, record_score
 from mot_jax.training import evaluation, loop
 from mot_jax.training.evaluation import evaluate_run
-from mot_jax.training.metrics import read_rows
-from mot_jax.training.scores import measured, record_score
-from mot_jax.training.upcycle import check_upcycle
+from mot_jax.training.upcycling import check_upcycle
 
 COLOURS = "red green blue black white".split()
 
@@ -147,7 +148,7 @@ def test_the_scores_that_most_modes_have_are_those_that_compare(run, tmp_path):
     assert {mode: score["loss"] for mode, score in measured(tmp_path, 4).items()} == {"grouped": 2.0, "without": 4.0}
     assert measured(tmp_path, 5) == {}
     (tmp_path / "modes.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"modes.json: is damaged \(.*\); delete it, and mot evaluate"):
+    with pytest.raises(UserError, match=r"modes.json: is damaged \(.*\); delete it, and mot evaluate"):
         measured(tmp_path, 4)
 
 
@@ -177,7 +178,7 @@ def test_a_tokenizer_that_has_changed_under_its_name_is_refused(run, reader):
     try:
         READERS[reader](config, workdir)
         path.write_text(word_level(*reversed(COLOURS), "is", "than"))
-        with pytest.raises(ConfigError, match=r"data.tokenizer = .*words.json': does not match the checkpoints in"):
+        with pytest.raises(UserError, match=r"data.tokenizer = .*words.json': does not match the checkpoints in"):
             READERS[reader](config, workdir)
     finally:
         path.write_text(before)
@@ -192,7 +193,7 @@ def test_validation_text_that_has_changed_is_refused(run, tmp_path, reader):
     readers = READERS | {"evaluate": lambda config, workdir: evaluate_run(workdir, config, "validation", 32)}
     try:
         path.write_text(json.dumps(json.loads(before) | {"validation": "another"}))
-        with pytest.raises(ConfigError, match=r"was trained on other text: validation: another there, "):
+        with pytest.raises(UserError, match=r"was trained on other text: validation: another there, "):
             readers[reader](config, workdir)
         assert evaluate_run(workdir, config, "train", 32)[0]["step"] == 4
     finally:

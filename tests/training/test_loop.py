@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, ConfigError, InitConfig, LoggingConfig, MeshConfig, OptimizerConfig, to_json
+from mot_jax.config import Config, InitConfig, LoggingConfig, MeshConfig, OptimizerConfig, to_json
 from mot_jax.data.order import filled_share
 from mot_jax.data.text import open_split, open_tokenizer
+from mot_jax.errors import UserError
+from mot_jax.runs import metrics as log
 from mot_jax.training import loop
-from mot_jax.training import metrics as log
 
 OF_THE_MACHINE = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
 
@@ -135,7 +136,7 @@ def test_a_run_can_be_extended(tiny, tmp_path):
     loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6)), workdir)
     assert [row["step"] for row in numbers(workdir) if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 6
-    with pytest.raises(ConfigError, match=r"training.steps: 6 there, 5 here; a run can be extended"):
+    with pytest.raises(UserError, match=r"training.steps: 6 there, 5 here; a run can be extended"):
         loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=5)), workdir)
 
 
@@ -147,7 +148,7 @@ def modified(directory: epath.Path) -> dict[str, int]:
 def test_another_experiment_does_not_touch_a_workdir(finished, tiny):
     files = modified(finished)
     other = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, seed=3, batch_size=64))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         loop.train(other, finished)
     assert [
         ("seed: 0 there, 3 here" in f, "batch_size: 32 there, 64 here" in f) for f in sorted(error.value.faults)
@@ -160,16 +161,16 @@ def test_another_experiment_does_not_touch_a_workdir(finished, tiny):
 
 def test_a_directory_of_other_things_is_not_a_workdir(tiny, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"holds files, but no run .* try .*/run"):
+    with pytest.raises(UserError, match=r"holds files, but no run .* try .*/run"):
         loop.train(tiny, tmp_path)
-    with pytest.raises(ConfigError, match="must be a directory, and is a file"):
+    with pytest.raises(UserError, match="must be a directory, and is a file"):
         loop.train(tiny, tmp_path / "thesis.tex")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_too_little_disk_is_known_before_the_start(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(ConfigError, match=r"its checkpoints need .* MB more, and 0 MB are free"):
+    with pytest.raises(UserError, match=r"its checkpoints need .* MB more, and 0 MB are free"):
         loop.train(tiny, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -184,7 +185,7 @@ def test_a_run_on_other_text_is_not_gone_on_with(finished, tiny, tmp_path):
     there = json.loads((workdir / "data.json").read_text())
     (workdir / "data.json").write_text(json.dumps(there | {"train": "another"}))
     longer = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=20))
-    with pytest.raises(ConfigError, match=rf"other text: train: another there, {there['train']} here"):
+    with pytest.raises(UserError, match=rf"other text: train: another there, {there['train']} here"):
         loop.train(longer, workdir)
     assert (workdir / "config.json").read_text() == to_json(tiny)
 
@@ -238,7 +239,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):
     small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=256))
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 256: must be at least the 257 .* try 257"):
+    with pytest.raises(UserError, match=r"model.vocab_size = 256: must be at least the 257 .* try 257"):
         loop.train(small, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -26,11 +26,11 @@ from mot_jax.config import (
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
-from mot_jax.feed_forward import FeedForwardContext
-from mot_jax.model import bind
-from mot_jax.sharding import local_rows, make_mesh, place_microbatches, place_rows
-from mot_jax.training.schedule import learning_rate, make_optimizer
-from mot_jax.training.state import TrainState, abstract_state, create_state
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches, place_rows
+from mot_jax.nn.transformer import bind
+from mot_jax.runs.optimizer import learning_rate, make_optimizer
+from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.training.step import make_eval_step, make_train_step
 
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")

@@ -14,12 +14,13 @@ import pytest
 from etils import epath
 
 from mot_jax.cli import main
-from mot_jax.config import Config, ConfigError, DenseConfig, LoggingConfig, MixingConfig, check
-from mot_jax.mixing import temperature
-from mot_jax.sharding import make_mesh
+from mot_jax.config import Config, DenseConfig, LoggingConfig, MixingConfig, check
+from mot_jax.errors import UserError
+from mot_jax.nn.mixing import temperature
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.metrics import read_rows
+from mot_jax.runs.restore import load_whole
 from mot_jax.training import loop, transition
-from mot_jax.training.metrics import read_rows
-from mot_jax.training.restore import load_whole
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +149,11 @@ def test_annealing_ends_one_hot_which_the_mixture_then_is(source):
 def test_a_source_that_cannot_be_tuned_is_refused_in_one_line(source, tmp_path):
     dense = dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=DenseConfig()))
     for config in (lambda: tuned((dense, "runs/dense")), lambda: transition.annealing_config(dense, "runs/dense", 4)):
-        with pytest.raises(ConfigError, match=r"^WORKDIR = runs/dense: must be a Mixture-of-Tokens run, and is dense;"):
+        with pytest.raises(UserError, match=r"^WORKDIR = runs/dense: must be a Mixture-of-Tokens run, and is dense;"):
             config()
-    with pytest.raises(ConfigError, match=r"^--to = 'expert_choice': no such kind to tune to; .*token_choice"):
+    with pytest.raises(UserError, match=r"^--to = 'expert_choice': no such kind to tune to; .*token_choice"):
         transition.tuning_config(*source, "expert_choice", 4)
-    with pytest.raises(ConfigError, match="token_choice") as error:
+    with pytest.raises(UserError, match="token_choice") as error:
         tuned(variant(source, controllers="separate", emit="softmax"))
     assert len(error.value.faults) == 1
 
@@ -171,7 +172,7 @@ def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(sour
     kind = dataclasses.replace(config.model.feed_forward, mixture=None)
     model = dataclasses.replace(config.model, final_norm=True, feed_forward=kind)
     data = dataclasses.replace(config.data, group_size=8)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         transition.check_transition(dataclasses.replace(config, model=model, training=training, data=data))
     assert [fault.partition(":")[0] for fault in error.value.faults] == [
         "model.final_norm = True",
@@ -188,13 +189,13 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anythi
     config = tuned((source[0], str(copy)))
     there = json.loads((copy / "data.json").read_text())
     (copy / "data.json").write_text(json.dumps(there | {"train": "other"}))
-    with pytest.raises(ConfigError, match=f"workdir = {copy} was trained on other text: train: other there"):
+    with pytest.raises(UserError, match=f"workdir = {copy} was trained on other text: train: other there"):
         loop.train(config, tmp_path / "new")
     shutil.rmtree(copy / "checkpoints")
-    with pytest.raises(ConfigError, match=r"copy': has no checkpoint yet; try again"):
+    with pytest.raises(UserError, match=r"copy': has no checkpoint yet; try again"):
         loop.train(config, tmp_path / "new")
     shutil.rmtree(copy)
-    with pytest.raises(ConfigError, match="copy: no such directory"):
+    with pytest.raises(UserError, match="copy: no such directory"):
         loop.train(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -1,0 +1,1 @@
+"""Parameters, FLOPs and bytes of an experiment, from its config alone."""

@@ -1,0 +1,116 @@
+"""The companions of a run: public sequences of its training text, and what the layers of a model keep of them.
+
+`companions.npy` in a workdir: int32 [2, G, S], what the model reads of G windows, and which document of its row each
+token is of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import zipfile
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+
+from mot_jax.config import CompanionsConfig, ModelConfig
+from mot_jax.data.objectives import Objective
+from mot_jax.data.order import Order
+from mot_jax.data.windows import Windows
+from mot_jax.errors import UserError, error_words
+from mot_jax.modes.recording import record
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.feed_forward.companions import summarise
+from mot_jax.nn.sharding import axis_size, parameter_spec, reshard, whole
+from mot_jax.nn.transformer import Params, block_places
+from mot_jax.runtime.paths import replace_file, user_path
+
+FILE = "companions.npy"
+_ANEW = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
+
+
+def choose(windows: Windows, order: Order, objective: Objective, group_size: int) -> np.ndarray:
+    """The first G full windows of the training order, as the model reads them: int32 [2, G, S]."""
+    ids: list[int] = []
+    for first in itertools.count(0, group_size):  # the last window of a corpus alone may not be full
+        found = order.window_ids(first, first + group_size)
+        ids += found[windows.read(found).mask.all(axis=1)].tolist()
+        if len(ids) >= group_size:
+            break
+    apart = dataclasses.replace(objective, document_mask=True)
+    batch = apart(windows.read(ids[:group_size]), np.arange(group_size))
+    return np.stack([batch.inputs, batch.segments])
+
+
+def save_companions(workdir: epath.Path, companions: np.ndarray) -> None:
+    """Writes them beside the run's other files, unless it has some."""
+    if not (workdir / FILE).exists():
+        file = io.BytesIO()
+        np.save(file, companions, allow_pickle=False)
+        replace_file(workdir / FILE, file.getvalue())
+
+
+def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
+    """Those of the run in `workdir`, int32 [2, G, S]; None if it has none. Raises UserError for a damaged file."""
+    path = user_path("workdir", workdir) / FILE
+    if not path.exists():
+        return None
+    try:
+        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: is damaged ({error_words(error)}); delete it: {_ANEW}") from None
+
+
+def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
+    """Raises UserError unless they are int32 [2, G, S], of the model's group size or more and its context length."""
+    if companions is None:
+        raise UserError(f"{FILE}: is missing; {_ANEW}")
+    shape, length = companions.shape, model.context_length
+    if companions.dtype != np.int32 or len(shape) != 3 or shape[0] != 2 or shape[2] != length:
+        words = f"must be int32 [2, G, {length}], and is {companions.dtype} {list(shape)}"
+        raise UserError(f"{FILE}: {words}; delete it: {_ANEW}")
+    if shape[1] < model.group_size:
+        words = f"holds {shape[1]} sequences, too few for groups of {model.group_size}"
+        raise UserError(f"{FILE}: {words}; try --group-size {shape[1]}")
+
+
+def summaries(
+    model: ModelConfig, params: Params, step: int, companions: np.ndarray, kind: CompanionsConfig
+) -> dict[str, jax.Array]:
+    """What the layers of this `kind` keep of them, by parameter name, on the mesh that is set.
+
+    model: as trained, of which the first G of the companions are a group.
+    """
+    rows = axis_size("data") * axis_size("fsdp") * axis_size("expert")
+    copies = rows // math.gcd(rows, model.group_size)  # of the group, so that each device has as many rows
+    tokens, segments = np.tile(companions[:, : model.group_size], (1, copies, 1))
+    found = _summaries(model, kind, params, tokens, segments, jnp.asarray(step))
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return found
+    return {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in found.items()}
+
+
+@partial(jax.jit, static_argnames=("model", "kind"))
+def _summaries(
+    model: ModelConfig, kind: CompanionsConfig, params: Params, tokens: jax.Array, segments: jax.Array, step: jax.Array
+) -> dict[str, jax.Array]:
+    tokens, segments = (reshard(a, "rows", None) for a in (tokens, segments))
+    context = FeedForwardContext(token_ids=tokens, step=step)
+    _, recorded = record(model, params, tokens, context, segments, summarise)
+    if kind.experts_per_token is None:
+        del recorded["companion_outputs"]
+    places = block_places(model)
+    stacked: dict[str, list[jax.Array]] = {}
+    for name, of_block in recorded.items():
+        for block, value in of_block.items():  # in the order of the blocks, and so of a stack's repeats
+            value = whole(value)[0]  # of the copies of the group
+            value = value if kind.num_positions > 1 else value.mean(axis=0, keepdims=True)
+            stacked.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
+    return {name: jnp.stack(values) for name, values in stacked.items()}

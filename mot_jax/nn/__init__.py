@@ -1,0 +1,1 @@
+"""Layers, losses and sharding of the model."""

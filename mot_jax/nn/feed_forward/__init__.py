@@ -1,0 +1,54 @@
+"""The feed-forward layers, one kind a file. A new kind is one file, its config, and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import nnx
+
+from mot_jax.config import (
+    CompanionsConfig,
+    DenseConfig,
+    FeedForwardConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from mot_jax.nn.feed_forward.companions import Companions
+from mot_jax.nn.feed_forward.dense import Dense
+from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput
+from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.nn.feed_forward.token_choice import TokenChoice
+
+KINDS: dict[type, Callable[..., nnx.Module]] = {
+    DenseConfig: Dense,
+    MixtureOfTokensConfig: MixtureOfTokens,
+    CompanionsConfig: Companions,
+    TokenChoiceConfig: TokenChoice,
+}
+
+__all__ = [
+    "KINDS",
+    "Companions",
+    "Dense",
+    "FeedForwardContext",
+    "FeedForwardOutput",
+    "MixtureOfTokens",
+    "TokenChoice",
+    "make_feed_forward",
+]
+
+
+def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """The layer of this kind, with the model's widths, activation, init and dtypes."""
+    return KINDS[type(kind)](
+        model.d_model,
+        model.d_ff,
+        kind,
+        activation=model.activation,
+        gated=model.gated,
+        init=model.init,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        rngs=rngs,
+    )

@@ -1,0 +1,1 @@
+"""A run's state and its directory: TrainState, optimizer, checkpoints, metrics, scores."""

@@ -1,0 +1,106 @@
+"""What a run has scored in its inference modes: `modes.json` in its workdir, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+from etils import epath
+
+from mot_jax.config import Config
+from mot_jax.errors import UserError
+from mot_jax.modes import mode_of
+from mot_jax.runs.metrics import validation_line
+from mot_jax.runs.restore import load_run_config
+from mot_jax.runtime.paths import replace_file, user_path
+
+Score = dict[str, Any]
+
+_KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, the newest
+
+
+def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
+    """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
+    found = mode_of(mode)
+    independent = found.independent or found.change(config).model.group_size == 1
+    about = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
+    return {**about, **result, "perplexity": math.exp(result["loss"])}
+
+
+def record_score(workdir: epath.PathLike, score: Score) -> None:
+    """Writes it down, in place of an older one of the same mode, split, step, windows and group size."""
+    path = user_path("workdir", workdir) / "modes.json"
+    others = [there for there in _read(path) if any(there[key] != score[key] for key in _KEY)]
+    replace_file(path, (json.dumps([*others, score], indent=1) + "\n").encode())
+
+
+def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:
+    """By mode, the scores of the run in `workdir` on its validation split after `step` updates, in its own groups.
+
+    All are of equally many windows, so that they compare: of as many as most modes have been scored on.
+    """
+    config = load_run_config(workdir)
+    wanted = {"split": config.data.validation_split, "step": step, "group_size": _group_size(config)}
+    by_windows: dict[int, dict[str, Score]] = {}
+    for score in _read(user_path("workdir", workdir) / "modes.json"):
+        if all(score[key] == value for key, value in wanted.items()):
+            by_windows.setdefault(score["windows"], {})[score["mode"]] = score
+    return max(by_windows.items(), key=lambda item: (len(item[1]), item[0]), default=(0, {}))[1]
+
+
+def _group_size(config: Config) -> int:
+    """Of the layers as they mix; of those that were tuned to route, as they mixed."""
+    mixture = getattr(config.model.feed_forward, "mixture", None)
+    return config.model.group_size if mixture is None else mixture.group_size
+
+
+def check_scores(workdir: epath.PathLike) -> None:
+    """Raises UserError if what was written down before is damaged."""
+    _read(user_path("workdir", workdir) / "modes.json")
+
+
+def _read(path: epath.Path) -> list[Score]:
+    try:
+        scores = json.loads(path.read_text()) if path.exists() else []
+        if not all(score.keys() >= {*_KEY} for score in scores):
+            raise ValueError(f"a score must have {', '.join(_KEY)}")
+        return scores
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); delete it, and mot evaluate writes it anew") from None
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def show(config: Config, scores: Sequence[Score]) -> None:
+    """Prints the scores of one split: one in words, more as a table."""
+    print(f"{scores[0]['split']} split of {' + '.join(config.data.corpus)}, groups of {scores[0]['group_size']}")
+    if len(scores) == 1:
+        (score,) = scores
+        print(f"mode {score['mode']}, {mode_of(score['mode']).about}; rows {_hearing(score)}")
+        print(f"{validation_line(score)} | {score['tokens']:,} tokens | perplexity {score['perplexity']:.3f}")
+        return
+    print(f"after {scores[0]['step']} steps, {scores[0]['windows']:,} windows, {scores[0]['tokens']:,} tokens")
+    names = ("mode", "bits per byte", "loss", "perplexity", "rows", "")
+    rows = [
+        (s["mode"], f"{s['bits_per_byte']:.4f}", f"{s['loss']:.4f}", f"{s['perplexity']:.3f}", _hearing(s),
+         mode_of(s["mode"]).about)
+        for s in scores
+    ]  # fmt: skip
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        table = rich.table.Table(*names, box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    for row in (names, *rows):
+        print(" | ".join(text.ljust(width) for text, width in zip(row, (12, 13, 7, 10, 20, 0), strict=True)).rstrip())
+
+
+def _hearing(score: Score) -> str:
+    return "hear no other row" if score["independent"] else "influence each other"

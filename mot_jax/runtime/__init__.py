@@ -1,0 +1,1 @@
+"""The process and its machine: paths, processes, compilation cache, memory allocator."""

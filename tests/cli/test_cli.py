@@ -1,0 +1,313 @@
+"""The command line: what a user types, and what comes of a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mot_jax
+from mot_jax import cli
+from mot_jax.config import Config, check, load_config
+from mot_jax.data import tokenizers
+from mot_jax.runs import restore
+from mot_jax.training import loop
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = str(CONFIGS / "demo.py")
+
+
+def fails(capsys, *arguments: str) -> list[str]:
+    """The lines of a command that exits with 2 and says nothing else."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    return err.splitlines()
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[Config, str]]:
+    """What `mot train` hands to the loop."""
+    calls: list[tuple[Config, str]] = []
+    monkeypatch.setattr(loop, "train", lambda config, workdir: calls.append((config, str(workdir))))
+    return calls
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(path):
+    check(load_config(path))
+    commands = [f"{command} configs/{path.relative_to(CONFIGS)}" for command in ("python train.py", "mot train")]
+    assert any(command in path.read_text() for command in commands) or path.stem == "demo"
+
+
+@pytest.mark.parametrize("name", ["demo", "v1"])
+def test_dense_twins_differ_in_what_a_twin_must(name):
+    mot, dense = (load_config(CONFIGS / f"{n}.py") for n in ({"demo": "demo", "v1": "v1_mot"}[name], f"{name}_dense"))
+    assert dataclasses.replace(dense.model, feed_forward=mot.model.feed_forward) == mot.model
+    assert dense.data.group_size == mot.model.group_size  # the same rows in the same batches
+    for field in ("steps", "batch_size", "seed"):
+        assert getattr(dense.training, field) == getattr(mot.training, field)
+
+
+def test_flags_change_fields(started):
+    flags = ["--training.steps", "7", "--training.log-every=3", "--model.feed-forward.num-experts", "64"]
+    cli.main(
+        ["train", DEMO, "--workdir", "/tmp/somewhere", *flags, "--model.no-final-norm", "--data.group-size", "None"]
+    )
+    ((config, workdir),) = started
+    assert workdir == "/tmp/somewhere"
+    assert (config.training.steps, config.training.log_every, config.model.feed_forward.num_experts) == (7, 3, 64)
+    assert config.model.final_norm is False and config.data.group_size is None
+
+
+def test_without_a_config_it_is_the_demo(started, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setattr(cli.sys, "argv", ["train.py", "--training.steps", "5"])
+    cli.train()
+    ((config, workdir),) = started
+    assert workdir == "runs/demo"
+    assert config == dataclasses.replace(
+        load_config(DEMO), training=dataclasses.replace(load_config(DEMO).training, steps=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (["--model.d-modle", "3"], ["error: --model.d-modle: no such field; did you mean 'model.d_model'?"]),
+        (["--trainng.steps=3"], ["error: --trainng.steps=3: no such field; did you mean 'training.steps'?"]),
+        (["--workdri", "x"], ["error: --workdri: no such field; did you mean 'workdir'?"]),
+        (["--training.steps", "many"], ["error: training.steps = 'many': must be int; here it is"]),
+        (
+            ["--model.remat", "all"],
+            ["error: model.remat = 'all': must be 'none' or 'attention' or 'blocks'; here it is"],
+        ),
+        (
+            ["--training.steps", "many", "--model.d-model", "x"],
+            ["error: training.steps = 'many'", "error: model.d_model = 'x'"],
+        ),
+        (["--training.batch-size", "33"], ["error: training.batch_size = 33: must be a multiple of group size 32"]),
+        (
+            ["--training.batch-size", "32", "--training.accumulation", "2"],
+            ["error: training.batch_size = 32: must be a multiple of group size 32 x accumulation 2 = 64; try 64"],
+        ),
+        (
+            ["--model.feed-forward.expert-dim", "100", "--model.feed-forward.flop-matched"],
+            ["error: model.feed_forward.expert_dim = 100: breaks the rule num_experts x expert_dim"],
+        ),
+        (
+            ["--training.steps", "0", "--model.num-heads", "7"],
+            ["error: training.steps = 0", "error: model.num_heads = 7"],
+        ),
+        (["stray"], ["error: stray: not understood"]),
+    ],
+)
+def test_every_mistake_on_the_command_line_is_one_line(capsys, flags, lines):
+    found = fails(capsys, "train", DEMO, *flags)
+    assert len(found) == len(lines)
+    for line, start in zip(found, lines, strict=True):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("def get_config(:\n", ", line 1: SyntaxError"),
+        ("x = 1\nimport nowhere_to_be_found\n", ", line 2: ModuleNotFoundError: No module named"),
+        ("x = 1\n", ": must define get_config() -> Config"),
+        ("def get_config():\n    return 5\n", ": get_config() must return a mot_jax Config, and returned 5"),
+        (
+            "from mot_jax.config import ModelConfig\n\ndef get_config():\n    return ModelConfig(d_modle=3)\n",
+            ", line 4: ModelConfig has no field 'd_modle'; did you mean 'd_model'?",
+        ),
+        (
+            "from mot_jax.config import *\nget_config = lambda: Config(training=TrainingConfig(steps='9'))\n",
+            "training.steps = '9': must be int; the default is 1000",
+        ),
+    ],
+)
+def test_a_broken_config_file_is_one_line(capsys, tmp_path, text, line):
+    (tmp_path / "mine.py").write_text(text)
+    (found,) = fails(capsys, "describe", str(tmp_path / "mine.py"))
+    assert line in found
+
+
+def test_a_missing_config_file_names_the_nearest(capsys):
+    (line,) = fails(capsys, "train", str(CONFIGS / "demo_dens.py"))
+    assert f"no such file; did you mean '{CONFIGS / 'demo_dense.py'}'?" in line
+    (line,) = fails(capsys, "describe")
+    assert line == "error: CONFIG is missing; try mot describe configs/demo.py"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("a: No space left on device [x]")]
+)
+def test_a_full_disk_is_one_line(capsys, monkeypatch, error):
+    def full(*_):
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("while saving") from cause
+
+    monkeypatch.setattr(loop, "train", full)
+    (line,) = fails(capsys, "train", DEMO)
+    assert line.startswith("error: no space left on the disk")
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", DEMO])
+
+
+def test_describe_prints_and_writes(capsys, tmp_path):
+    cli.main(["describe", DEMO, "--json", str(tmp_path / "demo.json")])
+    text = capsys.readouterr().out
+    assert "Parameters" in text and "mixing" in text
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert written["sizes"]["group_size_G"] == 32
+    total = sum(written["parameters"].values())
+    assert f"{total:,}" in text
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", DEMO, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "--workdir" in text and "--model.feed-forward.group-size" in text
+
+
+def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--data.corpus", "python_sauce/stdlib", "--data.directory", str(tmp_path / "data")]
+    (line,) = fails(capsys, "train", DEMO, "--workdir", str(workdir), "--mesh.data", "1", *flags)
+    assert line == "error: data.corpus = 'python_sauce/stdlib': no such corpus; did you mean 'python_source/stdlib'?"
+    assert not workdir.exists()
+
+
+def test_curves_of_two_runs_become_one_picture(capsys, tmp_path):
+    for name in ("mot", "dense"):
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "split": split, "loss": 3.0 / i} for i in (1, 2) for split in ("train", "validation")]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    picture = tmp_path / "both.png"
+    cli.main(["curves", str(tmp_path / "mot"), str(tmp_path / "dense"), "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    (line,) = fails(capsys, "curves", str(tmp_path / "nothing"))
+    assert "holds no rows of metrics" in line
+
+
+def test_a_config_tells_all_its_faults(capsys):
+    lines = fails(capsys, "describe", DEMO, "--training.steps", "0", "--training.seed", "-1", "--model.d-ff", "0")
+    assert [line.split()[1] for line in lines] == [
+        "model.d_ff",
+        "training.steps",
+        "training.seed",
+        "model.feed_forward.shared_dim",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["train", "--workdir"], "error: argument --workdir: expected one argument"),
+        (
+            ["describe", DEMO, "--json", "/no/such/place/x.json"],
+            "error: --json = /no/such/place/x.json: cannot be written",
+        ),
+        (["curves"], "error: the following arguments are required: WORKDIR"),
+        (["inspect"], "error: the following arguments are required: WORKDIR"),
+        (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
+        (["trian"], "error: argument command: invalid choice: 'trian'"),
+    ],
+)
+def test_mistakes_beside_the_config_are_one_line_too(capsys, arguments, start):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(start)
+
+
+def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypatch):
+    directory = ["--directory", str(tmp_path / "data")]
+    (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(50)))
+    build = ["data", "build", "mine", str(tmp_path / "*.txt"), "--documents", "line", "--workers", "1", *directory]
+    cli.main(build)
+    out, err = capsys.readouterr()
+    assert "mine: 0.0 MB of text in" in out and "train: " in out and not err
+    cli.main(["data", "inspect", "mine", "--tokenizer", "bytes", "-n", "1", *directory])
+    assert "1.00 bytes per token" in (out := capsys.readouterr().out) and "a.txt@0 (6 bytes)\n  line 0\n" in out
+
+    def train_tokenizer(texts, vocab_size: int, kind: str) -> bytes:
+        return f"{kind} {vocab_size} {len(list(texts))}".encode()
+
+    monkeypatch.setattr(tokenizers, "train_tokenizer", train_tokenizer, raising=False)
+    output = tmp_path / "tokenizer.json"
+    train = ["data", "train-tokenizer", "mine", "--split", "train[:10]", "--vocab-size", "300", "--output", str(output)]
+    cli.main([*train, *directory])
+    assert output.read_text() == "bpe 300 10" and "trained on" in capsys.readouterr().out
+    (line,) = fails(capsys, *train, *directory)
+    assert "is never overwritten" in line
+    (line,) = fails(capsys, *build, "--validation", "0.5")
+    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ([], "error: the following arguments are required: build | inspect | train-tokenizer"),
+        (["buidl"], "error: argument build | inspect | train-tokenizer: invalid choice: 'buidl'"),
+        (["build", "mine"], "error: the following arguments are required: FILE; mot data build --help tells more"),
+        (["build", "mine", "/no/such/*.txt"], "error: FILE = '/no/such/*.txt': no such file"),
+        (["build", "mine", "x.txt", "--documents", "word"], "error: argument --documents: invalid choice: 'word'"),
+        (["build", "mine", "x.txt", "--workers", "0"], "error: --workers = 0: must be at least 1; try 1"),
+        (["train-tokenizer", "mine"], "error: the following arguments are required: --output"),
+        (
+            ["train-tokenizer", "mine", "--output", "t.txt"],
+            "error: --output = 't.txt': must end in .json for a tokenizer of kind bpe; try 't.json'",
+        ),
+        (
+            ["train-tokenizer", "mine", "--kind", "sentencepiece", "--output", "a/t.json"],
+            "error: --output = 'a/t.json': must end in .model for a tokenizer of kind sentencepiece; try 'a/t.model'",
+        ),
+    ],
+)
+def test_mistakes_of_data_are_one_line(capsys, arguments, start):
+    (line,) = fails(capsys, "data", *arguments)
+    assert line.startswith(start)
+
+
+@pytest.fixture
+def a_run(monkeypatch):
+    """What is asked of runs/x is asked of the demo's config."""
+    monkeypatch.setattr(restore, "load_run_config", lambda workdir: load_config(DEMO))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        ([], "error: --tasks is missing; try mot lm-eval runs/x --tasks arc_easy"),
+        (["--tasks", "x", "--limit", "0"], "error: --limit = '0': must be a whole number, at least 1"),
+        (["--tasks", "x", "--num-fewshot", "-1"], "error: --num-fewshot = '-1': must be a whole number, at least 0"),
+        (["--tasks", "x", "--include-path", "/no/such"], "error: --include-path = /no/such: must be a directory"),
+        (["--tasks", "x"], "error: lm_eval is not installed; try pip install 'mot_jax[lm-eval]'"),
+    ],
+)
+def test_mistakes_of_lm_eval_are_one_line(capsys, monkeypatch, a_run, arguments, start):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "mot_jax.interop.lm_eval", raising=False)
+    monkeypatch.delattr(mot_jax, "lm_eval", raising=False)
+    (line,) = fails(capsys, "lm-eval", "runs/x", *arguments)
+    assert line.startswith(start)

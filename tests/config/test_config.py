@@ -1,0 +1,442 @@
+"""Configs: every fault at once and in words, a strict file format, and what may change when a run is resumed."""
+
+import ast
+import dataclasses
+import json
+import re
+from functools import reduce
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mot_jax.config import (
+    Config,
+    DataConfig,
+    DenseConfig,
+    InitConfig,
+    MeshConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenChoiceConfig,
+    TrainingConfig,
+    check,
+    from_json,
+    identity_changes,
+    to_json,
+)
+from mot_jax.errors import UserError
+
+
+def get(config: Any, name: str) -> Any:
+    return reduce(getattr, name.split("."), config)
+
+
+def put(config: Any, name: str, value: Any) -> Any:
+    """`config` with the field of this dotted name replaced."""
+    first, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{first: put(getattr(config, first), rest, value) if rest else value})
+
+
+def leaves(value: Any, path: str = "") -> list[str]:
+    """The dotted names of all fields that hold no other fields."""
+    if not dataclasses.is_dataclass(value):
+        return [path]
+    inner = {f"{path}.{f.name}".strip("."): getattr(value, f.name) for f in dataclasses.fields(value)}
+    return [leaf for name, item in inner.items() for leaf in leaves(item, name)]
+
+
+def faults(config: Config) -> tuple[str, ...]:
+    try:
+        check(config)
+    except UserError as error:
+        assert str(error) == "\n".join(error.faults)
+        return error.faults
+    return ()
+
+
+SUGGESTION = re.compile(r"^(?P<field>[\w.]+) = .*(?:; try|; the default is) (?P<advice>.*)$")
+
+
+def follow(config: Config, fault: str) -> Config:
+    """The config after the advice at the end of a fault: a value for its field, or `field = value, field = value`."""
+    field, advice = SUGGESTION.match(fault).group("field", "advice")
+    changes = re.findall(r"([a-z_.]+) = ([^,]+)", advice) or [(field, advice)]
+    for name, value in changes:
+        config = put(config, name, ast.literal_eval(value))
+    return config
+
+
+small = st.integers(1, 6)
+unit = st.floats(0, 0.99)
+positive = st.floats(1e-6, 1e3)
+
+
+mixings = st.one_of(
+    st.builds(
+        MixingConfig, temperature=st.floats(0, 10), emit=st.sampled_from(["merge", "softmax_over_experts", "ones"])
+    ),
+    st.builds(MixingConfig, merge=st.sampled_from(["uniform", "logits"]), layer_norm=st.booleans()),
+    st.builds(
+        MixingConfig,
+        emit=st.just("softmax"),
+        controllers=st.just("common_base"),
+        base_weight=st.sampled_from(["sum", "one", "two"]),
+        learnt_temperature=st.sampled_from(["scalar", "per_expert"]),
+        separate_temperatures=st.booleans(),
+        frozen_steps=small,
+    ),
+    st.builds(
+        MixingConfig,
+        annealing=st.sampled_from(["linear", "cosine"]),
+        annealing_steps=st.tuples(small, st.integers(7, 9)),
+        straight_through=st.booleans(),
+    ),
+)
+
+
+@st.composite
+def configs(draw) -> Config:
+    """Valid configs of every kind."""
+    heads, chunk, group, accumulation = (draw(small) for _ in range(4))
+    d_ff, blocks = draw(st.integers(2, 64)), draw(small)
+    which = draw(st.sampled_from(["mixture", "token choice", "dense"]))
+    length = chunk * draw(small)
+    shared = draw(st.integers(0, d_ff - 1))
+    if which == "mixture":
+        wanted = group * (d_ff - shared)
+        experts = draw(st.sampled_from([e for e in range(1, wanted + 1) if wanted % e == 0]))
+        expert_dim = draw(st.sampled_from([None, wanted // experts]))
+        kind = MixtureOfTokensConfig(
+            group,
+            experts,
+            expert_dim,
+            flop_matched=draw(st.booleans()),
+            shared_dim=shared,
+            mixing=draw(mixings),
+            controller_init_scale=draw(positive),
+            saved=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
+        )
+    elif which == "token choice":
+        divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
+        top_k, experts = draw(st.sampled_from(divisors)), draw(st.integers(0, 9))
+        tokens = st.sampled_from([n for n in range(1, length + 1) if length % n == 0] + [2 * length, 3 * length])
+        kind = TokenChoiceConfig(
+            experts + top_k,
+            top_k=top_k,
+            shared_dim=shared,
+            capacity_factor=draw(st.none() | positive),
+            routing_group_tokens=draw(tokens),
+        )
+        if draw(st.booleans()):
+            mixture = MixtureOfTokensConfig(draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_dim=shared)
+            kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
+    else:
+        kind = DenseConfig(draw(st.booleans()))
+    dense_bias = isinstance(kind, DenseConfig) or draw(st.booleans())
+    moe = st.sampled_from(["all", "last_half", "every_other"]) | st.lists(st.integers(0, blocks - 1)).map(tuple)
+    model = ModelConfig(
+        num_blocks=blocks,
+        d_model=heads * draw(small),
+        d_ff=d_ff,
+        num_heads=heads,
+        context_length=length,
+        vocab_size=draw(st.integers(1, 1000)),
+        feed_forward=kind,
+        moe_blocks=draw(moe),
+        dense_bias=dense_bias,
+        final_norm=draw(st.booleans()),
+        init=InitConfig(draw(st.sampled_from(["truncated_normal", "normal", "uniform"])), draw(positive)),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        loss_chunk=chunk,
+    )
+    group_size = max(model.group_size, model.routing_rows)
+    optimizer = OptimizerConfig(
+        draw(st.sampled_from(["adamw", "adafactor", "muon"])),
+        draw(positive),
+        beta1=draw(unit),
+        multipliers=draw(st.lists(st.tuples(st.text(), positive)).map(tuple)),
+    )
+    data_group = draw(st.sampled_from([None, group_size, 2 * group_size]))
+    rows = (data_group or group_size) * accumulation * draw(small)
+    training = TrainingConfig(draw(small), rows, accumulation, optimizer=optimizer)
+    data = DataConfig(group_size=data_group, directory=draw(st.none() | st.text()))
+    return Config(
+        model, data, training, MeshConfig(draw(st.sampled_from([-1, 1, 8])), draw(small), draw(small), draw(small))
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+@given(configs())
+def test_valid_configs_pass(config):
+    check(config)
+
+
+MIXTURE = Config(model=ModelConfig(feed_forward=MixtureOfTokensConfig(32, 32)))
+BROKEN = {
+    "model.num_heads": 3,
+    "model.loss_chunk": 100,
+    "model.moe_blocks": (1, 4),
+    "model.feed_forward.num_experts": 48,
+    "model.feed_forward.shared_dim": 1024,
+    "model.feed_forward.mixing.temperature": -1.0,
+    "training.batch_size": 100,
+    "training.accumulation": 3,
+    "training.optimizer.clip_norm": 0,
+    "training.optimizer.beta1": 1.5,
+    "training.optimizer.final_fraction": 2.0,
+    "training.optimizer.learning_rate": float("nan"),
+    "data.group_size": 33,
+    "data.validation_windows": 0,
+    "mesh.data": 0,
+    "mesh.expert": -2,
+    "mesh.wait_seconds": 0,
+    "mesh.heartbeat_seconds": -1,
+    "checkpoint.keep": 0,
+    "checkpoint.preempted_exit_code": 2,
+    "logging.sample_tokens": -1,
+    "model.norm_epsilon": 0.0,
+    "model.num_kv_heads": 3,
+    "model.feed_forward.mixing.groups": "within",
+    "model.feed_forward.mixing.controllers": "separate",
+    "model.feed_forward.mixing.base_weight": "one",
+    "model.feed_forward.mixing.emit": "softmax",
+    "model.feed_forward.mixing.separate_temperatures": True,
+    "data.corpus": (),
+    "data.weights": (1.0, 2.0),
+    "data.mask_share": 0.0,
+    "training.optimizer.multipliers": (("controller", -1.0),),
+}
+# Faults of combinations: what comes before, the field, its value.
+COMBINED = [
+    (MixingConfig("uniform"), "temperature", 0.5),
+    (MixingConfig("uniform"), "annealing", "linear"),
+    (MixingConfig("logits"), "learnt_temperature", "scalar"),
+    (MixingConfig("uniform"), "straight_through", True),
+    (MixingConfig(annealing="cosine"), "annealing_steps", (5, 5)),
+    (MixingConfig(annealing="cosine"), "learnt_temperature", "scalar"),
+    (MixingConfig(temperature=0.0), "learnt_temperature", "per_expert"),
+]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_rule_has_one_line_with_field_value_rule_and_a_value_that_works(name):
+    broken = put(MIXTURE, name, BROKEN[name])
+    (fault,) = faults(broken)
+    field = "training.batch_size" if name == "training.accumulation" else name
+    assert (
+        fault.startswith((f"{field} = {get(broken, field)}: ", f"{field} = {get(broken, field)!r}: "))
+        and "\n" not in fault
+    )
+    check(follow(broken, fault))
+
+
+@pytest.mark.parametrize(("mixing", "name", "value"), COMBINED)
+def test_mixing_that_means_nothing_is_refused(mixing, name, value):
+    broken = put(MIXTURE, "model.feed_forward.mixing", dataclasses.replace(mixing, **{name: value}))
+    (fault,) = faults(broken)
+    assert fault.startswith(f"model.feed_forward.mixing.{name} = {value!r}: ")
+    check(follow(broken, fault))
+
+
+def test_more_combinations_are_refused():
+    rotary = put(put(MIXTURE, "model.num_heads", 256), "model.positions", "rotary")
+    dense = put(MIXTURE, "model.feed_forward", DenseConfig())
+    entropy, upcycled = (
+        put(dense, name, value)
+        for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
+    )
+    balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
+    for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
+        (fault,) = faults(broken)
+        check(follow(broken, fault))
+
+
+WAS = MixtureOfTokensConfig(8, 16, 256)
+ROUTED = Config(model=ModelConfig(feed_forward=TokenChoiceConfig(16, top_k=4, routing_group_tokens=512, mixture=WAS)))
+BROKEN_ROUTING = {
+    "model.feed_forward.top_k": 3,
+    "model.feed_forward.num_experts": 0,
+    "model.feed_forward.routing_group_tokens": 300,
+    "model.feed_forward.capacity_factor": 0,
+    "model.feed_forward.mixture.num_experts": 32,
+    "model.feed_forward.mixture.expert_dim": 128,
+    "model.feed_forward.mixture.mixing.temperature": -1.0,
+    "data.group_size": 3,
+    "training.batch_size": 33,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ROUTING)
+def test_each_rule_of_token_choice_has_a_line(name):
+    check(ROUTED)
+    broken = put(ROUTED, name, BROKEN_ROUTING[name])
+    fault = next(fault for fault in faults(broken) if fault.startswith(f"{name} = {BROKEN_ROUTING[name]}: "))
+    for _ in range(4):  # another number of experts breaks other rules
+        broken = reduce(follow, faults(broken), broken)
+    check(broken)
+    assert get(broken, name) != BROKEN_ROUTING[name], fault
+
+
+def test_more_choices_than_experts_and_no_width_left():
+    for name, value in {"top_k": 32, "shared_dim": 1024}.items():
+        kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
+        (fault,) = faults(put(ROUTED, "model.feed_forward", kind))
+        assert fault.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        check(follow(put(ROUTED, "model.feed_forward", kind), fault))
+
+
+def test_rows_of_a_routing_group_come_from_different_documents():
+    assert ROUTED.group_size == 2 and ROUTED.model.group_size == 1
+    assert put(ROUTED, "model.feed_forward.routing_group_tokens", 128).group_size == 1
+
+
+@pytest.mark.parametrize("experts", [32, 48])
+def test_flop_matched(experts):
+    """The rule can be kept by this many experts, or only by another number of them."""
+    kind = MixtureOfTokensConfig(32, experts, expert_dim=1000, flop_matched=True)
+    broken = put(MIXTURE, "model.feed_forward", kind)
+    (fault,) = faults(broken)
+    assert fault.startswith("model.feed_forward.expert_dim = 1000: breaks the rule")
+    check(follow(broken, fault))
+    check(put(broken, "model.feed_forward.flop_matched", False))
+
+
+def test_only_one_axis_takes_what_is_left():
+    broken = put(put(MIXTURE, "mesh.data", -1), "mesh.expert", -1)
+    (fault,) = faults(broken)
+    check(follow(broken, fault))
+
+
+def test_all_faults_come_at_once():
+    hidden_by_others = {"training.accumulation", "model.feed_forward.num_experts"}
+    hidden_by_others |= {"data.weights", "model.num_kv_heads"}
+    hidden_by_others |= {f"model.feed_forward.mixing.{name}" for name in ("groups", "emit", "controllers")}
+    several = {name: value for name, value in BROKEN.items() if name not in hidden_by_others}
+    broken = reduce(lambda config, item: put(config, *item), several.items(), MIXTURE)
+    assert {fault.split(" = ")[0] for fault in faults(broken)} == set(several)
+
+
+@given(configs(), st.data())
+def test_any_number_is_refused_with_advice_that_works_or_accepted(config, data):
+    """No number in any field breaks the checks themselves, and their advice, line by line, leads out of it.
+
+    More than one round, since a field that comes back into its range can break the rule of another.
+    """
+    name = data.draw(st.sampled_from([n for n in leaves(config) if type(get(config, n)) in (int, float)]))
+    config = put(config, name, data.draw(st.integers(-5, 70)))
+    for _ in range(4):
+        config = reduce(follow, faults(config), config)
+    check(config)
+
+
+@pytest.mark.parametrize("name", leaves(MIXTURE))
+def test_wrong_types_are_named_with_the_default(name):
+    number = type(get(MIXTURE, name)) in (int, float)
+    for value in [{}, ["a"], *([True, "1", None] if number and not name.endswith("cut") else [])]:
+        broken = put(MIXTURE, name, value)
+        (fault,) = faults(broken)
+        assert fault.startswith(f"{name} = {value!r}: must be ")
+        check(follow(broken, fault))
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@given(configs())
+def test_json_round_trip(config):
+    again = from_json(to_json(config))
+    assert again == config and to_json(again) == to_json(config)
+    assert type(again.model.feed_forward) is type(config.model.feed_forward)
+
+
+def edited(name: str, value: Any) -> str:
+    """The JSON of a config after one edit by hand; `name` may be new."""
+    data = json.loads(to_json(MIXTURE))
+    *path, last = name.split(".")
+    reduce(lambda group, key: group[key], path, data)[last] = value
+    return json.dumps(data)
+
+
+EDITS = {
+    "unknown field": (
+        edited("training.batch_sise", 3),
+        "training.batch_sise: no such field; did you mean 'batch_size'",
+    ),
+    "unknown group": (edited("modell", {}), "modell: no such field; did you mean 'model'?"),
+    "far from any": (edited("mesh.zzz", 1), "mesh.zzz: no such field; there is data, fsdp, expert, tensor"),
+    "field of another kind": (edited("model.feed_forward.bias", True), "model.feed_forward.bias: no such field"),
+    "unknown kind": (
+        edited("model.feed_forward.kind", "dens"),
+        "model.feed_forward.kind = 'dens': no such kind; did you mean 'dense'?",
+    ),
+    "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; the default is 256"),
+    "not a group": (edited("model", 3), "model = 3: must be a group of fields"),
+    "bad value": (edited("model.num_heads", 3), "model.num_heads = 3: must divide model.d_model = 256; try 2"),
+    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 2"),
+    "no version": ("{}", "version = None: this mot_jax reads version 2"),
+    "no object": ("[]", "version = None"),
+    "no JSON": ('{"version": 2,\n"model"', "config.json, line 2: not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_json_is_strict(case):
+    text, start = EDITS[case]
+    with pytest.raises(UserError) as error:
+        from_json(text)
+    assert error.value.faults[0].startswith(start)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+FREE = {
+    "data.directory",
+    "data.validation_windows",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.expert",
+    "mesh.tensor",
+    "checkpoint.keep",
+    "model.attention_kernel",
+    "model.feed_forward.kernel",
+    "model.feed_forward.saved",
+}
+FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
+FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}
+FREE |= {"mesh.wait_seconds", "mesh.heartbeat_seconds", "checkpoint.preempted_exit_code"}
+
+
+@pytest.mark.parametrize("name", leaves(MIXTURE))
+def test_every_field_is_identity_extendable_or_free(name):
+    """What changes no number of the training is free; all else but `steps` must stay."""
+    changed = put(MIXTURE, name, "other")
+    if name == "training.steps":
+        assert identity_changes(MIXTURE, put(MIXTURE, name, 2000)) == []
+        (line,) = identity_changes(MIXTURE, put(MIXTURE, name, 500))
+        assert line == "training.steps: 1000 there, 500 here; a run can be extended, not cut short"
+    elif name in FREE:
+        assert identity_changes(MIXTURE, changed) == []
+    else:
+        (line,) = identity_changes(MIXTURE, changed)
+        assert line.startswith(f"{name}: {get(MIXTURE, name)!r} there, 'other' here")
+
+
+@given(configs())
+def test_a_run_may_continue_itself(config):
+    assert identity_changes(config, from_json(to_json(config))) == []
+
+
+def test_all_changes_come_at_once():
+    assert len(identity_changes(MIXTURE, put(put(MIXTURE, "training.seed", 1), "model.d_model", 8))) == 2
+
+
+def test_another_kind_is_another_run():
+    dense = put(MIXTURE, "model.feed_forward", DenseConfig())
+    (line,) = identity_changes(MIXTURE, dense)
+    assert line.startswith("model.feed_forward: mixture_of_tokens there, dense here")

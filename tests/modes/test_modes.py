@@ -1,0 +1,240 @@
+"""Inference modes: other configs for the same parameters."""
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from mot_jax.config import (
+    CompanionsConfig,
+    Config,
+    DenseConfig,
+    LossWeights,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    TrainingConfig,
+    check,
+)
+from mot_jax.errors import UserError
+from mot_jax.modes.registry import (
+    MODES,
+    default_mode,
+    discrete,
+    enter,
+    grouped,
+    lacking,
+    mode_of,
+    regrouped,
+    token_choice,
+)
+from mot_jax.nn.feed_forward import make_feed_forward
+from mot_jax.nn.transformer import bind, init_params
+
+MIXINGS = {
+    "default": MixingConfig(),
+    "uniform": MixingConfig("uniform"),
+    "no softmax": MixingConfig("logits", layer_norm=True),
+    "separate": MixingConfig(emit="softmax", controllers="separate", temperature=0.5),
+    "over experts": MixingConfig(emit="softmax_over_experts", annealing="cosine"),
+    "learnt": MixingConfig(emit="softmax", learnt_temperature="per_expert", separate_temperatures=True),
+    "straight through": MixingConfig(straight_through=True, temperature=0.1),
+    "ones": MixingConfig(emit="ones"),
+    "top token": MixingConfig(emit="top_token"),
+}
+
+
+def config_of(mixing: MixingConfig) -> Config:
+    kind = MixtureOfTokensConfig(group_size=4, num_experts=8, mixing=mixing)
+    model = ModelConfig(2, 8, 16, 2, context_length=8, loss_chunk=8, feed_forward=kind)
+    return Config(model=model, training=TrainingConfig(batch_size=8, accumulation=2))
+
+
+def run(config: Config, params: dict) -> np.ndarray:
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.int32)
+    return np.asarray(bind(config.model, params)(tokens).hidden)
+
+
+@pytest.mark.parametrize("name", MIXINGS)
+def test_discrete_is_the_limit_of_low_temperature(name):
+    """It is valid, runs on the trained parameters, and no weight is anything but 0 and 1 where there is a softmax."""
+    config = config_of(MIXINGS[name])
+    other = discrete(config)
+    check(other)
+    mixing = other.model.feed_forward.mixing
+    assert mixing.merge == ("uniform" if name == "uniform" else "softmax")
+    assert mixing.temperature == (1 if name == "uniform" else 0)
+    assert discrete(other) == other
+
+
+def test_discrete_runs_with_the_same_parameters():
+    config = config_of(MIXINGS["learnt"])
+    params = init_params(config.model, jax.random.key(0, impl="rbg"))
+    cold = dataclasses.replace(MIXINGS["default"], temperature=1e-30)
+    np.testing.assert_allclose(run(discrete(config), params), run(config_of(cold), params), rtol=1e-5, atol=1e-6)
+    assert (run(discrete(config), params) != run(config, params)).any()
+
+
+def test_another_group_size_keeps_experts_and_parameters():
+    config = config_of(MixingConfig())
+    params = init_params(config.model, jax.random.key(0, impl="rbg"))
+    for size in (2, 8, 3):
+        other = regrouped(config, size)
+        assert other.model.feed_forward.hidden_dim(16) == 8 and other.group_size == size
+        assert other.training.batch_size % size == 0
+    # In groups of 2, what the other half of a group of 4 says is not heard.
+    small = regrouped(config, 2)
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.int32)
+    model, changed = bind(small.model, params), tokens.copy()
+    changed[2:4] = 7
+    before, after = model(tokens).hidden, model(changed).hidden
+    np.testing.assert_array_equal(before[:2], after[:2])
+    assert (run(config, params)[:2] != before[:2]).any()
+
+
+def test_a_dense_model_has_no_modes():
+    dense = Config(model=ModelConfig(feed_forward=DenseConfig()))
+    others = [mode.change for name, mode in MODES.items() if name != "grouped"]
+    for mode in (*others, lambda config: regrouped(config, 8)):
+        with pytest.raises(UserError, match=r"mix nothing|have no experts"):
+            mode(dense)
+    assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
+
+
+def test_rows_that_hear_no_others_need_no_companions():
+    """Groups of one, and within rows."""
+    within = config_of(MixingConfig(groups="within"))
+    model = dataclasses.replace(within.model, objective="masked")
+    for config in (regrouped(config_of(MixingConfig()), 1), dataclasses.replace(within, model=model)):
+        for mode in ("companions", "sparse", "mean_field"):
+            assert "no row hears another anyway; try --mode grouped" in lacking(mode, config, None)
+        assert lacking("without", config, None) is None and default_mode(config)[0] == "grouped"
+    assert default_mode(config_of(MixingConfig()))[0] == "companions"
+
+
+def test_rows_with_companions_stay_in_the_order_of_their_groups():
+    """So that every mode is scored on the same windows; E 8, G 4: two experts a token."""
+    config = config_of(MixingConfig())
+    assert config.group_size == 4
+    for mode, positions, k in (("companions", 8, None), ("sparse", 8, 2), ("mean_field", 1, 2)):
+        changed = MODES[mode].change(config)
+        kind = changed.model.feed_forward
+        assert (changed.group_size, changed.model.group_size) == (4, 1) and kind.hidden_dim(16) == 8
+        assert (kind.num_positions, kind.experts_per_token) == (positions, k)
+
+
+def test_experts_whose_outputs_are_normed_all_run():
+    config = config_of(MixingConfig(layer_norm=True))
+    for mode in ("sparse", "mean_field"):
+        assert lacking(mode, config, None).endswith("mixing.layer_norm = False; try --mode companions")
+    with pytest.raises(UserError, match=r"experts_per_token = 2: .* try None"):
+        kind = CompanionsConfig(4, 8, mixing=MixingConfig(layer_norm=True), experts_per_token=2)
+        make_feed_forward(config.model, kind, nnx.Rngs(0))
+
+
+def test_an_unknown_mode_is_one_line():
+    with pytest.raises(UserError, match="mode = 'companion': no such mode; did you mean 'companions'"):
+        enter("companion", config_of(MixingConfig()), {}, 0)
+
+
+def test_a_mode_may_say_how_many_experts_a_token_chooses():
+    config, name = config_of(MixingConfig()), "experts_per_token"
+    assert mode_of("token_choice:3").change(config) == token_choice(config, 3) != token_choice(config)
+    for mode in ("sparse", "mean_field"):
+        changed = [mode_of(f"{mode}{k}").change(config).model.feed_forward for k in ("", ":3")]
+        assert changed[1] == dataclasses.replace(changed[0], **{name: 3}) and getattr(changed[0], name) == 2
+    assert enter("token_choice:1", config, {}, 0)[0].model.feed_forward.top_k == 1
+
+
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("companions:2", "must be 'companions', where tokens choose no experts; try 'token_choice:2'"),
+        ("token_choice:", "must say how many experts a token chooses; try 'token_choice:2'"),
+        ("token_choice:0", "must say how many experts a token chooses"),
+        ("token_choice:9", "top_k = 9: must be at most model.feed_forward.num_experts = 8"),
+        ("sparse:9", "--mode sparse:9: must be at most model.feed_forward.num_experts = 8; try --mode sparse"),
+    ],
+)
+def test_a_wrong_number_of_experts_is_one_line(mode, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        mode_of(mode).change(config_of(MixingConfig()))
+
+
+@pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(layer_norm=True)])
+def test_without_experts_nothing_is_heard(mixing):
+    config = config_of(mixing)
+    params = init_params(config.model, jax.random.key(0, impl="rbg"))
+    params = {name: value + 0.1 for name, value in params.items()}
+    changed, silent = enter("without", config, params, 0)
+    layer = bind(changed.model, silent).stacks[0][0].feed_forward
+    layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda a: a[0], nnx.state(layer)))
+    assert not np.asarray(layer(np.ones((4, 8, 8), np.float32)).y).any()
+
+
+def test_token_choice_runs_the_same_weights_and_no_row_sees_another():
+    """Bit by bit, whatever the others hold, where `grouped` and `discrete` see them; and back again."""
+    config = config_of(MixingConfig())
+    routed = token_choice(config)
+    kind = routed.model.feed_forward
+    assert (kind.top_k, kind.hidden_dim(16), kind.capacity_factor) == (2, 8, None)
+    params, rng = init_params(config.model, jax.random.key(0, impl="rbg")), np.random.default_rng(0)
+    params = {name: value * (10 if "controller" in name else 1) for name, value in params.items()}
+    tokens = rng.integers(0, 256, (8, 8)).astype(np.int32)
+    sees = {}
+    for mode in (grouped, discrete, token_choice):
+        model = bind(mode(config).model, params)
+        run = jax.jit(lambda tokens, model=model: model(tokens).hidden)
+        drawn = (np.concatenate([rng.integers(0, 256, (7, 8)), tokens[7:]]).astype(np.int32) for _ in range(20))
+        expected = run(tokens)[7]
+        sees[mode.__name__] = any((run(other)[7] != expected).any() for other in drawn)
+    assert sees == {"grouped": True, "discrete": True, "token_choice": False}
+    assert grouped(routed).model == config.model and discrete(routed).model == discrete(config).model
+    assert regrouped(routed, 2) == regrouped(config, 2)
+
+
+def test_token_choice_of_itself_only_loses_its_capacity():
+    kind = TokenChoiceConfig(8, top_k=2, routing_group_tokens=16)
+    losses = LossWeights(load_balancing=0.1)
+    model = ModelConfig(2, 8, 16, 2, context_length=8, loss_chunk=8, feed_forward=kind)
+    config = Config(model=model, training=TrainingConfig(batch_size=8, losses=losses))
+    changed = token_choice(config).model.feed_forward
+    assert changed == dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=8, expert_dim=8)
+    assert token_choice(config, experts=1).model.feed_forward == dataclasses.replace(changed, top_k=1)
+    for mode in (grouped, discrete):
+        with pytest.raises(UserError, match="mix nothing"):
+            mode(config)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        MixingConfig("uniform"),
+        MixingConfig("logits", layer_norm=True),
+        MixingConfig(emit="softmax", controllers="common_base"),
+        MixingConfig(layer_norm=True),
+        MixingConfig(learnt_temperature="per_expert"),
+    ],
+    ids=repr,
+)
+def test_a_controller_that_is_no_router_is_refused(mixing):
+    with pytest.raises(UserError) as error:
+        token_choice(config_of(mixing))
+    assert all(fault.startswith("--mode token_choice: has no meaning with ") for fault in error.value.faults)
+    for fine in (MixingConfig(temperature=0.5), MixingConfig(emit="ones"), MixingConfig(annealing="linear")):
+        check(token_choice(config_of(fine)))
+
+
+def test_without_a_tpu_xla_takes_the_place_of_a_layers_kernel(monkeypatch):
+    kind = MixtureOfTokensConfig(4, 8, kernel="pallas", saved="nothing")
+    config = Config(model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=kind))
+    found, _ = enter("grouped", config, {}, 0)
+    assert found.model.feed_forward == dataclasses.replace(kind, kernel="xla")
+    device = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert enter("grouped", config, {}, 0)[0] == config

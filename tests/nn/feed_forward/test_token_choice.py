@@ -1,0 +1,231 @@
+"""The token-choice layer: equal to the oracle, and nobody sees a later token, whatever is dropped."""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mot_jax.config import TokenChoiceConfig
+from mot_jax.nn import routing
+from mot_jax.nn.feed_forward import FeedForwardContext, TokenChoice
+
+B, S, D, E, F, K = 4, 6, 5, 4, 3, 2
+KEY = jax.random.key(0, impl="rbg")
+SEEDS = st.integers(0, 2**16)
+# (capacity factor, tokens of a routing group, width of the shared expert, gated, masked)
+CASES = {
+    "capacity": (1.0, 2 * S, 0, False, False),
+    "capacity, all else": (0.7, S // 2, 4, False, True),
+    "dropless": (None, S, 0, False, False),
+    "dropless, all else": (None, 2 * S, 0, True, True),
+}
+
+
+def mask_of(seed: int) -> np.ndarray:
+    """Some tokens masked; the first row has none that is real."""
+    mask = np.random.default_rng(seed).random((B, S)) < 0.7
+    mask[0], mask[1:, 0] = False, True
+    return mask
+
+
+def values(seed: int, shared: int = 0, gated: bool = False) -> dict[str, np.ndarray]:
+    shapes = {"x": (B, S, D), "controller": (D, E), "w_in": (E, D, F), "w_out": (E, F, D)}
+    shapes |= {"w_gate": (E, D, F)} if gated else {}
+    shapes |= {"kernel_in": (D, shared), "kernel_out": (shared, D)} if shared else {}
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def config_of(factor: float | None, tokens: int = 2 * S, shared: int = 0, top_k: int = K) -> TokenChoiceConfig:
+    return TokenChoiceConfig(E, F, top_k, shared, factor, tokens)
+
+
+@lru_cache
+def abstract(config: TokenChoiceConfig, dtype: str, gated: bool):
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    return nnx.split(
+        nnx.eval_shape(lambda: TokenChoice(D, 8, config, gated=gated, rngs=nnx.Rngs(params=KEY), **dtypes))
+    )
+
+
+def apply(config: TokenChoiceConfig, dtype: str, p: dict, mask=None, losses: tuple[str, ...] = ()):
+    graph, state = abstract(config, dtype, "w_gate" in p)
+    filled = [(path, v.replace(jnp.asarray(p[path[-1]], dtype))) for path, v in nnx.to_flat_state(state)]
+    layer = nnx.merge(graph, nnx.from_flat_state(filled))
+    return layer(jnp.asarray(p["x"], dtype), FeedForwardContext(token_mask=mask, losses=losses))
+
+
+@partial(jax.jit, static_argnums=0)
+def run(config: TokenChoiceConfig, p: dict, mask=None):
+    return apply(config, "float32", p, mask)
+
+
+def reference(case: str) -> tuple[oracle.Routed, dict[str, np.ndarray], np.ndarray]:
+    factor, tokens, shared, gated, masked = CASES[case]
+    capacity = None if factor is None else int(np.ceil(factor * tokens * K / E))
+    p, dy = values(0, shared, gated), np.random.default_rng(2).normal(size=(B, S, D))
+    return oracle.Routed(K, tokens, capacity, mask_of(1) if masked else None, 0.3, 0.2), p, dy
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_oracle_gradients_equal_finite_differences(case):
+    layer, p, dy = reference(case)
+    found = layer(p, dy)[2]
+    for name in p:
+        direction = np.random.default_rng(3).normal(size=p[name].shape)
+        moved = (layer(p | {name: p[name] + step * direction}, dy) for step in (1e-6, -1e-6))
+        up, down = ((y * dy).sum() + loss for y, loss, _ in moved)
+        expected = (up - down) / 2e-6
+        np.testing.assert_allclose((found[name] * direction).sum(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "case, dtype, tolerance",
+    [*((case, "float64", 1e-10) for case in CASES), *((case, "float32", 1e-5) for case in CASES if "all" in case)],
+)
+def test_layer_equals_oracle(case, dtype, tolerance):
+    """Values, losses and every gradient."""
+    layer, p, dy = reference(case)
+    factor, tokens, shared, _, _ = CASES[case]
+    y, loss, gradients = layer(p, dy)
+    names = ("load_balancing", "router_z")
+
+    @jax.jit
+    def step(p):
+        def total(p):
+            out = apply(config_of(factor, tokens, shared), dtype, p, layer.mask, names)
+            losses = layer.balance * out.losses["load_balancing"] + layer.z * out.losses["router_z"]
+            return (out.y * dy.astype(dtype)).sum() + losses, (out.y, losses)
+
+        return jax.grad(total, has_aux=True)(p)
+
+    with jax.enable_x64(dtype == "float64"):
+        cast = {name: jnp.asarray(value, dtype) for name, value in p.items()}
+        found, (got_y, got_loss) = jax.device_get(step(cast))
+    assert got_y.dtype == dtype
+    pairs = {"y": (got_y, y), "loss": (got_loss, loss)} | {name: (found[name], gradients[name]) for name in p}
+    for name, (got, expected) in pairs.items():
+        assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
+
+
+# --- who sees whom ----------------------------------------------------------------------------------------------------
+
+
+@given(SEEDS)
+def test_without_a_capacity_rows_may_stand_in_any_order(seed):
+    """And their updates are the sum of the experts, weighted by probability, of the K likeliest."""
+    p, order = values(seed), np.random.default_rng(seed).permutation(B)
+    y = run(config_of(None), p).y
+    np.testing.assert_allclose(run(config_of(None), p | {"x": p["x"][order]}).y, y[order], atol=1e-5)
+    probabilities = np.asarray(jax.nn.softmax(p["x"] @ p["controller"]))
+    outputs = np.einsum("bsef,efd->bsed", np.maximum(np.einsum("bsd,edf->bsef", p["x"], p["w_in"]), 0), p["w_out"])
+    kept = np.where(probabilities >= np.sort(probabilities)[..., -K, None], probabilities, 0)
+    np.testing.assert_allclose(y, np.einsum("bse,bsed->bsd", kept, outputs), atol=1e-4)
+
+
+def leaks(runs, draws: int = 40) -> tuple[bool, float]:
+    """Whether replacing what comes later in its row, and all later rows, changes a bit of what is earlier in a row or
+    stands in an earlier one, in any of the draws; and the share of assignments dropped.
+    """
+    found, dropped = False, []
+    for seed in range(draws):
+        p, rng = values(seed), np.random.default_rng(seed)
+        row, position = rng.integers(B), rng.integers(1, S)
+        later = np.zeros((B, S), bool)
+        later[row, position:], later[row + 1 :] = True, True
+        other = np.where(later[..., None], 10 * rng.normal(size=p["x"].shape), p["x"])
+        before, after = runs(p), runs(p | {"x": other})
+        found |= bool((np.asarray(before.y)[~later] != np.asarray(after.y)[~later]).any())
+        dropped.append(float(before.metrics["dropped"]))
+    return found, float(np.mean(dropped))
+
+
+@pytest.mark.parametrize("tokens", [S // 2, 2 * S])
+def test_what_is_dropped_tells_nothing_of_later_tokens_and_later_rows(tokens):
+    config = config_of(0.6, tokens)
+    found, dropped = leaks(partial(run, config))
+    assert dropped > 0.2 and not found
+
+
+def test_priority_by_rank_would_leak(monkeypatch):
+    """All first choices before all second ones, as in GShard: a later token takes the slot of an earlier one."""
+    place = routing.place
+
+    def by_rank(experts, num_experts, capacity):
+        n, t, k = experts.shape
+        slots = place(experts.transpose(0, 2, 1).reshape(n, t * k, 1), num_experts, capacity)
+        of_assignment = slots.of_assignment.reshape(n, k, t).transpose(0, 2, 1).reshape(n, t * k)
+        return routing.Slots(
+            of_assignment, jax.vmap(lambda a: routing._inverse(a, capacity * num_experts))(of_assignment)
+        )
+
+    monkeypatch.setattr(routing, "place", by_rank)
+    config = config_of(0.6)
+    found, dropped = leaks(jax.jit(lambda p: apply(config, "float32", p)))
+    assert dropped > 0.2 and found
+
+
+def test_with_a_capacity_earlier_rows_are_seen_and_without_one_nobody_is():
+    """Rows of one routing group, replaced but for the last: the last row changes, or has the same bits."""
+    changed = {}
+    for factor in (0.6, None):
+        config, expected, rng = config_of(factor), run(config_of(factor), values(0)).y[1], np.random.default_rng(1)
+        drawn = [
+            run(config, values(0) | {"x": np.concatenate([rng.normal(size=(1, S, D)), values(0)["x"][1:]])})
+            for _ in range(30)
+        ]
+        changed[factor] = any((out.y[1] != expected).any() for out in drawn)
+    assert changed == {0.6: True, None: False}
+
+
+@jax.jit
+def sees(p: dict) -> jax.Array:
+    """[S, S], whether the update at one position of the first row has a gradient to another."""
+    config = config_of(0.6)
+    jacobian = jax.jacrev(lambda x: apply(config, "float32", p | {"x": p["x"].at[0].set(x)}).y[0].sum(axis=-1))
+    return jacobian(p["x"][0]).any(axis=-1)
+
+
+def test_gradients_reach_a_tokens_own_position_alone():
+    found = np.asarray(sees({name: jnp.asarray(v, "float32") for name, v in values(0).items()}))
+    assert not (found & ~np.eye(S, dtype=bool)).any() and found.any()
+
+
+@given(SEEDS, st.sampled_from([0.6, None]), st.sampled_from([1.0, 1e3, 1e15]))
+def test_masked_tokens_take_no_slot_and_get_nothing(seed, factor, scale):
+    p, mask, config = values(seed), mask_of(seed), config_of(factor)
+    other = np.where(mask[..., None], p["x"], scale * np.random.default_rng(seed).normal(size=p["x"].shape))
+    found, again = run(config, p, mask), run(config, p | {"x": other}, mask)
+    np.testing.assert_array_equal(found.y, again.y)
+    assert not found.y[~mask].any()
+    assert found.metrics["dropped"] == again.metrics["dropped"]
+
+
+# --- the layer as a module --------------------------------------------------------------------------------------------
+
+
+def test_parameters_output_losses_and_metrics():
+    config = TokenChoiceConfig(8, top_k=2, shared_dim=6, routing_group_tokens=3)
+    layer = nnx.jit(lambda: TokenChoice(5, 10, config, dtype="bfloat16", rngs=nnx.Rngs(params=KEY)))()
+    shapes = {name: getattr(layer, name).shape for name in ("controller", "w_in", "w_out")}
+    assert shapes == {"controller": (5, 8), "w_in": (8, 5, 2), "w_out": (8, 2, 5)}  # 2 x 2 = 10 - 6
+    call = nnx.jit(
+        lambda layer, losses: layer(jnp.ones((8, 3, 5)), FeedForwardContext(losses=losses)), static_argnums=1
+    )
+    out = call(layer, ("router_z",))
+    assert out.y.shape == (8, 3, 5) and out.y.dtype == "bfloat16" and layer.w_in.dtype == "float32"
+    assert list(out.losses) == ["router_z"] and set(out.metrics) == {"dropped", "load_max", "router_entropy"}
+    assert float(out.metrics["dropped"]) == pytest.approx(2 / 3)  # equal tokens: one slot, three want it
+
+
+def test_a_batch_without_whole_routing_groups_is_refused_only_with_a_capacity():
+    p = values(0) | {"x": np.ones((3, S, D))}
+    with pytest.raises(AssertionError, match="whole routing groups of 12 tokens"):
+        run(config_of(1.0), p)
+    assert run(config_of(None), p).y.shape == (3, S, D)

@@ -1,0 +1,227 @@
+"""Workdirs on object stores, where nothing is appended to, renamed or locked."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+import boto3
+import fsspec.config
+import gcsfs
+import jax
+import numpy as np
+import pytest
+import s3fs
+from etils import epath
+from etils.epath import backend
+from moto.server import ThreadedMotoServer
+from object_store import ObjectStore
+from training.test_loop import StoppedError, numbers, stop_at
+
+from mot_jax import cli
+from mot_jax.config import Config, LoggingConfig, to_json
+from mot_jax.errors import UserError
+from mot_jax.interop.convert import export, import_model
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs import metrics as log
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.restore import load_run
+from mot_jax.runs.state import abstract_state, create_state
+from mot_jax.runs.tensor_files import INDEX
+from mot_jax.training import loop
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest):
+    """A bucket behind the protocol of its store, on this machine; to append or rename is an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        start = {"gs": _google, "s3": _amazon}[request.param]
+        store, stop = start(patch)
+        opens = backend.fsspec_backend.open
+
+        def refuse(*_: object) -> NoReturn:
+            raise AssertionError("an object store cannot do this")
+
+        def whole(path: str, mode: str):
+            return refuse() if "a" in mode else opens(path, mode)
+
+        patch.setattr(backend.fsspec_backend, "open", whole)
+        patch.setattr(backend.fsspec_backend, "rename", refuse)
+        patch.setattr(backend.fsspec_backend, "replace", refuse)
+        yield epath.Path(f"{request.param}://bucket")
+        assert store is None or store.refused == []
+        stop()
+        for cache in (gcsfs.GCSFileSystem, s3fs.S3FileSystem):
+            cache.clear_instance_cache()
+        type(backend.fsspec_backend)._get_filesystem.cache_clear()
+
+
+def _google(patch: pytest.MonkeyPatch):
+    store = ObjectStore()
+    patch.setenv("STORAGE_EMULATOR_HOST", store.url)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+    return store, store.shutdown
+
+
+def _amazon(patch: pytest.MonkeyPatch):
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "none")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    return None, server.stop
+
+
+def write(workdir: epath.Path, done: int, steps: range) -> None:
+    metrics = log.MetricsLog(workdir, done, QUIET)
+    for step in steps:
+        metrics.write({"step": step, "split": "train", "loss": 1.0 / step})
+    metrics.close()
+
+
+def steps(workdir: epath.Path) -> list[int]:
+    return [row["step"] for row in log.read_rows(workdir)]
+
+
+def test_rows_are_there_before_a_checkpoint_and_those_after_it_come_again(bucket, monkeypatch):
+    workdir = bucket / "rows"
+    metrics = log.MetricsLog(workdir, 0, QUIET)
+    metrics.write({"step": 1, "split": "train", "loss": 1.0})
+    assert steps(workdir) == []  # it waits
+    metrics.flush()
+    assert steps(workdir) == [1]
+    monkeypatch.setattr(log, "_SECONDS", 0.0)
+    metrics.write({"step": 2, "split": "train", "loss": 1.0})
+    assert steps(workdir) == [1, 2]  # it has waited long enough
+    monkeypatch.undo()
+    metrics.write({"step": 3, "split": "train", "loss": 1.0})  # and here the run is killed
+    write(workdir, 1, range(2, 5))
+    assert steps(workdir) == [1, 2, 3, 4]
+    write(workdir, 4, range(5, 6))
+    assert steps(workdir) == [1, 2, 3, 4, 5] and len(list((workdir / "metrics").iterdir())) == 3
+    write(workdir, 0, range(1, 3))
+    assert steps(workdir) == [1, 2] and len(list((workdir / "metrics").iterdir())) == 1
+
+
+def test_what_is_sent_is_a_small_multiple_of_what_is_logged(bucket, monkeypatch):
+    monkeypatch.setattr(log, "_PART", 500)
+    sent = []
+    writes = epath.Path.write_bytes
+    monkeypatch.setattr(type(bucket), "write_bytes", lambda self, data: sent.append(len(data)) or writes(self, data))
+    workdir = bucket / "long"
+    metrics = log.MetricsLog(workdir, 0, QUIET)
+    for step in range(1, 101):
+        metrics.write({"step": step, "split": "train", "loss": 1.0})
+        if step % 2 == 0:
+            metrics.flush()
+    metrics.close()
+    assert steps(workdir) == list(range(1, 101))
+    logged = sum(path.stat().length for path in (workdir / "metrics").iterdir())
+    assert len(sent) == 50 and max(sent) < 700 and sum(sent) < 8 * logged
+
+
+def test_a_run_that_moved_has_both_forms(bucket, tmp_path):
+    write(bucket / "moved", 0, range(1, 4))
+    workdir = epath.Path(tmp_path)
+    (workdir / "metrics").mkdir()
+    (workdir / "metrics" / "00000.jsonl").write_bytes((bucket / "moved" / "metrics" / "00000.jsonl").read_bytes())
+    write(workdir, 2, range(3, 6))
+    assert steps(workdir) == [1, 2, 3, 4, 5]
+    assert (workdir / "metrics.jsonl").read_text().count("\n") == 3
+
+
+def test_a_checkpoint_counts_when_it_is_whole(bucket, tiny):
+    workdir, mesh = bucket / "saved", make_mesh(tiny)
+    (workdir / "config.json").write_text(to_json(tiny))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(tiny, mesh),
+    )
+    with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
+        checkpoints.save(4, state, 128, tiny)
+        checkpoints.save(8, state, 256, tiny)
+    for path in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"):  # of a save that was killed
+        content = (workdir / "checkpoints" / "8" / path).read_bytes()
+        (workdir / "checkpoints" / "12" / path).write_bytes(content)
+    run = load_run(workdir)
+    assert run.step == 8
+    for name, value in run.params.items():
+        np.testing.assert_array_equal(value, state.params[name])
+    with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
+        assert checkpoints.latest() == 8
+        assert checkpoints.restore(8, tiny, mesh)[1] == 256
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8"}
+
+
+@pytest.mark.slow
+def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
+    """From a workdir on the store to the store, in several files that are written over; from there to a disk."""
+    workdir, output = bucket / "to_export", bucket / "exported"
+    state = create_state(tiny, make_mesh(tiny))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(4, state, 0, tiny)
+    (workdir / "config.json").write_text(to_json(tiny))
+    export(workdir, output, shard_bytes=4000)
+    export(workdir, output, shard_bytes=8000, overwrite=True)
+    with pytest.raises(UserError, match="holds an export already"):
+        export(workdir, output)
+    import_model(output, tmp_path / "copy")
+    for place in (output, tmp_path / "copy"):
+        run = load_run(place)
+        assert (run.config, run.step) == (tiny, 4)
+        for name, value in state.params.items():
+            np.testing.assert_array_equal(run.params[name], value)
+    content = (output / INDEX).read_bytes()
+    (output / INDEX).write_bytes(content[:-9])
+    with pytest.raises(UserError, match=r"model.safetensors.index.json: cannot be read"):
+        load_run(output)
+
+
+def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tiny):
+    with pytest.raises(UserError, match=r"^workdir = ..://nobody/run: (cannot be written to|the store refuses)") as e:
+        loop.train(tiny, f"{str(bucket)[:5]}nobody/run")
+    assert type(e.value) is UserError and len(e.value.faults) == 1 and "\n" not in str(e.value)
+
+
+@pytest.mark.slow
+def test_a_run_stops_goes_on_and_is_looked_at(bucket, tiny: Config, tmp_path, monkeypatch, capsys):
+    workdir, local = bucket / "runs" / "mine", epath.Path(tmp_path / "local")
+    loop.train(tiny, local)
+    save, seen = Checkpoints.save, []
+
+    def saving(self: Checkpoints, step: int, *rest: object) -> None:
+        seen.append((step, steps(workdir)[-1]))
+        save(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        patch.setattr(Checkpoints, "save", saving)
+        with pytest.raises(StoppedError):
+            loop.train(tiny, str(workdir))
+    assert seen == [(4, 4)]  # the checkpoint does not outlive its rows
+    assert steps(workdir)[-1] == 5 + 1  # the row of step 7 was never fetched
+    loop.train(tiny, str(workdir))
+    assert numbers(workdir) == numbers(local)
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in local.iterdir()} - {"metrics.jsonl"} | {
+        "metrics"
+    }
+    assert (workdir / "sample.txt").read_text() == (local / "sample.txt").read_text()
+    assert len(list((workdir / "tensorboard").iterdir())) == 2
+    assert all(path.stat().length > 1000 for path in (workdir / "tensorboard").iterdir())
+    capsys.readouterr()
+
+    cli.main(["evaluate", str(workdir), "--json", str(workdir / "score.json")])
+    cli.main(["curves", str(workdir), "--output", str(workdir / "curves.png")])
+    cli.main(["inspect", str(workdir)])
+    assert json.loads((workdir / "score.json").read_text())["loss"] == pytest.approx(numbers(local)[-1]["loss"])
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "inspect" / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert "nothing left to train" not in capsys.readouterr().out
+    loop.train(tiny, str(workdir))
+    assert "nothing left to train" in capsys.readouterr().out

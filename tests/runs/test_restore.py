@@ -1,0 +1,230 @@
+"""A run's parameters from its workdir, whatever goes on there."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from mot_jax.config import Config, MeshConfig, to_json
+from mot_jax.errors import RetryableError, UserError
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs import restore
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
+from mot_jax.runs.state import TrainState, abstract_state
+from mot_jax.runs.tensor_files import open_tensors
+from mot_jax.runtime import distributed
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[epath.Path, TrainState]:
+    """A workdir with two checkpoints, made on eight devices, and the state of the newer one."""
+    workdir = epath.Path(tmp_path_factory.mktemp("runs"))
+    mesh = make_mesh(dataclasses.replace(tiny, mesh=MeshConfig(data=2, expert=4)))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(tiny, mesh),
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(4, state._replace(params=optax.tree.get(state.opt_state, "mu")), 0, tiny)
+        checkpoints.save(12, state, 0, tiny)
+    (workdir / "config.json").write_text(to_json(tiny))
+    return workdir, state
+
+
+def modified(directory: epath.Path) -> dict[str, int]:
+    """When each file below was last written."""
+    return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
+
+
+def test_the_newest_parameters_on_one_device_by_reading_alone(saved, tiny):
+    workdir, state = saved
+    leftover = workdir / "checkpoints" / "16.orbax-checkpoint-tmp-1"  # a save that is under way, or was killed
+    leftover.mkdir()
+    before = modified(workdir)
+    run = load_run(workdir)
+    assert before == modified(workdir)
+    assert (run.config, run.step) == (tiny, 12)
+    assert run.params.keys() == state.params.keys()
+    for name, value in run.params.items():
+        assert value.devices() == {jax.devices()[0]}
+        np.testing.assert_array_equal(value, state.params[name])
+
+
+def test_they_lie_on_the_mesh_that_is_given_or_set(saved, mesh_of):
+    workdir, state = saved
+    mesh = mesh_of(expert=2)
+    with jax.set_mesh(mesh):
+        there = load_run(workdir).params
+    for params in (there, load_run(workdir, mesh).params):
+        w_in = params["stacks/0/0/feed_forward/w_in"]
+        assert w_in.sharding.mesh == mesh and w_in.sharding.shard_shape(w_in.shape)[1] * 2 == w_in.shape[1]
+        np.testing.assert_array_equal(w_in, state.params["stacks/0/0/feed_forward/w_in"])
+
+
+def test_a_checkpoint_that_a_newer_one_replaces_meanwhile(saved, tmp_path, monkeypatch):
+    workdir = epath.Path(shutil.copytree(saved[0], tmp_path / "run"))
+    load = restore.ocp.load
+
+    def overtaken(path, *arguments):
+        monkeypatch.setattr(restore.ocp, "load", load)
+        path.rename(path.with_name("16"))
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(restore.ocp, "load", overtaken)
+    assert load_run(workdir).step == 16
+    shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer to go to: damage is an error
+    with pytest.raises(UserError, match=r"its checkpoint 16 cannot be read \(.*; if it is damaged, remove"):
+        load_run(workdir)
+
+
+READ_BOTH = """
+import sys
+import jax
+from mot_jax.errors import UserError
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.tensor_files import open_tensors
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
+
+def restore_state(workdir):
+    config = load_run_config(workdir)
+    with Checkpoints(workdir + "/checkpoints") as checkpoints:
+        checkpoints.restore(12, config, make_mesh(config, jax.devices()[:1]))
+
+for read in (load_run, restore_state):
+    try:
+        read(sys.argv[1])
+    except UserError as error:
+        print(type(error).__name__, *error.faults)
+"""
+
+
+def told_of(workdir: epath.PathLike) -> list[str]:
+    """What is said of a checkpoint by each of the two that read it; in a process of its own, where Orbax may leave
+    coroutines and threads behind.
+    """
+    done = subprocess.run([sys.executable, "-c", READ_BOTH, workdir], capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    return done.stdout.splitlines()
+
+
+def restore_state(workdir: Path, config: Config) -> None:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.restore(12, config, make_mesh(config, jax.devices()[:1]))
+
+
+def test_a_damaged_checkpoint_is_one_short_line(saved, tiny, tmp_path):
+    workdir = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    checkpoint = workdir / "checkpoints" / "12"
+    metadata = (checkpoint / "_CHECKPOINT_METADATA").read_text()
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata[: len(metadata) // 2])
+    load_run(workdir)  # which needs none of it
+    with pytest.raises(UserError, match=r"its checkpoint 12 .* \(ValueError: its metadata is missing or damaged\)"):
+        restore_state(workdir, tiny)
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata)
+    restore_state(workdir, tiny)
+    for path in (checkpoint / "state" / "d").iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    for line in told_of(workdir):
+        assert line.startswith(f"UserError workdir = {workdir}: its checkpoint 12 cannot be read")
+        assert "(ValueError: OUT_OF_RANGE: " in line and f"if it is damaged, remove {checkpoint}, and" in line
+        assert len(line) < 800
+
+
+def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypatch):
+    def silent(*_: object) -> None:
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError as error:
+            raise ValueError("Orbax's own words\nin lines") from error
+
+    monkeypatch.setattr(restore.ocp, "load", silent)
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.load", silent)
+    for read in (load_run, lambda workdir: restore_state(workdir, tiny)):
+        with pytest.raises(RetryableError, match=r"12 could not be read \(OSError: .*Input/output error\); the same"):
+            read(saved[0])
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_processes_read_one_checkpoint_and_try_again_together(saved, monkeypatch, faulty):
+    """Two processes as one of them sees it: process 0 sees an older checkpoint, which one of them finds deleted."""
+    seen = iter([4, 12, 12])
+    monkeypatch.setattr(distributed, "gather", lambda value: of_both(value))
+    load, asked = restore.ocp.load, []
+
+    def of_both(value: object) -> list:
+        if isinstance(value, bool):  # whether there was a fault
+            return [value or (faulty == 0 and len(asked) == 1), value]
+        return [next(seen), value]
+
+    def loaded(path, *arguments):
+        asked.append(path.name)
+        if faulty == 1 and len(asked) == 1:
+            raise FileNotFoundError(path)
+        return load(path, *arguments)
+
+    monkeypatch.setattr(restore.ocp, "load", loaded)
+    assert load_run(saved[0]).step == 12
+    assert asked == ["4", "12"]
+
+
+def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"run: no such directory; try"):
+        load_run(workdir)
+    workdir.mkdir()
+    with pytest.raises(UserError, match=r"holds no run \(no config.json\); try"):
+        load_run(workdir)
+    (workdir / "config.json").write_text(to_json(tiny))
+    with pytest.raises(UserError, match=r"has no checkpoint yet; try"):
+        load_run(workdir)
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    shutil.copytree(saved[0] / "checkpoints", workdir / "checkpoints")
+    model = dataclasses.replace(tiny.model, final_norm=True)
+    (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
+    with pytest.raises(UserError, match=r"of another mot_jax, without final_norm/"):
+        load_run(workdir)
+
+
+def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
+    """Its config says so before, as a rule: this is for one that does not."""
+    copy = Path(shutil.copytree(saved[0], tmp_path / "run"))
+    config = load_run_config(copy)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
+    (copy / "config.json").write_text(to_json(wider))
+    of_parameters, of_state = told_of(copy)
+    assert of_parameters.startswith(f"UserError workdir = {copy}: its checkpoint 12 cannot be read (ValueError: ")
+    assert "its checkpoint 12 cannot be read into this config's state by mot_jax 0.1.0 (ValueError: " in of_state
+
+
+def test_what_a_model_wants_and_finds(tmp_path):
+    dtypes = {"good": "float32", "narrow": "float16", "wide": "float32", "whole": "int32", "tiny": "float8_e4m3fn"}
+    values = {name: np.zeros((2, 3), dtype) for name, dtype in dtypes.items()}
+    values |= {"turned": values["good"], "extra": values["good"]}
+    save_file(values, tmp_path / "model.safetensors")
+    wanted = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in [*dtypes, "absent"]}
+    wanted |= {"turned": jax.ShapeDtypeStruct((3, 2), jnp.float32), "wide": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
+    advice = "or narrower; try model.param_dtype = 'float32'"
+    assert tensor_faults(open_tensors(epath.Path(tmp_path)), wanted, "here") == [
+        "here: tensor extra: the model has no parameter for it",
+        f"here: tensor wide: is float32, must be bfloat16 {advice}",
+        f"here: tensor whole: is I32, must be float32 {advice}",
+        f"here: tensor tiny: is F8_E4M3, must be float32 {advice}",
+        "here: tensor absent: is missing, must have shape (2, 3)",
+        "here: tensor turned: has shape (2, 3), must have (3, 2)",
+    ]

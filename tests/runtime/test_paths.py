@@ -1,0 +1,111 @@
+"""Paths that a user gives."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from mot_jax import cli
+from mot_jax.config import Config
+from mot_jax.data.tokenizers import load_tokenizer
+from mot_jax.errors import RetryableError, UserError
+from mot_jax.runs import restore
+from mot_jax.runs.stores import orbax_path
+from mot_jax.runtime import paths
+from mot_jax.training import loop
+
+
+def test_a_tilde_is_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.user_path("workdir", "~/runs") == epath.Path(tmp_path) / "runs"
+    assert paths.local_path("data.directory", "~/x") == epath.Path(tmp_path) / "x"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3"), ("s3", "boto3", "s3")]
+)
+def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, package, extra):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    for use in (lambda path: loop.train(Config(), path), restore.load_run, lambda path: cli.main(["curves", path])):
+        with pytest.raises((UserError, SystemExit)) as error:
+            use(f"{scheme}://bucket/run")
+        if isinstance(error.value, UserError):
+            expected = f"{package} is not installed; try pip install 'mot_jax[{extra}]'"
+            assert error.value.faults == (f"workdir = {scheme}://bucket/run: {expected}",)
+        else:
+            assert error.value.code == cli.BAD_INPUT
+
+
+def test_another_store_is_not_a_directory_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path, nearest in {"gcs://bucket/run": "gs://", "s3n://bucket/run": "s3://"}.items():
+        with pytest.raises(UserError, match=rf"^workdir = {path}: must be local, gs:// or s3://.*{nearest}"):
+            loop.train(Config(), path)
+    with pytest.raises(UserError, match=r"^data.tokenizer = hdfs://x/y.json: must be local"):
+        load_tokenizer("hdfs://x/y.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["data", "inspect", "notes", "--directory", "gs://bucket/text"])
+    assert "error: --directory = gs://bucket/text: must be on a local or shared file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError("Anonymous caller\nhas no access"), UserError, "refuses (OSError: Anonymous caller); try a bucket"),
+        (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try a bucket"),
+        (TimeoutError(), RetryableError, "does not answer (TimeoutError: )"),
+        (OSError("Cannot connect to host a:443"), RetryableError, "does not answer (OSError: Cannot connect to host"),
+        (OSError(errno.EIO, "SlowDown"), RetryableError, "does not answer (OSError: [Errno 5] SlowDown)"),
+        (RuntimeError("Service Unavailable, 503"), RetryableError, "does not answer (RuntimeError: Service Unav"),
+    ],
+)
+def test_a_store_that_refuses_or_does_not_answer_is_told_in_one_line(monkeypatch, error, kind, words):
+    class Broken:
+        def __init__(self, path):
+            pass
+
+        def exists(self):
+            raise error
+
+    monkeypatch.setattr(paths.epath, "Path", Broken)
+    with pytest.raises(UserError) as found:
+        paths.user_path("workdir", "gs://b/r")
+    (fault,) = found.value.faults
+    assert type(found.value) is kind and fault.startswith(f"workdir = gs://b/r: the store {words}")
+
+
+def test_a_directory_that_cannot_be_made_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^workdir = .*/file/run: cannot be written to \(NotADirectoryError"):
+        paths.make_directory("workdir", epath.Path(tmp_path / "file" / "run"))
+
+
+def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "file")
+    paths.replace_file(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "replace", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            paths.replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    paths.replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_orbax_takes_paths_from_the_root(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert orbax_path(epath.Path("runs")) == epath.Path(tmp_path / "runs")
+    for path in ("gs://bucket/run", "s3://bucket/run"):
+        assert str(orbax_path(epath.Path(path))) == path
+    assert Path("runs").exists() is False
