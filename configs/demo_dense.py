@@ -17,5 +17,5 @@ def get_config() -> Config:
     return dataclasses.replace(
         mot,
         model=dataclasses.replace(mot.model, feed_forward=DenseConfig()),
-        data=dataclasses.replace(mot.data, group_size=mot.model.group_size),
+        data=dataclasses.replace(mot.data, shuffle_group_size=mot.model.group_size),
     )

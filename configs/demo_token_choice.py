@@ -21,7 +21,7 @@ def get_config() -> Config:
     routed = TokenChoiceConfig(
         num_experts=kind.num_experts,
         top_k=kind.num_experts // kind.group_size,
-        shared_dim=kind.shared_dim,
+        shared_expert_dim=kind.shared_expert_dim,
         capacity_factor=1.25,
         routing_group_tokens=mot.training.batch_size * mot.model.context_length,
         controller_init_scale=kind.controller_init_scale,
@@ -29,6 +29,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         mot,
         model=dataclasses.replace(mot.model, feed_forward=routed),
-        data=dataclasses.replace(mot.data, group_size=mot.group_size),
+        data=dataclasses.replace(mot.data, shuffle_group_size=mot.group_size),
         training=dataclasses.replace(mot.training, losses=LossWeights(load_balancing=0.01)),
     )

@@ -19,6 +19,6 @@ def get_config() -> Config:
     return dataclasses.replace(
         mot,
         model=dataclasses.replace(mot.model, feed_forward=DenseConfig()),
-        data=dataclasses.replace(mot.data, group_size=mot.model.group_size),  # the same batches
+        data=dataclasses.replace(mot.data, shuffle_group_size=mot.model.group_size),  # the same batches
         training=dataclasses.replace(mot.training, optimizer=optimizer),
     )

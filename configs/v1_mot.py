@@ -30,13 +30,13 @@ def get_config() -> Config:
             feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=512),  # width 64, by the rule
             init=InitConfig(distribution="uniform", scale=1.0, cut=None),
             dtype="bfloat16",
-            stacked=False,  # a loop over blocks moves far more bytes (docs/performance.md)
+            scan_layers=False,  # a loop over blocks moves far more bytes (docs/performance.md)
         ),
         data=DataConfig(corpus=("c4/en",), tokenizer="tokenizers/gpt2.json", validation_windows=16_384),
         training=TrainingConfig(
             steps=250_000,
             batch_size=256,
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=2_500, final_fraction=0.1),
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=2_500, min_lr_ratio=0.1),
             log_every=100,
             validate_every=5_000,
             checkpoint_every=5_000,

@@ -20,5 +20,5 @@ def get_config() -> Config:
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, feed_forward=kind),
-        data=dataclasses.replace(base.data, group_size=base.model.group_size),  # the same batches
+        data=dataclasses.replace(base.data, shuffle_group_size=base.model.group_size),  # the same batches
     )

@@ -22,7 +22,7 @@ def get_config() -> Config:
             feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=32),  # of width 2048, by the rule
             moe_blocks="last_half",
             dtype="bfloat16",
-            stacked=False,  # a loop over blocks moves far more bytes (docs/performance.md)
+            scan_layers=False,  # a loop over blocks moves far more bytes (docs/performance.md)
         ),
         data=DataConfig(corpus=("c4/en",), tokenizer="tokenizers/gpt2.json", validation_windows=16_384),
         training=TrainingConfig(

@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from mot_jax.nn.sharding import AXES
 from mot_jax.runtime.compilation import compile_anew_for
 
+pytest_plugins = ["tiny_run"]
 jax.config.update("jax_num_cpu_devices", 8)
 
 # The same examples in every run: a red test is red for everybody. Compilation makes first examples slow.

@@ -16,7 +16,7 @@ class Layer:
     """What defines the layer beside its parameters. mask: bool [B, S], True = real; None: all are.
 
     Of the variants: which softmax emit has, whether groups lie within rows, layer norms (when `mixture_norm` is among
-    the parameters), T of a step, and how T is made of a learnt θ. What else there is follows from the parameters: an
+    the parameters), T of a step, and how T is made of a learned θ. What else there is follows from the parameters: an
     `emit_controller`, a `base_controller`, their weights `base_weight` and `emit_base_weight`, `w_gate`.
     anchor: parameters at which a straight-through softmax has the value of temperature T; it moves from there as the
     softmax of temperature 1 does, and so its derivatives there are those of temperature 1.

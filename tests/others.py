@@ -14,7 +14,7 @@ AUTHORS = ModelConfig(
     feed_forward=KIND, moe_blocks="last_half",
 )  # fmt: skip
 PORT = dataclasses.replace(
-    AUTHORS, moe_blocks="all", activation="gelu", final_norm=True, tied_head=True, attention_bias=True
+    AUTHORS, moe_blocks="all", activation="gelu", final_norm=True, tie_embeddings=True, attention_bias=True
 )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from mot_jax.config import MixingConfig
 
-LEARNT = MixingConfig(learnt_temperature="scalar", temperature=0.8)
+LEARNT = MixingConfig(learned_temperature="scalar", temperature=0.8)
 # The rows of the table, by name. Discrete evaluation, granularity below 1, another group size and upcycling are not
 # mixing of its own: they are tested elsewhere.
 VARIANTS = {
@@ -19,7 +19,7 @@ VARIANTS = {
     "learnable temperature": LEARNT,
     "learnable temperature, apart": dataclasses.replace(LEARNT, emit="softmax", separate_temperatures=True),
     "learnable temperature, per expert": dataclasses.replace(
-        LEARNT, emit="softmax_over_experts", learnt_temperature="per_expert", separate_temperatures=True
+        LEARNT, emit="softmax_over_experts", learned_temperature="per_expert", separate_temperatures=True
     ),
     "learnable temperature, not positive": dataclasses.replace(LEARNT, positive_temperature=False),
     "uniform mixing": MixingConfig("uniform"),
@@ -37,7 +37,7 @@ VARIANTS = {
         controllers="common_base",
         base_weight="two",
         layer_norm=True,
-        learnt_temperature="per_expert",
+        learned_temperature="per_expert",
         separate_temperatures=True,
     ),
 }

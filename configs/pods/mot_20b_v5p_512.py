@@ -18,7 +18,7 @@ def get_config() -> Config:
     base = load_config(Path(__file__).parents[1] / "v2_medium_32e.py")
     model = dataclasses.replace(
         base.model,
-        feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=32, saved="all"),
+        feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=32, save_for_backward="all"),
         num_blocks=24,
         d_model=2048,
         d_ff=8192,

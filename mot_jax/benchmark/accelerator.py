@@ -102,7 +102,10 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         if part == "step":  # the models are small: there is room for both ways to attend
             auto = {f"{name}, attention_kernel auto": _auto(config) for name, config in configs.items()}
             configs = auto | configs
-        kernel, device = "pallas" if part == "step" else "pallas_experts", jax.devices()[0]  # what takes their experts
+        kernel, device = (
+            "fused_mixture" if part == "step" else "fused_experts",
+            jax.devices()[0],
+        )  # what takes their experts
         by_kernel = _by(kernel, config)
         if kernel_runs_on(by_kernel.model.feed_forward, device):
             configs = {f"{MIXTURE}, kernel {kernel}": by_kernel} | configs

@@ -65,9 +65,9 @@ def _row(shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, 
         if not kernel_runs_on(config, device):
             raise UserError(f"kernel = {config.kernel!r}: is for TPU v5e, v5p and later; try --topology v5p:2x2x1")
         n, (e, d, f) = shape.rows // shape.group_size, (shape.num_experts, shape.d_model, config.hidden_dim(shape.d_ff))
-        if config.kernel == "pallas":
+        if config.kernel == "fused_mixture":
             kernel_bytes = fused_mixture_tpu.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype)
-        if config.kernel == "pallas_experts":
+        if config.kernel == "fused_experts":
             kernel_bytes = fused_experts_tpu.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype, param_dtype)
     run, params = applied(nnx.eval_shape(lambda: make(shape, config, dtype=dtype, param_dtype=param_dtype)))
     x = jax.ShapeDtypeStruct((shape.rows, shape.length, shape.d_model), dtype)

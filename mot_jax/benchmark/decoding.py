@@ -154,7 +154,7 @@ def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:
     total = 0.0
     for name, value in params.items():
         last, size = name.rpartition("/")[2], float(value.size * value.dtype.itemsize)
-        if last.endswith("_embedding") and not (model.tied_head and last == "token_embedding"):
+        if last.endswith("_embedding") and not (model.tie_embeddings and last == "token_embedding"):
             size = min(size, batch * size / value.shape[0])
         elif last.startswith("companion_") and value.shape[1] > 1:
             size = min(size, batch * size / value.shape[1])

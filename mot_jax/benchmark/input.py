@@ -32,12 +32,12 @@ def bench_input(config: Config, progress: Callable[[str], None], batches: int | 
     t, mesh = config.training, make_mesh(config)
     tokenizer, windows, _, order, _ = open_text(config)
     count = batches or max(64, 2 * BLOCK_GROUPS * config.group_size // t.batch_size)
-    rows = local_rows(mesh, t.batch_size, t.accumulation)
+    rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
     found = train_batches(windows, order, Objective.of(config, tokenizer), t.batch_size, rows, 0)
     progress(f"{count} batches of {t.batch_size} x {config.model.context_length} tokens")
 
     def one() -> None:
-        batch = place_microbatches(mesh, next(found).rows, t.batch_size, t.accumulation)
+        batch = place_microbatches(mesh, next(found).rows, t.batch_size, t.gradient_accumulation_steps)
         jax.block_until_ready(batch)
 
     try:

@@ -42,7 +42,7 @@ def dense_twin(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, feed_forward=DenseConfig()),
-        data=dataclasses.replace(config.data, group_size=config.group_size),
+        data=dataclasses.replace(config.data, shuffle_group_size=config.group_size),
     )
 
 
@@ -116,8 +116,10 @@ class _Run:
     def __init__(self, config: Config):
         t, self.mesh = config.training, make_mesh(config)
         self._state = create_state(config, self.mesh)
-        rows = len(local_rows(self.mesh, t.batch_size, t.accumulation))
-        self._batch = place_microbatches(self.mesh, random_batch(config, rows), t.batch_size, t.accumulation)
+        rows = len(local_rows(self.mesh, t.batch_size, t.gradient_accumulation_steps))
+        self._batch = place_microbatches(
+            self.mesh, random_batch(config, rows), t.batch_size, t.gradient_accumulation_steps
+        )
         optimizer = make_optimizer(t.optimizer, t.steps)
 
         def update(gradients: Any, state: TrainState) -> TrainState:
@@ -157,7 +159,7 @@ def random_batch(config: Config, rows: int) -> Batch:
     tokens = draw.integers(0, model.vocab_size, (rows, model.context_length + 1), dtype=np.int32)
     real = np.ones((rows, model.context_length), bool)
     masked = model.objective == "masked"
-    targets = draw.random(real.shape) < config.data.mask_share if masked else real
+    targets = draw.random(real.shape) < config.data.mask_rate if masked else real
     segments = np.zeros(real.shape, np.int32) if model.document_mask else None
     return Batch(tokens[:, :-1], tokens[:, :-1] if masked else tokens[:, 1:], real, targets, segments)
 

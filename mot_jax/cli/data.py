@@ -17,7 +17,7 @@ def data(arguments: list[str]) -> None:
     command = commands.add_parser("build", help="make a corpus out of files", allow_abbrev=False)
     command.add_argument("name", metavar="NAME", help="what to call it in data.corpus")
     command.add_argument("files", nargs="+", metavar="FILE", help="files, patterns or directories; .gz too")
-    command.add_argument("--feature", default="text", help="the field or column with the text (default: text)")
+    command.add_argument("--text-feature", default="text", help="the field or column with the text (default: text)")
     command.add_argument("--documents", default="file", choices=["file", "line", "paragraph"], help="of plain text")
     command.add_argument("--validation", type=float, default=0.01, metavar="SHARE", help="of the documents (0.01)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
@@ -25,7 +25,7 @@ def data(arguments: list[str]) -> None:
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("name", metavar="NAME", help="as in data.corpus")
         command.add_argument("--split", default="train")
-        command.add_argument("--feature", default="text")
+        command.add_argument("--text-feature", default="text")
         if name == "inspect":
             command.add_argument("--tokenizer", help="tell its bytes per token")
             command.add_argument("-n", type=int, default=3, metavar="N", help="documents to show (3)")
@@ -42,14 +42,14 @@ def data(arguments: list[str]) -> None:
 
         if options.workers is not None and options.workers < 1:
             raise UserError(f"--workers = {options.workers}: must be at least 1; try 1")
-        plan = plan_files(options.name, options.files, options.documents, options.feature, options.validation)
+        plan = plan_files(options.name, options.files, options.documents, options.text_feature, options.validation)
         build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
         return
     from mot_jax.data import corpora, report, tokenizers
 
     if options.command == "train-tokenizer":
         tokenizers.check_suffix(options.output, options.kind)
-    corpus = corpora.open_corpus(options.name, options.split, directory, options.feature)
+    corpus = corpora.open_corpus(options.name, options.split, directory, options.text_feature)
     if options.command == "inspect":
         tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None
         for line in report.lines(corpus, tokenizer, options.n):

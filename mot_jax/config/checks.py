@@ -51,13 +51,13 @@ def _default(field: dataclasses.Field) -> str:
 # (least, most) by the last part of a field's name; other numbers are finite and not negative.
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
-    "expert_dim steps batch_size accumulation log_every validate_every checkpoint_every keep "
+    "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_to_keep "
     "validation_windows top_k routing_group_tokens".split(),
     (1, sys.maxsize),
 )
-_RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "final_fraction": (0, 1)}
+_RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
 _RANGES |= {"preempted_exit_code": (3, 255), "wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
-_RANGES |= {"mask_share": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
+_RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
 _RANGES |= dict.fromkeys(
     ["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, sys.float_info.max)
 )
@@ -135,9 +135,9 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"try {(1,) * len(d.corpus)}"
         )
     rows, what = max((m.group_size, "model.feed_forward.group_size"), (m.routing_rows, "the rows of a routing group"))
-    if d.group_size and d.group_size % max(rows, 1):
-        yield f"data.group_size = {d.group_size}: must be a multiple of {what} = {rows}; try {rows}"
-        config = dataclasses.replace(config, data=dataclasses.replace(d, group_size=None))
+    if d.shuffle_group_size and d.shuffle_group_size % max(rows, 1):
+        yield f"data.shuffle_group_size = {d.shuffle_group_size}: must be a multiple of {what} = {rows}; try {rows}"
+        config = dataclasses.replace(config, data=dataclasses.replace(d, shuffle_group_size=None))
     yield from _batch_faults(config)
 
 
@@ -195,20 +195,20 @@ def mixing_faults(c: MixingConfig) -> Iterator[str]:
         yield f"base_weight = {c.base_weight!r}: needs controllers = 'common_base'; try 'sum'"
     if c.emit == "softmax" and c.controllers == "shared" and not c.separate_temperatures:
         yield "emit = 'softmax': with the controller and temperature of merge it is what merge has; try 'merge'"
-    if c.separate_temperatures and not (c.own_emit and c.learnt_temperature != "none"):
-        yield "separate_temperatures = True: emit must have a softmax of its own, and T be learnt; try False"
+    if c.separate_temperatures and not (c.own_emit and c.learned_temperature != "none"):
+        yield "separate_temperatures = True: emit must have a softmax of its own, and T be learned; try False"
     if not c.uses_temperature:
         words = f"neither merge = {c.merge!r} nor emit = {c.emit!r} has a softmax"
-        for name, plain in {"temperature": 1, "annealing": "none", "learnt_temperature": "none"}.items():
+        for name, plain in {"temperature": 1, "annealing": "none", "learned_temperature": "none"}.items():
             if getattr(c, name) != plain:
                 yield f"{name} = {getattr(c, name)!r}: {words}; try {plain!r}"
         if c.straight_through:
             yield f"straight_through = True: {words}; try False"
     if c.annealing != "none" and c.annealing_steps[0] >= c.annealing_steps[1]:
         yield f"annealing_steps = {c.annealing_steps}: must be a step and a later one; try (0, 1000)"
-    if c.learnt_temperature != "none" and (c.annealing != "none" or c.straight_through or c.temperature == 0):
-        words = "a temperature that is annealed, 0 or passed straight through cannot be learnt"
-        yield f"learnt_temperature = {c.learnt_temperature!r}: {words}; try 'none'"
+    if c.learned_temperature != "none" and (c.annealing != "none" or c.straight_through or c.temperature == 0):
+        words = "a temperature that is annealed, 0 or passed straight through cannot be learned"
+        yield f"learned_temperature = {c.learned_temperature!r}: {words}; try 'none'"
 
 
 def kernel_faults(kind: MixtureOfTokensConfig, gated: bool) -> Iterator[str]:
@@ -216,11 +216,14 @@ def kernel_faults(kind: MixtureOfTokensConfig, gated: bool) -> Iterator[str]:
     if kind.kernel == "xla":
         return
     wrong = f"kernel = {kind.kernel!r}: "
-    saved = {"pallas": ("keeps nothing", "nothing"), "pallas_experts": ("keeps mixtures and expert outputs", "all")}
-    words, needed = saved[kind.kernel]
-    if kind.saved != needed:
-        yield f"{wrong}{words} for the backward pass, and saved = {kind.saved!r}; try saved = {needed!r}"
-    if kind.kernel == "pallas" and kind.num_experts % 8:
+    save_for_backward = {
+        "fused_mixture": ("keeps nothing", "nothing"),
+        "fused_experts": ("keeps mixtures and expert outputs", "all"),
+    }
+    words, needed = save_for_backward[kind.kernel]
+    if kind.save_for_backward != needed:
+        yield f"{wrong}{words} for the backward pass, and save_for_backward = {kind.save_for_backward!r}; try save_for_backward = {needed!r}"
+    if kind.kernel == "fused_mixture" and kind.num_experts % 8:
         yield f"{wrong}takes a multiple of 8 experts, and num_experts = {kind.num_experts}; try kernel = 'xla'"
     if kind.mixing.emit != "merge":
         yield f"{wrong}emits by the merge weights, and mixing.emit = {kind.mixing.emit!r}; try kernel = 'xla'"
@@ -244,12 +247,12 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig, name: str =
                 "model is to predict; must be across rows there; try 'across'"
             )
         yield from _divisor_faults(f"{name}.group_size", kind.group_size, "model.context_length", model.context_length)
-    if fault := _shared_fault(model, kind.shared_dim, name):
+    if fault := _shared_fault(model, kind.shared_expert_dim, name):
         yield fault
         return
-    width = model.d_ff - kind.shared_dim
+    width = model.d_ff - kind.shared_expert_dim
     wanted = kind.group_size * width
-    rule = f"num_experts x expert_dim = group_size x (d_ff - shared_dim) = {wanted}"
+    rule = f"num_experts x expert_dim = group_size x (d_ff - shared_expert_dim) = {wanted}"
     if kind.num_experts < 1 or kind.group_size < 1:
         return
     divides = wanted % kind.num_experts == 0
@@ -266,24 +269,26 @@ def _mixture_faults(model: ModelConfig, kind: MixtureOfTokensConfig, name: str =
 def _shared_fault(model: ModelConfig, width: int, name: str) -> str | None:
     if width < model.d_ff:
         return None
-    return f"{name}.shared_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
+    return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
 def _token_choice_faults(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
-    if fault := _shared_fault(model, kind.shared_dim, name):
+    if fault := _shared_fault(model, kind.shared_expert_dim, name):
         yield fault
     elif kind.expert_dim is None:
-        yield from _divisor_faults(f"{name}.top_k", kind.top_k, "d_ff - shared_dim", model.d_ff - kind.shared_dim)
+        yield from _divisor_faults(
+            f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", model.d_ff - kind.shared_expert_dim
+        )
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"
         yield f"{name}.routing_group_tokens = {tokens}: {rule}; try {max(1, round(tokens / length)) * length}"
     if kind.mixture is not None:
         yield from _mixture_faults(model, kind.mixture, f"{name}.mixture")
-        for field in ("num_experts", "shared_dim"):
+        for field in ("num_experts", "shared_expert_dim"):
             there, here = getattr(kind.mixture, field), getattr(kind, field)
             if there != here:
                 yield f"{name}.mixture.{field} = {there}: must be that of the same weights, {here} here; try {here}"
@@ -297,9 +302,9 @@ def _token_choice_faults(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
 def _batch_faults(config: Config) -> Iterator[str]:
     """The fault of a batch that does not split into microbatches of whole groups, if it does not."""
     t, group_size = config.training, config.group_size
-    multiple = group_size * t.accumulation
+    multiple = group_size * t.gradient_accumulation_steps
     if multiple < 1 or t.batch_size % multiple == 0:  # below 1, other faults tell of it
         return
-    parts = f"group size {group_size} x accumulation {t.accumulation}"
+    parts = f"group size {group_size} x accumulation {t.gradient_accumulation_steps}"
     good = max(1, round(t.batch_size / multiple)) * multiple
     yield f"training.batch_size = {t.batch_size}: must be a multiple of {parts} = {multiple}; try {good}"

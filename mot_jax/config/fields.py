@@ -20,7 +20,7 @@ def _extendable(default: Any) -> Any:
 class MixingConfig:
     """How the tokens of a group are mixed: every variant of the paper's code, composed (PAPER.md sections 2 and 3).
 
-    merge: the weights that tokens are averaged by: `softmax` of the logits over the group; `uniform`, 1/G, not learnt;
+    merge: the weights that tokens are averaged by: `softmax` of the logits over the group; `uniform`, 1/G, not learned;
         `logits`, as they are.
     emit: the weights that expert outputs are handed back by: `merge`, the same; `softmax` over the group and
         `softmax_over_experts`, of the emit controller's logits; `ones`; `top_token`, 1 for the token with the largest
@@ -28,11 +28,11 @@ class MixingConfig:
     temperature: T of softmax(logits / T); 0 is the one-hot limit: each expert takes its first arg-max token.
     groups: `across`, G rows at one position; `within`, G neighbouring positions of one row, for masked models only.
     controllers: `shared`, one for merge and emit; `separate`; `common_base`, separate ones to which a third is added.
-    base_weight: of the common base: `sum`, C + C_base; `one`, a C + (1 - a) C_base with one learnt a; `two`, one for
+    base_weight: of the common base: `sum`, C + C_base; `one`, a C + (1 - a) C_base with one learned a; `two`, one for
         merge and one for emit.
     layer_norm: normalise mixtures and expert outputs.
     annealing: T moves from `temperature` to `final_temperature` between the two `annealing_steps`.
-    learnt_temperature: T is `temperature` x exp(θ), θ = 0 at first, one number a layer (`scalar`) or one per expert.
+    learned_temperature: T is `temperature` x exp(θ), θ = 0 at first, one number a layer (`scalar`) or one per expert.
     positive_temperature: False is the authors' first form, `temperature` x (1 + θ), which nothing keeps positive.
     separate_temperatures: merge and emit learn one each. frozen_steps: θ stays 0 for so many steps.
     straight_through: forward softmax(logits / T), backward as if T were 1.
@@ -48,7 +48,7 @@ class MixingConfig:
     annealing: Literal["none", "linear", "cosine"] = "none"
     final_temperature: float = 0.0
     annealing_steps: tuple[int, int] = (0, 1)
-    learnt_temperature: Literal["none", "scalar", "per_expert"] = "none"
+    learned_temperature: Literal["none", "scalar", "per_expert"] = "none"
     positive_temperature: bool = True
     separate_temperatures: bool = False
     frozen_steps: int = 0
@@ -79,16 +79,16 @@ class MixtureOfTokensConfig:
 
     group_size: G, the number of sequences whose tokens at one position are mixed.
     num_experts: E, the number of experts, and of mixtures per group and position.
-    expert_dim: F, the hidden width of an expert; None is the paper's rule E F = G (d_ff - shared_dim), which costs the
+    expert_dim: F, the hidden width of an expert; None is the paper's rule E F = G (d_ff - shared_expert_dim), which costs the
         FLOPs of the dense layer.
     flop_matched: refuse an `expert_dim` that breaks that rule.
-    shared_dim: the hidden width of a dense expert beside the mixture that sees every token; 0 for none.
+    shared_expert_dim: the hidden width of a dense expert beside the mixture that sees every token; 0 for none.
     *_init_scale: multiplies the standard deviation of the model's init for that matrix.
-    saved: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
+    save_for_backward: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
         `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
         computed again.
-    kernel: what merges, runs the experts and emits: `xla`, or on TPU `pallas` (`fused_mixture_tpu.py`), for small
-        experts, or `pallas_experts` (`fused_experts_tpu.py`), for wide ones. Fewer bytes, for more FLOPs.
+    kernel: what merges, runs the experts and emits: `xla`, or on TPU `fused_mixture` (`fused_mixture_tpu.py`), for small
+        experts, or `fused_experts` (`fused_experts_tpu.py`), for wide ones. Fewer bytes, for more FLOPs.
     """
 
     kind: ClassVar[str] = "mixture_of_tokens"
@@ -96,19 +96,19 @@ class MixtureOfTokensConfig:
     num_experts: int = 32
     expert_dim: int | None = None
     flop_matched: bool = False
-    shared_dim: int = 0
+    shared_expert_dim: int = 0
     mixing: MixingConfig = MixingConfig()
     controller_init_scale: float = 1.0
     w_in_init_scale: float = 1.0
     w_out_init_scale: float = 1.0
-    saved: Literal["nothing", "pre_activations", "all"] = _free("pre_activations")
-    kernel: Literal["xla", "pallas", "pallas_experts"] = _free("xla")
+    save_for_backward: Literal["nothing", "pre_activations", "all"] = _free("pre_activations")
+    kernel: Literal["xla", "fused_mixture", "fused_experts"] = _free("xla")
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
         if self.expert_dim is not None:
             return self.expert_dim
-        return self.group_size * (d_ff - self.shared_dim) // self.num_experts
+        return self.group_size * (d_ff - self.shared_expert_dim) // self.num_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ class CompanionsConfig(MixtureOfTokensConfig):
 class TokenChoiceConfig:
     """A sparse mixture of experts: each token goes to the `top_k` experts that the controller finds likeliest.
 
-    num_experts: E. expert_dim: F, the hidden width of an expert; None is the rule top_k F = d_ff - shared_dim, which
-        costs the FLOPs of the dense layer. shared_dim: as in MixtureOfTokensConfig, and so the init scales.
+    num_experts: E. expert_dim: F, the hidden width of an expert; None is the rule top_k F = d_ff - shared_expert_dim, which
+        costs the FLOPs of the dense layer. shared_expert_dim: as in MixtureOfTokensConfig, and so the init scales.
     capacity_factor: an expert takes at most so many times its even share of a routing group; None: whatever comes.
     routing_group_tokens: neighbouring tokens, row after row, within which capacity is shared and balance measured, so
         that both are the same on every mesh. Divides the context length, or is a multiple of it: whole rows.
@@ -143,7 +143,7 @@ class TokenChoiceConfig:
     num_experts: int = 32
     expert_dim: int | None = None
     top_k: int = 1
-    shared_dim: int = 0
+    shared_expert_dim: int = 0
     capacity_factor: float | None = 1.25
     routing_group_tokens: int = 256
     controller_init_scale: float = 1.0
@@ -153,7 +153,7 @@ class TokenChoiceConfig:
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
-        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_dim) // self.top_k
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
 
 
 FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
@@ -181,7 +181,7 @@ class ModelConfig:
     attention_bias: biases on attention's linear maps, which the paper's have not, and the Hugging Face port's have.
     positions: `learned` embeddings, or `rotary` ones in attention, with wavelengths up to 2π `rotary_base`.
     activation, gated: of dense layer and experts alike; a gated one multiplies its activation by a second projection.
-    norm: `layer` or `rms`; final_norm: one more before the head. tied_head: the head is the token embedding.
+    norm: `layer` or `rms`; final_norm: one more before the head. tie_embeddings: the head is the token embedding.
     document_mask: attention stays within the documents of a window.
     moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense, with `dense_bias` as in
         DenseConfig.
@@ -190,7 +190,7 @@ class ModelConfig:
     remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
         each block's input.
     loss_chunk: sequence positions whose logits exist at one time; divides context_length.
-    stacked: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
+    scan_layers: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
         depth. False: every block by itself, from the same initial values: a step moves far fewer bytes, and compiles
         for longer (docs/performance.md).
     """
@@ -214,7 +214,7 @@ class ModelConfig:
     dense_bias: bool = True
     norm: Literal["layer", "rms"] = "layer"
     final_norm: bool = False
-    tied_head: bool = False
+    tie_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init: InitConfig = InitConfig()
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -222,7 +222,7 @@ class ModelConfig:
     attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
     remat: Literal["none", "attention", "blocks"] = "none"
     loss_chunk: int = 64
-    stacked: bool = True
+    scan_layers: bool = True
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
@@ -258,11 +258,11 @@ class DataConfig:
 
     corpus: names of text corpora, see `mot_jax.data.corpora`; more than one are mixed.
     weights: share of each corpus in a batch, in any unit; none given: by their sizes.
-    train_split, validation_split, feature: of the data sets, as TFDS names them.
+    train_split, validation_split, text_feature: of the data sets, as TFDS names them.
     tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
-    group_size: rows that the shuffle gives to different documents; None is the model's group size, or the rows of its
+    shuffle_group_size: rows that the shuffle gives to different documents; None is the model's group size, or the rows of its
         routing groups. A dense twin that is to see the same batches as its MoT sets it.
-    mask_share: of the tokens, for the masked objective.
+    mask_rate: of the tokens, for the masked objective.
     directory: where prepared text is kept; None is `~/.cache/mot_jax`.
     validation_windows: score at most that many windows of the validation split; None is all of them.
     """
@@ -271,35 +271,35 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     train_split: str = "train"
     validation_split: str = "validation"
-    feature: str = "text"
+    text_feature: str = "text"
     tokenizer: str = "bytes"
-    group_size: int | None = None
-    mask_share: float = 0.15
+    shuffle_group_size: int | None = None
+    mask_rate: float = 0.15
     directory: str | None = _free(None)
     validation_windows: int | None = _free(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Global-norm clipping, the optimizer; linear warm-up, then a cosine to `final_fraction` of the learning rate.
+    """Global-norm clipping, the optimizer; linear warm-up, then a cosine to `min_lr_ratio` of the learning rate.
 
     name: all from optax. `muon` takes the matrices of the blocks, and AdamW the rest.
     decay: what `weight_decay` shrinks: `all` parameters, as in the paper, or the `matrices` of the blocks and the head.
-    moments_dtype: what the optimizer's first moment is kept in.
+    mu_dtype: what the optimizer's first moment is kept in.
     multipliers: (part of a parameter's name, factor of its learning rate), as ("controller", 3.0).
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
-    final_fraction: float = 0.1
+    min_lr_ratio: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     decay: Literal["all", "matrices"] = "all"
     clip_norm: float = 0.5
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
     multipliers: tuple[tuple[str, float], ...] = ()
 
 
@@ -326,7 +326,7 @@ class LossWeights:
 class TrainingConfig:
     """The training run.
 
-    batch_size counts sequences of the whole mesh; `accumulation` splits it into microbatches. upcycle_from: workdir of
+    batch_size counts sequences of the whole mesh; `gradient_accumulation_steps` splits it into microbatches. upcycle_from: workdir of
     a dense model of the same sizes, whose feed-forward layers the experts begin as. transition_from: workdir of a
     Mixture-of-Tokens run that this one begins as, weights, optimizer and text (PAPER.md section 4); learning rate and
     steps begin anew. transition_router: what routes at first, its `controller` or a `random` one, for comparison.
@@ -334,7 +334,7 @@ class TrainingConfig:
 
     steps: int = _extendable(1000)
     batch_size: int = 64
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     seed: int = 0
     upcycle_from: str | None = None
     transition_from: str | None = None
@@ -366,9 +366,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`keep`: how many of the newest checkpoints stay. `preempted_exit_code`: of a run that a SIGTERM has stopped."""
+    """`max_to_keep`: how many of the newest checkpoints stay. `preempted_exit_code`: of a run that a SIGTERM has stopped."""
 
-    keep: int = _free(2)
+    max_to_keep: int = _free(2)
     preempted_exit_code: int = _free(143)
 
 
@@ -396,4 +396,4 @@ class Config:
     @property
     def group_size(self) -> int:
         """Rows that the data keeps together, and gives to different documents."""
-        return self.data.group_size or max(self.model.group_size, self.model.routing_rows)
+        return self.data.shuffle_group_size or max(self.model.group_size, self.model.routing_rows)

@@ -18,7 +18,7 @@ from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
 from mot_jax.errors import UserError, error_words, nearest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

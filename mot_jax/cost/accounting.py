@@ -64,19 +64,19 @@ def _block_flops(model: ModelConfig, kind: FeedForwardConfig) -> dict[str, float
     if isinstance(kind, DenseConfig):
         return parts | {"dense FFN": layer * model.d_ff}
     if isinstance(kind, TokenChoiceConfig):
-        parts |= {"router": product * kind.num_experts, "shared experts": layer * kind.shared_dim}
+        parts |= {"router": product * kind.num_experts, "shared experts": layer * kind.shared_expert_dim}
         return parts | {"experts": layer * kind.hidden_dim(model.d_ff) * kind.top_k}
     experts = layer * kind.hidden_dim(model.d_ff) * kind.num_experts / kind.group_size
     mixing = (3 + (kind.mixing.controllers != "shared")) * product * kind.num_experts
-    return parts | {"mixing": mixing, "experts": experts, "shared experts": layer * kind.shared_dim}
+    return parts | {"mixing": mixing, "experts": experts, "shared experts": layer * kind.shared_expert_dim}
 
 
 def recomputed_flops(model: ModelConfig) -> float:
     """FLOPs per token that the backward pass spends on computing again what was not kept.
 
-    By `saved` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
+    By `save_for_backward` (`mixing.mix_through`): `all` nothing; `pre_activations` the merge and the experts' output products;
     `nothing` their input products as well, of which gated ones have two. With `remat: attention` the scores. With
-    `remat: blocks`, whatever `saved`, each stack's period runs forward again, but for the product that ends its last
+    `remat: blocks`, whatever `save_for_backward`, each stack's period runs forward again, but for the product that ends its last
     block, which no derivative reads. And always what the backward pass of a fused attention makes (`FUSED`; `auto`
     counts as `xla`).
     """
@@ -87,7 +87,7 @@ def recomputed_flops(model: ModelConfig) -> float:
         total = sum(sum(_block_flops(model, kind).values()) + fused * scores for kind in kinds)
         for period, repeats in stack_plan(model):
             last = period[-1]
-            width = model.d_ff if isinstance(last, DenseConfig) else last.shared_dim
+            width = model.d_ff if isinstance(last, DenseConfig) else last.shared_expert_dim
             width += last.num_experts if isinstance(last, MixtureOfTokensConfig) else 0
             total -= repeats * 2 * d * width
         return total
@@ -98,7 +98,7 @@ def recomputed_flops(model: ModelConfig) -> float:
         if isinstance(kind, MixtureOfTokensConfig):
             merge, products = 2 * d * kind.num_experts, _block_flops(model, kind)["experts"]
             output = products / (3 if model.gated else 2)
-            total += {"nothing": merge + products, "pre_activations": merge + output, "all": 0}[kind.saved]
+            total += {"nothing": merge + products, "pre_activations": merge + output, "all": 0}[kind.save_for_backward]
     return total
 
 
@@ -115,7 +115,7 @@ _PARTS |= {"head": "^head$"}
 
 def count_parameters(model: ModelConfig) -> dict[str, int]:
     """Numbers of parameters by part."""
-    whole = _shapes(dataclasses.replace(model, stacked=True))  # the same numbers, traced once a kind of block
+    whole = _shapes(dataclasses.replace(model, scan_layers=True))  # the same numbers, traced once a kind of block
     sizes = {name: math.prod(shape.shape) for name, shape in whole.items()}
     counts = {part: sum(n for name, n in sizes.items() if re.search(word, name)) for part, word in _PARTS.items()}
     return {part: count for part, count in counts.items() if count}
@@ -129,7 +129,7 @@ def active_parameters(model: ModelConfig) -> int:
         experts = experts * kind.top_k // kind.num_experts
     elif isinstance(kind, MixtureOfTokensConfig):
         experts //= kind.group_size
-    head = model.vocab_size * model.d_model if model.tied_head else 0
+    head = model.vocab_size * model.d_model if model.tie_embeddings else 0
     return sum(parts.values()) - parts["embeddings"] + experts + head
 
 
@@ -222,9 +222,9 @@ def memory_bytes(config: Config) -> dict[str, int]:
     state = jax.tree.leaves(jax.eval_shape(optimizer.init, _shapes(m)))
     parts = {"parameters": parameters, "optimizer state": sum(leaf.size * leaf.dtype.itemsize for leaf in state)}
     parts["gradients"] = parameters
-    if t.accumulation > 1:  # summed in float32, whatever the parameters are
+    if t.gradient_accumulation_steps > 1:  # summed in float32, whatever the parameters are
         parts["accumulated gradients"] = counted * jnp.promote_types(m.param_dtype, jnp.float32).itemsize
-    return parts | {"kept for backward": sum(kept_bytes(m, t.batch_size // t.accumulation).values())}
+    return parts | {"kept for backward": sum(kept_bytes(m, t.batch_size // t.gradient_accumulation_steps).values())}
 
 
 # --- a whole experiment -----------------------------------------------------------------------------------------------
@@ -280,18 +280,20 @@ def describe(config: Config) -> Description:
     """The experiment in numbers, in a second or two. `config` must be valid (`config.check`)."""
     m, t, kind = config.model, config.training, config.model.feed_forward
     counts, flops, tokens = count_parameters(m), forward_flops(m), t.batch_size * m.context_length
-    steps, rows = t.steps, t.batch_size // t.accumulation
+    steps, rows = t.steps, t.batch_size // t.gradient_accumulation_steps
     sizes: dict[str, int | float | str] = dict(Counter(f"{block.kind}_blocks" for block in m.block_kinds()))
     choices = {"remat: none": dataclasses.replace(m, remat="none")}
     if isinstance(kind, MixtureOfTokensConfig):
         g, e = kind.group_size, kind.num_experts
         sizes |= {"group_size_G": g, "experts_E": e, "expert_dim_F": kind.hidden_dim(m.d_ff)}
         if kind.expert_dim is None:
-            sizes["expert_dim_rule"] = f"E F = G (d_ff - shared_dim) = {g * (m.d_ff - kind.shared_dim):,}"
+            sizes["expert_dim_rule"] = f"E F = G (d_ff - shared_expert_dim) = {g * (m.d_ff - kind.shared_expert_dim):,}"
         sizes |= {"granularity_E/G": e // g if e % g == 0 else e / g, "groups_per_batch": t.batch_size // g}
         sizes["groups_per_microbatch"] = rows // g
         choices = {
-            f"saved: {s}": dataclasses.replace(m, remat="none", feed_forward=dataclasses.replace(kind, saved=s))
+            f"save_for_backward: {s}": dataclasses.replace(
+                m, remat="none", feed_forward=dataclasses.replace(kind, save_for_backward=s)
+            )
             for s in ("nothing", "pre_activations", "all")
         }
     if isinstance(kind, TokenChoiceConfig):

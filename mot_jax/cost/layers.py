@@ -4,7 +4,7 @@ FLOPs are `accounting`'s: matrix products alone, a multiply-add being 2, and not
 Bytes: a *part* is taken as one program that reads each of its arguments once and writes each of its results once, all
     else staying on the chip. The layer *at once* is taken as two programs, forward and backward: mixtures, logits and
     expert outputs never reach memory. Neither norm nor residual belongs to the layer.
-Kept: what forward writes for backward, when a backward pass follows: the pre-activations (`saved="pre_activations"`)
+Kept: what forward writes for backward, when a backward pass follows: the pre-activations (`save_for_backward="pre_activations"`)
     in the activations' dtype, mixing weights and the router's logits in float32.
 A *floor* is the larger of FLOPs over a machine's peak and bytes over its bandwidth.
 """
@@ -24,9 +24,9 @@ from mot_jax.errors import UserError, nearest
 
 MIXTURE = MixtureOfTokensConfig.kind
 WAYS: dict[str, dict[str, Any]] = {
-    "all_kept": {"saved": "all"},
-    "pallas": {"kernel": "pallas", "saved": "nothing"},
-    "pallas_experts": {"kernel": "pallas_experts", "saved": "all"},
+    "all_kept": {"save_for_backward": "all"},
+    "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
+    "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
 }
 FLOORS = {"H100": "h100", "v5p": "v5p"}  # in tables, and in `hardware.HARDWARE`
 

@@ -255,7 +255,7 @@ def _fill(directory: Path, plan: Plan, workers: int | None, say: Callable[[str],
         shutil.rmtree(directory)
         counted = "; ".join(f"{count:,} {_REASONS[reason]}" for reason, count in metadata["skipped"].items())
         raise UserError(
-            f"NAME = {plan.name!r}: not one document in the files ({counted or 'which are empty'}); here --feature is "
+            f"NAME = {plan.name!r}: not one document in the files ({counted or 'which are empty'}); here --text-feature is "
             f"{plan.feature!r} and --documents is {plan.documents!r}; try others, or other files"
         )
     _describe(directory, plan, results, metadata)

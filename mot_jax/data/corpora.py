@@ -122,7 +122,7 @@ def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None
         raise UserError(f"data.corpus = {name!r}: has no feature that is text; try another data set")
     if feature not in texts:
         what = "is not text" if feature in info.features else f"no such feature of {name}"
-        raise UserError(f"data.feature = {feature!r}: {what}{nearest(feature, texts)}")
+        raise UserError(f"data.text_feature = {feature!r}: {what}{nearest(feature, texts)}")
 
 
 def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str) -> None:

@@ -32,14 +32,14 @@ class Batch(NamedTuple):
 class Objective:
     """Causal: each token predicts the next. Masked: the tokens that were hidden are predicted from all others.
 
-    Of the real tokens, a share `mask_share` is to be predicted; 80 % of these are replaced by the mask token, 10 % by a
+    Of the real tokens, a share `mask_rate` is to be predicted; 80 % of these are replaced by the mask token, 10 % by a
     random one, 10 % stay (Devlin et al. 2019, section 3.1). Which ones depends on the seed, the split and the number of
     the example, and on nothing else: the same on every mesh, anew in every epoch, always the same in validation.
     """
 
     masked: bool
     document_mask: bool
-    mask_share: float
+    mask_rate: float
     seed: int
     vocab_size: int
     mask_token: int
@@ -51,7 +51,7 @@ class Objective:
         return cls(
             masked=config.model.objective == "masked",
             document_mask=config.model.document_mask,
-            mask_share=config.data.mask_share,
+            mask_rate=config.data.mask_rate,
             seed=config.training.seed,
             vocab_size=tokenizer.vocab_size,
             mask_token=tokenizer.mask_token,
@@ -70,7 +70,7 @@ class Objective:
             return Batch(inputs, tokens[:, 1:], real, real, segments)
         token_mask = np.concatenate([real[:, :1], real[:, :-1]], axis=1)  # a token more than it has targets
         first, second = self._random(examples, split, inputs.shape[1])
-        chosen = token_mask & ((first >> 40) < self.mask_share * 2**24)
+        chosen = token_mask & ((first >> 40) < self.mask_rate * 2**24)
         at = np.divmod(np.flatnonzero(chosen), chosen.shape[1])  # `nonzero` of two dimensions is slow
         how, other = (first[at] & (2**24 - 1)) / 2**24, (second[at] % self.vocab_size).astype(np.int32)
         hidden = inputs.copy()

@@ -39,7 +39,7 @@ class Order:
         self.seed = seed
         if len(documents) < group_size:
             raise UserError(
-                f"data.group_size = {group_size}: the corpus has {len(documents)} windows, too few for one group; "
+                f"data.shuffle_group_size = {group_size}: the corpus has {len(documents)} windows, too few for one group; "
                 f"try a group size of {max(len(documents), 1)} or a shorter model.context_length"
             )
         self._block = functools.lru_cache(maxsize=4)(self._deal)

@@ -66,7 +66,7 @@ def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
     fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}
     parts = []
     for name in data.corpus:
-        corpus = open_corpus(name, split, directory, data.feature, fields.get(split, "--split"))
+        corpus = open_corpus(name, split, directory, data.text_feature, fields.get(split, "--split"))
         parts.append(open_windows(corpus, split, tokenizer, length, directory))
     return parts[0] if len(parts) == 1 else JoinedWindows(parts, _digest([part.fingerprint for part in parts]))
 

@@ -266,7 +266,7 @@ class LanguageModel:
     @property
     def _grouping(self) -> Config:
         """Without what the shuffle of the training keeps together, which does not matter here."""
-        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, group_size=None))
+        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, shuffle_group_size=None))
 
     def _on_mesh(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -313,11 +313,11 @@ def _plan(
         faults.append(f"model.num_kv_heads = {model.num_kv_heads}: {names.title} shares no keys and values; try None")
     outside, inside = ({rule.ours: rule for rule in rules} for rules in (names.outside, names.inside))
     embedding, head = outside["token_embedding"].theirs, outside["head"].theirs
-    if model.tied_head and head in theirs and embedding in theirs:
+    if model.tie_embeddings and head in theirs and embedding in theirs:
         if not np.array_equal(theirs.pop(head).read(), theirs[embedding].read()):
-            faults.append(f"{path}: tensor {head}: is not {embedding}; try model.tied_head = False")
-    elif not model.tied_head and head not in theirs:
-        faults.append(f"{path}: tensor {head}: is missing; try model.tied_head = True")
+            faults.append(f"{path}: tensor {head}: is not {embedding}; try model.tie_embeddings = False")
+    elif not model.tie_embeddings and head not in theirs:
+        faults.append(f"{path}: tensor {head}: is missing; try model.tie_embeddings = True")
         kinds = {name: kind for name, kind in kinds.items() if name != "head"}
 
     sizes = _sizes(model)

@@ -69,7 +69,7 @@ def mean_field(config: Config, experts: int | None = None) -> Config:
 
 
 def discrete(config: Config) -> Config:
-    """Each expert takes its first arg-max token of the group (PAPER.md section 4): temperature 0, learnt or not.
+    """Each expert takes its first arg-max token of the group (PAPER.md section 4): temperature 0, learned or not.
 
     The rows of a group influence each other still. A merge without a softmax takes the largest logit.
     """
@@ -87,7 +87,7 @@ def discrete(config: Config) -> Config:
             emit=emit,
             temperature=0.0 if merge == "softmax" or mixing.own_emit else plain.temperature,
             annealing=plain.annealing,
-            learnt_temperature=plain.learnt_temperature,
+            learned_temperature=plain.learned_temperature,
             separate_temperatures=plain.separate_temperatures,
             straight_through=plain.straight_through,
         ),
@@ -105,7 +105,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     No token sees another row. Of a MoT layer they are its granularity, and at least 1; a temperature is not applied,
     which changes the probabilities but no choice. Of token choice they are as trained, without the capacity.
 
-    Raises UserError for a MoT whose controller is no router: learnt otherwise or scaled for each expert, beside
+    Raises UserError for a MoT whose controller is no router: learned otherwise or scaled for each expert, beside
     another one, or before a norm, which no token by itself has.
     """
     kind = config.model.feed_forward
@@ -116,7 +116,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
             num_experts=kind.num_experts,
             expert_dim=kind.hidden_dim(config.model.d_ff),
             top_k=max(1, kind.num_experts // kind.group_size),
-            shared_dim=kind.shared_dim,
+            shared_expert_dim=kind.shared_expert_dim,
             routing_group_tokens=config.model.context_length,
             controller_init_scale=kind.controller_init_scale,
             w_in_init_scale=kind.w_in_init_scale,
@@ -128,7 +128,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
             f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
         )
     tokens = min(kind.routing_group_tokens, config.model.context_length)
-    data = dataclasses.replace(config.data, group_size=config.group_size)  # the same windows, in the same order
+    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)  # the same windows, in the same order
     width = kind.hidden_dim(config.model.d_ff)  # of the weights, however many are chosen
     kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)
     kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
@@ -140,15 +140,15 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
 def _router_faults(mixing: MixingConfig) -> Iterator[str]:
     plain = {"merge": "softmax", "controllers": "shared", "layer_norm": False}
     reasons = {
-        "merge": "the controller was not learnt as the logits of a softmax",
+        "merge": "the controller was not learned as the logits of a softmax",
         "controllers": "there are two controllers, and a router is one",
         "layer_norm": "the experts read normalised mixtures, and a token by itself is none",
     }
     for name, value in plain.items():
         if getattr(mixing, name) != value:
             yield f"--mode token_choice: has no meaning with mixing.{name} = {getattr(mixing, name)!r}: {reasons[name]}"
-    if mixing.learnt_temperature == "per_expert":
-        yield "--mode token_choice: has no meaning with a temperature learnt for each expert, by which choices differ"
+    if mixing.learned_temperature == "per_expert":
+        yield "--mode token_choice: has no meaning with a temperature learned for each expert, by which choices differ"
 
 
 MODES = {
@@ -257,7 +257,7 @@ def regrouped(config: Config, group_size: int) -> Config:
     config = _mixed(config, f"--group-size {group_size}")
     width = _mixture(config).hidden_dim(config.model.d_ff)
     changed = _with(config, group_size=group_size, expert_dim=width, flop_matched=False)
-    return _whole_groups(dataclasses.replace(changed, data=dataclasses.replace(config.data, group_size=None)))
+    return _whole_groups(dataclasses.replace(changed, data=dataclasses.replace(config.data, shuffle_group_size=None)))
 
 
 def _alone(config: Config, mode: str, **fields: int | None) -> Config:
@@ -271,7 +271,7 @@ def _alone(config: Config, mode: str, **fields: int | None) -> Config:
         raise UserError(f"--mode {mode}:{changed.experts_per_token}: {rule}; try --mode {mode}")
     if changed.mixing.layer_norm and changed.experts_per_token is not None:
         raise UserError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
-    data = dataclasses.replace(config.data, group_size=config.group_size)
+    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
     return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
 
 
@@ -314,8 +314,10 @@ def _with_kind(config: Config, kind: FeedForwardConfig) -> Config:
 def _whole_groups(config: Config) -> Config:
     """With a batch of whole groups of the model."""
     rows, t = config.model.group_size, config.training
-    if t.batch_size % (rows * t.accumulation):
+    if t.batch_size % (rows * t.gradient_accumulation_steps):
         batch = -(-t.batch_size // rows) * rows
-        config = dataclasses.replace(config, training=dataclasses.replace(t, batch_size=batch, accumulation=1))
+        config = dataclasses.replace(
+            config, training=dataclasses.replace(t, batch_size=batch, gradient_accumulation_steps=1)
+        )
     check(config)
     return config

@@ -73,10 +73,10 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
 OVER_GROUP, OVER_EXPERTS = 1, 3  # the dimension of [N, G, S, E] that a softmax runs over
 
 
-def temperature(config: MixingConfig, step: jax.Array | None, learnt: jax.Array | None = None) -> float | jax.Array:
-    """T at a training step (int32 scalar; None: after training). Scalar, or [E] if one is learnt for each expert.
+def temperature(config: MixingConfig, step: jax.Array | None, learned: jax.Array | None = None) -> float | jax.Array:
+    """T at a training step (int32 scalar; None: after training). Scalar, or [E] if one is learned for each expert.
 
-    learnt: the parameter θ, [] or [E], with `learnt_temperature`.
+    learned: the parameter θ, [] or [E], with `learned_temperature`.
     """
     if config.annealing != "none":
         if step is None:
@@ -85,12 +85,12 @@ def temperature(config: MixingConfig, step: jax.Array | None, learnt: jax.Array 
         part = jnp.clip((step - first) / (last - first), 0, 1)
         part = (1 - jnp.cos(jnp.pi * part)) / 2 if config.annealing == "cosine" else part
         return config.temperature + (config.final_temperature - config.temperature) * part
-    if learnt is None:
+    if learned is None:
         return config.temperature
-    learnt = learnt.astype(jnp.promote_types(learnt.dtype, jnp.float32))
+    learned = learned.astype(jnp.promote_types(learned.dtype, jnp.float32))
     if step is not None:
-        learnt = jnp.where(step < config.frozen_steps, jax.lax.stop_gradient(learnt), learnt)
-    factor = jnp.exp(learnt) if config.positive_temperature else 1 + learnt
+        learned = jnp.where(step < config.frozen_steps, jax.lax.stop_gradient(learned), learned)
+    factor = jnp.exp(learned) if config.positive_temperature else 1 + learned
     return jnp.maximum(config.temperature * factor, 1e-6)  # whatever it learns, no division by 0
 
 
@@ -159,7 +159,7 @@ def _softmax(logits, real, config: MixingConfig, temperature: float | jax.Array 
     t = config.temperature if temperature is None else temperature
     real = jnp.broadcast_to(real, logits.shape)
     tiny = float(jnp.finfo(logits.dtype).tiny)
-    if config.learnt_temperature != "none":
+    if config.learned_temperature != "none":
         weights = _masked_softmax(logits / t, real, 1.0, axis)
     elif isinstance(t, (int, float)):
         weights = _one_hot(logits, real, axis) if t < tiny else _masked_softmax(logits, real, t, axis)
@@ -262,7 +262,7 @@ def _by_position(x: jax.Array) -> jax.Array:
 def mix_through(
     project_in: Project,
     project_out: Project,
-    saved: Saved,
+    save_for_backward: Saved,
     x: jax.Array,
     weights: jax.Array,
     w_in: chex.ArrayTree,
@@ -272,14 +272,14 @@ def mix_through(
     """Merge, experts and emit in one function, so that the backward pass need not keep the mixtures.
 
     At granularity E/G = k the mixtures and the expert outputs are each k times as large as the activations. Neither is
-    kept (unless `saved` is `all`): the backward pass makes them again, the mixtures from x, the outputs from the
+    kept (unless `save_for_backward` is `all`): the backward pass makes them again, the mixtures from x, the outputs from the
     pre-activations. Where experts are spread over devices, what is made again travels together with the cotangent that
     must travel anyway: two all-to-alls forward and two backward, whatever is kept.
 
     Args:
         project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [E, N, S, F]: the experts up to the activation.
         project_out: (pre-activations, w_out) -> [N, S, E, D]: activation and output projection.
-        saved: what to keep, see `MixtureOfTokensConfig`.
+        save_for_backward: what to keep, see `MixtureOfTokensConfig`.
         x: [N, G, S, D].
         weights: mixing weights [N, G, S, E], to merge with, and to emit with unless there are `emit_weights`.
         w_in, w_out: the experts' parameters, spread over the mesh axis `expert` by their dimension E.
@@ -288,23 +288,23 @@ def mix_through(
     Returns:
         The update [N, G, S, D] in x's dtype. Only reverse-mode derivatives exist, and no second ones.
     """
-    return _forward(project_in, project_out, saved, x, weights, w_in, w_out, emit_weights)[0]
+    return _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights)[0]
 
 
-def _forward(project_in, project_out, saved, x, weights, w_in, w_out, emit_weights):
+def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights):
     (u,) = _to_experts(merge(weights, x))
     h = project_in(u, w_in)
     (o,) = _to_groups(x, project_out(h, w_out))
-    kept = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[saved]
+    kept = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[save_for_backward]
     y = emit(weights if emit_weights is None else emit_weights, o)
     return y, (x, weights, w_in, w_out, emit_weights, kept)
 
 
-def _backward(project_in, project_out, saved, residuals, dy):
+def _backward(project_in, project_out, save_for_backward, residuals, dy):
     # Or else the compiler, finding the forward pass in the same program, keeps what we mean to compute again.
     x, weights, w_in, w_out, emit_weights, kept, dy = jax.lax.optimization_barrier((*residuals, dy))
     do = merge(weights if emit_weights is None else emit_weights, dy)  # emit's transpose
-    if saved == "all":
+    if save_for_backward == "all":
         u, (do,) = kept[1], _to_experts(do)
     else:
         u, do = _to_experts(merge(weights, x), do)
@@ -313,7 +313,7 @@ def _backward(project_in, project_out, saved, residuals, dy):
     o, pull_out = jax.vjp(project_out, kept[0] if kept else h, w_out)
     dh, dw_out = pull_out(reshard(do, *axes_of(o)))
     du, dw_in = pull_in(dh)
-    if saved == "all":
+    if save_for_backward == "all":
         o, (du,) = kept[2], _to_groups(x, du)
     else:
         o, du = _to_groups(x, reshard(o, *axes_of(du)), du)

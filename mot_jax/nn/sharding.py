@@ -129,7 +129,7 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
         parts += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
     if not isinstance(kind, DenseConfig):
         parts += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
-        parts += [("tensor", tensor, "model.feed_forward.shared_dim", kind.shared_dim)]
+        parts += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_expert_dim)]
     for axis, size, name, whole in parts:
         if whole % size:
             yield f"mesh.{axis} = {size}: must divide {name} = {whole}; try {math.gcd(size, whole)}"
@@ -144,13 +144,13 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
 def _batch_faults(config: Config, sizes: Sizes) -> Iterator[str]:
     """The fault of a microbatch whose groups cannot be made whole on the mesh, if they cannot."""
     t, m = config.training, config.model
-    rows = t.batch_size // t.accumulation
+    rows = t.batch_size // t.gradient_accumulation_steps
     multiple = _model_rows(m, sizes)
     if rows % multiple:
-        good = max(1, round(rows / multiple)) * multiple * t.accumulation
+        good = max(1, round(rows / multiple)) * multiple * t.gradient_accumulation_steps
         group_size, over = max(m.group_size, m.routing_rows), math.prod(sizes[:3])
-        parts = f"group size {group_size} x accumulation {t.accumulation} on {over} shards of the rows"
-        words = f"must be a multiple of {multiple * t.accumulation} ({parts}); try {good}"
+        parts = f"group size {group_size} x accumulation {t.gradient_accumulation_steps} on {over} shards of the rows"
+        words = f"must be a multiple of {multiple * t.gradient_accumulation_steps} ({parts}); try {good}"
         yield f"training.batch_size = {t.batch_size}: {words}"
 
 

@@ -130,7 +130,9 @@ class Transformer(nnx.Module):
             own, keys = keys[: n * len(period)], keys[n * len(period) :]
             self.stacks.append(nnx.List(_stack(config, kind, own[j :: len(period)]) for j, kind in enumerate(period)))
         self.final_norm = _norm(config, rngs) if config.final_norm else None
-        self.head = None if config.tied_head else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
+        self.head = (
+            None if config.tie_embeddings else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
+        )
 
     def __call__(
         self,
@@ -203,10 +205,10 @@ class Transformer(nnx.Module):
 def stack_plan(config: ModelConfig) -> list[tuple[tuple[FeedForwardConfig, ...], int]]:
     """Cuts the blocks into (period, repeats): one stack if the whole pattern repeats, else one a run of equals.
 
-    One for each block, unless they are `stacked`.
+    One for each block, unless they are `scan_layers`.
     """
     kinds = config.block_kinds()
-    if not config.stacked:
+    if not config.scan_layers:
         return [((kind,), 1) for kind in kinds]
     n = len(kinds)
     for period in range(1, n // 2 + 1):
@@ -234,7 +236,7 @@ def block_places(config: ModelConfig) -> list[tuple[str, int]]:
 def _block_keys(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
     """A key for each block, [blocks], in whatever stacks they are."""
     keys: list[jax.Array] = []
-    for period, n in stack_plan(dataclasses.replace(config, stacked=True)):
+    for period, n in stack_plan(dataclasses.replace(config, scan_layers=True)):
         found = jnp.stack([jax.random.split(rngs.params(), n) for _ in period], axis=1)  # [repeats, period]
         keys.append(found.reshape(-1))
     return jnp.concatenate(keys)
@@ -332,7 +334,7 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
 
 def unstack(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same model with every block by itself."""
-    apart = dataclasses.replace(config, stacked=False)
+    apart = dataclasses.replace(config, scan_layers=False)
     found = {name: value for name, value in params.items() if not name.startswith("stacks/")}
     for (old, repeat), (new, _) in zip(block_places(config), block_places(apart), strict=True):
         for name, value in params.items():

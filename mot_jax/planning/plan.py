@@ -224,7 +224,7 @@ def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch's microbatches, as the step takes them."""
     t, rows = config.training, rows_sharding(mesh, leading=1)
-    shape = (t.accumulation, t.batch_size // t.accumulation, config.model.context_length)
+    shape = (t.gradient_accumulation_steps, t.batch_size // t.gradient_accumulation_steps, config.model.context_length)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
@@ -303,9 +303,11 @@ def _advice(config: Config) -> list[str]:
     """What makes a step smaller, that this config does not do yet."""
     m, t = config.model, config.training
     advice = ["a larger --mesh.fsdp or --mesh.expert, which split parameters and optimizer state"]
-    if isinstance(m.feed_forward, MixtureOfTokensConfig) and m.feed_forward.saved != "nothing":
-        advice.append("--model.feed-forward.saved nothing")
+    if isinstance(m.feed_forward, MixtureOfTokensConfig) and m.feed_forward.save_for_backward != "nothing":
+        advice.append("--model.feed-forward.save-for-backward nothing")
     if m.remat != "blocks":
         advice.append("--model.remat blocks")
-    advice.append(f"--training.accumulation {2 * t.accumulation}, if a microbatch still has whole groups on every chip")
+    advice.append(
+        f"--training.gradient_accumulation_steps {2 * t.gradient_accumulation_steps}, if a microbatch still has whole groups on every chip"
+    )
     return [*advice, f"--training.batch-size {t.batch_size // 2}", "more chips"]

@@ -17,7 +17,7 @@ from mot_jax.nn.transformer import Params
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, then a cosine down to `final_fraction` of the peak at `steps`.
+    """Linear warm-up over `warmup_steps`, then a cosine down to `min_lr_ratio` of the peak at `steps`.
 
     Step t (from 0) makes update t + 1: the first update has 1/warmup_steps of the peak, the last one the final value.
     """
@@ -26,7 +26,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         update = jnp.asarray(step, jnp.float32) + 1
         progress = jnp.clip((update - warmup) / max(steps - warmup, 1), 0, 1)
-        cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        cosine = config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return config.learning_rate * jnp.where(update < warmup, update / max(warmup, 1), cosine)
 
     return schedule
@@ -37,7 +37,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     For parameters in a flat dictionary by name. A *matrix* is what has two dimensions or more beside those over which
     it is stacked: blocks, and experts of a layer. `beta1` is the decay of the first moment, which is kept in
-    `moments_dtype`, all else in the parameter's dtype. `beta2` and `epsilon` are AdamW's alone.
+    `mu_dtype`, all else in the parameter's dtype. `beta2` and `epsilon` are AdamW's alone.
 
     adamw: both moments. With `decay: all`, as in the paper (PAPER.md section 5).
     adafactor: of a matrix with two dimensions of at least 128 (attention's are cut into heads), a row and a column for
@@ -72,13 +72,13 @@ def _on_any_mesh(optimizer: optax.GradientTransformation) -> optax.GradientTrans
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.moments_dtype)
+    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.mu_dtype)
 
 
 def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     parts = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     if config.beta1:
-        parts.append(optax.ema(config.beta1, debias=False, accumulator_dtype=config.moments_dtype))
+        parts.append(optax.ema(config.beta1, debias=False, accumulator_dtype=config.mu_dtype))
     adafactor = optax.chain(*parts)
     return _each_by_itself(lambda name, shape: adafactor)
 
@@ -92,7 +92,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         axes = _AXES.get(name.rpartition("/")[2], ((0,), (1,)))
         muon = optax.contrib.scale_by_muon(
             beta=config.beta1,
-            mu_dtype=config.moments_dtype,
+            mu_dtype=config.mu_dtype,
             weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(*axes),
         )
         sides = (math.prod(shape[axis] for axis in side) for side in axes)

@@ -106,7 +106,7 @@ _MIXTURE_BYTES = 2**28  # of one device, at most, if that many hold one row
 def _rows(config: Config, mesh: Mesh) -> int:
     """Of a batch: those of a microbatch of training, in whole groups; fewer where each has mixtures of its own."""
     multiple, kind = rows_multiple(config, mesh), config.model.feed_forward
-    rows = -(-config.training.batch_size // config.training.accumulation // multiple) * multiple
+    rows = -(-config.training.batch_size // config.training.gradient_accumulation_steps // multiple) * multiple
     if not isinstance(kind, CompanionsConfig):
         return rows
     model, devices = config.model, shards(DIMENSIONS["rows"])

@@ -84,7 +84,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 save_companions(workdir, companions)
     with distributed.together():
         _check_shared(config, workdir)
-    with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints, jax.set_mesh(mesh):
+    with Checkpoints(workdir / "checkpoints", config.checkpoint.max_to_keep) as checkpoints, jax.set_mesh(mesh):
         # What process 0 sees: a shared file system may show the others an older state.
         done, drawn = distributed.gather((checkpoints.latest() or 0, (workdir / "loss.png").exists()))[0]
         if done >= t.steps and drawn:  # the picture is the last thing that a run writes
@@ -119,10 +119,10 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             (workdir / "loss.png").unlink(missing_ok=True)
 
         # --- compile ----------------------------------------------------------------------------------------------
-        rows = local_rows(mesh, t.batch_size, t.accumulation)
+        rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
 
         def place(batch: Batch) -> Batch:
-            return place_microbatches(mesh, batch, t.batch_size, t.accumulation)
+            return place_microbatches(mesh, batch, t.batch_size, t.gradient_accumulation_steps)
 
         objective = Objective.of(config, tokenizer)
         batches = train_batches(windows, order, objective, t.batch_size, rows, next_example)
@@ -248,7 +248,7 @@ def _check_space(state: TrainState, config: Config, workdir: epath.Path) -> None
     """Raises UserError if the disk cannot hold the checkpoints to come: those kept, and the one being written."""
     if is_remote(workdir):
         return
-    folder, keep = workdir / "checkpoints", config.checkpoint.keep
+    folder, keep = workdir / "checkpoints", config.checkpoint.max_to_keep
     there = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     if max(there, default=0) >= config.training.steps:
         return

@@ -41,7 +41,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     clipping; parameter_rms; update_rms, of the parameters' change, as rounded to their dtype; the layers' own, averaged
     over microbatches. Compile it with the state donated.
     """
-    accumulation, weigh = config.training.accumulation, config.training.losses
+    accumulation, weigh = config.training.gradient_accumulation_steps, config.training.losses
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     schedule = learning_rate(config.training.optimizer, config.training.steps)
     weights = weigh.of_layers()

@@ -47,8 +47,8 @@ def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
     if to not in TARGETS:
         raise UserError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
     mixture = _settled(_mixture(source, workdir))
-    if mixture.mixing.learnt_temperature != "none":
-        raise UserError(f"WORKDIR = {workdir}: its temperature is learnt, and a router has none; try another run")
+    if mixture.mixing.learned_temperature != "none":
+        raise UserError(f"WORKDIR = {workdir}: its temperature is learned, and a router has none; try another run")
     kind = modes.token_choice(_with(source, mixture)).model.feed_forward
     assert isinstance(kind, TokenChoiceConfig)
     tokens = source.group_size * source.model.context_length
@@ -84,7 +84,7 @@ def _begun_as(source: Config, workdir: str, steps: int, **changes: Any) -> Confi
         **changes,
     )
     return dataclasses.replace(
-        source, training=training, data=dataclasses.replace(source.data, group_size=source.group_size)
+        source, training=training, data=dataclasses.replace(source.data, shuffle_group_size=source.group_size)
     )
 
 
@@ -122,8 +122,8 @@ def check_transition(config: Config) -> None:
     pairs = [
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
         ("training", source.training, t, ["seed"]),
-        ("training.optimizer", source.training.optimizer, t.optimizer, ["name", "beta1", "decay", "moments_dtype"]),
-        ("data", source.data, config.data, ["corpus", "weights", "train_split", "feature", "tokenizer"]),
+        ("training.optimizer", source.training.optimizer, t.optimizer, ["name", "beta1", "decay", "mu_dtype"]),
+        ("data", source.data, config.data, ["corpus", "weights", "train_split", "text_feature", "tokenizer"]),
     ]
     rule = f"must be as in training.transition_from = {workdir!r}"
     faults = [
@@ -133,7 +133,7 @@ def check_transition(config: Config) -> None:
         if getattr(here, name) != getattr(there, name)
     ]
     if config.group_size != source.group_size:
-        faults.append(f"data.group_size = {config.group_size}: {rule}; try {source.group_size}")
+        faults.append(f"data.shuffle_group_size = {config.group_size}: {rule}; try {source.group_size}")
     if not isinstance(mine, MixtureOfTokensConfig) or _settled(mine, 1.0) != _settled(old, 1.0):
         faults.append(f"model.feed_forward: {rule}, but for its temperature; try mot transition {workdir}")
     if faults:
@@ -158,7 +158,7 @@ def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
     o = t.optimizer
     notes = [
         f"begins as {t.transition_from} after {int(state.step)} steps, with example {example:,}",
-        f"learning rate up to {o.learning_rate:g} in {o.warmup_steps} steps, then down to {o.final_fraction:g} of it",
+        f"learning rate up to {o.learning_rate:g} in {o.warmup_steps} steps, then down to {o.min_lr_ratio:g} of it",
     ]
     params = state.params
     if t.transition_router == "random":

@@ -16,10 +16,10 @@ from mot_jax.runs.state import fetch, spread
 
 
 def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, list[str]]:
-    """`params` with all that the dense run in `workdir` has learnt, and notes for people.
+    """`params` with all that the dense run in `workdir` has learned, and notes for people.
 
     An expert as wide as the dense layer is a copy of it. A narrower one is a slice: k neighbouring experts together
-    are the layer. A wider one is several copies side by side. So by the rule E F = G (d_ff - shared_dim), and where
+    are the layer. A wider one is several copies side by side. So by the rule E F = G (d_ff - shared_expert_dim), and where
     mixing is uniform, the update is the dense layer's for the mean of the group, but for the biases, which experts do
     not have. A shared expert takes the first hidden units, the experts the others. Controllers, and what else only the
     new model has, stay as drawn.
@@ -50,7 +50,7 @@ def upcycle(model: ModelConfig, params: Params, workdir: str) -> tuple[Params, l
 
 def _experts(model: ModelConfig, kind: MixtureOfTokensConfig, layer: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters of a MoT layer from those of a dense one; names without the block's prefix."""
-    shared, width = kind.shared_dim, kind.hidden_dim(model.d_ff)
+    shared, width = kind.shared_expert_dim, kind.hidden_dim(model.d_ff)
     rest = model.d_ff - shared
 
     def cut(units: np.ndarray) -> Iterator[np.ndarray]:
@@ -92,11 +92,11 @@ def check_upcycle(config: Config) -> None:
     ]
     kind = model.feed_forward
     if isinstance(kind, MixtureOfTokensConfig):
-        width, rest = kind.hidden_dim(model.d_ff), model.d_ff - kind.shared_dim
+        width, rest = kind.hidden_dim(model.d_ff), model.d_ff - kind.shared_expert_dim
         if rest % width and width % rest:
             good = max(f for f in range(1, min(rest, width) + 1) if rest % f == 0)
             faults.append(
-                f"model.feed_forward.expert_dim = {width}: must divide d_ff - shared_dim = {rest} of the layers in "
+                f"model.feed_forward.expert_dim = {width}: must divide d_ff - shared_expert_dim = {rest} of the layers in "
                 f"training.upcycle_from, or be a multiple of it; try {good}"
             )
     if faults:

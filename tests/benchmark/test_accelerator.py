@@ -25,7 +25,7 @@ def test_numerics_know_every_kind():
     assert {type(config) for config in numerics.kinds(numerics.SHAPE, jax.devices()[0]).values()} == set(KINDS)
 
 
-OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:pallas", "mixture_of_tokens:pallas_experts")
+OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_steps_are_of_models_that_can_be(part):
     check(config)
     assert config.model.dtype == "bfloat16" and config.model.feed_forward.kind == "mixture_of_tokens"
     assert {"step": 256, "step_base_32e": 768, "step_d2048": 2048}[part] == config.model.d_model
-    kernel = accelerator._by("pallas" if part == "step" else "pallas_experts", config)
+    kernel = accelerator._by("fused_mixture" if part == "step" else "fused_experts", config)
     check(kernel)
     assert kernel.model.feed_forward.kernel != "xla"
 

@@ -28,7 +28,9 @@ def rows_of(tmp_path, topology: str) -> dict[str, dict]:
 
 def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     rows = rows_of(tmp_path, "local:1")
-    dense, mixture, refused = (rows[f"{kind}"] for kind in ("dense", "mixture_of_tokens", "mixture_of_tokens:pallas"))
+    dense, mixture, refused = (
+        rows[f"{kind}"] for kind in ("dense", "mixture_of_tokens", "mixture_of_tokens:fused_mixture")
+    )
     weights, tokens = 4 * 2 * 32 * 64, 2 * 8 * 32 * 32  # of tiny: D 32, d_ff 64, 8 rows of 32 tokens
     assert dense["hbm_bytes"] > 3 * weights + 4 * tokens and dense["ratio"] == 1
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1 and mixture["copies"] > 0
@@ -84,6 +86,6 @@ def test_no_two_columns_have_one_title(columns):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
 def test_a_kernels_bytes_are_those_of_its_blocks(tmp_path):
     rows = rows_of(tmp_path, "v5p:2x2x1")
-    kernel = rows["mixture_of_tokens:pallas"]
+    kernel = rows["mixture_of_tokens:fused_mixture"]
     assert 0 < kernel["kernel_bytes"] < kernel["hbm_bytes"] and kernel["kernel_bytes"] < kernel["cost_bytes"]
     assert not rows["mixture_of_tokens"]["kernel_bytes"]

@@ -159,9 +159,9 @@ def test_unknown_names_are_told(capsys):
     with pytest.raises(UserError):
         layers.kinds_of([TINY], ["companions"])
     with pytest.raises(
-        UserError, match=r"--kinds = mixture_of_tokens:pallas: its kernel is for later TPUs; try --topology"
+        UserError, match=r"--kinds = mixture_of_tokens:fused_mixture: its kernel is for later TPUs; try --topology"
     ):
-        layers.kinds_of([TINY], ["mixture_of_tokens:pallas"])
+        layers.kinds_of([TINY], ["mixture_of_tokens:fused_mixture"])
 
 
 def on_a(monkeypatch, platform: str, kind: str) -> None:
@@ -171,7 +171,7 @@ def on_a(monkeypatch, platform: str, kind: str) -> None:
 def test_other_ways_to_compute_the_mixture_are_timed_where_they_run(monkeypatch):
     kinds = list(TINY.kinds())
     assert layers.kinds_of([TINY], None) == kinds
-    kernels = ["all_kept", "pallas", "pallas_experts"]
+    kernels = ["all_kept", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         on_a(monkeypatch, *device)
         assert layers.kinds_of([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
@@ -182,7 +182,7 @@ def test_a_kernel_that_does_not_do_a_shape_is_left_out(monkeypatch):
     """As on a TPU, whose kernels are interpreted here."""
     on_a(monkeypatch, "tpu", "TPU v5")
     told, shape = [], dataclasses.replace(TINY, num_experts=12)  # not a multiple of 8
-    wanted = ["mixture_of_tokens:pallas", "mixture_of_tokens:pallas_experts"]
+    wanted = ["mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts"]
     rows, _ = bench_layers([shape], wanted, "float32", 3, told.append, directions=["forward_backward"])
     assert [row["kind"] for row in rows] == ["products", "dense", wanted[1], "dense_flat"]
     assert any("takes a multiple of 8 experts" in line for line in told)

@@ -50,7 +50,7 @@ def test_every_config_is_valid_and_says_how_to_run_it(path):
 def test_dense_twins_differ_in_what_a_twin_must(name):
     mot, dense = (load_config(CONFIGS / f"{n}.py") for n in ({"demo": "demo", "v1": "v1_mot"}[name], f"{name}_dense"))
     assert dataclasses.replace(dense.model, feed_forward=mot.model.feed_forward) == mot.model
-    assert dense.data.group_size == mot.model.group_size  # the same rows in the same batches
+    assert dense.data.shuffle_group_size == mot.model.group_size  # the same rows in the same batches
     for field in ("steps", "batch_size", "seed"):
         assert getattr(dense.training, field) == getattr(mot.training, field)
 
@@ -58,12 +58,21 @@ def test_dense_twins_differ_in_what_a_twin_must(name):
 def test_flags_change_fields(started):
     flags = ["--training.steps", "7", "--training.log-every=3", "--model.feed-forward.num-experts", "64"]
     cli.main(
-        ["train", DEMO, "--workdir", "/tmp/somewhere", *flags, "--model.no-final-norm", "--data.group-size", "None"]
+        [
+            "train",
+            DEMO,
+            "--workdir",
+            "/tmp/somewhere",
+            *flags,
+            "--model.no-final-norm",
+            "--data.shuffle-group-size",
+            "None",
+        ]
     )
     ((config, workdir),) = started
     assert workdir == "/tmp/somewhere"
     assert (config.training.steps, config.training.log_every, config.model.feed_forward.num_experts) == (7, 3, 64)
-    assert config.model.final_norm is False and config.data.group_size is None
+    assert config.model.final_norm is False and config.data.shuffle_group_size is None
 
 
 def test_without_a_config_it_is_the_demo(started, monkeypatch):
@@ -94,7 +103,7 @@ def test_without_a_config_it_is_the_demo(started, monkeypatch):
         ),
         (["--training.batch-size", "33"], ["error: training.batch_size = 33: must be a multiple of group size 32"]),
         (
-            ["--training.batch-size", "32", "--training.accumulation", "2"],
+            ["--training.batch-size", "32", "--training.gradient_accumulation_steps", "2"],
             ["error: training.batch_size = 32: must be a multiple of group size 32 x accumulation 2 = 64; try 64"],
         ),
         (
@@ -214,7 +223,7 @@ def test_a_config_tells_all_its_faults(capsys):
         "model.d_ff",
         "training.steps",
         "training.seed",
-        "model.feed_forward.shared_dim",
+        "model.feed_forward.shared_expert_dim",
     ]
 
 

@@ -85,7 +85,7 @@ mixings = st.one_of(
         emit=st.just("softmax"),
         controllers=st.just("common_base"),
         base_weight=st.sampled_from(["sum", "one", "two"]),
-        learnt_temperature=st.sampled_from(["scalar", "per_expert"]),
+        learned_temperature=st.sampled_from(["scalar", "per_expert"]),
         separate_temperatures=st.booleans(),
         frozen_steps=small,
     ),
@@ -115,10 +115,10 @@ def configs(draw) -> Config:
             experts,
             expert_dim,
             flop_matched=draw(st.booleans()),
-            shared_dim=shared,
+            shared_expert_dim=shared,
             mixing=draw(mixings),
             controller_init_scale=draw(positive),
-            saved=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
+            save_for_backward=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
         )
     elif which == "token choice":
         divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
@@ -127,12 +127,14 @@ def configs(draw) -> Config:
         kind = TokenChoiceConfig(
             experts + top_k,
             top_k=top_k,
-            shared_dim=shared,
+            shared_expert_dim=shared,
             capacity_factor=draw(st.none() | positive),
             routing_group_tokens=draw(tokens),
         )
         if draw(st.booleans()):
-            mixture = MixtureOfTokensConfig(draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_dim=shared)
+            mixture = MixtureOfTokensConfig(
+                draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_expert_dim=shared
+            )
             kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
     else:
         kind = DenseConfig(draw(st.booleans()))
@@ -163,7 +165,7 @@ def configs(draw) -> Config:
     data_group = draw(st.sampled_from([None, group_size, 2 * group_size]))
     rows = (data_group or group_size) * accumulation * draw(small)
     training = TrainingConfig(draw(small), rows, accumulation, optimizer=optimizer)
-    data = DataConfig(group_size=data_group, directory=draw(st.none() | st.text()))
+    data = DataConfig(shuffle_group_size=data_group, directory=draw(st.none() | st.text()))
     return Config(
         model, data, training, MeshConfig(draw(st.sampled_from([-1, 1, 8])), draw(small), draw(small), draw(small))
     )
@@ -183,21 +185,21 @@ BROKEN = {
     "model.loss_chunk": 100,
     "model.moe_blocks": (1, 4),
     "model.feed_forward.num_experts": 48,
-    "model.feed_forward.shared_dim": 1024,
+    "model.feed_forward.shared_expert_dim": 1024,
     "model.feed_forward.mixing.temperature": -1.0,
     "training.batch_size": 100,
-    "training.accumulation": 3,
+    "training.gradient_accumulation_steps": 3,
     "training.optimizer.clip_norm": 0,
     "training.optimizer.beta1": 1.5,
-    "training.optimizer.final_fraction": 2.0,
+    "training.optimizer.min_lr_ratio": 2.0,
     "training.optimizer.learning_rate": float("nan"),
-    "data.group_size": 33,
+    "data.shuffle_group_size": 33,
     "data.validation_windows": 0,
     "mesh.data": 0,
     "mesh.expert": -2,
     "mesh.wait_seconds": 0,
     "mesh.heartbeat_seconds": -1,
-    "checkpoint.keep": 0,
+    "checkpoint.max_to_keep": 0,
     "checkpoint.preempted_exit_code": 2,
     "logging.sample_tokens": -1,
     "model.norm_epsilon": 0.0,
@@ -209,18 +211,18 @@ BROKEN = {
     "model.feed_forward.mixing.separate_temperatures": True,
     "data.corpus": (),
     "data.weights": (1.0, 2.0),
-    "data.mask_share": 0.0,
+    "data.mask_rate": 0.0,
     "training.optimizer.multipliers": (("controller", -1.0),),
 }
 # Faults of combinations: what comes before, the field, its value.
 COMBINED = [
     (MixingConfig("uniform"), "temperature", 0.5),
     (MixingConfig("uniform"), "annealing", "linear"),
-    (MixingConfig("logits"), "learnt_temperature", "scalar"),
+    (MixingConfig("logits"), "learned_temperature", "scalar"),
     (MixingConfig("uniform"), "straight_through", True),
     (MixingConfig(annealing="cosine"), "annealing_steps", (5, 5)),
-    (MixingConfig(annealing="cosine"), "learnt_temperature", "scalar"),
-    (MixingConfig(temperature=0.0), "learnt_temperature", "per_expert"),
+    (MixingConfig(annealing="cosine"), "learned_temperature", "scalar"),
+    (MixingConfig(temperature=0.0), "learned_temperature", "per_expert"),
 ]
 
 
@@ -228,7 +230,7 @@ COMBINED = [
 def test_each_rule_has_one_line_with_field_value_rule_and_a_value_that_works(name):
     broken = put(MIXTURE, name, BROKEN[name])
     (fault,) = faults(broken)
-    field = "training.batch_size" if name == "training.accumulation" else name
+    field = "training.batch_size" if name == "training.gradient_accumulation_steps" else name
     assert (
         fault.startswith((f"{field} = {get(broken, field)}: ", f"{field} = {get(broken, field)!r}: "))
         and "\n" not in fault
@@ -267,7 +269,7 @@ BROKEN_ROUTING = {
     "model.feed_forward.mixture.num_experts": 32,
     "model.feed_forward.mixture.expert_dim": 128,
     "model.feed_forward.mixture.mixing.temperature": -1.0,
-    "data.group_size": 3,
+    "data.shuffle_group_size": 3,
     "training.batch_size": 33,
 }
 
@@ -284,7 +286,7 @@ def test_each_rule_of_token_choice_has_a_line(name):
 
 
 def test_more_choices_than_experts_and_no_width_left():
-    for name, value in {"top_k": 32, "shared_dim": 1024}.items():
+    for name, value in {"top_k": 32, "shared_expert_dim": 1024}.items():
         kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
         (fault,) = faults(put(ROUTED, "model.feed_forward", kind))
         assert fault.startswith(f"model.feed_forward.{name} = {value}: must be ")
@@ -314,7 +316,7 @@ def test_only_one_axis_takes_what_is_left():
 
 
 def test_all_faults_come_at_once():
-    hidden_by_others = {"training.accumulation", "model.feed_forward.num_experts"}
+    hidden_by_others = {"training.gradient_accumulation_steps", "model.feed_forward.num_experts"}
     hidden_by_others |= {"data.weights", "model.num_kv_heads"}
     hidden_by_others |= {f"model.feed_forward.mixing.{name}" for name in ("groups", "emit", "controllers")}
     several = {name: value for name, value in BROKEN.items() if name not in hidden_by_others}
@@ -378,10 +380,10 @@ EDITS = {
     "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; the default is 256"),
     "not a group": (edited("model", 3), "model = 3: must be a group of fields"),
     "bad value": (edited("model.num_heads", 3), "model.num_heads = 3: must divide model.d_model = 256; try 2"),
-    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 2"),
-    "no version": ("{}", "version = None: this mot_jax reads version 2"),
+    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 3"),
+    "no version": ("{}", "version = None: this mot_jax reads version 3"),
     "no object": ("[]", "version = None"),
-    "no JSON": ('{"version": 2,\n"model"', "config.json, line 2: not JSON"),
+    "no JSON": ('{"version": 3,\n"model"', "config.json, line 2: not JSON"),
 }
 
 
@@ -402,10 +404,10 @@ FREE = {
     "mesh.fsdp",
     "mesh.expert",
     "mesh.tensor",
-    "checkpoint.keep",
+    "checkpoint.max_to_keep",
     "model.attention_kernel",
     "model.feed_forward.kernel",
-    "model.feed_forward.saved",
+    "model.feed_forward.save_for_backward",
 }
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}

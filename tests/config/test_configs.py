@@ -85,10 +85,10 @@ def test_configs_of_version_2_are_the_papers(name):
         norm="layer",
         norm_epsilon=1e-5,
         final_norm=False,
-        tied_head=False,
+        tie_embeddings=False,
         dtype="bfloat16",
         dense_bias=True,
-        stacked=False,
+        scan_layers=False,
     )
     assert (training.steps, training.batch_size) == (150_000, 256)
     assert training.optimizer == OptimizerConfig(
@@ -104,7 +104,7 @@ def test_configs_of_version_1_are_the_papers(name, mixture, rate):
     assert model.init == InitConfig("uniform", scale=1.0, cut=None) and not model.final_norm  # between ±√(3 / fan_in)
     assert (training.steps, training.batch_size) == (250_000, 256)
     optimizer = training.optimizer
-    assert optimizer.warmup_steps == 0.01 * training.steps and optimizer.final_fraction == 0.1
+    assert optimizer.warmup_steps == 0.01 * training.steps and optimizer.min_lr_ratio == 0.1
     assert optimizer.learning_rate == rate and optimizer.decay == "all"
 
 

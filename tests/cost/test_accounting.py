@@ -37,7 +37,7 @@ V1 = ModelConfig(num_blocks=4, d_model=256, d_ff=1024, num_heads=4, vocab_size=5
 
 # All that is not the paper's.
 CHOICES = {"num_kv_heads": 1, "positions": "rotary", "document_mask": True, "norm": "rms", "final_norm": True}
-CHOICES |= {"activation": "silu", "gated": True, "tied_head": True}
+CHOICES |= {"activation": "silu", "gated": True, "tie_embeddings": True}
 
 
 def with_kind(model, group_size=None, num_experts=None, **fields):
@@ -74,7 +74,7 @@ def test_parameters_are_the_papers(model, millions):
     "model",
     [
         with_kind(V1),
-        with_kind(V1, 8, 32, shared_dim=256),
+        with_kind(V1, 8, 32, shared_expert_dim=256),
         dataclasses.replace(with_kind(V1, 8, 32), moe_blocks="every_other", final_norm=True),
     ],
 )
@@ -90,13 +90,13 @@ def test_every_parameter_has_one_part(model):
         per_block = model.d_model * kind.num_experts
         assert parts["controllers"] == len(blocks) * per_block
         assert parts["experts"] == len(blocks) * per_block * 2 * kind.hidden_dim(model.d_ff)
-        assert parts.get("shared experts", 0) == len(blocks) * 2 * model.d_model * kind.shared_dim
+        assert parts.get("shared experts", 0) == len(blocks) * 2 * model.d_model * kind.shared_expert_dim
 
 
 def test_token_choice_in_numbers():
     """Four of 128 experts: the sizes of a MoT of granularity 4, in FLOPs the router alone in place of mixing."""
-    mot = with_kind(V1, 32, 128, shared_dim=256)
-    model = dataclasses.replace(mot, feed_forward=TokenChoiceConfig(128, top_k=4, shared_dim=256))
+    mot = with_kind(V1, 32, 128, shared_expert_dim=256)
+    model = dataclasses.replace(mot, feed_forward=TokenChoiceConfig(128, top_k=4, shared_expert_dim=256))
     assert accounting.count_parameters(model) == accounting.count_parameters(mot)
     assert accounting.active_parameters(model) == accounting.active_parameters(mot)
     mixed, routed = accounting.forward_flops(mot), accounting.forward_flops(model)
@@ -109,13 +109,13 @@ def test_token_choice_in_numbers():
 
 
 def test_parameters_of_a_mixing_variant():
-    """Three controllers, two base weights, two learnt temperatures per expert, two layer norms."""
+    """Three controllers, two base weights, two learned temperatures per expert, two layer norms."""
     mixing = MixingConfig(
         emit="softmax",
         controllers="common_base",
         base_weight="two",
         layer_norm=True,
-        learnt_temperature="per_expert",
+        learned_temperature="per_expert",
         separate_temperatures=True,
     )
     plain, model = with_kind(V1, 32, 64), with_kind(V1, 32, 64, mixing=mixing)
@@ -146,7 +146,7 @@ def test_parameters_of_every_choice():
     attention, dense = 4 * (2 * d * d + 2 * d * d // 4), 4 * (3 * d * f + 2 * f + d)
     assert parts == {"embeddings": v * d, "attention": attention, "norms": 9 * d, "dense FFN": dense}
     assert accounting.active_parameters(model) == sum(parts.values())
-    untied = dataclasses.replace(model, tied_head=False)
+    untied = dataclasses.replace(model, tie_embeddings=False)
     assert accounting.active_parameters(untied) == accounting.active_parameters(model)
 
 
@@ -175,7 +175,7 @@ def test_mixing_share_is_the_papers(model, share):
 
 # Matrix products dominate; the rest, which the compiler counts and we do not, is below 2 % of the FLOPs.
 ROWS, PROBE = 8, ModelConfig(d_model=256, d_ff=1024, num_heads=4, context_length=64, vocab_size=256)
-PROBE_MIXTURE = {"group_size": 4, "num_experts": 16, "shared_dim": 256}
+PROBE_MIXTURE = {"group_size": 4, "num_experts": 16, "shared_expert_dim": 256}
 
 
 def loss_of(model, params, tokens, targets, mask):
@@ -199,39 +199,45 @@ def compiled(model, backward):
     return flops, program.memory_analysis().temp_size_in_bytes
 
 
-def probe(num_blocks, saved=None, **fields):
+def probe(num_blocks, save_for_backward=None, **fields):
     model = dataclasses.replace(PROBE, num_blocks=num_blocks, **fields)
-    return with_kind(model, **PROBE_MIXTURE, saved=saved) if saved else with_kind(model)
+    return (
+        with_kind(model, **PROBE_MIXTURE, save_for_backward=save_for_backward)
+        if save_for_backward
+        else with_kind(model)
+    )
 
 
-@pytest.mark.parametrize(("saved", "choices"), [(None, {}), ("all", {}), (None, CHOICES)])
-def test_forward_flops_are_the_compilers(saved, choices):
-    model = probe(1, saved, **choices)
+@pytest.mark.parametrize(("save_for_backward", "choices"), [(None, {}), ("all", {}), (None, CHOICES)])
+def test_forward_flops_are_the_compilers(save_for_backward, choices):
+    model = probe(1, save_for_backward, **choices)
     expected = sum(accounting.forward_flops(model).values())
     assert compiled(model, backward=False)[0] == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("saved", [None, *POLICIES])
-def test_training_flops_are_the_compilers(saved):
+@pytest.mark.parametrize("save_for_backward", [None, *POLICIES])
+def test_training_flops_are_the_compilers(save_for_backward):
     """In a stack of several: in a stack of one the compiler merges what is computed twice."""
-    model, one = probe(5, saved), probe(1, saved)
+    model, one = probe(5, save_for_backward), probe(1, save_for_backward)
     expected = accounting.flops_per_token(Config(one)) + accounting.recomputed_flops(one)
     assert compiled(model, backward=True)[0] == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("saved", POLICIES[:2])
-def test_recomputed_flops_are_the_compilers(saved):
-    more = compiled(probe(5, saved), backward=True)[0] - compiled(probe(5, "all"), backward=True)[0]
-    assert more == pytest.approx(accounting.recomputed_flops(probe(1, saved)), rel=0.02)
+@pytest.mark.parametrize("save_for_backward", POLICIES[:2])
+def test_recomputed_flops_are_the_compilers(save_for_backward):
+    more = compiled(probe(5, save_for_backward), backward=True)[0] - compiled(probe(5, "all"), backward=True)[0]
+    assert more == pytest.approx(accounting.recomputed_flops(probe(1, save_for_backward)), rel=0.02)
 
 
-@pytest.mark.parametrize(("saved", "remat"), [(None, "blocks"), ("pre_activations", "blocks"), (None, "attention")])
-def test_rematerialised_flops_are_the_compilers(saved, remat):
-    base = compiled(probe(5, saved and "all"), backward=True)[0]
-    more = compiled(probe(5, saved, remat=remat), backward=True)[0] - base
+@pytest.mark.parametrize(
+    ("save_for_backward", "remat"), [(None, "blocks"), ("pre_activations", "blocks"), (None, "attention")]
+)
+def test_rematerialised_flops_are_the_compilers(save_for_backward, remat):
+    base = compiled(probe(5, save_for_backward and "all"), backward=True)[0]
+    more = compiled(probe(5, save_for_backward, remat=remat), backward=True)[0] - base
     # The compiler also counts the exponentials of the scores, which matter beside a single product.
     share = 0.05 if remat == "attention" else 0.02
-    assert more == pytest.approx(accounting.recomputed_flops(probe(1, saved, remat=remat)), rel=share)
+    assert more == pytest.approx(accounting.recomputed_flops(probe(1, save_for_backward, remat=remat)), rel=share)
 
 
 def test_what_splash_makes_again_is_what_its_kernels_hold():
@@ -255,13 +261,15 @@ def test_what_splash_makes_again_is_what_its_kernels_hold():
         assert more - accounting.recomputed_flops(xla) == 3 * again * 2 * 128 * 256
 
 
-@pytest.mark.parametrize(("saved", "remat"), [("pre_activations", r) for r in ("none", "attention", "blocks")])
-def test_kept_bytes_are_the_compilers(saved, remat):
+@pytest.mark.parametrize(
+    ("save_for_backward", "remat"), [("pre_activations", r) for r in ("none", "attention", "blocks")]
+)
+def test_kept_bytes_are_the_compilers(save_for_backward, remat):
     """Four more blocks need the temporaries that four blocks keep, to a part in a thousand, in the compiled program.
 
     In float32: on CPU the compiler holds bfloat16 as float32.
     """
-    few, many = probe(5, saved, remat=remat), probe(9, saved, remat=remat)
+    few, many = probe(5, save_for_backward, remat=remat), probe(9, save_for_backward, remat=remat)
     expected = sum(accounting.kept_bytes(many, ROWS).values()) - sum(accounting.kept_bytes(few, ROWS).values())
     assert compiled(many, backward=True)[1] - compiled(few, backward=True)[1] == pytest.approx(expected, rel=1e-3)
 
@@ -271,8 +279,8 @@ def test_kept_bytes_are_the_compilers(saved, remat):
     [
         with_kind(PROBE),
         with_kind(PROBE, **PROBE_MIXTURE),
-        dataclasses.replace(with_kind(PROBE, 4, 64, saved="all"), moe_blocks="last_half", final_norm=True),
-        dataclasses.replace(with_kind(PROBE, 4, 64, saved="nothing"), moe_blocks="every_other"),
+        dataclasses.replace(with_kind(PROBE, 4, 64, save_for_backward="all"), moe_blocks="last_half", final_norm=True),
+        dataclasses.replace(with_kind(PROBE, 4, 64, save_for_backward="nothing"), moe_blocks="every_other"),
         dataclasses.replace(with_kind(PROBE), **CHOICES),
         dataclasses.replace(with_kind(PROBE, **PROBE_MIXTURE), objective="masked"),
     ],
@@ -324,16 +332,19 @@ def test_kept_bytes_know_no_mesh(mesh_of):
 
 EXAMPLE = Config(
     dataclasses.replace(with_kind(MEDIUM, 32, 256), dtype="bfloat16"),
-    training=TrainingConfig(steps=1000, batch_size=256, accumulation=2),
+    training=TrainingConfig(steps=1000, batch_size=256, gradient_accumulation_steps=2),
 )
 
 
 def test_memory():
     memory = accounting.memory_bytes(EXAMPLE)
     assert memory["parameters"] == memory["gradients"] == memory["accumulated gradients"] == 4 * 337_357_824
-    whole = dataclasses.replace(EXAMPLE, training=dataclasses.replace(EXAMPLE.training, accumulation=1))
+    whole = dataclasses.replace(EXAMPLE, training=dataclasses.replace(EXAMPLE.training, gradient_accumulation_steps=1))
     assert "accumulated gradients" not in accounting.memory_bytes(whole)
-    rows = {c.training.accumulation: accounting.memory_bytes(c)["kept for backward"] for c in (EXAMPLE, whole)}
+    rows = {
+        c.training.gradient_accumulation_steps: accounting.memory_bytes(c)["kept for backward"]
+        for c in (EXAMPLE, whole)
+    }
     assert 1.8 < rows[1] / rows[2] < 2
 
 
@@ -341,7 +352,7 @@ def test_memory():
     ("optimizer", "per_parameter"),
     [
         (OptimizerConfig(), 8),
-        (OptimizerConfig(moments_dtype="bfloat16"), 6),
+        (OptimizerConfig(mu_dtype="bfloat16"), 6),
         (OptimizerConfig("muon"), 4 + 4 * 51.5 / 337.4),  # a second moment of embeddings, head, norms and biases
         (OptimizerConfig("adafactor"), 4 + 4 * 10.1 / 337.4),  # attention's, rows and columns of the rest
         (OptimizerConfig("adafactor", beta1=0), 4 * 10.1 / 337.4),
@@ -362,7 +373,7 @@ def test_describe():
         "group_size_G": 32,
         "experts_E": 256,
         "expert_dim_F": 256,
-        "expert_dim_rule": "E F = G (d_ff - shared_dim) = 65,536",
+        "expert_dim_rule": "E F = G (d_ff - shared_expert_dim) = 65,536",
         "granularity_E/G": 8,
         "groups_per_batch": 8,
         "groups_per_microbatch": 4,
@@ -374,16 +385,16 @@ def test_describe():
     }
     assert data["total_parameters"] == 337_357_824
     assert data["training_flops"] == 65_536_000 * accounting.flops_per_token(EXAMPLE)
-    assert data["policy"] == "saved: pre_activations"
+    assert data["policy"] == "save_for_backward: pre_activations"
     assert data["policies"][data["policy"]][1] == sum(data["kept"].values())
-    again, kept = zip(*(data["policies"][f"saved: {s}"] for s in POLICIES), strict=True)
+    again, kept = zip(*(data["policies"][f"save_for_backward: {s}"] for s in POLICIES), strict=True)
     assert again[0] > again[1] > again[2] == 0
     assert kept[0] < kept[1] < kept[2]
     lines = description.lines()
     assert max(map(len, lines)) <= 100
     assert "  total        337,357,824  100.0%" in lines
     assert "  mixing costs 18.8% of the experts' FLOPs" in lines
-    assert any(line.startswith("  saved: pre_activations *") for line in lines)
+    assert any(line.startswith("  save_for_backward: pre_activations *") for line in lines)
 
 
 @pytest.mark.parametrize("remat", ["none", "attention", "blocks"])

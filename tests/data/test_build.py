@@ -155,7 +155,7 @@ def test_nothing_left_and_nowhere_to_write_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
         UserError,
-        match=r"NAME = 'mine': not one document in the files \(3 lines .* no such text\); here --feature is 'text'",
+        match=r"NAME = 'mine': not one document in the files \(3 lines .* no such text\); here --text-feature is 'text'",
     ):
         build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()

@@ -114,10 +114,10 @@ def test_unknown_splits(directory: Path) -> None:
 
 def test_unknown_features(directory: Path) -> None:
     assert fault("articles/en", "train", directory, feature="bodi") == (
-        "data.feature = 'bodi': no such feature of articles/en; did you mean 'body'?"
+        "data.text_feature = 'bodi': no such feature of articles/en; did you mean 'body'?"
     )
     assert fault("articles/en", "train", directory, feature="label") == (
-        "data.feature = 'label': is not text; there is body, text"
+        "data.text_feature = 'label': is not text; there is body, text"
     )
 
 

@@ -34,7 +34,7 @@ def corpora(monkeypatch, toy_corpus):
 def config_of(directory: Path, *corpus: str, weights: tuple[float, ...] = (), **data) -> Config:
     return Config(
         model=ModelConfig(context_length=16, loss_chunk=16),
-        data=DataConfig(corpus=corpus, weights=weights, group_size=4, directory=str(directory), **data),
+        data=DataConfig(corpus=corpus, weights=weights, shuffle_group_size=4, directory=str(directory), **data),
         training=TrainingConfig(batch_size=32),
     )
 

@@ -89,7 +89,7 @@ def test_names_that_training_code_adds_and_buffers_are_no_matter(tmp_path):
 def test_blocks_may_be_apart(tmp_path):
     file = save(tmp_path / "theirs.safetensors", authors_tensors())
     for stacked in (True, False):
-        import_model(file, tmp_path / str(stacked), config_of(dataclasses.replace(AUTHORS, stacked=stacked)))
+        import_model(file, tmp_path / str(stacked), config_of(dataclasses.replace(AUTHORS, scan_layers=stacked)))
     assert_same(tensors_of(tmp_path / "False"), unstack(AUTHORS, tensors_of(tmp_path / "True"))[1])
 
 
@@ -126,7 +126,7 @@ def test_every_tensor_is_used_and_every_parameter_filled(tmp_path):
 
 
 def test_what_a_config_asks_that_others_do_not_have(tmp_path):
-    kind = dataclasses.replace(KIND, shared_dim=4)
+    kind = dataclasses.replace(KIND, shared_expert_dim=4)
     model = dataclasses.replace(AUTHORS, final_norm=True, num_heads=2, num_kv_heads=1, feed_forward=kind)
     faults = faults_of(tmp_path, model, authors_tensors())
     assert (
@@ -138,11 +138,13 @@ def test_what_a_config_asks_that_others_do_not_have(tmp_path):
 
 def test_biases_and_heads_of_the_port(tmp_path):
     there = port_tensors()
-    faults = faults_of(tmp_path, dataclasses.replace(PORT, attention_bias=False, tied_head=False), there)
-    assert faults[0] == "tensor lm_head.weight: is missing; try model.tied_head = True"
+    faults = faults_of(tmp_path, dataclasses.replace(PORT, attention_bias=False, tie_embeddings=False), there)
+    assert faults[0] == "tensor lm_head.weight: is missing; try model.tie_embeddings = True"
     assert "tensor h.2.attn.c_attn.bias: the model has no parameter for it" in faults
     there["lm_head.weight"] = there["transformer.wte.weight"] + 1
-    assert faults_of(tmp_path, PORT, there) == ["tensor lm_head.weight: is not wte.weight; try model.tied_head = False"]
+    assert faults_of(tmp_path, PORT, there) == [
+        "tensor lm_head.weight: is not wte.weight; try model.tie_embeddings = False"
+    ]
 
 
 def test_foreign_files_and_a_missing_config(tmp_path):

@@ -42,7 +42,7 @@ MIXINGS = {
     "no softmax": MixingConfig("logits", layer_norm=True),
     "separate": MixingConfig(emit="softmax", controllers="separate", temperature=0.5),
     "over experts": MixingConfig(emit="softmax_over_experts", annealing="cosine"),
-    "learnt": MixingConfig(emit="softmax", learnt_temperature="per_expert", separate_temperatures=True),
+    "learned": MixingConfig(emit="softmax", learned_temperature="per_expert", separate_temperatures=True),
     "straight through": MixingConfig(straight_through=True, temperature=0.1),
     "ones": MixingConfig(emit="ones"),
     "top token": MixingConfig(emit="top_token"),
@@ -52,7 +52,7 @@ MIXINGS = {
 def config_of(mixing: MixingConfig) -> Config:
     kind = MixtureOfTokensConfig(group_size=4, num_experts=8, mixing=mixing)
     model = ModelConfig(2, 8, 16, 2, context_length=8, loss_chunk=8, feed_forward=kind)
-    return Config(model=model, training=TrainingConfig(batch_size=8, accumulation=2))
+    return Config(model=model, training=TrainingConfig(batch_size=8, gradient_accumulation_steps=2))
 
 
 def run(config: Config, params: dict) -> np.ndarray:
@@ -73,7 +73,7 @@ def test_discrete_is_the_limit_of_low_temperature(name):
 
 
 def test_discrete_runs_with_the_same_parameters():
-    config = config_of(MIXINGS["learnt"])
+    config = config_of(MIXINGS["learned"])
     params = init_params(config.model, jax.random.key(0, impl="rbg"))
     cold = dataclasses.replace(MIXINGS["default"], temperature=1e-30)
     np.testing.assert_allclose(run(discrete(config), params), run(config_of(cold), params), rtol=1e-5, atol=1e-6)
@@ -218,7 +218,7 @@ def test_token_choice_of_itself_only_loses_its_capacity():
         MixingConfig("logits", layer_norm=True),
         MixingConfig(emit="softmax", controllers="common_base"),
         MixingConfig(layer_norm=True),
-        MixingConfig(learnt_temperature="per_expert"),
+        MixingConfig(learned_temperature="per_expert"),
     ],
     ids=repr,
 )
@@ -231,7 +231,7 @@ def test_a_controller_that_is_no_router_is_refused(mixing):
 
 
 def test_without_a_tpu_xla_takes_the_place_of_a_layers_kernel(monkeypatch):
-    kind = MixtureOfTokensConfig(4, 8, kernel="pallas", saved="nothing")
+    kind = MixtureOfTokensConfig(4, 8, kernel="fused_mixture", save_for_backward="nothing")
     config = Config(model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=kind))
     found, _ = enter("grouped", config, {}, 0)
     assert found.model.feed_forward == dataclasses.replace(kind, kernel="xla")

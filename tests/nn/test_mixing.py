@@ -131,13 +131,13 @@ def plainly(x, weights, w_in, w_out):
     return mixing.emit(weights, project_out(project_in(mixing.merge(weights, x), w_in), w_out))
 
 
-@pytest.mark.parametrize("saved", ["nothing", "pre_activations", "all"])
-def test_mix_through_differentiates_any_experts(saved):
+@pytest.mark.parametrize("save_for_backward", ["nothing", "pre_activations", "all"])
+def test_mix_through_differentiates_any_experts(save_for_backward):
     """Experts are any functions of any trees of parameters; the gradients are those of the plain composition."""
     w_in = {"scale": normal(3, E, D), "bias": normal(4, E, D)}
     args = (normal(0, N, G, S, D), normal(1, N, G, S, E), w_in, {"scale": normal(5, E, D)})
     dy = normal(2, N, G, S, D)
-    through = partial(mixing.mix_through, project_in, project_out, saved)
+    through = partial(mixing.mix_through, project_in, project_out, save_for_backward)
     (y, pull), (expected, expected_pull) = (jax.vjp(f, *args) for f in (through, plainly))
     chex.assert_trees_all_close((y, pull(dy)), (expected, expected_pull(dy)), rtol=1e-4, atol=1e-5)
 

@@ -38,15 +38,17 @@ ONE = (1, 1, 1, 1)
 
 
 CHOICES = {"num_kv_heads": 2, "positions": "rotary", "document_mask": True, "activation": "silu", "gated": True}
-CHOICES |= {"norm": "rms", "final_norm": True, "tied_head": True, "remat": "attention"}
+CHOICES |= {"norm": "rms", "final_norm": True, "tie_embeddings": True, "remat": "attention"}
 
 
-def config_of(shape=ONE, saved="pre_activations", shared_dim=8, group_size=2, mixing=MixingConfig(), **model) -> Config:
+def config_of(
+    shape=ONE, save_for_backward="pre_activations", shared_expert_dim=8, group_size=2, mixing=MixingConfig(), **model
+) -> Config:
     kind = MixtureOfTokensConfig(
         group_size=group_size,
         num_experts=8,
-        shared_dim=shared_dim,
-        saved=saved,
+        shared_expert_dim=shared_expert_dim,
+        save_for_backward=save_for_backward,
         mixing=mixing,
         controller_init_scale=3.0,
     )
@@ -117,8 +119,8 @@ def moved(config: Config, kind: str, backward: bool = True) -> list[int]:
 CASES = {
     "plain": {},
     "every choice": CHOICES,
-    "groups of all rows": {"group_size": 16, "saved": "all"},
-    "groups of two devices, every choice": {**CHOICES, "group_size": 4, "saved": "nothing"},
+    "groups of all rows": {"group_size": 16, "save_for_backward": "all"},
+    "groups of two devices, every choice": {**CHOICES, "group_size": 4, "save_for_backward": "nothing"},
     "within": {"group_size": 4, "objective": "masked", "mixing": MixingConfig(groups="within")},
 }
 
@@ -170,7 +172,7 @@ EXCHANGES = {
     "experts on all": (EXPERT, {}, (2, 2)),
     "data, fsdp and expert": ((2, 2, 2, 1), {}, (2, 2)),
     "every choice": ((1, 2, 2, 2), CHOICES, (2, 2)),
-    "nothing kept": (EXPERT, {"saved": "nothing", "shared_dim": 0}, (2, 2)),
+    "nothing kept": (EXPERT, {"save_for_backward": "nothing", "shared_expert_dim": 0}, (2, 2)),
     "no experts axis": (DATA, {}, (0, 0)),
     "one device": (ONE, {}, (0, 0)),
     "groups of many devices": (DATA, {"group_size": 8}, (2, 2)),
@@ -213,16 +215,16 @@ def test_fsdp_gathers_weights_alone_when_they_are_used():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", ["nothing", "pre_activations", "all"])
+@pytest.mark.parametrize("save_for_backward", ["nothing", "pre_activations", "all"])
 @pytest.mark.parametrize("moe_blocks, bodies", [("every_other", 1), ((0, 1, 3), 2)])
-def test_all_to_alls_of_deeper_models(moe_blocks, bodies, saved):
-    config = config_of((2, 1, 4, 1), saved, num_blocks=4, moe_blocks=moe_blocks)
+def test_all_to_alls_of_deeper_models(moe_blocks, bodies, save_for_backward):
+    config = config_of((2, 1, 4, 1), save_for_backward, num_blocks=4, moe_blocks=moe_blocks)
     assert len(moved(config, "all-to-all")) == 4 * bodies and not moved(config, "all-gather")
 
 
 def test_init_is_the_same_on_a_mesh():
     """Drawn in place, each device its part, parameters have the shapes and values that they have on no mesh at all."""
-    config = config_of((1, 2, 2, 2), shared_dim=0)
+    config = config_of((1, 2, 2, 2), shared_expert_dim=0)
     kind, mesh = config.model.feed_forward, mesh_for(config)
 
     def init(key):
@@ -333,7 +335,9 @@ def test_mesh_sizes(asked, sizes):
 
 
 def training(config: Config, batch_size: int, accumulation: int = 1) -> Config:
-    return dataclasses.replace(config, training=TrainingConfig(batch_size=batch_size, accumulation=accumulation))
+    return dataclasses.replace(
+        config, training=TrainingConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    )
 
 
 def routed(shape, rows: int, **fields) -> Config:
@@ -344,8 +348,8 @@ def routed(shape, rows: int, **fields) -> Config:
 
 
 def with_kernel(shape) -> Config:
-    config = config_of(shape, saved="nothing")
-    kind = dataclasses.replace(config.model.feed_forward, kernel="pallas")
+    config = config_of(shape, save_for_backward="nothing")
+    kind = dataclasses.replace(config.model.feed_forward, kernel="fused_mixture")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
 
 
@@ -379,8 +383,11 @@ FAULTS = {
     ),
     "whole experts": (
         with_kernel((2, 1, -1, 2)),
-        [f"mesh.{axis} = 2: model.feed_forward.kernel = 'pallas' takes whole experts" for axis in ("expert", "tensor")]
-        + ["model.feed_forward.kernel = 'pallas': is for TPU v5e, v5p and later, not cpu"],
+        [
+            f"mesh.{axis} = 2: model.feed_forward.kernel = 'fused_mixture' takes whole experts"
+            for axis in ("expert", "tensor")
+        ]
+        + ["model.feed_forward.kernel = 'fused_mixture': is for TPU v5e, v5p and later, not cpu"],
     ),
     "heads": (config_of((1, 1, 1, 8), d_ff=72), ["mesh.tensor = 8: must divide model.num_heads = 4; try 4"] * 1),
     "routing groups": (
@@ -388,7 +395,7 @@ FAULTS = {
         ["training.batch_size = 16: must be a multiple of 32 (group size 4 x accumulation 1 on 8 shards of the rows)"],
     ),
     "routed widths": (
-        routed((1, 1, 2, 4), 1, shared_dim=6),
+        routed((1, 1, 2, 4), 1, shared_expert_dim=6),
         ["mesh.tensor = 4: must divide model.feed_forward.expert_dim = 34", "mesh.tensor = 4: must divide model.feed_"],
     ),
     "width": (config_of((1, 3, 1, 1)), ["mesh.fsdp = 3: must divide model.d_model = 16; try 1", "training.batch_size"]),

@@ -37,11 +37,11 @@ MODEL = ModelConfig(
 FEED_FORWARDS = {
     "softmax": MIXTURE,
     "one_hot": dataclasses.replace(MIXTURE, mixing=MixingConfig(temperature=0.0)),
-    "shared": dataclasses.replace(MIXTURE, shared_dim=8, mixing=MixingConfig(temperature=0.1)),
+    "shared": dataclasses.replace(MIXTURE, shared_expert_dim=8, mixing=MixingConfig(temperature=0.1)),
 }
 DENSE = DenseConfig()
 # Every choice that is not the paper's; rows that mix with no others, and ones that see all of themselves.
-CHOICES = {"num_kv_heads": 1, "positions": "rotary", "norm": "rms", "final_norm": True, "tied_head": True}
+CHOICES = {"num_kv_heads": 1, "positions": "rotary", "norm": "rms", "final_norm": True, "tie_embeddings": True}
 CHOICES |= {"activation": "silu", "gated": True}
 DECODER = dataclasses.replace(MODEL, feed_forward=DENSE, document_mask=True, **CHOICES)
 ENCODER = dataclasses.replace(MODEL, objective="masked", **CHOICES)
@@ -328,7 +328,7 @@ SIZED = ModelConfig(
     context_length=48,
     vocab_size=60,
     moe_blocks="every_other",
-    feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_dim=16),
+    feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_expert_dim=16),
     final_norm=True,
 )
 # Name -> (shape, fan_in; 0 for what starts at 0, None for what starts at 1).

@@ -68,7 +68,7 @@ def test_a_data_parallel_step_reduces_its_gradients_once():
 
 @pytest.mark.slow
 def test_experts_cost_four_exchanges_a_layer():
-    kind = MixtureOfTokensConfig(group_size=4, num_experts=8, saved="all")
+    kind = MixtureOfTokensConfig(group_size=4, num_experts=8, save_for_backward="all")
     config = small(kind, data=2, expert=2)
     result = plan(config, "local:4")
     # Each of a chip's 16 / 4 / 4 = 1 groups sends 32 x E mixtures of 64 floats: there and back, and again backward.

@@ -19,7 +19,7 @@ from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState, abstract_state, create_state
 
-PLAIN = OptimizerConfig(warmup_steps=0, weight_decay=0.0, clip_norm=1e30, learning_rate=1.0, final_fraction=1.0)
+PLAIN = OptimizerConfig(warmup_steps=0, weight_decay=0.0, clip_norm=1e30, learning_rate=1.0, min_lr_ratio=1.0)
 NAMES = ("adamw", "adafactor", "muon")
 SHAPES = {
     "token_embedding": (9, 4),
@@ -114,12 +114,12 @@ def test_moments_dtype_is_of_the_first_moment(name):
         leaves = jax.tree.leaves(jax.eval_shape(make_optimizer(OptimizerConfig(name, **fields), 1).init, arrays(0)))
         return sorted((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
-    wide, narrow = kept(), kept(moments_dtype="bfloat16")
+    wide, narrow = kept(), kept(mu_dtype="bfloat16")
     assert sorted(shape for shape, dtype in narrow if dtype == "bfloat16") == sorted(SHAPES.values())
     assert sorted((shape, dtype.replace("bfloat16", "float32")) for shape, dtype in narrow) == wide
     params = jax.tree.map(lambda x: x.astype("bfloat16"), arrays(0))
     for moments in ("float32", "bfloat16"):  # of a pure bfloat16 model: what goes in comes out
-        optimizer = make_optimizer(OptimizerConfig(name, moments_dtype=moments), 1)
+        optimizer = make_optimizer(OptimizerConfig(name, mu_dtype=moments), 1)
         state = jax.eval_shape(optimizer.init, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(optimizer.update, params, state, params)[1], state)
 
@@ -242,9 +242,9 @@ def test_on_eight_devices_and_restored(name, tmp_path):
 @pytest.mark.slow
 def test_every_choice_at_once_learns():
     """Of the model and of the optimizer, in a few steps."""
-    kind = MixtureOfTokensConfig(group_size=2, num_experts=4, shared_dim=8)
+    kind = MixtureOfTokensConfig(group_size=2, num_experts=4, shared_expert_dim=8)
     choices = {"positions": "rotary", "document_mask": True, "activation": "silu", "gated": True, "norm": "rms"}
-    choices |= {"final_norm": True, "tied_head": True, "num_kv_heads": 1}
+    choices |= {"final_norm": True, "tie_embeddings": True, "num_kv_heads": 1}
     config = ModelConfig(2, 16, 32, 4, context_length=S, vocab_size=V, feed_forward=kind, loss_chunk=2, **choices)
     optimizer = make_optimizer(
         OptimizerConfig(
@@ -252,7 +252,7 @@ def test_every_choice_at_once_learns():
             learning_rate=0.02,
             warmup_steps=2,
             decay="matrices",
-            moments_dtype="bfloat16",
+            mu_dtype="bfloat16",
             multipliers=(("controller", 3.0),),
         ),
         30,

@@ -55,8 +55,8 @@ def batch_of(config: Config, tokens: np.ndarray, number: int = 0, mask: np.ndarr
 def place(mesh: jax.sharding.Mesh, config: Config, batch: Batch) -> Batch:
     """The whole batch, in microbatches, on the mesh."""
     t = config.training
-    rows = local_rows(mesh, t.batch_size, t.accumulation)
-    return place_microbatches(mesh, jax.tree.map(lambda x: x[rows], batch), t.batch_size, t.accumulation)
+    rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
+    return place_microbatches(mesh, jax.tree.map(lambda x: x[rows], batch), t.batch_size, t.gradient_accumulation_steps)
 
 
 def compiled_step(config: Config):
@@ -141,7 +141,7 @@ def grouped(tiny: Config) -> tuple[Config, list[dict[str, float]]]:
     plain = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, feed_forward=kind))
     model, training = (
         dataclasses.replace(plain.model, remat="blocks"),
-        dataclasses.replace(plain.training, accumulation=2),
+        dataclasses.replace(plain.training, gradient_accumulation_steps=2),
     )
     rows = run(plain)[0]
     for row in rows:  # but for the mean of the microbatches' ratios, which is not the ratio of the batch
@@ -217,7 +217,7 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
 def test_learning_rate_warms_up_and_ends_at_its_fraction(warmup):
-    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=warmup, final_fraction=0.1), 100)
+    schedule = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=warmup, min_lr_ratio=0.1), 100)
     values = [float(schedule(step)) for step in range(100)]
     assert max(values) == pytest.approx(2.0, rel=1e-2)
     assert values[-1] == pytest.approx(0.2)

@@ -171,14 +171,14 @@ def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(sour
     training = dataclasses.replace(config.training, optimizer=optimizer, seed=1)
     kind = dataclasses.replace(config.model.feed_forward, mixture=None)
     model = dataclasses.replace(config.model, final_norm=True, feed_forward=kind)
-    data = dataclasses.replace(config.data, group_size=8)
+    data = dataclasses.replace(config.data, shuffle_group_size=8)
     with pytest.raises(UserError) as error:
         transition.check_transition(dataclasses.replace(config, model=model, training=training, data=data))
     assert [fault.partition(":")[0] for fault in error.value.faults] == [
         "model.final_norm = True",
         "training.seed = 1",
         "training.optimizer.name = 'muon'",
-        "data.group_size = 8",
+        "data.shuffle_group_size = 8",
         "model.feed_forward",
     ]
     assert all(f"as in training.transition_from = {source[1]!r}" in fault for fault in error.value.faults)
@@ -221,7 +221,7 @@ def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words)
 
 @pytest.mark.slow
 def test_tuning_recovers_what_the_switch_costs(tiny, small, tmp_path, capsys):
-    """The command from end to end, on a small model that has learnt to mix; a second time it only tells."""
+    """The command from end to end, on a small model that has learned to mix; a second time it only tells."""
     small = dataclasses.replace(small, data=tiny.data)  # of documents enough to make whole groups
     optimizer = dataclasses.replace(small.training.optimizer, learning_rate=1e-2)
     often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}

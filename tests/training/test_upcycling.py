@@ -33,7 +33,7 @@ def dense_run(tiny, tmp_path_factory) -> tuple[Config, str]:
 
 def mixture(config: Config, shape: str, **changes) -> Config:
     experts, width, shared = SHAPES[shape]
-    kind = MixtureOfTokensConfig(4, experts, width, shared_dim=shared, mixing=MixingConfig("uniform"))
+    kind = MixtureOfTokensConfig(4, experts, width, shared_expert_dim=shared, mixing=MixingConfig("uniform"))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind, **changes))
 
 

@@ -23,10 +23,10 @@ class MixtureOfTokens(nnx.Module):
     """Each expert reads one mixture of the tokens that a group of sequences has at a position.
 
     Parameters: `controller` [D, E], `w_in` [E, D, F], `w_out` [E, F, D], no biases; `w_gate` [E, D, F] if `gated`;
-    `shared`, a `Dense` layer without biases, if `shared_dim` > 0. The controller's product stays in float32 (or wider).
+    `shared`, a `Dense` layer without biases, if `shared_expert_dim` > 0. The controller's product stays in float32 (or wider).
 
     Of the mixing variants: `emit_controller` and `base_controller` [D, E]; how much of the base is taken, `base_weight`
-    and `emit_base_weight`, scalars, 0.5 at first; θ of learnt temperatures, `temperature` and `emit_temperature`,
+    and `emit_base_weight`, scalars, 0.5 at first; θ of learned temperatures, `temperature` and `emit_temperature`,
     scalars or [E], 0 at first; `mixture_norm` and `output_norm` [2, D], scale and bias.
 
     Raises UserError for a `config.mixing` that means nothing.
@@ -66,15 +66,17 @@ class MixtureOfTokens(nnx.Module):
         self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
         plain = DenseConfig(bias=False)
         dense = functools.partial(Dense, config=plain, activation=activation, gated=gated, init=init, dtype=dtype)
-        self.shared = dense(d, config.shared_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_dim else None
+        self.shared = (
+            dense(d, config.shared_expert_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_expert_dim else None
+        )
 
         separate = c.controllers != "shared"
         self.emit_controller = param((d, e), fan_in, config.controller_init_scale) if separate else None
         self.base_controller = param((d, e), fan_in, config.controller_init_scale) if based else None
         self.base_weight = None if c.base_weight == "sum" else constant(0.5)
         self.emit_base_weight = constant(0.5) if c.base_weight == "two" else None
-        shape = (e,) if c.learnt_temperature == "per_expert" else ()
-        self.temperature = None if c.learnt_temperature == "none" else constant(0.0, *shape)
+        shape = (e,) if c.learned_temperature == "per_expert" else ()
+        self.temperature = None if c.learned_temperature == "none" else constant(0.0, *shape)
         self.emit_temperature = constant(0.0, *shape) if c.separate_temperatures else None
         unit = jnp.array([[1.0], [0.0]], param_dtype).repeat(d, axis=1)
         self.mixture_norm = nnx.Param(unit) if c.layer_norm else None
@@ -104,10 +106,12 @@ class MixtureOfTokens(nnx.Module):
         config, positions = self.config, axes_of(grouped)[2]
         # Other lengths, such as the one position of a step of generation, are no work for the kernel.
         if config.kernel != "xla" and grouped.shape[2] % (pallas_tpu.TILE * shards(positions)) == 0:
-            kernel = {"pallas": fused_mixture_tpu, "pallas_experts": fused_experts_tpu}[config.kernel]
+            kernel = {"fused_mixture": fused_mixture_tpu, "fused_experts": fused_experts_tpu}[config.kernel]
             return kernel.mix_through(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
-        return mixing.mix_through(project_in, project_out, config.saved, grouped, weights, w_in, w_out, emit_weights)
+        return mixing.mix_through(
+            project_in, project_out, config.save_for_backward, grouped, weights, w_in, w_out, emit_weights
+        )
 
     def experts(self) -> tuple[tuple[mixing.Project, dict], tuple[mixing.Project, dict]]:
         """The experts up to their activation, and from there on: see `mixing.mix_through`."""

@@ -20,7 +20,7 @@ class TokenChoice(nnx.Module):
     """Each token's update is the sum of its top_k experts' outputs times their probabilities, not renormalised.
 
     Parameters, those of `MixtureOfTokens`: `controller` [D, E], here the router, `w_in` [E, D, F], `w_out` [E, F, D],
-    no biases; `w_gate` [E, D, F] if `gated`; `shared`, a `Dense` layer without biases, if `shared_dim` > 0. The initial
+    no biases; `w_gate` [E, D, F] if `gated`; `shared`, a `Dense` layer without biases, if `shared_expert_dim` > 0. The initial
     fan-in of `w_out` is F, as there (the paper's token choice, where it does not begin as a MoT, has E F, which is
     `w_out_init_scale` = 1 / sqrt(E)). The router's input, logits and softmax are in float32 (or wider).
 
@@ -53,7 +53,9 @@ class TokenChoice(nnx.Module):
         self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
         plain = DenseConfig(bias=False)
         dense = functools.partial(Dense, config=plain, activation=activation, gated=gated, init=init, dtype=dtype)
-        self.shared = dense(d, config.shared_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_dim else None
+        self.shared = (
+            dense(d, config.shared_expert_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_expert_dim else None
+        )
 
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D], of whole routing groups unless there is no capacity -> update [B, S, D] in the layer's dtype.

@@ -44,7 +44,7 @@ def plan(kernel: str, e: int, t: int, d: int, f: int, dtype: str, weight_dtype: 
         if found.vmem_bytes + values <= VMEM_BYTES * 3 // 4:  # the compiler wants the rest
             return found
     words = f"{t} mixtures of d_model = {d} for each expert are too much for a core's memory"
-    raise UserError(f"kernel = 'pallas_experts': {words}; try fewer rows a device, or kernel = 'xla'")
+    raise UserError(f"kernel = 'fused_experts': {words}; try fewer rows a device, or kernel = 'xla'")
 
 
 def _plan(kernel: str, e: int, t: int, d: int, f: int, dtype, weight_dtype, gradient_dtype, width: int) -> Plan:

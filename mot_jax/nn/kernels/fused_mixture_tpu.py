@@ -42,7 +42,7 @@ def plan(kernel: str, n: int, g: int, s: int, e: int, d: int, f: int, dtype: str
     fitting = [found for found in plans if found.vmem_bytes <= VMEM_BYTES - 2**22]  # what the compiler wants for itself
     if not fitting:
         words = f"eight experts of d_model = {d} and width {f}, and {min(ROWS, s)} positions of {g} rows"
-        raise UserError(f"kernel = 'pallas': {words} are too much for a core's memory; try kernel = 'xla'")
+        raise UserError(f"kernel = 'fused_mixture': {words} are too much for a core's memory; try kernel = 'xla'")
     return min(fitting, key=lambda found: found.bytes)
 
 

@@ -97,7 +97,7 @@ def plan(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: str) -> Pla
         if s % p == 0 and found.vmem_bytes <= VMEM_BYTES // 2:  # the compiler wants the rest for products
             return found
     words = f"{e} mixtures of {g} tokens of d_model = {d}, at eight positions, are too much for a core's memory"
-    raise UserError(f"kernel = 'pallas_experts': {words}; try kernel = 'xla'")
+    raise UserError(f"kernel = 'fused_experts': {words}; try kernel = 'xla'")
 
 
 def _plan(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: Any, p: int) -> Plan:

@@ -35,7 +35,7 @@ CONTEXT = FeedForwardContext(step=jnp.asarray(STEP))
 
 def pair_of(name: str, dtype: str = "float64", **changes) -> tuple[MixtureOfTokens, Companions]:
     """The trained layer, every parameter of it drawn anew, and the one with companions, which has yet to hear them."""
-    kind = MixtureOfTokensConfig(G, E, F, mixing=VARIANTS[name], shared_dim=2 if name == "default" else 0)
+    kind = MixtureOfTokensConfig(G, E, F, mixing=VARIANTS[name], shared_expert_dim=2 if name == "default" else 0)
     alone = CompanionsConfig(**vars(kind), **({"num_positions": S} | changes))
     return filled(MixtureOfTokens, kind, name, dtype), filled(Companions, alone, name, dtype)
 

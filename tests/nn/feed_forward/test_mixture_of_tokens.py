@@ -66,8 +66,10 @@ def apply(config: MixtureOfTokensConfig, dtype: str, p: dict, mask=None):
     return layer(jnp.asarray(p["x"], dtype), FeedForwardContext(token_mask=mask))
 
 
-def config_of(mixing: MixingConfig = MixingConfig(), shared: int = 0, saved: str = "pre_activations", g: int = G):
-    return MixtureOfTokensConfig(g, E, F, shared_dim=shared, mixing=mixing, saved=saved)
+def config_of(
+    mixing: MixingConfig = MixingConfig(), shared: int = 0, save_for_backward: str = "pre_activations", g: int = G
+):
+    return MixtureOfTokensConfig(g, E, F, shared_expert_dim=shared, mixing=mixing, save_for_backward=save_for_backward)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -100,14 +102,14 @@ def test_oracle_gradients_equal_finite_differences(case):
 class LayerEqualsOracle(chex.TestCase):
     """Values and every gradient, compiled and not."""
 
-    def compare(self, case: str, saved: str, dtype: str, tolerance: float):
+    def compare(self, case: str, save_for_backward: str, dtype: str, tolerance: float):
         mixing, shared, masked = CASES[case]
         mask = mask_of(1) if masked else None
         p, dy = values(0, shared), np.random.default_rng(2).normal(size=(B, S, D))
         reference = oracle.Layer(G, mixing.merge, mixing.temperature, mask)
 
         def loss(p, mask):
-            y = apply(config_of(mixing, shared, saved), dtype, p, mask).y
+            y = apply(config_of(mixing, shared, save_for_backward), dtype, p, mask).y
             return (y * dy.astype(dtype)).sum(), y
 
         cast = {name: jnp.asarray(value, dtype) for name, value in p.items()}
@@ -118,17 +120,17 @@ class LayerEqualsOracle(chex.TestCase):
             assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
 
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(case=tuple(CASES), saved=SAVED)
-    def test_float64(self, case, saved):
+    @parameterized.product(case=tuple(CASES), save_for_backward=SAVED)
+    def test_float64(self, case, save_for_backward):
         with jax.enable_x64(True):
-            self.compare(case, saved, "float64", 1e-10)
+            self.compare(case, save_for_backward, "float64", 1e-10)
 
     @chex.variants(with_jit=True, without_jit=True)
     @parameterized.parameters(
         *[(case, "pre_activations") for case in CASES], ("tempered", "nothing"), ("tempered", "all")
     )
-    def test_float32(self, case, saved):
-        self.compare(case, saved, "float32", 1e-5)
+    def test_float32(self, case, save_for_backward):
+        self.compare(case, save_for_backward, "float32", 1e-5)
 
 
 # --- the properties of PAPER.md section 2 -----------------------------------------------------------------------------
@@ -287,19 +289,19 @@ def test_what_is_saved():
     p = {name: jnp.asarray(v, "float32") for name, v in values(0).items()}
     n, kept, flops = B // G, {}, {}
     backward = jax.jit(lambda pull, dy: pull(dy))
-    for saved in SAVED:
-        config = config_of(saved=saved)
+    for save_for_backward in SAVED:
+        config = config_of(save_for_backward=save_for_backward)
         pull = jax.vjp(lambda p, c=config: apply(c, "float32", p).y, p)[1]
         shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
-        kept[saved] = (shapes.count((E, n, S, F)), shapes.count((n, S, E, D)))
-        flops[saved] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
+        kept[save_for_backward] = (shapes.count((E, n, S, F)), shapes.count((n, S, E, D)))
+        flops[save_for_backward] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
     assert kept == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
     assert flops["nothing"] > flops["pre_activations"] > flops["all"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_parameters_and_output(dtype):
-    config = MixtureOfTokensConfig(group_size=4, num_experts=8, shared_dim=6)
+    config = MixtureOfTokensConfig(group_size=4, num_experts=8, shared_expert_dim=6)
     layer = MixtureOfTokens(5, 10, config, dtype=dtype, rngs=nnx.Rngs(params=KEY))
     shapes = {name: getattr(layer, name).shape for name in ("controller", "w_in", "w_out")}
     assert shapes == {"controller": (5, 8), "w_in": (8, 5, 2), "w_out": (8, 2, 5)}  # 8 x 2 = 4 x (10 - 6)

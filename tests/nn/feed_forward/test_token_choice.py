@@ -211,7 +211,7 @@ def test_masked_tokens_take_no_slot_and_get_nothing(seed, factor, scale):
 
 
 def test_parameters_output_losses_and_metrics():
-    config = TokenChoiceConfig(8, top_k=2, shared_dim=6, routing_group_tokens=3)
+    config = TokenChoiceConfig(8, top_k=2, shared_expert_dim=6, routing_group_tokens=3)
     layer = nnx.jit(lambda: TokenChoice(5, 10, config, dtype="bfloat16", rngs=nnx.Rngs(params=KEY)))()
     shapes = {name: getattr(layer, name).shape for name in ("controller", "w_in", "w_out")}
     assert shapes == {"controller": (5, 8), "w_in": (8, 5, 2), "w_out": (8, 2, 5)}  # 2 x 2 = 10 - 6

@@ -121,7 +121,7 @@ def test_the_content_of_masked_tokens_changes_no_bit(name):
     assert not before[0][~mask].any() and before[0][mask].any()
 
 
-# Emit that is merge, apart, over experts; learnt temperatures; within rows; without a softmax in merge.
+# Emit that is merge, apart, over experts; learned temperatures; within rows; without a softmax in merge.
 ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing"]
 ENTROPIES = ["much at once", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
@@ -211,8 +211,8 @@ def test_an_annealed_temperature_of_zero_is_the_one_hot_limit():
         chex.assert_tree_all_finite(pull(jnp.ones_like(weights)))
 
 
-def test_a_learnt_temperature_is_frozen_for_its_steps():
-    config = MixingConfig(learnt_temperature="scalar", frozen_steps=5, temperature=0.5)
+def test_a_learned_temperature_is_frozen_for_its_steps():
+    config = MixingConfig(learned_temperature="scalar", frozen_steps=5, temperature=0.5)
 
     def at(theta, step):
         return mixing.temperature(config, step, theta)

@@ -56,7 +56,7 @@ def test_values_and_gradients(width, positions, monkeypatch):
 
 
 def layer(kernel: str, **fields) -> MixtureOfTokens:
-    config = MixtureOfTokensConfig(G, E, F, saved="all", kernel=kernel)
+    config = MixtureOfTokensConfig(G, E, F, save_for_backward="all", kernel=kernel)
     return MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0), **fields)
 
 
@@ -68,7 +68,7 @@ def test_the_layer_on_a_mesh(shape, mesh_of):
     x = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D)
     mesh = mesh_of(**dict(zip(AXES, shape, strict=True)))
     found = []
-    for kernel in ("xla", "pallas_experts"):
+    for kernel in ("xla", "fused_experts"):
         graph, state = nnx.split(layer(kernel))
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
@@ -86,7 +86,7 @@ def test_the_layer_on_a_mesh(shape, mesh_of):
 def test_gradients_of_experts_that_fsdp_has_cut_are_not_rounded_to_bfloat16(mesh_of):
     mesh = mesh_of(fsdp=2)
     x = jnp.asarray(normal(5, 2 * G, S, D), "bfloat16")
-    graph, state = nnx.split(layer("pallas_experts", dtype="bfloat16"))
+    graph, state = nnx.split(layer("fused_experts", dtype="bfloat16"))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp")))
@@ -114,10 +114,10 @@ def test_a_position_sees_no_other_position_and_no_other_group():
 
 
 def test_what_the_kernels_do_not_do_is_refused():
-    with pytest.raises(UserError, match="kernel = 'pallas_experts': has experts without a gate, and gated = True"):
-        layer("pallas_experts", gated=True)
-    config = MixtureOfTokensConfig(G, E, F, kernel="pallas_experts")
-    with pytest.raises(UserError, match="saved = 'pre_activations'; try saved = 'all'"):
+    with pytest.raises(UserError, match="kernel = 'fused_experts': has experts without a gate, and gated = True"):
+        layer("fused_experts", gated=True)
+    config = MixtureOfTokensConfig(G, E, F, kernel="fused_experts")
+    with pytest.raises(UserError, match="save_for_backward = 'pre_activations'; try save_for_backward = 'all'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
         fused_experts_tpu.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32", "float32")

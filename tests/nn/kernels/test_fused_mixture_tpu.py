@@ -88,7 +88,7 @@ def test_other_activations_in_one_block(activation):
 
 def layer(kernel: str, gated: bool = False, num_experts: int = E, **mixing_fields) -> MixtureOfTokens:
     config = MixtureOfTokensConfig(
-        G, num_experts, F, saved="nothing", kernel=kernel, mixing=MixingConfig(**mixing_fields)
+        G, num_experts, F, save_for_backward="nothing", kernel=kernel, mixing=MixingConfig(**mixing_fields)
     )
     return MixtureOfTokens(D, 4 * D, config, gated=gated, rngs=nnx.Rngs(0))
 
@@ -100,7 +100,7 @@ def test_the_layer_on_a_mesh(shape, mesh_of):
     x = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D)
     found = {}
     mesh = mesh_of(**dict(zip(AXES, shape, strict=True)))
-    for kernel in ("xla", "pallas"):
+    for kernel in ("xla", "fused_mixture"):
         graph, state = nnx.split(layer(kernel))
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
             rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
@@ -110,13 +110,13 @@ def test_the_layer_on_a_mesh(shape, mesh_of):
                 return jnp.square(nnx.merge(graph, state)(x).y).sum()
 
             found[kernel] = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, jax.device_put(x, rows))
-    first, second = (jax.tree.map(np.asarray, jax.tree.leaves(found[kernel])) for kernel in ("xla", "pallas"))
+    first, second = (jax.tree.map(np.asarray, jax.tree.leaves(found[kernel])) for kernel in ("xla", "fused_mixture"))
     chex.assert_trees_all_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 def test_other_lengths_go_through_xla():
     x = normal(6, G, 1, D)
-    np.testing.assert_array_equal(layer("pallas")(x).y, layer("xla")(x).y)
+    np.testing.assert_array_equal(layer("fused_mixture")(x).y, layer("xla")(x).y)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_other_lengths_go_through_xla():
 )
 def test_what_the_kernel_does_not_do_is_refused(fields):
     [name] = fields
-    with pytest.raises(UserError, match=rf"kernel = 'pallas': .*{name} = .*; try kernel = 'xla'"):
-        layer("pallas", **fields)
+    with pytest.raises(UserError, match=rf"kernel = 'fused_mixture': .*{name} = .*; try kernel = 'xla'"):
+        layer("fused_mixture", **fields)
     layer("xla", **fields)
 
 
 def test_the_kernel_keeps_nothing():
-    config = MixtureOfTokensConfig(G, E, F, kernel="pallas")
-    with pytest.raises(UserError, match="saved = 'pre_activations'; try saved = 'nothing'"):
+    config = MixtureOfTokensConfig(G, E, F, kernel="fused_mixture")
+    with pytest.raises(UserError, match="save_for_backward = 'pre_activations'; try save_for_backward = 'nothing'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
 
 

@@ -31,7 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
             num_heads=4,
             context_length=16,
             loss_chunk=8,
-            feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_dim=8, controller_init_scale=3.0),
+            feed_forward=MixtureOfTokensConfig(
+                group_size=4, num_experts=8, shared_expert_dim=8, controller_init_scale=3.0
+            ),
         ),
         data=DataConfig(directory=str(data), validation_split="validation[:10%]", validation_windows=64),
         training=TrainingConfig(
@@ -43,6 +45,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Config:
             checkpoint_every=4,
         ),
         mesh=MeshConfig(data=1, expert=1),
-        checkpoint=CheckpointConfig(keep=2),
+        checkpoint=CheckpointConfig(max_to_keep=2),
         logging=LoggingConfig(tensorboard=True, sample_tokens=8),
     )
