@@ -134,7 +134,9 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"data.weights = {d.weights}: must be one number for each of the {len(d.corpus)} of data.corpus, or none; "
             f"try {(1,) * len(d.corpus)}"
         )
-    rows, what = max((m.group_size, "model.feed_forward.group_size"), (m.routing_rows, "the rows of a routing group"))
+    rows, what = max(
+        (m.group_size, "model.feed_forward.group_size"), (m.sequences_per_routing_group, "the rows of a routing group")
+    )
     if d.shuffle_group_size and d.shuffle_group_size % max(rows, 1):
         yield f"data.shuffle_group_size = {d.shuffle_group_size}: must be a multiple of {what} = {rows}; try {rows}"
         config = dataclasses.replace(config, data=dataclasses.replace(d, shuffle_group_size=None))
@@ -189,13 +191,13 @@ def without_kernel(kind: FeedForwardConfig) -> FeedForwardConfig:
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:
     """The combinations that mean nothing."""
-    if c.controllers != "shared" and not c.own_emit:
+    if c.controllers != "shared" and not c.emit_has_own_softmax:
         yield f"controllers = {c.controllers!r}: emit = {c.emit!r} reads none of its own; try 'shared'"
     if c.base_weight != "sum" and c.controllers != "common_base":
         yield f"base_weight = {c.base_weight!r}: needs controllers = 'common_base'; try 'sum'"
     if c.emit == "softmax" and c.controllers == "shared" and not c.separate_temperatures:
         yield "emit = 'softmax': with the controller and temperature of merge it is what merge has; try 'merge'"
-    if c.separate_temperatures and not (c.own_emit and c.learned_temperature != "none"):
+    if c.separate_temperatures and not (c.emit_has_own_softmax and c.learned_temperature != "none"):
         yield "separate_temperatures = True: emit must have a softmax of its own, and T be learned; try False"
     if not c.uses_temperature:
         words = f"neither merge = {c.merge!r} nor emit = {c.emit!r} has a softmax"
