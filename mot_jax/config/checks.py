@@ -18,6 +18,7 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
 )
 from mot_jax.config.hints import leaves, matches, type_words
+from mot_jax.config.renamed import new_value
 from mot_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def _type_faults(value: Any, path: str) -> Iterator[str]:
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         name, item = f"{path}{field.name}", getattr(value, field.name)
-        if not matches(item, hints[field.name]):
+        if value_now := new_value(name, item):
+            yield f"{name} = {item!r}: is now {value_now!r}; try {value_now!r}"
+        elif not matches(item, hints[field.name]):
             yield f"{name} = {item!r}: must be {type_words(hints[field.name])}; the default is {_default(field)}"
         elif dataclasses.is_dataclass(item):
             yield from _type_faults(item, name + ".")

@@ -19,6 +19,7 @@ from mot_jax.config import fields
 from mot_jax.config.checks import check
 from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
+from mot_jax.config.renamed import new_field
 from mot_jax.errors import UserError, error_words, nearest
 
 FORMAT_VERSION = 3
@@ -148,7 +149,9 @@ def _load_error(error: Exception) -> str:
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown:
         cls = getattr(fields, unknown[1], None)
-        if dataclasses.is_dataclass(cls):
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            if name := new_field(cls, unknown[2]):
+                return f"{unknown[1]}.{unknown[2]}: is now {unknown[1]}.{name}"
             names = [field.name for field in dataclasses.fields(cls)]
             return f"{unknown[1]} has no field '{unknown[2]}'{nearest(unknown[2], names)}"
     return text
@@ -174,7 +177,8 @@ def from_json(text: str) -> Config:
         raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json")
+        advice = "use the mot_jax that wrote the run"
+        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json; {advice}")
     config = _decode(data, Config, "")
     check(config)
     return config
@@ -197,7 +201,10 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
     names = [f.name for f in dataclasses.fields(classes[0])]
     for name in data:
         if name not in names:
-            raise UserError(f"{'.'.join(filter(None, [path, name]))}: no such field{nearest(name, names)}")
+            full_name = ".".join(filter(None, [path, name]))
+            if now := new_field(classes[0], name):
+                raise UserError(f"{full_name}: is now {full_name.removesuffix(name)}{now}")
+            raise UserError(f"{full_name}: no such field{nearest(name, names)}")
     return classes[0](**{k: _decode(v, hints[k], ".".join(filter(None, [path, k]))) for k, v in data.items()})
 
 
