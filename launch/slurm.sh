@@ -15,9 +15,10 @@
 
 set -uo pipefail
 
-config=${1:-configs/v2_medium_32e.py}
+config=${1:-configs/v2.py:medium_32e}
 shift || true
-workdir=${WORKDIR:-/SHARED/runs/$(basename "$config" .py)}
+name=$(basename "${config/.py:/_}" .py) # configs/v2.py:medium_32e -> v2_medium_32e
+workdir=${WORKDIR:-/SHARED/runs/$name}
 most_restarts=${MOST_RESTARTS:-100}
 
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \

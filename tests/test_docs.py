@@ -13,6 +13,7 @@ from flax import nnx
 
 from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli
 from mot_jax.config import Config, mixing_faults
+from mot_jax.config.files import variants_of
 from mot_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +83,9 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
         cli.main(["train", *command.split()])
     assert len(dict(started)) == len(commands)
     assert {command.split()[0] for command in commands} == {
-        str(path.relative_to(ROOT)) for version in ("v1", "v2") for path in ROOT.glob(f"configs/{version}_*.py")
+        "configs/v1.py",
+        "configs/v1.py:dense",
+        *(f"configs/v2.py:{variant}" for variant in variants_of(ROOT / "configs" / "v2.py")),
     }
 
 

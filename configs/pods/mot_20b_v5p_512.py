@@ -14,8 +14,8 @@ from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, load_confi
 
 
 def get_config() -> Config:
-    """The config of this experiment: 4 rows of 2,048 tokens a chip, so that a group of 32 rows spans 8 chips."""
-    base = load_config(Path(__file__).parents[1] / "v2_medium_32e.py")
+    """The config of this experiment: 4 sequences of 2,048 tokens a chip, so that a group of 32 spans 8 chips."""
+    base = load_config(Path(__file__).parents[1] / "v2.py:medium_32e")
     model = dataclasses.replace(
         base.model,
         feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=32, save_for_backward="all"),

@@ -1,4 +1,4 @@
-"""MoT-Base/32E of version 2 of the paper on 256 v5e chips: the paper's model, 32 rows a chip.
+"""MoT-Base/32E of version 2 of the paper on 256 v5e chips: the paper's model, 32 sequences a chip.
 
 Command:    mot train configs/pods/mot_base_32e_v5e_256.py --workdir gs://BUCKET/runs/base   (launch/: on every host)
 Parameters: 1.04 B (123.7 M active)
@@ -14,8 +14,8 @@ from mot_jax.config import Config, MeshConfig, load_config
 
 
 def get_config() -> Config:
-    """The config of this experiment: as many tokens as the paper's in a 32nd of its steps, so not its recipe."""
-    base = load_config(Path(__file__).parents[1] / "v2_base_32e.py")
+    """The config of this experiment: as many tokens as in the paper in a 32nd of its steps, so not its recipe."""
+    base = load_config(Path(__file__).parents[1] / "v2.py:base_32e")
     model = dataclasses.replace(base.model, remat="attention")
     optimizer = dataclasses.replace(base.training.optimizer, warmup_steps=500)
     training = dataclasses.replace(

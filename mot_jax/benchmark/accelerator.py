@@ -110,7 +110,7 @@ def _run(part: str, folder: Path, small: bool, deadline: float, progress: Progre
         if kernel_runs_on(by_kernel.model.feed_forward, device):
             configs = {f"{MIXTURE}, kernel {kernel}": by_kernel} | configs
         return step.bench_step(configs, rounds, progress)[0]
-    config = _SMALL if small else load_config(headline.CONFIGS / "v1_mot.py")
+    config = _SMALL if small else load_config(headline.CONFIGS / "v1.py")
     rows: list[dict[str, Any]] = []
     for batch in (1, 32):
         if time.monotonic() < deadline and not (small and rows):
@@ -130,8 +130,8 @@ def _auto(config: Config) -> Config:
 def _stepping(part: str) -> Config:
     """Whose step is timed."""
     if part == "step":
-        return load_config(headline.CONFIGS / "v1_mot.py")
-    config = load_config(headline.CONFIGS / "v2_base_32e.py")
+        return load_config(headline.CONFIGS / "v1.py")
+    config = load_config(headline.CONFIGS / "v2.py:base_32e")
     if part == "step_base_32e":
         return config
     model = dataclasses.replace(config.model, num_blocks=2, d_model=2048, d_ff=8192, num_heads=16)

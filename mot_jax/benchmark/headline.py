@@ -34,7 +34,7 @@ _CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
     """By the name of their workdir. small: a few steps of tiny models on bytes."""
-    mot = load_config(CONFIGS / "v1_mot.py")
+    mot = load_config(CONFIGS / "v1.py")
     steps = 6 if small else _STEPS
     optimizer = dataclasses.replace(mot.training.optimizer, warmup_steps=max(steps // 100, 1))
     training = dataclasses.replace(mot.training, steps=steps, optimizer=optimizer, log_every=20, validate_every=200)
@@ -52,7 +52,7 @@ def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
         logging=LoggingConfig(tensorboard=False, sample_tokens=0),
     )
     dense = dense_twin(mot)
-    rate = load_config(CONFIGS / "v1_dense.py").training.optimizer.learning_rate
+    rate = load_config(CONFIGS / "v1.py:dense").training.optimizer.learning_rate
     optimizer = dataclasses.replace(optimizer, learning_rate=rate)
     dense = dataclasses.replace(dense, training=dataclasses.replace(dense.training, optimizer=optimizer))
     return {"dense": dense, "mixture_of_tokens": mot}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mot_jax.cli.options import Parser, parse, positive, write_json
-from mot_jax.config import check, load_config
+from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime.paths import user_path
 
@@ -107,9 +107,9 @@ def _step(arguments: list[str]) -> None:
     from mot_jax.benchmark.step import COLUMNS, bench_step, dense_twin
     from mot_jax.benchmark.timing import machine
 
-    name = Path(options.config).stem
+    name = Path(default_workdir(options.config)).name
     if options.against:
-        other, twin = Path(options.against).stem, load_config(options.against)
+        other, twin = Path(default_workdir(options.against)).name, load_config(options.against)
         check(twin)
     else:
         other, twin = f"{name}, dense", dense_twin(config)

@@ -12,6 +12,7 @@ from typing import NoReturn
 import tyro
 
 from mot_jax.config import Config, check, identity_changes, leaves, load_config, type_words
+from mot_jax.config.renamed import new_flag, new_value
 from mot_jax.errors import UserError, error_words, nearest
 from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import user_path
@@ -99,6 +100,8 @@ def override(prog: str, config: Config, flags: list[str], own: list[str]) -> Con
             faults.append(f"{chunk[0]}: not understood; flags are --group.field VALUE, as --training.steps 100")
         elif name.rpartition(".no_")[1] and name.replace(".no_", ".") in names:
             pass  # tyro's way to say False
+        elif now := new_flag(config, chunk[0]):
+            faults.append(f"{chunk[0]}: is now {now}")
         elif name not in names:
             faults.append(f"{chunk[0]}: no such field{nearest(name, [*names, *(o.strip('-') for o in own)])}")
     if not faults:
@@ -112,6 +115,9 @@ def override(prog: str, config: Config, flags: list[str], own: list[str]) -> Con
                 name = chunk[0].removeprefix("--").partition("=")[0].replace("-", "_")
                 value = " ".join(chunk[1:]) or chunk[0].partition("=")[2]
                 hint = type_words(names.get(name, bool))
+                if now := new_value(name, value):
+                    faults.append(f"{name} = {value!r}: is now {now!r}")
+                    continue
                 faults.append(f"{name} = {value!r}: must be {hint}; here it is {_get(config, name)!r}")
     raise UserError(*faults)
 

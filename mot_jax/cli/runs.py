@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from pathlib import Path
 
 from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
+from mot_jax.config import default_workdir
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
 from mot_jax.runtime import distributed
@@ -22,7 +22,7 @@ def train(arguments: list[str]) -> None:
     distributed.connect(process(options, config), config.mesh)
     from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
 
-    loop.train(config, options.workdir or f"runs/{Path(options.config).stem}")
+    loop.train(config, options.workdir or default_workdir(options.config))
 
 
 def describe(arguments: list[str]) -> None:

@@ -27,7 +27,15 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
     TrainingConfig,
 )
-from mot_jax.config.files import FORMAT_VERSION, from_json, identity_changes, load_config, to_json
+from mot_jax.config.files import (
+    FORMAT_VERSION,
+    default_workdir,
+    from_json,
+    identity_changes,
+    load_config,
+    select,
+    to_json,
+)
 from mot_jax.config.hints import leaves, type_words
 
 __all__ = [
@@ -50,6 +58,7 @@ __all__ = [
     "TrainingConfig",
     "attention_fault",
     "check",
+    "default_workdir",
     "from_json",
     "identity_changes",
     "kernel_faults",
@@ -58,6 +67,7 @@ __all__ = [
     "load_config",
     "mixing_faults",
     "platform_faults",
+    "select",
     "to_json",
     "type_words",
     "without_kernel",

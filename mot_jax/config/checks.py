@@ -18,6 +18,7 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
 )
 from mot_jax.config.hints import leaves, matches, type_words
+from mot_jax.config.renamed import new_value
 from mot_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def _type_faults(value: Any, path: str) -> Iterator[str]:
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         name, item = f"{path}{field.name}", getattr(value, field.name)
-        if not matches(item, hints[field.name]):
+        if value_now := new_value(name, item):
+            yield f"{name} = {item!r}: is now {value_now!r}; try {value_now!r}"
+        elif not matches(item, hints[field.name]):
             yield f"{name} = {item!r}: must be {type_words(hints[field.name])}; the default is {_default(field)}"
         elif dataclasses.is_dataclass(item):
             yield from _type_faults(item, name + ".")
@@ -134,7 +137,9 @@ def _size_faults(config: Config) -> Iterator[str]:
             f"data.weights = {d.weights}: must be one number for each of the {len(d.corpus)} of data.corpus, or none; "
             f"try {(1,) * len(d.corpus)}"
         )
-    rows, what = max((m.group_size, "model.feed_forward.group_size"), (m.routing_rows, "the rows of a routing group"))
+    rows, what = max(
+        (m.group_size, "model.feed_forward.group_size"), (m.sequences_per_routing_group, "the rows of a routing group")
+    )
     if d.shuffle_group_size and d.shuffle_group_size % max(rows, 1):
         yield f"data.shuffle_group_size = {d.shuffle_group_size}: must be a multiple of {what} = {rows}; try {rows}"
         config = dataclasses.replace(config, data=dataclasses.replace(d, shuffle_group_size=None))
@@ -189,13 +194,13 @@ def without_kernel(kind: FeedForwardConfig) -> FeedForwardConfig:
 
 def mixing_faults(c: MixingConfig) -> Iterator[str]:
     """The combinations that mean nothing."""
-    if c.controllers != "shared" and not c.own_emit:
+    if c.controllers != "shared" and not c.emit_has_own_softmax:
         yield f"controllers = {c.controllers!r}: emit = {c.emit!r} reads none of its own; try 'shared'"
     if c.base_weight != "sum" and c.controllers != "common_base":
         yield f"base_weight = {c.base_weight!r}: needs controllers = 'common_base'; try 'sum'"
     if c.emit == "softmax" and c.controllers == "shared" and not c.separate_temperatures:
         yield "emit = 'softmax': with the controller and temperature of merge it is what merge has; try 'merge'"
-    if c.separate_temperatures and not (c.own_emit and c.learned_temperature != "none"):
+    if c.separate_temperatures and not (c.emit_has_own_softmax and c.learned_temperature != "none"):
         yield "separate_temperatures = True: emit must have a softmax of its own, and T be learned; try False"
     if not c.uses_temperature:
         words = f"neither merge = {c.merge!r} nor emit = {c.emit!r} has a softmax"

@@ -1,4 +1,8 @@
-"""The fields of an experiment: frozen dataclasses, plain data. Each says whether it is part of a run's identity."""
+"""The fields of an experiment: frozen dataclasses of plain data.
+
+The docstring under each field is its text in `--help`. A field is part of a run's identity, so that a run cannot be
+resumed with another value, unless it is declared with `_free` or `_extendable`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 
 def _free(default: Any) -> Any:
-    """A field that may differ when a run is resumed: it changes no number of the training."""
+    """A field that may differ when a run is resumed, since no number of the training depends on it."""
     return dataclasses.field(default=default, metadata={"resume": "free"})
 
 
@@ -18,91 +22,97 @@ def _extendable(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MixingConfig:
-    """How the tokens of a group are mixed: every variant of the paper's code, composed (PAPER.md sections 2 and 3).
-
-    merge: the weights that tokens are averaged by: `softmax` of the logits over the group; `uniform`, 1/G, not learned;
-        `logits`, as they are.
-    emit: the weights that expert outputs are handed back by: `merge`, the same; `softmax` over the group and
-        `softmax_over_experts`, of the emit controller's logits; `ones`; `top_token`, 1 for the token with the largest
-        merge weight of each expert, 0 for the others.
-    temperature: T of softmax(logits / T); 0 is the one-hot limit: each expert takes its first arg-max token.
-    groups: `across`, G rows at one position; `within`, G neighbouring positions of one row, for masked models only.
-    controllers: `shared`, one for merge and emit; `separate`; `common_base`, separate ones to which a third is added.
-    base_weight: of the common base: `sum`, C + C_base; `one`, a C + (1 - a) C_base with one learned a; `two`, one for
-        merge and one for emit.
-    layer_norm: normalise mixtures and expert outputs.
-    annealing: T moves from `temperature` to `final_temperature` between the two `annealing_steps`.
-    learned_temperature: T is `temperature` x exp(θ), θ = 0 at first, one number a layer (`scalar`) or one per expert.
-    positive_temperature: False is the authors' first form, `temperature` x (1 + θ), which nothing keeps positive.
-    separate_temperatures: merge and emit learn one each. frozen_steps: θ stays 0 for so many steps.
-    straight_through: forward softmax(logits / T), backward as if T were 1.
-    """
+    """How the tokens of a group are mixed: all variants of the authors' code (`docs/paper.md`, sections 2 and 3)."""
 
     merge: Literal["softmax", "uniform", "logits"] = "softmax"
+    """Merge weights, which average tokens into mixtures. `softmax`: of the logits, over the group. `uniform`: 1/G, not
+    learned. `logits`: the logits themselves."""
     emit: Literal["merge", "softmax", "softmax_over_experts", "ones", "top_token"] = "merge"
+    """Emit weights, which distribute expert outputs to tokens. `merge`: the merge weights. `softmax` over the group,
+    `softmax_over_experts`: of the emit controller's logits. `ones`: 1. `top_token`: 1 for each expert's token with the
+    largest merge weight, 0 for the others."""
     temperature: float = 1.0
+    """Temperature T of softmax(logits / T). 0 is the one-hot limit: each expert takes its first arg-max token."""
     groups: Literal["across", "within"] = "across"
+    """Tokens of a group. `across`: of G sequences at one position. `within`: at G neighboring positions of one
+    sequence, for masked models only."""
     controllers: Literal["shared", "separate", "common_base"] = "shared"
+    """Controllers of merge and emit. `shared`: one for both. `separate`: one each. `common_base`: one each, to both of
+    which a third is added."""
     base_weight: Literal["sum", "one", "two"] = "sum"
+    """Weight of the common base. `sum`: C + C_base. `one`: a C + (1 - a) C_base with one learned a. `two`: the same
+    with one a for merge and one for emit."""
     layer_norm: bool = False
+    """Layer normalization of the mixtures and of the expert outputs."""
     annealing: Literal["none", "linear", "cosine"] = "none"
+    """Schedule by which T moves from `temperature` to `final_temperature`: `linear`, `cosine`, or `none` (constant)."""
     final_temperature: float = 0.0
+    """Temperature after annealing."""
     annealing_steps: tuple[int, int] = (0, 1)
+    """First and last step of annealing."""
     learned_temperature: Literal["none", "scalar", "per_expert"] = "none"
+    """Learned temperature, `temperature` x exp(θ) with θ = 0 initially. `none`: T is not learned. `scalar`: one θ per
+    layer. `per_expert`: one θ per expert."""
     positive_temperature: bool = True
+    """Keep the learned temperature positive. False: `temperature` x (1 + θ), the authors' first form, which can become
+    negative."""
     separate_temperatures: bool = False
+    """Learn one temperature for merge and one for emit."""
     frozen_steps: int = 0
+    """Number of initial steps in which θ stays 0."""
     straight_through: bool = False
+    """Straight-through estimator: softmax(logits / T) in the forward pass, with the gradient of T = 1."""
 
     @property
-    def own_emit(self) -> bool:
-        """Whether emit has a softmax of its own."""
+    def emit_has_own_softmax(self) -> bool:
+        """Whether emit has a softmax of its own, rather than the merge weights or none."""
         return self.emit in ("softmax", "softmax_over_experts")
 
     @property
     def uses_temperature(self) -> bool:
         """Whether merge or emit has a softmax."""
-        return self.merge == "softmax" or self.own_emit
+        return self.merge == "softmax" or self.emit_has_own_softmax
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig:
-    """A dense feed-forward layer of width `d_ff`; `bias`: biases on both linear maps, as in the paper's."""
+    """A dense feed-forward layer of width `d_ff`."""
 
     kind: ClassVar[str] = "dense"
     bias: bool = True
+    """Biases on both linear maps, as in the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOfTokensConfig:
-    """A Mixture-of-Tokens layer.
-
-    group_size: G, the number of sequences whose tokens at one position are mixed.
-    num_experts: E, the number of experts, and of mixtures per group and position.
-    expert_dim: F, the hidden width of an expert; None is the paper's rule E F = G (d_ff - shared_expert_dim), which costs the
-        FLOPs of the dense layer.
-    flop_matched: refuse an `expert_dim` that breaks that rule.
-    shared_expert_dim: the hidden width of a dense expert beside the mixture that sees every token; 0 for none.
-    *_init_scale: multiplies the standard deviation of the model's init for that matrix.
-    save_for_backward: what is kept from the forward to the backward pass besides the layer's input and the mixing weights:
-        `nothing`, the experts' `pre_activations`, or `all` (mixtures and expert outputs as well). What is not kept is
-        computed again.
-    kernel: what merges, runs the experts and emits: `xla`, or on TPU `fused_mixture` (`fused_mixture_tpu.py`), for small
-        experts, or `fused_experts` (`fused_experts_tpu.py`), for wide ones. Fewer bytes, for more FLOPs.
-    """
+    """A Mixture-of-Tokens layer (`docs/paper.md`, section 2)."""
 
     kind: ClassVar[str] = "mixture_of_tokens"
     group_size: int = 32
+    """Group size G: the number of sequences whose tokens at one position are mixed together."""
     num_experts: int = 32
+    """Number of experts E, and of mixtures per group and position."""
     expert_dim: int | None = None
+    """Hidden width F of an expert. None: by the paper's rule E F = G (d_ff - shared_expert_dim), which costs the FLOPs
+    of the dense layer."""
     flop_matched: bool = False
+    """Refuse an `expert_dim` that breaks this rule."""
     shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
     mixing: MixingConfig = MixingConfig()
+    """How the tokens of a group are mixed."""
     controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
     w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
     w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
     save_for_backward: Literal["nothing", "pre_activations", "all"] = _free("pre_activations")
+    """Saved for the backward pass in addition to the layer's input and the mixing weights: `nothing`, the experts'
+    `pre_activations`, or `all` (also mixtures and expert outputs). The rest is recomputed."""
     kernel: Literal["xla", "fused_mixture", "fused_experts"] = _free("xla")
+    """Implementation of merge, experts and emit. `xla`: einsums. `fused_mixture` and `fused_experts`: Pallas kernels
+    for TPU, for small and for wide experts, which move fewer bytes for more FLOPs."""
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
@@ -113,43 +123,46 @@ class MixtureOfTokensConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompanionsConfig(MixtureOfTokensConfig):
-    """A trained Mixture-of-Tokens layer whose rows share a group with G - 1 fixed sequences each, not with each other.
+    """A trained Mixture-of-Tokens layer in which each sequence shares its group with G - 1 fixed reference sequences.
 
-    An inference mode makes it; it is not for training, and of no run. What the others of a group say at a position is
-    worked out once (`feed_forward.companions`).
-
-    num_positions: for how many positions that is kept: the context length; or 1, which stands for all positions.
-    experts_per_token: how many experts a token runs, those that it weighs most; None: all.
+    Only an inference mode builds it; it cannot be trained. The contribution of the reference sequences at each position
+    is computed once (`feed_forward.companions`).
     """
 
     kind: ClassVar[str] = "companions"
     num_positions: int = 1
+    """Number of positions for which that contribution is stored: the context length, or 1 for all positions alike."""
     experts_per_token: int | None = None
+    """Number of experts that a token runs, those with its largest weights. None: all experts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenChoiceConfig:
-    """A sparse mixture of experts: each token goes to the `top_k` experts that the controller finds likeliest.
-
-    num_experts: E. expert_dim: F, the hidden width of an expert; None is the rule top_k F = d_ff - shared_expert_dim, which
-        costs the FLOPs of the dense layer. shared_expert_dim: as in MixtureOfTokensConfig, and so the init scales.
-    capacity_factor: an expert takes at most so many times its even share of a routing group; None: whatever comes.
-    routing_group_tokens: neighbouring tokens, row after row, within which capacity is shared and balance measured, so
-        that both are the same on every mesh. Divides the context length, or is a multiple of it: whole rows.
-    mixture: the Mixture-of-Tokens layer that these weights were trained as, if they were.
-    """
+    """A token-choice (top-k routed) mixture of experts (`docs/paper.md`, section 4)."""
 
     kind: ClassVar[str] = "token_choice"
     num_experts: int = 32
+    """Number of experts E."""
     expert_dim: int | None = None
+    """Hidden width F of an expert. None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the
+    dense layer."""
     top_k: int = 1
+    """Number of experts per token, those with its largest logits."""
     shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
     capacity_factor: float | None = 1.25
+    """Capacity of an expert, as a multiple of its even share of a routing group. None: unlimited."""
     routing_group_tokens: int = 256
+    """Number of consecutive tokens, sequence after sequence, that share capacity and over which balance is measured, so
+    that both are the same on every mesh. Divides the context length, or is a multiple of it (whole sequences)."""
     controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
     w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
     w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
     mixture: MixtureOfTokensConfig | None = _free(None)
+    """Mixture-of-Tokens layer as which these weights were trained. None: they were not."""
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
@@ -161,68 +174,83 @@ FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Every matrix starts with standard deviation sqrt(scale / fan_in) (PAPER.md section 5).
-
-    fan_in is 1 for the embeddings. `cut`: a truncated normal's absolute bound; None means two standard deviations.
-    """
+    """Initial values of the matrices, with standard deviation sqrt(scale / fan_in) (`docs/paper.md`, section 5)."""
 
     distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
+    """Distribution: `truncated_normal` (bounded by `cut`), `normal` or `uniform`, with mean 0."""
     scale: float = 0.1
+    """Variance times fan_in, where fan_in is the number of inputs of the matrix, and 1 for the embeddings."""
     cut: float | None = 0.2
+    """Absolute bound of the truncated normal. None: two standard deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm transformer; the defaults are the paper's.
-
-    objective: `causal`, a decoder that predicts the next token; `masked`, a bidirectional encoder that predicts the
-        tokens that were masked out.
-    num_kv_heads: heads of keys and values, each shared by num_heads / num_kv_heads queries; None is num_heads.
-    attention_bias: biases on attention's linear maps, which the paper's have not, and the Hugging Face port's have.
-    positions: `learned` embeddings, or `rotary` ones in attention, with wavelengths up to 2π `rotary_base`.
-    activation, gated: of dense layer and experts alike; a gated one multiplies its activation by a second projection.
-    norm: `layer` or `rms`; final_norm: one more before the head. tie_embeddings: the head is the token embedding.
-    document_mask: attention stays within the documents of a window.
-    moe_blocks: the blocks whose feed-forward layer is `feed_forward`; all others are dense, with `dense_bias` as in
-        DenseConfig.
-    dtype: of activations and matrix products; logits, softmax, norms and loss are float32 at least.
-    attention_kernel: `xla`, whose S x S scores are in memory; `cudnn` on NVIDIA, `splash` on TPU, `auto`: what fits.
-    remat: what the backward pass computes again instead of keeping it: `attention`, its S x S scores; `blocks`, all but
-        each block's input.
-    loss_chunk: sequence positions whose logits exist at one time; divides context_length.
-    scan_layers: equal neighbouring blocks are a loop over stacked parameters, so that compile time does not grow with
-        depth. False: every block by itself, from the same initial values: a step moves far fewer bytes, and compiles
-        for longer (docs/performance.md).
-    """
+    """A pre-norm transformer. The defaults are the paper's."""
 
     num_blocks: int = 4
+    """Number of blocks, each of attention and a feed-forward layer."""
     d_model: int = 256
+    """Width of the residual stream."""
     d_ff: int = 1024
+    """Hidden width of a dense feed-forward layer; the width of experts follows from it."""
     num_heads: int = 4
+    """Number of attention heads; divides d_model."""
     num_kv_heads: int | None = None
+    """Number of key and value heads, each shared by num_heads / num_kv_heads queries. None: num_heads."""
     attention_bias: bool = False
+    """Biases on attention's linear maps. The paper's models have none, those of the Hugging Face port have them."""
     context_length: int = 256
+    """Number of tokens in a sequence."""
     vocab_size: int = 257
+    """Number of tokens in the vocabulary: at least the tokenizer's (257 for `bytes`), and one more for the masked
+    objective if the tokenizer has no mask token."""
     objective: Literal["causal", "masked"] = "causal"
+    """Training objective. `causal`: a decoder that predicts the next token. `masked`: a bidirectional encoder that
+    predicts the masked tokens."""
     positions: Literal["learned", "rotary"] = "learned"
+    """Position embeddings. `learned`: added to the token embeddings. `rotary`: applied to queries and keys."""
     rotary_base: float = 10_000.0
+    """Base of the rotary embeddings, whose wavelengths reach up to 2π times this number."""
     document_mask: bool = False
+    """Restrict attention to the document of each token."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Activation function of the dense feed-forward layers and the experts: `relu`, `gelu` or `silu`."""
     gated: bool = False
+    """Multiply the activation by a second projection of the input, as in GLU, in dense layers and experts."""
     feed_forward: FeedForwardConfig = MixtureOfTokensConfig()
+    """Feed-forward layer of the blocks in `moe_blocks`."""
     moe_blocks: Literal["all", "last_half", "every_other"] | tuple[int, ...] = "all"
+    """Blocks whose feed-forward layer is `feed_forward`; the others are dense. `all`, the `last_half`, `every_other`
+    block from the second, or their indices."""
     dense_bias: bool = True
+    """Biases on the linear maps of the dense layers outside `moe_blocks`."""
     norm: Literal["layer", "rms"] = "layer"
+    """Normalization before each sub-layer: `layer` (LayerNorm) or `rms` (RMSNorm)."""
     final_norm: bool = False
+    """One more normalization before the output head."""
     tie_embeddings: bool = False
+    """Use the token embedding as the output head."""
     norm_epsilon: float = 1e-5
+    """Constant added to the variance in normalizations."""
     init: InitConfig = InitConfig()
+    """Initial values of the matrices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of activations and matrix products. Logits, softmax, norms and the loss are in float32 at least."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the parameters."""
     attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
+    """Implementation of attention. `xla`: S x S scores in memory. `cudnn`: fused, on NVIDIA GPUs. `splash`: fused, on
+    TPUs. `auto`: the platform's fused one if it supports the shapes (splash: from 1,024 positions on), else `xla`."""
     remat: Literal["none", "attention", "blocks"] = "none"
+    """Rematerialization in the backward pass. `none`: of nothing. `attention`: of its S x S scores. `blocks`: of
+    everything but each block's input."""
     loss_chunk: int = 64
+    """Number of positions whose logits are in memory at one time; divides context_length."""
     scan_layers: bool = True
+    """Scan over equal consecutive blocks with stacked parameters, so that compile time does not grow with depth. False:
+    unrolled blocks with the same initial values; a step moves far fewer bytes and compiles for longer
+    (`docs/performance.md`)."""
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
@@ -237,15 +265,15 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """Rows that must stay together: G, or 1 for a model that mixes nothing across rows."""
+        """Number of sequences that are mixed together: G, or 1 for a model that does not mix across sequences."""
         kind = self.feed_forward
         if isinstance(kind, CompanionsConfig) or not isinstance(kind, MixtureOfTokensConfig):
             return 1
         return kind.group_size if kind.mixing.groups == "across" else 1
 
     @property
-    def routing_rows(self) -> int:
-        """Rows of a routing group; 1 where groups lie within rows, or nothing is routed."""
+    def sequences_per_routing_group(self) -> int:
+        """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
         kind = self.feed_forward
         if not isinstance(kind, TokenChoiceConfig):
             return 1
@@ -254,132 +282,150 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The text.
-
-    corpus: names of text corpora, see `mot_jax.data.corpora`; more than one are mixed.
-    weights: share of each corpus in a batch, in any unit; none given: by their sizes.
-    train_split, validation_split, text_feature: of the data sets, as TFDS names them.
-    tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
-    shuffle_group_size: rows that the shuffle gives to different documents; None is the model's group size, or the rows of its
-        routing groups. A dense twin that is to see the same batches as its MoT sets it.
-    mask_rate: of the tokens, for the masked objective.
-    directory: where prepared text is kept; None is `~/.cache/mot_jax`.
-    validation_windows: score at most that many windows of the validation split; None is all of them.
-    """
+    """The datasets and their preparation."""
 
     corpus: tuple[str, ...] = ("python_source/stdlib",)
+    """Names of text corpora, see `mot_jax.data.corpora`. More than one are mixed."""
     weights: tuple[float, ...] = ()
+    """Share of each corpus in a batch, in any unit. Empty: in proportion to their sizes."""
     train_split: str = "train"
+    """Name of the training split, as in TFDS."""
     validation_split: str = "validation"
+    """Name of the validation split, as in TFDS."""
     text_feature: str = "text"
+    """Name of the feature that holds the text, as in TFDS."""
     tokenizer: str = "bytes"
+    """Tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`."""
     shuffle_group_size: int | None = None
+    """Number of consecutive sequences that the shuffle takes from different documents. None: the model's group size, or
+    the sequences of a routing group. A dense baseline sets it to train on the same batches as its MoT model."""
     mask_rate: float = 0.15
+    """Fraction of the tokens that the masked objective masks."""
     directory: str | None = _free(None)
+    """Directory of the prepared datasets. None: `~/.cache/mot_jax`."""
     validation_windows: int | None = _free(None)
+    """Maximum number of windows (sequences) of the validation split to evaluate on. None: all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Global-norm clipping, the optimizer; linear warm-up, then a cosine to `min_lr_ratio` of the learning rate.
-
-    name: all from optax. `muon` takes the matrices of the blocks, and AdamW the rest.
-    decay: what `weight_decay` shrinks: `all` parameters, as in the paper, or the `matrices` of the blocks and the head.
-    mu_dtype: what the optimizer's first moment is kept in.
-    multipliers: (part of a parameter's name, factor of its learning rate), as ("controller", 3.0).
-    """
+    """Optimizer, gradient clipping and schedule: linear warm-up, then cosine decay of the learning rate."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """Optimizer, from Optax: `adamw`, `adafactor`, or `muon` for the matrices of the blocks with AdamW for the rest."""
     learning_rate: float = 1e-3
+    """Peak learning rate."""
     warmup_steps: int = 100
+    """Number of steps of the linear warm-up."""
     min_lr_ratio: float = 0.1
+    """Learning rate at the end of the cosine decay, as a fraction of `learning_rate`."""
     beta1: float = 0.9
+    """Decay rate of the first moment."""
     beta2: float = 0.999
+    """Decay rate of the second moment."""
     epsilon: float = 1e-8
+    """Constant added to the denominator of the update."""
     weight_decay: float = 0.1
+    """Weight decay coefficient."""
     decay: Literal["all", "matrices"] = "all"
+    """Parameters with weight decay: `all`, as in the paper, or the `matrices` of the blocks and the output head."""
     clip_norm: float = 0.5
+    """Maximum global norm of the gradient."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the first moment."""
     multipliers: tuple[tuple[str, float], ...] = ()
+    """Pairs of a part of a parameter's name and a factor on its learning rate, as ("controller", 3.0)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """What is added to the cross-entropy, each mean times its weight.
-
-    head_z: (log Z)² of the head's logits, Z being the sum of their exponentials. The others, of the layers, mean over
-    them: mixing_entropy, normalised, of the mixing weights; load_balancing of token choice, 1 where all experts are
-    alike; router_z: (log Z)² of its logits.
-    """
+    """Weights of the losses that are added to the cross-entropy. Those of layers are averaged over the layers."""
 
     mixing_entropy: float = 0.0
+    """Weight of the normalized entropy of the mixing weights."""
     head_z: float = 0.0
+    """Weight of (log Z)² of the output head, where Z is the sum of the exponentials of its logits."""
     load_balancing: float = 0.0
+    """Weight of the load-balancing loss of token choice, which is 1 if all experts are alike."""
     router_z: float = 0.0
+    """Weight of (log Z)² of the controller of token choice."""
 
     def of_layers(self) -> dict[str, float]:
-        """The weights that are not 0, by the names of the layers' losses."""
+        """The nonzero weights of the layers' losses, by name."""
         return {name: weight for name, weight in vars(self).items() if weight and name != "head_z"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The training run.
-
-    batch_size counts sequences of the whole mesh; `gradient_accumulation_steps` splits it into microbatches. upcycle_from: workdir of
-    a dense model of the same sizes, whose feed-forward layers the experts begin as. transition_from: workdir of a
-    Mixture-of-Tokens run that this one begins as, weights, optimizer and text (PAPER.md section 4); learning rate and
-    steps begin anew. transition_router: what routes at first, its `controller` or a `random` one, for comparison.
-    """
+    """The training run."""
 
     steps: int = _extendable(1000)
+    """Number of optimizer steps. A run can be resumed with more."""
     batch_size: int = 64
+    """Number of sequences in a batch, over the whole mesh."""
     gradient_accumulation_steps: int = 1
+    """Number of microbatches into which a batch is split."""
     seed: int = 0
+    """Seed of the initial values, the order of the data, and masking."""
     upcycle_from: str | None = None
+    """Workdir of a dense model of the same sizes, whose feed-forward layers initialize the experts."""
     transition_from: str | None = None
+    """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4): with its
+    weights, optimizer state and data, but from step 0 with a learning rate schedule of its own."""
     transition_router: Literal["controller", "random"] = "controller"
+    """Initial router of transition tuning: the trained `controller`, or a `random` one for comparison."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning rate schedule."""
     losses: LossWeights = LossWeights()
+    """Weights of the auxiliary losses."""
     log_every: int = _free(10)
+    """Number of steps between logged training metrics."""
     validate_every: int = _free(100)
+    """Number of steps between validations."""
     checkpoint_every: int = _free(100)
+    """Number of steps between checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one may be -1, which takes the devices that are left.
-
-    data: spreads the rows of the batch. fsdp: rows, and between the steps every weight. expert: rows, and experts.
-    tensor: heads and hidden widths.
-    wait_seconds: for which several processes wait for each other at the start. heartbeat_seconds: without a sign of
-    life, after which one counts as lost, and the others end.
-    """
+    """Sizes of the mesh axes, one of which may be -1 (all remaining devices), and time limits of its processes."""
 
     data: int = _free(-1)
+    """Devices along `data`, over which the sequences of a batch are sharded."""
     fsdp: int = _free(1)
+    """Devices along `fsdp`, over which sequences and, between steps, all parameters are sharded."""
     expert: int = _free(1)
+    """Devices along `expert`, over which sequences and experts are sharded."""
     tensor: int = _free(1)
+    """Devices along `tensor`, over which attention heads and hidden widths are sharded."""
     wait_seconds: int = _free(300)
+    """Seconds for which processes wait for each other at the start."""
     heartbeat_seconds: int = _free(30)
+    """Seconds without a heartbeat after which a process counts as lost, and the others end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`max_to_keep`: how many of the newest checkpoints stay. `preempted_exit_code`: of a run that a SIGTERM has stopped."""
+    """Checkpoints and preemption."""
 
     max_to_keep: int = _free(2)
+    """Number of the newest checkpoints that are kept."""
     preempted_exit_code: int = _free(143)
+    """Exit code of a run that ended on SIGTERM, after a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """`wandb`: log to Weights & Biases as well. `sample_tokens`: text sampled at the end of a run; 0 samples none."""
+    """Logging in addition to `metrics.jsonl`, and the sample at the end."""
 
     tensorboard: bool = _free(True)
+    """Write TensorBoard event files."""
     wandb: bool = _free(False)
+    """Log to Weights & Biases."""
     wandb_project: str = _free("mot_jax")
+    """Project on Weights & Biases."""
     sample_tokens: int = _free(200)
+    """Number of tokens to generate at the end of a run. 0: no sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,13 +433,19 @@ class Config:
     """One experiment."""
 
     model: ModelConfig = ModelConfig()
+    """The model."""
     data: DataConfig = DataConfig()
+    """The datasets."""
     training: TrainingConfig = TrainingConfig()
+    """The training run."""
     mesh: MeshConfig = MeshConfig()
+    """The mesh of devices."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints and preemption."""
     logging: LoggingConfig = LoggingConfig()
+    """Logging."""
 
     @property
     def group_size(self) -> int:
-        """Rows that the data keeps together, and gives to different documents."""
-        return self.data.shuffle_group_size or max(self.model.group_size, self.model.routing_rows)
+        """Number of consecutive sequences that come from different documents and stay in one microbatch."""
+        return self.data.shuffle_group_size or max(self.model.group_size, self.model.sequences_per_routing_group)

@@ -3,44 +3,137 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import json
 import os
 import re
 import traceback
 import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mot_jax.config import fields
 from mot_jax.config.checks import check
 from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
+from mot_jax.config.renamed import new_field
 from mot_jax.errors import UserError, error_words, nearest
 
 FORMAT_VERSION = 3
 
 
-def load_config(path: str | os.PathLike[str]) -> Config:
-    """What `get_config()` of a config file returns. Raises UserError for a file that is missing or broken."""
-    path = Path(path)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        found = [str(p) for p in sorted(folder.glob("*.py"))]
-        raise UserError(f"config = {path}: no such file{nearest(str(path), found) if found else ''}")
+def load_config(name: str | os.PathLike[str]) -> Config:
+    """Load the config of `FILE.py` or `FILE.py:VARIANT`.
+
+    The file defines `get_config() -> Config`, or `VARIANTS: dict[str, Callable[[], Config]]` and
+    `get_config(variant: str | None = None) -> Config`, see `select`.
+
+    Raises:
+        UserError: the file is missing or broken, or has no such variant.
+    """
+    path, variant = _split(name)
+    module = _load_module(path)
+    if variant is not None and not hasattr(module, "VARIANTS"):
+        raise UserError(f"config = {name}: the file has no VARIANTS; try {path}")
     try:
-        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config() if variant is None else module.get_config(variant)
+    except _VariantError as error:
+        raise UserError(f"config = {name}: {error}; try {path}:{error.nearest}") from None
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
     if not isinstance(config, Config):
-        raise UserError(f"config = {path}: get_config() must return a mot_jax Config, and returned {config!r}")
+        raise UserError(f"config = {name}: get_config() must return a mot_jax Config, and returned {config!r}")
     return config
+
+
+def select(variants: Mapping[str, Callable[[], Config]], variant: str | None, *, has_default: bool = True) -> Config:
+    """Build one of a config file's `VARIANTS`: the body of its `get_config`.
+
+    Args:
+        variants: functions that build the configs, by name.
+        variant: the name of one, or None for the first.
+        has_default: False if the variant must be named.
+
+    Raises:
+        UserError: there is no such variant, or none is named and there is no default.
+    """
+    if variant is None and has_default:
+        variant = next(iter(variants))
+    if variant is None or variant not in variants:
+        raise _VariantError(variant, list(variants))
+    return variants[variant]()
+
+
+class _VariantError(UserError):
+    """A variant that is missing or unknown; `load_config` adds the name of the file."""
+
+    def __init__(self, variant: str | None, names: list[str]):
+        rule = "a variant must be named" if variant is None else f"no variant '{variant}'"
+        super().__init__(f"{rule}; the variants are {', '.join(names)}")
+        self.nearest = difflib.get_close_matches(variant or "", names, n=1, cutoff=0)[0] if variant else names[0]
+
+
+def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]:
+    """The `VARIANTS` of a config file; empty if it has none."""
+    return dict(getattr(_load_module(Path(path)), "VARIANTS", {}))
+
+
+def default_workdir(name: str | os.PathLike[str]) -> str:
+    """The directory of a run of this config: `runs/FILE` for the default variant, else `runs/FILE_VARIANT`."""
+    path, variant = _split(name)
+    if variant is None or variant == _default_variant(_load_module(path)):
+        return f"runs/{path.stem}"
+    return f"runs/{path.stem}_{variant}"
+
+
+def _default_variant(module: ModuleType) -> str | None:
+    try:
+        module.get_config()
+    except _VariantError:
+        return None
+    return next(iter(module.VARIANTS))
+
+
+def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """The parts of `FILE.py` or `FILE.py:VARIANT`."""
+    file, separator, variant = os.fspath(name).rpartition(".py:")
+    return (Path(file + ".py"), variant) if separator else (Path(name), None)
+
+
+def _load_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"config = {path}: no such file{_instead_of(path)}")
+    try:
+        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"config = {path}: must be a Python file; try configs/demo.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config = {path}: must define get_config() -> Config")
+    return module
+
+
+def _instead_of(path: Path) -> str:
+    """Advice for a config file that is missing: a variant of that name, the nearest file, or where configs are."""
+    stem, _, variant = path.stem.partition("_")
+    other = path.with_name(f"{stem}.py")
+    if variant and other.is_file() and variant in variants_of(other):
+        return f"; did you mean '{other}:{variant}'?"
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    if files := sorted(map(str, folder.glob("*.py"))):
+        return nearest(str(path), files)
+    where = "name a file that defines get_config() -> Config, or work in a checkout of mot_jax, which has configs/"
+    return f" in {Path.cwd()}; {where}"
 
 
 def _place_of(error: Exception, path: Path) -> str:
@@ -56,11 +149,11 @@ def _load_error(error: Exception) -> str:
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown:
         cls = getattr(fields, unknown[1], None)
-        if dataclasses.is_dataclass(cls):
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            if name := new_field(cls, unknown[2]):
+                return f"{unknown[1]}.{unknown[2]}: is now {unknown[1]}.{name}"
             names = [field.name for field in dataclasses.fields(cls)]
             return f"{unknown[1]} has no field '{unknown[2]}'{nearest(unknown[2], names)}"
-    if isinstance(error, AttributeError) and "get_config" in text:
-        return "must define get_config() -> Config"
     return text
 
 
@@ -84,7 +177,8 @@ def from_json(text: str) -> Config:
         raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json")
+        advice = "use the mot_jax that wrote the run"
+        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json; {advice}")
     config = _decode(data, Config, "")
     check(config)
     return config
@@ -107,7 +201,10 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
     names = [f.name for f in dataclasses.fields(classes[0])]
     for name in data:
         if name not in names:
-            raise UserError(f"{'.'.join(filter(None, [path, name]))}: no such field{nearest(name, names)}")
+            full_name = ".".join(filter(None, [path, name]))
+            if now := new_field(classes[0], name):
+                raise UserError(f"{full_name}: is now {full_name.removesuffix(name)}{now}")
+            raise UserError(f"{full_name}: no such field{nearest(name, names)}")
     return classes[0](**{k: _decode(v, hints[k], ".".join(filter(None, [path, k]))) for k, v in data.items()})
 
 

@@ -273,7 +273,7 @@ def import_model(
     names = _names_of(found)
     if config is None:
         if names is not None:
-            raise UserError(f"--config is missing: {path} is of {names.title}; try --config configs/v2_medium_32e.py")
+            raise UserError(f"--config is missing: {path} is of {names.title}; try --config configs/v2.py:medium_32e")
         config = load_run_config(path if path.is_dir() else path.parent)
     tokenizer = open_tokenizer(config)
     kinds = parameter_kinds(config.model)

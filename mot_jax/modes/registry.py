@@ -85,7 +85,7 @@ def discrete(config: Config) -> Config:
             mixing,
             merge=merge,
             emit=emit,
-            temperature=0.0 if merge == "softmax" or mixing.own_emit else plain.temperature,
+            temperature=0.0 if merge == "softmax" or mixing.emit_has_own_softmax else plain.temperature,
             annealing=plain.annealing,
             learned_temperature=plain.learned_temperature,
             separate_temperatures=plain.separate_temperatures,

@@ -148,7 +148,7 @@ def _batch_faults(config: Config, sizes: Sizes) -> Iterator[str]:
     multiple = _model_rows(m, sizes)
     if rows % multiple:
         good = max(1, round(rows / multiple)) * multiple * t.gradient_accumulation_steps
-        group_size, over = max(m.group_size, m.routing_rows), math.prod(sizes[:3])
+        group_size, over = max(m.group_size, m.sequences_per_routing_group), math.prod(sizes[:3])
         parts = f"group size {group_size} x accumulation {t.gradient_accumulation_steps} on {over} shards of the rows"
         words = f"must be a multiple of {multiple * t.gradient_accumulation_steps} ({parts}); try {good}"
         yield f"training.batch_size = {t.batch_size}: {words}"
@@ -164,7 +164,7 @@ def rows_multiple(config: Config, mesh: Mesh) -> int:
 def _model_rows(model: ModelConfig, sizes: Sizes) -> int:
     """Mixing groups may span devices, which then exchange; a routing group is whole on one."""
     mixed = _rows_multiple(model.group_size, model.context_length, sizes)
-    return math.lcm(mixed, model.routing_rows * math.prod(sizes[:3]))
+    return math.lcm(mixed, model.sequences_per_routing_group * math.prod(sizes[:3]))
 
 
 def _rows_multiple(group_size: int, length: int, sizes: Sizes) -> int:

@@ -22,10 +22,12 @@ MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward
 CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8), mesh=MeshConfig(data=1))
 
 
-@pytest.mark.parametrize("name", ["demo", "v1", "v2_base"])
-def test_the_dense_twin_is_that_of_the_configs(name):
-    mot = {"demo": "demo", "v1": "v1_mot", "v2_base": "v2_base_32e"}[name]
-    twin, written = dense_twin(load_config(CONFIGS / f"{mot}.py")), load_config(CONFIGS / f"{name}_dense.py")
+@pytest.mark.parametrize(
+    ("mot", "dense"),
+    [("demo.py", "demo.py:dense"), ("v1.py", "v1.py:dense"), ("v2.py:base_32e", "v2.py:base_dense")],
+)
+def test_the_dense_twin_is_that_of_the_configs(mot, dense):
+    twin, written = dense_twin(load_config(CONFIGS / mot)), load_config(CONFIGS / dense)
     assert (twin.model, twin.data) == (written.model, written.data)
 
 

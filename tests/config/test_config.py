@@ -155,7 +155,7 @@ def configs(draw) -> Config:
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         loss_chunk=chunk,
     )
-    group_size = max(model.group_size, model.routing_rows)
+    group_size = max(model.group_size, model.sequences_per_routing_group)
     optimizer = OptimizerConfig(
         draw(st.sampled_from(["adamw", "adafactor", "muon"])),
         draw(positive),

@@ -1,44 +1,141 @@
-"""The configs: valid, and what their docstrings say of them."""
+"""The config files: valid, the paper's values, and documented variant by variant."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from mot_jax.config import (
+    Config,
     DenseConfig,
     InitConfig,
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
     check,
+    default_workdir,
     load_config,
 )
+from mot_jax.config.files import variants_of
 from mot_jax.cost import accounting
+from mot_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = [
+    f"{path.relative_to(CONFIGS.parent)}:{variant}".removesuffix(":None")
+    for path in sorted(CONFIGS.rglob("*.py"))
+    for variant in variants_of(path) or [None]
+]
+DEFAULTS = {"configs/demo.py:mot", "configs/v1.py:mot"}
 
 
-def words(count: int) -> str:
+def parameter_count(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda path: path.stem)
-def test_a_docstring_says_command_parameters_and_results(path):
-    text, config = path.read_text(), load_config(path)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_docstring_has_command_parameters_and_results(name):
+    config = load_config(CONFIGS.parent / name)
     check(config)
     assert config.training.checkpoint_every < config.training.steps
+    file, _, variant = name.partition(":")
+    text = (CONFIGS.parent / file).read_text()
+    if variant:
+        function = variants_of(CONFIGS.parent / file)[variant]
+        assert function.__name__ == variant and function.__doc__
+        text = re.sub("^    ", "", function.__doc__, flags=re.MULTILINE)
     total = sum(accounting.count_parameters(config.model).values())
-    assert f"Parameters: {words(total)} ({words(accounting.active_parameters(config.model))} active)" in text
-    command = "" if path.stem == "demo" else re.escape(f" {path.relative_to(CONFIGS.parent)}")
-    assert re.search(rf"^Command:    (python train\.py|mot train){command}\b", text, re.MULTILINE)
+    active = accounting.active_parameters(config.model)
+    assert f"\nParameters: {parameter_count(total)} ({parameter_count(active)} active)\n" in text
+    shown = file if name in DEFAULTS else name
+    argument = "" if shown == "configs/demo.py" else f" {re.escape(shown)}"
+    assert re.search(rf"^Command:    (python train\.py|mot train){argument}(\s|$)", text, re.MULTILINE)
     assert re.search(r"^Here:       \S", text, re.MULTILINE)
-    if path.stem.startswith("v"):
+    if file.startswith("configs/v"):
         claim = re.search(r"^The paper:  ((?:.+\n)(?: {12}.+\n)*)", text, re.MULTILINE)
-        assert claim and len(claim[1].split()) >= 8, "a sentence of what the paper says, or that it says nothing"
+        assert claim and len(claim[1].split()) >= 8, "must be a sentence about the paper's result"
 
 
-# PAPER.md section 5: millions of parameters, blocks, d_model, d_ff, heads, G, E, F, peak learning rate.
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_first_variant_is_the_default(name):
+    file = name.partition(":")[0]
+    assert load_config(CONFIGS.parent / file) == load_config(CONFIGS.parent / name)
+    assert default_workdir(file) == default_workdir(CONFIGS.parent / name) == f"runs/{Path(file).stem}"
+
+
+def test_the_default_workdir_names_file_and_variant():
+    assert default_workdir(CONFIGS / "demo.py:dense") == "runs/demo_dense"
+    assert default_workdir(CONFIGS / "v2.py:medium_dense") == "runs/v2_medium_dense"
+    assert default_workdir(CONFIGS / "pods" / "mot_medium_8gpu.py") == "runs/mot_medium_8gpu"
+    assert len({default_workdir(CONFIGS.parent / name) for name in NAMES}) == len(NAMES)
+
+
+def error_of(name: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    (line,) = error.value.faults
+    assert "\n" not in line
+    return line
+
+
+def test_a_variant_that_is_missing_or_unknown_is_one_line():
+    names = ", ".join(variants_of(CONFIGS / "v2.py"))
+    assert error_of(CONFIGS / "v2.py") == (
+        f"config = {CONFIGS}/v2.py: a variant must be named; the variants are {names}; try {CONFIGS}/v2.py:medium_dense"
+    )
+    assert error_of(CONFIGS / "v2.py:mediun_32") == (
+        f"config = {CONFIGS}/v2.py:mediun_32: no variant 'mediun_32'; the variants are {names}; "
+        f"try {CONFIGS}/v2.py:medium_32e"
+    )
+    assert error_of(CONFIGS / "demo.py:").endswith(
+        f"the variants are mot, dense, token_choice, masked; try {CONFIGS}/demo.py:mot"
+    )
+    pod = CONFIGS / "pods" / "mot_medium_8gpu.py"
+    assert error_of(f"{pod}:dense") == f"config = {pod}:dense: the file has no VARIANTS; try {pod}"
+
+
+@pytest.mark.parametrize("name", ["demo_dense", "demo_token_choice", "v1_mot", "v2_medium_32e_8"])
+def test_a_file_that_became_a_variant_names_it(name):
+    file, _, variant = name.partition("_")
+    path = CONFIGS / f"{name}.py"
+    assert error_of(path) == f"config = {path}: no such file; did you mean '{CONFIGS}/{file}.py:{variant}'?"
+
+
+def test_a_missing_file_names_the_path_and_where_configs_are(tmp_path, monkeypatch):
+    assert error_of(CONFIGS / "dmo.py").endswith(f"dmo.py: no such file; did you mean '{CONFIGS}/demo.py'?")
+    monkeypatch.chdir(tmp_path)
+    line = error_of("configs/demo.py")
+    assert line.startswith(
+        f"config = configs/demo.py: no such file in {tmp_path}; name a file that defines get_config()"
+    )
+    assert error_of(tmp_path).startswith(f"config = {tmp_path}: no such file")
+
+
+def test_a_file_outside_the_checkout_derives_from_its_neighbour(tmp_path, monkeypatch):
+    """A user's file needs no VARIANTS, and finds others relative to its own path."""
+    (tmp_path / "demo.py").write_text((CONFIGS / "demo.py").read_text())
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n"
+        "from pathlib import Path\n"
+        "from mot_jax.config import Config, load_config\n\n\n"
+        "def get_config() -> Config:\n"
+        "    demo = load_config(Path(__file__).with_name('demo.py:dense'))\n"
+        "    return dataclasses.replace(demo, training=dataclasses.replace(demo.training, seed=7))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", tmp_path / "mine.py"):
+        config: Config = load_config(name)
+        assert config.training.seed == 7 and isinstance(config.model.feed_forward, DenseConfig)
+        assert default_workdir(name) == "runs/mine"
+
+
+# --- the paper's values -----------------------------------------------------------------------------------------------
+
+# docs/paper.md section 5: millions of parameters, blocks, d_model, d_ff, heads, G, E, F, peak learning rate.
 V2 = {
     "medium_dense": (77, 8, 512, 2048, 8, None, None, None, 7e-4),
     "medium_8e": (136, 8, 512, 2048, 8, 8, 8, 2048, 7e-4),
@@ -62,12 +159,12 @@ def sizes(model: ModelConfig) -> tuple:
 
 
 def test_every_config_of_version_2_is_in_the_table():
-    assert {path.stem for path in CONFIGS.glob("v2_*.py")} == {f"v2_{name}" for name in V2}
+    assert set(variants_of(CONFIGS / "v2.py")) == set(V2)
 
 
 @pytest.mark.parametrize("name", V2)
 def test_configs_of_version_2_are_the_papers(name):
-    config = load_config(CONFIGS / f"v2_{name}.py")
+    config = load_config(CONFIGS / f"v2.py:{name}")
     (millions, *expected, rate), model, training = V2[name], config.model, config.training
     total = sum(accounting.count_parameters(model).values())
     assert total == pytest.approx(millions * 1e6, rel=0.01) and sizes(model) == tuple(expected)
@@ -98,7 +195,7 @@ def test_configs_of_version_2_are_the_papers(name):
 
 @pytest.mark.parametrize(("name", "mixture", "rate"), [("mot", (32, 512, 64), 2e-3), ("dense", (None,) * 3, 4e-3)])
 def test_configs_of_version_1_are_the_papers(name, mixture, rate):
-    config = load_config(CONFIGS / f"v1_{name}.py")
+    config = load_config(CONFIGS / f"v1.py:{name}")
     model, training = config.model, config.training
     assert sizes(model) == (4, 256, 1024, 4, *mixture) and (model.moe_blocks, model.context_length) == ("all", 256)
     assert model.init == InitConfig("uniform", scale=1.0, cut=None) and not model.final_norm  # between ±√(3 / fan_in)
@@ -108,10 +205,20 @@ def test_configs_of_version_1_are_the_papers(name, mixture, rate):
     assert optimizer.learning_rate == rate and optimizer.decay == "all"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*dense.py")), ids=lambda path: path.stem)
-def test_a_dense_twin_sees_the_batches_of_its_mixture(path):
-    names = {"demo_dense": "demo", "v1_dense": "v1_mot", "v2_medium_dense": "v2_medium_32e"}
-    names |= {"v2_base_dense": "v2_base_32e", "v2_base_masked_dense": "v2_base_masked"}
-    dense, mixture = load_config(path), load_config(CONFIGS / f"{names[path.stem]}.py")
-    assert isinstance(dense.model.feed_forward, DenseConfig) and dense.group_size == mixture.group_size
-    assert dense.training.batch_size == mixture.training.batch_size and dense.training.steps == mixture.training.steps
+BASELINES = {
+    "demo.py:dense": "demo.py:mot",
+    "v1.py:dense": "v1.py:mot",
+    "v2.py:medium_dense": "v2.py:medium_32e",
+    "v2.py:base_dense": "v2.py:base_32e",
+    "v2.py:base_masked_dense": "v2.py:base_masked",
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_dense_baseline_differs_in_its_layer_and_trains_on_the_same_batches(name):
+    dense, mixture = load_config(CONFIGS / name), load_config(CONFIGS / BASELINES[name])
+    assert isinstance(dense.model.feed_forward, DenseConfig)
+    assert dataclasses.replace(dense.model, feed_forward=mixture.model.feed_forward) == mixture.model
+    assert dense.data.shuffle_group_size == mixture.model.group_size and dense.group_size == mixture.group_size
+    for field in ("batch_size", "steps", "seed"):
+        assert getattr(dense.training, field) == getattr(mixture.training, field)

@@ -387,7 +387,7 @@ def v2_density(values: np.ndarray, fan_in: int) -> np.ndarray:
 @pytest.mark.parametrize("density", [v1_density, v2_density])
 def test_parameters_start_as_in_the_paper(density):
     """Mean, standard deviation and cut of every parameter (PAPER.md section 5)."""
-    v1 = load_config(Path(__file__).parents[2] / "configs" / "v1_mot.py")
+    v1 = load_config(Path(__file__).parents[2] / "configs" / "v1.py")
     params = initial_params(SIZED if density is v2_density else dataclasses.replace(SIZED, init=v1.model.init))
     for name, (_, fan_in) in PARAMETERS.items():
         value = np.asarray(params[name], "float64")

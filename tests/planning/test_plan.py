@@ -121,7 +121,7 @@ def test_what_the_compiler_says_of_too_large_a_program(message, needed, limit):
 def test_the_command_line(capsys, tmp_path, monkeypatch):
     def run(*flags: str) -> int:
         with pytest.raises(SystemExit) as stop:
-            main(["plan", "configs/demo_dense.py", *flags])
+            main(["plan", "configs/demo.py:dense", *flags])
         return stop.value.code
 
     assert run() == 2 and "--topology is missing; known: v4" in capsys.readouterr().err

@@ -173,7 +173,7 @@ class MixtureOfTokens(nnx.Module):
         found = {}
         if config.merge != "logits":
             found["mixing_entropy"] = mixing.normalised_entropy(weights, mask)
-        if config.own_emit:
+        if config.emit_has_own_softmax:
             assert emit_weights is not None
             axis = mixing.OVER_EXPERTS if config.emit == "softmax_over_experts" else mixing.OVER_GROUP
             found["emit_entropy"] = mixing.normalised_entropy(emit_weights, mask, axis)
