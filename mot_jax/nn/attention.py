@@ -13,7 +13,7 @@ from flax import nnx
 from mot_jax.config import ModelConfig
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels import fused_attention
-from mot_jax.nn.sharding import axes_of, product, spec
+from mot_jax.nn.sharding import axes_of, product, reshard, spec
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
             query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
         if cache is not None:
             key, value = cache.extend(key, value)
-            return self._out(jax.nn.dot_product_attention(query, key, value, mask=cache.visible), x)
+            return self._out(_dot_product_attention(query, key, value, cache.visible), x)
         if config.document_mask and segments is None:
             raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
         if train and config.objective == "causal":  # then no real token looks at one that is not
@@ -114,15 +114,32 @@ class Attention(nnx.Module):
         if segments is not None:
             same = fused_attention.same_document(segments, segments)[:, None]
             mask = same if mask is None else same & mask
-        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=causal)
+        attend: Callable[..., jax.Array] = partial(_dot_product_attention, is_causal=causal)
         if self.config.remat == "attention":  # the S x S scores are large, and cheap to compute again
             attend = jax.checkpoint(attend)
-        return attend(query, key, value, mask=mask)
+        return attend(query, key, value, mask)
 
     def _out(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """What the heads say, y [B, S, H, K], as an update that lies where x [B, S, D] does."""
         y = product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
         return y if self.out_bias is None else y + self.out_bias[...].astype(y.dtype)
+
+
+def _dot_product_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, is_causal: bool = False
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, also for a single sequence or head on a mesh.
+
+    JAX's function reshapes the queries. From JAX 0.11 on, a reshape removes the mesh axes (all of size 1) from the type
+    of a dimension of size 1, and the products require the same type of the keys, the values and the mask.
+    """
+
+    def without_single(a: jax.Array) -> jax.Array:
+        return reshard(a, *(axes if size > 1 else None for size, axes in zip(a.shape, axes_of(a), strict=True)))
+
+    query, key, value = (without_single(a) for a in (query, key, value))
+    mask = None if mask is None else without_single(mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:

@@ -311,9 +311,9 @@ def product(
 def _product(
     equation: str, out: PartitionSpec | None, dtype: Any, fenced: bool, x: jax.Array, weight: jax.Array
 ) -> jax.Array:
-    letters, of_weight, _ = _letters(equation)
+    of_x, of_weight, of_y = _letters(equation)
     weight = _gathered(weight.astype(x.dtype))
-    x = _aligned(letters, x, of_weight, weight)
+    x = _aligned(of_x, x, of_weight, weight, of_y)
     return jnp.einsum(equation, x, weight, out_sharding=out, preferred_element_type=dtype)
 
 
@@ -327,9 +327,9 @@ def _product_backward(equation, out, dtype, fenced, kept, cotangent):
     of_x, of_weight, of_y = _letters(equation)
     gathered = _gathered(weight.astype(x.dtype))
     x_spec, weight_spec = (spec(*axes_of(a)) for a in (x, weight))
-    cotangent = _aligned(of_y, cotangent, of_weight, gathered)
+    cotangent = _aligned(of_y, cotangent, of_weight, gathered, of_x)
     dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", cotangent, gathered, out_sharding=x_spec)
-    x = _aligned(of_x, x, of_weight, gathered)
+    x = _aligned(of_x, x, of_weight, gathered, of_y)
     dw = jnp.einsum(f"{of_x},{of_y}->{of_weight}", x, cotangent, out_sharding=weight_spec)
     return dx, dw.astype(weight.dtype)
 
@@ -348,11 +348,21 @@ def _gathered(weight: jax.Array) -> jax.Array:
     return reshard(weight, *(tuple(axis for axis in axes if axis != "fsdp") for axes in axes_of(weight)))
 
 
-def _aligned(letters: str, x: jax.Array, of_weight: str, weight: jax.Array) -> jax.Array:
-    """`x`, gathered along an axis of the mesh that cuts another dimension of the weight."""
-    cut = {axis: letter for letter, axes in zip(of_weight, axes_of(weight), strict=True) for axis in axes}
-    pairs = zip(letters, axes_of(x), strict=True)
-    return reshard(x, *(tuple(axis for axis in axes if cut.get(axis, letter) == letter) for letter, axes in pairs))
+def _aligned(of_x: str, x: jax.Array, of_weight: str, weight: jax.Array, of_result: str) -> jax.Array:
+    """Reshard `x` for its product with `weight`.
+
+    A mesh axis that splits a dimension of the weight splits no other dimension of x. A batch dimension of the product,
+    with a letter in all three, is split as in the weight: JAX 0.11 and later require equal partitions there.
+    """
+    of_weight_axes = dict(zip(of_weight, axes_of(weight), strict=True))
+    letter_of_axis = {axis: letter for letter, axes in of_weight_axes.items() for axis in axes}
+
+    def aligned_axes(letter: str, axes: Axes) -> Axes:
+        if letter in of_weight and letter in of_result:
+            return of_weight_axes[letter]
+        return tuple(axis for axis in axes if letter_of_axis.get(axis, letter) == letter)
+
+    return reshard(x, *map(aligned_axes, of_x, axes_of(x)))
 
 
 # --- parameters and rows ----------------------------------------------------------------------------------------------
