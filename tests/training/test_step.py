@@ -185,7 +185,10 @@ def test_the_state_is_born_sharded_with_its_optimizer(tiny, optimized):
     assert [parts for name, parts in cut.items() if "w_in" in name or "w_out" in name] == [8] * 6  # and two moments
     assert [parts for name, parts in cut.items() if "attention/" in name] == [4] * 9
     single = create_state(tiny, make_mesh(tiny, jax.devices()[:1]))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(single))
+    # From jax 0.12 on, the last bit of XLA's erf_inv on a CPU depends on the shape of a shard.
+    rtol = 0 if jax.__version_info__ < (0, 12) else 3e-7
+    equal = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=0)
+    jax.tree.map(equal, jax.device_get(state), jax.device_get(single))
     jax.tree.map(lambda a, b: None, state, abstract_state(config, mesh))
 
 
