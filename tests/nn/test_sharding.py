@@ -318,7 +318,7 @@ def test_a_wrong_sharding_is_an_error_at_trace_time():
         heads_cut = NamedSharding(mesh, PartitionSpec(None, None, None, "expert"))
         wrong = params | {name: jax.device_put(params[name], heads_cut)}
         jax.jit(partial(loss, config)).trace(params, *rows)
-        with pytest.raises(Exception, match="(consistent|the same) sharding"):  # of JAX 0.10 and 0.12
+        with pytest.raises(Exception, match=r"(consistent|the same) sharding"):  # of JAX 0.10 and 0.12
             jax.jit(partial(loss, config)).trace(wrong, *rows)
 
 
