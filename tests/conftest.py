@@ -3,11 +3,11 @@
 import math
 import os
 
-# Before JAX wakes up. Another platform named in the environment wins.
+# Set before JAX is imported. A platform that is set in the environment takes precedence.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little. Processes that they start inherit it.
+# Tests spend more time on compiling than on computing. Processes that they start inherit this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # gcsfs asks over gRPC, which our own store does not speak
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it queries over gRPC, and the tests' store has none
 
 import jax
 import pytest
@@ -20,7 +20,7 @@ from mot_jax.runtime.compilation import compile_anew_for
 pytest_plugins = ["tiny_run"]
 jax.config.update("jax_num_cpu_devices", 8)
 
-# The same examples in every run: a red test is red for everybody. Compilation makes first examples slow.
+# The same examples in every run, so that failures are reproducible. No deadline: the first example includes compiling.
 settings.register_profile(
     "mot_jax",
     deadline=None,
@@ -33,14 +33,14 @@ settings.load_profile("mot_jax")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same programs are compiled many times here: what one test compiled, another reads back."""
+def compilation_cache_directory(tmp_path_factory):
+    """Share compiled programs between tests, many of which compile the same ones."""
     directory = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent  # that of all workers
+        directory = directory.parent  # shared by all workers
     jax.config.update("jax_compilation_cache_dir", str(directory / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    # Of processes that tests start:
+    # For processes that tests start:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     yield
@@ -48,8 +48,8 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def read_back_again():
-    """A test with a mesh turns the cache off, for itself alone."""
+def restore_compilation_cache():
+    """Turn the compilation cache on again after a test with a mesh, which turns it off."""
     before = jax.config.jax_enable_compilation_cache
     yield
     if jax.config.jax_enable_compilation_cache != before:
@@ -59,7 +59,7 @@ def read_back_again():
 
 @pytest.fixture
 def optimized():
-    """Compiled as for users: for what must hold to the last bit, or nearly."""
+    """Compile with all optimizations, as for users: for tests of results to the last bit, or nearly."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -67,7 +67,7 @@ def optimized():
 
 @pytest.fixture
 def mesh_of():
-    """mesh_of(data=1, fsdp=1, expert=1, tensor=1): the Explicit mesh of that shape over the first devices."""
+    """mesh_of(data=1, fsdp=1, expert=1, tensor=1) makes the Explicit mesh of that shape over the first devices."""
 
     def make(**sizes: int) -> jax.sharding.Mesh:
         shape = [sizes.get(axis, 1) for axis in AXES]

@@ -18,7 +18,7 @@ from mot_jax.cost.accounting import active_parameters
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking
-from mot_jax.nn.transformer import Params, init_params, unstack
+from mot_jax.nn.transformer import Params, init_params, unroll
 
 _COLUMNS = 32  # that are written in one timing, at most
 
@@ -93,7 +93,7 @@ class _Run:
     """Texts of a model in the making, again and again from the same prompts."""
 
     def __init__(self, model: ModelConfig, params: Params, batch: int):
-        model, params = unstack(model, params)
+        model, params = unroll(model, params)
         length, rows = model.context_length, -(-batch // model.group_size) * model.group_size
         width = length // 2
         self.columns = min(_COLUMNS, length - width)

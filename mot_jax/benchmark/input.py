@@ -16,7 +16,7 @@ from mot_jax.data.objectives import Objective
 from mot_jax.data.order import BLOCK_GROUPS
 from mot_jax.data.pipeline import train_batches
 from mot_jax.data.text import open_text
-from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches
 
 
 def bench_input(config: Config, progress: Callable[[str], None], batches: int | None = None) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def bench_input(config: Config, progress: Callable[[str], None], batches: int | 
     t, mesh = config.training, make_mesh(config)
     tokenizer, windows, _, order, _ = open_text(config)
     count = batches or max(64, 2 * BLOCK_GROUPS * config.group_size // t.batch_size)
-    rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
+    rows = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
     found = train_batches(windows, order, Objective.of(config, tokenizer), t.batch_size, rows, 0)
     progress(f"{count} batches of {t.batch_size} x {config.model.context_length} tokens")
 

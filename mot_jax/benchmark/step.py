@@ -26,7 +26,7 @@ from mot_jax.config import Config, DenseConfig, check
 from mot_jax.cost.accounting import count_parameters, flops_per_token, peak_flops
 from mot_jax.cost.layers import optimizer_bytes
 from mot_jax.data.objectives import Batch
-from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches
 from mot_jax.runs.optimizer import make_optimizer
 from mot_jax.runs.state import TrainState, create_state
 from mot_jax.training.step import make_train_step
@@ -116,7 +116,7 @@ class _Run:
     def __init__(self, config: Config):
         t, self.mesh = config.training, make_mesh(config)
         self._state = create_state(config, self.mesh)
-        rows = len(local_rows(self.mesh, t.batch_size, t.gradient_accumulation_steps))
+        rows = len(local_sequences(self.mesh, t.batch_size, t.gradient_accumulation_steps))
         self._batch = place_microbatches(
             self.mesh, random_batch(config, rows), t.batch_size, t.gradient_accumulation_steps
         )

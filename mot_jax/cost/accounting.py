@@ -31,7 +31,7 @@ from flax import nnx
 
 from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
 from mot_jax.nn import routing
-from mot_jax.nn.transformer import Block, init_params, stack_plan
+from mot_jax.nn.transformer import Block, init_params, scan_groups
 from mot_jax.runs.optimizer import make_optimizer
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def recomputed_flops(model: ModelConfig) -> float:
     scores = 2.0 * model.context_length * d  # of one product of S x S
     if model.remat == "blocks":
         total = sum(sum(_block_flops(model, kind).values()) + fused * scores for kind in kinds)
-        for period, repeats in stack_plan(model):
+        for period, repeats in scan_groups(model):
             last = period[-1]
             width = model.d_ff if isinstance(last, DenseConfig) else last.shared_expert_dim
             width += last.num_experts if isinstance(last, MixtureOfTokensConfig) else 0
@@ -193,7 +193,7 @@ def kept_bytes(model: ModelConfig, rows: int) -> dict[str, int]:
         instead += hidden // rows if model.attention_kernel == "splash" else 0
     elif model.remat == "blocks":
         base = dataclasses.replace(base, remat="none")
-    for period, repeats in stack_plan(model):
+    for period, repeats in scan_groups(model):
         here: Counter[str] = Counter()
         for kind in period:
             traced = {"attention": _trace_kept(base, DenseConfig(), "attention")}

@@ -15,7 +15,7 @@ import numpy as np
 
 from mot_jax.config import ModelConfig
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import reshard, whole
+from mot_jax.nn.sharding import replicate, reshard
 from mot_jax.nn.transformer import Cache, Params, bind
 
 
@@ -76,7 +76,7 @@ def prefill(
     vocab_size: of the tokenizer; the model may have room for more. filtered: whether top_k or top_p leave any out.
     drawn: int32 scalar, the tokens that each row has drawn before this text was cut.
     """
-    prompts, real = whole(prompts), whole(real)
+    prompts, real = replicate(prompts), replicate(real)
     rows, length = prompts.shape
     positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     segments = jnp.cumsum(real & (prompts == end_of_text), axis=1)
@@ -124,12 +124,12 @@ def decode(
 
 def _read(config, params, step, tokens, real, positions, segments, cache: Cache, vocab_size) -> tuple[jax.Array, Cache]:
     """The next columns [B, S] of the text -> (logits [B, V] after the last one, on every device; the cache)."""
-    tokens, real, positions, segments = (reshard(a, "rows", None) for a in (tokens, real, positions, segments))
+    tokens, real, positions, segments = (reshard(a, "sequences", None) for a in (tokens, real, positions, segments))
     context = FeedForwardContext(token_mask=real, token_ids=tokens, positions=positions, step=step)
     model = bind(config, params)
     out = model(tokens, context, segments, cache)
     assert out.cache is not None
-    return whole(model.logits(whole(whole(out.hidden)[:, -1]), vocab_size)), out.cache
+    return replicate(model.logits(replicate(replicate(out.hidden)[:, -1]), vocab_size)), out.cache
 
 
 def _draw(state: Decoding, logits, sampler, end_of_text, filtered) -> Decoding:
@@ -207,9 +207,9 @@ def fill(
     step: as in `prefill`. tokens: int32 [B, S], with mask tokens in the gaps. real: bool [B, S]. segments: int32 [B,
     S], see `Transformer`.
     """
-    tokens, real = reshard(tokens, "rows", None), reshard(real, "rows", None)
-    segments = None if segments is None else reshard(segments, "rows", None)
+    tokens, real = reshard(tokens, "sequences", None), reshard(real, "sequences", None)
+    segments = None if segments is None else reshard(segments, "sequences", None)
     model = bind(config, params)
     hidden = model(tokens, FeedForwardContext(real, tokens, step=step), segments).hidden
     log_probs = jax.nn.log_softmax(model.logits(hidden, vocab_size), axis=-1)
-    return whole(jnp.argmax(log_probs, axis=-1)), whole(log_probs.max(axis=-1))
+    return replicate(jnp.argmax(log_probs, axis=-1)), replicate(log_probs.max(axis=-1))

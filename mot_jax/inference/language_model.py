@@ -21,8 +21,8 @@ from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_pad
 from mot_jax.inference.scoring import right_padded, score, windows
 from mot_jax.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
-from mot_jax.nn.sharding import rows_multiple
-from mot_jax.nn.transformer import Params, unstack
+from mot_jax.nn.sharding import batch_multiple
+from mot_jax.nn.transformer import Params, unroll
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.scores import measured
 from mot_jax.runtime.compilation import compile_anew_for
@@ -260,7 +260,7 @@ class LanguageModel:
 
     def _rows(self, texts: int) -> int:
         config = self._grouping
-        multiple = config.group_size if self.mesh is None else rows_multiple(config, self.mesh)
+        multiple = config.group_size if self.mesh is None else batch_multiple(config, self.mesh)
         return -(-texts // multiple) * multiple
 
     @property
@@ -311,7 +311,7 @@ def load(
 
     mode: a name that `modes.mode_of` knows; None is the run's own default, in which no row sees another's text. mesh:
     with our Explicit axes, to spread the parameters over; None is one device. apart: every block by itself
-    (`model.unstack`), for who writes much on a CPU. On several CPU devices JAX's compilation cache is off from here on,
+    (`model.unroll`), for who writes much on a CPU. On several CPU devices JAX's compilation cache is off from here on,
     see `compilation.compile_anew_for`. Raises UserError for what is missing or does not match.
     """
     if mesh is not None:
@@ -323,7 +323,7 @@ def load(
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
         if apart:
-            model, params = unstack(config.model, params)
+            model, params = unroll(config.model, params)
             config = dataclasses.replace(config, model=model)
     return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
 

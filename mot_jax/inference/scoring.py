@@ -13,7 +13,7 @@ import numpy as np
 
 from mot_jax.config import ModelConfig
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import reshard, whole
+from mot_jax.nn.sharding import replicate, reshard
 from mot_jax.nn.transformer import Params, bind
 
 
@@ -68,9 +68,9 @@ def score(
     real = places < lengths
     wanted = real & (places >= lengths - scored[:, None])
     segments = jnp.cumsum(real & (read == end_of_text), axis=1)
-    read, real, segments, targets = (reshard(whole(a), "rows", None) for a in (read, real, segments, targets))
+    read, real, segments, targets = (reshard(replicate(a), "sequences", None) for a in (read, real, segments, targets))
     model = bind(config, params)
-    hidden = reshard(model(read, FeedForwardContext(real, read, step=step), segments).hidden, "rows", None, None)
+    hidden = reshard(model(read, FeedForwardContext(real, read, step=step), segments).hidden, "sequences", None, None)
     size = math.gcd(config.loss_chunk, read.shape[1])  # logits exist for so many positions of each row at a time
 
     def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -80,5 +80,5 @@ def score(
         return None, (own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target)
 
     _, found = jax.lax.scan(body, None, jnp.arange(0, read.shape[1], size))
-    log_probs, likeliest = (jnp.moveaxis(whole(a), 0, 1).reshape(read.shape) for a in found)
+    log_probs, likeliest = (jnp.moveaxis(replicate(a), 0, 1).reshape(read.shape) for a in found)
     return jnp.where(wanted, log_probs, 0), ~wanted | likeliest

@@ -27,7 +27,7 @@ from mot_jax.errors import UserError, error_words
 from mot_jax.modes.recording import record
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.feed_forward.companions import summarise
-from mot_jax.nn.sharding import axis_size, parameter_spec, reshard, whole
+from mot_jax.nn.sharding import axis_size, parameter_spec, replicate, reshard
 from mot_jax.nn.transformer import Params, block_places
 from mot_jax.runtime.paths import replace_file, user_path
 
@@ -101,7 +101,7 @@ def summaries(
 def _summaries(
     model: ModelConfig, kind: CompanionsConfig, params: Params, tokens: jax.Array, segments: jax.Array, step: jax.Array
 ) -> dict[str, jax.Array]:
-    tokens, segments = (reshard(a, "rows", None) for a in (tokens, segments))
+    tokens, segments = (reshard(a, "sequences", None) for a in (tokens, segments))
     context = FeedForwardContext(token_ids=tokens, step=step)
     _, recorded = record(model, params, tokens, context, segments, summarise)
     if kind.experts_per_token is None:
@@ -110,7 +110,7 @@ def _summaries(
     stacked: dict[str, list[jax.Array]] = {}
     for name, of_block in recorded.items():
         for block, value in of_block.items():  # in the order of the blocks, and so of a stack's repeats
-            value = whole(value)[0]  # of the copies of the group
+            value = replicate(value)[0]  # of the copies of the group
             value = value if kind.num_positions > 1 else value.mean(axis=0, keepdims=True)
             stacked.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
     return {name: jnp.stack(values) for name, values in stacked.items()}

@@ -1,4 +1,4 @@
-"""Multi-head self-attention, and the keys and values that generation keeps."""
+"""Multi-head self-attention, and one layer's cache of keys and values for generation."""
 
 from __future__ import annotations
 
@@ -13,39 +13,42 @@ from flax import nnx
 from mot_jax.config import ModelConfig
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels import fused_attention
-from mot_jax.nn.sharding import axes_of, product, spec
+from mot_jax.nn.sharding import axes_of, product, reshard, spec
 
 
 @dataclasses.dataclass
 class LayerCache:
-    """One layer's keys and values of the columns so far, while its model runs on the next ones.
+    """One layer's view of the keys and values of a `Cache`, during one call of the model.
 
-    key, value: [R, B, T, H_kv, K], of all R layers of a stack, replaced by `extend`; `index` is this one's. visible:
-    bool [B, 1, S, T], what each of the S new columns may see, themselves and each other among it. column: int32
-    scalar, the first of them.
+    Attributes:
+        key, value: [R, B, T, H_kv, K], of all R layers of a scan. `extend` replaces them.
+        index: int32 scalar, the index of this layer in R.
+        attention_mask: bool [B, 1, S, T], the cached tokens that each of the S new tokens may attend to, themselves
+            among them.
+        step: int32 scalar, the decode step of the first new token.
     """
 
     key: jax.Array
     value: jax.Array
     index: jax.Array
-    visible: jax.Array
-    column: jax.Array
+    attention_mask: jax.Array
+    step: jax.Array
 
     def extend(self, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Takes those of the new columns [B, S, H_kv, K]; returns those of all columns [B, T, H_kv, K]."""
-        begin = (self.index, 0, self.column, 0, 0)
-        self.key = jax.lax.dynamic_update_slice(self.key, key[None], begin)
-        self.value = jax.lax.dynamic_update_slice(self.value, value[None], begin)
+        """Write the keys and values of the new tokens, [B, S, H_kv, K]; return all of this layer, [B, T, H_kv, K]."""
+        start = (self.index, 0, self.step, 0, 0)
+        self.key = jax.lax.dynamic_update_slice(self.key, key[None], start)
+        self.value = jax.lax.dynamic_update_slice(self.value, value[None], start)
         key, value = (jax.lax.dynamic_index_in_dim(a, self.index, keepdims=False) for a in (self.key, self.value))
         return key, value
 
 
 class Attention(nnx.Module):
-    """Scaled dot-product attention over the positions of a row: the earlier ones, or all if `masked`.
+    """Scaled dot-product attention within a sequence: causal, or bidirectional if `config.objective` is `masked`.
 
     Parameters: `query` [D, H, K], `key_value` [D, 2, H_kv, K], `out` [H, K, D], with K = D / H; with `attention_bias`
-    `query_bias` [H, K], `key_value_bias` [2, H_kv, K] and `out_bias` [D], zero at first. Of the H heads of queries,
-    each H / H_kv neighbours share keys and values.
+    also `query_bias` [H, K], `key_value_bias` [2, H_kv, K] and `out_bias` [D], initialized to zero. Each H / H_kv
+    consecutive query heads share the keys and values of one head (grouped-query attention).
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -70,12 +73,19 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """x [B, S, D] -> [B, S, D] in the layer's dtype.
+        """Attention of x [B, S, D], before the residual: [B, S, D] in `config.dtype`.
 
-        token_mask: bool [B, S]; False is not attended to. segments: int32 [B, S], which document of its row a token is
-        of; read with `document_mask` alone, which raises ValueError without. positions: int32 [B, S], None is 0 to
-        S - 1; read by rotary ones. cache: of earlier columns, extended by these; its `visible` stands for both masks.
-        train: what is not real is at the ends of rows.
+        Args:
+            x: the normalized input.
+            token_mask: bool [B, S]. Tokens with False are not attended to.
+            segments: int32 [B, S], the index of each token's document within its sequence. Used with `document_mask`.
+            positions: int32 [B, S]; None: 0 to S - 1. Used with rotary positions.
+            cache: of the decode steps before; extended by the new tokens. Its `attention_mask` replaces `token_mask`
+                and `segments`.
+            train: whether padding is only at the ends of sequences.
+
+        Raises:
+            ValueError: if `document_mask` is set and `segments` is None.
         """
         config = self.config
         x = x.astype(config.dtype)
@@ -90,11 +100,11 @@ class Attention(nnx.Module):
             query, key = (rotate(a, positions, config.rotary_base) for a in (query, key))
         if cache is not None:
             key, value = cache.extend(key, value)
-            return self._out(jax.nn.dot_product_attention(query, key, value, mask=cache.visible), x)
+            return self._out(_dot_product_attention(query, key, value, cache.attention_mask), x)
         if config.document_mask and segments is None:
             raise ValueError("document_mask = True needs segments, int32 [B, S]; segments = None")
-        if train and config.objective == "causal":  # then no real token looks at one that is not
-            token_mask = None
+        if train and config.objective == "causal":
+            token_mask = None  # Padding at the end is after all other tokens, which therefore do not attend to it.
         return self._out(self._attend(query, key, value, token_mask, segments if config.document_mask else None), x)
 
     def _attend(
@@ -105,32 +115,57 @@ class Attention(nnx.Module):
         token_mask: jax.Array | None,
         segments: jax.Array | None,
     ) -> jax.Array:
-        """[B, S, H, K], [B, S, H_kv, K] twice -> [B, S, H, K], by the kernel that does it here."""
+        """Apply the attention kernel for this config and device: query [B, S, H, K], key and value [B, S, H_kv, K] ->
+        [B, S, H, K].
+        """
         causal, kernel = self.config.objective == "causal", fused_attention.choose(self.config, query.shape[1])
         if kernel != "xla":
             fused = {"splash": fused_attention.splash, "cudnn": fused_attention.cudnn}[kernel]
             return fused(query, key, value, fused_attention.documents_of(token_mask, segments), causal)
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if segments is not None:
-            same = fused_attention.same_document(segments, segments)[:, None]
-            mask = same if mask is None else same & mask
-        attend: Callable[..., jax.Array] = partial(jax.nn.dot_product_attention, is_causal=causal)
-        if self.config.remat == "attention":  # the S x S scores are large, and cheap to compute again
+            document_mask = fused_attention.same_document(segments, segments)[:, None]
+            mask = document_mask if mask is None else document_mask & mask
+        attend: Callable[..., jax.Array] = partial(_dot_product_attention, is_causal=causal)
+        if self.config.remat == "attention":  # the S x S scores are large, and cheap to recompute
             attend = jax.checkpoint(attend)
-        return attend(query, key, value, mask=mask)
+        return attend(query, key, value, mask)
 
     def _out(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """What the heads say, y [B, S, H, K], as an update that lies where x [B, S, D] does."""
+        """The output projection of y [B, S, H, K], sharded as x [B, S, D]."""
         y = product("bshk,hkd->bsd", y, self.out[...], spec(*axes_of(x)))
         return y if self.out_bias is None else y + self.out_bias[...].astype(y.dtype)
 
 
+def _dot_product_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, is_causal: bool = False
+) -> jax.Array:
+    """`jax.nn.dot_product_attention`, also for a single sequence or head on a mesh.
+
+    That function reshapes the query. In JAX 0.12 a reshape drops the mesh axes, all of size 1, from the type of a
+    dimension of size 1, and the products require the same type of the key, the value and the mask.
+    """
+
+    def drop_axes_of_size_1_dimensions(a: jax.Array) -> jax.Array:
+        return reshard(a, *(axes if size > 1 else None for size, axes in zip(a.shape, axes_of(a), strict=True)))
+
+    query, key, value = (drop_axes_of_size_1_dimensions(a) for a in (query, key, value))
+    mask = None if mask is None else drop_axes_of_size_1_dimensions(mask)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary positions: turns the pair (x_i, x_i+K/2) of the last dimension by the angle position / base^(2i / K).
+    """Rotary position embedding: rotate each pair (x_i, x_i+K/2) by the angle position / base^(2i / K).
 
-    The product of a query and a key then knows their positions by their difference alone.
+    The product of a query and a key then depends on their positions only through the difference.
 
-    x: [B, S, H, K], K even. positions: int [S] or [B, S]. Returns x's shape and dtype; float32 or wider inside.
+    Args:
+        x: [B, S, H, K], K even.
+        positions: int [S] or [B, S].
+        base: the base of the wavelengths.
+
+    Returns:
+        Of x's shape and dtype, computed in float32 or wider.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     half = x.shape[-1] // 2

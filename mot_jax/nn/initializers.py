@@ -1,4 +1,4 @@
-"""Initial values of parameters (PAPER.md section 5)."""
+"""Initial values of parameters (`docs/paper.md`, section 5)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from mot_jax.config import InitConfig
 def draw(
     key: jax.Array, shape: tuple[int, ...], fan_in: int, init: InitConfig, dtype: str, multiplier: float = 1.0
 ) -> jax.Array:
-    """A matrix with standard deviation `multiplier` x sqrt(scale / fan_in), before any cut.
+    """Draw a matrix with standard deviation `multiplier` x sqrt(scale / fan_in), before any truncation.
 
-    Drawn in float32 (or wider), then cast to `dtype`, so that a bfloat16 model starts from the float32 one's values.
+    The values are drawn in float32 or wider, then cast to `dtype`, so that a bfloat16 model starts from the rounded
+    values of the float32 model.
     """
     std = (init.scale / fan_in) ** 0.5
     wide = jnp.promote_types(dtype, jnp.float32)

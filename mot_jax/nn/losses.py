@@ -1,4 +1,4 @@
-"""Cross-entropy without the logits of the whole batch."""
+"""Cross-entropy that never holds the logits of the whole batch in memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mot_jax.nn.sharding import axes_of, reshard, shards, spec, whole
+from mot_jax.nn.sharding import axes_of, num_shards, replicate, reshard, spec
 
 
 class LossSums(NamedTuple):
-    """Scalars, summed over targets. Only `loss` has a gradient.
+    """Sums over targets, scalars. Only `loss` has a gradient.
 
-    loss: what to minimise, nats + head_z x (log Z)^2, Z being the sum of the exponentials of a target's logits. nats:
-    -log p(target). Both in promote_types(dtype, float32). correct: int32, the targets that the model thinks likeliest.
+    Attributes:
+        loss: the objective to minimise, nats + head_z x (log Z)^2, where Z is the sum of the exponentials of a target's
+            logits. In promote_types(dtype, float32).
+        nats: -log p(target). In promote_types(dtype, float32).
+        correct: int32, the number of targets with the largest logit.
     """
 
     loss: jax.Array
@@ -34,17 +37,22 @@ def cross_entropy_sum(
     head_z: float = 0.0,
     accuracy: bool = False,
 ) -> LossSums:
-    """-log softmax(hidden @ head)[target] and more, summed over the True entries of `mask`.
+    """Sum -log softmax(hidden @ head)[target], and further statistics, over the True entries of `mask`.
 
-    A scan over chunks of positions: logits exist for B x `chunk` tokens at a time. Under differentiation the same pass
-    also makes the gradients, so that no logits are kept and none are computed twice.
+    This scans over chunks of positions, so that the logits of B x `chunk` tokens are in memory at a time. Under
+    differentiation the same scan computes the gradients, so that logits are neither saved nor recomputed.
 
     Args:
-        hidden: [B, S, D]. head: [D, V], read in hidden's dtype. targets: int32 [B, S]. mask: bool [B, S].
-        chunk: positions of a row whose logits a device holds; the largest that divides its part of S is taken.
-        head_z: weight of (log Z)^2 in the loss. accuracy: whether to count `correct`, which is 0 otherwise.
+        hidden: [B, S, D].
+        head: [D, V], cast to hidden's dtype.
+        targets: int32 [B, S].
+        mask: bool [B, S].
+        chunk: positions per chunk on one device. The largest divisor of `chunk` that also divides a device's part of S
+            is used.
+        head_z: weight of (log Z)^2 in the loss.
+        accuracy: whether to count `correct`, which is 0 otherwise.
     """
-    parts, head = _chunks(chunk, hidden, targets, mask), whole(head.astype(hidden.dtype))
+    parts, head = _chunks(chunk, hidden, targets, mask), replicate(head.astype(hidden.dtype))
 
     def body(total: LossSums, part: tuple) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, _chunk_loss(part, head, head_z, accuracy)[0]), None
@@ -53,24 +61,24 @@ def cross_entropy_sum(
 
 
 def _forward(hidden, head, targets, mask, chunk, head_z, accuracy):
-    # Each device sums its own gradient of the head over all chunks, so that they add theirs up once, after the scan,
-    # and not in every chunk.
-    parts, every = _chunks(chunk, hidden, targets, mask), whole(head.astype(hidden.dtype))
-    rows, positions, _ = axes_of(hidden)
-    shape = (shards(rows), shards(positions), *head.shape)
-    d_head = jnp.zeros(shape, _wide(hidden), out_sharding=spec(rows, positions, None, None))
+    # Each device sums its own gradient of the head over all chunks, so that devices add theirs up once, after the scan,
+    # and not once per chunk.
+    parts, replicated = _chunks(chunk, hidden, targets, mask), replicate(head.astype(hidden.dtype))
+    batch_axes, position_axes, _ = axes_of(hidden)
+    shape = (num_shards(batch_axes), num_shards(position_axes), *head.shape)
+    d_head = jnp.zeros(shape, _wide(hidden), out_sharding=spec(batch_axes, position_axes, None, None))
 
     def body(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         total, d_head = carry
-        sums, d_logits = _chunk_loss(part, every, head_z, accuracy)
+        sums, d_logits = _chunk_loss(part, replicated, head_z, accuracy)
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("nbtsv,dv->nbtsd", d_logits, every)
+        d_hidden = jnp.einsum("nbtsv,dv->nbtsd", d_logits, replicated)
         d_head += jnp.einsum("nbtsd,nbtsv->ntdv", part[0], d_logits, preferred_element_type=d_head.dtype)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_hidden
 
     (total, d_head), d_hidden = jax.lax.scan(body, (_zero(hidden), d_head), parts)
-    d_hidden = jnp.moveaxis(d_hidden, 0, 3).reshape(hidden.shape, out_sharding=spec(rows, positions, None))
-    return total, (d_hidden, _add_up(d_head, head).astype(head.dtype))
+    d_hidden = jnp.moveaxis(d_hidden, 0, 3).reshape(hidden.shape, out_sharding=spec(batch_axes, position_axes, None))
+    return total, (d_hidden, _sum_over_devices(d_head, head).astype(head.dtype))
 
 
 def _backward(chunk, head_z, accuracy, residuals, cotangents):
@@ -81,43 +89,43 @@ def _backward(chunk, head_z, accuracy, residuals, cotangents):
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
-def _add_up(parts: jax.Array, like: jax.Array) -> jax.Array:
-    """[n, t, D, V], one part from each device, -> their sum, cut as `like` is: each device adds up what it keeps."""
-    rows, positions, *_ = axes_of(parts)
-    if shards(rows + positions) == 1:
-        return reshard(parts.sum(axis=(0, 1)), *axes_of(like))
-    cut = axes_of(like)
-    others = tuple(axis for axis in rows + positions if not any(axis in axes for axes in cut))
+def _sum_over_devices(partial_sums: jax.Array, like: jax.Array) -> jax.Array:
+    """Sum [n, t, D, V], one entry per device, to [D, V] sharded as `like`: a reduce-scatter where that is sharded."""
+    batch_axes, position_axes, *_ = axes_of(partial_sums)
+    summed_axes, out_axes = batch_axes + position_axes, axes_of(like)
+    if num_shards(summed_axes) == 1:
+        return reshard(partial_sums.sum(axis=(0, 1)), *out_axes)
+    all_reduced = tuple(axis for axis in summed_axes if not any(axis in axes for axes in out_axes))
 
-    def add(part: jax.Array) -> jax.Array:
-        total = part[0, 0]
-        for dimension, axes in enumerate(cut):
-            if shards(axes) > 1:
+    def add(partial_sum: jax.Array) -> jax.Array:
+        total = partial_sum[0, 0]
+        for dimension, axes in enumerate(out_axes):
+            if num_shards(axes) > 1:
                 total = jax.lax.psum_scatter(total, axes, scatter_dimension=dimension, tiled=True)
-        return jax.lax.psum(total, others) if shards(others) > 1 else total
+        return jax.lax.psum(total, all_reduced) if num_shards(all_reduced) > 1 else total
 
-    # Unchecked: an axis of size 1 over which nothing is added up still tells its parts apart.
-    into, out = spec(rows, positions, None, None), spec(*cut)
-    return jax.shard_map(add, in_specs=into, out_specs=out, check_vma=False)(parts)
+    # The check of varying axes would refuse an axis of size 1 that nothing is summed over.
+    in_specs, out_specs = spec(batch_axes, position_axes, None, None), spec(*out_axes)
+    return jax.shard_map(add, in_specs=in_specs, out_specs=out_specs, check_vma=False)(partial_sums)
 
 
 def _chunks(chunk: int, hidden: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, S, ...] -> [chunks, n, B / n, t, chunk, ...]: n parts of the rows, t of the positions, as `hidden` is cut."""
-    rows, positions, _ = axes_of(hidden)
-    n, t = shards(rows), shards(positions)
+    """Split [B, S, ...] into [chunks, n, B / n, t, chunk, ...], n and t the numbers of `hidden`'s shards of B and S."""
+    batch_axes, position_axes, _ = axes_of(hidden)
+    n, t = num_shards(batch_axes), num_shards(position_axes)
     size = math.gcd(chunk, hidden.shape[1] // t)
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         shape = (n, x.shape[0] // n, t, x.shape[1] // (t * size), size, *x.shape[2:])
-        x = reshard(x, rows, positions, *[None] * (x.ndim - 2))
-        out = spec(rows, None, positions, *[None] * (len(shape) - 3))
-        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=out), 3, 0)
+        x = reshard(x, batch_axes, position_axes, *[None] * (x.ndim - 2))
+        out_sharding = spec(batch_axes, None, position_axes, *[None] * (len(shape) - 3))
+        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=out_sharding), 3, 0)
 
-    return tuple(cut(x) for x in (hidden, *others))
+    return tuple(split(x) for x in (hidden, *others))
 
 
 def _chunk_loss(part: tuple, head: jax.Array, head_z: float, accuracy: bool) -> tuple[LossSums, jax.Array]:
-    """(sums, gradient of the loss with respect to the logits) of one chunk."""
+    """The sums of one chunk, and the gradient of its loss with respect to the logits."""
     hidden, targets, mask = part
     logits = jnp.einsum("nbtsd,dv->nbtsv", hidden, head, preferred_element_type=_wide(hidden))
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)

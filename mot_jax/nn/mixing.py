@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mot_jax.config import MixingConfig
-from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, groups_axes, reshard, spec
+from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, reshard, spec, whole_group_axes
 
 Saved = Literal["nothing", "pre_activations", "all"]
 Project = Callable[[Any, Any], Any]
@@ -45,11 +45,11 @@ def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "
         words = f"sequence S = {length}, group size G = {group_size}"
         chex.assert_is_divisible(length, group_size, custom_message=words)
         shape = (batch * length // group_size, group_size, 1, *x.shape[2:])
-        rows = DIMENSIONS["rows"]
+        rows = DIMENSIONS["sequences"]
     else:
         chex.assert_is_divisible(batch, group_size, custom_message=f"batch B = {batch}, group size G = {group_size}")
         shape = (batch // group_size, group_size, *x.shape[1:])
-        rows, positions = groups_axes(x, group_size)
+        rows, positions = whole_group_axes(x, group_size)
     rest = [None] * (x.ndim - 2)
     x = reshard(x, rows, positions, *rest)
     return jnp.reshape(x, shape, out_sharding=spec(rows, None, positions, *rest))
@@ -64,7 +64,7 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
     rows, _, positions, *_ = axes_of(x)
     rest = [None] * (x.ndim - 3)
     x = jnp.reshape(x, shape, out_sharding=spec(rows, positions, *rest))
-    moved = tuple(axis for axis in positions if axis in DIMENSIONS["rows"])
+    moved = tuple(axis for axis in positions if axis in DIMENSIONS["sequences"])
     return reshard(x, rows + moved, tuple(axis for axis in positions if axis not in moved), *rest)
 
 

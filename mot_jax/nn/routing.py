@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mot_jax.nn.sharding import axes_of, axis_size, reshard, shards, spec
+from mot_jax.nn.sharding import axes_of, axis_size, num_shards, reshard, spec
 
 Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or None) -> what a hidden layer hands on
 
@@ -36,12 +36,12 @@ def group(x: jax.Array, tokens: int) -> jax.Array:
     """
     batch, length, *rest = x.shape
     chex.assert_scalar_positive(tokens)
-    if (length % tokens and tokens % length) or batch * length % (tokens * shards(axes_of(x)[0])):
+    if (length % tokens and tokens % length) or batch * length % (tokens * num_shards(axes_of(x)[0])):
         raise AssertionError(
-            f"batch B = {batch}, sequence S = {length} on {shards(axes_of(x)[0])} shards of the rows: each must hold "
-            f"whole routing groups of {tokens} tokens, which divide S or are a multiple of it"
+            f"batch B = {batch}, sequence S = {length} on {num_shards(axes_of(x)[0])} shards of the rows: each must "
+            f"hold whole routing groups of {tokens} tokens, which divide S or are a multiple of it"
         )
-    x = reshard(x, "rows", *[None] * (x.ndim - 1))
+    x = reshard(x, "sequences", *[None] * (x.ndim - 1))
     return jnp.reshape(x, (batch * length // tokens, tokens, *rest), out_sharding=spec(*axes_of(x)))
 
 
@@ -311,7 +311,7 @@ def sum_experts(
 
     inputs [B, S, k or 1, D], experts int32 [B, S, k], weights [B, S, k], the others as in `apply_experts`.
     """
-    rows, hidden, ring = spec("rows"), spec("hidden"), axis_size("expert")
+    rows, hidden, ring = spec("sequences"), spec("hidden"), axis_size("expert")
 
     def here(inputs: jax.Array, experts: jax.Array, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
         tokens, chosen = (a.reshape(-1, *a.shape[2:]) for a in (inputs, experts))
@@ -337,7 +337,7 @@ def sum_experts(
             return here(inputs, experts, weights, params)
         params = {name: reshard(w, *_WEIGHTS[name]) for name, w in params.items()}
         places = {name: spec(*_WEIGHTS[name]) for name in params}
-        inputs, experts, weights = (reshard(a, "rows", *[None] * (a.ndim - 1)) for a in (inputs, experts, weights))
+        inputs, experts, weights = (reshard(a, "sequences", *[None] * (a.ndim - 1)) for a in (inputs, experts, weights))
         run = jax.shard_map(on_device, in_specs=(rows, rows, rows, places), out_specs=rows)
         return run(inputs, experts, weights, params)
 

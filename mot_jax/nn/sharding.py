@@ -1,12 +1,20 @@
-"""The mesh, the one table from dimension and parameter names to mesh axes, and products with weights that lie in parts.
+"""Sharding: one table from the dimensions of arrays to mesh axes, the mesh, and products with sharded weights.
 
-All axes are Explicit: an array's sharding is part of its type, and a wrong one is an error at trace time. Without a
-mesh (`jax.set_mesh`) every function here is a no-op, so that the layers also run as they are in anybody's model.
+A mesh has four axes. An array's dimension is sharded over
 
-    data     rows of the batch, nothing else; over several slices, the outermost axis, on the slow network
-    fsdp     rows of the batch; between the steps, weights and the optimizer's state, too
-    expert   rows of the batch, and experts
-    tensor   heads and hidden widths; between the sub-layers, positions
+    data     for the sequences of a batch only. On several TPU slices it is the outermost axis, over the slow network.
+    fsdp     for the sequences of a batch, and for `d_model` of the parameters and of the optimizer state. Each product
+             gathers the weight that it uses.
+    expert   for the sequences of a batch, and for the experts of the experts' weights.
+    tensor   for attention heads, and for the hidden widths of feed-forward layers and experts. Between the sub-layers,
+             where activations have neither, for the positions of a sequence. Together with `fsdp`, for `d_model` of
+             the embeddings and of the head.
+
+`DIMENSIONS` and `PARAMETERS` are this table in code; no other module names the axes of an array.
+
+All axes are Explicit: the sharding of an array is part of its type, and an inconsistent one is an error at trace time.
+Where no mesh is set (`jax.set_mesh`), the functions that reshard are no-ops, so that the layers also run in other
+models.
 """
 
 from __future__ import annotations
@@ -29,24 +37,27 @@ from mot_jax.runtime.compilation import compile_anew_for
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
-Axes = tuple[str, ...]  # of the mesh, over which one dimension of an array is spread, the outermost first
-Sizes = tuple[int, int, int, int]  # of the mesh's axes
+Axes = tuple[str, ...]  # the mesh axes that one dimension of an array is sharded over, outermost first
+Sizes = tuple[int, int, int, int]  # of the mesh axes, in the order of AXES
 
 DIMENSIONS: dict[str, Axes] = {
-    "rows": ("data", "fsdp", "expert"),
+    # Of activations:
+    "sequences": ("data", "fsdp", "expert"),
     "positions": ("tensor",),
+    # Of activations and parameters:
     "experts": ("expert",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
-    # Of parameters alone: d_model of matrices, and of what every device needs whole.
+    # Of parameters only, d_model: of the matrices of a block, and of the embeddings and the head.
     "features": ("fsdp",),
-    "table": ("fsdp", "tensor"),
+    "embedding": ("fsdp", "tensor"),
 }
-# By the last part of a parameter's name, the dimensions that come after a stack's leading ones. All else is replicated.
+# The dimensions of a parameter, by the last part of its name. A block's parameters have the leading dimension of the
+# scan before these, which is not sharded. Parameters without an entry are replicated.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
-    "token_embedding": (None, "table"),
-    "position_embedding": (None, "table"),
-    "head": ("table", None),
+    "token_embedding": (None, "embedding"),
+    "position_embedding": (None, "embedding"),
+    "head": ("embedding", None),
     "query": ("features", "heads", None),
     "key_value": ("features", None, "heads", None),
     "out": ("heads", None, "features"),
@@ -72,24 +83,32 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, trains: bool = True) -> Mesh:
-    """The Explicit mesh of `config.mesh` over `devices` (default: all), along the machine's own network.
+    """Build the Explicit mesh of `config.mesh`, laid out along the physical network of the devices.
 
-    Raises UserError if the axes do not multiply to the number of devices, if what they are to divide (experts, heads,
-    widths; the batch of a config that `trains`) does not divide, or if they cut what a kernel takes whole.
-    On several CPU devices JAX's compilation cache is off from here on, see `compilation.compile_anew_for`.
+    On several CPU devices this turns JAX's compilation cache off for the rest of the process, see
+    `compilation.compile_anew_for`.
+
+    Args:
+        config: its `mesh` has the sizes of the axes.
+        devices: all of JAX's by default.
+        trains: whether the mesh must also suit the batch size of training and the kernels that training uses.
+
+    Raises:
+        UserError: if the sizes do not multiply to the number of devices; if an axis does not divide a dimension that it
+            shards (experts, heads, widths, sequences); or if it shards experts that a kernel needs unsharded.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _sizes(config.mesh, len(devices))
+    sizes = _axis_sizes(config.mesh, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
     faults += platform_faults(config, devices[0]) if trains else ()
     if faults:
         raise UserError(*faults)
-    asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
+    requested = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
     used = math.prod(sizes)
     if used < len(devices) and len({(d.process_index, getattr(d, "slice_index", 0)) for d in devices}) > 1:
-        raise UserError(f"{asked}: leaves {len(devices) - used} of {len(devices)} devices idle; try mesh.data = -1")
-    try:  # An axis may take a part of a dimension of the torus: expert 8 on 4 x 4 x 4 chips, say.
+        raise UserError(f"{requested}: leaves {len(devices) - used} of {len(devices)} devices idle; try mesh.data = -1")
+    try:  # An axis may take a part of a dimension of the torus, for example expert = 8 on 4 x 4 x 4 chips.
         if slices == 1:
             array = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
         else:
@@ -97,186 +116,198 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
             array = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError) as error:
         advice = "try axes that are products of the torus' sizes"
-        raise UserError(f"{asked}: JAX cannot lay these axes on this network; {advice}") from error
+        raise UserError(f"{requested}: JAX cannot map these axes to this network; {advice}") from error
     mesh = Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     compile_anew_for(mesh)
     return mesh
 
 
-def _sizes(mesh: MeshConfig, count: int) -> Sizes:
+def _axis_sizes(mesh: MeshConfig, num_devices: int) -> Sizes:
+    """The sizes of the axes, with -1 replaced by the number of the remaining devices."""
     sizes = [mesh.data, mesh.fsdp, mesh.expert, mesh.tensor]
     known = math.prod(size for size in sizes if size != -1)
-    if known > count or (-1 in sizes and count % known):
-        asked = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True) if size != 1)
-        left = count
-        good: list[str] = []
+    if known > num_devices or (-1 in sizes and num_devices % known):
+        requested = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True) if size != 1)
+        remaining = num_devices
+        valid: list[str] = []
         for name, size in zip(AXES[1:], sizes[1:], strict=True):
-            size = math.gcd(left, max(size, 1))
-            good, left = [*good, f"mesh.{name} = {size}"], left // size
-        raise UserError(f"{asked}: must divide the {count} devices there are; try mesh.data = -1, {', '.join(good)}")
-    data, fsdp, expert, tensor = (count // known if size == -1 else size for size in sizes)
+            size = math.gcd(remaining, max(size, 1))
+            valid, remaining = [*valid, f"mesh.{name} = {size}"], remaining // size
+        advice = f"try mesh.data = -1, {', '.join(valid)}"
+        raise UserError(f"{requested}: must divide the {num_devices} available devices; {advice}")
+    data, fsdp, expert, tensor = (num_devices // known if size == -1 else size for size in sizes)
     return data, fsdp, expert, tensor
 
 
 def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int, slices: int) -> Iterator[str]:
-    """What an axis is to cut into equal parts, and cannot; what it is not to cut."""
+    """Error texts for axes that do not divide a dimension of the model, or shard one that must stay whole."""
     m, kind = config.model, config.model.feed_forward
-    parts = [("expert", expert, "model.feed_forward.num_experts", getattr(kind, "num_experts", expert))]
-    parts += [("tensor", tensor, "model.num_heads", m.num_heads)]
-    parts += [("tensor", tensor, "model.num_kv_heads", m.num_kv_heads)] if m.num_kv_heads else []
-    parts += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
+    sharded = [("expert", expert, "model.feed_forward.num_experts", getattr(kind, "num_experts", expert))]
+    sharded += [("tensor", tensor, "model.num_heads", m.num_heads)]
+    sharded += [("tensor", tensor, "model.num_kv_heads", m.num_kv_heads)] if m.num_kv_heads else []
+    sharded += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
     if m.d_model % fsdp == 0:
-        parts += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
+        sharded += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
     if not isinstance(kind, DenseConfig):
-        parts += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
-        parts += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_expert_dim)]
-    for axis, size, name, whole in parts:
-        if whole % size:
-            yield f"mesh.{axis} = {size}: must divide {name} = {whole}; try {math.gcd(size, whole)}"
+        sharded += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
+        sharded += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_expert_dim)]
+    for axis, size, name, width in sharded:
+        if width % size:
+            yield f"mesh.{axis} = {size}: must divide {name} = {width}; try {math.gcd(size, width)}"
     if (kernel := getattr(kind, "kernel", "xla")) != "xla":
         for axis, size in (("expert", expert), ("tensor", tensor)):
             if size > 1:
-                yield f"mesh.{axis} = {size}: model.feed_forward.kernel = {kernel!r} takes whole experts; try 1"
+                yield f"mesh.{axis} = {size}: model.feed_forward.kernel = {kernel!r} needs unsharded experts; try 1"
     if data % slices:
         yield f"mesh.data = {data}: must be a multiple of the {slices} slices; try {slices}"
 
 
 def _batch_faults(config: Config, sizes: Sizes) -> Iterator[str]:
-    """The fault of a microbatch whose groups cannot be made whole on the mesh, if they cannot."""
+    """The error text, if any, for a microbatch that the mesh cannot hold in whole groups."""
     t, m = config.training, config.model
-    rows = t.batch_size // t.gradient_accumulation_steps
-    multiple = _model_rows(m, sizes)
-    if rows % multiple:
-        good = max(1, round(rows / multiple)) * multiple * t.gradient_accumulation_steps
-        group_size, over = max(m.group_size, m.sequences_per_routing_group), math.prod(sizes[:3])
-        parts = f"group size {group_size} x accumulation {t.gradient_accumulation_steps} on {over} shards of the rows"
-        words = f"must be a multiple of {multiple * t.gradient_accumulation_steps} ({parts}); try {good}"
-        yield f"training.batch_size = {t.batch_size}: {words}"
+    multiple = _model_multiple(m, sizes)
+    sequences = t.batch_size // t.gradient_accumulation_steps
+    if sequences % multiple:
+        nearest = max(1, round(sequences / multiple)) * multiple * t.gradient_accumulation_steps
+        group_size, shards = max(m.group_size, m.sequences_per_routing_group), math.prod(sizes[:3])
+        factors = f"group size {group_size} x {t.gradient_accumulation_steps} gradient accumulation steps"
+        rule = f"must be a multiple of {multiple * t.gradient_accumulation_steps}"
+        yield f"training.batch_size = {t.batch_size}: {rule} ({factors} on {shards} shards of the batch); try {nearest}"
 
 
-def rows_multiple(config: Config, mesh: Mesh) -> int:
-    """The rows that the mesh can hold so that its devices can make the groups whole: this many, or a multiple."""
+def batch_multiple(config: Config, mesh: Mesh) -> int:
+    """The smallest batch size whose groups the devices of the mesh can bring together; its multiples work too."""
     shape = mesh.shape
     sizes = (shape["data"], shape["fsdp"], shape["expert"], shape["tensor"])
-    return math.lcm(config.group_size, _model_rows(config.model, sizes))
+    return math.lcm(config.group_size, _model_multiple(config.model, sizes))
 
 
-def _model_rows(model: ModelConfig, sizes: Sizes) -> int:
-    """Mixing groups may span devices, which then exchange; a routing group is whole on one."""
-    mixed = _rows_multiple(model.group_size, model.context_length, sizes)
-    return math.lcm(mixed, model.sequences_per_routing_group * math.prod(sizes[:3]))
+def _model_multiple(model: ModelConfig, sizes: Sizes) -> int:
+    """As `batch_multiple`. Devices may exchange sequences of a mixing group, but not of a routing group."""
+    mixing_multiple = _mixing_multiple(model.group_size, model.context_length, sizes)
+    return math.lcm(mixing_multiple, model.sequences_per_routing_group * math.prod(sizes[:3]))
 
 
-def _rows_multiple(group_size: int, length: int, sizes: Sizes) -> int:
+def _mixing_multiple(group_size: int, length: int, sizes: Sizes) -> int:
     shards = math.prod(sizes[:3])
-    return next(n for n in itertools.count(shards, shards) if _kept_axes(n, length, group_size, sizes) is not None)
+    return next(n for n in itertools.count(shards, shards) if _num_batch_axes(n, length, group_size, sizes) is not None)
 
 
-def _kept_axes(rows: int, length: int, group_size: int, sizes: Sizes) -> int | None:
-    """Of the three axes of the rows, how many, the first ones, cut rows into whole groups. None if no exchange helps.
+def _num_batch_axes(batch: int, length: int, group_size: int, sizes: Sizes) -> int | None:
+    """The number of mesh axes, of data, fsdp and expert in this order, that shard [B, S, ...] by whole groups.
 
-    The other axes are to cut the positions instead, so as many parts must divide the length.
+    The remaining ones must shard the positions instead, so their sizes must divide the length. None if they do not, or
+    if there are too few sequences.
     """
     *axes, tensor = sizes
-    if rows % group_size or rows % math.prod(axes):
+    if batch % group_size or batch % math.prod(axes):
         return None
-    kept = _whole_axes(rows, group_size, sizes)
-    parts = math.prod(axes[kept:]) * (1 if length % tensor else tensor)
-    return None if length % parts else kept
+    count = _num_whole_group_axes(batch, group_size, sizes)
+    position_shards = math.prod(axes[count:]) * (1 if length % tensor else tensor)
+    return None if length % position_shards else count
 
 
-def _whole_axes(rows: int, group_size: int, sizes: Sizes) -> int:
-    """The most of the three axes of the rows, the first ones, that together cut them into whole groups."""
-    return max(k for k in range(4) if rows % (math.prod(sizes[:k]) * group_size) == 0)
+def _num_whole_group_axes(batch: int, group_size: int, sizes: Sizes) -> int:
+    """As `_num_batch_axes`, whatever the length."""
+    return max(k for k in range(4) if batch % (math.prod(sizes[:k]) * group_size) == 0)
 
 
-# --- the types of arrays ----------------------------------------------------------------------------------------------
+# --- the shardings of arrays, and changing them -----------------------------------------------------------------------
 
 
 def axis_size(name: str) -> int:
-    """The size of a mesh axis where the code runs; 1 where there is none."""
+    """The size of an axis of the mesh that is set; 1 without this axis or without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
 
 
-def shards(axes: Axes) -> int:
-    """Into how many parts these axes of the mesh cut a dimension."""
+def num_shards(axes: Axes) -> int:
+    """The number of shards of a dimension that is sharded over these axes."""
     return math.prod(axis_size(axis) for axis in axes)
 
 
-def _axes() -> set[str]:
-    """Of our axes, those that the mesh has; none where no mesh is set, or somebody else's."""
+def _explicit_axes() -> set[str]:
+    """Those of `AXES` that the mesh that is set has as Explicit axes."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {name for name in AXES if types.get(name) == AxisType.Explicit}
 
 
 def axes_of(x: jax.Array) -> list[Axes]:
-    """The mesh axes, of ours, over which each dimension of `x` is spread."""
-    ours = _axes()
-    parts = [(part,) if isinstance(part, str) else tuple(part or ()) for part in jax.typeof(x).sharding.spec]
-    parts += [()] * (x.ndim - len(parts))
-    return [tuple(axis for axis in part if axis in ours) for part in parts]
+    """The mesh axes, of `AXES`, that each dimension of `x` is sharded over, according to its type."""
+    explicit = _explicit_axes()
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in jax.typeof(x).sharding.spec]
+    entries += [()] * (x.ndim - len(entries))
+    return [tuple(axis for axis in entry if axis in explicit) for entry in entries]
 
 
 def spec(*dimensions: str | Axes | None) -> PartitionSpec | None:
-    """The partition of an array with these dimensions (a name of the table, or mesh axes) on the mesh that is set.
+    """The PartitionSpec of an array on the mesh that is set.
 
-    None, which leaves the sharding to JAX, where no mesh with our Explicit axes is set.
+    Args:
+        dimensions: for each dimension of the array a key of `DIMENSIONS`, mesh axes, or None for an unsharded one.
+
+    Returns:
+        The spec; None, which leaves the sharding to JAX, if the mesh that is set has none of `AXES` as Explicit axes.
     """
-    if not (ours := _axes()):
+    if not (explicit := _explicit_axes()):
         return None
-    named = (DIMENSIONS[d] if isinstance(d, str) else d or () for d in dimensions)
-    return PartitionSpec(*(tuple(axis for axis in axes if axis in ours) or None for axes in named))
+    entries = (DIMENSIONS[d] if isinstance(d, str) else d or () for d in dimensions)
+    return PartitionSpec(*(tuple(axis for axis in axes if axis in explicit) or None for axes in entries))
 
 
 def reshard(x: jax.Array, *dimensions: str | Axes | None) -> jax.Array:
-    """`x` moved to the partition of these dimensions: a collective where the devices must exchange."""
+    """`jax.reshard` to `spec(*dimensions)`: a collective where devices must exchange data."""
     target = spec(*dimensions)
     return x if target is None else jax.reshard(x, target)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """`x` on every device; its gradient lies where `x` does."""
+def replicate(x: jax.Array) -> jax.Array:
+    """Reshard `x` to a full copy on every device (an all-gather). Its gradient has the sharding of `x`."""
     return reshard(x, *[None] * x.ndim)
 
 
 @jax.custom_vjp
-def anchor(x: jax.Array) -> jax.Array:
-    """`x`. Its cotangent, too, stays where its type says.
+def pin_cotangent_sharding(x: jax.Array) -> jax.Array:
+    """Return `x`, and keep its cotangent in the sharding of its type.
 
-    What a loop carries has no sharding of its own in the compiled program, and the partitioner may take another one
-    there, at the price of an exchange; an operation on it has one. JAX drops a `reshard` that changes nothing.
+    The compiled program gives the carry of a loop no sharding of its own, and the partitioner may choose another one
+    for it, at the price of an exchange. An operation on the cotangent has a sharding. A `reshard` does not help: JAX
+    drops one that changes nothing.
     """
     return x
 
 
-anchor.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent * jnp.ones((), cotangent.dtype),))
+pin_cotangent_sharding.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent * jnp.ones((), cotangent.dtype),))
 
 
-def positions_of(length: int) -> str | None:
-    """`positions`, if the positions of rows of this length are spread between the sub-layers."""
-    return None if length % shards(DIMENSIONS["positions"]) else "positions"
+def positions_dimension(length: int) -> str | None:
+    """The entry for `spec` of S positions between the sub-layers: "positions", or None if its axes do not divide S."""
+    return None if length % num_shards(DIMENSIONS["positions"]) else "positions"
 
 
-def groups_axes(x: jax.Array, group_size: int) -> tuple[Axes, Axes]:
-    """(axes of the rows, axes of the positions) under which every device holds whole groups of x [B, S, ...].
+def whole_group_axes(x: jax.Array, group_size: int) -> tuple[Axes, Axes]:
+    """The mesh axes for the sequences and for the positions of x [B, S, ...] such that each device has whole groups.
 
-    Where its own rows are no whole groups, devices exchange rows for positions: over the last axes of the rows, as few
-    as will do. Raises AssertionError where there are too few rows or positions for that; but for a single position,
-    as in generation, devices along these axes hold the same groups.
+    Where the sequences of one device are only a part of a group, the last axes of the sequences, as few as possible,
+    shard the positions instead. With S = 1, as in a decode step, they replicate: devices along them have the same
+    groups.
+
+    Raises:
+        AssertionError: if B or S is too small for that, or not divisible.
     """
-    rows, named = DIMENSIONS["rows"], positions_of(x.shape[1])
+    batch_axes, dimension = DIMENSIONS["sequences"], positions_dimension(x.shape[1])
     sizes = (axis_size("data"), axis_size("fsdp"), axis_size("expert"), axis_size("tensor"))
     if x.shape[1] == 1:
-        return rows[: _whole_axes(x.shape[0], group_size, sizes)], ()
-    kept = _kept_axes(x.shape[0], x.shape[1], group_size, sizes)
-    if kept is None:
+        return batch_axes[: _num_whole_group_axes(x.shape[0], group_size, sizes)], ()
+    count = _num_batch_axes(x.shape[0], x.shape[1], group_size, sizes)
+    if count is None:
+        shards = num_shards(batch_axes)
         raise AssertionError(
-            f"batch B = {x.shape[0]} over {shards(rows)} devices cuts groups of G = {group_size}, and sequence "
-            f"S = {x.shape[1]} does not divide for an exchange; B = {shards(rows) * group_size} would do"
+            f"batch B = {x.shape[0]} over {shards} devices splits groups of G = {group_size}, and sequence "
+            f"S = {x.shape[1]} cannot be sharded instead; B = {shards * group_size} would do"
         )
-    moved = tuple(axis for axis in rows[kept:] if axis_size(axis) > 1)
-    return rows[:kept], (DIMENSIONS[named] if named else ()) + moved
+    moved = tuple(axis for axis in batch_axes[count:] if axis_size(axis) > 1)
+    return batch_axes[:count], (DIMENSIONS[dimension] if dimension else ()) + moved
 
 
 # --- products with weights --------------------------------------------------------------------------------------------
@@ -290,19 +321,20 @@ def product(
     dtype: Any = None,
     fenced: bool = True,
 ) -> jax.Array:
-    """einsum(equation, x, weight) in x's dtype, wherever both lie; so are its gradients, before and after adding up.
+    """einsum(equation, x, weight), computed in x's dtype, of operands with any sharding.
 
-    What `fsdp` has cut of a weight is gathered in x's dtype for the product alone, and again for the backward pass:
-    nothing is kept of it. What `tensor` has cut of x's positions is gathered where the weight is cut by it. The
-    gradient of the weight is added up straight into the weight's own parts, over its own axes last.
+    The shards of the weight along `fsdp` are gathered in x's dtype for this product, and once more for the backward
+    pass, so that no gathered weight is saved for it. Positions of x that are sharded over `tensor` are gathered if the
+    weight is sharded over `tensor`. Each gradient has the sharding of its operand; that of the weight is reduced
+    directly into the weight's shards.
 
     Args:
-        equation: with different letters for different dimensions, each in two of x, weight and the result.
-        out: partition of the result; needed where both are cut along what they are contracted over, so that the
-            devices add up their parts. None: as the operands are cut.
-        dtype: of the result; None is x's.
-        fenced: False where the caller sees to it that the compiler does not take the forward pass' gathered weight for
-            the backward pass, and so keep it.
+        equation: of einsum. Each letter stands for one dimension and is in two or three of x, weight and the result.
+        out: the sharding of the result. Required where both operands are sharded along a contracted dimension, so that
+            the devices must add their partial sums. None: it follows from the operands.
+        dtype: of the result; None: x's.
+        fenced: whether an optimization barrier keeps the compiler from reusing the gathered weight of the forward pass
+            in the backward pass, and so from saving it. False where the caller has such a barrier.
     """
     return _product(equation, out, dtype, fenced, x, weight)
 
@@ -311,9 +343,9 @@ def product(
 def _product(
     equation: str, out: PartitionSpec | None, dtype: Any, fenced: bool, x: jax.Array, weight: jax.Array
 ) -> jax.Array:
-    letters, of_weight, _ = _letters(equation)
-    weight = _gathered(weight.astype(x.dtype))
-    x = _aligned(letters, x, of_weight, weight)
+    of_x, of_weight, of_y = _subscripts(equation)
+    weight = _gather_fsdp(weight.astype(x.dtype))
+    x = _align(of_x, x, of_weight, weight, of_y)
     return jnp.einsum(equation, x, weight, out_sharding=out, preferred_element_type=dtype)
 
 
@@ -321,15 +353,15 @@ def _product_forward(equation, out, dtype, fenced, x, weight):
     return _product(equation, out, dtype, fenced, x, weight), (x, weight)
 
 
-def _product_backward(equation, out, dtype, fenced, kept, cotangent):
-    operands = (*kept, cotangent.astype(kept[0].dtype))
+def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
+    operands = (*residuals, cotangent.astype(residuals[0].dtype))
     x, weight, cotangent = jax.lax.optimization_barrier(operands) if fenced else operands
-    of_x, of_weight, of_y = _letters(equation)
-    gathered = _gathered(weight.astype(x.dtype))
+    of_x, of_weight, of_y = _subscripts(equation)
+    gathered = _gather_fsdp(weight.astype(x.dtype))
     x_spec, weight_spec = (spec(*axes_of(a)) for a in (x, weight))
-    cotangent = _aligned(of_y, cotangent, of_weight, gathered)
+    cotangent = _align(of_y, cotangent, of_weight, gathered, of_x)
     dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", cotangent, gathered, out_sharding=x_spec)
-    x = _aligned(of_x, x, of_weight, gathered)
+    x = _align(of_x, x, of_weight, gathered, of_y)
     dw = jnp.einsum(f"{of_x},{of_y}->{of_weight}", x, cotangent, out_sharding=weight_spec)
     return dx, dw.astype(weight.dtype)
 
@@ -337,63 +369,77 @@ def _product_backward(equation, out, dtype, fenced, kept, cotangent):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _letters(equation: str) -> tuple[str, str, str]:
+def _subscripts(equation: str) -> tuple[str, str, str]:
     operands, result = equation.split("->")
     x, weight = operands.split(",")
     return x, weight, result
 
 
-def _gathered(weight: jax.Array) -> jax.Array:
-    """Whole along what `fsdp` has cut."""
+def _gather_fsdp(weight: jax.Array) -> jax.Array:
     return reshard(weight, *(tuple(axis for axis in axes if axis != "fsdp") for axes in axes_of(weight)))
 
 
-def _aligned(letters: str, x: jax.Array, of_weight: str, weight: jax.Array) -> jax.Array:
-    """`x`, gathered along an axis of the mesh that cuts another dimension of the weight."""
-    cut = {axis: letter for letter, axes in zip(of_weight, axes_of(weight), strict=True) for axis in axes}
-    pairs = zip(letters, axes_of(x), strict=True)
-    return reshard(x, *(tuple(axis for axis in axes if cut.get(axis, letter) == letter) for letter, axes in pairs))
+def _align(of_x: str, x: jax.Array, of_weight: str, weight: jax.Array, of_result: str) -> jax.Array:
+    """Reshard `x` for its product with `weight`.
+
+    A mesh axis that shards a dimension of the weight may shard no other dimension of x. A batch dimension of the
+    product, whose letter is in all three, is sharded as in the weight: JAX 0.12 requires equal shardings there.
+    """
+    weight_axes = dict(zip(of_weight, axes_of(weight), strict=True))
+    letter_of_axis = {axis: letter for letter, axes in weight_axes.items() for axis in axes}
+
+    def aligned_axes(letter: str, axes: Axes) -> Axes:
+        if letter in of_weight and letter in of_result:
+            return weight_axes[letter]
+        return tuple(axis for axis in axes if letter_of_axis.get(axis, letter) == letter)
+
+    return reshard(x, *map(aligned_axes, of_x, axes_of(x)))
 
 
-# --- parameters and rows ----------------------------------------------------------------------------------------------
+# --- placing parameters and batches -----------------------------------------------------------------------------------
 
 
 def parameter_spec(name: str, rank: int) -> PartitionSpec:
-    """The partition of the parameter with this name (`…/w_in`, say); stacked leading dimensions are not split."""
+    """The PartitionSpec of the parameter with this name, for example `stacks/0/0/feed_forward/w_in`.
+
+    Leading dimensions beyond those of `PARAMETERS` are not sharded.
+    """
     dimensions = PARAMETERS.get(name.rpartition("/")[2], ())
     leading = (None,) * (rank - len(dimensions))
     return PartitionSpec(*leading, *(DIMENSIONS[d] if d else None for d in dimensions))
 
 
-def rows_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of arrays whose first dimension, after so many `leading` ones, is the rows of the batch."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, DIMENSIONS["rows"]))
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """The sharding of arrays [..., B, ...], with so many unsharded `leading` dimensions before the sequences."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, DIMENSIONS["sequences"]))
 
 
-def local_rows(mesh: Mesh, batch_size: int, accumulation: int = 1) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, ascending. int [rows].
+def local_sequences(mesh: Mesh, batch_size: int, gradient_accumulation_steps: int = 1) -> np.ndarray:
+    """The indices, ascending, of the sequences of a global batch that this process's devices hold: int [b].
 
-    Microbatches are neighbouring parts of the batch, and each is spread over all devices.
+    Microbatches are contiguous parts of the batch, and each of them is sharded over all devices.
     """
-    size = batch_size // accumulation
-    index = rows_sharding(mesh).addressable_devices_indices_map((size,))
-    rows = np.unique(np.concatenate([np.arange(size)[rows] for rows in index.values()]))
-    return (np.arange(accumulation)[:, None] * size + rows).reshape(-1)
+    size = batch_size // gradient_accumulation_steps
+    slices = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    indices = np.unique(np.concatenate([np.arange(size)[index] for index in slices]))
+    return (np.arange(gradient_accumulation_steps)[:, None] * size + indices).reshape(-1)
 
 
-def place_rows(mesh: Mesh, rows: Any, batch_size: int) -> Any:
-    """Global arrays [B, ...] from the rows [b, ...] (a tree of them) that `local_rows` names on each process."""
+def place_sequences(mesh: Mesh, sequences: Any, batch_size: int) -> Any:
+    """Global arrays [B, ...] from a tree of each process's `local_sequences`, [b, ...]."""
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(rows_sharding(mesh), x, (batch_size, *x.shape[1:]))
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), x, (batch_size, *x.shape[1:]))
 
-    return jax.tree.map(place, rows)
+    return jax.tree.map(place, sequences)
 
 
-def place_microbatches(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> Any:
-    """Global arrays [A, B / A, ...], with A the accumulation, from the rows [b, ...] that `local_rows` names."""
-    leaves, tree = jax.tree.flatten(rows)  # all in one call: each has its price
-    local = [x.reshape(accumulation, -1, *x.shape[1:]) for x in leaves]
-    shapes = [(accumulation, batch_size // accumulation, *x.shape[1:]) for x in leaves]
-    placed = jax.make_array_from_process_local_data(rows_sharding(mesh, leading=1), local, shapes)
+def place_microbatches(mesh: Mesh, sequences: Any, batch_size: int, gradient_accumulation_steps: int) -> Any:
+    """Global arrays [A, B / A, ...], A gradient accumulation steps, from a tree of `local_sequences`, [b, ...]."""
+    steps = gradient_accumulation_steps
+    leaves, tree = jax.tree.flatten(sequences)
+    local = [x.reshape(steps, -1, *x.shape[1:]) for x in leaves]
+    shapes = [(steps, batch_size // steps, *x.shape[1:]) for x in leaves]
+    # One call for all leaves, since each call has a fixed cost.
+    placed = jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), local, shapes)
     return jax.tree.unflatten(tree, placed)

@@ -23,7 +23,7 @@ from mot_jax.cost.accounting import flops_per_token, peak_flops, table
 from mot_jax.cost.hardware import HARDWARE, Hardware, Topology, parse_topology
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
-from mot_jax.nn.sharding import make_mesh, rows_sharding
+from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
@@ -223,7 +223,7 @@ def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
     """Shapes, dtypes and shardings of a batch's microbatches, as the step takes them."""
-    t, rows = config.training, rows_sharding(mesh, leading=1)
+    t, rows = config.training, batch_sharding(mesh, leading=1)
     shape = (t.gradient_accumulation_steps, t.batch_size // t.gradient_accumulation_steps, config.model.context_length)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:

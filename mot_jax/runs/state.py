@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mot_jax.config import Config
-from mot_jax.nn.sharding import parameter_spec, whole
+from mot_jax.nn.sharding import parameter_spec, replicate
 from mot_jax.nn.transformer import Params, init_params
 from mot_jax.runs.optimizer import make_optimizer, stacked
 
@@ -60,7 +60,7 @@ def fetch(value: jax.Array) -> np.ndarray:
 
     Of several processes, each calls it, with the mesh set; then each device needs room for the array meanwhile.
     """
-    return np.array(value if value.is_fully_addressable else jax.jit(whole)(value))
+    return np.array(value if value.is_fully_addressable else jax.jit(replicate)(value))
 
 
 def spread(value: np.ndarray, sharding: Sharding) -> jax.Array:

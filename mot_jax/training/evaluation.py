@@ -21,7 +21,15 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.modes import enter
 from mot_jax.modes.companions import load_companions
-from mot_jax.nn.sharding import DIMENSIONS, local_rows, make_mesh, place_rows, rows_multiple, shards, whole
+from mot_jax.nn.sharding import (
+    DIMENSIONS,
+    batch_multiple,
+    local_sequences,
+    make_mesh,
+    num_shards,
+    place_sequences,
+    replicate,
+)
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run
 from mot_jax.runs.scores import Score, check_scores, record_score, score_of
@@ -45,10 +53,10 @@ def make_evaluation(
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
         rows = _rows(config, mesh)
-        batches = validation_batches(windows, objective, config.group_size, rows, local_rows(mesh, rows), limit)
+        batches = validation_batches(windows, objective, config.group_size, rows, local_sequences(mesh, rows), limit)
         sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
-            sums += np.array(jax.device_get(eval_step(params, step, place_rows(mesh, batch, rows))), np.float64)
+            sums += np.array(jax.device_get(eval_step(params, step, place_sequences(mesh, batch, rows))), np.float64)
             if objective.masked:
                 said += np.bincount(batch.targets[batch.target_mask], minlength=len(said))
         nats, tokens, correct, size, scored = map(float, sums)
@@ -105,11 +113,11 @@ _MIXTURE_BYTES = 2**28  # of one device, at most, if that many hold one row
 
 def _rows(config: Config, mesh: Mesh) -> int:
     """Of a batch: those of a microbatch of training, in whole groups; fewer where each has mixtures of its own."""
-    multiple, kind = rows_multiple(config, mesh), config.model.feed_forward
+    multiple, kind = batch_multiple(config, mesh), config.model.feed_forward
     rows = -(-config.training.batch_size // config.training.gradient_accumulation_steps // multiple) * multiple
     if not isinstance(kind, CompanionsConfig):
         return rows
-    model, devices = config.model, shards(DIMENSIONS["rows"])
+    model, devices = config.model, num_shards(DIMENSIONS["sequences"])
     of_row = model.context_length * kind.num_experts * model.d_model * 4
     whole = [n for n in range(devices, rows + 1, devices) if n % config.group_size == 0 or config.group_size % n == 0]
     return max((n for n in whole if n * of_row <= devices * _MIXTURE_BYTES), default=whole[0])
@@ -117,12 +125,12 @@ def _rows(config: Config, mesh: Mesh) -> int:
 
 def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
     """The sum over the processes of the counts [V] that each made of its own rows."""
-    number = shards(DIMENSIONS["rows"])
-    rows = np.zeros((len(local_rows(mesh, number)), len(counts)), np.int32)
+    number = num_shards(DIMENSIONS["sequences"])
+    rows = np.zeros((len(local_sequences(mesh, number)), len(counts)), np.int32)
     rows[0] = counts
-    return np.asarray(_added(place_rows(mesh, rows, number)))
+    return np.asarray(_added(place_sequences(mesh, rows, number)))
 
 
 @jax.jit  # once: a function made anew would be compiled anew in each evaluation
 def _added(rows: jax.Array) -> jax.Array:
-    return whole(rows.sum(axis=0))
+    return replicate(rows.sum(axis=0))

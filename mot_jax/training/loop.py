@@ -23,7 +23,7 @@ from mot_jax.errors import UserError
 from mot_jax.inference.sample import sample_text
 from mot_jax.modes import token_choice
 from mot_jax.modes.companions import choose, load_companions, save_companions
-from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
+from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches
 from mot_jax.runs import metrics as log
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import check_data
@@ -119,7 +119,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
             (workdir / "loss.png").unlink(missing_ok=True)
 
         # --- compile ----------------------------------------------------------------------------------------------
-        rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
+        rows = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
 
         def place(batch: Batch) -> Batch:
             return place_microbatches(mesh, batch, t.batch_size, t.gradient_accumulation_steps)

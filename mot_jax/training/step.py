@@ -99,7 +99,7 @@ def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params,
     def eval_step(params: Params, step: jax.Array, batch: Batch) -> Evaluation:
         model = bind(config.model, params)
         out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step=step), batch.segments)
-        sizes = jnp.asarray(token_bytes, jnp.float32).at[batch.targets].get(out_sharding=spec("rows", None))
+        sizes = jnp.asarray(token_bytes, jnp.float32).at[batch.targets].get(out_sharding=spec("sequences", None))
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, accuracy=True)
         counts = (
             batch.target_mask.sum(),

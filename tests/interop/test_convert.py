@@ -24,7 +24,7 @@ from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import UserError
 from mot_jax.interop.convert import export, import_model
 from mot_jax.nn.sharding import parameter_spec
-from mot_jax.nn.transformer import bind, unstack
+from mot_jax.nn.transformer import bind, unroll
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run, load_run_config
 from mot_jax.runs.state import TrainState, abstract_state
@@ -90,7 +90,7 @@ def test_blocks_may_be_apart(tmp_path):
     file = save(tmp_path / "theirs.safetensors", authors_tensors())
     for stacked in (True, False):
         import_model(file, tmp_path / str(stacked), config_of(dataclasses.replace(AUTHORS, scan_layers=stacked)))
-    assert_same(tensors_of(tmp_path / "False"), unstack(AUTHORS, tensors_of(tmp_path / "True"))[1])
+    assert_same(tensors_of(tmp_path / "False"), unroll(AUTHORS, tensors_of(tmp_path / "True"))[1])
 
 
 def test_narrow_numbers_become_wide_and_infinite_ones_are_told(tmp_path):

@@ -19,7 +19,7 @@ from mot_jax.errors import UserError
 from mot_jax.modes import MODES, enter
 from mot_jax.modes.companions import choose, load_companions, save_companions
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import parameter_spec, place_rows
+from mot_jax.nn.sharding import parameter_spec, place_sequences
 from mot_jax.nn.transformer import Block, Params, bind, init_params
 
 G, S, V = 4, 8, 257
@@ -62,7 +62,7 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array, mask=None, po
 
 def blocks_of(config: ModelConfig, params: Params) -> list[Block]:
     model, blocks = bind(config, params), []
-    for stack, (_, repeats) in zip(model.stacks, model.plan, strict=True):
+    for stack, (_, repeats) in zip(model.stacks, model.scan_groups, strict=True):
         graph, state = nnx.split(stack)
         for i in range(repeats):
             blocks += list(nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)))
@@ -138,7 +138,7 @@ def test_a_mesh_enters_the_modes_as_one_device_does(params, entered, mesh_of, sh
         with jax.set_mesh(mesh):
             spread = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
             config, filled = enter(mode, CONFIG, spread, 3, COMPANIONS)
-            found = logits(config.model, filled, place_rows(mesh, tokens, 8))
+            found = logits(config.model, filled, place_sequences(mesh, tokens, 8))
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Initial values: standard deviation, cut and dtype of every distribution."""
+"""Initial values: standard deviation, truncation and dtype of every distribution."""
 
 import jax
 import numpy as np
@@ -9,7 +9,8 @@ from mot_jax.nn.initializers import draw
 
 FAN_IN, SHAPE = 16, (200, 200)
 STD = (0.1 / FAN_IN) ** 0.5
-# A normal cut at two standard deviations keeps 0.8796 of them; at b = 0.2 / STD = 2.53 it keeps 0.9558.
+# The standard deviation of a normal truncated at two standard deviations is 0.8796 of the untruncated one; at
+# b = 0.2 / STD = 2.53 it is 0.9558.
 EXPECTED = {
     "paper": (InitConfig(), 0.9558 * STD, 0.2),
     "two sigma": (InitConfig(cut=None), 0.8796 * STD, 2 * STD),
@@ -31,7 +32,7 @@ def test_statistics(case, multiplier):
         assert abs(value).max() > 0.95 * bound
 
 
-def test_bfloat16_starts_from_the_values_of_float32():
+def test_bfloat16_values_are_rounded_float32_values():
     wide, narrow = (draw(jax.random.key(0), SHAPE, FAN_IN, InitConfig(), dtype) for dtype in ("float32", "bfloat16"))
     np.testing.assert_array_equal(wide.astype("bfloat16"), narrow)
 

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy: the plain loss and gradients, in less memory, on any mesh."""
+"""The chunked cross-entropy has the loss and gradients of the plain one, in less memory, on any mesh."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mot_jax.nn.losses import cross_entropy_sum
-from mot_jax.nn.sharding import positions_of, reshard, rows_sharding
+from mot_jax.nn.sharding import batch_sharding, positions_dimension, reshard
 
 B, S, D, V = 8, 6, 5, 11
 
@@ -46,16 +46,16 @@ def test_equals_the_plain_loss(chunk, head_z):
     with jax.enable_x64(True):
         arguments = batch("float64")
         sums = partial(cross_entropy_sum, chunk=chunk, head_z=head_z, accuracy=True)
-        found = value_and_grad(lambda *a: sums(*a).loss, arguments)
+        actual = value_and_grad(lambda *a: sums(*a).loss, arguments)
         expected = value_and_grad(lambda *a: plainly(*a) + head_z * plain_z(*a), arguments)
-        chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
         loss, nats, correct = sums(*arguments)
-        chex.assert_trees_all_close((3.0 * loss, nats), (found[0], plainly(*arguments)), rtol=1e-10)
+        chex.assert_trees_all_close((3.0 * loss, nats), (actual[0], plainly(*arguments)), rtol=1e-10)
         hidden, head, targets, mask = arguments
         assert correct == (mask & (np.argmax(hidden @ head, axis=-1) == targets)).sum() > 0
 
 
-def test_only_the_loss_has_a_gradient_and_accuracy_is_asked_for():
+def test_only_the_loss_has_a_gradient_and_accuracy_is_optional():
     gradients = jax.grad(lambda *a: cross_entropy_sum(*a, 2, 0.5).nats, argnums=(0, 1))(*batch())
     assert not any(g.any() for g in gradients)
     programs = [str(jax.make_jaxpr(partial(cross_entropy_sum, chunk=2, accuracy=a))(*batch())) for a in (False, True)]
@@ -86,24 +86,24 @@ def test_bfloat16_gives_a_float32_loss():
 
 
 def sizes(jaxpr) -> set[int]:
-    """The number of elements of everything that a jaxpr computes, inner ones included."""
-    found = set()
+    """The numbers of elements of all values in a jaxpr and in its inner jaxprs."""
+    counts = set()
     for equation in jaxpr.eqns:
-        found |= {math.prod(v.aval.shape) for v in equation.outvars}
+        counts |= {math.prod(v.aval.shape) for v in equation.outvars}
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                found |= sizes(getattr(inner, "jaxpr", inner))
-    return found
+                counts |= sizes(getattr(inner, "jaxpr", inner))
+    return counts
 
 
-@pytest.mark.parametrize("loss, whole", [(loss_in_chunks, False), (plainly, True)])
-def test_the_logits_of_the_whole_batch_never_exist(loss, whole):
-    """V is the largest dimension here, so nothing else is as large; the plain loss shows that the walk would see it."""
+@pytest.mark.parametrize("loss, has_all_logits", [(loss_in_chunks, False), (plainly, True)])
+def test_the_logits_of_the_whole_batch_are_never_in_memory(loss, has_all_logits):
+    """V is by far the largest dimension, so no other array is as large. The plain loss is the positive control."""
     hidden, _, targets, mask = batch()
     head = jnp.zeros((D, 997))
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head, targets, mask)
-    assert (max(sizes(jaxpr.jaxpr)) >= B * S * 997) == whole
-    assert B * 2 * 997 in sizes(jaxpr.jaxpr) or whole
+    assert (max(sizes(jaxpr.jaxpr)) >= B * S * 997) == has_all_logits
+    assert B * 2 * 997 in sizes(jaxpr.jaxpr) or has_all_logits
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_the_logits_of_the_whole_batch_never_exist(loss, whole):
 def test_equals_one_device_on_a_mesh(mesh_of, sizes):
     mesh, arguments = mesh_of(**sizes), batch()
     expected = value_and_grad(loss_in_chunks, arguments)
-    rows, replicated = rows_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    sharded, replicated = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(a, replicated if i == 1 else rows) for i, a in enumerate(arguments)]
-        placed[0] = reshard(placed[0], "rows", positions_of(S), None)
-        found = value_and_grad(loss_in_chunks, placed)
-    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+        placed = [jax.device_put(a, replicated if i == 1 else sharded) for i, a in enumerate(arguments)]
+        placed[0] = reshard(placed[0], "sequences", positions_dimension(S), None)
+        actual = value_and_grad(loss_in_chunks, placed)
+    chex.assert_trees_all_close(jax.device_get(actual), jax.device_get(expected), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The transformer: causality and isolation, stacks, parameters, the model as a pure function."""
+"""The transformer: causality and isolation, scanned blocks, parameters, the model as a pure function."""
 
 import dataclasses
 import re
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mot_jax.config import DenseConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, load_config
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.transformer import Block, Transformer, bind, get_params, init_params, stack_plan, unstack
+from mot_jax.nn.transformer import Block, Transformer, bind, get_params, init_params, scan_groups, unroll
 
 B, S, G = 4, 4, 2
 MIXTURE = MixtureOfTokensConfig(group_size=G, num_experts=4)
@@ -40,13 +40,13 @@ FEED_FORWARDS = {
     "shared": dataclasses.replace(MIXTURE, shared_expert_dim=8, mixing=MixingConfig(temperature=0.1)),
 }
 DENSE = DenseConfig()
-# Every choice that is not the paper's; rows that mix with no others, and ones that see all of themselves.
+# Every option that differs from the paper: a model without mixing, and a bidirectional one.
 CHOICES = {"num_kv_heads": 1, "positions": "rotary", "norm": "rms", "final_norm": True, "tie_embeddings": True}
 CHOICES |= {"activation": "silu", "gated": True}
 DECODER = dataclasses.replace(MODEL, feed_forward=DENSE, document_mask=True, **CHOICES)
 ENCODER = dataclasses.replace(MODEL, objective="masked", **CHOICES)
 TOKENS = np.arange(B * S, dtype="int32").reshape(B, S)
-ROW, POSITION = np.indices((B, S))
+SEQUENCE, POSITION = np.indices((B, S))
 EVERY_FEED_FORWARD = pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
 
 
@@ -61,14 +61,14 @@ def abstract(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @lru_cache
 def params_of(config: ModelConfig) -> dict[str, jax.Array]:
-    """Any parameters: compiling the real init takes longer than all that is done with them here."""
+    """Arbitrary parameters: compiling the real init takes longer than the tests that use them."""
     rng = np.random.default_rng(0)
     return {k: jnp.asarray(rng.normal(size=v.shape) / v.shape[-1] ** 0.5, v.dtype) for k, v in abstract(config).items()}
 
 
 @lru_cache
 def initial_params(config: ModelConfig) -> dict[str, jax.Array]:
-    """The real init, from a key whose generator compiles quickly."""
+    """The real init, with a random generator that compiles quickly."""
     return jax.jit(partial(init_params, config))(jax.random.key(0, impl="rbg"))
 
 
@@ -91,33 +91,33 @@ def value_and_grad(config: ModelConfig, params: dict, tokens: jax.Array):
 
 
 def changed(run, tokens: np.ndarray, replaced: np.ndarray, seed: int, draws: int = 3) -> np.ndarray:
-    """bool [B, S]: the positions whose output has any other bit after tokens where `replaced` became random others."""
+    """bool [B, S]: the tokens whose output changes in any bit when the tokens in `replaced` change at random."""
     before, rng = np.asarray(run(tokens)), np.random.default_rng(seed)
-    found = np.zeros(tokens.shape, bool)
+    differs = np.zeros(tokens.shape, bool)
     for _ in range(draws):
         other = np.where(replaced, (tokens + rng.integers(1, B * S, size=tokens.shape)) % (B * S), tokens)
-        found |= (np.asarray(run(other)) != before).any(axis=-1)
-    return found
+        differs |= (np.asarray(run(other)) != before).any(axis=-1)
+    return differs
 
 
-def reach(row: int, position: int) -> np.ndarray:
-    """bool [B, S]: the tokens whose outputs may know of a token: its group's, from its position on."""
-    return (row // G == ROW // G) & (position <= POSITION)
+def reach(sequence: int, position: int) -> np.ndarray:
+    """bool [B, S]: the tokens whose outputs may depend on a token: those of its group, from its position on."""
+    return (sequence // G == SEQUENCE // G) & (position <= POSITION)
 
 
 @EVERY_FEED_FORWARD
 @given(seed=st.integers(0, 2**16))
-def test_no_bit_of_the_future_or_of_other_groups(feed_forward, seed):
+def test_outputs_do_not_depend_on_later_tokens_or_other_groups(feed_forward, seed):
     config, rng = with_feed_forward(feed_forward), np.random.default_rng(seed)
     tokens = rng.integers(B * S, size=(B, S), dtype="int32")
     run = partial(hidden, config, params_of(config))
-    start, row = rng.integers(1, S), rng.integers(B)
-    assert not changed(run, tokens, start <= POSITION, seed)[:, :start].any(), "positions before know of it"
-    assert not changed(run, tokens, row // G != ROW // G, seed)[row // G * G : row // G * G + G].any()
+    start, sequence = rng.integers(1, S), rng.integers(B)
+    assert not changed(run, tokens, start <= POSITION, seed)[:, :start].any(), "earlier outputs depend on later tokens"
+    assert not changed(run, tokens, sequence // G != SEQUENCE // G, seed)[sequence // G == SEQUENCE // G].any()
 
 
 @given(seed=st.integers(0, 2**16))
-def test_no_bit_of_the_future_or_of_other_documents(seed):
+def test_outputs_do_not_depend_on_later_tokens_or_other_documents(seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(B * S, size=(B, S), dtype="int32")
     segments = rng.integers(2, size=(B, S), dtype="int32").cumsum(axis=1)
@@ -127,32 +127,32 @@ def test_no_bit_of_the_future_or_of_other_documents(seed):
     assert not changed(run, tokens, others, seed)[~others].any()
 
 
-def test_an_encoder_sees_all_of_its_row():
+def test_an_encoder_attends_to_its_whole_sequence():
     run = partial(hidden, ENCODER, params_of(ENCODER))
-    np.testing.assert_array_equal(changed(run, TOKENS, (ROW == 0) & (POSITION == S - 1), 0), ROW < G)
+    np.testing.assert_array_equal(changed(run, TOKENS, (SEQUENCE == 0) & (POSITION == S - 1), 0), SEQUENCE < G)
 
 
 @pytest.mark.parametrize("config", [MODEL, ENCODER], ids=["decoder", "encoder"])
 @given(seed=st.integers(0, 2**16))
-def test_no_bit_of_masked_tokens(config, seed):
-    """Nor does it matter whether what is masked is one sequence's padding or a row that fills up the group."""
+def test_outputs_do_not_depend_on_masked_tokens(config, seed):
+    """Masked are padding tokens of a sequence, and one whole sequence, as where it fills up a group."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(B * S, size=(B, S), dtype="int32")
-    real = rng.random((B, S)) < 0.7
-    real[rng.integers(B)] = False
-    run = partial(hidden, config, params_of(config), mask=real)
-    assert not changed(run, tokens, ~real, seed)[real].any()
+    token_mask = rng.random((B, S)) < 0.7
+    token_mask[rng.integers(B)] = False
+    run = partial(hidden, config, params_of(config), mask=token_mask)
+    assert not changed(run, tokens, ~token_mask, seed)[token_mask].any()
 
 
-@pytest.mark.parametrize("row, position", [(0, 0), (1, 2), (3, 1)])
-def test_a_token_is_seen_in_its_group_from_its_position_on(row, position):
-    """The positive control: the same change that nobody else sees does arrive, in the other row of the group, too."""
-    run, replaced = partial(hidden, MODEL, params_of(MODEL)), (row == ROW) & (position == POSITION)
-    np.testing.assert_array_equal(changed(run, TOKENS, replaced, 0), reach(row, position))
+@pytest.mark.parametrize("sequence, position", [(0, 0), (1, 2), (3, 1)])
+def test_a_token_affects_its_group_from_its_position_on(sequence, position):
+    """The positive control of the tests above: a change reaches all allowed tokens, of the other group member too."""
+    run, replaced = partial(hidden, MODEL, params_of(MODEL)), (sequence == SEQUENCE) & (position == POSITION)
+    np.testing.assert_array_equal(changed(run, TOKENS, replaced, 0), reach(sequence, position))
 
 
 def toy(weights: np.ndarray, axis: int):
-    """A layer that mixes along one axis of a table's rows."""
+    """A layer that mixes embeddings along one axis of [B, S]."""
     table = np.random.default_rng(0).normal(size=(B * S, 3)).astype("float32")
     return jax.jit(lambda tokens: jnp.moveaxis(jnp.tensordot(weights, jnp.asarray(table)[tokens], (1, axis)), 0, axis))
 
@@ -161,19 +161,19 @@ LEAKS = {
     "along the sequence": (toy(np.ones((S, S)), 1), POSITION >= 2, (slice(None), slice(0, 2)), True),
     "one step ahead": (toy(np.eye(S, k=1), 1), POSITION >= 2, (slice(None), slice(0, 2)), True),
     "causal": (toy(np.tril(np.ones((S, S))), 1), POSITION >= 2, (slice(None), slice(0, 2)), False),
-    "over the batch": (toy(np.ones((B, B)), 0), ROW >= G, slice(0, G), True),
-    "in the group": (toy(np.kron(np.eye(B // G), np.ones((G, G))), 0), ROW >= G, slice(0, G), False),
+    "over the batch": (toy(np.ones((B, B)), 0), SEQUENCE >= G, slice(0, G), True),
+    "in the group": (toy(np.kron(np.eye(B // G), np.ones((G, G))), 0), SEQUENCE >= G, slice(0, G), False),
 }
 
 
 @pytest.mark.parametrize("case", LEAKS)
-def test_the_checker_sees_a_leak(case):
-    run, replaced, kept, leaks = LEAKS[case]
-    assert changed(run, TOKENS, replaced, 0)[kept].any() == leaks
+def test_the_check_detects_a_leak(case):
+    run, replaced, unaffected, leaks = LEAKS[case]
+    assert changed(run, TOKENS, replaced, 0)[unaffected].any() == leaks
 
 
 def dependence(config: ModelConfig, mask: np.ndarray | None = None) -> np.ndarray:
-    """bool [B, S, B, S]: whether the output there has a gradient with respect to the token here."""
+    """bool [B, S, B, S]: whether the output of the first token has a gradient with respect to the second."""
     params, direction = params_of(config), np.random.default_rng(0).normal(size=config.d_model)
 
     def outputs(table):
@@ -182,20 +182,20 @@ def dependence(config: ModelConfig, mask: np.ndarray | None = None) -> np.ndarra
     return np.asarray(jax.jit(jax.jacrev(outputs))(params["token_embedding"]) != 0).any(axis=-1).reshape(B, S, B, S)
 
 
-def test_gradients_reach_exactly_what_is_mixed():
-    """All of the past of the group, nothing else: zero elsewhere, and nowhere zero there."""
-    expected = np.array([[reach(row, position) for position in range(S)] for row in range(B)]).transpose(2, 3, 0, 1)
+def test_gradients_reach_exactly_the_past_of_the_group():
+    """The gradient is zero outside it, and nowhere zero in it."""
+    expected = np.array([[reach(b, s) for s in range(S)] for b in range(B)]).transpose(2, 3, 0, 1)
     np.testing.assert_array_equal(dependence(MODEL), expected)
 
 
-def test_gradients_of_real_tokens_do_not_reach_masked_ones():
+def test_gradients_do_not_reach_masked_tokens():
     mask = np.random.default_rng(0).random((B, S)) < 0.6
     assert not dependence(with_feed_forward("shared"), mask)[mask][:, ~mask].any()
 
 
-# --- stacks -----------------------------------------------------------------------------------------------------------
+# --- scans ------------------------------------------------------------------------------------------------------------
 
-PLANS = {
+SCAN_GROUPS = {
     "all": ("all", 8, [((MIXTURE,), 8)]),
     "last_half": ("last_half", 8, [((DENSE,), 4), ((MIXTURE,), 4)]),
     "every_other": ("every_other", 8, [((DENSE, MIXTURE), 4)]),
@@ -207,40 +207,42 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("case", PLANS)
-def test_plan(case):
-    moe_blocks, num_blocks, expected = PLANS[case]
+@pytest.mark.parametrize("case", SCAN_GROUPS)
+def test_scan_groups(case):
+    moe_blocks, num_blocks, expected = SCAN_GROUPS[case]
     config = dataclasses.replace(MODEL, num_blocks=num_blocks, moe_blocks=moe_blocks)
-    assert stack_plan(config) == expected
+    assert scan_groups(config) == expected
 
 
 @given(st.lists(st.sampled_from([DENSE, MIXTURE]), min_size=1, max_size=12), st.integers(1, 3))
-def test_plan_gives_back_the_blocks(pattern, repeats):
+def test_scan_groups_have_all_blocks_in_order(pattern, repeats):
     kinds = pattern * repeats
     moe_blocks = tuple(i for i, kind in enumerate(kinds) if kind == MIXTURE)
-    plan = stack_plan(dataclasses.replace(MODEL, num_blocks=len(kinds), moe_blocks=moe_blocks))
-    assert [kind for period, n in plan for _ in range(n) for kind in period] == kinds
+    groups = scan_groups(dataclasses.replace(MODEL, num_blocks=len(kinds), moe_blocks=moe_blocks))
+    assert [kind for period, n in groups for _ in range(n) for kind in period] == kinds
     runs = 1 + sum(a != b for a, b in pairwise(kinds))
-    assert len(plan) <= runs
+    assert len(groups) <= runs
     if repeats > 1:
-        assert len(plan) == 1 and len(plan[0][0]) <= len(pattern)
+        assert len(groups) == 1 and len(groups[0][0]) <= len(pattern)
 
 
 @pytest.mark.parametrize("moe_blocks", ["all", "every_other"])
-def test_blocks_apart_are_the_same_model(moe_blocks):
+def test_unrolled_blocks_are_the_same_model(moe_blocks):
     config = dataclasses.replace(MODEL, num_blocks=4, moe_blocks=moe_blocks)
     params = init_params(config, jax.random.key(0))
-    apart, moved = unstack(config, params)
-    assert len(stack_plan(apart)) == 4
-    chex.assert_trees_all_equal(moved, init_params(apart, jax.random.key(0)))
-    np.testing.assert_allclose(bind(apart, moved)(TOKENS).hidden, bind(config, params)(TOKENS).hidden, atol=1e-6)
+    unrolled, unrolled_params = unroll(config, params)
+    assert len(scan_groups(unrolled)) == 4
+    chex.assert_trees_all_equal(unrolled_params, init_params(unrolled, jax.random.key(0)))
+    np.testing.assert_allclose(
+        bind(unrolled, unrolled_params)(TOKENS).hidden, bind(config, params)(TOKENS).hidden, atol=1e-6
+    )
 
 
-def one_by_one(config: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Array:
-    """The same blocks without stacks or scan: each cut out of the stacked parameters."""
+def without_scan(config: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Array:
+    """Apply the same blocks without a scan, each with its slice of the parameters."""
     model = bind(config, params)
     x = params["token_embedding"][tokens] + params["position_embedding"][: tokens.shape[1]]
-    for stack, (_, repeats) in zip(model.stacks, model.plan, strict=True):
+    for stack, (_, repeats) in zip(model.stacks, model.scan_groups, strict=True):
         for i in range(repeats):
             for stacked in stack:
                 graph, state = nnx.split(stacked)
@@ -249,10 +251,10 @@ def one_by_one(config: ModelConfig, params: dict, tokens: np.ndarray) -> jax.Arr
 
 
 @pytest.mark.parametrize("moe_blocks", ["last_half", "every_other"])
-def test_scan_equals_the_blocks_one_by_one(moe_blocks):
+def test_scan_equals_a_loop_over_the_blocks(moe_blocks):
     config = dataclasses.replace(MODEL, num_blocks=4, moe_blocks=moe_blocks)
     params = params_of(config)
-    expected = jax.jit(partial(one_by_one, config))(params, TOKENS)
+    expected = jax.jit(partial(without_scan, config))(params, TOKENS)
     chex.assert_trees_all_close(hidden(config, params, TOKENS), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -263,8 +265,8 @@ def test_metrics_name_the_blocks():
     assert all(value.shape == () for value in metrics.values())
 
 
-def test_metrics_are_of_their_block():
-    """The scan hands out the metrics of all blocks at once: here only the second block's update is zero."""
+def test_metrics_belong_to_their_block():
+    """The scan returns the metrics of all blocks at once: here only the second block's update is zero."""
     params = dict(params_of(MODEL))
     params["stacks/0/0/feed_forward/w_out"] *= jnp.array([1.0, 0.0])[:, None, None, None]
     metrics = value_and_grad(MODEL, params, TOKENS)[0][1]
@@ -272,20 +274,20 @@ def test_metrics_are_of_their_block():
     assert 0 < metrics["mixing_entropy/01"] != metrics["mixing_entropy/00"]
 
 
-def test_what_only_saves_memory_changes_no_number():
+def test_remat_and_loss_chunks_change_no_number():
     params = params_of(MODEL)
-    found = value_and_grad(dataclasses.replace(MODEL, remat="blocks", loss_chunk=4), params, TOKENS)
-    chex.assert_trees_all_close(found, value_and_grad(MODEL, params, TOKENS), rtol=1e-5, atol=1e-5)
+    actual = value_and_grad(dataclasses.replace(MODEL, remat="blocks", loss_chunk=4), params, TOKENS)
+    chex.assert_trees_all_close(actual, value_and_grad(MODEL, params, TOKENS), rtol=1e-5, atol=1e-5)
 
 
-def test_remat_keeps_less():
+def test_remat_saves_less_for_the_backward_pass():
     deep = dataclasses.replace(MODEL, num_blocks=8)
-    kept = {}
+    saved = {}
     for remat in ("none", "blocks"):
         config = dataclasses.replace(deep, remat=remat)
         pull = jax.eval_shape(lambda p, c=config: jax.vjp(lambda p: hidden(c, p, TOKENS), p)[1], params_of(deep))
-        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(pull))
-    assert kept["blocks"] < kept["none"]
+        saved[remat] = sum(leaf.size for leaf in jax.tree.leaves(pull))
+    assert saved["blocks"] < saved["none"]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -295,7 +297,7 @@ def gradients(config: ModelConfig, params: dict, tokens: jax.Array) -> dict[str,
 
 @pytest.mark.parametrize("moe_blocks", ["all", "every_other"])
 def test_the_program_does_not_grow_with_depth(moe_blocks):
-    """24 blocks are the same operations as 6, but for those that take the metrics of more blocks apart."""
+    """24 blocks have the same operations as 6, except those that slice the metrics of each block."""
     counts = {}
     for depth in (6, 24):
         config = dataclasses.replace(MODEL, num_blocks=depth, moe_blocks=moe_blocks)
@@ -306,7 +308,7 @@ def test_the_program_does_not_grow_with_depth(moe_blocks):
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_depth():
-    """The whole of it, metrics too: CPU seconds, the best of three each in turns, on a model large enough to time."""
+    """CPU seconds for the whole program with its metrics: the best of three, in turns."""
     seconds = {}
     for depth in (6, 24) * 3:
         config = dataclasses.replace(MODEL, num_blocks=depth, moe_blocks="every_other", final_norm=True)
@@ -331,7 +333,7 @@ SIZED = ModelConfig(
     feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, shared_expert_dim=16),
     final_norm=True,
 )
-# Name -> (shape, fan_in; 0 for what starts at 0, None for what starts at 1).
+# Name -> (shape, fan_in; 0 for an initial value of 0, None for one of 1).
 BLOCK = {
     "attention/query": ((2, 32, 4, 8), 32),
     "attention/key_value": ((2, 32, 2, 4, 8), 32),
@@ -367,7 +369,7 @@ def test_parameter_names_and_shapes():
     assert {name: value.shape for name, value in abstract(SIZED).items()} == {k: v[0] for k, v in PARAMETERS.items()}
 
 
-def test_choices_that_need_fewer_parameters_or_more():
+def test_options_add_and_remove_parameters():
     names = {name.removeprefix("stacks/0/0/") for name in abstract(DECODER)}
     kernels = {f"feed_forward/{kind}_{part}" for kind in ("kernel", "bias") for part in ("in", "gate", "out")}
     scales = {f"{norm}/scale" for norm in ("attention_norm", "feed_forward_norm", "final_norm")}
@@ -380,13 +382,13 @@ def v1_density(values: np.ndarray, fan_in: int) -> np.ndarray:
 
 
 def v2_density(values: np.ndarray, fan_in: int) -> np.ndarray:
-    """Normal of std sqrt(0.1 / fan_in), cut at 0.2: for the embeddings, that is nearly uniform."""
+    """Normal of std sqrt(0.1 / fan_in), truncated at 0.2: for the embeddings, that is nearly uniform."""
     return np.exp(-0.5 * values**2 / (0.1 / fan_in)) * (abs(values) <= 0.2)
 
 
 @pytest.mark.parametrize("density", [v1_density, v2_density])
 def test_parameters_start_as_in_the_paper(density):
-    """Mean, standard deviation and cut of every parameter (PAPER.md section 5)."""
+    """Mean, standard deviation and truncation of every parameter (`docs/paper.md`, section 5)."""
     v1 = load_config(Path(__file__).parents[2] / "configs" / "v1.py")
     params = initial_params(SIZED if density is v2_density else dataclasses.replace(SIZED, init=v1.model.init))
     for name, (_, fan_in) in PARAMETERS.items():
@@ -404,7 +406,7 @@ def test_parameters_start_as_in_the_paper(density):
             assert abs(value).max() > 0.95 * bound, name
 
 
-def test_every_block_starts_with_values_of_its_own():
+def test_blocks_have_different_initial_values():
     w_in = np.asarray(initial_params(SIZED)["stacks/0/1/feed_forward/w_in"]).reshape(2 * 8, -1)
     correlation = np.corrcoef(w_in)
     assert abs(correlation[~np.eye(16, dtype=bool)]).max() < 0.3
@@ -421,8 +423,8 @@ def test_final_norm(norm):
     np.testing.assert_allclose(y, expected + params.get("final_norm/bias", 0), rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_may_be_the_embedding():
-    """The model's loss and gradients are those of plain autodiff, in float64, where the embedding has both of its."""
+def test_tied_embeddings():
+    """Loss and gradients equal those of plain autodiff in float64; the embedding's gradient has both its uses."""
     segments, targets, mask = TOKENS // 2, np.roll(TOKENS, -1, 1), TOKENS % 3 > 0
 
     def loss(config, plain, params):
@@ -437,10 +439,10 @@ def test_the_head_may_be_the_embedding():
 
     with jax.enable_x64(True):
         config = dataclasses.replace(DECODER, dtype="float64", param_dtype="float64")
-        found, expected = (
+        actual, expected = (
             jax.jit(jax.value_and_grad(partial(loss, config, plain)))(params_of(config)) for plain in (False, True)
         )
-        chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_bind_and_get_params_are_inverse():
@@ -461,18 +463,18 @@ def test_bfloat16_types(param_dtype):
     """Activations are bfloat16, logits and loss float32, gradients in the parameters' type."""
     narrow = dataclasses.replace(MODEL, dtype="bfloat16", param_dtype=param_dtype)
     params = abstract(narrow)
-    (loss, _), found = jax.eval_shape(partial(value_and_grad, narrow), params, TOKENS)
+    (loss, _), gradients = jax.eval_shape(partial(value_and_grad, narrow), params, TOKENS)
     x = jax.eval_shape(partial(hidden, narrow), params, TOKENS)
     logits = jax.eval_shape(lambda params, x: bind(narrow, params).logits(x), params, x)
     assert (x.dtype, logits.dtype, loss.dtype) == ("bfloat16", "float32", "float32")
-    assert {value.dtype for value in [*params.values(), *found.values()]} == {jnp.dtype(param_dtype)}
+    assert {value.dtype for value in [*params.values(), *gradients.values()]} == {jnp.dtype(param_dtype)}
 
 
 def test_bfloat16_is_near_float32():
-    (loss, _), found = value_and_grad(dataclasses.replace(MODEL, dtype="bfloat16"), params_of(MODEL), TOKENS)
+    (loss, _), gradients = value_and_grad(dataclasses.replace(MODEL, dtype="bfloat16"), params_of(MODEL), TOKENS)
     (expected, _), expected_gradients = value_and_grad(MODEL, params_of(MODEL), TOKENS)
     assert float(loss) == pytest.approx(float(expected), rel=0.02)
-    for name, gradient in found.items():
+    for name, gradient in gradients.items():
         error = np.linalg.norm(gradient - expected_gradients[name]) / np.linalg.norm(expected_gradients[name])
         assert error < 0.2, name
 
@@ -485,13 +487,13 @@ def test_loss_is_that_of_the_logits():
 
 
 def test_shorter_sequences():
-    """Causality again: the first positions of a shorter batch are those of the longer one."""
+    """By causality, a shorter batch has the outputs of the first positions of the longer one."""
     params = params_of(MODEL)
     shorter = hidden(MODEL, params, TOKENS[:, :-1])
     chex.assert_trees_all_close(shorter, hidden(MODEL, params, TOKENS)[:, :-1], rtol=1e-5, atol=1e-5)
 
 
-def test_dense_blocks_beside_mixtures_may_have_no_biases():
+def test_dense_blocks_of_a_mixture_model_may_have_no_biases():
     plain = set(abstract(SIZED))
     bare = set(abstract(dataclasses.replace(SIZED, dense_bias=False)))
     assert plain - bare == {"stacks/0/0/feed_forward/bias_in", "stacks/0/0/feed_forward/bias_out"} and bare < plain

@@ -13,7 +13,7 @@ import pytest
 
 from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from mot_jax.errors import UserError
-from mot_jax.nn.sharding import make_mesh, rows_sharding
+from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.nn.transformer import bind, init_params
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
@@ -188,7 +188,7 @@ def compiled_gradient(shape: tuple[tuple[str, int], ...]):
         return model.loss_sum(model(tokens).hidden, (tokens + 1) % V, tokens >= 0).loss / tokens.size
 
     mesh = mesh_of(config)
-    tokens = jax.device_put(np.arange(B * S, dtype="int32").reshape(B, S) * 7 % V, rows_sharding(mesh))
+    tokens = jax.device_put(np.arange(B * S, dtype="int32").reshape(B, S) * 7 % V, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         step = jax.jit(jax.value_and_grad(loss)).lower(abstract_state(config, mesh).params, tokens).compile(QUICK)
     return lambda params: step(params, tokens)

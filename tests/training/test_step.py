@@ -27,7 +27,7 @@ from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches, place_rows
+from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches, place_sequences
 from mot_jax.nn.transformer import bind
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState, abstract_state, create_state
@@ -55,7 +55,7 @@ def batch_of(config: Config, tokens: np.ndarray, number: int = 0, mask: np.ndarr
 def place(mesh: jax.sharding.Mesh, config: Config, batch: Batch) -> Batch:
     """The whole batch, in microbatches, on the mesh."""
     t = config.training
-    rows = local_rows(mesh, t.batch_size, t.gradient_accumulation_steps)
+    rows = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
     return place_microbatches(mesh, jax.tree.map(lambda x: x[rows], batch), t.batch_size, t.gradient_accumulation_steps)
 
 
@@ -185,7 +185,10 @@ def test_the_state_is_born_sharded_with_its_optimizer(tiny, optimized):
     assert [parts for name, parts in cut.items() if "w_in" in name or "w_out" in name] == [8] * 6  # and two moments
     assert [parts for name, parts in cut.items() if "attention/" in name] == [4] * 9
     single = create_state(tiny, make_mesh(tiny, jax.devices()[:1]))
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(single))
+    # From jax 0.12 on, the last bit of XLA's erf_inv on a CPU depends on the shape of a shard.
+    rtol = 0 if jax.__version_info__ < (0, 12) else 3e-7
+    equal = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=0)
+    jax.tree.map(equal, jax.device_get(state), jax.device_get(single))
     jax.tree.map(lambda a, b: None, state, abstract_state(config, mesh))
 
 
@@ -202,11 +205,11 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
         evaluate = jax.jit(make_eval_step(tiny, sizes))
         batch = batch_of(tiny, tokens, mask=mask)
         nats, count, correct, size, windows = map(
-            float, evaluate(state.params, state.step, place_rows(mesh, batch, 32))
+            float, evaluate(state.params, state.step, place_sequences(mesh, batch, 32))
         )
         changed = tokens.copy()
         changed[4], changed[3, 8:] = 77, 78
-        again = evaluate(state.params, state.step, place_rows(mesh, batch_of(tiny, changed, mask=mask), 32))
+        again = evaluate(state.params, state.step, place_sequences(mesh, batch_of(tiny, changed, mask=mask), 32))
         model = bind(tiny.model, state.params)
         likeliest = model.logits(model(batch.inputs, FeedForwardContext(mask)).hidden).argmax(axis=-1)
     assert count == mask.sum() and windows == 31

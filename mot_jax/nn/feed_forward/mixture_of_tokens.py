@@ -16,7 +16,7 @@ from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels import fused_experts_tpu, fused_mixture_tpu, pallas_tpu
-from mot_jax.nn.sharding import axes_of, product, reshard, shards, spec
+from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, spec
 
 
 class MixtureOfTokens(nnx.Module):
@@ -105,7 +105,7 @@ class MixtureOfTokens(nnx.Module):
         """Merge, experts, emit: [N, G, S, D]."""
         config, positions = self.config, axes_of(grouped)[2]
         # Other lengths, such as the one position of a step of generation, are no work for the kernel.
-        if config.kernel != "xla" and grouped.shape[2] % (pallas_tpu.TILE * shards(positions)) == 0:
+        if config.kernel != "xla" and grouped.shape[2] % (pallas_tpu.TILE * num_shards(positions)) == 0:
             kernel = {"fused_mixture": fused_mixture_tpu, "fused_experts": fused_experts_tpu}[config.kernel]
             return kernel.mix_through(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
@@ -199,7 +199,7 @@ def _project_out(activation: str) -> mixing.Project:
     def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
         hidden = activate(activation, *h)
         experts, groups, positions, width = axes_of(hidden)
-        if hidden.shape[2] % shards(positions + width) == 0:  # each device that has a part of F sums some positions
+        if hidden.shape[2] % num_shards(positions + width) == 0:  # each device that has a part of F sums some positions
             positions = width + positions
         out = spec(experts, groups, positions, None)
         return jnp.moveaxis(_layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)

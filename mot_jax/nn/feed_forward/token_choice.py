@@ -13,7 +13,7 @@ from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
 from mot_jax.nn.initializers import draw
-from mot_jax.nn.sharding import DIMENSIONS, axes_of, product, reshard, shards, spec
+from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
 
 
 class TokenChoice(nnx.Module):
@@ -98,7 +98,7 @@ class TokenChoice(nnx.Module):
     def _group_tokens(self, x: jax.Array) -> int:
         """T. Without a capacity groups only measure: where the batch has no whole ones, as in generation, rows do."""
         tokens, (rows, length) = self.config.routing_group_tokens, x.shape[:2]
-        cut = (length % tokens and tokens % length) or rows * length % (tokens * shards(DIMENSIONS["rows"]))
+        cut = (length % tokens and tokens % length) or rows * length % (tokens * num_shards(DIMENSIONS["sequences"]))
         return length if cut and self.config.capacity_factor is None else tokens
 
     def _experts(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -112,6 +112,6 @@ class TokenChoice(nnx.Module):
         gate = None if w_gate is None else product("nced,edf->ncef", u, w_gate)
         hidden = activate(self.activation, product("nced,edf->ncef", u, w_in), gate)
         here, _, experts, width = axes_of(hidden)
-        slots = () if hidden.shape[1] % shards(width) else width  # each device that has a part of F sums some slots
+        slots = () if hidden.shape[1] % num_shards(width) else width  # each device that has a part of F sums some slots
         o = product("ncef,efd->nced", hidden, w_out, spec(here, slots, experts, None))
         return reshard(o, groups, None, None, None)

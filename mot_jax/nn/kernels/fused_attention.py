@@ -114,7 +114,7 @@ def documents_of(token_mask: jax.Array | None, segments: jax.Array | None) -> ja
 
 def _on_each(local: Callable[..., jax.Array], query: jax.Array, *arrays: jax.Array | None) -> jax.Array:
     """`local` on each device of the mesh, with its own rows and heads; as it is where no mesh is set."""
-    heads, rows = ("rows", None, "heads", None), ("rows", None)
+    heads, rows = ("sequences", None, "heads", None), ("sequences", None)
     if spec(*heads) is None:
         return local(query, *arrays)
     places = [rows if a is None or a.ndim == 2 else heads for a in (query, *arrays)]

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mot_jax.errors import UserError
 from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Activation, Plan, dot, on_each
 from mot_jax.nn.kernels.tiles_tpu import by_tiles, each, emit, from_tiles, merge, mixing_backward, passes_bytes
-from mot_jax.nn.sharding import axes_of, reshard, whole
+from mot_jax.nn.sharding import axes_of, replicate, reshard
 
 LANES = 128
 ROWS = 256  # of an expert's input that are multiplied at a time
@@ -194,4 +194,4 @@ def _rows_of(u: jax.Array) -> jax.Array:
 
 def _whole(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
     """As they are stored; but what `fsdp` has cut travels in x's dtype."""
-    return [whole(w.astype(x.dtype)) if any(axes_of(w)) else w for w in weights]
+    return [replicate(w.astype(x.dtype)) if any(axes_of(w)) else w for w in weights]

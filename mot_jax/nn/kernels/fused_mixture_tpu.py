@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mot_jax.errors import UserError
 from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Activation, Plan, dot, on_each
 from mot_jax.nn.kernels.tiles_tpu import by_tiles, each, from_tiles, gather, put, rows, spread
-from mot_jax.nn.sharding import axes_of, reshard, whole
+from mot_jax.nn.sharding import axes_of, replicate, reshard
 
 ROWS = 64  # positions, the fewest that an expert reads at a time, for the matrix unit's sake
 
@@ -212,7 +212,7 @@ def _forward(activation, x, weights, w_in, w_out):
     def local(axes, x, weights, w_in, w_out):
         return _call("forward", activation, [x.shape], x, by_tiles(weights), w_in, w_out)[0]
 
-    arrays = (x, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    arrays = (x, weights.astype(x.dtype), replicate(w_in.astype(x.dtype)), replicate(w_out.astype(x.dtype)))
     return on_each(local, "ngsd ngse - -", "ngsd", *arrays), (x, weights, w_in, w_out)
 
 
@@ -226,7 +226,7 @@ def _backward(activation, kept, dy):
         dw_in, dw_out = jax.lax.psum(found, axes) if axes else found
         return dx, from_tiles(d_tiles), dw_in, dw_out
 
-    arrays = (x, dy, weights.astype(x.dtype), whole(w_in.astype(x.dtype)), whole(w_out.astype(x.dtype)))
+    arrays = (x, dy, weights.astype(x.dtype), replicate(w_in.astype(x.dtype)), replicate(w_out.astype(x.dtype)))
     dx, d_weights, *found = on_each(local, "ngsd ngsd ngse - -", "ngsd ngse - -", *arrays)
     dw_in, dw_out = (reshard(dw.astype(w.dtype), *axes_of(w)) for dw, w in zip(found, (w_in, w_out), strict=True))
     return dx, d_weights.astype(weights.dtype), dw_in, dw_out

@@ -14,7 +14,7 @@ from variants import VARIANTS
 from mot_jax.config import CompanionsConfig, MixingConfig, MixtureOfTokensConfig
 from mot_jax.nn.feed_forward import Companions, FeedForwardContext, MixtureOfTokens
 from mot_jax.nn.feed_forward.companions import summarise
-from mot_jax.nn.sharding import parameter_spec, rows_sharding
+from mot_jax.nn.sharding import batch_sharding, parameter_spec
 
 B, S, D, G, E, F = 3, 4, 3, 4, 6, 4
 STEP = 4  # of 10
@@ -172,6 +172,6 @@ def test_a_mesh_gives_what_one_device_gives(mesh_of, shape, k):
         placed = nnx.to_pure_dict(state)
         placed = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in placed.items()}
         nnx.replace_by_pure_dict(state, placed)
-        found = run(state, *jax.device_put((x, places), rows_sharding(mesh)))
+        found = run(state, *jax.device_put((x, places), batch_sharding(mesh)))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from mot_jax.config import MixingConfig, MixtureOfTokensConfig
 from mot_jax.errors import UserError
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
-from mot_jax.nn.sharding import parameter_spec, rows_sharding
+from mot_jax.nn.sharding import batch_sharding, parameter_spec
 from mot_jax.nn.transformer import get_params
 
 B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
@@ -180,7 +180,7 @@ def test_variant_on_a_mesh_equals_one_device(name, mesh_of, optimized):
         placed = nnx.to_pure_dict(state)
         placed = {k: jax.device_put(v, NamedSharding(mesh, parameter_spec(k, v.ndim))) for k, v in placed.items()}
         nnx.replace_by_pure_dict(state, placed)
-        found = run(state, jax.device_put(x, rows_sharding(mesh)))
+        found = run(state, jax.device_put(x, batch_sharding(mesh)))
     (_, y), gradients = expected
     assert set(nnx.to_pure_dict(gradients)) == set(placed)
     chex.assert_trees_all_close(jax.device_get(found[0][1]), y, rtol=1e-4, atol=1e-4)

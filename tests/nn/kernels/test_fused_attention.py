@@ -55,9 +55,9 @@ def results(layer: Attention, mask: np.ndarray | None, place=None):
         state = place(state)
 
     def loss(state: nnx.State, x: jax.Array):
-        y = nnx.merge(graph, state)(reshard(x, "rows", "positions", None), mask, SEGMENTS)
-        y = jnp.where(reshard(real[..., None], "rows", "positions", None), y, 0)
-        return (y * reshard(weights, "rows", "positions", None)).sum(), y
+        y = nnx.merge(graph, state)(reshard(x, "sequences", "positions", None), mask, SEGMENTS)
+        y = jnp.where(reshard(real[..., None], "sequences", "positions", None), y, 0)
+        return (y * reshard(weights, "sequences", "positions", None)).sum(), y
 
     with jax.default_matmul_precision("highest"):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, x)
