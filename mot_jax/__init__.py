@@ -1,6 +1,7 @@
 """Mixture of Tokens (arXiv 2310.15961) in JAX and Flax."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from mot_jax.config import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mot_jax.inference.language_model import LanguageModel, load
     from mot_jax.nn.feed_forward import Dense, FeedForwardContext, FeedForwardOutput, MixtureOfTokens, TokenChoice
     from mot_jax.nn.transformer import Transformer
+    from mot_jax.training import train
 
 __all__ = [
     "Config",
@@ -34,13 +36,30 @@ __all__ = [
     "Transformer",
     "load",
     "load_config",
+    "train",
 ]
+
+try:
+    __version__ = importlib.metadata.version("mot_jax")
+except importlib.metadata.PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"
+
+# The module of each public name that needs JAX, which takes seconds to import: imported at first use.
+_LAZY = {
+    "Dense": "mot_jax.nn.feed_forward",
+    "FeedForwardContext": "mot_jax.nn.feed_forward",
+    "FeedForwardOutput": "mot_jax.nn.feed_forward",
+    "LanguageModel": "mot_jax.inference.language_model",
+    "MixtureOfTokens": "mot_jax.nn.feed_forward",
+    "TokenChoice": "mot_jax.nn.feed_forward",
+    "Transformer": "mot_jax.nn.transformer",
+    "load": "mot_jax.inference.language_model",
+    "train": "mot_jax.training",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need JAX, which takes seconds to import: commands and processes about text do without it."""
-    if name in __all__:
-        places = {"Transformer": "mot_jax.nn.transformer"}
-        places |= dict.fromkeys(["LanguageModel", "load"], "mot_jax.inference.language_model")
-        return getattr(importlib.import_module(places.get(name, "mot_jax.nn.feed_forward")), name)
+    """Import a public name that needs JAX."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,9 +49,9 @@ def start(
 
 def _record(path: str) -> None:
     """Lets the loop's batches write down what they are made of, when a step takes them."""
-    from mot_jax.training import loop
+    from mot_jax.training import trainer
 
-    train_batches, reading = loop.train_batches, threading.local()
+    train_batches, reading = trainer.train_batches, threading.local()
 
     class Windows:
         def __init__(self, windows):
@@ -84,7 +84,7 @@ def _record(path: str) -> None:
         def close(self):
             self._batches.close()
 
-    loop.train_batches = Batches
+    trainer.train_batches = Batches
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli
+from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli, training
 from mot_jax.config import Config, mixing_faults
 from mot_jax.config.files import variants_of
-from mot_jax.training import loop
 
 ROOT = Path(__file__).parent.parent
 README, LAYER, REPRODUCE = ROOT / "README.md", ROOT / "docs" / "layer.md", ROOT / "docs" / "reproduce.md"
@@ -77,7 +76,7 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
     """Every config of the paper has a row; runs beside its own go to a workdir of theirs."""
     started: list[tuple[str, Config]] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(loop, "train", lambda config, workdir: started.append((workdir, config)))
+    monkeypatch.setattr(training, "train", lambda config, workdir, hooks: started.append((workdir, config)))
     commands = re.findall(r"`python train\.py (.*?)`", REPRODUCE.read_text())
     for command in commands:
         cli.main(["train", *command.split()])

@@ -1,19 +1,15 @@
-"""The paper's claim, small: version 1's dense and MoT models on Python source, by `mot train`'s own loop.
+"""The paper's claim at a small scale: version 1's dense and MoT models on Python source, trained as by `mot train`.
 
 4,000 steps each, vocabulary 8,192; v1's widths, batch, context and learning rates. A call trains until its time is up
-and leaves a checkpoint; the next one, the same command, goes on.
+and saves a checkpoint; the same command then resumes the run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ from mot_jax.config import Config, DataConfig, LoggingConfig, MixtureOfTokensCon
 from mot_jax.data import corpora, report, tokenizers
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime.paths import user_path
-from mot_jax.training import loop
+from mot_jax.training import Hook, Trainer, train
 
 Row = dict[str, Any]
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,7 +29,7 @@ _CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
 def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
-    """By the name of their workdir. small: a few steps of tiny models on bytes."""
+    """The configs of both runs, by the names of their workdirs. small: a few steps of tiny models on bytes."""
     mot = load_config(CONFIGS / "v1.py")
     steps = 6 if small else _STEPS
     optimizer = dataclasses.replace(mot.training.optimizer, warmup_steps=max(steps // 100, 1))
@@ -58,31 +54,39 @@ def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
     return {"dense": dense, "mixture_of_tokens": mot}
 
 
-def bench_headline(folder: Path, small: bool, seconds: float, progress: Callable[[str], None]) -> list[Row]:
-    """Trains in `folder` for at most about so many seconds; a row for each model, as far as it is.
+class TimeLimit(Hook):
+    """Stops the training, with a checkpoint, in the first step after a deadline in seconds of `time.monotonic`."""
 
-    Rows: kind; step, of steps; loss, the last one on the validation split, nats a token; tokens_per_second, the median
-    of the rows of the log; matched_step: the first validated one with a loss at most the dense model's last one, once
-    that is at its end; share_of_steps and share_of_time: what that is of the dense model's steps, and of its time.
+    def __init__(self, deadline: float):
+        self._deadline = deadline
+
+    def after_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        if time.monotonic() >= self._deadline:
+            trainer.stop()
+
+
+def bench_headline(folder: Path, small: bool, seconds: float, progress: Callable[[str], None]) -> list[Row]:
+    """Train both models in `folder` for at most about `seconds`; return a row for each, finished or not.
+
+    Rows: kind; step, of steps; loss, the last validation loss in nats per token; tokens_per_second, the median of the
+    logged rows; matched_step, the first validated step with a loss of at most the dense model's last one, None until
+    that model is finished; share_of_steps and share_of_time, the matched step relative to the steps and the time of the
+    dense model.
     """
     deadline, configs = time.monotonic() + seconds, headline_configs(folder, small)
     folder.mkdir(parents=True, exist_ok=True)
     if not small and not (folder / "tokenizer.json").exists():
         progress(f"headline: a tokenizer of {_VOCABULARY} tokens")
         corpus = corpora.open_corpus(_CORPORA[-1], "train", folder / "data", "text")
-        train = partial(tokenizers.train_tokenizer, vocab_size=_VOCABULARY)
-        progress(report.write_tokenizer(corpus, train, str(folder / "tokenizer.json")))
+        train_tokenizer = partial(tokenizers.train_tokenizer, vocab_size=_VOCABULARY)
+        progress(report.write_tokenizer(corpus, train_tokenizer, str(folder / "tokenizer.json")))
     for name, config in configs.items():
         left = deadline - time.monotonic()
         if left <= 0:
-            progress(f"headline: no time is left for {name}; the same command goes on")
+            progress(f"headline: no time is left for {name}; the same command resumes")
             break
         progress(f"headline: {name}, for at most {left:.0f} s")
-        try:
-            with sigterm_after(left):
-                loop.train(config, user_path("--out", str(folder / name)))
-        except SystemExit:
-            break
+        train(config, user_path("--out", str(folder / name)), [TimeLimit(deadline)])
     return headline_rows({name: (c.training.steps, _rows(folder / name)) for name, c in configs.items()})
 
 
@@ -91,7 +95,7 @@ def _rows(workdir: Path) -> list[Row]:
 
 
 def headline_rows(runs: dict[str, tuple[int, list[Row]]]) -> list[Row]:
-    """From each run's number of steps and its rows of metrics so far; `dense` is among them."""
+    """The rows of `bench_headline`, from the number of steps of each run, `dense` among them, and its logged rows."""
     validated = {name: [r for r in rows if r["split"] == "validation"] for name, (_, rows) in runs.items()}
     speeds = {}
     for name, (_, rows) in runs.items():
@@ -99,48 +103,18 @@ def headline_rows(runs: dict[str, tuple[int, list[Row]]]) -> list[Row]:
         speeds[name] = statistics.median(logged) if logged else None
     steps, dense = runs["dense"][0], validated["dense"][-1:]
     goal = dense[0]["loss"] if dense and dense[0]["step"] == steps else None
-    found = []
+    results = []
     for name, (total, rows) in runs.items():
         step = max((row["step"] for row in rows), default=0)
         loss = validated[name][-1]["loss"] if validated[name] else None
-        good = [row["step"] for row in validated[name] if goal is not None and row["loss"] <= goal]
-        matched = good[0] if good else None
+        reached = [row["step"] for row in validated[name] if goal is not None and row["loss"] <= goal]
+        matched = reached[0] if reached else None
         share = None if matched is None else matched / steps
-        own, of_dense = speeds[name], speeds["dense"]
-        in_time = None if share is None or not own or not of_dense else share * of_dense / own
-        row = {"kind": name, "step": step, "steps": total, "loss": loss, "tokens_per_second": own}
-        found.append(row | {"matched_step": matched, "share_of_steps": share, "share_of_time": in_time})
-    return found
-
-
-@contextlib.contextmanager
-def sigterm_after(seconds: float) -> Iterator[None]:
-    """This process gets a SIGTERM after so many seconds, unless the block is through; and again, while nobody listens.
-
-    A training run that gets it saves a checkpoint and raises SystemExit. Only in the main thread.
-    """
-    lock, through, timers = threading.Lock(), threading.Event(), []
-
-    def ask() -> None:
-        with lock:
-            if not through.is_set():
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    def start(after: float) -> None:
-        timers.append(threading.Timer(after, ask))
-        timers[-1].daemon = True
-        timers[-1].start()
-
-    previous = signal.signal(signal.SIGTERM, lambda *_: start(1.0))  # the run has not begun to listen
-    start(max(seconds, 0.0))
-    try:
-        yield
-    finally:
-        with lock:
-            through.set()
-        for timer in timers:
-            timer.cancel()
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        speed, dense_speed = speeds[name], speeds["dense"]
+        time_share = None if share is None or not speed or not dense_speed else share * dense_speed / speed
+        row = {"kind": name, "step": step, "steps": total, "loss": loss, "tokens_per_second": speed}
+        results.append(row | {"matched_step": matched, "share_of_steps": share, "share_of_time": time_share})
+    return results
 
 
 COLUMNS: list[Column] = [

@@ -128,7 +128,9 @@ class _Run:
 
         with jax.set_mesh(self.mesh):
             start = time.perf_counter()
-            step = jax.jit(make_train_step(config), donate_argnums=0)
+            t = config.training
+            train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+            step = jax.jit(train_step, donate_argnums=0)
             self._step = step.lower(self._state, self._batch).compile()
             self.seconds_to_compile = time.perf_counter() - start
             small = jax.jit(lambda params: jax.tree.map(lambda p: jnp.full_like(p, 1e-4), params))

@@ -20,9 +20,11 @@ def train(arguments: list[str]) -> None:
     """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
     options, config = parse("mot train", arguments, "configs/demo.py", ["--workdir", *PROCESS])
     distributed.connect(process(options, config), config.mesh)
-    from mot_jax.training import loop  # only here: a mistake on the command line should not wait for these imports
+    # Only here: a mistake on the command line should not wait for these imports.
+    from mot_jax import training
+    from mot_jax.inference.sample import SampleHook
 
-    loop.train(config, options.workdir or default_workdir(options.config))
+    training.train(config, options.workdir or default_workdir(options.config), [SampleHook()])
 
 
 def describe(arguments: list[str]) -> None:

@@ -46,9 +46,10 @@ def transition(arguments: list[str]) -> None:
     for config, _ in runs:
         check(config)
     distributed.connect(process(options, config), config.mesh)
-    from mot_jax.training import loop
+    from mot_jax import training
+    from mot_jax.inference.sample import SampleHook
 
     for config, place in runs:
-        loop.train(config, place)
+        training.train(config, place, [SampleHook()])
     for line in tuning.report(*runs[-1], options.workdir, limit):
         print(line)

@@ -1,4 +1,4 @@
-"""Text for people to read at the end of a training run: a group of validation texts, mixed as in training."""
+"""A sample of generated text at the end of a training run: one group of validation texts, mixed as in training."""
 
 from __future__ import annotations
 
@@ -13,32 +13,56 @@ from mot_jax.data.windows import Windows
 from mot_jax.inference.language_model import GAP, LanguageModel
 from mot_jax.modes import trained_mode
 from mot_jax.nn.transformer import Params
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import replace_file
+from mot_jax.training.evaluation import evaluated_config
+from mot_jax.training.trainer import Hook, Trainer
+
+
+class SampleHook(Hook):
+    """Writes `sample.txt` at the end of a run, unless `logging.sample_tokens` is 0."""
+
+    def at_end(self, trainer: Trainer) -> None:
+        run = trainer.run
+        if not run.config.logging.sample_tokens:
+            return
+        config, params = evaluated_config(run.config), trainer.state.params
+        sample = sample_text(config, run.mesh, params, run.validation_windows, run.tokenizer)
+        with distributed.together():
+            if distributed.is_first():
+                replace_file(run.workdir / "sample.txt", sample.encode())
 
 
 def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, tokenizer: Tokenizer) -> str:
-    """A group of validation texts, continued by the model, or with its guesses where a masked model has gaps."""
+    """Generate text from the first group of validation windows.
+
+    Returns the prompts (the first halves of the windows) with their continuations; for a masked model, the windows with
+    gaps in place of masked tokens, and the same with the gaps filled.
+    """
     model = LanguageModel(config, params, tokenizer, trained_mode(config), config.training.steps, mesh)
     objective, size = Objective.of(config, tokenizer), config.group_size
-    shown = next(validation_batches(windows, objective, size, size, np.arange(size), None))
-    present = shown.token_mask[:, 0]
+    group = next(validation_batches(windows, objective, size, size, np.arange(size), None))
+    present = group.token_mask[:, 0]
 
-    def words(tokens: np.ndarray) -> str:
+    def decode(tokens: np.ndarray) -> str:
         return tokenizer.decode(tokens).decode(errors="replace")
 
     if objective.masked:
-        hidden = np.where(shown.target_mask, tokenizer.mask_token, shown.targets)[present]
-        gaps = [GAP.join(words(piece) for piece in _cut(row, tokenizer.mask_token)) for row in hidden]
-        filled = model.fill(list(hidden))
-        return "\n".join(f"--- prompt\n{gap}\n--- filled\n{row.text}\n" for gap, row in zip(gaps, filled, strict=True))
-    prompts = shown.inputs[present, : config.model.context_length // 2]
-    found = model.generate(
+        masked = np.where(group.target_mask, tokenizer.mask_token, group.targets)[present]
+        gaps = [GAP.join(decode(piece) for piece in _split(tokens, tokenizer.mask_token)) for tokens in masked]
+        filled = model.fill(list(masked))
+        return "\n".join(
+            f"--- prompt\n{gap}\n--- filled\n{text.text}\n" for gap, text in zip(gaps, filled, strict=True)
+        )
+    prompts = group.inputs[present, : config.model.context_length // 2]
+    continuations = model.generate(
         list(prompts), max_tokens=config.logging.sample_tokens, ends=False, seed=config.training.seed
     )
-    pairs = [(words(prompt), continuation.text) for prompt, continuation in zip(prompts, found, strict=True)]
+    pairs = [(decode(prompt), continuation.text) for prompt, continuation in zip(prompts, continuations, strict=True)]
     return "\n".join(f"--- prompt\n{begin}\n--- continued\n{end}\n" for begin, end in pairs)
 
 
-def _cut(row: np.ndarray, at: int) -> list[np.ndarray]:
-    """The pieces of a row between the tokens `at`."""
-    places = np.flatnonzero(row == at)
-    return [row[begin:end] for begin, end in zip([0, *places + 1], [*places, len(row)], strict=True)]
+def _split(tokens: np.ndarray, separator: int) -> list[np.ndarray]:
+    """The pieces of a sequence between the tokens equal to `separator`."""
+    places = np.flatnonzero(tokens == separator)
+    return [tokens[begin:end] for begin, end in zip([0, *places + 1], [*places, len(tokens)], strict=True)]

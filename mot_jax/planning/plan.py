@@ -139,7 +139,9 @@ def plan(
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         say(f"tracing the training step for {mesh.size:,} devices")
-        traced = jax.jit(make_train_step(config), donate_argnums=0).trace(state, batch)
+        t = config.training
+        train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+        traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
         say(f"compiling it for {topology}: a minute or more for large models")
         try:
             compiled = traced.lower().compile()

@@ -6,6 +6,7 @@ Rows are lines of JSON in `metrics.jsonl`, which grows. On an object store, wher
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -13,7 +14,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import rich.console
@@ -218,13 +219,12 @@ class Console:
         elif not self._quiet:
             print(text, flush=True)
 
-    def track(self, steps: Iterable[int], done: int) -> Iterator[int]:
-        """`steps`, with a bar that starts at `done`."""
+    @contextlib.contextmanager
+    def progress(self, done: int) -> Iterator[Callable[[], None]]:
+        """Show a progress bar that begins at `done` steps; gives a function that advances it by one step."""
         with self._bar as bar:
             task = bar.add_task("training", total=self._steps, completed=done)
-            for step in steps:
-                yield step
-                bar.advance(task)
+            yield lambda: bar.advance(task)
 
 
 def train_line(row: Row, steps: int) -> str:

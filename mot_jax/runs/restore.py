@@ -118,13 +118,13 @@ def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epa
     with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     while True:
-        step = _newest(folder)
+        step = newest_step(folder)
         if step is None:
             raise UserError(f"workdir = {workdir}: has no checkpoint yet; try again after the run has saved one")
         content, fault = _load(folder / str(step), abstract)
         if not any(distributed.gather(fault is not None)):
             return folder / str(step), content
-        if _newest(folder) == step:  # else the run saved a newer one, and may have deleted this one meanwhile
+        if newest_step(folder) == step:  # else the run saved a newer one, and may have deleted this one meanwhile
             with distributed.together():
                 if fault is not None:
                     raise fault
@@ -183,13 +183,14 @@ def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, A
     return content, None
 
 
-def _newest(folder: epath.Path) -> int | None:
+def newest_step(folder: epath.Path) -> int | None:
     """The step of the newest complete checkpoint, as process 0 sees it: a shared file system may show others less."""
     newest = None
     with distributed.together():
         if distributed.is_first():
-            found = ocp.path.step.standard_name_format().find_all(folder) if folder.exists() else ()
-            newest = max((checkpoint.step for checkpoint in found), default=None)
+            folder = orbax_path(folder)
+            checkpoints = ocp.path.step.standard_name_format().find_all(folder) if folder.exists() else ()
+            newest = max((checkpoint.step for checkpoint in checkpoints), default=None)
     return distributed.gather(newest)[0]
 
 

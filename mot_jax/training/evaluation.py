@@ -13,13 +13,13 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import CompanionsConfig, Config, to_json
+from mot_jax.config import CompanionsConfig, Config, TokenChoiceConfig, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.modes import enter
+from mot_jax.modes import enter, token_choice
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn.sharding import (
     DIMENSIONS,
@@ -39,6 +39,11 @@ from mot_jax.training.step import make_eval_step
 Result = dict[str, float | int]
 
 
+def evaluated_config(config: Config) -> Config:
+    """The config with which a model is scored during training: token choice without a capacity, so that none drop."""
+    return token_choice(config) if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
+
+
 def make_evaluation(
     config: Config, mesh: Mesh, windows: Windows, tokenizer: Tokenizer
 ) -> Callable[[Params, jax.Array, int | None], Result]:
@@ -48,7 +53,7 @@ def make_evaluation(
     same ones every time, and `most_frequent` is the accuracy of whoever always says the commonest of them.
     """
     padding = config.model.vocab_size - tokenizer.vocab_size
-    eval_step = jax.jit(make_eval_step(config, np.pad(tokenizer.token_bytes, (0, padding))))
+    eval_step = jax.jit(make_eval_step(config.model, np.pad(tokenizer.token_bytes, (0, padding))))
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mot_jax.config import Config
+from mot_jax.config import LossWeights, ModelConfig, OptimizerConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import spec
@@ -34,27 +34,31 @@ class Evaluation(NamedTuple):
     windows: jax.Array
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(
+    model_config: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    steps: int,
+    losses: LossWeights = LossWeights(),
+    gradient_accumulation_steps: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, microbatches of global arrays [A, B / A, S]) -> (state, metrics): one update by the mean loss per target.
 
     Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; gradient_rms, before
     clipping; parameter_rms; update_rms, of the parameters' change, as rounded to their dtype; the layers' own, averaged
     over microbatches. Compile it with the state donated.
     """
-    accumulation, weigh = config.training.gradient_accumulation_steps, config.training.losses
-    optimizer = make_optimizer(config.training.optimizer, config.training.steps)
-    schedule = learning_rate(config.training.optimizer, config.training.steps)
-    weights = weigh.of_layers()
+    optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
+    layer_weights = losses.of_layers()
 
     def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array):
-        model = bind(config.model, params)
-        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=tuple(weights), train=True)
+        model = bind(model_config, params)
+        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=tuple(layer_weights), train=True)
         out = model(batch.inputs, context, batch.segments)
-        sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, weigh.head_z)
+        sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, losses.head_z)
         total = sums.loss / targets
-        for name, weight in weights.items():
-            found = [value for of, value in out.losses.items() if of.startswith(name + "/")]
-            total += weight * sum(found) / max(len(found), 1) / accumulation
+        for name, weight in layer_weights.items():
+            values = [value for key, value in out.losses.items() if key.startswith(name + "/")]
+            total += weight * sum(values) / max(len(values), 1) / gradient_accumulation_steps
         return total, (sums.nats / targets, out.metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -62,10 +66,10 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
         def microbatch(batch: Batch) -> tuple[jax.Array, Metrics, Params]:
             gradients, (value, metrics) = jax.grad(loss, has_aux=True)(state.params, batch, state.step, targets)
-            return value, jax.tree.map(lambda m: m / accumulation, metrics), gradients
+            return value, jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics), gradients
 
         first = jax.tree.map(lambda x: x[0], batch)
-        if accumulation == 1:
+        if gradient_accumulation_steps == 1:
             value, metrics, gradients = microbatch(first)
         else:
             shapes = jax.eval_shape(microbatch, first)
@@ -93,11 +97,13 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     return train_step
 
 
-def make_eval_step(config: Config, token_bytes: np.ndarray) -> Callable[[Params, jax.Array, Batch], Evaluation]:
+def make_eval_step(
+    model_config: ModelConfig, token_bytes: np.ndarray
+) -> Callable[[Params, jax.Array, Batch], Evaluation]:
     """(params, step int32 scalar, batch of global arrays) -> Evaluation. token_bytes: [V], bytes of each token."""
 
     def eval_step(params: Params, step: jax.Array, batch: Batch) -> Evaluation:
-        model = bind(config.model, params)
+        model = bind(model_config, params)
         out = model(batch.inputs, FeedForwardContext(batch.token_mask, batch.inputs, step=step), batch.segments)
         sizes = jnp.asarray(token_bytes, jnp.float32).at[batch.targets].get(out_sharding=spec("sequences", None))
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, accuracy=True)

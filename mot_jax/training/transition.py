@@ -145,7 +145,7 @@ def check_transition(config: Config) -> None:
         )
 
 
-def go_over(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
+def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
     """The state in which the run of `config` begins, its first example, and notes for people.
 
     Weights, moments and the moments' counts are those of `transition_from`, by name; steps and learning rate begin

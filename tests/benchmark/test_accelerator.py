@@ -1,8 +1,6 @@
 """`mot bench accelerator`: numerics, what becomes of a part that fails, the headline that stops by time."""
 
 import json
-import signal
-import time
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +9,7 @@ import pytest
 from mot_jax import cli
 from mot_jax.benchmark import accelerator, numerics
 from mot_jax.benchmark.accelerator import bench_accelerator
-from mot_jax.benchmark.headline import bench_headline, headline_configs, headline_rows, sigterm_after
+from mot_jax.benchmark.headline import bench_headline, headline_configs, headline_rows
 from mot_jax.config import DenseConfig, check
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
@@ -123,27 +121,11 @@ def test_the_headline_is_the_step_and_the_time_of_the_dense_models_last_loss():
     assert [row["matched_step"] for row in unfinished] == [None, None] and unfinished[1]["loss"] is None
 
 
-def test_a_sigterm_comes_in_time_again_until_somebody_listens_and_not_afterwards():
-    heard = []
-    before = signal.getsignal(signal.SIGTERM)
-    with sigterm_after(0.05):
-        time.sleep(0.3)  # nobody listens
-        previous = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
-        until = time.monotonic() + 5
-        while not heard and time.monotonic() < until:
-            time.sleep(0.05)
-        signal.signal(signal.SIGTERM, previous)
-    with sigterm_after(0.1):
-        pass
-    time.sleep(0.2)
-    assert heard == [True] and signal.getsignal(signal.SIGTERM) == before
-
-
 @pytest.mark.slow
-def test_a_headline_stops_by_time_and_goes_on(tmp_path):
-    """The first call is asked to stop at its first step; the second one trains both models to their ends."""
+def test_a_headline_stops_by_time_and_is_resumed(tmp_path):
+    """The first call stops after its first step; the second one trains both models to their ends."""
     rows = bench_headline(tmp_path / "headline", True, 0.01, quiet)
-    assert rows[0]["step"] < rows[0]["steps"] and rows[1]["step"] == 0
+    assert [row["step"] for row in rows] == [1, 0]
     rows = bench_headline(tmp_path / "headline", True, 300, quiet)
     assert [row["step"] for row in rows] == [6, 6] and rows[0]["matched_step"] is not None
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 import mot_jax
-from mot_jax import cli
-from mot_jax.config import Config, load_config
+from mot_jax import cli, training
+from mot_jax.config import Config, check, load_config
 from mot_jax.data import tokenizers
 from mot_jax.runs import restore
-from mot_jax.training import loop
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = str(CONFIGS / "demo.py")
@@ -33,9 +32,9 @@ def fails(capsys, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple[Config, str]]:
-    """What `mot train` hands to the loop."""
+    """The arguments with which `mot train` calls the training loop."""
     calls: list[tuple[Config, str]] = []
-    monkeypatch.setattr(loop, "train", lambda config, workdir: calls.append((config, str(workdir))))
+    monkeypatch.setattr(training, "train", lambda config, workdir, hooks: calls.append((config, str(workdir))))
     return calls
 
 
@@ -148,7 +147,7 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch, error):
         except Exception as cause:
             raise RuntimeError("while saving") from cause
 
-    monkeypatch.setattr(loop, "train", full)
+    monkeypatch.setattr(training, "train", full)
     (line,) = fails(capsys, "train", DEMO)
     assert line.startswith("error: no space left on the disk")
 
@@ -157,7 +156,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(loop, "train", broken)
+    monkeypatch.setattr(training, "train", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", DEMO])
 

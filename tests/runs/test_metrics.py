@@ -1,4 +1,4 @@
-"""Rows to Weights & Biases. What else is logged, test_loop.py sees."""
+"""Rows of metrics, and Weights & Biases; tests/training tests the logs of whole runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from etils import epath
 
 from mot_jax.config import Config, LoggingConfig, to_json
 from mot_jax.errors import UserError
-from mot_jax.runs.metrics import MetricsLog, check_logging
-from mot_jax.training import loop
+from mot_jax.runs.metrics import MetricsLog, check_logging, read_rows
+from mot_jax.training import train
 
 WANDB = LoggingConfig(tensorboard=False, wandb=True, wandb_project="mine")
 
@@ -76,7 +76,7 @@ def test_wandb_is_imported_only_when_asked_for(workdir, monkeypatch):
     check_logging(plain)
     MetricsLog(workdir, 0, plain).close()
     with pytest.raises(UserError, match=r"wandb is not installed; try pip install 'mot_jax\[wandb\]'"):
-        loop.train(dataclasses.replace(Config(), logging=WANDB), workdir / "run")
+        train(dataclasses.replace(Config(), logging=WANDB), workdir / "run")
     assert not (workdir / "run").exists()
 
 
@@ -88,3 +88,10 @@ def test_wandb_itself_offline(workdir, monkeypatch):
     wandb.teardown()
     (file,) = (workdir / "wandb").glob("offline-run-*/*.wandb")
     assert file.name == f"run-{(workdir / 'wandb_id').read_text()}.wandb"
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    metrics = MetricsLog(epath.Path(tmp_path), 0, LoggingConfig(tensorboard=False))
+    metrics.write({"step": 1, "split": "train", "loss": float("nan"), "mfu": float("inf")})
+    metrics.close()
+    assert read_rows(epath.Path(tmp_path)) == [{"step": 1, "split": "train", "loss": None, "mfu": None}]

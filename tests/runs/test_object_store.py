@@ -16,11 +16,12 @@ from etils import epath
 from etils.epath import backend
 from moto.server import ThreadedMotoServer
 from object_store import ObjectStore
-from training.test_loop import StoppedError, numbers, stop_at
+from tiny_run import StopAt, StoppedError, numbers
 
 from mot_jax import cli
 from mot_jax.config import Config, LoggingConfig, to_json
 from mot_jax.errors import UserError
+from mot_jax.inference.sample import SampleHook
 from mot_jax.interop.convert import export, import_model
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import metrics as log
@@ -28,7 +29,7 @@ from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import abstract_state, create_state
 from mot_jax.runs.tensor_files import INDEX
-from mot_jax.training import loop
+from mot_jax.training import train
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -185,28 +186,26 @@ def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
 
 def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tiny):
     with pytest.raises(UserError, match=r"^workdir = ..://nobody/run: (cannot be written to|the store refuses)") as e:
-        loop.train(tiny, f"{str(bucket)[:5]}nobody/run")
+        train(tiny, f"{str(bucket)[:5]}nobody/run")
     assert type(e.value) is UserError and len(e.value.faults) == 1 and "\n" not in str(e.value)
 
 
 @pytest.mark.slow
 def test_a_run_stops_goes_on_and_is_looked_at(bucket, tiny: Config, tmp_path, monkeypatch, capsys):
     workdir, local = bucket / "runs" / "mine", epath.Path(tmp_path / "local")
-    loop.train(tiny, local)
+    train(tiny, local, [SampleHook()])
     save, seen = Checkpoints.save, []
 
     def saving(self: Checkpoints, step: int, *rest: object) -> None:
         seen.append((step, steps(workdir)[-1]))
         save(self, step, *rest)
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 7)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(Checkpoints, "save", saving)
-        with pytest.raises(StoppedError):
-            loop.train(tiny, str(workdir))
+        train(tiny, str(workdir), [StopAt(7)])
     assert seen == [(4, 4)]  # the checkpoint does not outlive its rows
     assert steps(workdir)[-1] == 5 + 1  # the row of step 7 was never fetched
-    loop.train(tiny, str(workdir))
+    train(tiny, str(workdir), [SampleHook()])
     assert numbers(workdir) == numbers(local)
     assert {path.name for path in workdir.iterdir()} == {path.name for path in local.iterdir()} - {"metrics.jsonl"} | {
         "metrics"
@@ -223,5 +222,5 @@ def test_a_run_stops_goes_on_and_is_looked_at(bucket, tiny: Config, tmp_path, mo
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "inspect" / "tokens.png").read_bytes().startswith(b"\x89PNG")
     assert "nothing left to train" not in capsys.readouterr().out
-    loop.train(tiny, str(workdir))
+    train(tiny, str(workdir))
     assert "nothing left to train" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs import restore
 from mot_jax.runs.stores import orbax_path
 from mot_jax.runtime import paths
-from mot_jax.training import loop
+from mot_jax.training import train
 
 
 def test_a_tilde_is_the_home(monkeypatch, tmp_path):
@@ -31,7 +31,7 @@ def test_a_tilde_is_the_home(monkeypatch, tmp_path):
 def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, package, extra):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    for use in (lambda path: loop.train(Config(), path), restore.load_run, lambda path: cli.main(["curves", path])):
+    for use in (lambda path: train(Config(), path), restore.load_run, lambda path: cli.main(["curves", path])):
         with pytest.raises((UserError, SystemExit)) as error:
             use(f"{scheme}://bucket/run")
         if isinstance(error.value, UserError):
@@ -45,7 +45,7 @@ def test_another_store_is_not_a_directory_of_that_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path, nearest in {"gcs://bucket/run": "gs://", "s3n://bucket/run": "s3://"}.items():
         with pytest.raises(UserError, match=rf"^workdir = {path}: must be local, gs:// or s3://.*{nearest}"):
-            loop.train(Config(), path)
+            train(Config(), path)
     with pytest.raises(UserError, match=r"^data.tokenizer = hdfs://x/y.json: must be local"):
         load_tokenizer("hdfs://x/y.json")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,7 @@ from mot_jax.errors import UserError
 from mot_jax.modes import MODES
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.scores import measured, record_score
-from mot_jax.training import evaluation, loop
+from mot_jax.training import evaluation, train
 from mot_jax.training.evaluation import evaluate_run
 from mot_jax.training.upcycling import check_upcycle
 
@@ -56,7 +56,7 @@ def run(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
         validation_windows=None,
     )
     config = dataclasses.replace(tiny, data=data, training=dataclasses.replace(tiny.training, steps=4))
-    loop.train(config, directory / "run")
+    train(config, directory / "run")
     texts = [text.decode() for _, text in open_corpus("words", "validation", directory)]
     return config, directory / "run", texts
 
@@ -127,7 +127,7 @@ def test_all_modes_are_scored_on_the_same_text_shown_and_written_down(run, tmp_p
         with pytest.raises(SystemExit):
             cli.main(["evaluate", str(workdir), "--mode", "sparse"])
         assert capsys.readouterr().err.startswith("error: companions.npy: is missing")
-        loop.train(config, workdir)  # the remedy
+        train(config, workdir)  # the remedy
         assert companions.read_bytes() == moved.read_bytes()
     finally:
         moved.rename(companions)
@@ -163,7 +163,7 @@ def upcycled(config: Config, workdir: Path) -> None:
 
 
 READERS: dict[str, Callable[[Config, Path], object]] = {
-    "train": loop.train,
+    "train": train,
     "evaluate": lambda config, workdir: evaluate_run(workdir, config, "train", 32),
     "inspect": lambda config, workdir: inspect(workdir, workdir.parent / "inspect"),
     "upcycle": upcycled,

@@ -65,7 +65,9 @@ def compiled_step(config: Config):
     state = create_state(config, mesh)
     with jax.set_mesh(mesh):
         batch = place(mesh, config, batches(config, 1)[0])
-        return mesh, state, jax.jit(make_train_step(config), donate_argnums=0).lower(state, batch).compile()
+        t = config.training
+        train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+        return mesh, state, jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
 
 
 def run(config: Config, steps: int = 20, values: int = 256) -> tuple[list[dict[str, float]], str]:
@@ -202,7 +204,7 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
     mask[4] = False
     sizes = np.array([1] * 256 + [0])
     with jax.set_mesh(mesh):
-        evaluate = jax.jit(make_eval_step(tiny, sizes))
+        evaluate = jax.jit(make_eval_step(tiny.model, sizes))
         batch = batch_of(tiny, tokens, mask=mask)
         nats, count, correct, size, windows = map(
             float, evaluate(state.params, state.step, place_sequences(mesh, batch, 32))

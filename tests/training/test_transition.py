@@ -12,15 +12,17 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from tiny_run import StopAt, StoppedError
 
 from mot_jax.cli import main
 from mot_jax.config import Config, DenseConfig, LoggingConfig, MixingConfig, check
 from mot_jax.errors import UserError
 from mot_jax.nn.mixing import temperature
 from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import load_whole
-from mot_jax.training import loop, transition
+from mot_jax.training import train, trainer, transition
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def source(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Con
     """A run of six steps."""
     workdir = str(tmp_path_factory.mktemp("mixed") / "run")
     config = dataclasses.replace(small, training=dataclasses.replace(small.training, steps=6))
-    loop.train(config, workdir)
+    train(config, workdir)
     return config, workdir
 
 
@@ -62,7 +64,7 @@ def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(sourc
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         old = load_whole(source[1], mesh).state
-        state, example, notes = transition.go_over(config, mesh)
+        state, example, notes = transition.transition_state(config, mesh)
     assert example == 6 * 32 and "after 6 steps" in notes[0] and "learning rate up to" in notes[1]
     schedules = [part for part in state.opt_state if isinstance(part, optax.ScaleByScheduleState)]
     assert int(state.step) == 0 and [int(part.count) for part in schedules] == [0]
@@ -82,56 +84,45 @@ def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_firs
     with jax.set_mesh(mesh):
         old = load_whole(source[1], mesh).state.params
         first = transition.create_state(source[0], mesh).params
-        params = transition.go_over(config, mesh)[0].params
+        params = transition.transition_state(config, mesh)[0].params
     for name, value in params.items():
         new = name.endswith("/controller")
         assert np.array_equal(value, old[name]) != new, name
         assert not new or not np.allclose(value, first[name]), name
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.mark.slow
 def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
     config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
-    asked: list[int] = []
-    batches, track = loop.train_batches, loop.log.Console.track
+    first_examples: list[int] = []
+    train_batches = trainer.train_batches
 
-    def watched(*arguments):
-        asked.append(arguments[-1])
-        return batches(*arguments)
+    def recording(*arguments):
+        first_examples.append(arguments[-1])
+        return train_batches(*arguments)
 
-    def stopping(self, steps, done):
-        for step in track(self, steps, done):
-            if step == 4:
-                raise StoppedError
-            yield step
-
-    monkeypatch.setattr(loop, "train_batches", watched)
-    loop.train(config, tmp_path / "undisturbed")
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        patch.setattr(loop.log.Console, "track", stopping)
-        loop.train(config, tmp_path / "stopped")
-    loop.train(config, tmp_path / "stopped")
-    assert asked == [6 * 32, 6 * 32, 8 * 32]
+    monkeypatch.setattr(trainer, "train_batches", recording)
+    train(config, tmp_path / "undisturbed")
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "stopped", [StopAt(4)])
+    train(config, tmp_path / "stopped")
+    assert first_examples == [6 * 32, 6 * 32, 8 * 32]
     for split in ("train", "validation"):
         assert rows(tmp_path / "stopped", split) == rows(tmp_path / "undisturbed", split)
     assert [row["step"] for row in rows(tmp_path / "stopped", "validation")] == [0, 1, 2, 4]
     mesh = make_mesh(config)
     wider = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=160))
-    assert transition.go_over(wider, mesh)[1] == 320  # after 192 examples
+    assert transition.transition_state(wider, mesh)[1] == 320  # after 192 examples
 
 
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(source, tmp_path, monkeypatch):
     config = tuned(source, steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", lambda *_: 1 / 0)
+        patch.setattr(Checkpoints, "save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            loop.train(config, tmp_path / "run")
-    loop.train(config, tmp_path / "run")
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run", "validation")] == [0, 1, 2]
 
 
@@ -190,13 +181,13 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anythi
     there = json.loads((copy / "data.json").read_text())
     (copy / "data.json").write_text(json.dumps(there | {"train": "other"}))
     with pytest.raises(UserError, match=f"workdir = {copy} was trained on other text: train: other there"):
-        loop.train(config, tmp_path / "new")
+        train(config, tmp_path / "new")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match=r"copy': has no checkpoint yet; try again"):
-        loop.train(config, tmp_path / "new")
+        train(config, tmp_path / "new")
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="copy: no such directory"):
-        loop.train(config, tmp_path / "new")
+        train(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -227,7 +218,7 @@ def test_tuning_recovers_what_the_switch_costs(tiny, small, tmp_path, capsys):
     often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
     training = dataclasses.replace(small.training, steps=500, optimizer=optimizer, **often)
     workdir, output = str(tmp_path / "mixed"), tmp_path / "mixed-token_choice"
-    loop.train(dataclasses.replace(small, training=training), workdir)
+    train(dataclasses.replace(small, training=training), workdir)
     main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads((output / "transition.json").read_text())

@@ -13,7 +13,7 @@ from mot_jax.errors import UserError
 from mot_jax.nn.transformer import bind, init_params
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import load_run
-from mot_jax.training import loop
+from mot_jax.training import train
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
 # (experts, width, shared): as wide as the dense layer (32), slices of it, wider than it, beside a shared expert.
@@ -27,7 +27,7 @@ def dense_run(tiny, tmp_path_factory) -> tuple[Config, str]:
     training = dataclasses.replace(tiny.training, steps=4)
     config = dataclasses.replace(tiny, model=model, training=training)
     workdir = tmp_path_factory.mktemp("dense") / "run"
-    loop.train(config, workdir)
+    train(config, workdir)
     return config, str(workdir)
 
 
@@ -72,14 +72,14 @@ def test_a_run_begins_as_the_dense_one_learns_and_goes_on_without_it(dense_run, 
     config, workdir = dense_run
     copy = shutil.copytree(workdir, tmp_path / "dense")
     training = dataclasses.replace(config.training, steps=12, upcycle_from=str(copy))
-    loop.train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
+    train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
     assert f"experts begin as the dense layers of {copy}" in capsys.readouterr().out
     losses = [row["loss"] for row in read_rows(epath.Path(tmp_path) / "run") if row["split"] == "train"]
     before = [row["loss"] for row in read_rows(epath.Path(workdir)) if row["split"] == "train"]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02 and losses[0] < before[0]
     shutil.rmtree(copy)
     training = dataclasses.replace(training, steps=13)
-    loop.train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
+    train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
     assert "experts begin" not in capsys.readouterr().out
 
 
@@ -95,5 +95,5 @@ def test_what_cannot_be_upcycled_is_refused_before_anything_begins(dense_run, tm
     assert second.startswith("model.feed_forward.expert_dim = 24: must divide") and second.endswith("try 16")
     training = dataclasses.replace(config.training, upcycle_from=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such directory"):
-        loop.train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "new")
+        train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "new")
     assert not (tmp_path / "new").exists()

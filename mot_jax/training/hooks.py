@@ -1,0 +1,215 @@
+"""Hooks of the training loop: log, validate, stop when preempted, save checkpoints, show progress.
+
+Their order is the order of effects: a row is written before the checkpoint that follows it, and a checkpoint is saved
+in the step in which training stops. `default_hooks` has them in this order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from mot_jax.config import Config
+from mot_jax.cost import accounting
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
+from mot_jax.runtime import distributed
+from mot_jax.training.trainer import Hook, StepMetrics, Trainer
+
+
+def default_hooks(config: Config, console: Console, hooks: Sequence[Hook] = ()) -> list[Hook]:
+    """The hooks of a run, with further `hooks` in the place where they may log rows and stop the training."""
+    log = LogHook(console)
+    validate = ValidateHook(log, console, early=config.training.transition_from is not None)
+    return [log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
+
+
+class LogHook(Hook):
+    """Writes a row of metrics every `training.log_every` steps.
+
+    The metrics of a step are fetched one step later, while the devices compute the next one: a fetch waits for the
+    device, which must not wait for the host.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._metrics_log: MetricsLog | None = None  # only in process 0
+        self._pending: tuple[int, StepMetrics] | None = None
+
+    @contextlib.contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        run = trainer.run
+        with distributed.together():
+            if distributed.is_first():
+                # The log of a new run removes all older rows, that of step 0 too.
+                self._metrics_log = MetricsLog(run.workdir, trainer.step or -1, run.config.logging)
+        self._meter = Meter(run.config, run.mesh)
+        self._meter.restart(trainer)
+        try:
+            yield
+            self.write_pending(trainer)
+        finally:
+            if self._metrics_log is not None:
+                self._metrics_log.close()
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.write_pending(trainer)
+        if trainer.step % trainer.run.config.training.log_every == 0 or trainer.at_last_step:
+            self._pending = trainer.step, metrics
+
+    def write_pending(self, trainer: Trainer) -> None:
+        """Write the row of the last logged step, if it is not written yet."""
+        if self._pending is not None:
+            (step, metrics), self._pending = self._pending, None
+            row: Row = {"step": step, "split": "train"}
+            row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+            row |= self._meter.read(trainer, step)
+            self.write(row, train_line(row, trainer.run.config.training.steps))
+
+    def write(self, row: Row, line: str) -> None:
+        """Write a row to the log, and its line to the console."""
+        if self._metrics_log is not None:
+            self._metrics_log.write(row)
+        self._console.line(line)
+
+    def flush(self) -> None:
+        """Send all rows to the workdir: on an object store, they are collected in between."""
+        if self._metrics_log is not None:
+            self._metrics_log.flush()
+
+    @contextlib.contextmanager
+    def pause(self, trainer: Trainer) -> Iterator[None]:
+        """Around work between two steps, whose time does not count as that of training: first writes the last row."""
+        self.write_pending(trainer)
+        yield
+        self._meter.restart(trainer)
+
+
+class ValidateHook(Hook):
+    """Scores `data.validation_windows` windows every `training.validate_every` steps, and at the end the whole split.
+
+    early: also before the first step and after steps 1, 2, 4, 8, ...: the loss of a transition rises only briefly.
+    """
+
+    def __init__(self, log: LogHook, console: Console, early: bool = False):
+        self._log, self._console, self._early = log, console, early
+
+    @contextlib.contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        if self._early and trainer.step == 0:
+            self._validate(trainer)
+        yield
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        due = trainer.step % trainer.run.config.training.validate_every == 0 or trainer.at_last_step
+        if due or (self._early and trainer.step.bit_count() == 1):
+            self._validate(trainer)
+
+    def _validate(self, trainer: Trainer) -> None:
+        limit = None if trainer.at_last_step else trainer.run.config.data.validation_windows
+        with self._log.pause(trainer):
+            row = {"step": trainer.step, "split": "validation", **trainer.evaluate(limit)}
+            self._log.write(row, validation_line(row))
+
+
+class PreemptHook(Hook):
+    """Stops training after a SIGTERM, in the same step of all processes, and then ends them with an exit code.
+
+    Must come before the `CheckpointHook`, which saves the state of that step.
+    """
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    @contextlib.contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        self._preempted = False
+        with distributed.preemption() as self._requested:
+            yield
+        if self._preempted:  # here the checkpoint is complete: its hook's context has been left
+            self._console.line(
+                f"SIGTERM: stopped after step {trainer.step}, with a checkpoint; the same command resumes the run"
+            )
+            distributed.stop(trainer.run.config.checkpoint.preempted_exit_code)
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if self._requested(trainer.step) and not trainer.at_last_step:
+            self._preempted = True
+            trainer.stop()
+
+
+class CheckpointHook(Hook):
+    """Saves a checkpoint every `training.checkpoint_every` steps and in the step in which training ends.
+
+    All rows are written before. Saving continues in the background; leaving the context waits for it.
+    """
+
+    def __init__(self, log: LogHook):
+        self._log = log
+
+    @contextlib.contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        directory, max_to_keep = trainer.run.workdir / "checkpoints", trainer.run.config.checkpoint.max_to_keep
+        with Checkpoints(directory, max_to_keep) as self._checkpoints:
+            yield
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if trainer.step % trainer.run.config.training.checkpoint_every == 0 or trainer.stopping:
+            with self._log.pause(trainer):
+                self._log.flush()
+                self._checkpoints.save(trainer.step, trainer.state, trainer.next_example, trainer.run.config)
+
+
+class WatchHook(Hook):
+    """Shows a progress bar on a terminal."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    @contextlib.contextmanager
+    def around(self, trainer: Trainer) -> Iterator[None]:
+        with self._console.progress(trainer.step) as self._advance:
+            yield
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self._advance()
+
+
+class Meter:
+    """Training speed since the last reading."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._steps = config.training.steps
+        self._tokens_per_step = config.training.batch_size * config.model.context_length
+        self._flops_per_token = accounting.flops_per_token(config)
+        peak = accounting.peak_flops(mesh.devices.flat[0], config.model.dtype)
+        self._peak_flops = None if peak is None else peak * mesh.size
+
+    def restart(self, trainer: Trainer) -> None:
+        """Begin to measure after the current step."""
+        self._restart(trainer, trainer.step)
+
+    def _restart(self, trainer: Trainer, step: int) -> None:
+        self._begin, self._first_step, self._data_wait = time.perf_counter(), step, trainer.data_wait
+
+    def read(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """The speed up to `step`, and begin to measure again.
+
+        Returns:
+            tokens_per_second, model_flops_per_second, mfu (only if the peak FLOP/s of the device are known), data_wait
+            (share of the time spent waiting for batches), seconds_left.
+        """
+        seconds, steps = time.perf_counter() - self._begin, step - self._first_step
+        tokens_per_second = steps * self._tokens_per_step / seconds
+        flops_per_second = tokens_per_second * self._flops_per_token
+        speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": flops_per_second}
+        if self._peak_flops is not None:
+            speed["mfu"] = flops_per_second / self._peak_flops
+        speed["data_wait"] = (trainer.data_wait - self._data_wait) / seconds
+        speed["seconds_left"] = (self._steps - step) * seconds / steps
+        self._restart(trainer, step)
+        return speed

@@ -1,0 +1,302 @@
+"""A run of training before and after its steps: `prepare` checks it, `begin` creates or restores its state, `finish`
+writes its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mot_jax.config import Config, check, from_json, identity_changes, to_json
+from mot_jax.cost import accounting
+from mot_jax.data.objectives import Objective
+from mot_jax.data.order import Order
+from mot_jax.data.text import open_text, open_tokenizer
+from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.windows import Windows
+from mot_jax.errors import UserError
+from mot_jax.modes.companions import choose, load_companions, save_companions
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
+from mot_jax.runs.restore import check_data, newest_step
+from mot_jax.runs.state import TrainState, abstract_state, create_state
+from mot_jax.runs.tensor_files import holds_tensors
+from mot_jax.runtime import distributed
+from mot_jax.runtime.paths import is_remote, make_directory, replace_file, user_path
+from mot_jax.training.transition import check_transition, transition_state
+from mot_jax.training.upcycling import check_upcycle, upcycle
+
+RESULT = "result.json"  # the last file that a run writes: the mark of a finished one
+_VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checked experiment and its directory; `prepare` makes it.
+
+    windows, validation_windows: the tokenized text of the two splits. order: the global order of training examples.
+    fingerprints: of `train`, `validation` and `tokenizer`; a resumed run must have the same ones.
+    """
+
+    config: Config
+    workdir: epath.Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    windows: Windows
+    validation_windows: Windows
+    order: Order
+    fingerprints: dict[str, str]
+
+
+class Start(NamedTuple):
+    """The state in which a run starts or resumes.
+
+    step: updates made so far. next_example: index of the next training example in the global order, a multiple of the
+    batch size. notes: lines for the user about the origin of the state.
+    """
+
+    state: TrainState
+    step: int
+    next_example: int
+    notes: list[str]
+
+
+# --- before the steps -------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config, workdir: epath.PathLike) -> Run:
+    """Check everything that can be checked before training, and open the text, which is tokenized now if needed.
+
+    Nothing in the workdir is touched. With several processes, each calls this with the same arguments.
+
+    Raises:
+        UserError: for every error in the config, the workdir or the data.
+        RetryableError: if only a store or a disk failed, perhaps temporarily.
+    """
+    with distributed.together() as same:
+        same |= {"config": to_json(config), "workdir": str(workdir)}
+        check(config)
+        check_logging(config.logging)
+        workdir = user_path("workdir", workdir)
+        mesh = make_mesh(config)
+        _check_workdir(config, workdir)
+        origin = _RESUMED if (workdir / "checkpoints").exists() else _origin_of(config)
+        origin.check(config)
+        _check_disk_space(abstract_state(config, mesh), config, workdir)
+        tokenizer = open_tokenizer(config)
+        # First the tokenizer alone: tokenizing the text can take hours.
+        check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
+        _, windows, validation_windows, order, fingerprints = open_text(config, tokenizer)
+        check_data(fingerprints, config, workdir)
+        origin.check_text(config, fingerprints)
+        same |= {f"text of data.corpus, {name}": fingerprint for name, fingerprint in fingerprints.items()}
+    return Run(config, workdir, mesh, tokenizer, windows, validation_windows, order, fingerprints)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run in this workdir has made all its steps and written its result, as process 0 sees it."""
+    steps_done = newest_step(run.workdir / "checkpoints") or 0
+    finished = steps_done >= run.config.training.steps and (run.workdir / RESULT).exists()
+    return distributed.gather(finished)[0]
+
+
+def begin(run: Run) -> Start:
+    """Create the workdir, and the state of a new run or that of the newest checkpoint.
+
+    With several processes, each calls this.
+
+    Raises:
+        UserError: if the workdir cannot be written, is not shared by all processes, or has a damaged checkpoint.
+        RetryableError: if a checkpoint cannot be read now.
+    """
+    write_workdir(run)
+    # Opening the checkpoints also removes the remains of interrupted saves.
+    with Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.max_to_keep) as checkpoints:
+        # As process 0 sees them: other hosts of a shared file system may still see an older state.
+        step = distributed.gather(checkpoints.latest() or 0)[0]
+        origin = _RESUMED if step else _origin_of(run.config)
+        with jax.set_mesh(run.mesh):
+            start = origin.begin(run, checkpoints, step)
+    with distributed.together():
+        if distributed.is_first():
+            (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
+    return start
+
+
+def write_workdir(run: Run) -> None:
+    """Write config, fingerprints of the data, and companions (the reference sequences of inference modes).
+
+    Raises UserError if the workdir cannot be written, or is not the same directory for all processes.
+    """
+    config, workdir = run.config, run.workdir
+    with distributed.together():
+        if distributed.is_first():
+            make_directory("workdir", workdir)
+            replace_file(workdir / "config.json", to_json(config).encode())
+            replace_file(workdir / "data.json", json.dumps(run.fingerprints, indent=1).encode())
+            source = config.training.transition_from
+            if config.model.group_size > 1:
+                objective = Objective.of(config, run.tokenizer)
+                save_companions(workdir, choose(run.windows, run.order, objective, config.model.group_size))
+            elif source is not None and (companions := load_companions(source)) is not None:
+                save_companions(workdir, companions)
+    with distributed.together():
+        _check_shared(config, workdir)
+
+
+# --- after the steps --------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run) -> Row:
+    """Write `loss.png`, and `result.json`, which marks the run as finished. Returns the last validation row.
+
+    The row is empty if none was logged. With several processes, each calls this, and process 0 writes.
+    """
+    with distributed.together():
+        if distributed.is_first():
+            rows = read_rows(run.workdir)
+            result = {
+                "steps": run.config.training.steps,
+                "parameters": sum(accounting.count_parameters(run.config.model).values()),
+                "validation": last_validation(run) or None,
+            }
+            replace_file(run.workdir / "loss.png", plot_curves({run.workdir.name: rows}))
+            content = json.dumps(result, indent=1, allow_nan=False)
+            replace_file(run.workdir / RESULT, (content + "\n").encode())
+    return last_validation(run)
+
+
+def last_validation(run: Run) -> Row:
+    """The last validation row of the log so far; empty if there is none."""
+    rows = [row for row in read_rows(run.workdir) if row["split"] == "validation"]
+    return rows[-1] if rows else {}
+
+
+# --- the ways in which a run begins -----------------------------------------------------------------------------------
+
+
+class _Origin(NamedTuple):
+    """Where the state of a run comes from.
+
+    applies: whether a new run of this config begins so. check: raises UserError if it cannot; before the text is
+    opened. check_text: the same, given the fingerprints of the text. begin: the state, with the run's mesh set.
+    """
+
+    applies: Callable[[Config], bool]
+    check: Callable[[Config], None]
+    check_text: Callable[[Config, dict[str, str]], None]
+    begin: Callable[[Run, Checkpoints, int], Start]
+
+
+def _restore(run: Run, checkpoints: Checkpoints, step: int) -> Start:
+    with distributed.together():
+        state, next_example, changes = checkpoints.restore(step, run.config, run.mesh)
+    notes = [f"warning: another version, so last bits may differ: {change}" for change in changes]
+    return Start(state, step, next_example, notes)
+
+
+def _initialize(run: Run, checkpoints: Checkpoints, step: int) -> Start:
+    with distributed.together():
+        return Start(create_state(run.config, run.mesh), 0, 0, [])
+
+
+def _upcycle(run: Run, checkpoints: Checkpoints, step: int) -> Start:
+    start, source = _initialize(run, checkpoints, step), run.config.training.upcycle_from
+    assert source is not None
+    params, notes = upcycle(run.config.model, start.state.params, source)
+    return start._replace(state=start.state._replace(params=params), notes=notes)
+
+
+def _transition(run: Run, checkpoints: Checkpoints, step: int) -> Start:
+    state, next_example, notes = transition_state(run.config, run.mesh)
+    return Start(state, 0, next_example, notes)
+
+
+def _check_transition_text(config: Config, fingerprints: dict[str, str]) -> None:
+    assert config.training.transition_from is not None
+    check_data(fingerprints, config, config.training.transition_from)
+
+
+def _nothing_to_check(*_: object) -> None:
+    pass
+
+
+_RESUMED = _Origin(lambda config: False, _nothing_to_check, _nothing_to_check, _restore)
+# Of a new run, the first that applies.
+_ORIGINS = (
+    _Origin(
+        lambda config: config.training.transition_from is not None,
+        check_transition,
+        _check_transition_text,
+        _transition,
+    ),
+    _Origin(
+        lambda config: config.training.upcycle_from is not None,
+        check_upcycle,
+        _nothing_to_check,
+        _upcycle,
+    ),
+    _Origin(lambda config: True, _nothing_to_check, _nothing_to_check, _initialize),
+)
+
+
+def _origin_of(config: Config) -> _Origin:
+    return next(origin for origin in _ORIGINS if origin.applies(config))
+
+
+# --- checks of the workdir --------------------------------------------------------------------------------------------
+
+
+def _check_workdir(config: Config, workdir: epath.Path) -> None:
+    """Raise UserError unless `workdir` is new, empty, or has a run that `config` may resume."""
+    path = workdir / "config.json"
+    if holds_tensors(workdir):
+        raise UserError(f"workdir = {workdir}: has an export, which cannot be trained; try a new --workdir")
+    if path.exists():
+        changes = identity_changes(from_json(path.read_text()), config)
+        if changes:
+            raise UserError(*(f"workdir = {workdir} has another run: {c}; try a new --workdir" for c in changes))
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
+    elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
+        raise UserError(f"workdir = {workdir}: has files, but no run (no config.json); try {workdir / 'run'}")
+
+
+def _check_shared(config: Config, workdir: epath.Path) -> None:
+    """Raise UserError if this process does not see the config that process 0 has just written."""
+    path, deadline = workdir / "config.json", time.monotonic() + _VISIBLE_WITHIN
+    while not (path.exists() and path.read_text() == to_json(config)):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"workdir = {workdir}: must be one directory for all processes, and the config.json of process 0 is "
+                "not in it; try one on a shared file system"
+            )
+        time.sleep(0.1)
+
+
+def _check_disk_space(state: TrainState, config: Config, workdir: epath.Path) -> None:
+    """Raise UserError if the disk cannot hold the checkpoints to come: those retained, and one being written."""
+    if is_remote(workdir):
+        return
+    folder, max_to_keep = workdir / "checkpoints", config.checkpoint.max_to_keep
+    saved_steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if max(saved_steps, default=0) >= config.training.steps:
+        return
+    checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    needed = max(max_to_keep + 1 - len(saved_steps), 1) * checkpoint_bytes
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"workdir = {workdir}: its checkpoints need {needed / 1e6:,.0f} MB more, and {free / 1e6:,.0f} MB are "
+            f"free; try a --workdir on a larger disk"
+        )
