@@ -1,4 +1,4 @@
-"""Adapter for EleutherAI's lm-evaluation-harness, which `pip install 'mot_jax[lm-eval]'` installs.
+"""Adapter for EleutherAI's lm-evaluation-harness, which the extra `lm-eval` of this package installs.
 
 Importing this module registers the model `mot_jax` with the harness, with the arguments of `MotJax`:
 
