@@ -1,1 +1,1 @@
-"""Pictures of trained models."""
+"""Analysis of trained models: mixing weights, entropies, tokens per expert (`mot inspect`)."""

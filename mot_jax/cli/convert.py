@@ -24,12 +24,12 @@ def export(arguments: list[str]) -> None:
     distributed.connect(process(options, config), config.mesh, trains=False)
     import jax
 
-    from mot_jax.interop.convert import export
+    from mot_jax.interop.export import export_model
     from mot_jax.nn.sharding import make_mesh
 
     several = jax.process_count() > 1  # else this process's memory must hold the model, and its devices need not
     with jax.set_mesh(make_mesh(config, trains=False)) if several else contextlib.nullcontext():
-        lines = export(options.workdir, options.output, options.dtype, options.overwrite)
+        lines = export_model(options.workdir, options.output, options.dtype, options.overwrite)
     for line in lines:
         print(line)
 
@@ -45,7 +45,7 @@ def import_(arguments: list[str]) -> None:
     if options.config is not None:
         config = load_config(options.config)
         check(config)
-    from mot_jax.interop.convert import import_model
+    from mot_jax.interop.importing import import_model
 
     for line in import_model(options.file, options.output, config, options.overwrite):
         print(line)

@@ -1,1 +1,1 @@
-"""Using a trained model."""
+"""Text generation, gap filling and scoring with a trained model in an inference mode."""

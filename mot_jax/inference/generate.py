@@ -1,7 +1,9 @@
-"""Generation on the device: rows are left-padded, columns are filled one by one, keys and values are kept.
+"""Generation on the device: prefill of left-padded prompts, then a loop of decode steps with a key/value cache.
 
-A column is a step in time for all rows, so that rows of a group are mixed column by column, as in training. Where a
-row's text begins is its own: attention and the companions of its tokens count from there (`context.positions`).
+Tokens are in arrays [B, T]; each decode step fills one column, that is one token of every sequence. Prompts are padded
+on the left so that they end in the same column and the sequences of a group are mixed column by column, as in training.
+Positions count from the first token of each sequence (`context.positions`), in attention and for the reference
+sequences of mode `companions`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ from mot_jax.nn.transformer import Cache, Params, bind
 
 
 class Sampler(NamedTuple):
-    """How a token is drawn. Arrays, so that none of them makes the program compile anew.
+    """Sampling options. All are arrays, so that no change of them recompiles the program.
 
-    temperature: float32; 0 takes the likeliest token. top_k: int32, only so many likeliest tokens, V for all. top_p:
-    float32, only the likeliest that together have this probability; the one that crosses it is in. Each looks at what
-    the one before has left. seed: uint32; a row's draws depend on it, on the row's index and on their number.
-    stops: int32 [n, L], sequences after which a row ends, filled up on the left with -1; what holds -2 is none.
+    Temperature, top_k and top_p apply in this order, each to the result of the one before.
+
+    Attributes:
+        temperature: float32; 0 selects the most likely token.
+        top_k: int32, the number of most likely tokens to sample from; V for all.
+        top_p: float32; sample from the smallest set of most likely tokens whose probabilities add up to at least this.
+        seed: uint32; a sampled token depends on it, on the sequence's index in the batch and on the number of tokens
+            sampled before.
+        stops: int32 [n, L], token sequences that end a sequence, padded on the left with -1. A row with -2 matches
+            nothing.
     """
 
     temperature: Any
@@ -36,17 +44,22 @@ class Sampler(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Text in the making: the same on every device but for the cache.
+    """The state of the decode loop. All fields but the cache are replicated on every device.
 
-    tokens: int32 [B, T]. real: bool [B, T], False in the padding on the left and after a row's end. log_probs: float32
-    [B, T], of each token that was drawn, by the model's own distribution. column: int32, the next one. drawn: int32,
-    how many each row has drawn before. finished: bool [B]. segment: int32 [B], which document of its row the last
-    token is of.
+    Attributes:
+        cache: keys and values of all columns before `column`.
+        tokens: int32 [B, T].
+        token_mask: bool [B, T], True for non-padding tokens; False in the left padding and after a sequence's end.
+        log_probs: float32 [B, T], of each sampled token under the model's own distribution.
+        column: int32 scalar, the column that the next decode step fills.
+        drawn: int32 scalar, the number of tokens sampled so far for each sequence.
+        finished: bool [B].
+        segment: int32 [B], index of the last token's document within its sequence.
     """
 
     cache: Cache
     tokens: jax.Array
-    real: jax.Array
+    token_mask: jax.Array
     log_probs: jax.Array
     column: jax.Array
     drawn: jax.Array
@@ -60,7 +73,7 @@ def prefill(
     params: Params,
     step: jax.Array,
     prompts: jax.Array,
-    real: jax.Array,
+    token_mask: jax.Array,
     sampler: Sampler,
     drawn: jax.Array,
     *,
@@ -69,31 +82,35 @@ def prefill(
     columns: int,
     filtered: bool,
 ) -> Decoding:
-    """Reads left-padded prompts, int32 [B, P], P < `columns`, and draws the first token after them.
+    """Run the model on left-padded prompts, and sample the first token after them.
 
-    step: int32 scalar, how long the model was trained, which an annealed temperature depends on. real: bool [B, P],
-    False in the padding; a row without any is absent, and finished. columns: T, room for the text.
-    vocab_size: of the tokenizer; the model may have room for more. filtered: whether top_k or top_p leave any out.
-    drawn: int32 scalar, the tokens that each row has drawn before this text was cut.
+    Args:
+        step: int32 scalar, the number of training steps, on which an annealed temperature depends.
+        prompts: int32 [B, P], P < `columns`.
+        token_mask: bool [B, P], True for non-padding tokens. A sequence without any is absent, and counts as finished.
+        drawn: int32 scalar, the number of tokens sampled for each sequence before the prompts were cut to this window.
+        vocab_size: of the tokenizer, at most that of the model.
+        columns: T, the number of columns of the token arrays and the cache.
+        filtered: whether top_k or top_p exclude any token.
     """
-    prompts, real = replicate(prompts), replicate(real)
-    rows, length = prompts.shape
-    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    segments = jnp.cumsum(real & (prompts == end_of_text), axis=1)
-    cache = Cache.empty(config, rows, columns)
-    logits, cache = _read(config, params, step, prompts, real, positions, segments, cache, vocab_size)
+    prompts, token_mask = replicate(prompts), replicate(token_mask)
+    batch, length = prompts.shape
+    positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
+    segments = jnp.cumsum(token_mask & (prompts == end_of_text), axis=1)
+    cache = Cache.empty(config, batch, columns)
+    logits, cache = _next_logits(config, params, step, prompts, token_mask, positions, segments, cache, vocab_size)
     pad = ((0, 0), (0, columns - length))
     state = Decoding(
         cache=cache,
         tokens=jnp.pad(prompts, pad, constant_values=end_of_text),
-        real=jnp.pad(real, pad),
-        log_probs=jnp.zeros((rows, columns), jnp.float32),
+        token_mask=jnp.pad(token_mask, pad),
+        log_probs=jnp.zeros((batch, columns), jnp.float32),
         column=jnp.array(length, jnp.int32),
         drawn=drawn,
-        finished=~real.any(axis=1),
+        finished=~token_mask.any(axis=1),
         segment=segments[:, -1],
     )
-    return _draw(state, logits, sampler, end_of_text, filtered)
+    return _append_token(state, logits, sampler, end_of_text, filtered)
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size", "end_of_text", "filtered"), donate_argnames="state")
@@ -109,107 +126,131 @@ def decode(
     end_of_text: int,
     filtered: bool,
 ) -> Decoding:
-    """Fills the columns before `until` (int32 scalar, at most T), or until every row is finished."""
+    """Run decode steps to fill the columns before `until` (int32 scalar, at most T), or until all are finished."""
 
     def body(state: Decoding) -> Decoding:
-        last = state.column - 1
-        token, real = (jax.lax.dynamic_slice_in_dim(a, last, 1, axis=1) for a in (state.tokens, state.real))
-        positions = jnp.maximum(state.real.sum(axis=1, keepdims=True) - 1, 0)
+        previous = state.column - 1
+        token, token_mask = (
+            jax.lax.dynamic_slice_in_dim(a, previous, 1, axis=1) for a in (state.tokens, state.token_mask)
+        )
+        positions = jnp.maximum(state.token_mask.sum(axis=1, keepdims=True) - 1, 0)
         segments = state.segment[:, None]
-        logits, cache = _read(config, params, step, token, real, positions, segments, state.cache, vocab_size)
-        return _draw(state._replace(cache=cache), logits, sampler, end_of_text, filtered)
+        logits, cache = _next_logits(
+            config, params, step, token, token_mask, positions, segments, state.cache, vocab_size
+        )
+        return _append_token(state._replace(cache=cache), logits, sampler, end_of_text, filtered)
 
     return jax.lax.while_loop(lambda s: (s.column < until) & ~s.finished.all(), body, state)
 
 
-def _read(config, params, step, tokens, real, positions, segments, cache: Cache, vocab_size) -> tuple[jax.Array, Cache]:
-    """The next columns [B, S] of the text -> (logits [B, V] after the last one, on every device; the cache)."""
-    tokens, real, positions, segments = (reshard(a, "sequences", None) for a in (tokens, real, positions, segments))
-    context = FeedForwardContext(token_mask=real, token_ids=tokens, positions=positions, step=step)
+def _next_logits(
+    config, params, step, tokens, token_mask, positions, segments, cache: Cache, vocab_size
+) -> tuple[jax.Array, Cache]:
+    """Run the model on the next columns [B, S]: (logits [B, V] after the last one, replicated; the updated cache)."""
+    tokens, token_mask, positions, segments = (
+        reshard(a, "sequences", None) for a in (tokens, token_mask, positions, segments)
+    )
+    context = FeedForwardContext(token_mask=token_mask, token_ids=tokens, positions=positions, step=step)
     model = bind(config, params)
     out = model(tokens, context, segments, cache)
     assert out.cache is not None
     return replicate(model.logits(replicate(replicate(out.hidden)[:, -1]), vocab_size)), out.cache
 
 
-def _draw(state: Decoding, logits, sampler, end_of_text, filtered) -> Decoding:
-    """The token of the next column."""
-    token = choose(logits, sampler, state.drawn, filtered)
+def _append_token(state: Decoding, logits, sampler, end_of_text, filtered) -> Decoding:
+    """Sample one token of each sequence and write it to column `state.column`."""
+    token = sample_tokens(logits, sampler, state.drawn, filtered)
     log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     token = jnp.where(state.finished, end_of_text, token)
     log_prob = jnp.where(state.finished, 0, log_prob)
 
-    def write(array: jax.Array, column: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(array, column[:, None].astype(array.dtype), state.column, axis=1)
+    def write(array: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, values[:, None].astype(array.dtype), state.column, axis=1)
 
-    tokens, real = write(state.tokens, token), write(state.real, ~state.finished)
+    tokens, token_mask = write(state.tokens, token), write(state.token_mask, ~state.finished)
     return state._replace(
         tokens=tokens,
-        real=real,
+        token_mask=token_mask,
         log_probs=write(state.log_probs, log_prob),
         column=state.column + 1,
         drawn=state.drawn + 1,
-        finished=state.finished | _ended(tokens, state.column, sampler.stops, state.drawn + 1),
+        finished=state.finished | _ends_in_stop(tokens, state.column, sampler.stops, state.drawn + 1),
         segment=state.segment + (token == end_of_text),
     )
 
 
-def choose(logits: jax.Array, sampler: Sampler, number: jax.Array, filtered: bool) -> jax.Array:
-    """A token for each row, int32 [B], from logits [B, V] in float32; number: int32, how many were drawn before.
+def sample_tokens(logits: jax.Array, sampler: Sampler, drawn: jax.Array, filtered: bool) -> jax.Array:
+    """Sample one token for each sequence, int32 [B], from float32 logits [B, V].
 
-    Tokens as likely as the last one that top_k or top_p keep are kept as well.
+    Tokens that tie with the least likely token admitted by top_k or top_p are admitted as well.
+
+    Args:
+        drawn: int32 scalar, the number of tokens sampled before.
+        filtered: whether top_k or top_p exclude any token.
     """
     scaled = logits - logits.max(axis=-1, keepdims=True)
     scaled /= jnp.maximum(sampler.temperature, jnp.finfo(logits.dtype).tiny)
     if filtered:
         ranked = -jnp.sort(-scaled, axis=-1)
         ranked = jnp.where(jnp.arange(ranked.shape[-1]) < sampler.top_k, ranked, -jnp.inf)
-        shares = jax.nn.softmax(ranked, axis=-1)
-        kept = jnp.cumsum(shares, axis=-1) - shares < sampler.top_p
-        least = jnp.where(kept & (ranked > -jnp.inf), ranked, jnp.inf).min(axis=-1, keepdims=True)
-        scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
-    drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(sampler.seed), number), scaled)
-    return jnp.where(sampler.temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        admitted = jnp.cumsum(probs, axis=-1) - probs < sampler.top_p
+        threshold = jnp.where(admitted & (ranked > -jnp.inf), ranked, jnp.inf).min(axis=-1, keepdims=True)
+        scaled = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    tokens = jax.random.categorical(jax.random.fold_in(jax.random.key(sampler.seed), drawn), scaled)
+    return jnp.where(sampler.temperature > 0, tokens, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
-def _ended(tokens: jax.Array, column: jax.Array, stops: jax.Array, drawn: jax.Array) -> jax.Array:
-    """bool [B]: whether what a row has drawn, so many tokens up to `column`, ends in one of the `stops` [n, L]."""
+def _ends_in_stop(tokens: jax.Array, column: jax.Array, stops: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Whether the last `drawn` tokens of each sequence, up to and with `column`, end in one of the `stops`: bool [B].
+
+    The tokens of the prompt do not count. stops: int32 [n, L], see `Sampler`.
+    """
     if not stops.size:
         return jnp.zeros(len(tokens), bool)
-    any_token, length = stops == -1, stops.shape[1]
+    padding, length = stops == -1, stops.shape[1]
     padded = jnp.pad(tokens, ((0, 0), (length - 1, 0)))
     last = jax.lax.dynamic_slice_in_dim(padded, column, length, axis=1)
-    same = ((last[:, None] == stops) | any_token).all(axis=-1)
-    return (same & ((~any_token).sum(axis=-1) <= drawn)).any(axis=-1)
+    matches = ((last[:, None] == stops) | padding).all(axis=-1)
+    return (matches & ((~padding).sum(axis=-1) <= drawn)).any(axis=-1)
 
 
-def left_padded(texts: list[np.ndarray], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [rows, width], real bool): each text at the right end of its row; rows without one are absent."""
-    tokens, real = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-    for row, text in enumerate(texts):
-        tokens[row, width - len(text) :] = text
-        real[row, width - len(text) :] = True
-    return tokens, real
+def left_padded(texts: list[np.ndarray], batch_size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad texts on the left: (tokens int32, non-padding mask bool), both [batch_size, width].
+
+    Sequences without a text are padding throughout, that is absent.
+    """
+    tokens, token_mask = np.zeros((batch_size, width), np.int32), np.zeros((batch_size, width), bool)
+    for i, text in enumerate(texts):
+        tokens[i, width - len(text) :] = text
+        token_mask[i, width - len(text) :] = True
+    return tokens, token_mask
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size"))
-def fill(
+def likeliest_tokens(
     config: ModelConfig,
     params: Params,
     step: jax.Array,
     tokens: jax.Array,
-    real: jax.Array,
+    token_mask: jax.Array,
     segments: jax.Array | None,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The likeliest token of every place by a masked model, int32 [B, S], and its log-probability, float32 [B, S].
+    """Return the most likely token at every position under a masked model, int32 [B, S], and its log-probability.
 
-    step: as in `prefill`. tokens: int32 [B, S], with mask tokens in the gaps. real: bool [B, S]. segments: int32 [B,
-    S], see `Transformer`.
+    Args:
+        step: as in `prefill`.
+        tokens: int32 [B, S], with mask tokens in the gaps.
+        token_mask: bool [B, S], True for non-padding tokens.
+        segments: int32 [B, S], see `Transformer`.
+
+    Returns:
+        Tokens, int32 [B, S], and natural log-probabilities, float32 [B, S], both replicated.
     """
-    tokens, real = reshard(tokens, "sequences", None), reshard(real, "sequences", None)
+    tokens, token_mask = reshard(tokens, "sequences", None), reshard(token_mask, "sequences", None)
     segments = None if segments is None else reshard(segments, "sequences", None)
     model = bind(config, params)
-    hidden = model(tokens, FeedForwardContext(real, tokens, step=step), segments).hidden
+    hidden = model(tokens, FeedForwardContext(token_mask, tokens, step=step), segments).hidden
     log_probs = jax.nn.log_softmax(model.logits(hidden, vocab_size), axis=-1)
     return replicate(jnp.argmax(log_probs, axis=-1)), replicate(log_probs.max(axis=-1))

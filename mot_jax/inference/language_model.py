@@ -1,11 +1,11 @@
-"""A trained model to write, fill in and score text with, in an inference mode."""
+"""A trained model in an inference mode: generates, fills in and scores text."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,44 +16,33 @@ from mot_jax.config import Config
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.errors import UserError
-from mot_jax.inference.continuation import Continuation, Row
-from mot_jax.inference.generate import Decoding, Sampler, decode, fill, left_padded, prefill
-from mot_jax.inference.scoring import right_padded, score, windows
+from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, likeliest_tokens, prefill
+from mot_jax.inference.scoring import right_padded, score, scoring_windows
+from mot_jax.inference.sequences import GeneratedSequence
+from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
 from mot_jax.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn.sharding import batch_multiple
-from mot_jax.nn.transformer import Params, unroll
+from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.scores import measured
 from mot_jax.runtime.compilation import compile_anew_for
 
-_STREAMED = 8  # tokens that the device writes before people see them
-_FEWEST = 8  # columns that a prompt is padded to at least
-
-
-Prompt = str | bytes | np.ndarray  # text, or its tokens, int [n]
-GAP = "\N{WHITE SQUARE}"
-
-
-class Filled(NamedTuple):
-    """text: with the likeliest token in each gap. gaps: (token, its probability) of each."""
-
-    text: str
-    gaps: list[tuple[str, float]]
-
-
-class Likelihood(NamedTuple):
-    """log_prob: natural, of all tokens of a continuation together. greedy: whether each of them is the likeliest."""
-
-    log_prob: float
-    greedy: bool
+_DECODE_STEPS = 8  # between two outputs of `stream`
+_MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """config: in its mode. params: by name, with what the mode needs. mode, step: which, after how many updates.
+    """A trained model in an inference mode. `load` makes one from a workdir.
 
-    mesh: where the parameters lie; None is one device.
+    Attributes:
+        config: the config of the mode, as `modes.enter` returns it.
+        params: by name, including those that the mode adds.
+        tokenizer: of the training run.
+        mode: the name of the mode.
+        step: the number of training steps.
+        mesh: the mesh that the parameters are sharded over; None is one device.
     """
 
     config: Config
@@ -65,13 +54,13 @@ class LanguageModel:
 
     @property
     def independent(self) -> bool:
-        """Whether no row hears another."""
-        return mode_of(self.mode).independent or self._grouping.group_size == 1
+        """Whether no sequence of a batch depends on another."""
+        return mode_of(self.mode).independent or self._inference_config.group_size == 1
 
     # --- causal models --------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Continuation]:
-        """What the model writes after each prompt, all in one batch; `options` are those of `stream`."""
+        """Generate a continuation of each prompt, all in one batch; `options` are those of `stream`."""
         *_, last = self.stream(prompts, **options)
         return last
 
@@ -87,53 +76,65 @@ class LanguageModel:
         ends: bool = True,
         seed: int = 0,
     ) -> Iterator[list[Continuation]]:
-        """The continuations so far, again and again while they grow.
+        """Yield the continuations of all prompts generated so far, repeatedly, every few decode steps.
 
-        temperature: 0 takes the likeliest token. top_k, top_p: only the likeliest tokens, see `Sampler`. stop: texts
-        that end a row; a group hears it no more from the next token on if they are written as the tokenizer would,
-        and otherwise after a few. ends: the end of a text ends a row as well.
+        A sequence that outgrows the context (prompt included) continues from its last half context, on which the model
+        runs a new prefill; this does not depend on the other sequences.
 
-        A row that outgrows the context, prompt and all, goes on from its last half context, read anew, whatever the
-        other rows do. Raises UserError for an empty prompt, one longer than the context, or an option out of range.
+        Args:
+            prompts: one or more, each neither empty nor longer than the context.
+            max_tokens: tokens to generate after each prompt, at most.
+            temperature: 0 selects the most likely token.
+            top_k: sample from this many most likely tokens only, see `Sampler`.
+            top_p: sample from the most likely tokens with this total probability only, see `Sampler`.
+            stop: texts that end a sequence. The sequence leaves its group at the next token if the stop is tokenized
+                as the tokenizer encodes it, otherwise a few tokens later.
+            ends: whether the end-of-text token also ends a sequence.
+            seed: of the sampling.
+
+        Raises:
+            UserError: a prompt is empty or longer than the context, or an option is out of range.
         """
         if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
             raise UserError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
-        rows = [Row(self._encode(prompt)) for prompt in prompts]
-        self._check(prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed)
-        stops, spelt = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
-        ended = [*stops, *([np.array([self.tokenizer.end_of_text])] if ends else [])]
+        sequences = [GeneratedSequence(self._encode(prompt)) for prompt in prompts]
+        self._check_options(prompts, sequences, stop, max_tokens, temperature, top_k, top_p, seed)
+        stop_tokens, stop_bytes = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
+        if ends:
+            stop_tokens.append(np.array([self.tokenizer.end_of_text]))
         sampler = Sampler(
             temperature=np.float32(temperature),
             top_k=np.int32(min(top_k or self.tokenizer.vocab_size, self.tokenizer.vocab_size)),
             top_p=np.float32(top_p),
             seed=np.uint32(seed),
-            stops=_table(ended),
+            stops=_stop_table(stop_tokens),
         )
         filtered = top_k is not None or top_p < 1
         drawn = 0
-        while drawn < max_tokens and not all(row.finished for row in rows):
-            texts = [row.window(self.config.model.context_length) for row in rows]
-            for state, new in self._fill_columns(texts, max_tokens, drawn, sampler, filtered):
-                arrays = jax.device_get((state.tokens, state.real, state.log_probs, state.finished))
-                for row, *(tokens, real, log_probs, finished) in zip(rows, *arrays, strict=False):  # absent ones follow
-                    row.take(tokens[new][real[new]], log_probs[new][real[new]], finished)
-                    row.end_at(spelt, self.tokenizer)
+        while drawn < max_tokens and not all(sequence.finished for sequence in sequences):
+            texts = [sequence.window(self.config.model.context_length) for sequence in sequences]
+            for state, new in self._decode_window(texts, max_tokens, drawn, sampler, filtered):
+                arrays = jax.device_get((state.tokens, state.token_mask, state.log_probs, state.finished))
+                # Not strict: the arrays end with the absent sequences of incomplete groups.
+                for sequence, *(tokens, token_mask, log_probs, finished) in zip(sequences, *arrays, strict=False):
+                    sequence.append(tokens[new][token_mask[new]], log_probs[new][token_mask[new]], finished)
+                    sequence.cut_at_stop(stop_bytes, self.tokenizer)
                 drawn += new.stop - new.start
-                yield [row.continuation(self.tokenizer) for row in rows]
-                if all(row.finished for row in rows):
+                yield [sequence.continuation(self.tokenizer) for sequence in sequences]
+                if all(sequence.finished for sequence in sequences):
                     return
 
-    def _fill_columns(
+    def _decode_window(
         self, texts: list[np.ndarray], max_tokens: int, drawn: int, sampler: Sampler, filtered: bool
     ) -> Iterator[tuple[Decoding, slice]]:
-        """As many columns as the context has room for: the state, and the columns that are new, again and again."""
+        """Generate until the longest text fills the context: yield the state and its new columns, repeatedly."""
         longest, model = max(map(len, texts)), self.config.model
         room = min(max_tokens, model.context_length - longest + 1)
-        width = self._round(max(longest, _FEWEST))
-        last = width + min(room, max_tokens - drawn)
+        width = self._round(max(longest, _MIN_PROMPT_WIDTH))
+        end = width + min(room, max_tokens - drawn)
         sizes = {"vocab_size": self.tokenizer.vocab_size, "end_of_text": self.tokenizer.end_of_text}
         sizes["filtered"] = filtered
-        batch = left_padded(texts, self._rows(len(texts)), width)
+        batch = left_padded(texts, self._batch_size(len(texts)), width)
         with self._on_mesh():
             columns = width + self._round(room)
             state = prefill(
@@ -141,61 +142,69 @@ class LanguageModel:
             )
         column = width
         while True:
-            column, seen = int(state.column), column
-            yield state, slice(seen, column)
-            if column >= last or bool(state.finished.all()):
+            first_new, column = column, int(state.column)
+            yield state, slice(first_new, column)
+            if column >= end or bool(state.finished.all()):
                 return
             with self._on_mesh():
-                until = np.int32(min(column + _STREAMED, last))
+                until = np.int32(min(column + _DECODE_STEPS, end))
                 state = decode(model, self.params, np.int32(self.step), state, sampler, until, **sizes)
 
     def log_likelihoods(self, pairs: Sequence[tuple[Prompt, Prompt]], batch_size: int = 8) -> list[Likelihood]:
-        """Of each pair of a context and its continuation, how likely the model writes the latter after the former.
+        """Return the likelihood of the continuation in each pair (context, continuation).
 
-        Texts are encoded together, and tokens that hold some of both are the continuation's. An empty context is the
-        end of a text before. Of what is longer than the context length the last tokens are read; a continuation that
-        is longer itself is predicted a window at a time, each but the last from its own tokens alone.
+        The two texts are encoded together; a token that spans both belongs to the continuation. An empty context stands
+        for the end of a preceding text. If a pair is longer than the context length, the model reads its last tokens.
+        A continuation that is longer itself is scored in windows, of which all but the last read only the tokens that
+        they score.
 
-        batch_size: rows of a batch, rounded up to whole groups and to the mesh. Raises UserError for a masked model.
+        Args:
+            batch_size: sequences of a batch, rounded up to whole groups and to a multiple that the mesh can split.
+
+        Raises:
+            UserError: the model is a masked one, or `batch_size` is less than 1.
         """
         model = self.config.model
         if model.objective != "causal":
             raise UserError("model.objective = 'masked': gives continuations no probability; try `mot evaluate`")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: must be at least 1; try 8")
-        length, rows = model.context_length, self._rows(batch_size)
+        length, batch_size = model.context_length, self._batch_size(batch_size)
         short = min(self._round(-(-length // 4)), length)
-        # A window's own length chooses its width, so that its score depends on no other pair.
+        # The padded width of a window depends on its length only, so that its score depends on no other pair.
         by_width: dict[int, list] = {short: [], length: []}
         for index, pair in enumerate(pairs):
-            for window in windows(*self._joined(*pair), length):
+            for window in scoring_windows(*self._joined(*pair), length):
                 by_width[short if len(window.tokens) <= short + 1 else length].append((index, window))
         sums, greedy = [0.0] * len(pairs), [True] * len(pairs)
         for width, items in by_width.items():
-            for first in range(0, len(items), rows):
-                indices, part = zip(*items[first : first + rows], strict=True)
+            for first in range(0, len(items), batch_size):
+                indices, batch = zip(*items[first : first + batch_size], strict=True)
                 with self._on_mesh():
-                    found = score(
+                    scores = score(
                         model,
                         self.params,
                         np.int32(self.step),
-                        *right_padded(part, rows, width),
+                        *right_padded(batch, batch_size, width),
                         vocab_size=self.tokenizer.vocab_size,
                         end_of_text=self.tokenizer.end_of_text,
                     )
-                for index, log_probs, likeliest in zip(indices, *jax.device_get(found), strict=False):
+                for index, log_probs, likeliest in zip(indices, *jax.device_get(scores), strict=False):
                     sums[index] += float(log_probs.sum(dtype=np.float64))
                     greedy[index] &= bool(likeliest.all())
-        return [Likelihood(*found) for found in zip(sums, greedy, strict=True)]
+        return [Likelihood(*values) for values in zip(sums, greedy, strict=True)]
 
     def _joined(self, context: Prompt, continuation: Prompt) -> tuple[np.ndarray, int]:
-        """The tokens of both, and where those of the continuation begin: at 1 at least, after an end of text."""
+        """Return the tokens of both texts, and the index of the continuation's first token, at least 1.
+
+        An end-of-text token is put in front if there is no token before the continuation.
+        """
         before, after = self._encode(context), self._encode(continuation)
         tokens, begin = np.concatenate([before, after]), len(before)
         if not isinstance(context, np.ndarray) and not isinstance(continuation, np.ndarray):
             tokens = self._encode(_bytes(context) + _bytes(continuation))
-            same = min(len(before), len(tokens))
-            begin = int(np.argmin([*(before[:same] == tokens[:same]), False]))
+            common = min(len(before), len(tokens))
+            begin = int(np.argmin([*(before[:common] == tokens[:common]), False]))
         if begin == 0:
             tokens, begin = np.append(np.int32(self.tokenizer.end_of_text), tokens), 1
         return tokens, begin
@@ -203,47 +212,51 @@ class LanguageModel:
     # --- masked models --------------------------------------------------------------------------------------------
 
     def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
-        """Each text with the likeliest token in the place of every `gap`, all of them in one batch.
+        """Replace every `gap` in each text by the most likely token, all texts in one batch.
 
-        Where texts are tokens, mask tokens are the gaps, and there may be none. Raises UserError for a causal model,
-        words without a gap, or a text longer than the context.
+        In texts that are token ids, the gaps are the mask tokens, and there may be none.
+
+        Raises:
+            UserError: the model is causal, a text (not token ids) has no gap, or a text is longer than the context.
         """
-        model, tokenizer, faults = self.config.model, self.tokenizer, []
+        model, tokenizer, errors = self.config.model, self.tokenizer, []
         if model.objective != "masked":
-            faults.append("model.objective = 'causal': has no gaps to fill; try `mot generate`")
+            errors.append("model.objective = 'causal': has no gaps to fill; try `mot generate`")
         if not texts:
-            faults.append(f"text: there must be at least one; try 'def {gap}ead('")
+            errors.append(f"text: there must be at least one; try 'def {gap}ead('")
         if not gap:
             raise UserError("gap = '': must be a mark that stands for a missing token; try '_'")
-        rows = [self._with_gaps(text, gap) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            if isinstance(text, (str, bytes)) and tokenizer.mask_token not in row:
-                faults.append(f"text = {_short(text)}: has no gap; try 'def {gap}ead('")
-            elif len(row) > model.context_length:
-                rule = f"has {len(row)} tokens, and the context {model.context_length}; try a part of it"
-                faults.append(f"text = {_short(text)}: {rule}")
-        if faults:
-            raise UserError(*faults)
-        tokens, real = np.zeros((2, self._rows(len(rows)), model.context_length), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], real[i, : len(row)] = row, 1
+        sequences = [self._encode_gaps(text, gap) for text in texts]
+        for text, sequence in zip(texts, sequences, strict=True):
+            if isinstance(text, (str, bytes)) and tokenizer.mask_token not in sequence:
+                errors.append(f"text = {_short(text)}: has no gap; try 'def {gap}ead('")
+            elif len(sequence) > model.context_length:
+                rule = f"has {len(sequence)} tokens, and the context {model.context_length}; try a part of it"
+                errors.append(f"text = {_short(text)}: {rule}")
+        if errors:
+            raise UserError(*errors)
+        batch_size = self._batch_size(len(sequences))
+        tokens, token_mask = np.zeros((2, batch_size, model.context_length), np.int32)
+        for i, sequence in enumerate(sequences):
+            tokens[i, : len(sequence)], token_mask[i, : len(sequence)] = sequence, 1
         segments = np.cumsum(tokens == tokenizer.end_of_text, axis=1, dtype=np.int32) if model.document_mask else None
         with self._on_mesh():
-            found = fill(
-                model, self.params, np.int32(self.step), tokens, real.astype(bool), segments, tokenizer.vocab_size
+            predictions = likeliest_tokens(
+                model, self.params, np.int32(self.step), tokens, token_mask.astype(bool), segments, tokenizer.vocab_size
             )
 
-        def words(tokens: np.ndarray) -> str:
+        def text_of(tokens: np.ndarray) -> str:
             return tokenizer.decode(tokens).decode(errors="replace")
 
         filled = []
-        for row, best, log_probs in zip(rows, *jax.device_get(found), strict=False):
-            gaps = np.flatnonzero(row == tokenizer.mask_token)
-            row[gaps] = best[gaps]
-            filled.append(Filled(words(row), [(words(row[i : i + 1]), float(np.exp(log_probs[i]))) for i in gaps]))
+        for sequence, likeliest, log_probs in zip(sequences, *jax.device_get(predictions), strict=False):
+            gaps = np.flatnonzero(sequence == tokenizer.mask_token)
+            sequence[gaps] = likeliest[gaps]
+            guesses = [(text_of(sequence[i : i + 1]), float(np.exp(log_probs[i]))) for i in gaps]
+            filled.append(Filled(text_of(sequence), guesses))
         return filled
 
-    def _with_gaps(self, text: Prompt, gap: str) -> np.ndarray:
+    def _encode_gaps(self, text: Prompt, gap: str) -> np.ndarray:
         if isinstance(text, np.ndarray):
             return text.astype(np.int32)
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
@@ -251,21 +264,22 @@ class LanguageModel:
         mask = np.array([self.tokenizer.mask_token], np.int32)
         return np.concatenate([first, *(part for other in others for part in (mask, other))])
 
-    # --- both -----------------------------------------------------------------------------------------------------
+    # --- common -----------------------------------------------------------------------------------------------------
 
     def _round(self, size: int) -> int:
-        """Up to a power of two, so that few programs are compiled, and to parts for every device."""
-        power, parts = 1 << (size - 1).bit_length(), 1 if self.mesh is None else self.mesh.size
-        return -(-power // parts) * parts
+        """Round up to a power of two, so that few programs are compiled, and to a multiple of the number of devices."""
+        power, devices = 1 << (size - 1).bit_length(), 1 if self.mesh is None else self.mesh.size
+        return -(-power // devices) * devices
 
-    def _rows(self, texts: int) -> int:
-        config = self._grouping
+    def _batch_size(self, texts: int) -> int:
+        """Round a number of texts up to whole groups, and to a multiple that the mesh can split."""
+        config = self._inference_config
         multiple = config.group_size if self.mesh is None else batch_multiple(config, self.mesh)
         return -(-texts // multiple) * multiple
 
     @property
-    def _grouping(self) -> Config:
-        """Without what the shuffle of the training keeps together, which does not matter here."""
+    def _inference_config(self) -> Config:
+        """The config without `data.shuffle_group_size`, which concerns the order of the dataset only."""
         return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, shuffle_group_size=None))
 
     def _on_mesh(self) -> Any:
@@ -276,20 +290,20 @@ class LanguageModel:
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
-    def _check(self, prompts, rows, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
-        faults, context = [], self.config.model.context_length
+    def _check_options(self, prompts, sequences, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
+        errors, context = [], self.config.model.context_length
         if self.config.model.objective != "causal":
-            faults.append("model.objective = 'masked': continues no text; try `mot fill`")
+            errors.append("model.objective = 'masked': cannot continue a text; try `mot fill`")
         if not len(prompts):
-            faults.append("prompt: there must be at least one; try 'def '")
-        for prompt, row in zip(prompts, rows, strict=True):
-            size = len(row.text)
+            errors.append("prompt: there must be at least one; try 'def '")
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            size = len(sequence.tokens)
             if not size:
-                faults.append("prompt = '': is empty; try 'def '")
+                errors.append("prompt = '': is empty; try 'def '")
             elif size > context:
-                faults.append(f"prompt = {_short(prompt)}: has {size} tokens, and the context {context}; try its end")
+                errors.append(f"prompt = {_short(prompt)}: has {size} tokens, and the context {context}; try its end")
         if not all(map(len, stop)):
-            faults.append("stop = '': is empty; try a line end")
+            errors.append("stop = '': is empty; try a line end")
         rules = {
             "max_tokens": (max_tokens, max_tokens >= 1, "at least 1", 200),
             "temperature": (temperature, 0 <= temperature < float("inf"), "finite and at least 0", 0.7),
@@ -297,22 +311,33 @@ class LanguageModel:
             "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1", 0.9),
             "seed": (seed, 0 <= seed < 2**32, "at least 0 and below 2^32", 0),
         }
-        faults += [
-            f"{name} = {v}: must be {rule}; try {good}" for name, (v, fine, rule, good) in rules.items() if not fine
+        errors += [
+            f"{name} = {value}: must be {rule}; try {good}"
+            for name, (value, valid, rule, good) in rules.items()
+            if not valid
         ]
-        if faults:
-            raise UserError(*faults)
+        if errors:
+            raise UserError(*errors)
 
 
 def load(
-    workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None, apart: bool = False
+    workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None, unroll: bool = False
 ) -> LanguageModel:
-    """The newest checkpoint of a run, or an exported model, in an inference mode.
+    """Load the newest checkpoint of a run, or an exported model, in an inference mode.
 
-    mode: a name that `modes.mode_of` knows; None is the run's own default, in which no row sees another's text. mesh:
-    with our Explicit axes, to spread the parameters over; None is one device. apart: every block by itself
-    (`model.unroll`), for who writes much on a CPU. On several CPU devices JAX's compilation cache is off from here on,
-    see `compilation.compile_anew_for`. Raises UserError for what is missing or does not match.
+    Args:
+        workdir: the run's directory, or the directory of an export.
+        mode: a name that `modes.mode_of` accepts, such as `companions` or `token_choice:2`. None is the default of the
+            run (`modes.default_mode`), in which no sequence depends on another.
+        mesh: with Explicit axes, see `nn.sharding.make_mesh`; the parameters are sharded over it. None is one device.
+        unroll: unroll scanned layers (`transformer.unroll`). This decodes faster on a CPU and takes longer to compile,
+            so it pays off for long generations.
+
+    On several CPU devices this turns JAX's compilation cache off for the rest of the process, see
+    `compilation.compile_anew_for`.
+
+    Raises:
+        UserError: something is missing in `workdir`, or does not match its config.
     """
     if mesh is not None:
         compile_anew_for(mesh)
@@ -322,44 +347,49 @@ def load(
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
-        if apart:
-            model, params = unroll(config.model, params)
+        if unroll:
+            model, params = transformer.unroll(config.model, params)
             config = dataclasses.replace(config, model=model)
     return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
 
 
 def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:
-    """For people: who hears whom; why this mode, unless it was `chosen`; and what it costs beside that of training."""
-    run, mode = load_run_config(workdir), model.mode
-    heard = "no row hears another" if model.independent else "the rows of a group influence each other"
-    lines = [f"mode {mode}: {heard}" + ("" if chosen else f"; the default, since {default_mode(run)[1]}")]
-    if mode == (trained := trained_mode(run)):
+    """Describe the mode in lines for the user.
+
+    The lines state whether sequences depend on each other, why this mode is the default (unless the user has `chosen`
+    it), and its loss compared with that of the mode of training, if `mot evaluate` has measured both.
+    """
+    run_config, mode = load_run_config(workdir), model.mode
+    dependence = (
+        "no sequence depends on another" if model.independent else "the sequences of a group influence each other"
+    )
+    lines = [f"mode {mode}: {dependence}" + ("" if chosen else f"; the default, since {default_mode(run_config)[1]}")]
+    if mode == (trained := trained_mode(run_config)):
         return lines
     try:
         scores = measured(workdir, model.step)
-    except UserError:  # damaged, which is no reason not to write
+    except UserError:  # a damaged modes.json does not prevent generation
         scores = {}
     if mode in scores and trained in scores:
-        cost = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))
-        found = f"{cost}, bits per byte of {scores[mode]['windows']:,} validation windows"
+        losses = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))
+        comparison = f"{losses}, bits per byte of {scores[mode]['windows']:,} validation windows"
     else:
-        found = f"what that costs is not measured yet: mot evaluate {workdir} --mode all"
-    return [*lines, f"warning: the model was trained in mode {trained}; {found}"]
+        comparison = f"the loss of this mode is not measured yet: mot evaluate {workdir} --mode all"
+    return [*lines, f"warning: the model was trained in mode {trained}; {comparison}"]
 
 
-def _table(stops: list[np.ndarray]) -> np.ndarray:
-    """`Sampler.stops`, of few sizes, so that few programs are compiled."""
-    size = len(stops) + -len(stops) % 4, 8 * -(-max(map(len, stops), default=1) // 8)
-    table = np.full(size, -2, np.int32)  # no token
+def _stop_table(stops: list[np.ndarray]) -> np.ndarray:
+    """Make `Sampler.stops`, in one of few shapes, so that few programs are compiled."""
+    shape = len(stops) + -len(stops) % 4, 8 * -(-max(map(len, stops), default=1) // 8)
+    table = np.full(shape, -2, np.int32)
     for row, stop in zip(table, stops, strict=False):
-        row[:] = [-1] * (size[1] - len(stop)) + stop.tolist()
+        row[:] = [-1] * (shape[1] - len(stop)) + stop.tolist()
     return table
 
 
 def _bytes(text: str | bytes) -> bytes:
-    return (
-        text.encode(errors="surrogateescape") if isinstance(text, str) else text
-    )  # what a shell gives may be no UTF-8
+    # Command-line arguments that are not UTF-8 come with surrogate escapes.
+    return text.encode(errors="surrogateescape") if isinstance(text, str) else text
 
 
 def _short(text: Prompt) -> str:

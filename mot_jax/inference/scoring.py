@@ -1,4 +1,4 @@
-"""Scoring on the device: rows begin at position 0, as in training, and are padded on the right."""
+"""Scoring on the device: sequences begin at position 0, as in training, and are padded on the right."""
 
 from __future__ import annotations
 
@@ -17,31 +17,44 @@ from mot_jax.nn.sharding import replicate, reshard
 from mot_jax.nn.transformer import Params, bind
 
 
-class Window(NamedTuple):
-    """tokens: int32 [n + 1], of which the model reads the first n. scored: how many of the last are predicted."""
+class ScoringWindow(NamedTuple):
+    """A part of a text that is scored in one pass.
+
+    Attributes:
+        tokens: int32 [n + 1]; the first n are the model's input.
+        scored: how many of the last tokens are scored.
+    """
 
     tokens: np.ndarray
     scored: int
 
 
-def windows(tokens: np.ndarray, begin: int, length: int) -> list[Window]:
-    """Windows that together predict each token of a text, int32 [n], from `begin` (at least 1) on once.
+def scoring_windows(tokens: np.ndarray, begin: int, length: int) -> list[ScoringWindow]:
+    """Split a text, int32 [n], into windows that together score each token from index `begin` (at least 1) on once.
 
-    Each predicts as many as a context of `length` has room for, and reads as many before them as still fit.
+    Each window scores up to `length` tokens, the context length, and its input starts with as many tokens before them
+    as fit.
     """
-    found = []
+    windows = []
     for first in range(begin, len(tokens), length):
         end = min(first + length, len(tokens))
-        found.append(Window(tokens[max(end - length - 1, 0) : end], end - first))
-    return found
+        windows.append(ScoringWindow(tokens[max(end - length - 1, 0) : end], end - first))
+    return windows
 
 
-def right_padded(windows: Sequence[Window], rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens int32 [rows, width + 1], how many of each row are read, and predicted, int32 [rows])."""
-    tokens, lengths, scored = np.zeros((rows, width + 1), np.int32), *np.zeros((2, rows), np.int32)
-    for row, window in enumerate(windows):
-        tokens[row, : len(window.tokens)] = window.tokens
-        lengths[row], scored[row] = len(window.tokens) - 1, window.scored
+def right_padded(
+    windows: Sequence[ScoringWindow], batch_size: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pad windows on the right, and with absent sequences up to `batch_size`.
+
+    Returns:
+        Tokens, int32 [batch_size, width + 1]; the number of input tokens and of scored tokens of each sequence, int32
+        [batch_size].
+    """
+    tokens, lengths, scored = np.zeros((batch_size, width + 1), np.int32), *np.zeros((2, batch_size), np.int32)
+    for i, window in enumerate(windows):
+        tokens[i, : len(window.tokens)] = window.tokens
+        lengths[i], scored[i] = len(window.tokens) - 1, window.scored
     return tokens, lengths, scored
 
 
@@ -57,28 +70,38 @@ def score(
     vocab_size: int,
     end_of_text: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Natural log-probabilities of the last `scored` tokens, float32 [B, S], and whether each is the likeliest, bool.
+    """Score the last `scored` tokens of each sequence in one pass without a cache.
 
-    Both at the place of the token before; elsewhere 0 and True. step: int32 scalar, how long the model was trained.
-    tokens: int32 [B, S + 1]. lengths: int32 [B], how many of each row are read; a row without any is absent. scored:
-    int32 [B]. vocab_size: of the tokenizer.
+    Args:
+        step: int32 scalar, the number of training steps.
+        tokens: int32 [B, S + 1].
+        lengths: int32 [B], the number of input tokens of each sequence; a sequence without any is absent.
+        scored: int32 [B], the number of scored tokens of each sequence.
+        vocab_size: of the tokenizer.
+
+    Returns:
+        Natural log-probabilities of the scored tokens, float32 [B, S], and whether each is the most likely token, bool
+        [B, S]. Both are at the position of the token before; the other positions are 0 and True.
     """
-    read, targets = tokens[:, :-1], tokens[:, 1:]
-    places, lengths = jnp.arange(read.shape[1]), lengths[:, None]
-    real = places < lengths
-    wanted = real & (places >= lengths - scored[:, None])
-    segments = jnp.cumsum(real & (read == end_of_text), axis=1)
-    read, real, segments, targets = (reshard(replicate(a), "sequences", None) for a in (read, real, segments, targets))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    positions, lengths = jnp.arange(inputs.shape[1]), lengths[:, None]
+    token_mask = positions < lengths
+    is_scored = token_mask & (positions >= lengths - scored[:, None])
+    segments = jnp.cumsum(token_mask & (inputs == end_of_text), axis=1)
+    inputs, token_mask, segments, targets = (
+        reshard(replicate(a), "sequences", None) for a in (inputs, token_mask, segments, targets)
+    )
     model = bind(config, params)
-    hidden = reshard(model(read, FeedForwardContext(real, read, step=step), segments).hidden, "sequences", None, None)
-    size = math.gcd(config.loss_chunk, read.shape[1])  # logits exist for so many positions of each row at a time
+    context = FeedForwardContext(token_mask, inputs, step=step)
+    hidden = reshard(model(inputs, context, segments).hidden, "sequences", None, None)
+    chunk = math.gcd(config.loss_chunk, inputs.shape[1])  # positions whose logits are in memory at one time
 
     def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        part, target = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1) for a in (hidden, targets))
+        part, target = (jax.lax.dynamic_slice_in_dim(a, first, chunk, axis=1) for a in (hidden, targets))
         logits = model.logits(part, vocab_size)
-        own = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0).sum(axis=-1)
-        return None, (own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target)
+        target_logits = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0).sum(axis=-1)
+        return None, (target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target)
 
-    _, found = jax.lax.scan(body, None, jnp.arange(0, read.shape[1], size))
-    log_probs, likeliest = (jnp.moveaxis(replicate(a), 0, 1).reshape(read.shape) for a in found)
-    return jnp.where(wanted, log_probs, 0), ~wanted | likeliest
+    _, chunks = jax.lax.scan(body, None, jnp.arange(0, inputs.shape[1], chunk))
+    log_probs, likeliest = (jnp.moveaxis(replicate(a), 0, 1).reshape(inputs.shape) for a in chunks)
+    return jnp.where(is_scored, log_probs, 0), ~is_scored | likeliest

@@ -1,1 +1,1 @@
-"""Models of other projects, and other projects' programs."""
+"""Exchange with other projects: safetensors export and import, the lm-evaluation-harness."""

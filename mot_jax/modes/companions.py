@@ -1,7 +1,11 @@
-"""The companions of a run: public sequences of its training text, and what the layers of a model keep of them.
+"""The companions of a run: choosing, storing and summarizing G reference sequences of the training text.
 
-`companions.npy` in a workdir: int32 [2, G, S], what the model reads of G windows, and which document of its row each
-token is of.
+In the modes `companions`, `sparse` and `mean_field` each sequence is mixed with these instead of with other users'
+sequences. The layer that does so, with the summaries computed here as its parameters, is
+`nn.feed_forward.companions.Companions`.
+
+They are stored as `companions.npy` in the workdir: int32 [2, G, S], the model's inputs in G windows, and the index of
+each token's document within its window. They are text of the training corpus.
 """
 
 from __future__ import annotations
@@ -32,24 +36,24 @@ from mot_jax.nn.transformer import Params, block_places
 from mot_jax.runtime.paths import replace_file, user_path
 
 FILE = "companions.npy"
-_ANEW = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
+_REMEDY = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
 
 
 def choose(windows: Windows, order: Order, objective: Objective, group_size: int) -> np.ndarray:
-    """The first G full windows of the training order, as the model reads them: int32 [2, G, S]."""
+    """Return the first G full windows of the training order, as the model reads them: int32 [2, G, S]."""
     ids: list[int] = []
-    for first in itertools.count(0, group_size):  # the last window of a corpus alone may not be full
-        found = order.window_ids(first, first + group_size)
-        ids += found[windows.read(found).mask.all(axis=1)].tolist()
+    for first in itertools.count(0, group_size):  # terminates: only the last window of a corpus may not be full
+        candidates = order.window_ids(first, first + group_size)
+        ids += candidates[windows.read(candidates).mask.all(axis=1)].tolist()
         if len(ids) >= group_size:
             break
-    apart = dataclasses.replace(objective, document_mask=True)
-    batch = apart(windows.read(ids[:group_size]), np.arange(group_size))
+    with_documents = dataclasses.replace(objective, document_mask=True)  # segments are stored for any model
+    batch = with_documents(windows.read(ids[:group_size]), np.arange(group_size))
     return np.stack([batch.inputs, batch.segments])
 
 
 def save_companions(workdir: epath.Path, companions: np.ndarray) -> None:
-    """Writes them beside the run's other files, unless it has some."""
+    """Write `companions.npy` into the workdir, unless it exists."""
     if not (workdir / FILE).exists():
         file = io.BytesIO()
         np.save(file, companions, allow_pickle=False)
@@ -57,24 +61,28 @@ def save_companions(workdir: epath.Path, companions: np.ndarray) -> None:
 
 
 def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
-    """Those of the run in `workdir`, int32 [2, G, S]; None if it has none. Raises UserError for a damaged file."""
+    """Read the companions of the run in `workdir`, int32 [2, G, S]; None if it has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = user_path("workdir", workdir) / FILE
     if not path.exists():
         return None
     try:
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: is damaged ({error_words(error)}); delete it: {_ANEW}") from None
+        raise UserError(f"{path}: is damaged ({error_words(error)}); delete it: {_REMEDY}") from None
 
 
 def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
-    """Raises UserError unless they are int32 [2, G, S], of the model's group size or more and its context length."""
+    """Raise UserError unless they are int32 [2, G, S] with at least the model's group size and its context length."""
     if companions is None:
-        raise UserError(f"{FILE}: is missing; {_ANEW}")
+        raise UserError(f"{FILE}: is missing; {_REMEDY}")
     shape, length = companions.shape, model.context_length
     if companions.dtype != np.int32 or len(shape) != 3 or shape[0] != 2 or shape[2] != length:
         words = f"must be int32 [2, G, {length}], and is {companions.dtype} {list(shape)}"
-        raise UserError(f"{FILE}: {words}; delete it: {_ANEW}")
+        raise UserError(f"{FILE}: {words}; delete it: {_REMEDY}")
     if shape[1] < model.group_size:
         words = f"holds {shape[1]} sequences, too few for groups of {model.group_size}"
         raise UserError(f"{FILE}: {words}; try --group-size {shape[1]}")
@@ -83,18 +91,26 @@ def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
 def summaries(
     model: ModelConfig, params: Params, step: int, companions: np.ndarray, kind: CompanionsConfig
 ) -> dict[str, jax.Array]:
-    """What the layers of this `kind` keep of them, by parameter name, on the mesh that is set.
+    """Run the trained model on the companions, and return the summary parameters of its `Companions` layers.
 
-    model: as trained, of which the first G of the companions are a group.
+    Args:
+        model: as trained; the first G companions form one group.
+        params: by name.
+        step: the number of training steps.
+        companions: int32 [2, at least G, S].
+        kind: of the layers that hold the summaries.
+
+    Returns:
+        Summaries by parameter name, sharded over the mesh that is set.
     """
-    rows = axis_size("data") * axis_size("fsdp") * axis_size("expert")
-    copies = rows // math.gcd(rows, model.group_size)  # of the group, so that each device has as many rows
+    shards = axis_size("data") * axis_size("fsdp") * axis_size("expert")
+    copies = shards // math.gcd(shards, model.group_size)  # of the group, so that every device has as many sequences
     tokens, segments = np.tile(companions[:, : model.group_size], (1, copies, 1))
-    found = _summaries(model, kind, params, tokens, segments, jnp.asarray(step))
+    summary = _summaries(model, kind, params, tokens, segments, jnp.asarray(step))
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return found
-    return {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in found.items()}
+        return summary
+    return {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in summary.items()}
 
 
 @partial(jax.jit, static_argnames=("model", "kind"))
@@ -107,10 +123,10 @@ def _summaries(
     if kind.experts_per_token is None:
         del recorded["companion_outputs"]
     places = block_places(model)
-    stacked: dict[str, list[jax.Array]] = {}
-    for name, of_block in recorded.items():
-        for block, value in of_block.items():  # in the order of the blocks, and so of a stack's repeats
-            value = replicate(value)[0]  # of the copies of the group
+    by_parameter: dict[str, list[jax.Array]] = {}
+    for name, by_block in recorded.items():
+        for block, value in by_block.items():  # in the order of the blocks, which is that of a scanned layer's repeats
+            value = replicate(value)[0]  # the first copy of the group
             value = value if kind.num_positions > 1 else value.mean(axis=0, keepdims=True)
-            stacked.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
-    return {name: jnp.stack(values) for name, values in stacked.items()}
+            by_parameter.setdefault(f"{places[block][0]}feed_forward/{name}", []).append(value)
+    return {name: jnp.stack(values) for name, values in by_parameter.items()}

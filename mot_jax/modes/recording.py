@@ -1,4 +1,4 @@
-"""What the Mixture-of-Tokens layers of a model see, out of its own forward pass."""
+"""Record values of the Mixture-of-Tokens layers (their inputs, weights, …) during a forward pass of the model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from mot_jax.config import ModelConfig
 from mot_jax.nn.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
 from mot_jax.nn.transformer import ModelOutput, Params, bind
 
-Look = Callable[[MixtureOfTokens, jax.Array, FeedForwardContext], dict[str, jax.Array]]
+# (layer, its input [B, S, D], context) -> values by name.
+Recorder = Callable[[MixtureOfTokens, jax.Array, FeedForwardContext], dict[str, jax.Array]]
 
-_MARK = "recorded "  # before a name, among the metrics
+_PREFIX = "recorded "  # of the recorded values among the metrics
 
 
-class _Recording(nnx.Module):
-    """A layer whose metrics hold what `look` makes of its input, too: so it comes out of the scan over the blocks."""
+class _RecordingLayer(nnx.Module):
+    """A layer that adds the values of a recorder to its metrics, which the scan over the blocks returns."""
 
-    def __init__(self, layer: MixtureOfTokens, look: Look):
-        self.layer, self.look = layer, look
+    def __init__(self, layer: MixtureOfTokens, recorder: Recorder):
+        self.layer, self.recorder = layer, recorder
 
     def __call__(self, x: jax.Array, context: FeedForwardContext) -> FeedForwardOutput:
         out = self.layer(x, context)
-        found = {_MARK + name: value for name, value in self.look(self.layer, x, context).items()}
-        return dataclasses.replace(out, metrics=out.metrics | found)
+        values = {_PREFIX + name: value for name, value in self.recorder(self.layer, x, context).items()}
+        return dataclasses.replace(out, metrics=out.metrics | values)
 
 
 def record(
@@ -35,18 +36,18 @@ def record(
     tokens: jax.Array,
     context: FeedForwardContext,
     segments: jax.Array | None,
-    look: Look,
+    recorder: Recorder,
 ) -> tuple[ModelOutput, dict[str, dict[int, jax.Array]]]:
-    """The model's output for tokens [B, S], and what `look` finds in each mixing layer, by name and block."""
+    """Run the model on tokens [B, S]: its output, and the recorded values of each mixing layer by name and block."""
     model = bind(config, params)
     for stack in model.stacks:
         for block in stack:
             if isinstance(block.feed_forward, MixtureOfTokens):
-                block.feed_forward = _Recording(block.feed_forward, look)
+                block.feed_forward = _RecordingLayer(block.feed_forward, recorder)
     out = model(tokens, context, segments)
-    found: dict[str, dict[int, jax.Array]] = {}
+    recorded: dict[str, dict[int, jax.Array]] = {}
     for key in sorted(out.metrics):
-        if key.startswith(_MARK):
-            name, _, index = key.removeprefix(_MARK).partition("/")
-            found.setdefault(name, {})[int(index)] = out.metrics.pop(key)
-    return out, found
+        if key.startswith(_PREFIX):
+            name, _, block_index = key.removeprefix(_PREFIX).partition("/")
+            recorded.setdefault(name, {})[int(block_index)] = out.metrics.pop(key)
+    return out, recorded

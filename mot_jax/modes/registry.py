@@ -1,8 +1,11 @@
-"""Other ways to run a trained model: functions Config -> Config. The same parameters load under all of them.
+"""The table of inference modes: functions Config -> Config over the weights of one trained model.
 
-`enter` adds to the parameters what a mode needs beside them, and changes nothing else; but where a layer's kernel is
-not for the device, XLA takes its place. A mode is named as in `MODES`; where tokens choose among the experts,
-`token_choice:2`, say, has each choose two.
+`MODES` names them; `enter` applies one, and adds parameters where it needs more than the trained ones (the summaries
+of reference sequences, see `modes.companions`). Nothing else changes, except that a Pallas kernel which does not run on
+the devices at hand is replaced by XLA's.
+
+A mode is named by its key in `MODES`. If its tokens choose among the experts, `NAME:K` sets how many each token
+chooses, for example `token_choice:2`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from mot_jax.config import (
 )
 from mot_jax.errors import UserError, nearest
 
-if TYPE_CHECKING:  # commands that run no model do without JAX
+if TYPE_CHECKING:  # commands that run no model do not import JAX
     import numpy as np
 
     from mot_jax.nn.transformer import Params
@@ -34,8 +37,14 @@ if TYPE_CHECKING:  # commands that run no model do without JAX
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """change: the mode. about: what it does, in a line. independent: no row hears another's text.
-    chooses: tokens choose among the experts, as many as `change`'s second argument says, or by its default E / G.
+    """An inference mode.
+
+    Attributes:
+        change: converts the config of a trained model into that of the mode. If `chooses`, it takes a second argument,
+            the number of experts that a token chooses, by default the granularity E / G.
+        about: one line for tables and help texts.
+        independent: no sequence of a batch depends on another.
+        chooses: tokens choose among the experts.
     """
 
     change: Callable[..., Config]
@@ -45,73 +54,83 @@ class Mode:
 
 
 def grouped(config: Config) -> Config:
-    """As trained: the rows of a group influence each other. Of token choice that was tuned from it: the MoT it was."""
-    return _mixed(config, "--mode grouped") if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
+    """As in training: the sequences of a group are mixed with each other.
+
+    A token-choice model that was tuned from Mixture-of-Tokens weights becomes that Mixture-of-Tokens model again.
+    """
+    kind = config.model.feed_forward
+    return _as_mixture_of_tokens(config, "--mode grouped") if isinstance(kind, TokenChoiceConfig) else config
 
 
 def companions(config: Config) -> Config:
-    """Each row shares its group with G - 1 fixed sequences, the same for all; what a token needs of them is kept."""
-    return _alone(config, "companions", num_positions=config.model.context_length)
+    """Mix each sequence with G - 1 fixed reference sequences, the same for all, whose summaries are cached."""
+    return _with_companions(config, "companions", num_positions=config.model.context_length)
 
 
 def sparse(config: Config, experts: int | None = None) -> Config:
-    """`companions`, but a token runs the E / G experts alone that it weighs most: FLOPs as in a group of users.
+    """`companions`, but run only the E / G experts with the token's largest weights: as many FLOPs as in training.
 
-    The other experts are taken to say to it what they say to the companions.
+    The outputs of the other experts are approximated by their outputs on the reference sequences.
     """
-    chosen = experts or _granularity(config)
-    return _alone(config, "sparse", num_positions=config.model.context_length, experts_per_token=chosen)
+    return _with_companions(
+        config,
+        "sparse",
+        num_positions=config.model.context_length,
+        experts_per_token=experts or _granularity(config),
+    )
 
 
 def mean_field(config: Config, experts: int | None = None) -> Config:
-    """`sparse`, but what the companions say is averaged over the positions, and as little kept as for one."""
-    return _alone(config, "mean_field", num_positions=1, experts_per_token=experts or _granularity(config))
+    """`sparse`, but with summaries averaged over positions, which take the memory of one position."""
+    return _with_companions(config, "mean_field", num_positions=1, experts_per_token=experts or _granularity(config))
 
 
 def discrete(config: Config) -> Config:
-    """Each expert takes its first arg-max token of the group (PAPER.md section 4): temperature 0, learned or not.
+    """Each expert processes the first arg-max token of the group (`docs/paper.md`, section 4): temperature 0.
 
-    The rows of a group influence each other still. A merge without a softmax takes the largest logit.
+    A learned temperature is replaced by 0, too. The sequences of a group still influence each other. If merge has no
+    softmax, the expert processes the token with the largest logit.
     """
-    config = _mixed(config, "--mode discrete")
-    mixing = _mixture(config).mixing
+    config = _as_mixture_of_tokens(config, "--mode discrete")
+    mixing = _mixture_of_tokens(config).mixing
     merge = "softmax" if mixing.merge == "logits" else mixing.merge
-    plain = MixingConfig()
-    # `softmax` over the same logits at the same temperature 0 is what merge has.
+    defaults = MixingConfig()
+    # With shared controllers, an emit `softmax` at temperature 0 equals the merge weights.
     emit = "merge" if mixing.emit == "softmax" and mixing.controllers == "shared" else mixing.emit
-    return _with(
+    return _with_layer_fields(
         config,
         mixing=dataclasses.replace(
             mixing,
             merge=merge,
             emit=emit,
-            temperature=0.0 if merge == "softmax" or mixing.emit_has_own_softmax else plain.temperature,
-            annealing=plain.annealing,
-            learned_temperature=plain.learned_temperature,
-            separate_temperatures=plain.separate_temperatures,
-            straight_through=plain.straight_through,
+            temperature=0.0 if merge == "softmax" or mixing.emit_has_own_softmax else defaults.temperature,
+            annealing=defaults.annealing,
+            learned_temperature=defaults.learned_temperature,
+            separate_temperatures=defaults.separate_temperatures,
+            straight_through=defaults.straight_through,
         ),
     )
 
 
 def without(config: Config) -> Config:
-    """No expert says anything, which `enter` sees to: what mixing is worth."""
-    return _mixed(config, "--mode without")
+    """No expert output: measures how much the mixing layers contribute. `enter` zeroes the output weights."""
+    return _as_mixture_of_tokens(config, "--mode without")
 
 
 def token_choice(config: Config, experts: int | None = None) -> Config:
-    """Each token to the `experts` that the controller, by softmax over all, finds likeliest; none dropped.
+    """Route each token to the `experts` most likely experts by the softmax of its controller logits; drop no token.
 
-    No token sees another row. Of a MoT layer they are its granularity, and at least 1; a temperature is not applied,
-    which changes the probabilities but no choice. Of token choice they are as trained, without the capacity.
+    No token depends on another sequence. By default, Mixture-of-Tokens layers route to E / G experts, at least 1. Their
+    temperature is not applied, which changes the probabilities but no choice. Token-choice layers keep their `top_k`
+    and lose their capacity limit.
 
-    Raises UserError for a MoT whose controller is no router: learned otherwise or scaled for each expert, beside
-    another one, or before a norm, which no token by itself has.
+    Raises:
+        UserError: the layers have no experts, or the mixing config makes the controller unusable as a router.
     """
     kind = config.model.feed_forward
     if isinstance(kind, MixtureOfTokensConfig):
-        if faults := list(_router_faults(kind.mixing)):
-            raise UserError(*faults)
+        if errors := list(_router_errors(kind.mixing)):
+            raise UserError(*errors)
         kind = TokenChoiceConfig(
             num_experts=kind.num_experts,
             expert_dim=kind.hidden_dim(config.model.d_ff),
@@ -128,8 +147,10 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
             f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
         )
     tokens = min(kind.routing_group_tokens, config.model.context_length)
-    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)  # the same windows, in the same order
-    width = kind.hidden_dim(config.model.d_ff)  # of the weights, however many are chosen
+    # The dataset stays in the order of the groups, so that every mode is scored on the same windows.
+    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
+    # Explicit, since the default width depends on top_k, and the weights keep theirs.
+    width = kind.hidden_dim(config.model.d_ff)
     kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)
     kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
     changed = _with_kind(dataclasses.replace(config, data=data), kind)
@@ -137,14 +158,15 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     return changed
 
 
-def _router_faults(mixing: MixingConfig) -> Iterator[str]:
-    plain = {"merge": "softmax", "controllers": "shared", "layer_norm": False}
+def _router_errors(mixing: MixingConfig) -> Iterator[str]:
+    """Yield the reasons why the controller of Mixture-of-Tokens layers cannot be a router."""
+    required = {"merge": "softmax", "controllers": "shared", "layer_norm": False}
     reasons = {
-        "merge": "the controller was not learned as the logits of a softmax",
+        "merge": "the controller was not trained as the logits of a softmax",
         "controllers": "there are two controllers, and a router is one",
-        "layer_norm": "the experts read normalised mixtures, and a token by itself is none",
+        "layer_norm": "the experts were trained on normalized mixtures, and a routed token is none",
     }
-    for name, value in plain.items():
+    for name, value in required.items():
         if getattr(mixing, name) != value:
             yield f"--mode token_choice: has no meaning with mixing.{name} = {getattr(mixing, name)!r}: {reasons[name]}"
     if mixing.learned_temperature == "per_expert":
@@ -152,26 +174,31 @@ def _router_faults(mixing: MixingConfig) -> Iterator[str]:
 
 
 MODES = {
-    "grouped": Mode(grouped, "as trained"),
-    "companions": Mode(companions, "each row in a group with fixed training texts, read once", independent=True),
+    "grouped": Mode(grouped, "as in training"),
+    "companions": Mode(companions, "each sequence is mixed with fixed training sequences", independent=True),
     "sparse": Mode(
-        sparse, "companions, and a token runs only the experts that it weighs most", independent=True, chooses=True
+        sparse, "companions, and a token runs only its experts of largest weight", independent=True, chooses=True
     ),
     "mean_field": Mode(
-        mean_field, "sparse, and the companions are averaged over positions", independent=True, chooses=True
+        mean_field, "sparse, with the companions averaged over positions", independent=True, chooses=True
     ),
     "token_choice": Mode(
-        token_choice, "each token to its likeliest experts, none dropped", independent=True, chooses=True
+        token_choice, "each token is routed to its most likely experts, none dropped", independent=True, chooses=True
     ),
-    "discrete": Mode(discrete, "each expert takes one token of the group"),
-    "without": Mode(without, "no expert says anything: what mixing is worth", independent=True),
+    "discrete": Mode(discrete, "each expert processes one token of the group"),
+    "without": Mode(without, "no expert output: measures the contribution of mixing", independent=True),
 }
 
 
 def mode_of(name: str, also: Sequence[str] = ()) -> Mode:
-    """The mode of this name, or of `name:k`, in which each token chooses k experts.
+    """Return the mode called `name`, or the one of `NAME:K`, in which each token chooses K experts.
 
-    Raises UserError; `also` names what else a person may have meant.
+    Args:
+        name: as above.
+        also: further words to suggest if there is no such mode.
+
+    Raises:
+        UserError: there is no such mode, or K is not a positive number or given to a mode that takes none.
     """
     word, colon, number = name.partition(":")
     if word not in MODES:
@@ -182,37 +209,46 @@ def mode_of(name: str, also: Sequence[str] = ()) -> Mode:
     if not mode.chooses:
         raise UserError(f"mode = {name!r}: must be {word!r}, where tokens choose no experts; try 'token_choice:2'")
     if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"mode = {name!r}: must say how many experts a token chooses; try '{word}:2'")
+        raise UserError(f"mode = {name!r}: must end in the number of experts that a token chooses; try '{word}:2'")
     return dataclasses.replace(mode, change=partial(mode.change, experts=int(number)))
 
 
 def enter(
     mode: str, config: Config, params: Params, step: int, companions: np.ndarray | None = None
 ) -> tuple[Config, Params]:
-    """A trained model in a mode, on the mesh that is set: its config, and parameters that load under it.
+    """Convert a trained model to a mode, on the mesh that is set.
 
-    config: as trained, or `regrouped`. step: how long it was trained. companions: int32 [2, G, S], see
-    `inference.companions`; read by modes that `needs_companions` names.
+    Args:
+        mode: a name that `mode_of` accepts.
+        config: as trained, or `regrouped`.
+        params: by name.
+        step: the number of training steps.
+        companions: reference sequences, int32 [2, G, S], see `modes.companions`; used by the modes whose config
+            `needs_companions`.
 
-    Raises UserError for a mode that is not known, that the model does not have, or that lacks companions.
+    Returns:
+        The config of the mode, and parameters that load under it.
+
+    Raises:
+        UserError: there is no such mode, the model does not have it, or the companions are missing or do not fit.
     """
     changed = mode_of(mode).change(config)
     if needs_companions(changed):
         from mot_jax.modes.companions import check_companions, summaries
 
-        mixed = _mixed(config, mode).model
-        check_companions(companions, mixed)
+        trained = _as_mixture_of_tokens(config, mode).model
+        check_companions(companions, trained)
         kind = changed.model.feed_forward
         assert isinstance(kind, CompanionsConfig) and companions is not None
-        params = params | summaries(mixed, params, step, companions, kind)
+        params = params | summaries(trained, params, step, companions, kind)
     if mode == "without":
-        silent = ("feed_forward/w_out", "feed_forward/output_norm")
-        params = {name: 0 * value if name.endswith(silent) else value for name, value in params.items()}
-    return _where_kernels_run(changed), params
+        zeroed = ("feed_forward/w_out", "feed_forward/output_norm")
+        params = {name: 0 * value if name.endswith(zeroed) else value for name, value in params.items()}
+    return _with_runnable_kernel(changed), params
 
 
-def _where_kernels_run(config: Config) -> Config:
-    """Elsewhere the layer's kernels would be interpreted, which takes twenty times as long."""
+def _with_runnable_kernel(config: Config) -> Config:
+    """Replace a kernel that does not run on the devices: interpreting it would take twenty times as long."""
     import jax
 
     kind = config.model.feed_forward
@@ -222,87 +258,98 @@ def _where_kernels_run(config: Config) -> Config:
 
 
 def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | None:
-    """Why a model does not have a mode; None if it does. The arguments are those of `enter`."""
+    """Return the reason why a model does not have a mode; None if it does. The arguments are those of `enter`."""
     try:
         if needs_companions(mode_of(mode).change(config)):
             from mot_jax.modes.companions import check_companions
 
-            check_companions(companions, _mixed(config, mode).model)
+            check_companions(companions, _as_mixture_of_tokens(config, mode).model)
     except UserError as error:
         return str(error)
     return None
 
 
 def default_mode(config: Config) -> tuple[str, str]:
-    """The mode for whoever names none, in which no row hears another, and why."""
+    """Return the default mode of a trained model, in which no sequence depends on another, and the reason."""
     if isinstance(config.model.feed_forward, TokenChoiceConfig):
-        return "token_choice", "the model was trained so, and nothing is dropped"
+        return "token_choice", "the model was trained in it, and no token is dropped"
     if config.model.group_size > 1:
-        return "companions", "the model was trained in groups, and hears nobody else's text so"
-    return "grouped", "no row hears another"
+        return "companions", "the model was trained in groups, and this mode keeps the sequences of a batch independent"
+    return "grouped", "the model does not mix sequences"
 
 
 def trained_mode(config: Config) -> str:
-    """The mode that is the model as it was trained; of token choice, but for what training dropped."""
+    """Return the mode in which the model was trained (token choice: without the capacity limit of training)."""
     return "token_choice" if isinstance(config.model.feed_forward, TokenChoiceConfig) else "grouped"
 
 
 def needs_companions(config: Config) -> bool:
-    """Whether a config in a mode has layers that keep something of companions."""
+    """Whether the config of a mode has layers that hold summaries of reference sequences."""
     return isinstance(config.model.feed_forward, CompanionsConfig)
 
 
 def regrouped(config: Config, group_size: int) -> Config:
-    """The same experts for groups of another size (PAPER.md section 3)."""
-    config = _mixed(config, f"--group-size {group_size}")
-    width = _mixture(config).hidden_dim(config.model.d_ff)
-    changed = _with(config, group_size=group_size, expert_dim=width, flop_matched=False)
-    return _whole_groups(dataclasses.replace(changed, data=dataclasses.replace(config.data, shuffle_group_size=None)))
+    """Convert to groups of another size with the same experts (`docs/paper.md`, section 3)."""
+    config = _as_mixture_of_tokens(config, f"--group-size {group_size}")
+    width = _mixture_of_tokens(config).hidden_dim(config.model.d_ff)
+    changed = _with_layer_fields(config, group_size=group_size, expert_dim=width, flop_matched=False)
+    data = dataclasses.replace(config.data, shuffle_group_size=None)
+    return _with_whole_groups(dataclasses.replace(changed, data=data))
 
 
-def _alone(config: Config, mode: str, **fields: int | None) -> Config:
-    """With companions, and the same windows in the same order as those of the config's groups."""
-    config = _mixed(config, f"--mode {mode}")
+def _with_companions(config: Config, mode: str, **fields: int | None) -> Config:
+    """Replace the layers by `nn.feed_forward.companions` layers; the dataset stays in the order of the groups."""
+    config = _as_mixture_of_tokens(config, f"--mode {mode}")
     if config.model.group_size == 1:
-        raise UserError(f"--mode {mode}: must be left out, since no row hears another anyway; try --mode grouped")
-    changed = CompanionsConfig(**vars(_mixture(config)), **fields)  # type: ignore[arg-type]
-    if (changed.experts_per_token or 1) > changed.num_experts:
-        rule = f"must be at most model.feed_forward.num_experts = {changed.num_experts}"
-        raise UserError(f"--mode {mode}:{changed.experts_per_token}: {rule}; try --mode {mode}")
-    if changed.mixing.layer_norm and changed.experts_per_token is not None:
+        rule = "must be left out, since the model does not mix sequences"
+        raise UserError(f"--mode {mode}: {rule}; try --mode grouped")
+    kind = CompanionsConfig(**vars(_mixture_of_tokens(config)), **fields)  # type: ignore[arg-type]
+    if (kind.experts_per_token or 1) > kind.num_experts:
+        rule = f"must be at most model.feed_forward.num_experts = {kind.num_experts}"
+        raise UserError(f"--mode {mode}:{kind.experts_per_token}: {rule}; try --mode {mode}")
+    if kind.mixing.layer_norm and kind.experts_per_token is not None:
         raise UserError(f"--mode {mode}: needs model.feed_forward.mixing.layer_norm = False; try --mode companions")
     data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
-    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=changed))
+    return dataclasses.replace(config, data=data, model=dataclasses.replace(config.model, feed_forward=kind))
 
 
 def _granularity(config: Config) -> int:
+    """E / G of the Mixture-of-Tokens layers, at least 1; 1 for other layers."""
     kind = config.model.feed_forward
     mixture = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
     return max(1, mixture.num_experts // mixture.group_size) if isinstance(mixture, MixtureOfTokensConfig) else 1
 
 
-def _mixed(config: Config, asked: str) -> Config:
-    """`config` itself if its layers mix; the MoT that the layers were if they were tuned from one."""
+def _as_mixture_of_tokens(config: Config, option: str) -> Config:
+    """Return `config` if its layers mix; the original Mixture-of-Tokens config if they were tuned to token choice.
+
+    Args:
+        config: of a trained model.
+        option: the command-line option that needs mixing layers, for the error.
+
+    Raises:
+        UserError: the layers do not mix.
+    """
     kind = config.model.feed_forward
     if isinstance(kind, TokenChoiceConfig) and kind.mixture is not None:
-        return _whole_groups(_with_kind(config, kind.mixture))
+        return _with_whole_groups(_with_kind(config, kind.mixture))
     if not isinstance(kind, MixtureOfTokensConfig):
-        raise UserError(f"{asked}: must be left out, since the model's layers mix nothing: they are {kind.kind}")
+        raise UserError(f"{option}: must be left out, since the model's layers mix nothing: they are {kind.kind}")
     return config
 
 
-def _mixture(config: Config) -> MixtureOfTokensConfig:
+def _mixture_of_tokens(config: Config) -> MixtureOfTokensConfig:
     kind = config.model.feed_forward
     assert isinstance(kind, MixtureOfTokensConfig)
     return kind
 
 
-def _with(config: Config, **changes: object) -> Config:
-    return _with_kind(config, dataclasses.replace(_mixture(config), **changes))  # type: ignore[arg-type]
+def _with_layer_fields(config: Config, **changes: object) -> Config:
+    return _with_kind(config, dataclasses.replace(_mixture_of_tokens(config), **changes))  # type: ignore[arg-type]
 
 
 def _with_kind(config: Config, kind: FeedForwardConfig) -> Config:
-    """Another feed-forward layer, without what the training had for the one before."""
+    """Replace the feed-forward kind, and remove the training options that belong to the old kind."""
     training = config.training
     if type(kind) is not type(config.model.feed_forward):
         losses = LossWeights(head_z=training.losses.head_z)
@@ -311,13 +358,12 @@ def _with_kind(config: Config, kind: FeedForwardConfig) -> Config:
     return dataclasses.replace(config, model=model, training=training)
 
 
-def _whole_groups(config: Config) -> Config:
-    """With a batch of whole groups of the model."""
-    rows, t = config.model.group_size, config.training
-    if t.batch_size % (rows * t.gradient_accumulation_steps):
-        batch = -(-t.batch_size // rows) * rows
-        config = dataclasses.replace(
-            config, training=dataclasses.replace(t, batch_size=batch, gradient_accumulation_steps=1)
-        )
+def _with_whole_groups(config: Config) -> Config:
+    """Round the batch size up to whole groups of the model."""
+    group_size, training = config.model.group_size, config.training
+    if training.batch_size % (group_size * training.gradient_accumulation_steps):
+        batch_size = -(-training.batch_size // group_size) * group_size
+        training = dataclasses.replace(training, batch_size=batch_size, gradient_accumulation_steps=1)
+        config = dataclasses.replace(config, training=training)
     check(config)
     return config

@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 
 from mot_jax import cli
+from mot_jax.analysis import curves, pictures
 from mot_jax.analysis import inspect as module
-from mot_jax.analysis import pictures
 from mot_jax.analysis.inspect import forward_with_weights, inspect
 from mot_jax.config import Config, DataConfig, DenseConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
 from mot_jax.data.objectives import Objective
@@ -30,7 +30,7 @@ from mot_jax.runs.state import TrainState
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(module, "_TOKENS_READ", 1000)
+    monkeypatch.setattr(module, "_MIN_TOKENS", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_weights_come_out_of_the_models_own_forward_pass(workdir, seen):
 def test_the_tables_are_means_over_the_windows(workdir, seen):
     run = load_run(workdir)
     tokenizer, windows = open_validation(run.config)
-    tables = module._tables(run, tokenizer, windows, module.validation_order(windows.documents, 4))
+    tables = module._token_statistics(run, tokenizer, windows, module.validation_order(windows.documents, 4))
     tokens, mask, _, weights = seen
     assert tables["tokens_read"] == mask.sum() and tables["blocks"].keys() == {"01", "03"}
     for name, block in tables["blocks"].items():
@@ -122,14 +122,14 @@ def test_rows_are_labelled(workdir):
     run = load_run(workdir)
     tokenizer, windows = open_validation(run.config)
     tokens = windows.read([0, 5]).tokens
-    shares, rows = module._one_group(run, tokenizer, windows, np.array([0, -1, 5, 9]), 0, 0)
+    shares, rows = module._group_shares(run, tokenizer, windows, np.array([0, -1, 5, 9]), 0, 0)
     assert [row["token"] for row in rows[:3]] == ["<eot>", "<masked>", chr(tokens[1, 0])]  # window 0 begins the split
     assert [row["real"] for row in rows] == [True, False, True, True]
     assert shares["merge"].keys() == {1, 3}
     for share in shares["merge"].values():
         assert share.shape == (4, 8) and not share[1].any()
         np.testing.assert_allclose(share.sum(axis=0), 1, rtol=1e-6)
-    _, rows = module._one_group(run, tokenizer, windows, np.array([5]).repeat(4), 0, 3)
+    _, rows = module._group_shares(run, tokenizer, windows, np.array([5]).repeat(4), 0, 3)
     assert rows[0]["before"] + rows[0]["token"] == bytes(tokens[1, :4].tolist()).decode()
 
 
@@ -141,7 +141,7 @@ def test_a_masked_model_is_shown_what_it_reads(workdir):
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     masked = run._replace(config=config, params={name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()})
     tokenizer, windows = open_validation(config)
-    shown = [module._one_group(masked, tokenizer, windows, np.arange(4), 0, s)[1] for s in range(16)]
+    shown = [module._group_shares(masked, tokenizer, windows, np.arange(4), 0, s)[1] for s in range(16)]
     assert 0 < sum(row["token"] == "<mask>" for rows in shown for row in rows) < 30
 
 
@@ -178,11 +178,13 @@ def test_what_cannot_be_inspected_is_one_line(workdir, tmp_path):
 def test_any_text_can_be_drawn():
     """Warnings are errors here: a glyph that the font lacks, a title that does not fit."""
     shares = {block: np.full((2, 64), 0.5) for block in range(4)}
-    assert pictures.weights(shares, ["日本 $x$│\x00", pictures.visible("a b\n\t│")], "a group").startswith(b"\x89PNG")
+    assert pictures.weight_maps(shares, ["日本 $x$│\x00", pictures.visible("a b\n\t│")], "a group").startswith(
+        b"\x89PNG"
+    )
     token = {"text": "日$\n$", "ratio": 1.5}
     blocks = {
         "00": {"entropy": 0.5, "experts": [{"expert": 1, "entropy": 0.5, "tokens": words} for words in ([token], [])]}
     }
     report = {"blocks": blocks, "step": 1, "tokens_read": 2, "least_count": 8}
-    assert pictures.tokens(report, 1).startswith(b"\x89PNG")
-    assert pictures.entropy([], "nothing yet").startswith(b"\x89PNG")
+    assert pictures.token_table(report, 1).startswith(b"\x89PNG")
+    assert curves.mixing_curves([], "nothing yet").startswith(b"\x89PNG")

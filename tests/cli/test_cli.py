@@ -12,7 +12,7 @@ import pytest
 
 import mot_jax
 from mot_jax import cli, training
-from mot_jax.config import Config, check, load_config
+from mot_jax.config import Config, load_config
 from mot_jax.data import tokenizers
 from mot_jax.runs import restore
 

@@ -13,7 +13,7 @@ from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConf
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference import generate
-from mot_jax.inference.generate import Sampler, choose, left_padded
+from mot_jax.inference.generate import Sampler, left_padded, sample_tokens
 from mot_jax.inference.language_model import GAP, LanguageModel
 from mot_jax.modes import MODES, enter
 from mot_jax.nn.feed_forward import FeedForwardContext
@@ -188,7 +188,7 @@ def draws(logits: list[float], n: int = 2000, **options) -> np.ndarray:
     given = {"temperature": 1.0, "top_k": size, "top_p": 1.0, "seed": 0, "stops": np.zeros((0, 1), int)} | options
     rows = np.tile(np.array(logits, np.float32), (n, 1))
     filtered = given["top_k"] < size or given["top_p"] < 1
-    token = jax.jit(choose, static_argnums=3)(rows, Sampler(**given), np.int32(0), filtered)
+    token = jax.jit(sample_tokens, static_argnums=3)(rows, Sampler(**given), np.int32(0), filtered)
     return np.bincount(np.asarray(token), minlength=size) / n
 
 
@@ -258,5 +258,5 @@ def test_what_has_no_gaps_is_not_filled(text, words):
         language_model(MASKED).fill([text])
     with pytest.raises(UserError, match="has no gaps to fill; try `mot generate`"):
         language_model(MODEL).fill([text + GAP])
-    with pytest.raises(UserError, match="continues no text; try `mot fill`"):
+    with pytest.raises(UserError, match="cannot continue a text; try `mot fill`"):
         language_model(MASKED).generate(["x"])

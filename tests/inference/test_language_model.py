@@ -90,14 +90,14 @@ def test_text_goes_to_the_output_and_words_on_the_mode_beside_it(workdir, capsys
     (expected,) = mot_jax.load(workdir).generate(["import os"], max_tokens=5, temperature=0)
     out, err = capsys.readouterr()
     assert out == "import os" + expected.text + "\n"
-    assert "mode companions: no row hears another; the default, since" in err
+    assert "mode companions: no sequence depends on another; the default, since" in err
     assert f"not measured yet: mot evaluate {workdir} --mode all" in err
     monkeypatch.setattr("sys.stdin", io.StringIO("import os"))
     file = tmp_path / "found.json"
     mot("generate", workdir, "--prompt", "-", "--samples", 2, "--tokens", 5, "--mode", "grouped", "--json", file)
     out, err = capsys.readouterr()
     assert out.count("--- prompt\nimport os\n--- continued\n") == 2
-    assert "mode grouped: the rows of a group influence each other" in err and "warning" not in err
+    assert "mode grouped: the sequences of a group influence each other" in err and "warning" not in err
     rows = json.loads(file.read_text())["texts"]
     assert [len(row["tokens"]) for row in rows] == [5, 5] and rows[0]["tokens"] != rows[1]["tokens"]
 
@@ -115,7 +115,7 @@ def test_a_mode_that_the_model_was_not_trained_in_names_its_measured_cost(workdi
 def test_a_dense_model_has_one_mode(tmp_path, capsys):
     save(tmp_path / "dense", dataclasses.replace(MODEL, feed_forward=DenseConfig()))
     mot("generate", tmp_path / "dense", "--prompt", "x", "--tokens", 2)
-    assert "mode grouped: no row hears another" in capsys.readouterr().err
+    assert "mode grouped: no sequence depends on another" in capsys.readouterr().err
     assert "must be left out" in fails(capsys, "generate", tmp_path / "dense", "--prompt", "x", "--mode", "companions")
 
 

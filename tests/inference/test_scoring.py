@@ -14,7 +14,7 @@ from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference import scoring
 from mot_jax.inference.language_model import LanguageModel
-from mot_jax.inference.scoring import windows
+from mot_jax.inference.scoring import scoring_windows
 from mot_jax.modes import enter
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import parameter_spec
@@ -122,10 +122,10 @@ def test_of_a_long_context_the_end_is_read():
 def test_a_long_text_is_predicted_in_windows():
     """Each token once, as the lm-evaluation-harness does it: the last window has a whole context."""
     tokens = np.arange(11)
-    found = [(w.tokens[:-1].tolist(), w.tokens[-w.scored :].tolist()) for w in windows(tokens, 1, 4)]
+    found = [(w.tokens[:-1].tolist(), w.tokens[-w.scored :].tolist()) for w in scoring_windows(tokens, 1, 4)]
     assert found == [([0, 1, 2, 3], [1, 2, 3, 4]), ([4, 5, 6, 7], [5, 6, 7, 8]), ([6, 7, 8, 9], [9, 10])]
-    assert [(w.tokens.tolist(), w.scored) for w in windows(tokens, 8, 4)] == [([6, 7, 8, 9, 10], 3)]
-    assert windows(tokens, 11, 4) == []
+    assert [(w.tokens.tolist(), w.scored) for w in scoring_windows(tokens, 8, 4)] == [([6, 7, 8, 9, 10], 3)]
+    assert scoring_windows(tokens, 11, 4) == []
     lm = language_model(ALONE)
     text = "".join(map(chr, range(40, 110)))
     pairs = [("", text[:32]), (text[31], text[32:64]), (text[37:64], text[64:])]

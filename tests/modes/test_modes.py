@@ -112,7 +112,7 @@ def test_rows_that_hear_no_others_need_no_companions():
     model = dataclasses.replace(within.model, objective="masked")
     for config in (regrouped(config_of(MixingConfig()), 1), dataclasses.replace(within, model=model)):
         for mode in ("companions", "sparse", "mean_field"):
-            assert "no row hears another anyway; try --mode grouped" in lacking(mode, config, None)
+            assert "the model does not mix sequences; try --mode grouped" in lacking(mode, config, None)
         assert lacking("without", config, None) is None and default_mode(config)[0] == "grouped"
     assert default_mode(config_of(MixingConfig()))[0] == "companions"
 
@@ -155,8 +155,8 @@ def test_a_mode_may_say_how_many_experts_a_token_chooses():
     "mode, words",
     [
         ("companions:2", "must be 'companions', where tokens choose no experts; try 'token_choice:2'"),
-        ("token_choice:", "must say how many experts a token chooses; try 'token_choice:2'"),
-        ("token_choice:0", "must say how many experts a token chooses"),
+        ("token_choice:", "must end in the number of experts that a token chooses; try 'token_choice:2'"),
+        ("token_choice:0", "must end in the number of experts that a token chooses"),
         ("token_choice:9", "top_k = 9: must be at most model.feed_forward.num_experts = 8"),
         ("sparse:9", "--mode sparse:9: must be at most model.feed_forward.num_experts = 8; try --mode sparse"),
     ],

@@ -22,7 +22,8 @@ from mot_jax import cli
 from mot_jax.config import Config, LoggingConfig, to_json
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
-from mot_jax.interop.convert import export, import_model
+from mot_jax.interop.export import export_model
+from mot_jax.interop.importing import import_model
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import metrics as log
 from mot_jax.runs.checkpoint import Checkpoints
@@ -168,10 +169,10 @@ def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(4, state, 0, tiny)
     (workdir / "config.json").write_text(to_json(tiny))
-    export(workdir, output, shard_bytes=4000)
-    export(workdir, output, shard_bytes=8000, overwrite=True)
+    export_model(workdir, output, shard_bytes=4000)
+    export_model(workdir, output, shard_bytes=8000, overwrite=True)
     with pytest.raises(UserError, match="holds an export already"):
-        export(workdir, output)
+        export_model(workdir, output)
     import_model(output, tmp_path / "copy")
     for place in (output, tmp_path / "copy"):
         run = load_run(place)
