@@ -22,6 +22,7 @@ from mot_jax.inference.sequences import GeneratedSequence
 from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
 from mot_jax.modes import default_mode, enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
+from mot_jax.nn import transformer
 from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run, load_run_config
