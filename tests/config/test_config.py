@@ -421,12 +421,12 @@ def test_every_field_is_identity_extendable_or_free(name):
     if name == "training.steps":
         assert identity_changes(MIXTURE, put(MIXTURE, name, 2000)) == []
         (line,) = identity_changes(MIXTURE, put(MIXTURE, name, 500))
-        assert line == "training.steps: 1000 there, 500 here; a run can be extended, not cut short"
+        assert line == "training.steps: 1000 in the run, now 500; a run can be extended, not shortened"
     elif name in FREE:
         assert identity_changes(MIXTURE, changed) == []
     else:
         (line,) = identity_changes(MIXTURE, changed)
-        assert line.startswith(f"{name}: {get(MIXTURE, name)!r} there, 'other' here")
+        assert line.startswith(f"{name}: {get(MIXTURE, name)!r} in the run, now 'other'")
 
 
 @given(configs())
@@ -441,4 +441,4 @@ def test_all_changes_come_at_once():
 def test_another_kind_is_another_run():
     dense = put(MIXTURE, "model.feed_forward", DenseConfig())
     (line,) = identity_changes(MIXTURE, dense)
-    assert line.startswith("model.feed_forward: mixture_of_tokens there, dense here")
+    assert line.startswith("model.feed_forward: mixture_of_tokens in the run, now dense")

@@ -136,7 +136,7 @@ def test_a_run_can_be_extended(tiny, tmp_path):
     loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6)), workdir)
     assert [row["step"] for row in numbers(workdir) if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 6
-    with pytest.raises(UserError, match=r"training.steps: 6 there, 5 here; a run can be extended"):
+    with pytest.raises(UserError, match=r"training.steps: 6 in the run, now 5; a run can be extended"):
         loop.train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=5)), workdir)
 
 
@@ -151,7 +151,7 @@ def test_another_experiment_does_not_touch_a_workdir(finished, tiny):
     with pytest.raises(UserError) as error:
         loop.train(other, finished)
     assert [
-        ("seed: 0 there, 3 here" in f, "batch_size: 32 there, 64 here" in f) for f in sorted(error.value.faults)
+        ("seed: 0 in the run, now 3" in f, "batch_size: 32 in the run, now 64" in f) for f in sorted(error.value.faults)
     ] == [
         (False, True),
         (True, False),
