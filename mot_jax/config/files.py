@@ -132,8 +132,8 @@ def _instead_of(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
     if files := sorted(map(str, folder.glob("*.py"))):
         return nearest(str(path), files)
-    where = "name a file that defines get_config() -> Config, or work in a checkout of mot_jax, which has configs/"
-    return f" in {Path.cwd()}; {where}"
+    advice = "name a file that defines get_config() -> Config, or work in a checkout of mot_jax, which has configs/"
+    return f"{'' if path.is_absolute() else f' in {Path.cwd()}'}; {advice}"
 
 
 def _place_of(error: Exception, path: Path) -> str:
