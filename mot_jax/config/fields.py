@@ -374,7 +374,8 @@ class TrainingConfig:
     """Workdir of a dense model of the same sizes, whose feed-forward layers initialize the experts."""
     transition_from: str | None = None
     """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4).
-    Its weights, optimizer state and data continue; steps and the learning rate schedule start from 0."""
+    Weights, optimizer state and position in the data are that run's.
+    Steps and the learning rate schedule start from 0."""
     transition_router: Literal["controller", "random"] = "controller"
     """Initial router of transition tuning: the trained `controller`, or a `random` one for comparison."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -86,17 +86,16 @@ def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]
 def default_workdir(name: str | os.PathLike[str]) -> str:
     """The directory of a run of this config: `runs/FILE` for the default variant, else `runs/FILE_VARIANT`."""
     path, variant = _split(name)
-    if variant is None or variant == _default_variant(_load_module(path)):
-        return f"runs/{path.stem}"
-    return f"runs/{path.stem}_{variant}"
+    is_default = variant is None or (variant == next(iter(variants_of(path)), None) and _has_default(path))
+    return f"runs/{path.stem}" if is_default else f"runs/{path.stem}_{variant}"
 
 
-def _default_variant(module: ModuleType) -> str | None:
+def _has_default(path: Path) -> bool:
     try:
-        module.get_config()
+        _load_module(path).get_config()
     except _VariantError:
-        return None
-    return next(iter(module.VARIANTS))
+        return False
+    return True
 
 
 def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
