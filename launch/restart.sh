@@ -1,15 +1,15 @@
 #!/bin/bash
-# Runs a command, and again when it ends, unless it has finished (0), its input is bad (2) or we are told to stop:
+# Runs a command repeatedly until it finishes (exit code 0), has bad input (2), or this script receives a signal to stop:
 #   launch/restart.sh mot train configs/demo.py
-# Gives up after MOST_FAILURES (5) runs in a row that were shorter than SHORT (600) seconds: longer than they wait for
-# each other, so that hosts do not wait for ever for one whose input was bad.
+# Gives up after MOST_FAILURES (5) consecutive runs of less than SHORT (600) seconds. This is longer than processes wait
+# for each other, so that hosts do not wait forever for one that ended because of bad input.
 
 set -uo pipefail
 
 most=${MOST_FAILURES:-5} short=${SHORT:-600} wait_s=${WAIT:-10}
 failures=0 stopped=false child=
 
-stop() { # passed on to the command, which saves a checkpoint
+stop() { # forwards the signal to the command, which saves a checkpoint
   stopped=true
   [ -n "$child" ] && kill -TERM "$child" 2>/dev/null
 }
@@ -19,10 +19,10 @@ while true; do
   start=$SECONDS
   "$@" &
   child=$!
-  if $stopped; then stop; fi # told just before
+  if $stopped; then stop; fi # a signal arrived before child was set
   wait "$child"
   code=$?
-  while kill -0 "$child" 2>/dev/null; do # the wait ended by our signal, not by the command's end
+  while kill -0 "$child" 2>/dev/null; do # a signal interrupted the wait, and the command still runs
     wait "$child"
     code=$?
   done
@@ -31,13 +31,13 @@ while true; do
   fi
   if [ $((SECONDS - start)) -lt "$short" ]; then failures=$((failures + 1)); else failures=0; fi
   if [ "$failures" -ge "$most" ]; then
-    echo "ended with $code, the run number $failures in a row that was shorter than $short s: given up" >&2
+    echo "ended with code $code, after $failures consecutive runs of less than $short s: given up" >&2
     exit "$code"
   fi
-  echo "ended with $code: starting again from the last checkpoint in $wait_s s" >&2
+  echo "ended with code $code: restarting from the last checkpoint in $wait_s s" >&2
   for ((i = 0; i < wait_s; i++)); do
     sleep 1
-    if $stopped; then # heard of after the sleep
+    if $stopped; then # bash handles a signal after the sleep
       exit "$code"
     fi
   done

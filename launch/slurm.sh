@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains on GPU nodes of a Slurm cluster: sbatch launch/slurm.sh [CONFIG] [--training.steps N ...]
-# Change what is in capitals and the sizes; launch/README.md explains the flags.
+# Replace the words in capitals and the sizes. launch/README.md explains the flags.
 #SBATCH --job-name=mot
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -10,8 +10,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
-# One task a GPU, since JAX gives a Slurm task one device. TERM goes to the tasks, not to this script, 120 s before the
-# time is up: each then saves a checkpoint and exits with 143.
+# One task per GPU, since JAX assigns one device to a Slurm task. 120 s before the time limit, Slurm sends SIGTERM to the
+# tasks, not to this script; each then saves a checkpoint and exits with 143.
 
 set -uo pipefail
 
@@ -28,9 +28,9 @@ export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Tasks end by themselves when one is lost; what still runs two minutes after the first has ended is stuck.
-# srun gives the highest code of all tasks, and those that lose one whose input is bad end with more than its 2: so 2 is
-# made the highest. The trap lets a task's shell wait for the checkpoint.
+# When a task is lost the others end on their own; a task that still runs two minutes after the first has ended is stuck.
+# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with a higher
+# code, so 2 is mapped to 255, the highest. The trap makes a task's shell wait for the checkpoint.
 # shellcheck disable=SC2016
 task='trap : TERM; "$@"; code=$?; if [ $code -eq 2 ]; then exit 255; fi; exit $code'
 srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" --workdir "$workdir" "$@"
@@ -40,14 +40,14 @@ case $code in
   0) echo "finished" ;;
   255)
     code=2
-    echo "bad input, or a full disk: not started again"
+    echo "bad input or a full disk: not restarted"
     ;;
   *)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
-      echo "ended with $code: starting again from the last checkpoint"
+      echo "ended with code $code: restarting from the last checkpoint"
       scontrol requeue "$SLURM_JOB_ID"
     else
-      echo "ended with $code after $most_restarts restarts: given up"
+      echo "ended with code $code after $most_restarts restarts: given up"
     fi
     ;;
 esac

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on all hosts of a TPU VM slice: launch/tpu_vm.sh NAME ZONE CONFIG WORKDIR [--training.steps N ...]
-# Before: this repository in ~/mot_jax on every host, with pip install '.[tpu,gcs]'. After: the log is ~/mot.log of each.
-# The command may be repeated: where it runs already, it does nothing. launch/README.md explains the flags.
+# Requires this repository in ~/mot_jax on every host, with pip install '.[tpu,gcs]'. Each host logs to ~/mot.log.
+# The command can be repeated: it does nothing on a host where it runs already. launch/README.md explains the flags.
 
 set -euo pipefail
 
@@ -26,4 +26,4 @@ start="cd ~/mot_jax && export LIBTPU_INIT_ARGS='$flags' && (flock -n 9 || exit 0
 9>~/mot.lock >>~/mot.log 2>&1 &"
 
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$start"
-echo "started; to watch: gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=0 --command='tail -f mot.log'"
+echo "started; to follow the log: gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=0 --command='tail -f mot.log'"

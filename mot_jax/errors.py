@@ -1,4 +1,4 @@
-"""Mistakes of the user's, in words."""
+"""Errors that end a command with a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's. Each fault is one line: the field, the value, the rule, a value that would work."""
+    """An error of the user. Each of `faults` is one line: field, value, rule, a value that works."""
 
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class RetryableError(UserError):
-    """No mistake of the user's: the same may work later. Told in the same way, with another exit code."""
+    """An error after which the same command may succeed later. Reported alike, with an exit code of its own."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

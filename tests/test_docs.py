@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli, training
-from mot_jax.config import Config, mixing_faults
+from mot_jax.config import Config, mixing_errors
 from mot_jax.config.files import variants_of
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_the_variants_of_the_table_are_valid():
     configs = [eval(text) for text in re.findall(r"`(MixingConfig\(.*?\))`", LAYER.read_text())]
     assert len(configs) == len(set(configs)) >= 14
     for config in configs:
-        assert not list(mixing_faults(config))
+        assert not list(mixing_errors(config))
 
 
 def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):

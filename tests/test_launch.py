@@ -1,4 +1,4 @@
-"""launch/: every script and manifest is well formed, its flags exist, and runs start again when they should."""
+"""launch/: every script and manifest is well formed, its flags exist, and runs are restarted as documented."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANIFESTS = sorted((ROOT / "launch").glob("*.yaml"))
 README = (ROOT / "launch" / "README.md").read_text()
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     assert len(SCRIPTS) == 3 and all(os.access(script, os.X_OK) for script in SCRIPTS)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     result = subprocess.run([shellcheck, *SCRIPTS], capture_output=True)
@@ -104,24 +104,24 @@ JOB_SET = fields(
 
 
 def load(manifest: Path) -> dict:
-    (found,) = yaml.safe_load_all(manifest.read_text())
-    return found
+    (document,) = yaml.safe_load_all(manifest.read_text())
+    return document
 
 
 @pytest.fixture(params=MANIFESTS, ids=lambda path: path.name)
 def job_set(request: pytest.FixtureRequest) -> dict:
-    found = load(request.param)
-    jsonschema.validate(found, JOB_SET)
-    return found
+    manifest = load(request.param)
+    jsonschema.validate(manifest, JOB_SET)
+    return manifest
 
 
-def test_a_misspelt_field_is_no_manifest(job_set):
+def test_a_misspelt_field_is_refused(job_set):
     job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 0
     with pytest.raises(jsonschema.ValidationError, match="backofLimit"):
         jsonschema.validate(job_set, JOB_SET)
 
 
-def test_bad_input_alone_ends_a_job_set(job_set):
+def test_only_bad_input_ends_a_job_set(job_set):
     policy = job_set["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 10
     assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
@@ -145,17 +145,17 @@ def test_hosts_and_chips_are_those_of_the_topology(job_set):
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
-def test_the_command_of_a_manifest_is_one_that_mot_takes(job_set):
+def test_mot_accepts_the_command_of_a_manifest(job_set):
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     check_command([*container["command"], *container["args"]])
 
 
 def check_command(command: list[str]) -> None:
-    """`mot train` would parse and accept this."""
+    """Assert that `mot train` parses and accepts a command."""
     assert command[:2] == ["mot", "train"]
-    found, _ = options.parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
-    assert found.workdir
+    parsed, _ = options.parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
+    assert parsed.workdir
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def flags(path: Path) -> set[str]:
     return set(re.findall(r"--(xla_\w+)=", path.read_text()))
 
 
-def test_every_flag_is_explained_and_no_other():
+def test_exactly_the_flags_in_use_are_documented():
     used = set.union(*map(flags, [*SCRIPTS, *MANIFESTS]))
     named = set(re.findall(r"\b(xla_\w+)", README)) - {"xla_gpu_deterministic_ops"}  # optional
     assert used == named and len(used) > 10
@@ -174,8 +174,8 @@ def test_every_flag_is_explained_and_no_other():
     )
 
 
-def test_xla_knows_the_flags_for_gpus():
-    """It ends a process that gives an unknown one."""
+def test_xla_accepts_the_flags_for_gpus():
+    """XLA ends a process with an unknown flag."""
     names = [*flags(ROOT / "launch" / "slurm.sh"), "xla_gpu_deterministic_ops"]
     values = [f"--{name}={'1000' if 'bytes' in name else 'true'}" for name in names]
 
@@ -188,7 +188,7 @@ def test_xla_knows_the_flags_for_gpus():
     assert refused.returncode != 0 and b"xla_gpu_no_such_flag" in refused.stderr
 
 
-def test_libtpu_knows_the_flags_for_tpus():
+def test_libtpu_has_the_flags_for_tpus():
     spec = find_spec("libtpu")
     if spec is None or spec.origin is None:
         pytest.skip("libtpu is an extra")
@@ -200,15 +200,15 @@ def test_libtpu_knows_the_flags_for_tpus():
         assert [name for name in flags(path) if library.find(name.encode()) < 0] == []
 
 
-# --- what the scripts do ----------------------------------------------------------------------------------------------
+# --- behavior of the scripts ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(script, arguments, **environment) on a PATH where every command records how it was called.
+    """run(script, arguments, **environment) -> (exit code, calls, output), on a PATH of recording commands.
 
-    The fake commands end with the codes in CODES in turn, the last one for ever. The fake srun runs its command as one
-    task for each of them, and ends with the highest, as srun does.
+    The fake commands exit with the codes in CODES in turn, and then always with the last one. The fake srun runs its
+    command as one task for each code, and exits with the highest, as srun does.
     """
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -243,14 +243,27 @@ def run(tmp_path, monkeypatch):
         *(("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)),
     ],
 )
-def test_slurm_queues_a_run_again_unless_it_is_finished_or_the_input_of_a_task_bad(run, codes, code):
-    ended, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
-    assert ended == code
+def test_slurm_requeues_a_run_unless_it_has_finished_or_a_task_has_bad_input(run, codes, code):
+    exit_code, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
+    assert exit_code == code
     assert shlex.split(calls[0])[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=120", "bash"]
     tasks, after = calls[1 : 1 + len(codes.split())], calls[1 + len(codes.split()) :]
     for task in tasks:
         check_command(shlex.split(task))
     assert after == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workdir"),
+    [
+        ([], "/SHARED/runs/v2_medium_32e"),
+        (["configs/demo.py"], "/SHARED/runs/demo"),
+        (["configs/v2.py:base_32e"], "/SHARED/runs/v2_base_32e"),
+    ],
+)
+def test_slurm_names_the_workdir_after_file_and_variant(run, arguments, workdir):
+    _, (_, call), _ = run("slurm.sh", *arguments, SLURM_JOB_ID="17")
+    assert shlex.split(call)[3:5] == ["--workdir", workdir]
 
 
 def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
@@ -266,15 +279,17 @@ def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
     assert (tmp_path / "checkpoint").read_text() == "saved\n"
 
 
-def test_slurm_takes_a_config_and_flags_and_gives_up_at_last(run):
+def test_slurm_passes_config_and_flags_on_and_gives_up_in_the_end(run):
     arguments = ["configs/v1.py:dense", "--training.steps", "7", "--data.corpus", "a b"]
-    _, calls, said = run("slurm.sh", *arguments, CODES="1", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w")
+    _, calls, output = run(
+        "slurm.sh", *arguments, CODES="1", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w"
+    )
     _, call = calls
     assert shlex.split(call) == ["mot", "train", arguments[0], "--workdir", "/w", *arguments[1:]]
-    assert "given up" in said
+    assert "given up" in output
 
 
-def test_slurm_tells_the_tasks_in_time_and_may_queue_again():
+def test_slurm_signals_the_tasks_in_time_and_can_requeue():
     lines = (ROOT / "launch" / "slurm.sh").read_text().splitlines()
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
     assert options["signal"] == "TERM@120" and "requeue" in options and options["open-mode"] == "append"
@@ -282,14 +297,14 @@ def test_slurm_tells_the_tasks_in_time_and_may_queue_again():
 
 
 @pytest.mark.parametrize(("codes", "runs"), [("0", 1), ("2", 1), ("143 0", 2), ("75 134 137 2", 4), ("143 1", 5)])
-def test_restart_goes_on_unless_finished_or_bad(run, codes, runs):
-    ended, calls, said = run("restart.sh", "mot", "train", "a b", CODES=codes)
-    assert ended == int(codes.split()[-1])
+def test_restart_repeats_a_command_unless_it_has_finished_or_has_bad_input(run, codes, runs):
+    code, calls, output = run("restart.sh", "mot", "train", "a b", CODES=codes)
+    assert code == int(codes.split()[-1])
     assert calls == [r"mot train a\ b "] * runs
-    assert ("given up" in said) == (runs == 5)
+    assert ("given up" in output) == (runs == 5)
 
 
-def test_restart_passes_the_signal_on_and_ends_with_the_commands_code(tmp_path):
+def test_restart_forwards_the_signal_and_exits_with_the_code_of_the_command(tmp_path):
     command = (
         f'trap "echo saved >{tmp_path}/checkpoint; exit 143" TERM; touch {tmp_path}/ready; while :; do sleep 0.1; done'
     )
@@ -301,11 +316,11 @@ def test_restart_passes_the_signal_on_and_ends_with_the_commands_code(tmp_path):
     assert (tmp_path / "checkpoint").read_text() == "saved\n"
 
 
-def test_restart_ends_when_told_to_between_two_runs(run, tmp_path):
+def test_restart_ends_on_a_signal_between_two_runs(run, tmp_path):
     tools, script = tmp_path / "tools", ROOT / "launch" / "restart.sh"
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "WAIT": "100", "CODES": "143"}
     process = subprocess.Popen([str(script), "mot", "train"], env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None and "starting again" in process.stderr.readline()  # it waits
+    assert process.stderr is not None and "restarting" in process.stderr.readline()  # it waits
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 143
     process.stderr.close()
@@ -313,10 +328,10 @@ def test_restart_ends_when_told_to_between_two_runs(run, tmp_path):
 
 
 def test_tpu_vm_starts_every_host(run):
-    ended, calls, _ = run(
+    exit_code, calls, _ = run(
         "tpu_vm.sh", "pod", "us-east5-a", "configs/v2.py:base_32e", "gs://b/run", "--data.corpus", "a b"
     )
-    assert ended == 0
+    assert exit_code == 0
     (call,) = [shlex.split(call) for call in calls]
     assert call[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
     assert call[6:8] == ["--zone=us-east5-a", "--worker=all"] and call[8].startswith("--command=")
@@ -328,6 +343,6 @@ def test_tpu_vm_starts_every_host(run):
     assert shlex.split(inner[1])[-1] == "a b"
 
 
-def test_tpu_vm_says_what_it_needs(run):
-    ended, calls, said = run("tpu_vm.sh", "pod")
-    assert (ended, calls) == (2, []) and "usage" in said
+def test_tpu_vm_without_arguments_prints_its_usage(run):
+    code, calls, output = run("tpu_vm.sh", "pod")
+    assert (code, calls) == (2, []) and "usage" in output

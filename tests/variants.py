@@ -1,12 +1,11 @@
-"""The mixing variants of PAPER.md section 3, by their names there, each as one value of MixingConfig."""
+"""The mixing variants of `docs/paper.md`, section 3, by name, each as one value of MixingConfig."""
 
 import dataclasses
 
 from mot_jax.config import MixingConfig
 
-LEARNT = MixingConfig(learned_temperature="scalar", temperature=0.8)
-# The rows of the table, by name. Discrete evaluation, granularity below 1, another group size and upcycling are not
-# mixing of its own: they are tested elsewhere.
+LEARNED = MixingConfig(learned_temperature="scalar", temperature=0.8)
+# Discrete evaluation, granularity below 1, another group size and upcycling use one of these, and have their own tests.
 VARIANTS = {
     "default": MixingConfig(),
     "emit over experts": MixingConfig(emit="softmax_over_experts", temperature=0.7),
@@ -16,12 +15,12 @@ VARIANTS = {
     "top-token emit": MixingConfig(emit="top_token"),
     "no softmax": MixingConfig("logits", layer_norm=True),
     "layer norm": MixingConfig(layer_norm=True),
-    "learnable temperature": LEARNT,
-    "learnable temperature, apart": dataclasses.replace(LEARNT, emit="softmax", separate_temperatures=True),
+    "learnable temperature": LEARNED,
+    "learnable temperature, separate": dataclasses.replace(LEARNED, emit="softmax", separate_temperatures=True),
     "learnable temperature, per expert": dataclasses.replace(
-        LEARNT, emit="softmax_over_experts", learned_temperature="per_expert", separate_temperatures=True
+        LEARNED, emit="softmax_over_experts", learned_temperature="per_expert", separate_temperatures=True
     ),
-    "learnable temperature, not positive": dataclasses.replace(LEARNT, positive_temperature=False),
+    "learnable temperature, not positive": dataclasses.replace(LEARNED, positive_temperature=False),
     "uniform mixing": MixingConfig("uniform"),
     "within-sequence groups": MixingConfig(groups="within"),
     "discrete": MixingConfig(temperature=0.0),
@@ -31,7 +30,7 @@ VARIANTS = {
     "straight through to one-hot": MixingConfig(temperature=0.0, straight_through=True),
     "weighted common base, one": MixingConfig(emit="softmax", controllers="common_base", base_weight="one"),
     "weighted common base, two": MixingConfig(emit="softmax", controllers="common_base", base_weight="two"),
-    "much at once": MixingConfig(
+    "several": MixingConfig(
         emit="softmax_over_experts",
         groups="within",
         controllers="common_base",

@@ -1,14 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import (
-    attention_fault,
-    check,
-    kernel_faults,
-    kernel_runs_on,
-    mixing_faults,
-    platform_faults,
-    without_kernel,
-)
+from mot_jax.config.checks import check, mixing_errors
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
@@ -37,6 +29,13 @@ from mot_jax.config.files import (
     to_json,
 )
 from mot_jax.config.hints import leaves, type_words
+from mot_jax.config.kernels import (
+    attention_error,
+    kernel_errors,
+    kernel_runs_on,
+    platform_errors,
+    without_kernel,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -56,17 +55,17 @@ __all__ = [
     "OptimizerConfig",
     "TokenChoiceConfig",
     "TrainingConfig",
-    "attention_fault",
+    "attention_error",
     "check",
     "default_workdir",
     "from_json",
     "identity_changes",
-    "kernel_faults",
+    "kernel_errors",
     "kernel_runs_on",
     "leaves",
     "load_config",
-    "mixing_faults",
-    "platform_faults",
+    "mixing_errors",
+    "platform_errors",
     "select",
     "to_json",
     "type_words",

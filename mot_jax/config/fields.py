@@ -25,23 +25,23 @@ class MixingConfig:
     """How the tokens of a group are mixed: all variants of the authors' code (`docs/paper.md`, sections 2 and 3)."""
 
     merge: Literal["softmax", "uniform", "logits"] = "softmax"
-    """Merge weights, which average tokens into mixtures. `softmax`: of the logits, over the group. `uniform`: 1/G, not
-    learned. `logits`: the logits themselves."""
+    """Merge weights, which average tokens into mixtures.
+    `softmax`: of the logits, over the group. `uniform`: 1/G, not learned. `logits`: the logits themselves."""
     emit: Literal["merge", "softmax", "softmax_over_experts", "ones", "top_token"] = "merge"
-    """Emit weights, which distribute expert outputs to tokens. `merge`: the merge weights. `softmax` over the group,
-    `softmax_over_experts`: of the emit controller's logits. `ones`: 1. `top_token`: 1 for each expert's token with the
-    largest merge weight, 0 for the others."""
+    """Emit weights, which distribute expert outputs to tokens. `merge`: the merge weights. `ones`: 1.
+    `softmax` over the group, `softmax_over_experts`: of the emit controller's logits.
+    `top_token`: 1 for each expert's token with the largest merge weight, 0 for the others."""
     temperature: float = 1.0
     """Temperature T of softmax(logits / T). 0 is the one-hot limit: each expert takes its first arg-max token."""
     groups: Literal["across", "within"] = "across"
-    """Tokens of a group. `across`: of G sequences at one position. `within`: at G neighboring positions of one
-    sequence, for masked models only."""
+    """Tokens of a group. `across`: of G sequences at one position.
+    `within`: at G neighboring positions of one sequence, for masked models only."""
     controllers: Literal["shared", "separate", "common_base"] = "shared"
-    """Controllers of merge and emit. `shared`: one for both. `separate`: one each. `common_base`: one each, to both of
-    which a third is added."""
+    """Controllers of merge and emit. `shared`: one for both. `separate`: one each.
+    `common_base`: one each, to both of which a third is added."""
     base_weight: Literal["sum", "one", "two"] = "sum"
-    """Weight of the common base. `sum`: C + C_base. `one`: a C + (1 - a) C_base with one learned a. `two`: the same
-    with one a for merge and one for emit."""
+    """Weight of the common base. `sum`: C + C_base. `one`: a C + (1 - a) C_base with one learned a.
+    `two`: the same with one a for merge and one for emit."""
     layer_norm: bool = False
     """Layer normalization of the mixtures and of the expert outputs."""
     annealing: Literal["none", "linear", "cosine"] = "none"
@@ -51,11 +51,11 @@ class MixingConfig:
     annealing_steps: tuple[int, int] = (0, 1)
     """First and last step of annealing."""
     learned_temperature: Literal["none", "scalar", "per_expert"] = "none"
-    """Learned temperature, `temperature` x exp(θ) with θ = 0 initially. `none`: T is not learned. `scalar`: one θ per
-    layer. `per_expert`: one θ per expert."""
+    """Learned temperature, `temperature` x exp(θ) with θ = 0 initially.
+    `none`: T is not learned. `scalar`: one θ per layer. `per_expert`: one θ per expert."""
     positive_temperature: bool = True
-    """Keep the learned temperature positive. False: `temperature` x (1 + θ), the authors' first form, which can become
-    negative."""
+    """Keep the learned temperature positive.
+    False: `temperature` x (1 + θ), the authors' first form, which can become negative."""
     separate_temperatures: bool = False
     """Learn one temperature for merge and one for emit."""
     frozen_steps: int = 0
@@ -93,8 +93,8 @@ class MixtureOfTokensConfig:
     num_experts: int = 32
     """Number of experts E, and of mixtures per group and position."""
     expert_dim: int | None = None
-    """Hidden width F of an expert. None: by the paper's rule E F = G (d_ff - shared_expert_dim), which costs the FLOPs
-    of the dense layer."""
+    """Hidden width F of an expert.
+    None: by the paper's rule E F = G (d_ff - shared_expert_dim), which costs the FLOPs of the dense layer."""
     flop_matched: bool = False
     """Refuse an `expert_dim` that breaks this rule."""
     shared_expert_dim: int = 0
@@ -108,11 +108,12 @@ class MixtureOfTokensConfig:
     w_out_init_scale: float = 1.0
     """Factor on the standard deviation of `model.init` for the experts' second matrices."""
     save_for_backward: Literal["nothing", "pre_activations", "all"] = _free("pre_activations")
-    """Saved for the backward pass in addition to the layer's input and the mixing weights: `nothing`, the experts'
-    `pre_activations`, or `all` (also mixtures and expert outputs). The rest is recomputed."""
+    """Saved for the backward pass in addition to the layer's input and the mixing weights.
+    `nothing`, the experts' `pre_activations`, or `all` (also mixtures and expert outputs). The rest is recomputed."""
     kernel: Literal["xla", "fused_mixture", "fused_experts"] = _free("xla")
-    """Implementation of merge, experts and emit. `xla`: einsums. `fused_mixture` and `fused_experts`: Pallas kernels
-    for TPU, for small and for wide experts, which move fewer bytes for more FLOPs."""
+    """Implementation of merge, experts and emit. `xla`: einsums, on every platform.
+    `fused_mixture`, `fused_experts`: Pallas kernels for TPU, for small and for wide experts.
+    They move fewer bytes for more FLOPs."""
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
@@ -144,8 +145,8 @@ class TokenChoiceConfig:
     num_experts: int = 32
     """Number of experts E."""
     expert_dim: int | None = None
-    """Hidden width F of an expert. None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the
-    dense layer."""
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer."""
     top_k: int = 1
     """Number of experts per token, those with its largest logits."""
     shared_expert_dim: int = 0
@@ -153,8 +154,8 @@ class TokenChoiceConfig:
     capacity_factor: float | None = 1.25
     """Capacity of an expert, as a multiple of its even share of a routing group. None: unlimited."""
     routing_group_tokens: int = 256
-    """Number of consecutive tokens, sequence after sequence, that share capacity and over which balance is measured, so
-    that both are the same on every mesh. Divides the context length, or is a multiple of it (whole sequences)."""
+    """Number of consecutive tokens, sequence after sequence, that share capacity and over which balance is measured.
+    It divides the context length or is a multiple of it, and makes both the same on every mesh."""
     controller_init_scale: float = 1.0
     """Factor on the standard deviation of `model.init` for the controller."""
     w_in_init_scale: float = 1.0
@@ -203,11 +204,11 @@ class ModelConfig:
     context_length: int = 256
     """Number of tokens in a sequence."""
     vocab_size: int = 257
-    """Number of tokens in the vocabulary: at least the tokenizer's (257 for `bytes`), and one more for the masked
-    objective if the tokenizer has no mask token."""
+    """Number of tokens in the vocabulary: at least the tokenizer's (257 for `bytes`).
+    One more for the masked objective if the tokenizer has no mask token."""
     objective: Literal["causal", "masked"] = "causal"
-    """Training objective. `causal`: a decoder that predicts the next token. `masked`: a bidirectional encoder that
-    predicts the masked tokens."""
+    """Training objective. `causal`: a decoder that predicts the next token.
+    `masked`: a bidirectional encoder that predicts the masked tokens."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position embeddings. `learned`: added to the token embeddings. `rotary`: applied to queries and keys."""
     rotary_base: float = 10_000.0
@@ -221,8 +222,8 @@ class ModelConfig:
     feed_forward: FeedForwardConfig = MixtureOfTokensConfig()
     """Feed-forward layer of the blocks in `moe_blocks`."""
     moe_blocks: Literal["all", "last_half", "every_other"] | tuple[int, ...] = "all"
-    """Blocks whose feed-forward layer is `feed_forward`; the others are dense. `all`, the `last_half`, `every_other`
-    block from the second, or their indices."""
+    """Blocks whose feed-forward layer is `feed_forward`; the others are dense.
+    `all`, the `last_half`, `every_other` block from the second, or their indices."""
     dense_bias: bool = True
     """Biases on the linear maps of the dense layers outside `moe_blocks`."""
     norm: Literal["layer", "rms"] = "layer"
@@ -240,17 +241,18 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters."""
     attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
-    """Implementation of attention. `xla`: S x S scores in memory. `cudnn`: fused, on NVIDIA GPUs. `splash`: fused, on
-    TPUs. `auto`: the platform's fused one if it supports the shapes (splash: from 1,024 positions on), else `xla`."""
+    """Implementation of attention. `xla`: S x S scores in memory.
+    `cudnn`: fused, on NVIDIA GPUs. `splash`: fused, on TPUs.
+    `auto`: the platform's fused one if it supports the shapes (splash: from 1,024 positions on), else `xla`."""
     remat: Literal["none", "attention", "blocks"] = "none"
-    """Rematerialization in the backward pass. `none`: of nothing. `attention`: of its S x S scores. `blocks`: of
-    everything but each block's input."""
+    """Rematerialization in the backward pass.
+    `none`: of nothing. `attention`: of its S x S scores. `blocks`: of everything but each block's input."""
     loss_chunk: int = 64
     """Number of positions whose logits are in memory at one time; divides context_length."""
     scan_layers: bool = True
-    """Scan over equal consecutive blocks with stacked parameters, so that compile time does not grow with depth. False:
-    unrolled blocks with the same initial values; a step moves far fewer bytes and compiles for longer
-    (`docs/performance.md`)."""
+    """Scan over equal consecutive blocks with stacked parameters, so that compile time does not grow with depth.
+    False: unrolled blocks with the same initial values.
+    A step then moves far fewer bytes and compiles for longer (`docs/performance.md`)."""
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""
@@ -297,8 +299,9 @@ class DataConfig:
     tokenizer: str = "bytes"
     """Tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`."""
     shuffle_group_size: int | None = None
-    """Number of consecutive sequences that the shuffle takes from different documents. None: the model's group size, or
-    the sequences of a routing group. A dense baseline sets it to train on the same batches as its MoT model."""
+    """Number of consecutive sequences that the shuffle takes from different documents.
+    None: the model's group size, or the sequences of a routing group.
+    A dense baseline sets it to train on the same batches as its MoT model."""
     mask_rate: float = 0.15
     """Fraction of the tokens that the masked objective masks."""
     directory: str | None = _free(None)
@@ -370,8 +373,9 @@ class TrainingConfig:
     upcycle_from: str | None = None
     """Workdir of a dense model of the same sizes, whose feed-forward layers initialize the experts."""
     transition_from: str | None = None
-    """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4): with its
-    weights, optimizer state and data, but from step 0 with a learning rate schedule of its own."""
+    """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4).
+    Weights, optimizer state and position in the data are that run's.
+    Steps and the learning rate schedule start from 0."""
     transition_router: Literal["controller", "random"] = "controller"
     """Initial router of transition tuning: the trained `controller`, or a `random` one for comparison."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -1,4 +1,4 @@
-"""Configs to and from files: the Python file of an experiment, and the strict, versioned JSON of a run."""
+"""Loading and storing configs: the Python file of an experiment, and the strict, versioned JSON of a run."""
 
 from __future__ import annotations
 
@@ -86,17 +86,16 @@ def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]
 def default_workdir(name: str | os.PathLike[str]) -> str:
     """The directory of a run of this config: `runs/FILE` for the default variant, else `runs/FILE_VARIANT`."""
     path, variant = _split(name)
-    if variant is None or variant == _default_variant(_load_module(path)):
-        return f"runs/{path.stem}"
-    return f"runs/{path.stem}_{variant}"
+    is_default = variant is None or (variant == next(iter(variants_of(path)), None) and _has_default(path))
+    return f"runs/{path.stem}" if is_default else f"runs/{path.stem}_{variant}"
 
 
-def _default_variant(module: ModuleType) -> str | None:
+def _has_default(path: Path) -> bool:
     try:
-        module.get_config()
+        _load_module(path).get_config()
     except _VariantError:
-        return None
-    return next(iter(module.VARIANTS))
+        return False
+    return True
 
 
 def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
@@ -132,8 +131,8 @@ def _instead_of(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
     if files := sorted(map(str, folder.glob("*.py"))):
         return nearest(str(path), files)
-    where = "name a file that defines get_config() -> Config, or work in a checkout of mot_jax, which has configs/"
-    return f" in {Path.cwd()}; {where}"
+    advice = "name a file that defines get_config() -> Config, or work in a checkout of mot_jax, which has configs/"
+    return f"{'' if path.is_absolute() else f' in {Path.cwd()}'}; {advice}"
 
 
 def _place_of(error: Exception, path: Path) -> str:
@@ -144,7 +143,7 @@ def _place_of(error: Exception, path: Path) -> str:
 
 
 def _load_error(error: Exception) -> str:
-    """An error of a config file in one line, with the nearest name for a field that does not exist."""
+    """An error of a config file in one line, with the nearest or present name for a field that does not exist."""
     text = error_words(error)
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown:
@@ -158,7 +157,7 @@ def _load_error(error: Exception) -> str:
 
 
 def to_json(config: Config) -> str:
-    """The whole config as JSON text; a feed-forward kind carries its tag as `kind`."""
+    """The whole config as JSON text, in which a feed-forward layer has its `kind` as one more field."""
     return json.dumps({"version": FORMAT_VERSION, **_encode(config)}, indent=1) + "\n"
 
 
@@ -170,11 +169,15 @@ def _encode(value: Any) -> Any:
 
 
 def from_json(text: str) -> Config:
-    """The config of `to_json`. Raises UserError on unknown or mistyped fields and on another format version."""
+    """The config of a text that `to_json` wrote.
+
+    Raises:
+        UserError: the text is not JSON or of another format version, or a field is unknown or has a wrong value.
+    """
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); start anew elsewhere") from None
+        raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); use another workdir") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         advice = "use the mot_jax that wrote the run"
@@ -209,18 +212,19 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
 
 
 def identity_changes(old: Config, new: Config) -> list[str]:
-    """One line for each field in which `new` may not continue a run that `old` began."""
-    before = {name: value for name, _, _, value in leaves(old)}
+    """One line for each field whose value in `new` does not allow to resume a run of `old`."""
+    old_values = {name: value for name, _, _, value in leaves(old)}
     changes = []
     kinds = old.model.feed_forward.kind, new.model.feed_forward.kind
     if kinds[0] != kinds[1]:
-        changes.append(f"model.feed_forward: {kinds[0]} there, {kinds[1]} here; it is part of a run's identity")
+        changes.append(f"model.feed_forward: {kinds[0]} in the run, now {kinds[1]}; it is part of a run's identity")
     for name, field, _, value in leaves(new):
         rule = field.metadata.get("resume", "identity")
-        if name not in before or value == before[name] or rule == "free":
+        if name not in old_values or value == old_values[name] or rule == "free":
             continue
+        change = f"{name}: {old_values[name]!r} in the run, now {value!r}"
         if rule == "identity":
-            changes.append(f"{name}: {before[name]!r} there, {value!r} here; it is part of a run's identity")
-        elif value < before[name]:
-            changes.append(f"{name}: {before[name]!r} there, {value!r} here; a run can be extended, not cut short")
+            changes.append(f"{change}; it is part of a run's identity")
+        elif value < old_values[name]:
+            changes.append(f"{change}; a run can be extended, not shortened")
     return changes

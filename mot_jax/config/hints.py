@@ -1,4 +1,4 @@
-"""The types of config fields, at run time: what fits, and what to call it."""
+"""The types of config fields at run time: values that match them, and their names in messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 
 def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
 
 
 def matches(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type. An int is a float, and a bool is neither."""
     for option in options(hint):
         if typing.get_origin(option) is Literal:
             if value in typing.get_args(option) and isinstance(value, str):
@@ -31,7 +33,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def _items_match(items: tuple, hints: tuple[Any, ...]) -> bool:
-    """Items of a `tuple[X, ...]` or a `tuple[X, Y]`."""
+    """Whether the items are those of a `tuple[X, ...]` or a `tuple[X, Y]`."""
     if hints[-1] is Ellipsis:
         hints = hints[:1] * len(items)
     return len(items) == len(hints) and all(map(matches, items, hints))
@@ -44,20 +46,19 @@ def type_words(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             words += [repr(v) for v in typing.get_args(option)]
         elif typing.get_origin(option) is tuple:
-            first, *more = typing.get_args(option)
-            kinds = [first] if Ellipsis in more else [first, *more]
-            words.append("a tuple of " + " and ".join(map(type_words, kinds)))
+            items = [item for item in typing.get_args(option) if item is not Ellipsis]
+            words.append("a tuple of " + " and ".join(map(type_words, items)))
         else:
             words.append("None" if option is type(None) else option.__name__)
     return " or ".join(words)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, dataclasses.Field, Any, Any]]:
-    """(dotted name, field, type, value) of every field that is not itself a group of fields."""
-    types_ = typing.get_type_hints(type(value))
+    """Yield (dotted name, field, type, value) of every field that is not a group of fields."""
+    hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item):
             yield from leaves(item, f"{path}{field.name}.")
         else:
-            yield path + field.name, field, types_[field.name], item
+            yield path + field.name, field, hints[field.name], item

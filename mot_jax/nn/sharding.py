@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, platform_faults
+from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
 from mot_jax.runtime.compilation import compile_anew_for
 
@@ -101,7 +101,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     sizes = _axis_sizes(config.mesh, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
-    faults += platform_faults(config, devices[0]) if trains else ()
+    faults += platform_errors(config, devices[0]) if trains else ()
     if faults:
         raise UserError(*faults)
     requested = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))

@@ -1,4 +1,4 @@
-"""Configs: every fault at once and in words, a strict file format, and what may change when a run is resumed."""
+"""Config checks (all errors at once, with advice that works), the JSON format, and the fields that identify a run."""
 
 import ast
 import dataclasses
@@ -42,14 +42,14 @@ def put(config: Any, name: str, value: Any) -> Any:
 
 
 def leaves(value: Any, path: str = "") -> list[str]:
-    """The dotted names of all fields that hold no other fields."""
+    """The dotted names of all fields that are not groups of fields."""
     if not dataclasses.is_dataclass(value):
         return [path]
     inner = {f"{path}.{f.name}".strip("."): getattr(value, f.name) for f in dataclasses.fields(value)}
     return [leaf for name, item in inner.items() for leaf in leaves(item, name)]
 
 
-def faults(config: Config) -> tuple[str, ...]:
+def errors_of(config: Config) -> tuple[str, ...]:
     try:
         check(config)
     except UserError as error:
@@ -61,9 +61,9 @@ def faults(config: Config) -> tuple[str, ...]:
 SUGGESTION = re.compile(r"^(?P<field>[\w.]+) = .*(?:; try|; the default is) (?P<advice>.*)$")
 
 
-def follow(config: Config, fault: str) -> Config:
-    """The config after the advice at the end of a fault: a value for its field, or `field = value, field = value`."""
-    field, advice = SUGGESTION.match(fault).group("field", "advice")
+def follow(config: Config, line: str) -> Config:
+    """The config after the advice of an error: a value for its field, or `field = value, field = value`."""
+    field, advice = SUGGESTION.match(line).group("field", "advice")
     changes = re.findall(r"([a-z_.]+) = ([^,]+)", advice) or [(field, advice)]
     for name, value in changes:
         config = put(config, name, ast.literal_eval(value))
@@ -103,13 +103,13 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    which = draw(st.sampled_from(["mixture", "token choice", "dense"]))
+    kind_name = draw(st.sampled_from(["mixture", "token choice", "dense"]))
     length = chunk * draw(small)
     shared = draw(st.integers(0, d_ff - 1))
-    if which == "mixture":
-        wanted = group * (d_ff - shared)
-        experts = draw(st.sampled_from([e for e in range(1, wanted + 1) if wanted % e == 0]))
-        expert_dim = draw(st.sampled_from([None, wanted // experts]))
+    if kind_name == "mixture":
+        product = group * (d_ff - shared)
+        experts = draw(st.sampled_from([e for e in range(1, product + 1) if product % e == 0]))
+        expert_dim = draw(st.sampled_from([None, product // experts]))
         kind = MixtureOfTokensConfig(
             group,
             experts,
@@ -120,7 +120,7 @@ def configs(draw) -> Config:
             controller_init_scale=draw(positive),
             save_for_backward=draw(st.sampled_from(["nothing", "pre_activations", "all"])),
         )
-    elif which == "token choice":
+    elif kind_name == "token choice":
         divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
         top_k, experts = draw(st.sampled_from(divisors)), draw(st.integers(0, 9))
         tokens = st.sampled_from([n for n in range(1, length + 1) if length % n == 0] + [2 * length, 3 * length])
@@ -163,8 +163,8 @@ def configs(draw) -> Config:
         multipliers=draw(st.lists(st.tuples(st.text(), positive)).map(tuple)),
     )
     data_group = draw(st.sampled_from([None, group_size, 2 * group_size]))
-    rows = (data_group or group_size) * accumulation * draw(small)
-    training = TrainingConfig(draw(small), rows, accumulation, optimizer=optimizer)
+    batch_size = (data_group or group_size) * accumulation * draw(small)
+    training = TrainingConfig(draw(small), batch_size, accumulation, optimizer=optimizer)
     data = DataConfig(shuffle_group_size=data_group, directory=draw(st.none() | st.text()))
     return Config(
         model, data, training, MeshConfig(draw(st.sampled_from([-1, 1, 8])), draw(small), draw(small), draw(small))
@@ -214,7 +214,7 @@ BROKEN = {
     "data.mask_rate": 0.0,
     "training.optimizer.multipliers": (("controller", -1.0),),
 }
-# Faults of combinations: what comes before, the field, its value.
+# Invalid combinations: the other fields, the field, its value.
 COMBINED = [
     (MixingConfig("uniform"), "temperature", 0.5),
     (MixingConfig("uniform"), "annealing", "linear"),
@@ -227,23 +227,23 @@ COMBINED = [
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_rule_has_one_line_with_field_value_rule_and_a_value_that_works(name):
+def test_each_error_is_one_line_with_field_value_rule_and_a_value_that_works(name):
     broken = put(MIXTURE, name, BROKEN[name])
-    (fault,) = faults(broken)
+    (line,) = errors_of(broken)
     field = "training.batch_size" if name == "training.gradient_accumulation_steps" else name
     assert (
-        fault.startswith((f"{field} = {get(broken, field)}: ", f"{field} = {get(broken, field)!r}: "))
-        and "\n" not in fault
+        line.startswith((f"{field} = {get(broken, field)}: ", f"{field} = {get(broken, field)!r}: "))
+        and "\n" not in line
     )
-    check(follow(broken, fault))
+    check(follow(broken, line))
 
 
 @pytest.mark.parametrize(("mixing", "name", "value"), COMBINED)
-def test_mixing_that_means_nothing_is_refused(mixing, name, value):
+def test_mixing_without_a_meaning_is_refused(mixing, name, value):
     broken = put(MIXTURE, "model.feed_forward.mixing", dataclasses.replace(mixing, **{name: value}))
-    (fault,) = faults(broken)
-    assert fault.startswith(f"model.feed_forward.mixing.{name} = {value!r}: ")
-    check(follow(broken, fault))
+    (line,) = errors_of(broken)
+    assert line.startswith(f"model.feed_forward.mixing.{name} = {value!r}: ")
+    check(follow(broken, line))
 
 
 def test_more_combinations_are_refused():
@@ -255,12 +255,14 @@ def test_more_combinations_are_refused():
     )
     balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
     for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
-        (fault,) = faults(broken)
-        check(follow(broken, fault))
+        (line,) = errors_of(broken)
+        check(follow(broken, line))
 
 
-WAS = MixtureOfTokensConfig(8, 16, 256)
-ROUTED = Config(model=ModelConfig(feed_forward=TokenChoiceConfig(16, top_k=4, routing_group_tokens=512, mixture=WAS)))
+TRAINED_AS = MixtureOfTokensConfig(8, 16, 256)
+ROUTED = Config(
+    model=ModelConfig(feed_forward=TokenChoiceConfig(16, top_k=4, routing_group_tokens=512, mixture=TRAINED_AS))
+)
 BROKEN_ROUTING = {
     "model.feed_forward.top_k": 3,
     "model.feed_forward.num_experts": 0,
@@ -275,65 +277,65 @@ BROKEN_ROUTING = {
 
 
 @pytest.mark.parametrize("name", BROKEN_ROUTING)
-def test_each_rule_of_token_choice_has_a_line(name):
+def test_each_error_of_token_choice_is_one_line(name):
     check(ROUTED)
     broken = put(ROUTED, name, BROKEN_ROUTING[name])
-    fault = next(fault for fault in faults(broken) if fault.startswith(f"{name} = {BROKEN_ROUTING[name]}: "))
+    line = next(line for line in errors_of(broken) if line.startswith(f"{name} = {BROKEN_ROUTING[name]}: "))
     for _ in range(4):  # another number of experts breaks other rules
-        broken = reduce(follow, faults(broken), broken)
+        broken = reduce(follow, errors_of(broken), broken)
     check(broken)
-    assert get(broken, name) != BROKEN_ROUTING[name], fault
+    assert get(broken, name) != BROKEN_ROUTING[name], line
 
 
 def test_more_choices_than_experts_and_no_width_left():
     for name, value in {"top_k": 32, "shared_expert_dim": 1024}.items():
         kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
-        (fault,) = faults(put(ROUTED, "model.feed_forward", kind))
-        assert fault.startswith(f"model.feed_forward.{name} = {value}: must be ")
-        check(follow(put(ROUTED, "model.feed_forward", kind), fault))
+        (line,) = errors_of(put(ROUTED, "model.feed_forward", kind))
+        assert line.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        check(follow(put(ROUTED, "model.feed_forward", kind), line))
 
 
-def test_rows_of_a_routing_group_come_from_different_documents():
+def test_sequences_of_a_routing_group_come_from_different_documents():
     assert ROUTED.group_size == 2 and ROUTED.model.group_size == 1
     assert put(ROUTED, "model.feed_forward.routing_group_tokens", 128).group_size == 1
 
 
 @pytest.mark.parametrize("experts", [32, 48])
 def test_flop_matched(experts):
-    """The rule can be kept by this many experts, or only by another number of them."""
+    """The rule of flop_matched can be met with 32 experts, and not with 48."""
     kind = MixtureOfTokensConfig(32, experts, expert_dim=1000, flop_matched=True)
     broken = put(MIXTURE, "model.feed_forward", kind)
-    (fault,) = faults(broken)
-    assert fault.startswith("model.feed_forward.expert_dim = 1000: breaks the rule")
-    check(follow(broken, fault))
+    (line,) = errors_of(broken)
+    assert line.startswith("model.feed_forward.expert_dim = 1000: breaks the rule")
+    check(follow(broken, line))
     check(put(broken, "model.feed_forward.flop_matched", False))
 
 
-def test_only_one_axis_takes_what_is_left():
+def test_only_one_axis_takes_the_remaining_devices():
     broken = put(put(MIXTURE, "mesh.data", -1), "mesh.expert", -1)
-    (fault,) = faults(broken)
-    check(follow(broken, fault))
+    (line,) = errors_of(broken)
+    check(follow(broken, line))
 
 
-def test_all_faults_come_at_once():
-    hidden_by_others = {"training.gradient_accumulation_steps", "model.feed_forward.num_experts"}
-    hidden_by_others |= {"data.weights", "model.num_kv_heads"}
-    hidden_by_others |= {f"model.feed_forward.mixing.{name}" for name in ("groups", "emit", "controllers")}
-    several = {name: value for name, value in BROKEN.items() if name not in hidden_by_others}
+def test_all_errors_are_reported_at_once():
+    masked = {"training.gradient_accumulation_steps", "model.feed_forward.num_experts"}
+    masked |= {"data.weights", "model.num_kv_heads"}
+    masked |= {f"model.feed_forward.mixing.{name}" for name in ("groups", "emit", "controllers")}
+    several = {name: value for name, value in BROKEN.items() if name not in masked}
     broken = reduce(lambda config, item: put(config, *item), several.items(), MIXTURE)
-    assert {fault.split(" = ")[0] for fault in faults(broken)} == set(several)
+    assert {line.split(" = ")[0] for line in errors_of(broken)} == set(several)
 
 
 @given(configs(), st.data())
-def test_any_number_is_refused_with_advice_that_works_or_accepted(config, data):
-    """No number in any field breaks the checks themselves, and their advice, line by line, leads out of it.
+def test_any_number_is_accepted_or_refused_with_advice_that_works(config, data):
+    """No number in any field makes the checks fail, and following their advice leads to a valid config.
 
-    More than one round, since a field that comes back into its range can break the rule of another.
+    It takes more than one round, since a field that returns to its range can break the rule of another one.
     """
     name = data.draw(st.sampled_from([n for n in leaves(config) if type(get(config, n)) in (int, float)]))
     config = put(config, name, data.draw(st.integers(-5, 70)))
     for _ in range(4):
-        config = reduce(follow, faults(config), config)
+        config = reduce(follow, errors_of(config), config)
     check(config)
 
 
@@ -342,9 +344,9 @@ def test_wrong_types_are_named_with_the_default(name):
     number = type(get(MIXTURE, name)) in (int, float)
     for value in [{}, ["a"], *([True, "1", None] if number and not name.endswith("cut") else [])]:
         broken = put(MIXTURE, name, value)
-        (fault,) = faults(broken)
-        assert fault.startswith(f"{name} = {value!r}: must be ")
-        check(follow(broken, fault))
+        (line,) = errors_of(broken)
+        assert line.startswith(f"{name} = {value!r}: must be ")
+        check(follow(broken, line))
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -352,13 +354,13 @@ def test_wrong_types_are_named_with_the_default(name):
 
 @given(configs())
 def test_json_round_trip(config):
-    again = from_json(to_json(config))
-    assert again == config and to_json(again) == to_json(config)
-    assert type(again.model.feed_forward) is type(config.model.feed_forward)
+    restored = from_json(to_json(config))
+    assert restored == config and to_json(restored) == to_json(config)
+    assert type(restored.model.feed_forward) is type(config.model.feed_forward)
 
 
 def edited(name: str, value: Any) -> str:
-    """The JSON of a config after one edit by hand; `name` may be new."""
+    """The JSON of a config in which one field, existing or new, has been set."""
     data = json.loads(to_json(MIXTURE))
     *path, last = name.split(".")
     reduce(lambda group, key: group[key], path, data)[last] = value
@@ -416,29 +418,29 @@ FREE |= {"mesh.wait_seconds", "mesh.heartbeat_seconds", "checkpoint.preempted_ex
 
 @pytest.mark.parametrize("name", leaves(MIXTURE))
 def test_every_field_is_identity_extendable_or_free(name):
-    """What changes no number of the training is free; all else but `steps` must stay."""
+    """Fields on which no number of the training depends are free. Of the others, only `steps` may change."""
     changed = put(MIXTURE, name, "other")
     if name == "training.steps":
         assert identity_changes(MIXTURE, put(MIXTURE, name, 2000)) == []
         (line,) = identity_changes(MIXTURE, put(MIXTURE, name, 500))
-        assert line == "training.steps: 1000 there, 500 here; a run can be extended, not cut short"
+        assert line == "training.steps: 1000 in the run, now 500; a run can be extended, not shortened"
     elif name in FREE:
         assert identity_changes(MIXTURE, changed) == []
     else:
         (line,) = identity_changes(MIXTURE, changed)
-        assert line.startswith(f"{name}: {get(MIXTURE, name)!r} there, 'other' here")
+        assert line.startswith(f"{name}: {get(MIXTURE, name)!r} in the run, now 'other'")
 
 
 @given(configs())
-def test_a_run_may_continue_itself(config):
+def test_a_config_has_no_identity_changes_after_a_round_trip(config):
     assert identity_changes(config, from_json(to_json(config))) == []
 
 
-def test_all_changes_come_at_once():
+def test_all_changes_are_reported_at_once():
     assert len(identity_changes(MIXTURE, put(put(MIXTURE, "training.seed", 1), "model.d_model", 8))) == 2
 
 
-def test_another_kind_is_another_run():
+def test_the_feed_forward_kind_is_part_of_the_identity():
     dense = put(MIXTURE, "model.feed_forward", DenseConfig())
     (line,) = identity_changes(MIXTURE, dense)
-    assert line.startswith("model.feed_forward: mixture_of_tokens there, dense here")
+    assert line.startswith("model.feed_forward: mixture_of_tokens in the run, now dense")

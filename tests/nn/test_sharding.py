@@ -24,7 +24,7 @@ from mot_jax.config import (
     ModelConfig,
     TokenChoiceConfig,
     TrainingConfig,
-    platform_faults,
+    platform_errors,
 )
 from mot_jax.errors import UserError
 from mot_jax.nn import sharding
@@ -440,7 +440,7 @@ def test_slices_are_along_the_data_axis():
 def test_kernels_of_the_layer_require_a_later_tpu_in_training():
     config = with_kernel((1, 1, 1, 1))
     for platform, kind, faults in (("tpu", "TPU v5", 0), ("tpu", "TPU v4", 1), ("gpu", "NVIDIA H100", 1)):
-        assert len(list(platform_faults(config, FakeDevice(0, platform=platform, device_kind=kind)))) == faults
+        assert len(list(platform_errors(config, FakeDevice(0, platform=platform, device_kind=kind)))) == faults
     assert sharding.make_mesh(config, jax.devices()[:1], trains=False)  # interpreted
 
 

@@ -63,7 +63,7 @@ def test_a_run_can_be_extended(tiny, tmp_path):
     train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=6)), workdir)
     assert [row["step"] for row in numbers(workdir) if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["training"]["steps"] == 6
-    with pytest.raises(UserError, match=r"training.steps: 6 there, 5 here; a run can be extended"):
+    with pytest.raises(UserError, match=r"training.steps: 6 in the run, now 5; a run can be extended"):
         train(dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, steps=5)), workdir)
 
 

@@ -47,7 +47,7 @@ def test_another_experiment_does_not_touch_a_workdir(finished, tiny):
     with pytest.raises(UserError) as error:
         train(other, finished)
     assert [
-        ("seed: 0 there, 3 here" in f, "batch_size: 32 there, 64 here" in f) for f in sorted(error.value.faults)
+        ("seed: 0 in the run, now 3" in f, "batch_size: 32 in the run, now 64" in f) for f in sorted(error.value.faults)
     ] == [
         (False, True),
         (True, False),

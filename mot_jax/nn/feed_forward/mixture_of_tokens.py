@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import DenseConfig, InitConfig, MixtureOfTokensConfig, kernel_faults, mixing_faults
+from mot_jax.config import DenseConfig, InitConfig, MixtureOfTokensConfig, kernel_errors, mixing_errors
 from mot_jax.errors import UserError
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.dense import Dense
@@ -47,9 +47,9 @@ class MixtureOfTokens(nnx.Module):
     ):
         self.config, self.activation, self.dtype = config, activation, dtype
         d, e, f, c = d_model, config.num_experts, config.hidden_dim(d_ff), config.mixing
-        if faults := list(mixing_faults(c)):
+        if faults := list(mixing_errors(c)):
             raise UserError(*(f"mixing.{fault}" for fault in faults))
-        if faults := list(kernel_faults(config, gated)):
+        if faults := list(kernel_errors(config, gated)):
             raise UserError(*faults)
 
         def param(shape: tuple[int, ...], fan_in: int, multiplier: float) -> nnx.Param:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from mot_jax.config import ModelConfig, attention_fault
+from mot_jax.config import ModelConfig, attention_error
 from mot_jax.nn.sharding import reshard, spec
 
 BLOCK = 512  # positions of queries, and of keys, that a core of a TPU reads at a time, at most
@@ -31,7 +31,7 @@ def choose(config: ModelConfig, length: int) -> str:
     if wanted == "auto" and not (own == "splash" and length < AUTO_LENGTH):
         wanted = own or "xla"
     width = config.d_model // config.num_heads
-    fits = wanted == own and attention_fault(wanted, length, width, config.dtype) is None
+    fits = wanted == own and attention_error(wanted, length, width, config.dtype) is None
     return wanted if fits else "xla"
 
 

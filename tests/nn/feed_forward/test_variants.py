@@ -24,7 +24,7 @@ B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
 KEY = jax.random.key(0, impl="rbg")
 STEP = 4  # of 10
 ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature there
-GATED = {"separate controllers", "much at once"}
+GATED = {"separate controllers", "several"}
 
 
 def layer_of(mixing: MixingConfig, name: str = "", **changes) -> MixtureOfTokens:
@@ -82,7 +82,7 @@ def value_and_gradients(name: str, p: dict, dy: jax.Array, mask: jax.Array | Non
 
 
 # Each choice once; the others are slow.
-FAST_ALONE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "much at once"}
+FAST_ALONE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "several"}
 EVERY = pytest.mark.parametrize(
     "name", [name if name in FAST_ALONE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
@@ -122,8 +122,9 @@ def test_the_content_of_masked_tokens_changes_no_bit(name):
 
 
 # Emit that is merge, apart, over experts; learned temperatures; within rows; without a softmax in merge.
-ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing"]
-ENTROPIES = ["much at once", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
+ENTROPIES = ["default", "separate controllers", "emit over experts", "uniform mixing"]
+ENTROPIES += ["learnable temperature, separate"]
+ENTROPIES = ["several", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
 
 @pytest.mark.parametrize("name", ENTROPIES)
@@ -153,7 +154,7 @@ def test_experts_need_not_be_as_many_as_a_group_has_members():
         np.testing.assert_allclose(y, oracle.Layer(2, mask=mask_of()).forward(p), rtol=1e-9, atol=1e-10)
 
 
-FAST = {"uniform mixing", "no softmax", "much at once"}
+FAST = {"uniform mixing", "no softmax", "several"}
 SLOWLY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
