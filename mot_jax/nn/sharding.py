@@ -1,16 +1,17 @@
 """Sharding: one table from the dimensions of arrays to mesh axes, the mesh, and products with sharded weights.
 
-A mesh has four axes. An array's dimension is sharded over
+The four axes of a mesh, and the dimensions that each of them shards:
 
-    data     for the sequences of a batch only. On several TPU slices it is the outermost axis, over the slow network.
-    fsdp     for the sequences of a batch, and for `d_model` of the parameters and of the optimizer state. Each product
-             gathers the weight that it uses.
-    expert   for the sequences of a batch, and for the experts of the experts' weights.
-    tensor   for attention heads, and for the hidden widths of feed-forward layers and experts. Between the sub-layers,
-             where activations have neither, for the positions of a sequence. Together with `fsdp`, for `d_model` of
-             the embeddings and of the head.
+    data     sequences of the batch, nothing else. With several TPU slices it is the outermost axis, over the slow
+             network between them.
+    fsdp     sequences of the batch. Also `d_model` of the parameters and of the optimizer state; each product gathers
+             the weight that it uses.
+    expert   sequences of the batch. Also the experts, of their weights and of the mixtures.
+    tensor   attention heads, and the hidden widths of dense layers and experts (`d_ff`, `expert_dim`,
+             `shared_expert_dim`), of parameters as of activations. Between the sub-layers, where activations have
+             neither, the positions of the sequences. Together with `fsdp`, `d_model` of the embeddings and the head.
 
-`DIMENSIONS` and `PARAMETERS` are this table in code; no other module names the axes of an array.
+`DIMENSIONS` and `PARAMETERS` are this table in code. Other modules use its names for the dimensions of arrays.
 
 All axes are Explicit: the sharding of an array is part of its type, and an inconsistent one is an error at trace time.
 Where no mesh is set (`jax.set_mesh`), the functions that reshard are no-ops, so that the layers also run in other

@@ -32,7 +32,7 @@ KeysAndValues = list[tuple[jax.Array, jax.Array]]
 class Cache:
     """The state of a causal model between decode steps.
 
-    Sequences are left-padded, so that all have their next token at the same index: a decode step.
+    Sequences are left-padded, so that a decode step writes the next token of each of them at the same index.
 
     Attributes:
         layers: keys and values, for each scan.

@@ -233,10 +233,12 @@ def test_initial_values_are_the_same_on_a_mesh():
 
     expected = jax.device_get(jax.jit(init)(jax.random.key(0)))
     with jax.set_mesh(mesh):
-        wanted = {name: NamedSharding(mesh, sharding.parameter_spec(name, v.ndim)) for name, v in expected.items()}
-        params = jax.jit(init, out_shardings=wanted)(jax.random.key(0))
+        parameter_shardings = {
+            name: NamedSharding(mesh, sharding.parameter_spec(name, v.ndim)) for name, v in expected.items()
+        }
+        params = jax.jit(init, out_shardings=parameter_shardings)(jax.random.key(0))
         on_mesh = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
-    assert {name: value.sharding for name, value in params.items()} == wanted
+    assert {name: value.sharding for name, value in params.items()} == parameter_shardings
     chex.assert_trees_all_close(jax.device_get(params), expected, rtol=1e-6, atol=1e-7)
     on_none = jax.eval_shape(partial(init_params, config.model), jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(on_mesh, on_none)
