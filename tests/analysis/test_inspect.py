@@ -1,4 +1,4 @@
-"""`mot inspect`: what it draws and counts is what the model does."""
+"""`mot inspect`: the recorded weights are those of the forward pass, and the tables are means of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etils import epath
 
 from mot_jax import cli
 from mot_jax.analysis import curves, pictures
-from mot_jax.analysis import inspect as module
+from mot_jax.analysis import inspect as inspect_module
 from mot_jax.analysis.inspect import forward_with_weights, inspect
 from mot_jax.config import Config, DataConfig, DenseConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
 from mot_jax.data.objectives import Objective
@@ -30,12 +30,12 @@ from mot_jax.runs.state import TrainState
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(module, "_MIN_TOKENS", 1000)
+    monkeypatch.setattr(inspect_module, "_MIN_TOKENS", 1000)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """A run whose second and fourth block mix, with a controller that is far from uniform."""
+    """A run whose second and fourth block mix, with mixing weights far from uniform."""
     path = epath.Path(tmp_path_factory.mktemp("runs")) / "run"
     kind = MixtureOfTokensConfig(group_size=4, num_experts=8, controller_init_scale=5.0)
     sizes = {"num_blocks": 4, "d_model": 16, "d_ff": 32, "num_heads": 2, "context_length": 16, "loss_chunk": 8}
@@ -56,8 +56,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
     return path
 
 
-class Seen(NamedTuple):
-    """64 rows of the validation text, and what the model makes of them."""
+class ForwardPass(NamedTuple):
+    """64 sequences of the validation text, the model's output for them, and its mixing weights."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -66,13 +66,13 @@ class Seen(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def seen(workdir) -> Seen:
+def forward_pass(workdir) -> ForwardPass:
     config, params, step = load_run(workdir)
     tokenizer, windows = open_validation(config)
-    ids = module.validation_order(windows.documents, 4)[:16].reshape(-1)
+    ids = inspect_module.validation_order(windows.documents, 4)[:16].reshape(-1)
     batch = Objective.of(config, tokenizer)(windows.read(ids), ids)
-    found = jax.jit(forward_with_weights, static_argnums=0)(config.model, params, step, batch)
-    return Seen(batch.inputs, batch.token_mask, *found)
+    out, weights = jax.jit(forward_with_weights, static_argnums=0)(config.model, params, step, batch)
+    return ForwardPass(batch.inputs, batch.token_mask, out, weights)
 
 
 def open_validation(config):
@@ -80,26 +80,28 @@ def open_validation(config):
     return tokenizer, open_split(config, "validation", tokenizer)
 
 
-def test_weights_come_out_of_the_models_own_forward_pass(workdir, seen):
+def test_weights_are_recorded_during_the_models_forward_pass(workdir, forward_pass):
     config, params, _ = load_run(workdir)
-    tokens, mask, out, weights = seen
+    tokens, mask, out, weights = forward_pass
     context = FeedForwardContext(token_mask=mask, token_ids=tokens, step=jnp.asarray(7))
     plain = jax.jit(lambda p: bind(config.model, p)(tokens, context))(params)
     np.testing.assert_allclose(out.hidden, plain.hidden, rtol=1e-6)
     assert out.metrics.keys() == plain.metrics.keys()
     assert weights.keys() == {"merge"} and weights["merge"].keys() == {1, 3}
-    for block, found in weights["merge"].items():
-        assert found.shape == (16, 4, 16, 8)
-        entropy = normalised_entropy(found, group(jnp.asarray(mask), 4))
+    for block, merge in weights["merge"].items():
+        assert merge.shape == (16, 4, 16, 8)
+        entropy = normalised_entropy(merge, group(jnp.asarray(mask), 4))
         assert float(entropy) == pytest.approx(float(plain.metrics[f"mixing_entropy/{block:02d}"]))
     assert not np.allclose(*weights["merge"].values())
 
 
-def test_the_tables_are_means_over_the_windows(workdir, seen):
+def test_the_tables_are_means_over_the_windows(workdir, forward_pass):
     run = load_run(workdir)
     tokenizer, windows = open_validation(run.config)
-    tables = module._token_statistics(run, tokenizer, windows, module.validation_order(windows.documents, 4))
-    tokens, mask, _, weights = seen
+    tables = inspect_module._token_statistics(
+        run, tokenizer, windows, inspect_module.validation_order(windows.documents, 4)
+    )
+    tokens, mask, _, weights = forward_pass
     assert tables["tokens_read"] == mask.sum() and tables["blocks"].keys() == {"01", "03"}
     for name, block in tables["blocks"].items():
         merge = np.asarray(weights["merge"][int(name)], np.float64)
@@ -112,40 +114,44 @@ def test_the_tables_are_means_over_the_windows(workdir, seen):
             ratios = [token["ratio"] for token in expert["tokens"]]
             assert ratios == sorted(ratios, reverse=True) and min(ratios) > 1
             for token in expert["tokens"]:
-                there = (tokens == token["id"]).ravel()
-                assert token["count"] == there.sum() >= 8
-                assert token["ratio"] == pytest.approx(4 * rows[there, expert["expert"]].mean(), abs=2e-3)
+                occurrences = (tokens == token["id"]).ravel()
+                assert token["count"] == occurrences.sum() >= 8
+                assert token["ratio"] == pytest.approx(4 * rows[occurrences, expert["expert"]].mean(), abs=2e-3)
                 assert token["text"] == chr(token["id"]) or token["id"] > 127
 
 
-def test_rows_are_labelled(workdir):
+def test_group_members_are_labelled(workdir):
     run = load_run(workdir)
     tokenizer, windows = open_validation(run.config)
     tokens = windows.read([0, 5]).tokens
-    shares, rows = module._group_shares(run, tokenizer, windows, np.array([0, -1, 5, 9]), 0, 0)
-    assert [row["token"] for row in rows[:3]] == ["<eot>", "<masked>", chr(tokens[1, 0])]  # window 0 begins the split
-    assert [row["real"] for row in rows] == [True, False, True, True]
+    shares, members = inspect_module._group_shares(run, tokenizer, windows, np.array([0, -1, 5, 9]), 0, 0)
+    assert [member["token"] for member in members[:3]] == [
+        "<eot>",
+        "<masked>",
+        chr(tokens[1, 0]),
+    ]  # window 0 begins the split
+    assert [member["real"] for member in members] == [True, False, True, True]
     assert shares["merge"].keys() == {1, 3}
     for share in shares["merge"].values():
         assert share.shape == (4, 8) and not share[1].any()
         np.testing.assert_allclose(share.sum(axis=0), 1, rtol=1e-6)
-    _, rows = module._group_shares(run, tokenizer, windows, np.array([5]).repeat(4), 0, 3)
-    assert rows[0]["before"] + rows[0]["token"] == bytes(tokens[1, :4].tolist()).decode()
+    _, members = inspect_module._group_shares(run, tokenizer, windows, np.array([5]).repeat(4), 0, 3)
+    assert members[0]["before"] + members[0]["token"] == bytes(tokens[1, :4].tolist()).decode()
 
 
-def test_a_masked_model_is_shown_what_it_reads(workdir):
-    """Its tokens are labelled as masked where they are; documents are kept apart as in training."""
+def test_mask_tokens_of_a_masked_model_are_labelled(workdir):
+    """With a document mask, as in training."""
     run = load_run(workdir)
     model = dataclasses.replace(run.config.model, objective="masked", vocab_size=258, document_mask=True)
     config = dataclasses.replace(run.config, model=model)
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     masked = run._replace(config=config, params={name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()})
     tokenizer, windows = open_validation(config)
-    shown = [module._group_shares(masked, tokenizer, windows, np.arange(4), 0, s)[1] for s in range(16)]
-    assert 0 < sum(row["token"] == "<mask>" for rows in shown for row in rows) < 30
+    members = [inspect_module._group_shares(masked, tokenizer, windows, np.arange(4), 0, s)[1] for s in range(16)]
+    assert 0 < sum(member["token"] == "<mask>" for group in members for member in group) < 30
 
 
-def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, capsys):
+def test_the_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "weights.png").write_text("of another time")
     cli.main(["inspect", str(workdir), "--output", str(tmp_path), "--group", "1", "--position", "9"])
@@ -160,7 +166,7 @@ def test_a_command_writes_pictures_a_table_and_a_summary(workdir, tmp_path, caps
     assert table.count("  expert ") == 2 * 8 and "weights.png" in summary and "notes.txt" not in summary
 
 
-def test_what_cannot_be_inspected_is_one_line(workdir, tmp_path):
+def test_invalid_runs_and_options_are_errors_of_one_line(workdir, tmp_path):
     config = load_run(workdir).config
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=DenseConfig()))
     (tmp_path / "config.json").write_text(to_json(dense))
@@ -176,7 +182,7 @@ def test_what_cannot_be_inspected_is_one_line(workdir, tmp_path):
 
 
 def test_any_text_can_be_drawn():
-    """Warnings are errors here: a glyph that the font lacks, a title that does not fit."""
+    """Warnings are errors in these tests: a glyph that the font lacks, a title that does not fit."""
     shares = {block: np.full((2, 64), 0.5) for block in range(4)}
     assert pictures.weight_maps(shares, ["日本 $x$│\x00", pictures.visible("a b\n\t│")], "a group").startswith(
         b"\x89PNG"

@@ -1,4 +1,4 @@
-"""Generation: what the cache writes is what the whole model would write; drawing, ends, mesh."""
+"""Generation: equal to a pass of the whole model without a cache; sampling, stops, meshes, gap filling."""
 
 import dataclasses
 import functools
@@ -32,41 +32,41 @@ PROMPTS = [b"import os", b"x", b"def f(x):\n", b"class A"]
 
 
 @functools.lru_cache
-def drawn(model: ModelConfig) -> dict[str, jax.Array]:
+def initial_params(model: ModelConfig) -> dict[str, jax.Array]:
     return jax.jit(functools.partial(init_params, model))(jax.random.key(0, impl="rbg"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def log_probs(model: ModelConfig, params, tokens, real, positions=None, segments=None):
-    """By one pass without a cache, [B, S, V]."""
+def log_probs(model: ModelConfig, params, tokens, token_mask, positions=None, segments=None):
+    """Log-probabilities by one pass without a cache, [B, S, V]."""
     bound = bind(model, params)
-    hidden = bound(tokens, FeedForwardContext(real, tokens, positions), segments).hidden
+    hidden = bound(tokens, FeedForwardContext(token_mask, tokens, positions), segments).hidden
     return jax.nn.log_softmax(bound.logits(hidden)[..., :257])
 
 
 @functools.lru_cache
 def language_model(model: ModelConfig, mode: str = "grouped") -> LanguageModel:
-    """Decided enough that its tokens differ."""
-    params = {name: 4.0 * v for name, v in drawn(model).items()}
+    """A model whose parameters are scaled up, so that it generates different tokens."""
+    params = {name: 4.0 * v for name, v in initial_params(model).items()}
     companions = np.random.default_rng(5).integers(0, 256, (2, 4, model.context_length)).astype(np.int32)
     companions[1] = 0
     config, params = enter(mode, Config(model=model), params, 0, companions)
     return LanguageModel(config, params, ByteTokenizer(), mode, 0)
 
 
-def score(lm: LanguageModel, prompts: list[np.ndarray], found: list) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [B, T, V] by one pass over the same left-padded batch, and where its columns of text begin."""
+def score(lm: LanguageModel, prompts: list[np.ndarray], continuations: list) -> tuple[np.ndarray, int]:
+    """Log-probabilities [B, T, V] by one pass over the same left-padded batch, and the width of the prompts."""
     width = max(map(len, prompts))
-    length = width + max(len(f.tokens) for f in found)
-    tokens, real = left_padded(prompts, len(prompts), width)
+    length = width + max(len(c.tokens) for c in continuations)
+    tokens, token_mask = left_padded(prompts, len(prompts), width)
     pad = ((0, 0), (0, length - width))
-    tokens, real = np.pad(tokens, pad), np.pad(real, pad)
-    for row, f in enumerate(found):
-        tokens[row, width : width + len(f.tokens)] = f.tokens
-        real[row, width : width + len(f.tokens)] = True
-    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
-    segments = np.cumsum(real & (tokens == 256), axis=1).astype(np.int32)
-    return np.asarray(log_probs(lm.config.model, lm.params, tokens, real, positions, segments)), width
+    tokens, token_mask = np.pad(tokens, pad), np.pad(token_mask, pad)
+    for i, continuation in enumerate(continuations):
+        tokens[i, width : width + len(continuation.tokens)] = continuation.tokens
+        token_mask[i, width : width + len(continuation.tokens)] = True
+    positions = np.maximum(np.cumsum(token_mask, axis=1) - 1, 0).astype(np.int32)
+    segments = np.cumsum(token_mask & (tokens == 256), axis=1).astype(np.int32)
+    return np.asarray(log_probs(lm.config.model, lm.params, tokens, token_mask, positions, segments)), width
 
 
 @pytest.mark.parametrize(
@@ -76,67 +76,70 @@ def score(lm: LanguageModel, prompts: list[np.ndarray], found: list) -> tuple[np
         *(pytest.param("learned positions", mode, marks=[] if mode in FAST else SLOW) for mode in MODES),
     ],
 )
-def test_the_cache_writes_what_the_whole_model_would(name, mode):
-    """Greedy tokens and log-probabilities, at every position, of rows that begin and end at different columns."""
+def test_generation_with_a_cache_equals_a_pass_of_the_whole_model(name, mode):
+    """Greedy tokens and log-probabilities, at every position, of sequences that begin and end at different columns."""
     lm = language_model(MODELS[name], mode)
     prompts = [np.frombuffer(prompt, np.uint8).astype(np.int32) for prompt in PROMPTS]
     if MODELS[name].document_mask:
         for prompt in prompts:
             prompt[len(prompt) // 2] = 256  # a document ends within the prompt
-    once = lm.generate(prompts, max_tokens=14, temperature=0)
-    stops = [bytes(f.tokens[[2 * i + 1]].tolist()) for i, f in enumerate(once) if i % 2 and f.tokens[2 * i + 1] < 256]
+    without_stops = lm.generate(prompts, max_tokens=14, temperature=0)
+    candidates = [c.tokens[2 * i + 1] for i, c in enumerate(without_stops) if i % 2]
+    stops = [bytes([token]) for token in candidates if token < 256]
     assert stops
-    found = lm.generate(prompts, max_tokens=14, temperature=0, stop=stops)
-    assert any(f.finished for f in found) and len({len(f.tokens) for f in found}) > 1
-    expected, begin = score(lm, prompts, found)
-    for row, f in zip(expected, found, strict=True):
-        there = row[begin - 1 : begin - 1 + len(f.tokens)]
-        np.testing.assert_array_equal(there.argmax(axis=-1), f.tokens)
-        np.testing.assert_allclose(there[np.arange(len(f.tokens)), f.tokens], f.log_probs, rtol=1e-4, atol=1e-4)
+    continuations = lm.generate(prompts, max_tokens=14, temperature=0, stop=stops)
+    assert any(c.finished for c in continuations) and len({len(c.tokens) for c in continuations}) > 1
+    expected, width = score(lm, prompts, continuations)
+    for sequence, c in zip(expected, continuations, strict=True):
+        generated = sequence[width - 1 : width - 1 + len(c.tokens)]
+        np.testing.assert_array_equal(generated.argmax(axis=-1), c.tokens)
+        np.testing.assert_allclose(generated[np.arange(len(c.tokens)), c.tokens], c.log_probs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_text_that_outgrows_the_context_goes_on_from_its_last_half():
+def test_a_sequence_that_outgrows_the_context_continues_from_its_last_half():
     lm = language_model(MODEL)
-    found = lm.generate(PROMPTS, max_tokens=40, temperature=0, ends=False)
-    assert [len(f.tokens) for f in found] == [40] * 4
+    continuations = lm.generate(PROMPTS, max_tokens=40, temperature=0, ends=False)
+    assert [len(c.tokens) for c in continuations] == [40] * 4
     room = MODEL.context_length - max(map(len, PROMPTS)) + 1
-    texts = [np.append(np.frombuffer(p, np.uint8), f.tokens[:room]) for p, f in zip(PROMPTS, found, strict=True)]
+    texts = [
+        np.append(np.frombuffer(p, np.uint8), c.tokens[:room]) for p, c in zip(PROMPTS, continuations, strict=True)
+    ]
     assert len(texts[2]) == 25 and max(len(text) for text in texts if text is not texts[2]) <= 24
     texts = [text[-12:] if len(text) > 24 else text for text in texts]
-    again = lm.generate(texts, max_tokens=40 - room, temperature=0, ends=False)
-    for before, after in zip(found, again, strict=True):
+    restarted = lm.generate(texts, max_tokens=40 - room, temperature=0, ends=False)
+    for before, after in zip(continuations, restarted, strict=True):
         np.testing.assert_array_equal(before.tokens[room:], after.tokens)
 
 
 @pytest.mark.slow
-def test_a_row_goes_on_as_if_alone_whatever_its_neighbours_lengths():
-    """Where no row hears another, also past the context: each is cut when it has outgrown it itself."""
+def test_the_lengths_of_other_prompts_do_not_matter_in_companions():
+    """Also past the context: each sequence is cut when it has outgrown the context itself."""
     lm = language_model(MODEL, "companions")
-    found = [
+    first, second = [
         lm.generate([b"import os", *others], max_tokens=30, temperature=0, ends=False)[0]
         for others in ([], [b"x" * 24, b"yy"])
     ]
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.tokens, found[0].tokens)
-        np.testing.assert_allclose(other.log_probs, found[0].log_probs, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(second.tokens, first.tokens)
+    np.testing.assert_allclose(second.log_probs, first.log_probs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_ends_with_the_first_stop_that_it_wrote_itself():
+def test_a_sequence_ends_with_the_first_stop_among_its_generated_tokens():
+    """A stop that begins in the prompt does not count."""
     lm = language_model(MODEL)
     (free, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False)
     pair = bytes(free.tokens[4:6].tolist())
-    first = next(i for i in range(12) if bytes(free.tokens[i : i + 2].tolist()) == pair) + 2
-    (found, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[pair, b"a longer one"])
-    assert found.finished and not free.finished
-    np.testing.assert_array_equal(found.tokens, free.tokens[:first])
-    assert found.text == ByteTokenizer().decode(free.tokens[: first - 2]).decode(errors="replace")
+    length = next(i for i in range(12) if bytes(free.tokens[i : i + 2].tolist()) == pair) + 2
+    (stopped, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[pair, b"a longer one"])
+    assert stopped.finished and not free.finished
+    np.testing.assert_array_equal(stopped.tokens, free.tokens[:length])
+    assert stopped.text == ByteTokenizer().decode(free.tokens[: length - 2]).decode(errors="replace")
     across = PROMPTS[0][-1:] + bytes(free.tokens[:1].tolist())
-    (found, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[across])
-    assert len(found.tokens) > 1
+    (continued, *_) = lm.generate(PROMPTS, max_tokens=12, temperature=0, ends=False, stop=[across])
+    assert len(continued.tokens) > 1
 
 
-def test_streaming_grows_what_is_returned_at_last():
+def test_streamed_continuations_are_prefixes_of_the_result():
     lm = language_model(MODEL)
     parts = list(lm.stream(PROMPTS, max_tokens=14, seed=3))
     assert len(parts) > 2
@@ -148,8 +151,8 @@ def test_streaming_grows_what_is_returned_at_last():
     assert [f.tokens.tolist() for f in lm.generate(PROMPTS, max_tokens=14, seed=4)] != [f.tokens.tolist() for f in last]
 
 
-def test_compiled_once():
-    """Other prompts of about the same length, temperatures, thresholds, seeds and lengths make no new program."""
+def test_sampling_options_do_not_recompile():
+    """Nor do prompts and results of about the same length."""
     lm = language_model(MODEL)
     lm.generate([b"import"], max_tokens=14, top_k=3)
     programs = generate.prefill._cache_size(), generate.decode._cache_size()
@@ -165,48 +168,47 @@ def test_compiled_once():
         *(pytest.param(axes, marks=SLOW) for axes in ({"data": 8}, {"expert": 8}, {"fsdp": 4})),
     ],
 )
-def test_a_mesh_writes_what_one_device_writes(axes, mesh_of):
-    """Groups span devices, and a single column cannot be cut."""
+def test_generation_on_a_mesh_equals_generation_on_one_device(axes, mesh_of):
+    """Groups span devices, and a single column cannot be sharded over positions."""
     lm = language_model(MODEL)
     expected = lm.generate(PROMPTS * 2, max_tokens=10, seed=1)
     mesh = mesh_of(**axes)
-    where = {name: NamedSharding(mesh, parameter_spec(name, v.ndim)) for name, v in lm.params.items()}
-    found = dataclasses.replace(lm, params=jax.device_put(lm.params, where), mesh=mesh).generate(
-        PROMPTS * 2, max_tokens=10, seed=1
-    )
-    assert [f.tokens.tolist() for f in found] == [f.tokens.tolist() for f in expected]
-    for a, b in zip(found, expected, strict=True):
+    shardings = {name: NamedSharding(mesh, parameter_spec(name, v.ndim)) for name, v in lm.params.items()}
+    sharded = dataclasses.replace(lm, params=jax.device_put(lm.params, shardings), mesh=mesh)
+    continuations = sharded.generate(PROMPTS * 2, max_tokens=10, seed=1)
+    assert [c.tokens.tolist() for c in continuations] == [c.tokens.tolist() for c in expected]
+    for a, b in zip(continuations, expected, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-3)
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def draws(logits: list[float], n: int = 2000, **options) -> np.ndarray:
-    """How often each token is drawn, shares."""
+def sampled_shares(logits: list[float], n: int = 2000, **options) -> np.ndarray:
+    """The share of each token in n samples."""
     size = len(logits)
-    given = {"temperature": 1.0, "top_k": size, "top_p": 1.0, "seed": 0, "stops": np.zeros((0, 1), int)} | options
-    rows = np.tile(np.array(logits, np.float32), (n, 1))
-    filtered = given["top_k"] < size or given["top_p"] < 1
-    token = jax.jit(sample_tokens, static_argnums=3)(rows, Sampler(**given), np.int32(0), filtered)
-    return np.bincount(np.asarray(token), minlength=size) / n
+    options = {"temperature": 1.0, "top_k": size, "top_p": 1.0, "seed": 0, "stops": np.zeros((0, 1), int)} | options
+    batch = np.tile(np.array(logits, np.float32), (n, 1))
+    filtered = options["top_k"] < size or options["top_p"] < 1
+    tokens = jax.jit(sample_tokens, static_argnums=3)(batch, Sampler(**options), np.int32(0), filtered)
+    return np.bincount(np.asarray(tokens), minlength=size) / n
 
 
-def test_tokens_are_drawn_by_their_probability():
+def test_tokens_are_sampled_by_their_probability():
     shares = np.array([0.5, 0.25, 0.15, 0.1])
     logits = (np.log(shares) + 3).tolist()
-    np.testing.assert_allclose(draws(logits), shares, atol=0.04)
+    np.testing.assert_allclose(sampled_shares(logits), shares, atol=0.04)
     sharp = shares**2 / (shares**2).sum()
-    np.testing.assert_allclose(draws(logits, temperature=0.5), sharp, atol=0.04)
-    np.testing.assert_array_equal(draws(logits, temperature=0.0), [1, 0, 0, 0])
-    np.testing.assert_allclose(draws(logits, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.04)
-    np.testing.assert_allclose(draws(logits, top_p=0.8), np.array([0.5, 0.25, 0.15, 0]) / 0.9, atol=0.04)
-    np.testing.assert_array_equal(draws(logits, top_p=0.4), [1, 0, 0, 0])
-    np.testing.assert_allclose(draws(logits, top_k=3, top_p=0.6), [2 / 3, 1 / 3, 0, 0], atol=0.04)
-    np.testing.assert_array_equal(draws(logits, top_k=1, temperature=5.0), [1, 0, 0, 0])
+    np.testing.assert_allclose(sampled_shares(logits, temperature=0.5), sharp, atol=0.04)
+    np.testing.assert_array_equal(sampled_shares(logits, temperature=0.0), [1, 0, 0, 0])
+    np.testing.assert_allclose(sampled_shares(logits, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.04)
+    np.testing.assert_allclose(sampled_shares(logits, top_p=0.8), np.array([0.5, 0.25, 0.15, 0]) / 0.9, atol=0.04)
+    np.testing.assert_array_equal(sampled_shares(logits, top_p=0.4), [1, 0, 0, 0])
+    np.testing.assert_allclose(sampled_shares(logits, top_k=3, top_p=0.6), [2 / 3, 1 / 3, 0, 0], atol=0.04)
+    np.testing.assert_array_equal(sampled_shares(logits, top_k=1, temperature=5.0), [1, 0, 0, 0])
 
 
-# --- what cannot be done ----------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_tokens_are_drawn_by_their_probability():
         ("text", {}, "must be lists of texts"),
     ],
 )
-def test_bad_requests_are_one_line(prompts, options, words):
+def test_bad_options_are_errors_of_one_line(prompts, options, words):
     with pytest.raises(UserError) as caught:
         language_model(MODEL).generate(prompts, **options)
     assert words in str(caught.value) and len(caught.value.faults) == 1
@@ -238,22 +240,21 @@ MASKED = dataclasses.replace(MODEL, objective="masked", vocab_size=258)
 def test_gaps_are_filled_with_the_likeliest_tokens():
     lm = language_model(MASKED)
     texts = [f"impo{GAP}t {GAP}s", f"{GAP}", "de_ f():".replace("_", GAP)]
-    found = lm.fill(texts)
-    tokens, real = np.full((4, 24), 0, np.int32), np.zeros((4, 24), bool)
-    for row, text in enumerate(texts):
+    tokens, token_mask = np.full((4, 24), 0, np.int32), np.zeros((4, 24), bool)
+    for i, text in enumerate(texts):
         ids = [257 if c == GAP else ord(c) for c in text]
-        tokens[row, : len(ids)], real[row, : len(ids)] = ids, True
-    shares = np.exp(log_probs(lm.config.model, lm.params, tokens, real))
-    for row, (text, filled) in enumerate(zip(texts, found, strict=True)):
-        places = [i for i, c in enumerate(text) if c == GAP]
-        best = shares[row, places].argmax(axis=-1)
-        np.testing.assert_allclose([p for _, p in filled.gaps], shares[row, places, best], rtol=1e-4)
-        written = [best[places.index(i)] if i in places else ord(c) for i, c in enumerate(text)]
-        assert filled.text == ByteTokenizer().decode(written).decode(errors="replace")
+        tokens[i, : len(ids)], token_mask[i, : len(ids)] = ids, True
+    probs = np.exp(log_probs(lm.config.model, lm.params, tokens, token_mask))
+    for i, (text, filled) in enumerate(zip(texts, lm.fill(texts), strict=True)):
+        gaps = [j for j, c in enumerate(text) if c == GAP]
+        likeliest = probs[i, gaps].argmax(axis=-1)
+        np.testing.assert_allclose([p for _, p in filled.gaps], probs[i, gaps, likeliest], rtol=1e-4)
+        expected = [likeliest[gaps.index(j)] if j in gaps else ord(c) for j, c in enumerate(text)]
+        assert filled.text == ByteTokenizer().decode(expected).decode(errors="replace")
 
 
 @pytest.mark.parametrize("text, words", [("no gap", "has no gap"), (GAP * 25, "has 25 tokens, and the context 24")])
-def test_what_has_no_gaps_is_not_filled(text, words):
+def test_texts_and_models_without_gaps_are_refused(text, words):
     with pytest.raises(UserError, match=words):
         language_model(MASKED).fill([text])
     with pytest.raises(UserError, match="has no gaps to fill; try `mot generate`"):

@@ -1,4 +1,4 @@
-"""Models from their workdirs, the commands that use them, and what they say of their modes."""
+"""Models loaded from workdirs, the commands that use them, and their lines about the mode."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ MODEL = ModelConfig(2, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward
 
 
 def save(workdir: Path, model: ModelConfig = MODEL, step: int = 3) -> Config:
-    """A run as training leaves it, but for the training."""
+    """Write the workdir of a run with initial parameters, as if it had been trained."""
     config = Config(
         model=model, data=DataConfig(directory=str(workdir / "data")), mesh=mot_jax.config.MeshConfig(data=1)
     )
@@ -53,7 +53,7 @@ def mot(*arguments: object) -> None:
     cli.main([str(argument) for argument in arguments])
 
 
-def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+def error_of(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit:
         mot(*arguments)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -61,31 +61,31 @@ def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return errors[0]
 
 
-def test_a_model_is_loaded_in_the_mode_that_hears_nobody(workdir):
+def test_the_default_mode_keeps_sequences_independent(workdir):
     model = mot_jax.load(workdir)
     assert (model.mode, model.step) == ("companions", 3)
-    (one,) = model.generate(["import os"], max_tokens=6, seed=1)
-    assert len(one.tokens) == 6
-    among_others = model.generate(["import os", "def f", "class"], max_tokens=6, seed=1)
-    np.testing.assert_array_equal(one.tokens, among_others[0].tokens)
-    np.testing.assert_allclose(one.log_probs, among_others[0].log_probs, rtol=1e-5)
+    (single,) = model.generate(["import os"], max_tokens=6, seed=1)
+    assert len(single.tokens) == 6
+    batch = model.generate(["import os", "def f", "class"], max_tokens=6, seed=1)
+    np.testing.assert_array_equal(single.tokens, batch[0].tokens)
+    np.testing.assert_allclose(single.log_probs, batch[0].log_probs, rtol=1e-5)
     config = mot_jax.load(workdir, "grouped").config
     assert enter("grouped", config, {}, 0)[0].model.feed_forward == KIND
 
 
-def test_a_model_is_spread_over_a_mesh_of_the_users(workdir):
+def test_parameters_are_sharded_over_a_users_mesh(workdir):
     expected = mot_jax.load(workdir).generate(["import os"], max_tokens=6, seed=1)
     types = (jax.sharding.AxisType.Explicit,) * 4
     mesh = jax.make_mesh((1, 2, 2, 1), ("data", "fsdp", "expert", "tensor"), types, devices=jax.devices()[:4])
     model = mot_jax.load(workdir, mesh=mesh)
-    assert not jax.config.jax_enable_compilation_cache  # from which programs come without the order of collectives
-    (found,) = model.generate(["import os"], max_tokens=6, seed=1)
-    np.testing.assert_array_equal(found.tokens, expected[0].tokens)
+    assert not jax.config.jax_enable_compilation_cache  # its programs lose the order of collectives
+    (continuation,) = model.generate(["import os"], max_tokens=6, seed=1)
+    np.testing.assert_array_equal(continuation.tokens, expected[0].tokens)
     weights = [value for name, value in model.params.items() if name.endswith("w_in")]
     assert weights and all(4 * shard.data.size == w.size for w in weights for shard in w.addressable_shards)
 
 
-def test_text_goes_to_the_output_and_words_on_the_mode_beside_it(workdir, capsys, monkeypatch, tmp_path):
+def test_text_goes_to_stdout_and_lines_about_the_mode_to_stderr(workdir, capsys, monkeypatch, tmp_path):
     mot("generate", workdir, "--prompt", "import os", "--tokens", 5, "--temperature", 0)
     (expected,) = mot_jax.load(workdir).generate(["import os"], max_tokens=5, temperature=0)
     out, err = capsys.readouterr()
@@ -93,16 +93,16 @@ def test_text_goes_to_the_output_and_words_on_the_mode_beside_it(workdir, capsys
     assert "mode companions: no sequence depends on another; the default, since" in err
     assert f"not measured yet: mot evaluate {workdir} --mode all" in err
     monkeypatch.setattr("sys.stdin", io.StringIO("import os"))
-    file = tmp_path / "found.json"
+    file = tmp_path / "generated.json"
     mot("generate", workdir, "--prompt", "-", "--samples", 2, "--tokens", 5, "--mode", "grouped", "--json", file)
     out, err = capsys.readouterr()
     assert out.count("--- prompt\nimport os\n--- continued\n") == 2
     assert "mode grouped: the sequences of a group influence each other" in err and "warning" not in err
-    rows = json.loads(file.read_text())["texts"]
-    assert [len(row["tokens"]) for row in rows] == [5, 5] and rows[0]["tokens"] != rows[1]["tokens"]
+    first, second = (text["tokens"] for text in json.loads(file.read_text())["texts"])
+    assert len(first) == len(second) == 5 and first != second
 
 
-def test_a_mode_that_the_model_was_not_trained_in_names_its_measured_cost(workdir, capsys, tmp_path):
+def test_the_measured_loss_of_a_mode_is_compared_with_that_of_training(workdir, capsys, tmp_path):
     common = {"split": "validation", "step": 3, "windows": 512, "group_size": 4, "independent": True, "loss": 1.0}
     for mode, bits in {"grouped": 2.1, "token_choice": 3.21}.items():
         record_score(workdir, {"mode": mode, "bits_per_byte": bits, **common})
@@ -116,7 +116,9 @@ def test_a_dense_model_has_one_mode(tmp_path, capsys):
     save(tmp_path / "dense", dataclasses.replace(MODEL, feed_forward=DenseConfig()))
     mot("generate", tmp_path / "dense", "--prompt", "x", "--tokens", 2)
     assert "mode grouped: no sequence depends on another" in capsys.readouterr().err
-    assert "must be left out" in fails(capsys, "generate", tmp_path / "dense", "--prompt", "x", "--mode", "companions")
+    assert "must be left out" in error_of(
+        capsys, "generate", tmp_path / "dense", "--prompt", "x", "--mode", "companions"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,32 +136,32 @@ def test_a_dense_model_has_one_mode(tmp_path, capsys):
         (["--prompt", "x", "--model.d-model", "8"], "model.d_model"),
     ],
 )
-def test_bad_requests_are_one_line(workdir, capsys, arguments, words):
-    assert words in fails(capsys, "generate", workdir, *arguments)
+def test_bad_options_are_errors_of_one_line(workdir, capsys, arguments, words):
+    assert words in error_of(capsys, "generate", workdir, *arguments)
 
 
-def test_what_is_no_model_is_one_line(workdir, capsys, tmp_path):
-    assert "no such directory" in fails(capsys, "generate", tmp_path / "none", "--prompt", "x")
-    assert "try `mot generate`" in fails(capsys, "fill", workdir, "--text", "a_b")
+def test_invalid_workdirs_are_errors_of_one_line(workdir, capsys, tmp_path):
+    assert "no such directory" in error_of(capsys, "generate", tmp_path / "none", "--prompt", "x")
+    assert "try `mot generate`" in error_of(capsys, "fill", workdir, "--text", "a_b")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((workdir / "config.json").read_text())
-    assert "has no checkpoint yet" in fails(capsys, "generate", empty, "--prompt", "x")
+    assert "has no checkpoint yet" in error_of(capsys, "generate", empty, "--prompt", "x")
     other = tmp_path / "other"
     save(other)
     (other / "data.json").write_text(json.dumps({"tokenizer": "tokenizers/1/abc"}))
-    assert "are of another tokenizer" in fails(capsys, "generate", other, "--prompt", "x")
+    assert "are of another tokenizer" in error_of(capsys, "generate", other, "--prompt", "x")
     (other / "data.json").unlink()
     (other / "companions.npy").unlink()
-    assert "companions.npy: is missing" in fails(capsys, "generate", other, "--prompt", "x")
+    assert "companions.npy: is missing" in error_of(capsys, "generate", other, "--prompt", "x")
 
 
 def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     save(tmp_path / "masked", dataclasses.replace(MODEL, objective="masked", vocab_size=258))
     mot("fill", tmp_path / "masked", "--text", "d_f f_", "--mode", "grouped", "--json", tmp_path / "f.json")
-    (row,) = json.loads((tmp_path / "f.json").read_text())["texts"]
+    (text,) = json.loads((tmp_path / "f.json").read_text())["texts"]
     (expected,) = mot_jax.load(tmp_path / "masked", "grouped").fill(["d_f f_"], "_")
-    assert row == {"given": "d_f f_", "text": expected.text, "gaps": [list(gap) for gap in expected.gaps]}
+    assert text == {"given": "d_f f_", "text": expected.text, "gaps": [list(gap) for gap in expected.gaps]}
     assert expected.text in capsys.readouterr().out
     with pytest.raises(UserError, match="has no gap"):
         mot_jax.load(tmp_path / "masked").fill(["def"])

@@ -1,4 +1,4 @@
-"""The adapter for the lm-evaluation-harness, on tasks that lie in a directory."""
+"""The adapter for the lm-evaluation-harness, on tasks from a directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
 from mot_jax.interop import lm_eval
 
-pytestmark = pytest.mark.slow  # the harness looks through all of its own tasks first
+pytestmark = pytest.mark.slow  # the harness first indexes all of its own tasks
 
 MODEL = ModelConfig(1, 16, 32, 2, context_length=64, loss_chunk=64, feed_forward=DenseConfig())
 QUESTIONS = [
@@ -59,14 +59,14 @@ metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Of task files and their data."""
-    place = tmp_path_factory.mktemp("tasks")
-    for (name, words), rows in zip(TASKS.items(), (QUESTIONS, WRITING, TEXTS), strict=True):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = {"data_files": {"test": str(place / f"{name}.jsonl")}, "cache_dir": str(place / "cache")}
+    """A directory of task files and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for (name, definition), rows in zip(TASKS.items(), (QUESTIONS, WRITING, TEXTS), strict=True):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {"data_files": {"test": str(folder / f"{name}.jsonl")}, "cache_dir": str(folder / "cache")}
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(data)}\ntest_split: test\n"
-        (place / f"{name}.yaml").write_text(head + words)
-    return str(place)
+        (folder / f"{name}.yaml").write_text(head + definition)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +74,24 @@ def model() -> LanguageModel:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda key: init_params(MODEL, key), jax.random.key(0))
     params = {name: jnp.asarray(rng.normal(0, 0.5, shape.shape), shape.dtype) for name, shape in shapes.items()}
-    params["head"] = params["head"].at[:, 128:].set(0)  # it writes ASCII
+    params["head"] = params["head"].at[:, 128:].set(0)  # the generated text is ASCII
     return LanguageModel(Config(model=MODEL), params, ByteTokenizer(), "grouped", 0)
 
 
 @pytest.fixture(scope="module")
 def results(directory, model) -> dict:
-    """Of all tasks at once."""
+    """The results of all tasks in one evaluation."""
     return lm_eval.evaluate(model, list(TASKS), include_path=directory)
 
 
 def test_multiple_choice(results, model):
     pairs = [(row["question"], " " + choice) for row in QUESTIONS for choice in row["choices"]]
-    said = iter(model.log_likelihoods(pairs))
+    likelihoods = iter(model.log_likelihoods(pairs))
     right, right_by_length = 0, 0
     for row in QUESTIONS:
-        found = [next(said).log_prob for _ in row["choices"]]
-        right += int(np.argmax(found)) == row["answer"]
-        by_length = [x / len(choice) for x, choice in zip(found, row["choices"], strict=True)]
+        log_probs = [next(likelihoods).log_prob for _ in row["choices"]]
+        right += int(np.argmax(log_probs)) == row["answer"]
+        by_length = [x / len(choice) for x, choice in zip(log_probs, row["choices"], strict=True)]
         right_by_length += int(np.argmax(by_length)) == row["answer"]
     assert results["results"]["choosing"]["acc,none"] == pytest.approx(right / 3)
     assert results["results"]["choosing"]["acc_norm,none"] == pytest.approx(right_by_length / 3)
@@ -109,17 +109,17 @@ class Request:
         self.args = args
 
 
-def test_writing_ends_before_the_first_stop(results, model):
+def test_generated_text_ends_before_the_first_stop(results, model):
     assert results["results"]["writing"]["exact_match,none"] in (0, 0.5, 1)
     harness = lm_eval.HarnessModel(model)
     (free,) = harness.generate_until([Request("def f(", {"max_gen_toks": 12})])
     assert free == model.generate(["def f("], max_tokens=12, temperature=0)[0].text
     stops = [free[7:9], free[3:5]]
-    found = harness.generate_until(
+    stopped = harness.generate_until(
         [Request("def f(", {"until": stops, "max_gen_toks": 12}), Request("def f(", {"max_gen_toks": 5})]
     )
-    assert found == [min((free.split(stop)[0] for stop in stops), key=len), free[:5]]
-    # Of a long prompt as much is read as leaves room for the answer.
+    assert stopped == [min((free.split(stop)[0] for stop in stops), key=len), free[:5]]
+    # A long prompt is cut so that the answer fits into the context.
     long = "".join(chr(40 + i % 60) for i in range(99))
     options = {"max_gen_toks": 12, "temperature": 0.0}
     assert harness.generate_until([Request(long, options)]) == harness.generate_until([Request(long[-52:], options)])
@@ -127,17 +127,19 @@ def test_writing_ends_before_the_first_stop(results, model):
     assert len(set(drawn)) > 4
 
 
-def test_scores_are_what_the_harness_would_make_of_tokens(model):
-    """A space between context and continuation is the continuation's; an empty context is the end of a text."""
+def test_scores_follow_the_conventions_of_the_harness(model):
+    """A space between context and continuation belongs to the latter; an empty context is the end of a text."""
     harness = lm_eval.HarnessModel(model, batch_size="auto")
-    asked = [("The sky is ", "blue"), ("", "x"), ("a", "bc")]
-    said = model.log_likelihoods([("The sky is", " blue"), ("", "x"), ("a", "bc")])
-    assert harness.loglikelihood([Request(*pair) for pair in asked], disable_tqdm=True) == [tuple(x) for x in said]
+    pairs = [("The sky is ", "blue"), ("", "x"), ("a", "bc")]
+    expected = model.log_likelihoods([("The sky is", " blue"), ("", "x"), ("a", "bc")])
+    assert harness.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True) == [tuple(x) for x in expected]
 
 
-def test_what_does_not_work_is_one_line(directory, model, tmp_path):
-    words = "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such.jsonl}}\ntest_split: test"
-    (tmp_path / "broken.yaml").write_text(words + TASKS["choosing"])
+def test_invalid_tasks_and_options_are_errors_of_one_line(directory, model, tmp_path):
+    definition = (
+        "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such.jsonl}}\ntest_split: test"
+    )
+    (tmp_path / "broken.yaml").write_text(definition + TASKS["choosing"])
     with pytest.raises(UserError, match=r"--tasks = broken: cannot be loaded \(.*such"):
         lm_eval.evaluate(model, ["broken"], include_path=str(tmp_path))
     with pytest.raises(UserError, match=r"'choosin': no such task; did you mean 'choosing'"):
@@ -146,7 +148,7 @@ def test_what_does_not_work_is_one_line(directory, model, tmp_path):
         lm_eval.HarnessModel(model).generate_until([Request("x", {"num_beams": 4})])
 
 
-def test_in_groups_a_line_warns(model, capsys):
+def test_modes_with_dependent_sequences_print_a_warning(model, capsys):
     lm_eval.HarnessModel(model)
     assert capsys.readouterr().err == ""
     lm_eval.HarnessModel(dataclasses.replace(model, config=Config()))
@@ -156,11 +158,11 @@ def test_in_groups_a_line_warns(model, capsys):
 def test_the_command(directory, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(restore, "load_run_config", lambda workdir: model.config)
     monkeypatch.setattr(cli.models, "_model", lambda options, config: model)
-    file = tmp_path / "found.json"
+    file = tmp_path / "results.json"
     options = ["--include-path", directory, "--limit", "2", "--batch-size", "3", "--json", str(file)]
     cli.main(["lm-eval", "runs/x", "--tasks", "choos*,rolling", *options])
-    shown = capsys.readouterr().out
-    assert all(f"|{word}" in shown for word in ("choosing", "rolling", "bits_per_byte"))
-    found = json.loads(file.read_text())
-    assert set(found["results"]) == {"choosing", "rolling"} and found["n-samples"]["choosing"]["effective"] == 2
-    assert (found["workdir"], found["mode"], found["step"], found["limit"]) == ("runs/x", "grouped", 0, 2)
+    output = capsys.readouterr().out
+    assert all(f"|{word}" in output for word in ("choosing", "rolling", "bits_per_byte"))
+    results = json.loads(file.read_text())
+    assert set(results["results"]) == {"choosing", "rolling"} and results["n-samples"]["choosing"]["effective"] == 2
+    assert (results["workdir"], results["mode"], results["step"], results["limit"]) == ("runs/x", "grouped", 0, 2)

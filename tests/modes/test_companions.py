@@ -1,4 +1,4 @@
-"""Companions of a whole model: what a row is beside them, and that it is nobody else's."""
+"""Modes with reference sequences in whole models: equal to mixing in groups with them, and independent sequences."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ G, S, V = 4, 8, 257
 KIND = MixtureOfTokensConfig(G, 8, controller_init_scale=20.0)
 MODEL = ModelConfig(4, 16, 32, 4, context_length=S, loss_chunk=S, feed_forward=KIND, document_mask=True)
 CONFIG = Config(model=dataclasses.replace(MODEL, moe_blocks="every_other"))
-ALONE = [name for name, mode in MODES.items() if mode.independent]
+INDEPENDENT = [name for name, mode in MODES.items() if mode.independent]
 COMPANIONS = np.stack([np.random.default_rng(7).integers(0, 256, (G, S)), np.zeros((G, S))]).astype(np.int32)
 COMPANIONS[0, :, 0] = 256
 COMPANIONS[:, 1, 4:] = [[256, 8, 8, 8], [1, 1, 1, 1]]  # a second document
@@ -34,7 +34,7 @@ COMPANIONS[:, 1, 4:] = [[256, 8, 8, 8], [1, 1, 1, 1]]  # a second document
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    """Decided enough for a row to hear the others."""
+    """Parameters large enough that a sequence depends measurably on its group."""
     shapes = jax.eval_shape(lambda: init_params(CONFIG.model, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return {n: jnp.asarray(0.4 * rng.normal(size=shape.shape), "float32") for n, shape in shapes.items()}
@@ -49,8 +49,8 @@ def some_slow(modes: Iterable[str], *fast: str) -> list:
     return [mode if mode in fast else pytest.param(mode, marks=pytest.mark.slow) for mode in modes]
 
 
-def tokens_of(seed: int, rows: int = G) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (rows, S)).astype(np.int32)
+def random_tokens(seed: int, batch_size: int = G) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (batch_size, S)).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -70,83 +70,83 @@ def blocks_of(config: ModelConfig, params: Params) -> list[Block]:
 
 
 @jax.jit
-def by_hand(params: Params, users: jax.Array, texts: jax.Array, segments: jax.Array) -> jax.Array:
-    """Block for block: attention of each by itself, mixing in groups (row, companions but the first).
+def reference_logits(params: Params, users: jax.Array, texts: jax.Array, segments: jax.Array) -> jax.Array:
+    """Run the model block by block, mixing each user's sequence in a group with all companions but the first.
 
-    The companions' layers read what they do with no user there.
+    Attention is computed for each sequence; the companions are mixed among themselves, without a user.
     """
     model = bind(CONFIG.model, params)
     x, others = (model.token_embedding[...][t] + model.position_embedding[...] for t in (users, texts))
     for block in blocks_of(CONFIG.model, params):
         x = x + block.attention(block.attention_norm(x), None, jnp.zeros_like(users))
         others = others + block.attention(block.attention_norm(others), None, segments)
-        mine, theirs = block.feed_forward_norm(x), block.feed_forward_norm(others)
-        groups = jnp.concatenate([jnp.concatenate([row[None], theirs[1:]]) for row in mine])
+        normed, normed_others = block.feed_forward_norm(x), block.feed_forward_norm(others)
+        groups = jnp.concatenate([jnp.concatenate([user[None], normed_others[1:]]) for user in normed])
         x = x + block.feed_forward(groups).y[::G]
-        others = others + block.feed_forward(theirs).y
+        others = others + block.feed_forward(normed_others).y
     return model.logits(x)
 
 
-def test_a_row_is_what_it_is_in_a_group_with_its_companions(params, entered):
-    users = tokens_of(1)
-    wanted = by_hand(params, users, *COMPANIONS)
-    config, filled = entered("companions")
-    np.testing.assert_allclose(logits(config.model, filled, users), wanted, rtol=1e-5, atol=1e-5)
+def test_companions_equals_mixing_in_a_group_with_them(params, entered):
+    users = random_tokens(1)
+    expected = reference_logits(params, users, *COMPANIONS)
+    config, params_of_mode = entered("companions")
+    np.testing.assert_allclose(logits(config.model, params_of_mode, users), expected, rtol=1e-5, atol=1e-5)
     as_trained = logits(CONFIG.model, params, users)
-    assert abs(np.asarray(as_trained - wanted)).max() > 0.1  # it hears them
+    assert abs(np.asarray(as_trained - expected)).max() > 0.1  # the companions matter
 
 
 @pytest.mark.parametrize("mode", some_slow(MODES, "companions", "sparse", "grouped"))
-def test_no_bit_of_a_row_depends_on_other_rows(entered, mode):
-    """Over 100 draws of the others. As trained, and with each expert's one token, it does."""
+def test_no_bit_of_a_sequence_depends_on_other_sequences(entered, mode):
+    """Replace the others by random text 100 times. In `grouped` and `discrete` the logits must change."""
     config, params = entered(mode)
-    tokens = tokens_of(0)
-    wanted = np.asarray(logits(config.model, params, tokens)[0])
+    tokens = random_tokens(0)
+    expected = np.asarray(logits(config.model, params, tokens)[0])
     changed = 0
     for draw in range(100):
-        tokens[1:] = tokens_of(draw + 1)[1:]
-        changed += (np.asarray(logits(config.model, params, tokens)[0]) != wanted).any()
-    assert changed == 0 if mode in ALONE else changed > 90
-    assert np.ptp(wanted) > 1
+        tokens[1:] = random_tokens(draw + 1)[1:]
+        changed += (np.asarray(logits(config.model, params, tokens)[0]) != expected).any()
+    assert changed == 0 if mode in INDEPENDENT else changed > 90
+    assert np.ptp(expected) > 1
 
 
-@pytest.mark.parametrize("mode", some_slow([mode for mode in ALONE if mode != "without"], "companions"))
-def test_a_row_alone_is_what_it_is_among_others(entered, mode):
-    """A batch of one, and a row that is padded on the left: to 1e-5 of the largest logit."""
+@pytest.mark.parametrize("mode", some_slow([mode for mode in INDEPENDENT if mode != "without"], "companions"))
+def test_batch_size_and_left_padding_do_not_matter(entered, mode):
+    """A batch of one, and sequences that are padded on the left: to 1e-5 of the largest logit."""
     config, params = entered(mode)
-    tokens = tokens_of(0)
-    wanted = np.asarray(logits(config.model, params, tokens))
-    close = {"rtol": 0, "atol": 1e-5 * abs(wanted).max()}
-    np.testing.assert_allclose(logits(config.model, params, tokens[:1])[0], wanted[0], **close)
+    tokens = random_tokens(0)
+    expected = np.asarray(logits(config.model, params, tokens))
+    close = {"rtol": 0, "atol": 1e-5 * abs(expected).max()}
+    np.testing.assert_allclose(logits(config.model, params, tokens[:1])[0], expected[0], **close)
     gap = 3
     padded = np.concatenate([np.full((G, gap), 5, np.int32), tokens[:, :-gap]], axis=1)
     mask = np.tile(np.arange(S) >= gap, (G, 1))
     positions = np.tile(np.maximum(np.arange(S) - gap, 0), (G, 1)).astype(np.int32)
-    found = logits(config.model, params, padded, mask, positions)
-    np.testing.assert_allclose(found[:, gap:], wanted[:, :-gap], **close)
+    padded_logits = logits(config.model, params, padded, mask, positions)
+    np.testing.assert_allclose(padded_logits[:, gap:], expected[:, :-gap], **close)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [{"data": 2, "expert": 4}, {"data": 8}, {"expert": 8}, {"fsdp": 2, "tensor": 4}], ids=str
 )
-def test_a_mesh_enters_the_modes_as_one_device_does(params, entered, mesh_of, shape):
-    tokens, mesh = tokens_of(1, 8), mesh_of(**shape)
+def test_modes_on_a_mesh_equal_modes_on_one_device(params, entered, mesh_of, shape):
+    tokens, mesh = random_tokens(1, 8), mesh_of(**shape)
     for mode in ("companions", "sparse", "mean_field"):
-        config, filled = entered(mode)
-        wanted = np.asarray(logits(config.model, filled, tokens))
+        config, params_of_mode = entered(mode)
+        expected = np.asarray(logits(config.model, params_of_mode, tokens))
         with jax.set_mesh(mesh):
-            spread = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
-            config, filled = enter(mode, CONFIG, spread, 3, COMPANIONS)
-            found = logits(config.model, filled, place_sequences(mesh, tokens, 8))
-            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+            sharded = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
+            config, params_of_mode = enter(mode, CONFIG, sharded, 3, COMPANIONS)
+            on_mesh = logits(config.model, params_of_mode, place_sequences(mesh, tokens, 8))
+            np.testing.assert_allclose(on_mesh, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- where they come from ---------------------------------------------------------------------------------------------
+# --- choosing and storing ---------------------------------------------------------------------------------------------
 
 
-class Text:
-    """Windows of which every fifth is not full; the token after the start tells which window it is."""
+class FakeWindows:
+    """Windows, every fifth of which is not full, and their order. Tokens other than the first are the window's id."""
 
     context_length = S
 
@@ -161,23 +161,23 @@ class Text:
         return np.arange(first, last)
 
 
-def test_they_are_the_first_full_windows_of_the_training_order():
+def test_companions_are_the_first_full_windows_of_the_training_order():
     for masked in (False, True):
         objective = Objective(masked, False, 0.5, 0, 256, 257, 256)
-        found = choose(Text(), Text(), objective, G)
-        assert found.dtype == np.int32 and found.shape == (2, G, S)
-        texts, segments = found
-        assert all(window in row for window, row in zip((1, 2, 3, 4), texts, strict=True))
+        companions = choose(FakeWindows(), FakeWindows(), objective, G)
+        assert companions.dtype == np.int32 and companions.shape == (2, G, S)
+        texts, segments = companions
+        assert all(window in text for window, text in zip((1, 2, 3, 4), texts, strict=True))
         assert (texts == 257).any() == masked
         np.testing.assert_array_equal(segments, np.tile([1] * 5 + [2] * 3, (G, 1)))
 
 
-def test_what_is_damaged_missing_or_of_another_size_is_one_line(tmp_path, params):
+def test_missing_damaged_or_misshapen_companions_are_errors_of_one_line(tmp_path, params):
     assert load_companions(tmp_path) is None
     with pytest.raises(UserError, match=r"companions.npy: is missing; a finished run writes it when .* --mode grou"):
         enter("companions", CONFIG, params, 3, None)
     save_companions(tmp_path, COMPANIONS)
-    save_companions(tmp_path, COMPANIONS + 1)  # the first stay
+    save_companions(tmp_path, COMPANIONS + 1)  # does not overwrite
     np.testing.assert_array_equal(load_companions(tmp_path), COMPANIONS)
     with pytest.raises(UserError, match=r"holds 3 sequences, too few for groups of 4; try --group-size 3"):
         enter("sparse", CONFIG, params, 3, COMPANIONS[:, :3])

@@ -1,4 +1,4 @@
-"""Inference modes: other configs for the same parameters."""
+"""The table of inference modes: each one's config, parameters, default, and errors."""
 
 import dataclasses
 import re
@@ -55,14 +55,14 @@ def config_of(mixing: MixingConfig) -> Config:
     return Config(model=model, training=TrainingConfig(batch_size=8, gradient_accumulation_steps=2))
 
 
-def run(config: Config, params: dict) -> np.ndarray:
+def hidden_states(config: Config, params: dict) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.int32)
     return np.asarray(bind(config.model, params)(tokens).hidden)
 
 
 @pytest.mark.parametrize("name", MIXINGS)
 def test_discrete_is_the_limit_of_low_temperature(name):
-    """It is valid, runs on the trained parameters, and no weight is anything but 0 and 1 where there is a softmax."""
+    """The config is valid, and its temperature is 0 if merge has a softmax."""
     config = config_of(MIXINGS[name])
     other = discrete(config)
     check(other)
@@ -76,8 +76,10 @@ def test_discrete_runs_with_the_same_parameters():
     config = config_of(MIXINGS["learned"])
     params = init_params(config.model, jax.random.key(0, impl="rbg"))
     cold = dataclasses.replace(MIXINGS["default"], temperature=1e-30)
-    np.testing.assert_allclose(run(discrete(config), params), run(config_of(cold), params), rtol=1e-5, atol=1e-6)
-    assert (run(discrete(config), params) != run(config, params)).any()
+    np.testing.assert_allclose(
+        hidden_states(discrete(config), params), hidden_states(config_of(cold), params), rtol=1e-5, atol=1e-6
+    )
+    assert (hidden_states(discrete(config), params) != hidden_states(config, params)).any()
 
 
 def test_another_group_size_keeps_experts_and_parameters():
@@ -87,14 +89,14 @@ def test_another_group_size_keeps_experts_and_parameters():
         other = regrouped(config, size)
         assert other.model.feed_forward.hidden_dim(16) == 8 and other.group_size == size
         assert other.training.batch_size % size == 0
-    # In groups of 2, what the other half of a group of 4 says is not heard.
+    # In groups of 2, the other half of a group of 4 has no influence.
     small = regrouped(config, 2)
     tokens = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.int32)
     model, changed = bind(small.model, params), tokens.copy()
     changed[2:4] = 7
     before, after = model(tokens).hidden, model(changed).hidden
     np.testing.assert_array_equal(before[:2], after[:2])
-    assert (run(config, params)[:2] != before[:2]).any()
+    assert (hidden_states(config, params)[:2] != before[:2]).any()
 
 
 def test_a_dense_model_has_no_modes():
@@ -106,8 +108,8 @@ def test_a_dense_model_has_no_modes():
     assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
 
 
-def test_rows_that_hear_no_others_need_no_companions():
-    """Groups of one, and within rows."""
+def test_models_that_do_not_mix_sequences_need_no_companions():
+    """Groups of one, and groups within sequences."""
     within = config_of(MixingConfig(groups="within"))
     model = dataclasses.replace(within.model, objective="masked")
     for config in (regrouped(config_of(MixingConfig()), 1), dataclasses.replace(within, model=model)):
@@ -117,8 +119,8 @@ def test_rows_that_hear_no_others_need_no_companions():
     assert default_mode(config_of(MixingConfig()))[0] == "companions"
 
 
-def test_rows_with_companions_stay_in_the_order_of_their_groups():
-    """So that every mode is scored on the same windows; E 8, G 4: two experts a token."""
+def test_modes_with_companions_keep_the_order_of_windows():
+    """So that every mode is scored on the same windows. E = 8, G = 4: two experts a token."""
     config = config_of(MixingConfig())
     assert config.group_size == 4
     for mode, positions, k in (("companions", 8, None), ("sparse", 8, 2), ("mean_field", 1, 2)):
@@ -128,7 +130,7 @@ def test_rows_with_companions_stay_in_the_order_of_their_groups():
         assert (kind.num_positions, kind.experts_per_token) == (positions, k)
 
 
-def test_experts_whose_outputs_are_normed_all_run():
+def test_sparse_modes_are_refused_for_normed_expert_outputs():
     config = config_of(MixingConfig(layer_norm=True))
     for mode in ("sparse", "mean_field"):
         assert lacking(mode, config, None).endswith("mixing.layer_norm = False; try --mode companions")
@@ -137,12 +139,12 @@ def test_experts_whose_outputs_are_normed_all_run():
         make_feed_forward(config.model, kind, nnx.Rngs(0))
 
 
-def test_an_unknown_mode_is_one_line():
+def test_an_unknown_mode_is_an_error_of_one_line():
     with pytest.raises(UserError, match="mode = 'companion': no such mode; did you mean 'companions'"):
         enter("companion", config_of(MixingConfig()), {}, 0)
 
 
-def test_a_mode_may_say_how_many_experts_a_token_chooses():
+def test_a_mode_may_name_the_number_of_experts_a_token_chooses():
     config, name = config_of(MixingConfig()), "experts_per_token"
     assert mode_of("token_choice:3").change(config) == token_choice(config, 3) != token_choice(config)
     for mode in ("sparse", "mean_field"):
@@ -161,24 +163,24 @@ def test_a_mode_may_say_how_many_experts_a_token_chooses():
         ("sparse:9", "--mode sparse:9: must be at most model.feed_forward.num_experts = 8; try --mode sparse"),
     ],
 )
-def test_a_wrong_number_of_experts_is_one_line(mode, words):
+def test_a_wrong_number_of_experts_is_an_error_of_one_line(mode, words):
     with pytest.raises(UserError, match=re.escape(words)):
         mode_of(mode).change(config_of(MixingConfig()))
 
 
 @pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(layer_norm=True)])
-def test_without_experts_nothing_is_heard(mixing):
+def test_without_zeroes_the_output_of_the_experts(mixing):
     config = config_of(mixing)
     params = init_params(config.model, jax.random.key(0, impl="rbg"))
     params = {name: value + 0.1 for name, value in params.items()}
-    changed, silent = enter("without", config, params, 0)
-    layer = bind(changed.model, silent).stacks[0][0].feed_forward
+    changed, zeroed = enter("without", config, params, 0)
+    layer = bind(changed.model, zeroed).stacks[0][0].feed_forward
     layer = nnx.merge(nnx.graphdef(layer), jax.tree.map(lambda a: a[0], nnx.state(layer)))
     assert not np.asarray(layer(np.ones((4, 8, 8), np.float32)).y).any()
 
 
-def test_token_choice_runs_the_same_weights_and_no_row_sees_another():
-    """Bit by bit, whatever the others hold, where `grouped` and `discrete` see them; and back again."""
+def test_token_choice_keeps_sequences_independent():
+    """Bit for bit, unlike `grouped` and `discrete`, with the same weights; and its config converts back."""
     config = config_of(MixingConfig())
     routed = token_choice(config)
     kind = routed.model.feed_forward
@@ -186,14 +188,14 @@ def test_token_choice_runs_the_same_weights_and_no_row_sees_another():
     params, rng = init_params(config.model, jax.random.key(0, impl="rbg")), np.random.default_rng(0)
     params = {name: value * (10 if "controller" in name else 1) for name, value in params.items()}
     tokens = rng.integers(0, 256, (8, 8)).astype(np.int32)
-    sees = {}
+    depends = {}
     for mode in (grouped, discrete, token_choice):
         model = bind(mode(config).model, params)
-        run = jax.jit(lambda tokens, model=model: model(tokens).hidden)
+        forward = jax.jit(lambda tokens, model=model: model(tokens).hidden)
         drawn = (np.concatenate([rng.integers(0, 256, (7, 8)), tokens[7:]]).astype(np.int32) for _ in range(20))
-        expected = run(tokens)[7]
-        sees[mode.__name__] = any((run(other)[7] != expected).any() for other in drawn)
-    assert sees == {"grouped": True, "discrete": True, "token_choice": False}
+        expected = forward(tokens)[7]
+        depends[mode.__name__] = any((forward(other)[7] != expected).any() for other in drawn)
+    assert depends == {"grouped": True, "discrete": True, "token_choice": False}
     assert grouped(routed).model == config.model and discrete(routed).model == discrete(config).model
     assert regrouped(routed, 2) == regrouped(config, 2)
 
@@ -222,19 +224,19 @@ def test_token_choice_of_itself_only_loses_its_capacity():
     ],
     ids=repr,
 )
-def test_a_controller_that_is_no_router_is_refused(mixing):
+def test_controllers_that_cannot_be_routers_are_refused(mixing):
     with pytest.raises(UserError) as error:
         token_choice(config_of(mixing))
     assert all(fault.startswith("--mode token_choice: has no meaning with ") for fault in error.value.faults)
-    for fine in (MixingConfig(temperature=0.5), MixingConfig(emit="ones"), MixingConfig(annealing="linear")):
-        check(token_choice(config_of(fine)))
+    for valid in (MixingConfig(temperature=0.5), MixingConfig(emit="ones"), MixingConfig(annealing="linear")):
+        check(token_choice(config_of(valid)))
 
 
-def test_without_a_tpu_xla_takes_the_place_of_a_layers_kernel(monkeypatch):
+def test_without_a_tpu_the_layers_kernel_is_replaced_by_xla(monkeypatch):
     kind = MixtureOfTokensConfig(4, 8, kernel="fused_mixture", save_for_backward="nothing")
     config = Config(model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=kind))
-    found, _ = enter("grouped", config, {}, 0)
-    assert found.model.feed_forward == dataclasses.replace(kind, kernel="xla")
+    changed, _ = enter("grouped", config, {}, 0)
+    assert changed.model.feed_forward == dataclasses.replace(kind, kernel="xla")
     device = SimpleNamespace(platform="tpu", device_kind="TPU v5")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert enter("grouped", config, {}, 0)[0] == config
