@@ -106,10 +106,10 @@ class Attention(nnx.Module):
         segments: jax.Array | None,
     ) -> jax.Array:
         """[B, S, H, K], [B, S, H_kv, K] twice -> [B, S, H, K], by the kernel that does it here."""
-        causal, kernel = self.config.objective == "causal", fused_attention.choose(self.config, query.shape[1])
+        causal, kernel = self.config.objective == "causal", fused_attention.choose_kernel(self.config, query.shape[1])
         if kernel != "xla":
             fused = {"splash": fused_attention.splash, "cudnn": fused_attention.cudnn}[kernel]
-            return fused(query, key, value, fused_attention.documents_of(token_mask, segments), causal)
+            return fused(query, key, value, fused_attention.attention_ids(token_mask, segments), causal)
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if segments is not None:
             same = fused_attention.same_document(segments, segments)[:, None]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tokenizers
 from etils import epath
-from others import AUTHORS, KIND, OTHERS, PORT, authors_tensors, port_tensors
+from other_projects import AUTHORS, KIND, OTHERS, PORT, authors_tensors, port_tensors
 from processes import start
 from safetensors.numpy import save_file
 
