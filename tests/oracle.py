@@ -1,7 +1,8 @@
-"""The Mixture-of-Tokens layer in plain float64 NumPy, forward and backward, from PAPER.md sections 2 and 3 alone.
+"""Reference implementations in float64 NumPy, forward and backward, of Mixture of Tokens and of token choice.
 
-Nothing here is shared with the library, and nothing is clever: one group and one position after the other, matrices
-of two dimensions. The gradients of the paper's layer are derived by hand, those of its variants are differences.
+Written from `docs/paper.md`, sections 2 to 4, without any code of the library, and as simple as possible: loops over
+groups and positions, products of two-dimensional matrices. The gradients of the paper's layer and of token choice are
+derived by hand; those of the mixing variants are central differences.
 """
 
 from __future__ import annotations
@@ -12,41 +13,44 @@ import numpy as np
 
 
 @dataclasses.dataclass
-class Layer:
-    """What defines the layer beside its parameters. mask: bool [B, S], True = real; None: all are.
+class MixtureOfTokens:
+    """The configuration of the layer. Its methods take the parameters `p`, named as in the library.
 
-    Of the variants: which softmax emit has, whether groups lie within rows, layer norms (when `mixture_norm` is among
-    the parameters), T of a step, and how T is made of a learned θ. What else there is follows from the parameters: an
-    `emit_controller`, a `base_controller`, their weights `base_weight` and `emit_base_weight`, `w_gate`.
-    anchor: parameters at which a straight-through softmax has the value of temperature T; it moves from there as the
-    softmax of temperature 1 does, and so its derivatives there are those of temperature 1.
+    Variants follow from the fields and from the names among the parameters: `emit_controller`, `base_controller` and
+    their weights `base_weight` and `emit_base_weight`, learned `temperature` and `emit_temperature` (θ), `w_gate`, the
+    layer norms `mixture_norm` and `output_norm`.
     """
 
     group_size: int
     merge: str = "softmax"
     temperature: float = 1.0
     mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
     emit: str = "merge"
     within: bool = False
+    """Whether groups are within a sequence."""
     positive: bool = True
+    """Whether T is `temperature` x exp(θ), or else `temperature` x (1 + θ)."""
     anchor: dict[str, np.ndarray] | None = None
+    """The parameters at which a straight-through softmax has the value of temperature T. For others it changes as the
+    softmax of temperature 1 does, so that its derivatives at the anchor are those of temperature 1."""
 
-    def cells(self, batch: int, length: int):
-        """(rows, positions, which of them are real) of the tokens of each group."""
+    def groups(self, batch: int, length: int):
+        """(sequences, positions, whether non-padding) of the tokens of each group at each position."""
         mask = np.ones((batch, length), bool) if self.mask is None else self.mask
         g = self.group_size
         if self.within:
-            places = [(np.full(g, b), np.arange(s, s + g)) for b in range(batch) for s in range(0, length, g)]
+            indices = [(np.full(g, b), np.arange(s, s + g)) for b in range(batch) for s in range(0, length, g)]
         else:
-            places = [(np.arange(b, b + g), np.full(g, s)) for b in range(0, batch, g) for s in range(length)]
-        for rows, positions in places:
+            indices = [(np.arange(b, b + g), np.full(g, s)) for b in range(0, batch, g) for s in range(length)]
+        for rows, positions in indices:
             yield rows, positions, mask[rows, positions]
 
-    def softmax(self, logits: np.ndarray, real: np.ndarray, temperature, over_experts: bool = False) -> np.ndarray:
-        """Over the real tokens for each expert, or over the experts for each real token. [G, E]."""
+    def softmax(self, logits: np.ndarray, valid: np.ndarray, temperature, over_experts: bool = False) -> np.ndarray:
+        """Softmax [G, E] over the non-padding tokens for each expert, or over the experts for each of these tokens."""
         weights = np.zeros(logits.shape)
         temperature = np.broadcast_to(temperature, logits.shape[1:])
-        members = np.flatnonzero(real)
+        members = np.flatnonzero(valid)
         lines = [(m, np.arange(logits.shape[1])) for m in members] if over_experts else []
         lines = lines or [(members, e) for e in range(logits.shape[1]) if len(members)]
         for line in lines:
@@ -61,8 +65,8 @@ class Layer:
                 weights[line] = powers / powers.sum()
         return weights
 
-    def pair(self, p: dict[str, np.ndarray], tokens: np.ndarray, real: np.ndarray, place) -> tuple:
-        """Merge and emit weights [G, E] of one group."""
+    def mixing_weights(self, p: dict[str, np.ndarray], tokens: np.ndarray, valid: np.ndarray, index) -> tuple:
+        """Merge and emit weights [G, E] of one group at one position; `index` is that of its tokens in x."""
 
         def controller(name: str, weight: str) -> np.ndarray:
             if "base_controller" not in p:
@@ -80,24 +84,24 @@ class Layer:
 
         def soft(logits: np.ndarray, t, over_experts: bool = False) -> np.ndarray:
             if self.anchor is None:
-                return self.softmax(logits, real, t, over_experts)
-            there = self.anchor["x"][place] @ self.anchor["controller"]
-            moved = self.softmax(logits, real, 1, over_experts) - self.softmax(there, real, 1, over_experts)
-            return self.softmax(there, real, t, over_experts) + moved
+                return self.softmax(logits, valid, t, over_experts)
+            at_anchor = self.anchor["x"][index] @ self.anchor["controller"]
+            change = self.softmax(logits, valid, 1, over_experts) - self.softmax(at_anchor, valid, 1, over_experts)
+            return self.softmax(at_anchor, valid, t, over_experts) + change
 
         logits = tokens @ controller("controller", "base_weight")
         if self.merge == "uniform":
-            merge = np.repeat(real[:, None] / max(real.sum(), 1), logits.shape[1], axis=1)
+            merge = np.repeat(valid[:, None] / max(valid.sum(), 1), logits.shape[1], axis=1)
         elif self.merge == "logits":
-            merge = logits * real[:, None]
+            merge = logits * valid[:, None]
         else:
             merge = soft(logits, temperature("temperature"))
         if self.emit == "merge":
             return merge, merge
         if self.emit == "ones":
-            return merge, np.repeat(real[:, None].astype(float), logits.shape[1], axis=1)
+            return merge, np.repeat(valid[:, None].astype(float), logits.shape[1], axis=1)
         if self.emit == "top_token":
-            return merge, self.softmax(merge, real, 0)
+            return merge, self.softmax(merge, valid, 0)
         if "emit_controller" in p:
             logits = tokens @ controller("emit_controller", "emit_base_weight")
         return merge, soft(logits, temperature("emit_temperature"), self.emit == "softmax_over_experts")
@@ -106,9 +110,9 @@ class Layer:
         """The update [B, S, D]; p has x, controller, w_in, w_out and, for a shared expert, kernel_in, kernel_out."""
         x = p["x"]
         y = np.zeros(x.shape)
-        for rows, positions, real in self.cells(*x.shape[:2]):
+        for rows, positions, valid in self.groups(*x.shape[:2]):
             tokens = x[rows, positions]
-            merge, emit = self.pair(p, tokens, real, (rows, positions))
+            merge, emit = self.mixing_weights(p, tokens, valid, (rows, positions))
             for e in range(merge.shape[1]):
                 mixture = normed(merge[:, e] @ tokens, p.get("mixture_norm"))
                 hidden = mixture @ p["w_in"][e]
@@ -121,57 +125,54 @@ class Layer:
         return y
 
     def entropy(self, p: dict[str, np.ndarray]) -> float:
-        """The mean of the normalised entropies of merge and emit, of those that are softmaxes of their own."""
-        found = {"merge": [], "emit": []}
-        for rows, positions, real in self.cells(*p["x"].shape[:2]):
-            merge, emit = self.pair(p, p["x"][rows, positions], real, (rows, positions))
-            if self.merge != "logits" and real.sum() > 1:  # of the expert's weights over the tokens, mean over experts
-                found["merge"].append(np.mean([shannon(column[real]) for column in merge.T]))
-            if self.emit == "softmax" and real.sum() > 1:
-                found["emit"].append(np.mean([shannon(column[real]) for column in emit.T]))
+        """Mean of the normalized entropies of merge and emit, of each that is a distribution of its own."""
+        entropies = {"merge": [], "emit": []}
+        for rows, positions, valid in self.groups(*p["x"].shape[:2]):
+            merge, emit = self.mixing_weights(p, p["x"][rows, positions], valid, (rows, positions))
+            if self.merge != "logits" and valid.sum() > 1:  # of each expert's weights over the tokens
+                entropies["merge"].append(np.mean([shannon(column[valid]) for column in merge.T]))
+            if self.emit == "softmax" and valid.sum() > 1:
+                entropies["emit"].append(np.mean([shannon(column[valid]) for column in emit.T]))
             if self.emit == "softmax_over_experts":  # of each token's weights over the experts
-                found["emit"] += [shannon(row) for row in emit[real]]
-        return float(np.mean([np.mean(values) for values in found.values() if values]))
+                entropies["emit"] += [shannon(row) for row in emit[valid]]
+        return float(np.mean([np.mean(values) for values in entropies.values() if values]))
 
     def differences(
         self, p: dict[str, np.ndarray], dy: np.ndarray, name: str, step: float = 1e-6, entropy: float = 0.0
     ) -> np.ndarray:
-        """The gradient of sum(forward(p) * dy) with respect to p[name], one number at a time by central differences.
-
-        `entropy` times `entropy(p)` is added to that sum.
-        """
-        found = np.zeros(p[name].shape)
-        for index in np.ndindex(*found.shape):
+        """The gradient of sum(forward(p) * dy) + entropy * self.entropy(p) by p[name], by central differences."""
+        gradient = np.zeros(p[name].shape)
+        for index in np.ndindex(*gradient.shape):
             values = []
             for sign in (1, -1):
                 moved = p[name].copy()
                 moved[index] += sign * step
                 q = p | {name: moved}
                 values.append((self.forward(q) * dy).sum() + (entropy * self.entropy(q) if entropy else 0))
-            found[index] = (values[0] - values[1]) / (2 * step)
-        return found
+            gradient[index] = (values[0] - values[1]) / (2 * step)
+        return gradient
 
     def backward(self, p: dict[str, np.ndarray], dy: np.ndarray) -> dict[str, np.ndarray]:
-        """The gradient of sum(forward(p) * dy) with respect to everything in p; of the paper's layer, no variant."""
+        """The gradients of sum(forward(p) * dy) by everything in p, for the paper's layer without variants."""
         x = p["x"]
         d = {name: np.zeros(value.shape) for name, value in p.items()}
-        for rows, s, real in self.cells(*x.shape[:2]):
-            tokens, dy_here = x[rows, s], dy[rows, s]
-            weights, _ = self.pair(p, tokens, real, (rows, s))
+        for rows, s, valid in self.groups(*x.shape[:2]):
+            tokens, d_update = x[rows, s], dy[rows, s]
+            weights, _ = self.mixing_weights(p, tokens, valid, (rows, s))
             d_weights = np.zeros(weights.shape)
             for e in range(weights.shape[1]):
                 column = weights[:, e]
                 mixture = column @ tokens
                 h = mixture @ p["w_in"][e]
                 output = np.maximum(h, 0) @ p["w_out"][e]
-                d_output = column @ dy_here
+                d_output = column @ d_update
                 d_h = (p["w_out"][e] @ d_output) * (h > 0)
                 d_mixture = p["w_in"][e] @ d_h
                 d["w_out"][e] += np.outer(np.maximum(h, 0), d_output)
                 d["w_in"][e] += np.outer(mixture, d_h)
                 d["x"][rows, s] += np.outer(column, d_mixture)
-                d_weights[:, e] = dy_here @ output + tokens @ d_mixture
-            if self.merge == "softmax" and self.temperature > 0:  # the others do not depend on the logits
+                d_weights[:, e] = d_update @ output + tokens @ d_mixture
+            if self.merge == "softmax" and self.temperature > 0:  # other weights do not depend on the logits
                 d_logits = weights * (d_weights - (weights * d_weights).sum(axis=0)) / self.temperature
                 d["controller"] += tokens.T @ d_logits
                 d["x"][rows, s] += d_logits @ p["controller"].T
@@ -185,26 +186,29 @@ class Layer:
 
 
 @dataclasses.dataclass
-class Routed:
-    """Token choice, forward and backward, one token after the other. capacity: slots of an expert in a routing group of
-    so many `tokens`; None: without end. mask: bool [B, S]. balance, z: weights of the two losses.
-    """
+class TokenChoice:
+    """Token choice, forward and backward, as a loop over tokens."""
 
     top_k: int
     tokens: int
+    """T, of a routing group."""
     capacity: int | None = None
+    """The slots of an expert in a routing group; None: unlimited."""
     mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
     balance: float = 0.0
+    """The weight of the load-balancing loss."""
     z: float = 0.0
+    """The weight of the router z-loss."""
 
     def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-        """(y [B, S, D], the two losses times their weights, gradients of sum(y dy) + losses); p as for `Layer`."""
+        """Return y [B, S, D], the sum of the weighted losses, and the gradients of sum(y dy) + losses."""
         x = p["x"].reshape(-1, p["x"].shape[-1])
-        real = np.ones(len(x), bool) if self.mask is None else self.mask.reshape(-1)
+        valid = np.ones(len(x), bool) if self.mask is None else self.mask.reshape(-1)
         dy, y, d = dy.reshape(x.shape), np.zeros(x.shape), {name: np.zeros(v.shape) for name, v in p.items()}
         dx = d["x"].reshape(x.shape)
         groups = [np.arange(start, start + self.tokens) for start in range(0, len(x), self.tokens)]
-        groups = [group[real[group]] for group in groups if real[group].any()]
+        groups = [group[valid[group]] for group in groups if valid[group].any()]
         loss, count = 0.0, p["controller"].shape[1]
         for group in groups:
             logits = x[group] @ p["controller"]
@@ -251,7 +255,7 @@ class Routed:
 
 
 def shannon(weights: np.ndarray) -> float:
-    """Entropy over that of as many equal weights: 1 is uniform, 0 is one-hot."""
+    """Entropy divided by that of as many equal weights: 1 is uniform, 0 is one-hot."""
     positive = weights[weights > 0]
     return -(positive * np.log(positive)).sum() / np.log(len(weights))
 

@@ -118,10 +118,10 @@ class Attention(nnx.Module):
         """Apply the attention kernel for this config and device: query [B, S, H, K], key and value [B, S, H_kv, K] ->
         [B, S, H, K].
         """
-        causal, kernel = self.config.objective == "causal", fused_attention.choose(self.config, query.shape[1])
+        causal, kernel = self.config.objective == "causal", fused_attention.choose_kernel(self.config, query.shape[1])
         if kernel != "xla":
             fused = {"splash": fused_attention.splash, "cudnn": fused_attention.cudnn}[kernel]
-            return fused(query, key, value, fused_attention.documents_of(token_mask, segments), causal)
+            return fused(query, key, value, fused_attention.attention_ids(token_mask, segments), causal)
         mask = None if token_mask is None else token_mask[:, None, None, :]
         if segments is not None:
             document_mask = fused_attention.same_document(segments, segments)[:, None]

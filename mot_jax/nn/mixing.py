@@ -1,18 +1,32 @@
-"""The mixing core of Mixture of Tokens: pure functions on arrays (PAPER.md section 2).
+"""The mixing core of Mixture of Tokens: pure functions on arrays (`docs/paper.md`, section 2; arXiv 2310.15961).
 
-Notation, here and everywhere:
+For one group at one position, with its tokens X [G, D] after the layer norm and an expert e of E:
 
-    B  batch, rows          N  groups, B / G         E  experts          x  layer input, after the norm
-    S  sequence             G  group size            F  expert width     u  mixtures, one per group, position and expert
-    D  model width          n, g, s, e, d, f  their indices in einsums   o  expert outputs
+    L   = X C                            logits, C the controller              [G, E]    computed by the caller
+    M   = softmax(L / T) over the group  mixing weights, columns sum to 1      [G, E]    `mixing_weights`
+    U   = Mᵀ X                           mixtures, the input of the experts    [E, D]    `merge`
+    O_e = act(U_e W_in[e]) W_out[e]      expert outputs                        [E, D]    functions passed by the caller
+    Y   = M O                            update, added to the residual stream  [G, D]    `emit`
 
-Row b of the batch is slot b % G of group b // G. (V-MoE calls something else a group: a set of tokens that are routed
-together.) Tokens are mixed with the tokens at the same position of the other rows of their group, and with no others:
-no position sees another, no group sees another.
+Dimensions, in every package:
 
-The functions run under NNX, Linen or bare JAX, with or without a mesh. Under a mesh with our Explicit axes, groups are
-split over all devices and experts over the axis `expert` (`mot_jax.nn.sharding`). A device that holds fewer rows than a
-group exchanges rows for positions with its neighbours: mixing asks for whole groups at a position, not for whole rows.
+    B  batch                 N  groups, B / G    E  experts          x  layer input, after the layer norm
+    S  sequence (positions)  G  group size       F  expert width     u  mixtures: per group, position and expert
+    D  model width           n, g, s, e, d, f: their einsum letters  o  expert outputs
+
+Sequence b of the batch is member b % G of group b // G. (V-MoE uses "group" for something else: a set of tokens that
+are routed together.) A token is mixed with the tokens at the same position of the other sequences of its group and with
+no others, so positions are independent of each other, and so are groups.
+
+The backward pass is in `merge_experts_emit`, which computes U, O and Y as one function with its own derivative
+(`jax.custom_vjp`; `_forward` returns what is saved, `_backward` uses it). Always saved: x, the mixing weights and the
+experts' parameters. Mixtures and expert outputs, E / G times the size of x each, are recomputed; the argument
+`save_for_backward` saves the experts' pre-activations, or everything, instead. The softmax saves only its result.
+
+The functions work under NNX, Linen or bare JAX, with or without a mesh. Under a mesh with our Explicit axes, groups are
+sharded over all devices and experts over the axis `expert` (`mot_jax.nn.sharding`). If a device holds fewer sequences
+than a group, devices exchange sequences for positions by an all-to-all: mixing needs whole groups at a position, not
+whole sequences.
 """
 
 from __future__ import annotations
@@ -28,15 +42,24 @@ import jax.numpy as jnp
 from mot_jax.config import MixingConfig
 from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, reshard, spec, whole_group_axes
 
-Saved = Literal["nothing", "pre_activations", "all"]
-Project = Callable[[Any, Any], Any]
+SaveForBackward = Literal["nothing", "pre_activations", "all"]
+Projection = Callable[[Any, Any], Any]  # (input, parameters) -> output: one half of the experts
 
 
 def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "across") -> jax.Array:
-    """[B, S, ...] -> [N, G, S, ...]: contiguous rows form a group. Raises AssertionError unless G divides B.
+    """Split the batch into groups of contiguous sequences: [B, S, ...] -> [N, G, S, ...].
 
-    `within`: contiguous positions of a row form a group, [B, S, ...] -> [B S / G, G, 1, ...]; G divides S.
-    Groups that span devices are made whole by one all-to-all, after which S is spread over what held their rows.
+    Groups that span devices are made whole by one all-to-all, after which S is sharded over the mesh axes that
+    sequences were sharded over.
+
+    Args:
+        x: [B, S, ...].
+        group_size: G.
+        groups: `across` sequences, or `within` a sequence: contiguous positions form a group, and the result is
+            [B S / G, G, 1, ...].
+
+    Raises:
+        AssertionError: G does not divide B (`across`) or S (`within`).
     """
     chex.assert_scalar_positive(group_size)
     batch, length = x.shape[:2]
@@ -56,7 +79,10 @@ def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "
 
 
 def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
-    """[N, G, S, ...] -> [B, S, ...], the inverse of `group`; of groups within rows if the `length` S is given."""
+    """Invert `group`: [N, G, S, ...] -> [B, S, ...].
+
+    length: S, needed for groups within a sequence only.
+    """
     if x.ndim < 3:
         raise AssertionError(f"x is [N, G, S, ...]: groups, group size, sequence; its rank is {x.ndim}")
     length = x.shape[2] if length is None else length
@@ -70,28 +96,35 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
 
 # --- mixing weights ---------------------------------------------------------------------------------------------------
 
-OVER_GROUP, OVER_EXPERTS = 1, 3  # the dimension of [N, G, S, E] that a softmax runs over
+OVER_GROUP, OVER_EXPERTS = 1, 3  # the dimension of [N, G, S, E] that a softmax normalizes
 
 
-def temperature(config: MixingConfig, step: jax.Array | None, learned: jax.Array | None = None) -> float | jax.Array:
-    """T at a training step (int32 scalar; None: after training). Scalar, or [E] if one is learned for each expert.
+def temperature_at_step(
+    config: MixingConfig, step: jax.Array | None, learned: jax.Array | None = None
+) -> float | jax.Array:
+    """T at a training step: annealed, learned or constant.
 
-    learned: the parameter θ, [] or [E], with `learned_temperature`.
+    Args:
+        step: int32 scalar; None after training.
+        learned: the parameter θ, [] or [E], with `learned_temperature`.
+
+    Returns:
+        A scalar, or [E] if each expert learns its own.
     """
     if config.annealing != "none":
         if step is None:
             return config.final_temperature
         first, last = config.annealing_steps
-        part = jnp.clip((step - first) / (last - first), 0, 1)
-        part = (1 - jnp.cos(jnp.pi * part)) / 2 if config.annealing == "cosine" else part
-        return config.temperature + (config.final_temperature - config.temperature) * part
+        progress = jnp.clip((step - first) / (last - first), 0, 1)
+        progress = (1 - jnp.cos(jnp.pi * progress)) / 2 if config.annealing == "cosine" else progress
+        return config.temperature + (config.final_temperature - config.temperature) * progress
     if learned is None:
         return config.temperature
     learned = learned.astype(jnp.promote_types(learned.dtype, jnp.float32))
     if step is not None:
         learned = jnp.where(step < config.frozen_steps, jax.lax.stop_gradient(learned), learned)
     factor = jnp.exp(learned) if config.positive_temperature else 1 + learned
-    return jnp.maximum(config.temperature * factor, 1e-6)  # whatever it learns, no division by 0
+    return jnp.maximum(config.temperature * factor, 1e-6)  # never a division by 0, whatever value is learned
 
 
 def mixing_weights(
@@ -100,25 +133,25 @@ def mixing_weights(
     token_mask: jax.Array | None = None,
     temperature: float | jax.Array | None = None,
 ) -> jax.Array:
-    """Merge weights M over the tokens of each group, for each expert and position apart.
+    """Compute the merge weights M: for each expert and position, a distribution over the tokens of the group.
 
     Args:
-        logits: [N, G, S, E], what the controller says of each token. Any float type.
-        config: where the weights come from (`config.merge`).
-        token_mask: bool [N, G, S], True = real. Masked tokens get weight 0.
-        temperature: T, a scalar or [E], see `temperature`; None: that of `config`.
+        logits: [N, G, S, E], the controller's logits, in any float type.
+        config: `config.merge` chooses softmax, uniform weights, or the logits themselves.
+        token_mask: bool [N, G, S], True = non-padding. Padding tokens have weight 0.
+        temperature: T, a scalar or [E] (see `temperature_at_step`); None: that of `config`.
 
     Returns:
-        [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where no token is real; but for
-        `merge="logits"`, where it is the logits.
+        [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where the group has padding
+        only. With `merge="logits"` there is no normalization.
     """
-    logits, real = _prepare(logits, token_mask)
+    logits, valid = _prepare(logits, token_mask)
     if config.merge == "uniform":
-        weights = jnp.where(real, jnp.ones_like(logits), 0)
+        weights = jnp.where(valid, jnp.ones_like(logits), 0)
         return weights / jnp.maximum(weights.sum(axis=OVER_GROUP, keepdims=True), 1)
     if config.merge == "logits":
-        return jnp.where(real, logits, 0)
-    return _softmax(logits, real, config, temperature, OVER_GROUP)
+        return jnp.where(valid, logits, 0)
+    return _softmax(logits, valid, config, temperature, OVER_GROUP)
 
 
 def emit_weights(
@@ -128,24 +161,30 @@ def emit_weights(
     token_mask: jax.Array | None = None,
     temperature: float | jax.Array | None = None,
 ) -> jax.Array | None:
-    """Emit weights Q, [N, G, S, E] like `merge_weights` M; None where they are M. Masked tokens get weight 0.
+    """Compute the emit weights Q, or return None if they are the merge weights (the paper's default).
 
-    logits: [N, G, S, E] of the emit controller; the other arguments are those of `mixing_weights`. Columns sum to 1
-    over G with `emit="softmax"`, rows over E with `softmax_over_experts`.
+    Args:
+        merge_weights: M, [N, G, S, E].
+        logits: [N, G, S, E], of the emit controller.
+        config, token_mask, temperature: as in `mixing_weights`.
+
+    Returns:
+        [N, G, S, E], 0 for padding tokens. Sums to 1 over G with `emit="softmax"`, and over E with
+        `emit="softmax_over_experts"`.
     """
     if config.emit == "merge":
         return None
-    logits, real = _prepare(logits, token_mask)
+    logits, valid = _prepare(logits, token_mask)
     if config.emit == "ones":
-        return jnp.where(real, jnp.ones_like(logits), 0)
+        return jnp.where(valid, jnp.ones_like(logits), 0)
     if config.emit == "top_token":
-        return _one_hot(merge_weights, real, OVER_GROUP)
+        return _one_hot(merge_weights, valid, OVER_GROUP)
     axis = OVER_GROUP if config.emit == "softmax" else OVER_EXPERTS
-    return _softmax(logits, real, config, temperature, axis)
+    return _softmax(logits, valid, config, temperature, axis)
 
 
 def _prepare(logits: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Checks; the logits in float32 or wider, and which tokens are real, [N, G, S, 1] or []."""
+    """Check the arguments; return the logits in float32 or wider and the mask as [N, G, S, 1] ([] without one)."""
     chex.assert_rank(logits, 4, custom_message="logits are [N, G, S, E]: groups, group size, sequence, experts")
     chex.assert_type(logits, jnp.floating)
     if token_mask is not None:
@@ -154,56 +193,60 @@ def _prepare(logits: jax.Array, token_mask: jax.Array | None) -> tuple[jax.Array
     return logits.astype(wide), jnp.ones((), bool) if token_mask is None else token_mask[..., None]
 
 
-def _softmax(logits, real, config: MixingConfig, temperature: float | jax.Array | None, axis: int) -> jax.Array:
-    """softmax(logits / T) over the real entries of `axis`; the others get 0."""
+def _softmax(logits, valid, config: MixingConfig, temperature: float | jax.Array | None, axis: int) -> jax.Array:
+    """softmax(logits / T) over the valid entries of `axis`, 0 elsewhere; one-hot in the limit T = 0."""
     t = config.temperature if temperature is None else temperature
-    real = jnp.broadcast_to(real, logits.shape)
+    valid = jnp.broadcast_to(valid, logits.shape)
     tiny = float(jnp.finfo(logits.dtype).tiny)
     if config.learned_temperature != "none":
-        weights = _masked_softmax(logits / t, real, 1.0, axis)
+        # Divided outside of `_masked_softmax`, which has no derivative by T.
+        weights = _masked_softmax(logits / t, valid, 1.0, axis)
     elif isinstance(t, (int, float)):
-        weights = _one_hot(logits, real, axis) if t < tiny else _masked_softmax(logits, real, t, axis)
+        weights = _one_hot(logits, valid, axis) if t < tiny else _masked_softmax(logits, valid, t, axis)
     else:
-        weights = _masked_softmax(logits, real, jnp.maximum(t, tiny), axis)
-        weights = jnp.where(t < tiny, _one_hot(logits, real, axis), weights)
+        weights = _masked_softmax(logits, valid, jnp.maximum(t, tiny), axis)
+        weights = jnp.where(t < tiny, _one_hot(logits, valid, axis), weights)
     if config.straight_through:
-        weights = _straight_through(weights, _masked_softmax(logits, real, 1.0, axis))
+        weights = _straight_through(weights, _masked_softmax(logits, valid, 1.0, axis))
     return weights
 
 
-def _one_hot(values: jax.Array, real: jax.Array, axis: int) -> jax.Array:
-    """1 for the first largest of the real entries of `axis`, 0 for the others. No gradient."""
-    best = jnp.argmax(jnp.where(real, values, jnp.finfo(values.dtype).min), axis=axis)  # the first of equals
-    return jnp.where(real, jax.nn.one_hot(best, values.shape[axis], axis=axis, dtype=values.dtype), 0)
+def _one_hot(values: jax.Array, valid: jax.Array, axis: int) -> jax.Array:
+    """1 at the first maximum of the valid entries of `axis`, 0 elsewhere. Has no gradient."""
+    best = jnp.argmax(jnp.where(valid, values, jnp.finfo(values.dtype).min), axis=axis)
+    return jnp.where(valid, jax.nn.one_hot(best, values.shape[axis], axis=axis, dtype=values.dtype), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _masked_softmax(logits: jax.Array, real: jax.Array, temperature: jax.typing.ArrayLike, axis: int) -> jax.Array:
-    """Over the real entries of `axis`. Nothing but its result is kept for the backward pass; no gradient of T."""
-    # The lowest finite number instead of -inf: a group without real tokens gives no NaN. The largest is 0 before the
-    # division, so that neither a huge logit nor a tiny temperature overflows.
-    scaled = jnp.where(real, logits, jnp.finfo(logits.dtype).min)
+def _masked_softmax(logits: jax.Array, valid: jax.Array, temperature: jax.typing.ArrayLike, axis: int) -> jax.Array:
+    """softmax(logits / temperature) over the valid entries of `axis`, 0 elsewhere.
+
+    Saves only its result for the backward pass. Not differentiable by `temperature`.
+    """
+    # The lowest finite number instead of -inf: a group with padding only gives no NaN. The maximum is subtracted before
+    # the division, so that neither a huge logit nor a tiny temperature overflows.
+    scaled = jnp.where(valid, logits, jnp.finfo(logits.dtype).min)
     scaled = (scaled - scaled.max(axis=axis, keepdims=True)) / temperature
-    return jnp.where(real, jax.nn.softmax(scaled, axis=axis), 0)
+    return jnp.where(valid, jax.nn.softmax(scaled, axis=axis), 0)
 
 
-def _softmax_forward(logits, real, temperature, axis):
-    weights = _masked_softmax(logits, real, temperature, axis)
+def _masked_softmax_forward(logits, valid, temperature, axis):
+    weights = _masked_softmax(logits, valid, temperature, axis)
     return weights, (weights, temperature)
 
 
-def _softmax_backward(axis, kept, cotangent):
-    weights, temperature = kept
+def _masked_softmax_backward(axis, residuals, cotangent):
+    weights, temperature = residuals
     product = weights * cotangent
     return (product - weights * product.sum(axis=axis, keepdims=True)) / temperature, None, None
 
 
-_masked_softmax.defvjp(_softmax_forward, _softmax_backward)
+_masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
 
 
 @jax.custom_vjp
 def _straight_through(value: jax.Array, surrogate: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `surrogate`."""
+    """Return `value`, with the gradient of `surrogate`."""
     return value
 
 
@@ -211,21 +254,25 @@ _straight_through.defvjp(lambda value, surrogate: (value, None), lambda _, cotan
 
 
 def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, axis: int = OVER_GROUP) -> jax.Array:
-    """Mean entropy of the mixing weights over log(real entries of `axis`): 1 is uniform, 0 is one-hot. Scalar.
+    """Mean entropy of mixing weights, divided by that of uniform ones: 1 is uniform, 0 is one-hot. Scalar.
 
-    `OVER_GROUP`: groups with fewer than two real tokens at a position do not count. `OVER_EXPERTS`: masked tokens.
+    Args:
+        weights: [N, G, S, E].
+        token_mask: bool [N, G, S], True = non-padding.
+        axis: the normalized dimension. With `OVER_GROUP`, groups with fewer than two non-padding tokens at a position
+            are left out of the mean; with `OVER_EXPERTS`, padding tokens are.
     """
     n, g, s, e = weights.shape
-    there = weights > jnp.finfo(weights.dtype).tiny  # where not, as with masked tokens, no infinite slope
-    logs = jnp.log(jnp.where(there, weights, 1))
+    positive = weights > jnp.finfo(weights.dtype).tiny  # elsewhere, as for padding tokens, the slope would be infinite
+    logs = jnp.log(jnp.where(positive, weights, 1))
     entropy = -(weights * logs).sum(axis=axis)
     if axis == OVER_EXPERTS:
         counts = jnp.ones((n, g, s), bool) if token_mask is None else token_mask
         entropy = entropy / jnp.log(max(e, 2))
     else:
-        real = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
-        counts = real > 1
-        entropy = entropy.mean(axis=-1) / jnp.log(jnp.maximum(real, 2))
+        num_tokens = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
+        counts = num_tokens > 1
+        entropy = entropy.mean(axis=-1) / jnp.log(jnp.maximum(num_tokens, 2))
     return jnp.where(counts, entropy, 0).sum() / jnp.maximum(counts.sum(), 1)
 
 
@@ -233,7 +280,7 @@ def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, 
 
 
 def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Mixtures: the tokens of a group averaged by the mixing weights of each expert.
+    """Compute the mixtures: for each expert, the average of a group's tokens by the expert's mixing weights.
 
     weights [N, G, S, E], x [N, G, S, D] -> [N, S, E, D] in x's dtype.
     """
@@ -242,112 +289,119 @@ def merge(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def emit(weights: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Expert outputs handed back to the tokens of the group, not renormalised.
+    """Distribute the expert outputs to the tokens of the group: their sum by each token's weights, not renormalized.
 
-    weights [N, G, S, E], outputs [N, S, E, D] -> [N, G, S, D] in the dtype of outputs.
+    weights [N, G, S, E], outputs [N, S, E, D] -> [N, G, S, D] in the dtype of `outputs`.
     """
     chex.assert_rank([weights, outputs], 4, custom_message="weights are [N, G, S, E], outputs are [N, S, E, D]")
     n, _, s, e = weights.shape
-    words = "expert outputs are [N, S, E, D] beside weights [N, G, S, E]"
+    words = "expert outputs are [N, S, E, D] for weights [N, G, S, E]"
     chex.assert_shape(outputs, (n, s, e, None), custom_message=words)
     return _by_position(jnp.einsum("nsge,nsed->nsgd", _by_position(weights.astype(outputs.dtype)), outputs))
 
 
 def _by_position(x: jax.Array) -> jax.Array:
-    """[N, G, S, ...] -> [N, S, G, ...], and back: a matrix for each position, which products read as it lies."""
+    """Swap G and S, [N, G, S, ...] <-> [N, S, G, ...]: one matrix per position, the layout of batched products."""
     return jnp.swapaxes(x, 1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def mix_through(
-    project_in: Project,
-    project_out: Project,
-    save_for_backward: Saved,
+def merge_experts_emit(
+    project_in: Projection,
+    project_out: Projection,
+    save_for_backward: SaveForBackward,
     x: jax.Array,
     weights: jax.Array,
     w_in: chex.ArrayTree,
     w_out: chex.ArrayTree,
     emit_weights: jax.Array | None = None,
 ) -> jax.Array:
-    """Merge, experts and emit in one function, so that the backward pass need not keep the mixtures.
+    """Merge, experts and emit as one function with its own backward pass, which need not save the mixtures.
 
-    At granularity E/G = k the mixtures and the expert outputs are each k times as large as the activations. Neither is
-    kept (unless `save_for_backward` is `all`): the backward pass makes them again, the mixtures from x, the outputs from the
-    pre-activations. Where experts are spread over devices, what is made again travels together with the cotangent that
-    must travel anyway: two all-to-alls forward and two backward, whatever is kept.
+    At granularity E / G = k the mixtures and the expert outputs are each k times as large as x. The backward pass
+    recomputes them, the mixtures from x and the outputs from the pre-activations, unless `save_for_backward` is `all`.
+
+    If experts are sharded over devices, a recomputed array travels in one all-to-all with the cotangent that has to
+    travel anyway: two all-to-alls forward and two backward for every value of `save_for_backward`.
 
     Args:
         project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [E, N, S, F]: the experts up to the activation.
         project_out: (pre-activations, w_out) -> [N, S, E, D]: activation and output projection.
-        save_for_backward: what to keep, see `MixtureOfTokensConfig`.
+        save_for_backward: what the forward pass saves in addition to x, the mixing weights and the parameters:
+            `nothing`, the `pre_activations`, or `all` (also the mixtures and the expert outputs).
         x: [N, G, S, D].
-        weights: mixing weights [N, G, S, E], to merge with, and to emit with unless there are `emit_weights`.
-        w_in, w_out: the experts' parameters, spread over the mesh axis `expert` by their dimension E.
-        emit_weights: [N, G, S, E], if they are others.
+        weights: mixing weights [N, G, S, E], used by merge, and by emit unless `emit_weights` are given.
+        w_in, w_out: the experts' parameters, sharded over the mesh axis `expert` along E.
+        emit_weights: [N, G, S, E], if different from `weights`.
 
     Returns:
-        The update [N, G, S, D] in x's dtype. Only reverse-mode derivatives exist, and no second ones.
+        The update [N, G, S, D] in x's dtype. Supports first-order reverse-mode derivatives only.
     """
     return _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights)[0]
 
 
 def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights):
+    """Return the update, and the residuals that are saved for `_backward`."""
     (u,) = _to_experts(merge(weights, x))
     h = project_in(u, w_in)
     (o,) = _to_groups(x, project_out(h, w_out))
-    kept = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[save_for_backward]
+    saved = {"nothing": (), "pre_activations": (h,), "all": (h, u, o)}[save_for_backward]
     y = emit(weights if emit_weights is None else emit_weights, o)
-    return y, (x, weights, w_in, w_out, emit_weights, kept)
+    return y, (x, weights, w_in, w_out, emit_weights, saved)
 
 
 def _backward(project_in, project_out, save_for_backward, residuals, dy):
-    # Or else the compiler, finding the forward pass in the same program, keeps what we mean to compute again.
-    x, weights, w_in, w_out, emit_weights, kept, dy = jax.lax.optimization_barrier((*residuals, dy))
-    do = merge(weights if emit_weights is None else emit_weights, dy)  # emit's transpose
+    """Gradients of x, the weights, w_in, w_out and the emit weights; `dy` [N, G, S, D] is the update's cotangent."""
+    # Without the barrier the compiler finds the same expressions in the forward pass and saves their values, which
+    # are meant to be recomputed.
+    x, weights, w_in, w_out, emit_weights, saved, dy = jax.lax.optimization_barrier((*residuals, dy))
+    do = merge(weights if emit_weights is None else emit_weights, dy)  # the transpose of emit
     if save_for_backward == "all":
-        u, (do,) = kept[1], _to_experts(do)
+        u, (do,) = saved[1], _to_experts(do)
     else:
         u, do = _to_experts(merge(weights, x), do)
-    # Where h was kept, this second computation of it is dead code to the compiler.
+    # If h was saved, recomputing it here is dead code, which the compiler removes.
     h, pull_in = jax.vjp(project_in, u, w_in)
-    o, pull_out = jax.vjp(project_out, kept[0] if kept else h, w_out)
+    o, pull_out = jax.vjp(project_out, saved[0] if saved else h, w_out)
     dh, dw_out = pull_out(reshard(do, *axes_of(o)))
     du, dw_in = pull_in(dh)
     if save_for_backward == "all":
-        o, (du,) = kept[2], _to_groups(x, du)
+        o, (du,) = saved[2], _to_groups(x, du)
     else:
         o, du = _to_groups(x, reshard(o, *axes_of(du)), du)
-    dx = emit(weights, du)  # merge's transpose
+    dx = emit(weights, du)  # the transpose of merge
     d_merge, d_emit = map(_weights_gradient, (x, dy), (du, o))
     if emit_weights is None:
         return dx, (d_merge + d_emit).astype(weights.dtype), dw_in, dw_out, None
     return dx, d_merge.astype(weights.dtype), dw_in, dw_out, d_emit.astype(emit_weights.dtype)
 
 
-mix_through.defvjp(_forward, _backward)
+merge_experts_emit.defvjp(_forward, _backward)
 
 
 def _weights_gradient(tokens: jax.Array, of_experts: jax.Array) -> jax.Array:
-    """[N, G, S, D], [N, S, E, D] -> their products over D, [N, G, S, E]."""
+    """Inner products over D of tokens [N, G, S, D] and arrays of experts [N, S, E, D]: [N, G, S, E]."""
     return _by_position(jnp.einsum("nsgd,nsed->nsge", _by_position(tokens), of_experts))
 
 
 def _to_experts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """From each device having its groups for all experts to its experts for all groups: one all-to-all on `expert`.
+    """Reshard [N, S, E, D] from groups to experts, by one all-to-all along the mesh axis `expert`.
 
-    [N, S, E, D], of which `expert` cuts the groups, or the positions where groups span devices.
+    Before, a device has its groups for all experts; after, its experts for all groups. `expert` shards the groups, or
+    the positions where groups span devices.
     """
     groups, positions = (tuple(axis for axis in axes if axis != "expert") for axes in axes_of(arrays[0])[:2])
     return _exchange(arrays, groups, positions, DIMENSIONS["experts"])
 
 
 def _to_groups(like: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Back again, to where the groups of `like` [N, G, S, D] are: one all-to-all on `expert`."""
+    """Invert `_to_experts`: reshard to the groups and positions of `like` [N, G, S, D], by one all-to-all."""
     groups, _, positions, _ = axes_of(like)
     return _exchange(arrays, groups, positions, ())
 
 
 def _exchange(arrays: tuple[jax.Array, ...], groups: Axes, positions: Axes, experts: Axes) -> tuple[jax.Array, ...]:
+    """Reshard all arrays; several of them are stacked, so that they take one collective."""
     if axis_size("expert") == 1 or len(arrays) == 1:
         return tuple(reshard(a, groups, positions, experts, None) for a in arrays)
     return tuple(reshard(jnp.stack(arrays), None, groups, positions, experts, None))
@@ -360,8 +414,8 @@ def _check_pair(weights: jax.Array, x: jax.Array) -> None:
     )
 
 
-def _check_mask(token_mask: jax.Array, beside: jax.Array) -> None:
+def _check_mask(token_mask: jax.Array, logits: jax.Array) -> None:
     chex.assert_type(token_mask, bool)
     chex.assert_shape(
-        token_mask, beside.shape[:3], custom_message="token mask is [N, G, S]: groups, group size, sequence"
+        token_mask, logits.shape[:3], custom_message="token mask is [N, G, S]: groups, group size, sequence"
     )

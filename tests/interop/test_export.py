@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from etils import epath
 from exports import assert_same, config_of, tensors_of
-from others import AUTHORS
+from other_projects import AUTHORS
 from processes import start
 
 from mot_jax import cli

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from exports import assert_same, config_of, tensors_of
-from others import AUTHORS, KIND, OTHERS, PORT, authors_tensors, port_tensors
+from other_projects import AUTHORS, KIND, OTHERS, PORT, authors_tensors, port_tensors
 from safetensors.numpy import save_file
 
 from mot_jax.config import ModelConfig

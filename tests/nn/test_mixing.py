@@ -1,4 +1,4 @@
-"""The mixing core as pure functions: weights, merge, emit, and the one differentiable function around them."""
+"""The mixing core: weights, merge, emit, and `merge_experts_emit` with its own backward pass."""
 
 from functools import partial
 
@@ -34,22 +34,22 @@ def some_mask(seed: int) -> np.ndarray:
 
 @EVERY_MIXING
 @given(SEEDS, st.sampled_from([0.0, 1.0, 1e4, 1e30]))
-def test_columns_sum_to_one_or_to_zero_where_nothing_is_real(config, seed, scale):
+def test_weights_sum_to_one_over_the_group_or_to_zero_without_tokens(config, seed, scale):
     logits, mask = scale * normal(seed, N, G, S, E), some_mask(seed)
-    for real in (np.ones_like(mask), mask):
-        weights = np.asarray(weights_of(logits, config, real))
-        assert (weights >= 0).all() and not weights[~real].any()
-        expected = np.broadcast_to(real.any(axis=1)[..., None], (N, S, E))
+    for valid in (np.ones_like(mask), mask):
+        weights = np.asarray(weights_of(logits, config, valid))
+        assert (weights >= 0).all() and not weights[~valid].any()
+        expected = np.broadcast_to(valid.any(axis=1)[..., None], (N, S, E))
         np.testing.assert_allclose(weights.sum(axis=1), expected, atol=1e-6)
     np.testing.assert_allclose(weights_of(logits, config), weights_of(logits, config, np.ones_like(mask)), atol=1e-6)
 
 
 @given(SEEDS)
-def test_one_hot_takes_the_first_maximum_of_the_real_tokens(seed):
-    """Integer logits from a small range: most maxima are shared."""
+def test_temperature_zero_takes_the_first_maximum_of_the_non_padding_tokens(seed):
+    """With integer logits from a small range, so that most maxima occur more than once."""
     logits = np.random.default_rng(seed).integers(-1, 2, size=(N, G, S, E)).astype("float32")
     mask = some_mask(seed)
-    best = np.where(mask[..., None], logits, -np.inf).argmax(axis=1)  # NumPy's is the first, too
+    best = np.where(mask[..., None], logits, -np.inf).argmax(axis=1)  # NumPy's argmax is the first one, too
     expected = (np.arange(G)[:, None, None] == best[:, None]) & mask[..., None]
     np.testing.assert_array_equal(weights_of(logits, MixingConfig(temperature=0.0), mask), expected)
 
@@ -63,7 +63,7 @@ def test_tiny_temperatures_and_huge_logits_do_not_overflow(temperature):
 
 
 @given(SEEDS)
-def test_temperature_is_the_softmax_temperature(seed):
+def test_temperature_divides_the_logits(seed):
     logits = normal(seed, N, G, S, E)
     powers = np.exp(logits / 0.2)
     expected = powers / powers.sum(axis=1, keepdims=True)
@@ -87,7 +87,7 @@ def test_weights_are_at_least_float32(given_type):
         assert all(mixing.mixing_weights(logits, config).dtype == expected for config in MIXING)
 
 
-def test_a_group_is_contiguous_rows():
+def test_a_group_consists_of_contiguous_sequences():
     x = np.arange(N * G * S).reshape(N * G, S)
     grouped = mixing.group(x, G)
     np.testing.assert_array_equal(grouped[1, 2], x[1 * G + 2])
@@ -103,19 +103,19 @@ def test_merge_and_emit_are_transposes():
 @given(SEEDS)
 def test_entropy_is_one_for_uniform_and_zero_for_one_token(seed):
     logits, mask = normal(seed, N, G, S, E), some_mask(seed)
-    mask[1, :2] = True  # somewhere there is a choice
+    mask[1, :2] = True  # at least one group has two tokens, without which every entropy is 0
     entropies = [mixing.normalised_entropy(weights_of(logits, c, mask), mask) for c in MIXING]
     softmax, cold, zero, uniform = map(float, entropies)
     assert zero == 0 and uniform == pytest.approx(1, abs=1e-5)
     assert 0 < cold < softmax < 1
 
 
-@pytest.mark.parametrize("lonely", [np.zeros((N, G, S), bool), np.arange(G)[None, :, None] + np.zeros((N, 1, S)) == 1])
-def test_entropy_without_a_choice_is_zero(lonely):
-    assert mixing.normalised_entropy(weights_of(normal(0, N, G, S, E), MixingConfig(), lonely), lonely) == 0
+@pytest.mark.parametrize("mask", [np.zeros((N, G, S), bool), np.arange(G)[None, :, None] + np.zeros((N, 1, S)) == 1])
+def test_entropy_is_zero_if_no_group_has_two_tokens(mask):
+    assert mixing.normalised_entropy(weights_of(normal(0, N, G, S, E), MixingConfig(), mask), mask) == 0
 
 
-# --- mix_through ------------------------------------------------------------------------------------------------------
+# --- merge_experts_emit -----------------------------------------------------------------------------------------------
 
 
 def project_in(u: jax.Array, p: dict) -> jax.Array:
@@ -126,23 +126,23 @@ def project_out(h: jax.Array, p: dict) -> jax.Array:
     return jnp.tanh(h) * p["scale"]
 
 
-def plainly(x, weights, w_in, w_out):
-    """What mix_through computes, left to automatic differentiation."""
+def reference(x, weights, w_in, w_out):
+    """The formula of `merge_experts_emit`, for automatic differentiation."""
     return mixing.emit(weights, project_out(project_in(mixing.merge(weights, x), w_in), w_out))
 
 
 @pytest.mark.parametrize("save_for_backward", ["nothing", "pre_activations", "all"])
-def test_mix_through_differentiates_any_experts(save_for_backward):
-    """Experts are any functions of any trees of parameters; the gradients are those of the plain composition."""
+def test_merge_experts_emit_has_the_gradients_of_the_plain_composition(save_for_backward):
+    """For experts that are arbitrary functions of arbitrary trees of parameters."""
     w_in = {"scale": normal(3, E, D), "bias": normal(4, E, D)}
     args = (normal(0, N, G, S, D), normal(1, N, G, S, E), w_in, {"scale": normal(5, E, D)})
     dy = normal(2, N, G, S, D)
-    through = partial(mixing.mix_through, project_in, project_out, save_for_backward)
-    (y, pull), (expected, expected_pull) = (jax.vjp(f, *args) for f in (through, plainly))
+    fused = partial(mixing.merge_experts_emit, project_in, project_out, save_for_backward)
+    (y, pull), (expected, expected_pull) = (jax.vjp(f, *args) for f in (fused, reference))
     chex.assert_trees_all_close((y, pull(dy)), (expected, expected_pull(dy)), rtol=1e-4, atol=1e-5)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused arguments ------------------------------------------------------------------------------------------------
 
 ZEROS = {"NGSE": jnp.zeros((N, G, S, E)), "NGSD": jnp.zeros((N, G, S, D)), "NSED": jnp.zeros((N, S, E, D))}
 REFUSED = {
@@ -162,7 +162,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_shapes_are_refused_in_words(case, compiled):
-    call, words = REFUSED[case]
-    with pytest.raises(AssertionError, match=words):
+def test_wrong_shapes_raise_an_error_that_names_the_dimensions(case, compiled):
+    call, message = REFUSED[case]
+    with pytest.raises(AssertionError, match=message):
         (jax.jit(call) if compiled else call)()

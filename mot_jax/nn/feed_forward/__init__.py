@@ -1,8 +1,9 @@
-"""The feed-forward layers, one kind a file. A new kind is one file, its config, and one line here."""
+"""The feed-forward layers, one kind per file, and the table from the config class of a kind to its layer.
+
+To add a kind, write its config, one file with its layer, and one line in `KINDS`: see `interface.py`.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from flax import nnx
 
@@ -16,11 +17,11 @@ from mot_jax.config import (
 )
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput
+from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
-KINDS: dict[type, Callable[..., nnx.Module]] = {
+KINDS: dict[type, type[FeedForward]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
@@ -31,6 +32,7 @@ __all__ = [
     "KINDS",
     "Companions",
     "Dense",
+    "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",
     "MixtureOfTokens",
@@ -39,8 +41,8 @@ __all__ = [
 ]
 
 
-def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> nnx.Module:
-    """The layer of this kind, with the model's widths, activation, init and dtypes."""
+def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rngs) -> FeedForward:
+    """Create the layer of this kind, with the model's widths, activation, init and dtypes."""
     return KINDS[type(kind)](
         model.d_model,
         model.d_ff,

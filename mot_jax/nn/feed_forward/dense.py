@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: every token by itself."""
+"""The dense feed-forward layer: each token is processed independently."""
 
 from __future__ import annotations
 
@@ -7,43 +7,39 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from mot_jax.config import DenseConfig, InitConfig
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
-from mot_jax.nn.initializers import draw
+from mot_jax.config import DenseConfig
+from mot_jax.nn.feed_forward.interface import (
+    FeedForward,
+    FeedForwardContext,
+    FeedForwardOutput,
+    LayerOptions,
+    activate,
+)
 from mot_jax.nn.sharding import axes_of, product, spec
 
 
-class Dense(nnx.Module):
+class Dense(FeedForward):
     """act(x W_in + b_in) W_out + b_out; if gated, act(x W_gate + b_gate) (x W_in + b_in) W_out + b_out.
 
-    Parameters: `kernel_in` [D, F], `kernel_out` [F, D], and `kernel_gate` [D, F] if `gated`. With `bias`: `bias_in`
-    [F], `bias_out` [D] and `bias_gate` [F], zero at first.
+    Parameters: `kernel_in` [D, F], `kernel_out` [F, D], and `kernel_gate` [D, F] if `gated`. With `config.bias` also
+    `bias_in` [F], `bias_out` [D], and `bias_gate` [F] if `gated`, initially zero. F is `d_ff`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        config: DenseConfig = DenseConfig(),
-        *,
-        activation: str = "relu",
-        gated: bool = False,
-        init: InitConfig = InitConfig(),
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        self.activation, self.dtype = activation, dtype
+    config_type = DenseConfig
+    config: DenseConfig
 
-        def kernel(inner: int, outer: int) -> nnx.Param:
-            return nnx.Param(draw(rngs.params(), (inner, outer), inner, init, param_dtype))
+    def _create_parameters(self, options: LayerOptions) -> None:
+        d, f, gated = options.d_model, options.d_ff, options.gated
+        self.kernel_in = options.matrix((d, f), d)
+        self.kernel_out = options.matrix((f, d), f)
+        self.kernel_gate = options.matrix((d, f), d) if gated else None
 
-        def bias(size: int, there: bool = True) -> nnx.Param | None:
-            return nnx.Param(jnp.zeros(size, param_dtype)) if config.bias and there else None
+        def bias(size: int) -> nnx.Param:
+            return nnx.Param(jnp.zeros(size, options.param_dtype))
 
-        self.kernel_in, self.kernel_out = kernel(d_model, d_ff), kernel(d_ff, d_model)
-        self.kernel_gate = kernel(d_model, d_ff) if gated else None
-        self.bias_in, self.bias_out, self.bias_gate = bias(d_ff), bias(d_model), bias(d_ff, gated)
+        self.bias_in = bias(f) if self.config.bias else None
+        self.bias_out = bias(d) if self.config.bias else None
+        self.bias_gate = bias(f) if self.config.bias and gated else None
 
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype."""

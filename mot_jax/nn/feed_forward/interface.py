@@ -1,11 +1,26 @@
-"""What the transformer knows of a feed-forward layer: `layer(x, context) -> FeedForwardOutput`."""
+"""The interface of the feed-forward kinds: `layer(x, context) -> FeedForwardOutput`.
+
+The transformer depends on nothing else of a kind. A new kind needs
+
+1. its config: a frozen dataclass with a `kind` string in `mot_jax/config/fields.py`, a member of `FeedForwardConfig`;
+2. a file in this package with a subclass of `FeedForward` that defines `_create_parameters` and `__call__`;
+3. a line in `KINDS`, in `mot_jax/nn/feed_forward/__init__.py`.
+
+A parameter with a new name is replicated on every device unless `PARAMETERS` in `mot_jax/nn/sharding.py` shards it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mot_jax.config import InitConfig
+from mot_jax.nn.initializers import draw
 
 _ARRAYS = ["token_mask", "token_ids", "positions", "step", "key"]
 
@@ -13,41 +28,123 @@ _ARRAYS = ["token_mask", "token_ids", "positions", "step", "key"]
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["losses", "train"])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardContext:
-    """What a layer may want to know beside its input. The transformer is given one a step and hands it down.
-
-    token_mask: bool [B, S], True = real; None: all are.
-    token_ids: int32 [B, S].
-    positions: int32 [B, S], how many tokens of its text stand before each; None: 0 to S - 1, in every row.
-    step: int32 scalar, the training step; None after training. key: a PRNG key.
-    losses: names of the losses that the training weighs; a layer makes those that it knows. train: whether it is a step
-        of training, where tokens that are not real stand at the ends of rows alone. losses, train: static.
-    """
+    """Inputs of a layer other than its activations. The transformer passes the same context to all blocks."""
 
     token_mask: jax.Array | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
     token_ids: jax.Array | None = None
+    """int32 [B, S]."""
+
     positions: jax.Array | None = None
+    """int32 [B, S], the number of earlier tokens of each token's text; None: 0 to S - 1 in every sequence."""
+
     step: jax.Array | None = None
+    """int32 scalar, the training step; None after training."""
+
     key: jax.Array | None = None
+    """A PRNG key."""
+
     losses: tuple[str, ...] = ()
+    """Static: names of the losses with a weight in training. A layer returns those of them that it defines."""
+
     train: bool = False
+    """Static: whether this is a training step, in which padding is at the ends of sequences only."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["y", "losses", "metrics"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardOutput:
-    """y: the update [B, S, D]. losses: unweighted scalars. metrics: scalars, the same keys in every layer of a kind."""
+    """The result of a layer."""
 
     y: jax.Array
+    """The update [B, S, D], which the block adds to the residual stream."""
+
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Auxiliary losses by name: scalars, not yet multiplied by their weights."""
+
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """Scalars to be logged, with the same keys in every block of a kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions:
+    """The widths, dtypes and random numbers with which a layer creates its parameters."""
+
+    d_model: int
+    d_ff: int
+    activation: str
+    gated: bool
+    init: InitConfig
+    dtype: str
+    param_dtype: str
+    rngs: nnx.Rngs
+
+    def matrix(self, shape: tuple[int, ...], fan_in: int, multiplier: float = 1.0) -> nnx.Param:
+        """Draw a parameter by the model's init, see `mot_jax.nn.initializers.draw`."""
+        return nnx.Param(draw(self.rngs.params(), shape, fan_in, self.init, self.param_dtype, multiplier))
+
+    def constant(self, value: float, *shape: int) -> nnx.Param:
+        """Create a parameter that is `value` everywhere."""
+        return nnx.Param(jnp.full(shape, value, self.param_dtype))
+
+    def keywords(self) -> dict[str, Any]:
+        """The keyword arguments with which `FeedForward` creates another layer of these options."""
+        return {name: getattr(self, name) for name in ("activation", "gated", "init", "dtype", "param_dtype", "rngs")}
+
+
+class FeedForward(nnx.Module):
+    """Base class of the feed-forward kinds: the constructor that they share.
+
+    Args of the constructor:
+        d_model: D, the width of x.
+        d_ff: the hidden width of the dense baseline, from which a kind derives the width of its experts.
+        config: the config of the kind; None for its defaults.
+        activation: `relu`, `gelu` (tanh approximation) or `silu`.
+        gated: multiply the hidden layer by an activated gate (SwiGLU and the like).
+        init: distribution and scale of the initial values.
+        dtype: of activations and products.
+        param_dtype: of parameters.
+        rngs: the stream `params` is used, in the order in which parameters are created.
+    """
+
+    config_type: ClassVar[type]
+    config: Any
+    activation: str
+    dtype: str
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        config: Any = None,
+        *,
+        activation: str = "relu",
+        gated: bool = False,
+        init: InitConfig = InitConfig(),
+        dtype: str = "float32",
+        param_dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.config = self.config_type() if config is None else config
+        self.activation, self.dtype = activation, dtype
+        self._create_parameters(LayerOptions(d_model, d_ff, activation, gated, init, dtype, param_dtype, rngs))
+
+    def _create_parameters(self, options: LayerOptions) -> None:
+        """Assign the `nnx.Param`s of the layer; a parameter that the config does not need is None."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
+        """x [B, S, D], after the layer norm -> update [B, S, D] in `self.dtype`, losses and metrics."""
+        raise NotImplementedError
 
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def activate(name: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """What a hidden layer hands on: act(h), or act(gate) h where there is a gate, of h's shape.
+    """Return the hidden layer: act(h), or act(gate) h if there is a gate, in h's shape.
 
-    name: `relu`, `gelu` (its tanh form) or `silu`.
+    name: `relu`, `gelu` (tanh approximation) or `silu`.
     """
     return _ACTIVATIONS[name](h) if gate is None else _ACTIVATIONS[name](gate) * h

@@ -1,4 +1,19 @@
-"""The Mixture-of-Tokens layer and its variants (PAPER.md sections 2 and 3)."""
+"""The Mixture-of-Tokens layer and its variants (`docs/paper.md`, sections 2 and 3; arXiv 2310.15961).
+
+The forward pass, from `MixtureOfTokens.__call__`, with the functions of `mot_jax.nn.mixing` (dimensions as there):
+
+    x [B, S, D]  ->  group          [N, G, S, D]    G sequences form a group, N = B / G
+                     logits         [N, G, S, E]    the controller's product, in float32
+                     mixing weights [N, G, S, E]    softmax over G
+                     merge          [N, S, E, D]    one mixture for each group, position and expert
+                     experts        [N, S, E, D]
+                     emit           [N, G, S, D]    the same weights
+                     ungroup        [B, S, D]
+
+The backward pass of merge, experts and emit is the custom derivative of `mixing.merge_experts_emit`, or of a Pallas
+kernel if `config.kernel` is not `xla`. Saved for it are x and the mixing weights, and, by `config.save_for_backward`,
+nothing else, the experts' pre-activations, or these, the mixtures and the expert outputs. The rest is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -9,112 +24,96 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import DenseConfig, InitConfig, MixtureOfTokensConfig, kernel_errors, mixing_errors
+from mot_jax.config import MixtureOfTokensConfig, kernel_errors, mixing_errors
 from mot_jax.errors import UserError
 from mot_jax.nn import mixing
-from mot_jax.nn.feed_forward.dense import Dense
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, activate
-from mot_jax.nn.initializers import draw
-from mot_jax.nn.kernels import fused_experts_tpu, fused_mixture_tpu, pallas_tpu
+from mot_jax.nn.feed_forward.experts import ExpertFeedForward
+from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
+from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
+from mot_jax.nn.kernels.fused_mixture_tpu import fused_mixture
+from mot_jax.nn.kernels.pallas_tpu import TILE, Activation
 from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, spec
 
 
-class MixtureOfTokens(nnx.Module):
-    """Each expert reads one mixture of the tokens that a group of sequences has at a position.
+class MixtureOfTokens(ExpertFeedForward):
+    """Each expert processes one mixture of the tokens that a group of sequences has at a position.
 
-    Parameters: `controller` [D, E], `w_in` [E, D, F], `w_out` [E, F, D], no biases; `w_gate` [E, D, F] if `gated`;
-    `shared`, a `Dense` layer without biases, if `shared_expert_dim` > 0. The controller's product stays in float32 (or wider).
+    Parameters: those of `ExpertFeedForward`. The mixing variants add
 
-    Of the mixing variants: `emit_controller` and `base_controller` [D, E]; how much of the base is taken, `base_weight`
-    and `emit_base_weight`, scalars, 0.5 at first; θ of learned temperatures, `temperature` and `emit_temperature`,
-    scalars or [E], 0 at first; `mixture_norm` and `output_norm` [2, D], scale and bias.
+    emit_controller, base_controller [D, E]: for separate controllers, and for a common base.
+    base_weight, emit_base_weight: scalars, initially 0.5, the weight of a controller against its base.
+    temperature, emit_temperature: θ of the learned temperatures, scalars or [E], initially 0.
+    mixture_norm, output_norm [2, D]: scale and bias of the layer norms of mixtures and of expert outputs.
 
-    Raises UserError for a `config.mixing` that means nothing.
+    Raises UserError for a meaningless combination in `config.mixing`, and for a `config.kernel` that does not support
+    the other fields.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        config: MixtureOfTokensConfig = MixtureOfTokensConfig(),
-        *,
-        activation: str = "relu",
-        gated: bool = False,
-        init: InitConfig = InitConfig(),
-        dtype: str = "float32",
-        param_dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.activation, self.dtype = config, activation, dtype
-        d, e, f, c = d_model, config.num_experts, config.hidden_dim(d_ff), config.mixing
-        if faults := list(mixing_errors(c)):
+    config_type = MixtureOfTokensConfig
+    config: MixtureOfTokensConfig
+
+    def _create_parameters(self, options: LayerOptions) -> None:
+        config, mixing_config = self.config, self.config.mixing
+        if faults := list(mixing_errors(mixing_config)):
             raise UserError(*(f"mixing.{fault}" for fault in faults))
-        if faults := list(kernel_errors(config, gated)):
+        if faults := list(kernel_errors(config, options.gated)):
             raise UserError(*faults)
+        d, e = options.d_model, config.num_experts
+        has_base = mixing_config.controllers == "common_base"
+        # As in the authors' code: the sum of controller and base has the variance of one controller.
+        fan_in = 2 * d if has_base else d
+        self._create_expert_parameters(options, fan_in)
 
-        def param(shape: tuple[int, ...], fan_in: int, multiplier: float) -> nnx.Param:
-            return nnx.Param(draw(rngs.params(), shape, fan_in, init, param_dtype, multiplier))
+        def controller() -> nnx.Param:
+            return options.matrix((d, e), fan_in, config.controller_init_scale)
 
-        def constant(value: float, *shape: int) -> nnx.Param:
-            return nnx.Param(jnp.full(shape, value, param_dtype))
-
-        based = c.controllers == "common_base"
-        fan_in = 2 * d if based else d  # as in the authors' code: the sum of two has the variance of one
-        self.controller = param((d, e), fan_in, config.controller_init_scale)
-        self.w_in = param((e, d, f), d, config.w_in_init_scale)
-        self.w_out = param((e, f, d), f, config.w_out_init_scale)
-        self.w_gate = param((e, d, f), d, config.w_in_init_scale) if gated else None
-        plain = DenseConfig(bias=False)
-        dense = functools.partial(Dense, config=plain, activation=activation, gated=gated, init=init, dtype=dtype)
-        self.shared = (
-            dense(d, config.shared_expert_dim, param_dtype=param_dtype, rngs=rngs) if config.shared_expert_dim else None
-        )
-
-        separate = c.controllers != "shared"
-        self.emit_controller = param((d, e), fan_in, config.controller_init_scale) if separate else None
-        self.base_controller = param((d, e), fan_in, config.controller_init_scale) if based else None
-        self.base_weight = None if c.base_weight == "sum" else constant(0.5)
-        self.emit_base_weight = constant(0.5) if c.base_weight == "two" else None
-        shape = (e,) if c.learned_temperature == "per_expert" else ()
-        self.temperature = None if c.learned_temperature == "none" else constant(0.0, *shape)
-        self.emit_temperature = constant(0.0, *shape) if c.separate_temperatures else None
-        unit = jnp.array([[1.0], [0.0]], param_dtype).repeat(d, axis=1)
-        self.mixture_norm = nnx.Param(unit) if c.layer_norm else None
-        self.output_norm = nnx.Param(unit) if c.layer_norm else None
+        self.emit_controller = controller() if mixing_config.controllers != "shared" else None
+        self.base_controller = controller() if has_base else None
+        self.base_weight = None if mixing_config.base_weight == "sum" else options.constant(0.5)
+        self.emit_base_weight = options.constant(0.5) if mixing_config.base_weight == "two" else None
+        shape = (e,) if mixing_config.learned_temperature == "per_expert" else ()
+        self.temperature = None if mixing_config.learned_temperature == "none" else options.constant(0.0, *shape)
+        self.emit_temperature = options.constant(0.0, *shape) if mixing_config.separate_temperatures else None
+        unit = jnp.array([[1.0], [0.0]], options.param_dtype).repeat(d, axis=1)  # scale 1, bias 0
+        self.mixture_norm = nnx.Param(unit) if mixing_config.layer_norm else None
+        self.output_norm = nnx.Param(unit) if mixing_config.layer_norm else None
 
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
-        """x [B, S, D], B a multiple of the group size -> update [B, S, D] in the layer's dtype.
+        """x [B, S, D] -> update [B, S, D] in the layer's dtype; B is a multiple of the group size.
 
-        Metrics: `mixing_entropy` and, where emit has a softmax of its own, `emit_entropy`: the normalised entropies of
+        Metrics: `mixing_entropy` and, if emit has a softmax of its own, `emit_entropy`: the normalized entropies of
         the mixing weights. Loss: `mixing_entropy`, their mean.
         """
         grouped = self._group(x.astype(self.dtype))
         weights, emit_weights = self._weights(grouped, context)
-        y = self._through(grouped, weights, emit_weights)
+        y = self._merge_experts_emit(grouped, weights, emit_weights)
         y = reshard(mixing.ungroup(y, x.shape[1]), *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
-        wanted = "mixing_entropy" in context.losses
-        if not wanted:  # then nothing is kept for their backward pass
+        has_loss = "mixing_entropy" in context.losses
+        if not has_loss:  # then nothing is saved for the backward pass of the entropies
             weights, emit_weights = jax.lax.stop_gradient((weights, emit_weights))
         entropies = self._entropies(weights, emit_weights, context)
-        losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if wanted and entropies else {}
+        losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if has_loss and entropies else {}
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
 
-    def _through(self, grouped: jax.Array, weights: jax.Array, emit_weights: jax.Array | None) -> jax.Array:
-        """Merge, experts, emit: [N, G, S, D]."""
+    def _merge_experts_emit(self, grouped: jax.Array, weights: jax.Array, emit_weights: jax.Array | None) -> jax.Array:
+        """[N, G, S, D] -> update [N, G, S, D]."""
         config, positions = self.config, axes_of(grouped)[2]
-        # Other lengths, such as the one position of a step of generation, are no work for the kernel.
-        if config.kernel != "xla" and grouped.shape[2] % (pallas_tpu.TILE * num_shards(positions)) == 0:
-            kernel = {"fused_mixture": fused_mixture_tpu, "fused_experts": fused_experts_tpu}[config.kernel]
-            return kernel.mix_through(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
+        # Sequences that are not whole tiles, such as the single position of a decode step, are computed by XLA.
+        if config.kernel != "xla" and grouped.shape[2] % (TILE * num_shards(positions)) == 0:
+            kernel = {"fused_mixture": fused_mixture, "fused_experts": fused_experts}[config.kernel]
+            return kernel(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
-        return mixing.mix_through(
+        return mixing.merge_experts_emit(
             project_in, project_out, config.save_for_backward, grouped, weights, w_in, w_out, emit_weights
         )
 
-    def experts(self) -> tuple[tuple[mixing.Project, dict], tuple[mixing.Project, dict]]:
-        """The experts up to their activation, and from there on: see `mixing.mix_through`."""
+    def experts(self) -> tuple[tuple[mixing.Projection, dict], tuple[mixing.Projection, dict]]:
+        """The experts in two halves, (function, parameters) each, as in `mixing.merge_experts_emit`.
+
+        The first half ends with the pre-activations, the second one starts with them.
+        """
         w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
         w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
         return (_project_in, w_in), (_project_out(self.activation), w_out)
@@ -124,21 +123,21 @@ class MixtureOfTokens(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """x [B, S, D] -> merge weights [N, G, S, E] in float32 (or wider), and emit weights; None if they are the same.
 
-        With groups within rows, N is B S / G and S is 1.
+        With groups within a sequence, N is B S / G and S is 1.
         """
         return self._weights(self._group(x.astype(self.dtype)), context)
 
     def _weights(self, grouped: jax.Array, context: FeedForwardContext) -> tuple[jax.Array, jax.Array | None]:
         config, mask = self.config.mixing, self._group_mask(context)
-        said, emit_said = self.logits(grouped)
+        logits, emit_logits = self.logits(grouped)
         t, emit_t = self.temperatures(context)
-        weights = mixing.mixing_weights(said, config, mask, t)
-        return weights, mixing.emit_weights(weights, emit_said, config, mask, emit_t)
+        weights = mixing.mixing_weights(logits, config, mask, t)
+        return weights, mixing.emit_weights(weights, emit_logits, config, mask, emit_t)
 
     def logits(self, grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[N, G, S, D] -> what the controllers of merge and of emit say, [N, G, S, E] in float32 (or wider)."""
+        """[N, G, S, D] -> logits of the merge and of the emit controller, [N, G, S, E] in float32 (or wider)."""
 
-        def say(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
+        def controller_logits(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
             kernel = controller[...]
             if self.base_controller is not None:
                 base = self.base_controller[...]
@@ -147,18 +146,18 @@ class MixtureOfTokens(nnx.Module):
             wide = jnp.promote_types(self.dtype, jnp.float32)
             return product("ngsd,de->ngse", grouped, kernel, dtype=wide)
 
-        said = say(self.controller, self.base_weight)
+        logits = controller_logits(self.controller, self.base_weight)
         if self.emit_controller is None:
-            return said, said
+            return logits, logits
         base_weight = self.base_weight if self.emit_base_weight is None else self.emit_base_weight
-        return said, say(self.emit_controller, base_weight)
+        return logits, controller_logits(self.emit_controller, base_weight)
 
     def temperatures(self, context: FeedForwardContext) -> tuple[float | jax.Array, float | jax.Array]:
         """T of merge and of emit, scalars or [E]."""
-        t = mixing.temperature(self.config.mixing, context.step, _value(self.temperature))
+        t = mixing.temperature_at_step(self.config.mixing, context.step, _value(self.temperature))
         if self.emit_temperature is None:
             return t, t
-        return t, mixing.temperature(self.config.mixing, context.step, _value(self.emit_temperature))
+        return t, mixing.temperature_at_step(self.config.mixing, context.step, _value(self.emit_temperature))
 
     def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
         return None if context.token_mask is None else self._group(context.token_mask)
@@ -170,36 +169,42 @@ class MixtureOfTokens(nnx.Module):
         self, weights: jax.Array, emit_weights: jax.Array | None, context: FeedForwardContext
     ) -> dict[str, jax.Array]:
         config, mask = self.config.mixing, self._group_mask(context)
-        found = {}
+        entropies = {}
         if config.merge != "logits":
-            found["mixing_entropy"] = mixing.normalised_entropy(weights, mask)
+            entropies["mixing_entropy"] = mixing.normalised_entropy(weights, mask)
         if config.emit_has_own_softmax:
             assert emit_weights is not None
             axis = mixing.OVER_EXPERTS if config.emit == "softmax_over_experts" else mixing.OVER_GROUP
-            found["emit_entropy"] = mixing.normalised_entropy(emit_weights, mask, axis)
-        return found
+            entropies["emit_entropy"] = mixing.normalised_entropy(emit_weights, mask, axis)
+        return entropies
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:
     return None if param is None else param[...]
 
 
-_product = functools.partial(product, fenced=False)  # `mix_through` has a fence for all it does
+_product = functools.partial(product, fenced=False)  # `merge_experts_emit` has one barrier for all of its products
 
 
 def _project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """[N, S, E, D] -> [E, N, S, F]: experts first, so that neither product transposes what is between them."""
+    """Mixtures [N, S, E, D] -> pre-activations and gate (or None), [E, N, S, F].
+
+    Experts come first, so that neither product transposes the array between them.
+    """
     u = _layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
     gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
     return _product("ensd,edf->ensf", u, p["w"]), gate
 
 
-@functools.cache  # one function for each activation: JAX knows functions by identity
-def _project_out(activation: str) -> mixing.Project:
+@functools.cache  # one function object per activation: JAX caches compiled functions by identity
+def _project_out(activation: str) -> mixing.Projection:
     def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
+        """Pre-activations and gate [E, N, S, F] -> expert outputs [N, S, E, D]."""
         hidden = activate(activation, *h)
         experts, groups, positions, width = axes_of(hidden)
-        if hidden.shape[2] % num_shards(positions + width) == 0:  # each device that has a part of F sums some positions
+        if (
+            hidden.shape[2] % num_shards(positions + width) == 0
+        ):  # devices that share F each sum a part of the positions
             positions = width + positions
         out = spec(experts, groups, positions, None)
         return jnp.moveaxis(_layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)
@@ -208,12 +213,12 @@ def _project_out(activation: str) -> mixing.Project:
 
 
 @functools.cache
-def _activation(name: str) -> pallas_tpu.Activation:
+def _activation(name: str) -> Activation:
     return lambda h: activate(name, h, None)
 
 
 def _layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:
-    """x [..., D] normalised over D, times scale, plus bias ([2, D]); x itself without them."""
+    """Normalize x [..., D] over D, then apply scale and bias ([2, D]); return x itself if `norm` is None."""
     if norm is None:
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

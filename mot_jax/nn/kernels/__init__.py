@@ -1,1 +1,1 @@
-"""Kernels written by hand for one kind of chip each: one file a kernel, and what they move."""
+"""Hand-written kernels, each for one kind of accelerator, and the count of the bytes that they move."""

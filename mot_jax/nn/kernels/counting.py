@@ -1,4 +1,4 @@
-"""HBM bytes of a Pallas kernel, from its grid and block specs."""
+"""HBM traffic of a Pallas kernel, from its grid and block specs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 
 
 def moved_bytes(grid: Sequence[int], blocks: Sequence[tuple[pl.BlockSpec, Any]]) -> int:
-    """Bytes that blocks (spec, dtype) of inputs and outputs move between HBM and the core's memory, unpadded.
+    """Count the bytes that blocks (spec, dtype) of inputs and outputs move between HBM and VMEM, without padding.
 
-    A block is moved anew at each step of the grid whose index of it is not that of the step before.
+    Pallas moves a block at each grid step at which its index differs from that of the step before.
     """
     steps = list(itertools.product(*map(range, grid)))
     total = 0

@@ -1,6 +1,7 @@
-"""Attention whose S x S scores never reach memory: splash attention on TPU, cuDNN's on NVIDIA, both as JAX has them.
+"""Attention that never writes its S x S scores to memory: JAX's splash attention on TPU, cuDNN's on NVIDIA GPUs.
 
-Neither is ours. What is: when each runs, the masks in the form that it takes, each device on its own rows and heads.
+The kernels are JAX's. This module chooses one, brings the masks into the form that it takes, and applies it on each
+device to its own sequences and heads.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from mot_jax.config import ModelConfig, attention_error
 from mot_jax.nn.sharding import reshard, spec
 
-BLOCK = 512  # positions of queries, and of keys, that a core of a TPU reads at a time, at most
-# `auto` takes splash from here on: a guess between 256, where it saves no bytes, and 2,048, where it moves a seventh.
+BLOCK = 512  # the most positions of queries, and of keys, that splash attention loads at a time
+# The shortest sequences for which `auto` takes splash attention: a guess between 256, where it saves no bytes, and
+# 2,048, where it moves a seventh.
 AUTO_LENGTH = 1024
 
 
-def choose(config: ModelConfig, length: int) -> str:
-    """Which of `xla`, `cudnn` and `splash` attends over `length` positions where the code runs.
+def choose_kernel(config: ModelConfig, length: int) -> str:
+    """Choose `xla`, `cudnn` or `splash` for sequences of `length` positions on the devices at hand.
 
-    One that does not know the device, the length, the dtype or the width of heads gives way to `xla`: a model is
-    trained on one machine and read on another, in texts of every length.
+    Returns `xla` if the configured kernel does not support the device, the length, the dtype or the width of the heads:
+    a model is trained on one machine and used on another, on texts of every length.
     """
-    own = {"tpu": "splash", "gpu": "cudnn"}.get(platform())
-    wanted: str = config.attention_kernel
-    if wanted == "auto" and not (own == "splash" and length < AUTO_LENGTH):
-        wanted = own or "xla"
+    native = {"tpu": "splash", "gpu": "cudnn"}.get(platform())
+    kernel: str = config.attention_kernel
+    if kernel == "auto" and not (native == "splash" and length < AUTO_LENGTH):
+        kernel = native or "xla"
     width = config.d_model // config.num_heads
-    fits = wanted == own and attention_error(wanted, length, width, config.dtype) is None
-    return wanted if fits else "xla"
+    supported = kernel == native and attention_error(kernel, length, width, config.dtype) is None
+    return kernel if supported else "xla"
 
 
 def platform() -> str:
-    """`tpu`, `gpu` or `cpu`: of the mesh that is set, which may be of devices that are not here, or else JAX's own.
+    """Return `tpu`, `gpu` or `cpu`: the platform of the mesh, which may consist of target devices, or JAX's default.
 
-    A GPU that cuDNN's attention does not run on, of AMD or older than NVIDIA's Ampere, is none here.
+    A GPU that does not run cuDNN's attention (of AMD, or older than NVIDIA's Ampere) counts as `cpu`.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = device.platform if device else jax.default_backend()
@@ -52,14 +54,22 @@ def splash(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    documents: jax.Array | None,
+    segment_ids: jax.Array | None,
     causal: bool,
     interpret: bool = False,
 ) -> jax.Array:
-    """query [B, S, H, K], key and value [B, S, H_kv, K] -> [B, S, H, K] in query's dtype; S a multiple of 128.
+    """Splash attention on TPU.
 
-    documents: int32 [B, S]; a token attends to those of its own number alone, itself among them, so that no row of
-    scores is empty. interpret: where no TPU is.
+    Args:
+        query: [B, S, H, K], S a multiple of 128.
+        key, value: [B, S, H_kv, K].
+        segment_ids: int32 [B, S]; a token attends only to tokens with its own number, which include itself, so that no
+            row of scores is empty.
+        causal: whether a token attends to no later ones.
+        interpret: run the kernel in Pallas' interpreter, for other platforms.
+
+    Returns:
+        [B, S, H, K] in query's dtype.
     """
     length = query.shape[1]
     block = next(n for n in range(min(BLOCK, length), 0, -128) if length % n == 0)
@@ -73,51 +83,55 @@ def splash(
     )
     mask = (splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask)((length, length))
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         masks = splash_attention_mask.MultiHeadMask([mask] * query.shape[2])
         kernel = splash_attention_kernel.make_splash_mha(
             masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
         )
-        scaled = query * query.shape[-1] ** -0.5  # which the kernel leaves to its caller
+        scaled = query * query.shape[-1] ** -0.5  # the kernel does not scale
         by_heads = (a.swapaxes(1, 2) for a in (scaled, key, value))
-        ids = None if documents is None else splash_attention_kernel.SegmentIds(documents, documents)
+        ids = None if segment_ids is None else splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
         return jax.vmap(kernel)(*by_heads, ids).swapaxes(1, 2)
 
-    return _on_each(local, query, key, value, documents)
+    return _map_devices(local, query, key, value, segment_ids)
 
 
-def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None, causal: bool) -> jax.Array:
-    """The same, in bfloat16. The documents are a bias [B, 1, S, S] in memory, one for all heads."""
+def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+    """cuDNN's attention, with the arguments of `splash`, in bfloat16.
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, documents: jax.Array | None) -> jax.Array:
-        mask = None if documents is None else same_document(documents, documents)[:, None]
+    Segment ids become a bias [B, 1, S, S] in memory, shared by the heads.
+    """
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        mask = None if segment_ids is None else same_document(segment_ids, segment_ids)[:, None]
         attend = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         return attend(query, key, value, mask=mask)
 
-    return _on_each(local, query, key, value, documents)
+    return _map_devices(local, query, key, value, segment_ids)
 
 
 def same_document(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """The documents' numbers, int [B, S] and [B, T] -> bool [B, S, T]: which tokens share one."""
+    """Document numbers int [B, S] and [B, T] -> bool [B, S, T]: whether a query and a key are of one document."""
     return queries[:, :, None] == keys[:, None, :]
 
 
-def documents_of(token_mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
-    """int32 [B, S]: numbers that tokens share where one may attend to the other; None where all may.
+def attention_ids(token_mask: jax.Array | None, segments: jax.Array | None) -> jax.Array | None:
+    """Numbers int32 [B, S] that two tokens share if one may attend to the other; None if all may.
 
-    Tokens that are not real see each other, and no real one: what they say reaches no loss.
+    Padding tokens attend to each other and to no non-padding token; their outputs reach no loss.
     """
     if token_mask is None:
         return segments
     return jnp.where(token_mask, 0 if segments is None else segments, -1).astype(jnp.int32)
 
 
-def _on_each(local: Callable[..., jax.Array], query: jax.Array, *arrays: jax.Array | None) -> jax.Array:
-    """`local` on each device of the mesh, with its own rows and heads; as it is where no mesh is set."""
+def _map_devices(local: Callable[..., jax.Array], query: jax.Array, *arrays: jax.Array | None) -> jax.Array:
+    """Apply `local` on each device of the mesh to its own sequences and heads; directly if no mesh is set."""
     heads, rows = ("sequences", None, "heads", None), ("sequences", None)
     if spec(*heads) is None:
         return local(query, *arrays)
-    places = [rows if a is None or a.ndim == 2 else heads for a in (query, *arrays)]
-    there = [a if a is None else reshard(a, *place) for a, place in zip((query, *arrays), places, strict=True)]
-    specs = tuple(spec(*place) for place in places)
-    return jax.shard_map(local, in_specs=specs, out_specs=spec(*heads), check_vma=False)(*there)
+    dimensions = [rows if a is None or a.ndim == 2 else heads for a in (query, *arrays)]
+    pairs = zip((query, *arrays), dimensions, strict=True)
+    sharded = [a if a is None else reshard(a, *names) for a, names in pairs]
+    specs = tuple(spec(*names) for names in dimensions)
+    return jax.shard_map(local, in_specs=specs, out_specs=spec(*heads), check_vma=False)(*sharded)

@@ -1,12 +1,16 @@
-"""Wide experts as Pallas kernels for TPU: neither pre-activations nor their cotangents reach HBM.
+"""Wide experts as Pallas kernels for TPU: neither pre-activations nor their cotangents are written to HBM.
 
-Two kernels run the experts, forward and backward (letters as in `mixing.py`; T = N S, all that an expert reads). One
-expert at a time, a block of its width F at a time: inputs, outputs and their cotangents, [T, D] each, stay in a core's
-memory while the weights come by, are read once as they are stored, and their gradients are written once. Backward makes
-the pre-activations again: 7 products for 6.
+Two kernels apply the experts, forward and backward (letters as in `mixing.py`; T = N S, the mixtures of one expert).
+Both have the grid (E, F / width): one expert at a time, and of it one block of its hidden width F at a time. The
+expert's inputs, outputs and their cotangents, [T, D] each, stay in VMEM over the blocks of F. Each block of the
+parameters is read once, in the dtype in which it is stored, and its gradient is written once. The backward kernel
+recomputes the pre-activations: 7 products instead of 6.
 
-Before and after them the passes of `tiles_tpu.py` read tokens as they lie and write mixtures experts first, and the
-other way round. For experts of about the dense width, which `fused_mixture_tpu.py` has no room for.
+Before and after them, the passes of `tiles_tpu.py` merge and emit; they convert between tokens [N, G, S, D] and
+mixtures with experts first, [E, N, S, D]. Mixtures and expert outputs are written to HBM and saved for the backward
+pass.
+
+For experts of about the dense width, for which the blocks of `fused_mixture_tpu.py` do not fit.
 """
 
 from __future__ import annotations
@@ -22,32 +26,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mot_jax.errors import UserError
-from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Activation, Plan, dot, on_each
-from mot_jax.nn.kernels.tiles_tpu import by_tiles, each, emit, from_tiles, merge, mixing_backward, passes_bytes
+from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Activation, KernelBlocks, dot, map_devices
+from mot_jax.nn.kernels.tiles_tpu import emit, for_each, from_tiles, merge, mixing_backward, passes_bytes, to_tiles
 from mot_jax.nn.sharding import axes_of, replicate, reshard
 
 LANES = 128
-ROWS = 256  # of an expert's input that are multiplied at a time
+MAX_ROWS = 256  # of an expert's input in one product
 
 
 @functools.cache
-def plan(kernel: str, e: int, t: int, d: int, f: int, dtype: str, weight_dtype: str, gradient_dtype: str) -> Plan:
-    """The blocks of `forward` or `backward`: the widest part of F that fits.
+def choose_blocks(
+    kernel: str, e: int, t: int, d: int, f: int, dtype: str, weight_dtype: str, gradient_dtype: str
+) -> KernelBlocks:
+    """Choose the blocks of `forward` or `backward`: the widest block of F that fits in VMEM.
 
-    dtype: of activations; weight_dtype: of the experts' weights as they come by; gradient_dtype: of their gradients.
-    Raises UserError where none does: inputs of one expert fill a core's memory.
+    Args:
+        dtype: of activations.
+        weight_dtype: of the experts' parameters as the kernel reads them.
+        gradient_dtype: of the parameters' gradients.
+
+    Raises:
+        UserError: no block fits, since the inputs of one expert fill VMEM.
     """
     widths = [w for w in range(LANES, f, LANES) if f % w == 0]
     for width in [f, *reversed(widths)]:
-        found = _plan(kernel, e, t, d, f, dtype, weight_dtype, gradient_dtype, width)
-        values = (2 if kernel == "forward" else 6) * 4 * min(t, ROWS) * width  # pre-activations and what comes of them
-        if found.vmem_bytes + values <= VMEM_BYTES * 3 // 4:  # the compiler wants the rest
-            return found
-    words = f"{t} mixtures of d_model = {d} for each expert are too much for a core's memory"
-    raise UserError(f"kernel = 'fused_experts': {words}; try fewer rows a device, or kernel = 'xla'")
+        blocks = make_blocks(kernel, e, t, d, f, dtype, weight_dtype, gradient_dtype, width)
+        # Values outside of blocks: pre-activations, and arrays of their size that are computed from them.
+        values = (2 if kernel == "forward" else 6) * 4 * min(t, MAX_ROWS) * width
+        if blocks.vmem_bytes + values <= VMEM_BYTES * 3 // 4:  # the compiler needs the rest
+            return blocks
+    problem = f"{t} mixtures of d_model = {d} for each expert do not fit in a core's memory"
+    raise UserError(f"kernel = 'fused_experts': {problem}; try fewer sequences per device, or kernel = 'xla'")
 
 
-def _plan(kernel: str, e: int, t: int, d: int, f: int, dtype, weight_dtype, gradient_dtype, width: int) -> Plan:
+def make_blocks(
+    kernel: str, e: int, t: int, d: int, f: int, dtype, weight_dtype, gradient_dtype, width: int
+) -> KernelBlocks:
+    """The blocks of a kernel for a block of F of this width. Index maps are of (expert i, block j of F)."""
     tokens = (pl.BlockSpec((1, t, d), lambda i, j: (i, 0, 0)), jnp.dtype(dtype))
     w_in = pl.BlockSpec((1, d, width), lambda i, j: (i, 0, j))
     w_out = pl.BlockSpec((1, width, d), lambda i, j: (i, j, 0))
@@ -55,50 +70,57 @@ def _plan(kernel: str, e: int, t: int, d: int, f: int, dtype, weight_dtype, grad
     sums = pltpu.VMEM((t, d), jnp.float32)
     grid = (e, f // width)
     if kernel == "forward":
-        return Plan(grid, [tokens, *weights], [tokens], [sums])
-    parts = [pltpu.VMEM((d, width), jnp.float32), pltpu.VMEM((width, d), jnp.float32)]
-    return Plan(grid, [tokens, tokens, *weights], [tokens, *gradients], [sums, *parts])
+        return KernelBlocks(grid, [tokens, *weights], [tokens], [sums])
+    weight_sums = [pltpu.VMEM((d, width), jnp.float32), pltpu.VMEM((width, d), jnp.float32)]
+    return KernelBlocks(grid, [tokens, tokens, *weights], [tokens, *gradients], [sums, *weight_sums])
 
 
-def _by_rows(t: int, body: Callable[[Any], None]) -> None:
-    rows = next(r for r in range(min(t, ROWS) // TILE * TILE, 0, -TILE) if t % r == 0)  # whole tiles
-    each(t // rows, lambda i: body(pl.ds(i * rows, rows)))
+# --- the kernels ------------------------------------------------------------------------------------------------------
+#
+# References: u, do, o and du [1, T, D]; w_in and dw_in [1, D, width]; w_out and dw_out [1, width, D]; float32 scratch
+# `sums` [T, D] accumulates o or du over the blocks of F, `sum_in` and `sum_out` the parameters' gradients over T.
 
 
-def _sum_up(sums, out) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Before and after the parts of F: zeros, and the sum into its place."""
+def _for_each_rows(t: int, body: Callable[[Any], None]) -> None:
+    """Run `body` on slices of the T rows, each of at most `MAX_ROWS` rows and of whole tiles."""
+    rows = next(r for r in range(min(t, MAX_ROWS) // TILE * TILE, 0, -TILE) if t % r == 0)
+    for_each(t // rows, lambda i: body(pl.ds(i * rows, rows)))
 
-    def begin():
+
+def _accumulator(sums, out) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Two functions: set `sums` to zero, and store them in `out`."""
+
+    def set_zero():
         sums[...] = jnp.zeros_like(sums)
 
-    def end():
+    def store():
         out[0] = sums[...].astype(out.dtype)
 
-    return begin, end
+    return set_zero, store
 
 
 def _forward_kernel(activation, u, w_in, w_out, o, sums):
-    begin, end = _sum_up(sums, o)
-    pl.when(pl.program_id(1) == 0)(begin)
+    set_zero, store = _accumulator(sums, o)
+    pl.when(pl.program_id(1) == 0)(set_zero)
     first, second = (w[0].astype(u.dtype) for w in (w_in, w_out))
 
-    def some(rows):
+    def add_output(rows):
         hidden = activation(dot(u[0, rows], first))
         sums[rows] += dot(hidden.astype(u.dtype), second)
 
-    _by_rows(sums.shape[0], some)
-    pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(end)
+    _for_each_rows(sums.shape[0], add_output)
+    pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(store)
 
 
 def _backward_kernel(activation, u, do, w_in, w_out, du, dw_in, dw_out, sums, sum_in, sum_out):
-    begin, end = _sum_up(sums, du)
-    pl.when(pl.program_id(1) == 0)(begin)
-    (begin_in, end_in), (begin_out, end_out) = _sum_up(sum_in, dw_in), _sum_up(sum_out, dw_out)
-    begin_in()
-    begin_out()
+    set_zero, store = _accumulator(sums, du)
+    pl.when(pl.program_id(1) == 0)(set_zero)
+    (set_zero_in, store_in), (set_zero_out, store_out) = _accumulator(sum_in, dw_in), _accumulator(sum_out, dw_out)
+    set_zero_in()
+    set_zero_out()
     first, second = (w[0].astype(u.dtype) for w in (w_in, w_out))
 
-    def some(rows):
+    def add_gradients(rows):
         hidden, pull = jax.vjp(activation, dot(u[0, rows], first))
         (dh,) = pull(dot(do[0, rows], second, (1, 1)))
         dh = dh.astype(u.dtype)
@@ -106,50 +128,53 @@ def _backward_kernel(activation, u, do, w_in, w_out, du, dw_in, dw_out, sums, su
         sum_in[...] += dot(u[0, rows], dh, (0, 0))
         sum_out[...] += dot(hidden.astype(u.dtype), do[0, rows], (0, 0))
 
-    _by_rows(sums.shape[0], some)
-    end_in()
-    end_out()
-    pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(end)
+    _for_each_rows(sums.shape[0], add_gradients)
+    store_in()
+    store_out()
+    pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(store)
 
 
 _KERNELS: dict[str, Callable[..., None]] = {"forward": _forward_kernel, "backward": _backward_kernel}
 
 
 def _call(kernel: str, activation: Activation, gradient_dtype: Any, *arrays: jax.Array) -> list[jax.Array]:
-    """u, or u and do, [E, T, D]; w_in; w_out -> o, or the gradients of u, w_in and w_out."""
+    """Arrays u (and do, backward) [E, T, D], w_in, w_out -> [o], or the gradients of u, w_in and w_out."""
     u, w_in = arrays[0], arrays[-2]
-    found = plan(kernel, *u.shape, w_in.shape[-1], u.dtype.name, w_in.dtype.name, jnp.dtype(gradient_dtype).name)
+    gradient_name = jnp.dtype(gradient_dtype).name
+    blocks = choose_blocks(kernel, *u.shape, w_in.shape[-1], u.dtype.name, w_in.dtype.name, gradient_name)
     shapes = [a.shape for a in ([u] if kernel == "forward" else [u, *arrays[-2:]])]
     body = functools.partial(_KERNELS[kernel], activation)
-    return found.run(body, f"experts_{kernel}", ("parallel", "arbitrary"), shapes, *arrays)
+    return blocks.call(body, f"experts_{kernel}", ("parallel", "arbitrary"), shapes, *arrays)
 
 
 def layer_bytes(n: int, g: int, s: int, e: int, d: int, f: int, dtype: str, param_dtype: str) -> int:
-    """What all kernels move of one layer, forward and backward."""
-    of_experts = (plan(kernel, e, n * s, d, f, dtype, param_dtype, param_dtype).bytes for kernel in _KERNELS)
-    return sum(of_experts) + passes_bytes(n, g, s, e, d, dtype)
+    """HBM bytes of all kernels of one layer, forward and backward."""
+    blocks = (choose_blocks(kernel, e, n * s, d, f, dtype, param_dtype, param_dtype) for kernel in _KERNELS)
+    return sum(b.hbm_bytes for b in blocks) + passes_bytes(n, g, s, e, d, dtype)
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix_through(
+def fused_experts(
     activation: Activation, x: jax.Array, weights: jax.Array, w_in: jax.Array, w_out: jax.Array
 ) -> jax.Array:
-    """`mixing.mix_through` for experts act(u w_in) w_out that emit by the merge weights; interpreted where no TPU is.
+    """`mixing.merge_experts_emit` for experts act(u w_in) w_out and equal merge and emit weights.
 
-    Mixtures and expert outputs are kept for the backward pass. Under a mesh each device has its groups or positions,
-    and for their time all experts' weights.
+    On other platforms than TPU the kernels are interpreted. Under a mesh each device has its own groups or positions
+    and, during the call, the weights of all experts. Saved for the backward pass: the arguments, the mixtures and the
+    expert outputs.
 
     Args:
-        activation: of pre-activations in float32, element by element; JAX knows it by identity.
+        activation: elementwise, of pre-activations in float32. Static: JAX compares it by identity.
         x: [N, G, S, D], S a multiple of 8 (on each device).
-        weights: [N, G, S, E], used in x's dtype, as in `mixing.merge`.
-        w_in, w_out: [E, D, F], [E, F, D].
+        weights: mixing weights [N, G, S, E], cast to x's dtype, as in `mixing.merge`.
+        w_in: [E, D, F].
+        w_out: [E, F, D].
 
     Returns:
-        The update [N, G, S, D] in x's dtype. Products are of x's dtype and add up in float32.
+        The update [N, G, S, D] in x's dtype. Products are of x's dtype, accumulated in float32.
     """
     return _forward(activation, x, weights, w_in, w_out)[0]
 
@@ -158,40 +183,44 @@ def _forward(activation, x, weights, w_in, w_out):
     chex.assert_rank([x, weights], 4, custom_message="x is [N, G, S, D], weights are [N, G, S, E]")
 
     def local(axes, x, weights, w_in, w_out):
-        tiles = by_tiles(weights)
+        tiles = to_tiles(weights)
         u = merge(x, tiles)
-        (o,) = _call("forward", activation, w_in.dtype, _rows_of(u), w_in, w_out)
+        (o,) = _call("forward", activation, w_in.dtype, _flatten(u), w_in, w_out)
         o = o.reshape(u.shape)
         return emit(o, tiles), u, o
 
-    y, u, o = on_each(local, "ngsd ngse - -", "ngsd ensd ensd", x, weights.astype(x.dtype), *_whole(x, w_in, w_out))
+    arrays = (x, weights.astype(x.dtype), *_gather_weights(x, w_in, w_out))
+    y, u, o = map_devices(local, "ngsd ngse - -", "ngsd ensd ensd", *arrays)
     return y, (x, weights, u, o, w_in, w_out)
 
 
-def _backward(activation, kept, dy):
-    x, weights, u, o, w_in, w_out = kept
+def _backward(activation, residuals, dy):
+    x, weights, u, o, w_in, w_out = residuals
 
     def local(axes, x, dy, weights, u, o, *experts):
-        tiles = by_tiles(weights)
-        do = merge(dy, tiles)  # emit's transpose
-        du, *found = _call("backward", activation, w_in.dtype, _rows_of(u), _rows_of(do), *experts)
+        tiles = to_tiles(weights)
+        do = merge(dy, tiles)  # the transpose of emit
+        du, *gradients = _call("backward", activation, w_in.dtype, _flatten(u), _flatten(do), *experts)
         dx, d_tiles = mixing_backward(x, dy, o, du.reshape(u.shape), tiles)
-        return dx, from_tiles(d_tiles), *(jax.lax.psum(found, axes) if axes else found)
+        return dx, from_tiles(d_tiles), *(jax.lax.psum(gradients, axes) if axes else gradients)
 
-    arrays = (x, dy, weights.astype(x.dtype), u, o, *_whole(x, w_in, w_out))
-    dx, d_weights, *found = on_each(local, "ngsd ngsd ngse ensd ensd - -", "ngsd ngse - -", *arrays)
-    dw_in, dw_out = (reshard(dw, *axes_of(w)) for dw, w in zip(found, (w_in, w_out), strict=True))
+    arrays = (x, dy, weights.astype(x.dtype), u, o, *_gather_weights(x, w_in, w_out))
+    dx, d_weights, *gradients = map_devices(local, "ngsd ngsd ngse ensd ensd - -", "ngsd ngse - -", *arrays)
+    dw_in, dw_out = (reshard(dw, *axes_of(w)) for dw, w in zip(gradients, (w_in, w_out), strict=True))
     return dx, d_weights.astype(weights.dtype), dw_in, dw_out
 
 
-mix_through.defvjp(_forward, _backward)
+fused_experts.defvjp(_forward, _backward)
 
 
-def _rows_of(u: jax.Array) -> jax.Array:
+def _flatten(u: jax.Array) -> jax.Array:
     """[E, N, S, D] -> [E, T, D]."""
     return u.reshape(u.shape[0], -1, u.shape[-1])
 
 
-def _whole(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """As they are stored; but what `fsdp` has cut travels in x's dtype."""
+def _gather_weights(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """The weights of all experts on every device, in the dtype in which they are stored.
+
+    Sharded weights are gathered in x's dtype.
+    """
     return [replicate(w.astype(x.dtype)) if any(axes_of(w)) else w for w in weights]

@@ -1,11 +1,13 @@
-"""Merge and emit on TPU: what their kernels are made of, and as kernels of their own, passes over the activations.
+"""Merge and emit on TPU: the operations on tiles that all kernels use, and kernels that only merge or emit.
 
-A mixture contracts over G, too few for a matrix unit. So eight positions, one tile of rows, are merged in one product,
-with a matrix that is zero between different positions (letters as in `mixing.py`):
+A mixture is a sum over the G tokens of a group: too few terms for a matrix unit, at one position. Therefore eight
+positions, the sublanes of one tile, are merged by one product with a matrix that is zero between different positions
+(letters as in `mixing.py`; s and s' are positions of the tile):
 
-    mixtures [(e, s), D] = spread [(e, s), (g, s')] x [(g, s'), D],   spread = weights where s = s', else 0
+    mixtures [(e, s), D] = W [(e, s), (g, s')] x [(g, s'), D],   W = mixing weights where s = s', else 0
 
-Eight times the FLOPs of a merge, but an expert's rows are whole tiles: they are picked and put, never moved.
+This takes eight times the FLOPs of a merge, but the rows of an expert are whole tiles, which are loaded and stored
+without any relayout.
 """
 
 from __future__ import annotations
@@ -19,88 +21,91 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from mot_jax.errors import UserError
-from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Plan, dot
+from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, KernelBlocks, dot
 
-MOST_POSITIONS = 64  # of a block: more move no fewer bytes
-
-
-# --- within a kernel --------------------------------------------------------------------------------------------------
+MAX_POSITIONS = 64  # of a block; larger blocks move no fewer bytes
 
 
-def rows(ref: Any, q: Any) -> jax.Array:
-    """Eight positions of a block [K, P, D], the q-th eight, as rows [(k, s), D]."""
+# --- inside a kernel --------------------------------------------------------------------------------------------------
+
+
+def load_tile(ref: Any, q: Any) -> jax.Array:
+    """Load the q-th eight positions of a block [K, P, D] as a matrix [(k, s), D]."""
     tile = ref[:, pl.ds(q * TILE, TILE), :]
+    # In float32, whose tiles have eight sublanes, the reshape moves no data.
     return tile.astype(jnp.float32).reshape(-1, tile.shape[-1]).astype(tile.dtype)
 
 
-def put(ref: Any, q: Any, values: jax.Array) -> None:
-    """`rows` the other way: values [(k, s), D] into the block, in its dtype."""
+def store_tile(ref: Any, q: Any, values: jax.Array) -> None:
+    """Invert `load_tile`: store values [(k, s), D] in the block, in its dtype."""
     ref[:, pl.ds(q * TILE, TILE), :] = values.reshape(-1, TILE, values.shape[-1]).astype(ref.dtype)
 
 
-def spread(weights: jax.Array, dtype: Any) -> jax.Array:
-    """[k, (g, s)] -> [(e, s), (g, s')], zero between different positions."""
+def merge_matrix(weights: jax.Array, dtype: Any) -> jax.Array:
+    """The matrix W above: weights [k, (g, s)] -> [(e, s), (g, s')], zero between different positions."""
     k, lanes = weights.shape
-    found = jnp.where(_same(lanes)[None], weights.astype(jnp.float32)[:, None, :], 0.0)
-    return found.reshape(k * TILE, lanes).astype(dtype)
+    matrix = jnp.where(_same_position(lanes)[None], weights.astype(jnp.float32)[:, None, :], 0.0)
+    return matrix.reshape(k * TILE, lanes).astype(dtype)
 
 
-def gather(products: jax.Array) -> jax.Array:
-    """`spread`'s transpose: [(e, s), (g, s')] -> [k, (g, s)]."""
-    products = products.reshape(-1, TILE, products.shape[-1])
-    return jnp.where(_same(products.shape[-1])[None], products, 0.0).sum(axis=1)
+def merge_matrix_gradient(gradient: jax.Array) -> jax.Array:
+    """The transpose of `merge_matrix`: a gradient [(e, s), (g, s')] -> the weights' gradient [k, (g, s)]."""
+    gradient = gradient.reshape(-1, TILE, gradient.shape[-1])
+    return jnp.where(_same_position(gradient.shape[-1])[None], gradient, 0.0).sum(axis=1)
 
 
-def _same(lanes: int) -> jax.Array:
-    """[8, (g, s')]: whether s = s'."""
+def _same_position(lanes: int) -> jax.Array:
+    """bool [8, (g, s')]: whether s = s'."""
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (TILE, lanes), axis) for axis in (0, 1))
     return row == column % TILE
 
 
-def each(count: int, body: Callable[[Any], object]) -> None:
-    """body(0), body(1), ..."""
+def for_each(count: int, body: Callable[[Any], object]) -> None:
+    """Run body(0), body(1), ..., body(count - 1) in a loop of the kernel."""
 
-    def turn(i, nothing):
+    def step(i, carry):
         body(i)
-        return nothing
+        return carry
 
-    jax.lax.fori_loop(0, count, turn, None)
-
-
-# --- around a kernel --------------------------------------------------------------------------------------------------
+    jax.lax.fori_loop(0, count, step, None)
 
 
-def by_tiles(weights: jax.Array) -> jax.Array:
-    """[N, G, S, E] -> [N, S / 8, E, (G, 8)]: what eight positions need of each expert, as full lanes."""
+# --- outside of a kernel ----------------------------------------------------------------------------------------------
+
+
+def to_tiles(weights: jax.Array) -> jax.Array:
+    """[N, G, S, E] -> [N, S / 8, E, (G, 8)]: for each eight positions, an expert's weights along the lanes."""
     n, g, s, e = weights.shape
     return weights.reshape(n, g, s // TILE, TILE, e).transpose(0, 2, 4, 1, 3).reshape(n, s // TILE, e, g * TILE)
 
 
 def from_tiles(tiles: jax.Array) -> jax.Array:
-    """`by_tiles` the other way."""
+    """Invert `to_tiles`."""
     n, parts, e, lanes = tiles.shape
     tiles = tiles.reshape(n, parts, e, lanes // TILE, TILE)
     return tiles.transpose(0, 3, 1, 4, 2).reshape(n, lanes // TILE, parts * TILE, e)
 
 
-# --- passes -----------------------------------------------------------------------------------------------------------
+# --- kernels that only merge or emit ----------------------------------------------------------------------------------
 
 
 @functools.cache
-def plan(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: str) -> Plan:
-    """The blocks of `merge`, `emit` or `mixing_backward`: as many positions as fit. S is a multiple of 8.
+def choose_pass_blocks(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: str) -> KernelBlocks:
+    """Choose the blocks of `merge`, `emit` or `mixing_backward`: as many positions as fit. S is a multiple of 8.
 
-    Raises UserError where eight do not fit.
+    Raises:
+        UserError: eight positions do not fit.
     """
-    for p in range(min(s, MOST_POSITIONS), 0, -TILE):
-        found = _plan(kernel, n, g, s, e, d, jnp.dtype(dtype), p)
-        if s % p == 0 and found.vmem_bytes <= VMEM_BYTES // 2:  # the compiler wants the rest for products
-            return found
-    words = f"{e} mixtures of {g} tokens of d_model = {d}, at eight positions, are too much for a core's memory"
-    raise UserError(f"kernel = 'fused_experts': {words}; try kernel = 'xla'")
+    for p in range(min(s, MAX_POSITIONS), 0, -TILE):
+        blocks = make_pass_blocks(kernel, n, g, s, e, d, jnp.dtype(dtype), p)
+        if s % p == 0 and blocks.vmem_bytes <= VMEM_BYTES // 2:  # the compiler needs the rest for products
+            return blocks
+    problem = f"{e} mixtures of {g} tokens of d_model = {d}, at eight positions, do not fit in a core's memory"
+    raise UserError(f"kernel = 'fused_experts': {problem}; try kernel = 'xla'")
 
 
-def _plan(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: Any, p: int) -> Plan:
+def make_pass_blocks(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: Any, p: int) -> KernelBlocks:
+    """The blocks of a kernel for p positions: all experts and members of one group. The grid is (N, S / p)."""
     tokens = (pl.BlockSpec((None, g, p, d), lambda i, t: (i, 0, t, 0)), dtype)
     mixtures = (pl.BlockSpec((e, None, p, d), lambda i, t: (0, i, t, 0)), dtype)
     weights = pl.BlockSpec((None, p // TILE, e, g * TILE), lambda i, t: (i, t, 0, 0))
@@ -110,48 +115,51 @@ def _plan(kernel: str, n: int, g: int, s: int, e: int, d: int, dtype: Any, p: in
         "emit": ([mixtures, used], [tokens]),
         "mixing_backward": ([tokens, tokens, mixtures, mixtures, used], [tokens, gradient]),
     }[kernel]
-    return Plan((n, s // p), inputs, outputs, [])
+    return KernelBlocks((n, s // p), inputs, outputs, [])
 
 
 def _merge_kernel(x, weights, u):
-    each(weights.shape[0], lambda q: put(u, q, dot(spread(weights[q], x.dtype), rows(x, q))))
+    for_each(weights.shape[0], lambda q: store_tile(u, q, dot(merge_matrix(weights[q], x.dtype), load_tile(x, q))))
 
 
 def _emit_kernel(o, weights, y):
-    each(weights.shape[0], lambda q: put(y, q, dot(spread(weights[q], o.dtype), rows(o, q), (0, 0))))
-
-
-def _backward_kernel(x, dy, o, du, weights, dx, d_weights):
     def tile(q):
-        cotangents = rows(du, q)
-        put(dx, q, dot(spread(weights[q], x.dtype), cotangents, (0, 0)))
-        found = dot(cotangents, rows(x, q), (1, 1)) + dot(rows(o, q), rows(dy, q), (1, 1))
-        d_weights[q] = gather(found)
+        store_tile(y, q, dot(merge_matrix(weights[q], o.dtype), load_tile(o, q), (0, 0)))
 
-    each(weights.shape[0], tile)
+    for_each(weights.shape[0], tile)
+
+
+def _mixing_backward_kernel(x, dy, o, du, weights, dx, d_weights):
+    def tile(q):
+        cotangents = load_tile(du, q)
+        store_tile(dx, q, dot(merge_matrix(weights[q], x.dtype), cotangents, (0, 0)))
+        gradient = dot(cotangents, load_tile(x, q), (1, 1)) + dot(load_tile(o, q), load_tile(dy, q), (1, 1))
+        d_weights[q] = merge_matrix_gradient(gradient)
+
+    for_each(weights.shape[0], tile)
 
 
 _KERNELS: dict[str, Callable[..., None]] = {
     "merge": _merge_kernel,
     "emit": _emit_kernel,
-    "mixing_backward": _backward_kernel,
+    "mixing_backward": _mixing_backward_kernel,
 }
 
 
 def _call(kernel: str, shapes: list[tuple[int, ...]], *arrays: jax.Array) -> list[jax.Array]:
     (n, parts, e, lanes), first = arrays[-1].shape, arrays[0]
-    found = plan(kernel, n, lanes // TILE, parts * TILE, e, first.shape[-1], first.dtype.name)
-    return found.run(_KERNELS[kernel], kernel, ("parallel", "parallel"), shapes, *arrays)
+    blocks = choose_pass_blocks(kernel, n, lanes // TILE, parts * TILE, e, first.shape[-1], first.dtype.name)
+    return blocks.call(_KERNELS[kernel], kernel, ("parallel", "parallel"), shapes, *arrays)
 
 
 def merge(x: jax.Array, tiles: jax.Array) -> jax.Array:
-    """`mixing.merge`, experts first: x [N, G, S, D], weights by tiles in x's dtype -> mixtures [E, N, S, D]."""
+    """`mixing.merge` with experts first: x [N, G, S, D], weights by tiles in x's dtype -> mixtures [E, N, S, D]."""
     n, _, s, d = x.shape
     return _call("merge", [(tiles.shape[2], n, s, d)], x, tiles)[0]
 
 
 def emit(o: jax.Array, tiles: jax.Array) -> jax.Array:
-    """`mixing.emit`, experts first: expert outputs o [E, N, S, D], weights by tiles in o's dtype -> [N, G, S, D]."""
+    """`mixing.emit` with experts first: outputs o [E, N, S, D], weights by tiles in o's dtype -> [N, G, S, D]."""
     _, n, s, d = o.shape
     return _call("emit", [(n, tiles.shape[3] // TILE, s, d)], o, tiles)[0]
 
@@ -159,14 +167,23 @@ def emit(o: jax.Array, tiles: jax.Array) -> jax.Array:
 def mixing_backward(
     x: jax.Array, dy: jax.Array, o: jax.Array, du: jax.Array, tiles: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of x (by the mixtures' cotangents du) and of the weights (by both uses): [N, G, S, D], tiles.
+    """Gradients of x, through the mixtures' cotangents du, and of the weights, through merge and emit.
 
-    x, dy [N, G, S, D]; o, du [E, N, S, D]. All are read once. The weights' gradient is in float32.
+    Reads every array once.
+
+    Args:
+        x, dy: [N, G, S, D].
+        o, du: [E, N, S, D].
+        tiles: the weights by tiles, in x's dtype.
+
+    Returns:
+        dx [N, G, S, D] in x's dtype; the weights' gradient by tiles in float32.
     """
     dx, d_tiles = _call("mixing_backward", [x.shape, tiles.shape], x, dy, o, du, tiles)
     return dx, d_tiles
 
 
 def passes_bytes(n: int, g: int, s: int, e: int, d: int, dtype: str) -> int:
-    """What the passes move of one layer, forward (merge, emit) and backward (merge of dy, the gradients)."""
-    return sum(plan(kernel, n, g, s, e, d, dtype).bytes for kernel in ("merge", "emit", "merge", "mixing_backward"))
+    """HBM bytes of one layer's passes, forward (merge, emit) and backward (merge of dy, the gradients)."""
+    kernels = ("merge", "emit", "merge", "mixing_backward")
+    return sum(choose_pass_blocks(kernel, n, g, s, e, d, dtype).hbm_bytes for kernel in kernels)

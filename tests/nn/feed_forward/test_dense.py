@@ -1,4 +1,4 @@
-"""The dense layer: the plain formula of every choice, and its parameters."""
+"""The dense layer: its formula for every option, and its parameters."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation):
+def test_activations_and_gates(activation):
     x, act = np.linspace(-4, 4, 33), ACTIVATIONS[activation]
     np.testing.assert_allclose(activate(activation, x, None), act(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(activate(activation, x, x[::-1]), act(x[::-1]) * x, rtol=1e-5, atol=1e-5)
@@ -28,14 +28,14 @@ def test_activations(activation):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gated", [True, False])
-def test_equals_the_plain_formula(gated, bias):
+def test_equals_its_formula(gated, bias):
     rngs = nnx.Rngs(params=jax.random.key(0, impl="rbg"))
     layer = Dense(D, F, DenseConfig(bias), activation="silu", gated=gated, init=InitConfig("normal"), rngs=rngs)
     start = get_params(layer)
     kernels = {"kernel_in": (D, F), "kernel_out": (F, D)} | ({"kernel_gate": (D, F)} if gated else {})
     biases = {"bias_in": (F,), "bias_out": (D,)} | ({"bias_gate": (F,)} if gated else {})
     assert {k: v.shape for k, v in start.items()} == kernels | (biases if bias else {})
-    for name, value in start.items():  # fan_in is what a kernel reads
+    for name, value in start.items():  # fan_in is the first dimension
         assert np.std(value) == pytest.approx((0.1 / value.shape[0]) ** 0.5 if name in kernels else 0, rel=0.06)
 
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The Mixture-of-Tokens layer: equal to the oracle, and every property of PAPER.md section 2."""
+"""The Mixture-of-Tokens layer: equal to the oracle, with every property of `docs/paper.md`, section 2."""
 
 from functools import lru_cache, partial
 
@@ -17,7 +17,7 @@ from mot_jax.config import DenseConfig, InitConfig, MixingConfig, MixtureOfToken
 from mot_jax.nn.feed_forward import Dense, FeedForwardContext, MixtureOfTokens
 
 B, S, D, G, E, F = 8, 3, 5, 4, 3, 6
-# The generator that compiles in a fraction of the time.
+# This generator compiles in a fraction of the time.
 KEY = jax.random.key(0, impl="rbg")
 SEEDS = st.integers(0, 2**16)
 MERGES = {
@@ -25,7 +25,7 @@ MERGES = {
     "uniform": MixingConfig("uniform"),
     "one_hot": MixingConfig(temperature=0.0),
 }
-SAVED = ("nothing", "pre_activations", "all")
+POLICIES = ("nothing", "pre_activations", "all")
 # (mixing, width of the shared expert, whether some tokens are masked)
 CASES = {
     "softmax": (MixingConfig(), 0, False),
@@ -36,7 +36,7 @@ CASES = {
 
 
 def mask_of(seed: int) -> np.ndarray:
-    """Some tokens masked; one group without a real token at position 0, one that is all real at position 1."""
+    """Random padding; at position 0 one group has padding only, at position 1 another has none."""
     mask = np.random.default_rng(seed).random((B, S)) < 0.6
     mask[:G, 0] = False
     mask[G:, 1] = True
@@ -44,7 +44,7 @@ def mask_of(seed: int) -> np.ndarray:
 
 
 def values(seed: int, shared: int = 0, **scales: float) -> dict[str, np.ndarray]:
-    """x, the parameters, by their names in the layer; standard normal but for `scales`."""
+    """x and the parameters, by their names in the layer: standard normal numbers times `scales`."""
     shapes = {"x": (B, S, D), "controller": (D, E), "w_in": (E, D, F), "w_out": (E, F, D)}
     if shared:
         shapes |= {"kernel_in": (D, shared), "kernel_out": (shared, D)}
@@ -59,7 +59,7 @@ def abstract(config: MixtureOfTokensConfig, dtype: str):
 
 
 def apply(config: MixtureOfTokensConfig, dtype: str, p: dict, mask=None):
-    """The layer's output with the parameters p, as the oracle names them."""
+    """The layer's output with the parameters p, named as in the oracle."""
     graph, state = abstract(config, dtype)
     filled = [(path, v.replace(jnp.asarray(p[path[-1]], dtype))) for path, v in nnx.to_flat_state(state)]
     layer = nnx.merge(graph, nnx.from_flat_state(filled))
@@ -87,40 +87,40 @@ def gradients(config: MixtureOfTokensConfig, p: dict, dy: jax.Array, mask=None) 
 
 @pytest.mark.parametrize("case", CASES)
 def test_oracle_gradients_equal_finite_differences(case):
-    """Central differences of step 1e-6 along random directions: an error of some 1e-9, far from the kinks."""
+    """Central differences of step 1e-6 along random directions, with an error of about 1e-9 away from kinks."""
     mixing, shared, masked = CASES[case]
-    layer = oracle.Layer(G, mixing.merge, mixing.temperature, mask_of(1) if masked else None)
+    layer = oracle.MixtureOfTokens(G, mixing.merge, mixing.temperature, mask_of(1) if masked else None)
     p, dy = values(0, shared), np.random.default_rng(2).normal(size=(B, S, D))
-    found = layer.backward(p, dy)
+    gradients = layer.backward(p, dy)
     for name in p:
         direction = np.random.default_rng(3).normal(size=p[name].shape)
         up, down = (layer.forward(p | {name: p[name] + step * direction}) for step in (1e-6, -1e-6))
         expected = ((up - down) * dy).sum() / 2e-6
-        np.testing.assert_allclose((found[name] * direction).sum(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose((gradients[name] * direction).sum(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 class LayerEqualsOracle(chex.TestCase):
-    """Values and every gradient, compiled and not."""
+    """Values and every gradient, with and without jit."""
 
     def compare(self, case: str, save_for_backward: str, dtype: str, tolerance: float):
         mixing, shared, masked = CASES[case]
         mask = mask_of(1) if masked else None
         p, dy = values(0, shared), np.random.default_rng(2).normal(size=(B, S, D))
-        reference = oracle.Layer(G, mixing.merge, mixing.temperature, mask)
+        reference = oracle.MixtureOfTokens(G, mixing.merge, mixing.temperature, mask)
 
         def loss(p, mask):
             y = apply(config_of(mixing, shared, save_for_backward), dtype, p, mask).y
             return (y * dy.astype(dtype)).sum(), y
 
         cast = {name: jnp.asarray(value, dtype) for name, value in p.items()}
-        found, y = self.variant(jax.grad(loss, has_aux=True))(cast, mask)
+        gradients, y = self.variant(jax.grad(loss, has_aux=True))(cast, mask)
         assert y.dtype == dtype
         for name, expected in {"y": reference.forward(p), **reference.backward(p, dy)}.items():
-            got = y if name == "y" else found[name]
-            assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
+            actual = y if name == "y" else gradients[name]
+            assert np.abs(actual - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
 
     @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(case=tuple(CASES), save_for_backward=SAVED)
+    @parameterized.product(case=tuple(CASES), save_for_backward=POLICIES)
     def test_float64(self, case, save_for_backward):
         with jax.enable_x64(True):
             self.compare(case, save_for_backward, "float64", 1e-10)
@@ -133,7 +133,7 @@ class LayerEqualsOracle(chex.TestCase):
         self.compare(case, save_for_backward, "float32", 1e-5)
 
 
-# --- the properties of PAPER.md section 2 -----------------------------------------------------------------------------
+# --- properties (`docs/paper.md`, section 2) --------------------------------------------------------------------------
 
 
 @given(SEEDS, st.permutations(range(G)), st.booleans())
@@ -147,7 +147,7 @@ def test_permuting_a_group_permutes_its_outputs(seed, order, masked):
 
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]), st.booleans())
 def test_groups_and_positions_are_independent(seed, merge, shared):
-    """What one group holds at one position changes no bit elsewhere, and does change what is there."""
+    """Changed tokens of one group at one position change its outputs there, and no bit of any other output."""
     config = config_of(MERGES[merge], 4 * shared)
     p = values(seed, 4 * shared)
     rng = np.random.default_rng(seed)
@@ -160,8 +160,8 @@ def test_groups_and_positions_are_independent(seed, merge, shared):
     assert (before[inside] != after[inside]).any()
 
 
-def experts(p: dict, x: np.ndarray) -> np.ndarray:
-    """sum_e FFN_e(x) of each token by itself."""
+def sum_of_experts(p: dict, x: np.ndarray) -> np.ndarray:
+    """sum_e FFN_e(x), for each token."""
     h = np.maximum(np.einsum("bsd,edf->bsef", x, p["w_in"]), 0)
     return np.einsum("bsef,efd->bsd", h, p["w_out"])
 
@@ -169,18 +169,18 @@ def experts(p: dict, x: np.ndarray) -> np.ndarray:
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]))
 def test_a_group_of_one_gives_the_sum_of_experts(seed, merge):
     p = values(seed)
-    np.testing.assert_allclose(run(config_of(MERGES[merge], g=1), p), experts(p, p["x"]), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(config_of(MERGES[merge], g=1), p), sum_of_experts(p, p["x"]), rtol=1e-4, atol=1e-4)
 
 
 @given(SEEDS, st.sampled_from(["softmax", "uniform"]))
 def test_identical_tokens_in_a_group_give_the_sum_of_experts_over_g(seed, merge):
     p = values(seed)
     p["x"] = np.repeat(p["x"][::G], G, axis=0)
-    np.testing.assert_allclose(run(config_of(MERGES[merge]), p), experts(p, p["x"]) / G, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(config_of(MERGES[merge]), p), sum_of_experts(p, p["x"]) / G, rtol=1e-4, atol=1e-4)
 
 
 @given(SEEDS)
-def test_updates_of_a_group_add_up_to_the_experts_outputs(seed):
+def test_updates_of_a_group_sum_to_the_expert_outputs(seed):
     """Sum over the group of Y = sum_e O_e, since the columns of M sum to 1."""
     p = values(seed)
     weights = np.asarray(jax.nn.softmax(p["x"].reshape(B // G, G, S, D) @ p["controller"], axis=1))
@@ -191,7 +191,7 @@ def test_updates_of_a_group_add_up_to_the_experts_outputs(seed):
 
 
 @given(SEEDS, st.sampled_from([(1e9, "uniform"), (1e-6, "one_hot"), (0.0, "one_hot")]))
-def test_temperature_goes_from_one_hot_to_uniform(seed, case):
+def test_temperature_limits_are_one_hot_and_uniform(seed, case):
     temperature, limit = case
     p, mask = values(seed), mask_of(seed)
     tempered = run(config_of(MixingConfig(temperature=temperature)), p, mask)
@@ -199,20 +199,20 @@ def test_temperature_goes_from_one_hot_to_uniform(seed, case):
 
 
 @given(SEEDS, st.sampled_from(["softmax", "uniform", "one_hot"]), st.sampled_from([1.0, 1e3, 1e15]))
-def test_the_content_of_masked_tokens_changes_no_bit(seed, merge, scale):
+def test_the_values_of_padding_tokens_change_no_bit(seed, merge, scale):
     config, p, mask = config_of(MERGES[merge]), values(seed), mask_of(seed)
     rng = np.random.default_rng(seed)
     other = p | {"x": np.where(mask[..., None], p["x"], scale * rng.normal(size=p["x"].shape))}
     y, dy = run(config, p, mask), rng.normal(size=p["x"].shape)
     np.testing.assert_array_equal(y, run(config, other, mask))
-    assert not y[~mask].any(), "a masked token gets nothing back"
+    assert not y[~mask].any(), "the update of a padding token is 0"
     for name, gradient in gradients(config, p, dy, mask).items():
         np.testing.assert_array_equal(gradient, gradients(config, other, dy, mask)[name], err_msg=name)
 
 
 @given(SEEDS)
-def test_masked_tokens_are_as_good_as_absent(seed):
-    """A group whose last token is masked everywhere is the smaller group."""
+def test_masking_a_group_member_equals_a_smaller_group(seed):
+    """The last member of each group is masked at every position."""
     p, mask = values(seed), np.ones((B, S), bool)
     mask[G - 1 :: G] = False
     smaller = config_of(g=G - 1)
@@ -221,7 +221,7 @@ def test_masked_tokens_are_as_good_as_absent(seed):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_batch_without_real_tokens_gives_zero_and_finite_gradients(case):
+def test_a_batch_with_padding_only_has_zero_updates_and_gradients(case):
     mixing, _, _ = CASES[case]
     p, nothing = values(0), np.zeros((B, S), bool)
     assert not run(config_of(mixing), p, nothing).any()
@@ -229,33 +229,33 @@ def test_a_batch_without_real_tokens_gives_zero_and_finite_gradients(case):
         assert not gradient.any(), name
 
 
-def alive(seed: int) -> dict[str, np.ndarray]:
-    """Values under which no ReLU is closed, so that a zero gradient is the mixing's doing."""
+def values_with_open_relus(seed: int) -> dict[str, np.ndarray]:
+    """Values for which every ReLU is active, so that a zero gradient is due to the mixing weights."""
     p = values(seed)
     return p | {"x": abs(p["x"]), "w_in": abs(p["w_in"])}
 
 
 @given(SEEDS)
-def test_every_expert_learns_from_every_real_token(seed):
-    """Also from the tokens that it reads least, and from no masked one."""
-    p, mask = alive(seed), mask_of(seed)
+def test_every_expert_has_a_gradient_from_every_non_padding_token(seed):
+    """Also from tokens with the smallest weights, and from no padding token."""
+    p, mask = values_with_open_relus(seed), mask_of(seed)
     tokens = np.eye(B * S).reshape(B * S, B, S, 1) * np.random.default_rng(seed).normal(size=D)
-    found = per_token_gradients(p, tokens, mask)
+    gradients_of_token = per_token_gradients(p, tokens, mask)
     for name in ("w_in", "w_out"):
-        learns = (found[name] != 0).any(axis=(2, 3)).reshape(B, S, E)
+        learns = (gradients_of_token[name] != 0).any(axis=(2, 3)).reshape(B, S, E)
         np.testing.assert_array_equal(learns, np.broadcast_to(mask[..., None], learns.shape), err_msg=name)
 
 
 @jax.jit
 def per_token_gradients(p: dict, tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """The gradients when the loss reads only one token's update, for each of `tokens`."""
+    """The gradients of a loss that depends on one token's update only, for each of `tokens`."""
     return jax.vmap(lambda dy: gradients(config_of(), p, dy, mask))(tokens)
 
 
 @given(SEEDS)
-def test_every_expert_reads_every_real_token(seed):
-    """If only one token of the batch is not zero, w_in of every expert still gets a gradient, from it alone."""
-    p = alive(seed)
+def test_every_expert_depends_on_every_token(seed):
+    """If a single token of the batch is not zero, w_in of every expert has a gradient from it."""
+    p = values_with_open_relus(seed)
     rng = np.random.default_rng(seed)
     b, s = rng.integers(B), rng.integers(S)
     p["x"] = np.where((np.arange(B)[:, None, None] == b) & (np.arange(S)[:, None] == s), p["x"], 0)
@@ -284,23 +284,23 @@ def test_gradients_are_finite(extreme, mixing, masked):
 # --- the layer as a module --------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved():
-    """The policy decides which arrays of experts' size wait for the backward pass, and what is computed again."""
+def test_save_for_backward_decides_which_arrays_are_saved_and_recomputed():
+    """Counts the saved arrays of the pre-activations' and the mixtures' shapes, and the FLOPs of the backward pass."""
     p = {name: jnp.asarray(v, "float32") for name, v in values(0).items()}
-    n, kept, flops = B // G, {}, {}
+    n, saved, flops = B // G, {}, {}
     backward = jax.jit(lambda pull, dy: pull(dy))
-    for save_for_backward in SAVED:
+    for save_for_backward in POLICIES:
         config = config_of(save_for_backward=save_for_backward)
         pull = jax.vjp(lambda p, c=config: apply(c, "float32", p).y, p)[1]
         shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
-        kept[save_for_backward] = (shapes.count((E, n, S, F)), shapes.count((n, S, E, D)))
+        saved[save_for_backward] = (shapes.count((E, n, S, F)), shapes.count((n, S, E, D)))
         flops[save_for_backward] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
-    assert kept == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
+    assert saved == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
     assert flops["nothing"] > flops["pre_activations"] > flops["all"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parameters_and_output(dtype):
+def test_parameters_output_and_metrics(dtype):
     config = MixtureOfTokensConfig(group_size=4, num_experts=8, shared_expert_dim=6)
     layer = MixtureOfTokens(5, 10, config, dtype=dtype, rngs=nnx.Rngs(params=KEY))
     shapes = {name: getattr(layer, name).shape for name in ("controller", "w_in", "w_out")}
@@ -314,16 +314,16 @@ def test_parameters_and_output(dtype):
 
 
 @pytest.mark.parametrize("name", ["controller", "w_in", "w_out"])
-def test_init_scales_multiply_one_matrix(name):
+def test_an_init_scale_multiplies_one_parameter(name):
     config = MixtureOfTokensConfig(group_size=4, num_experts=4)
     scaled = MixtureOfTokensConfig(group_size=4, num_experts=4, **{f"{name}_init_scale": 3.0})
     one, other = (MixtureOfTokens(6, 8, c, rngs=nnx.Rngs(params=KEY)) for c in (config, scaled))
-    for each in ("controller", "w_in", "w_out"):
-        expected = getattr(one, each)[...] * (3.0 if each == name else 1.0)
-        np.testing.assert_allclose(getattr(other, each)[...], expected, rtol=1e-6)
+    for parameter in ("controller", "w_in", "w_out"):
+        expected = getattr(one, parameter)[...] * (3.0 if parameter == name else 1.0)
+        np.testing.assert_allclose(getattr(other, parameter)[...], expected, rtol=1e-6)
 
 
-def test_wrong_shapes_are_refused_in_words():
+def test_wrong_shapes_raise_an_error_that_names_the_dimensions():
     layer = MixtureOfTokens(D, 8, config_of(), rngs=nnx.Rngs(params=KEY))
     with pytest.raises(AssertionError, match="batch B = 6, group size G = 4"):
         layer(jnp.ones((6, S, D)))
@@ -332,7 +332,7 @@ def test_wrong_shapes_are_refused_in_words():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_dense_is_the_plain_formula(bias):
+def test_dense_equals_its_formula(bias):
     layer = Dense(D, F, DenseConfig(bias), init=InitConfig("normal", scale=1.0), rngs=nnx.Rngs(params=KEY))
     x = np.random.default_rng(0).normal(size=(2, S, D)).astype("float32")
     biases = (0.5, -0.25) if bias else (0.0, 0.0)

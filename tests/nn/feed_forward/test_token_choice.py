@@ -1,4 +1,4 @@
-"""The token-choice layer: equal to the oracle, and nobody sees a later token, whatever is dropped."""
+"""The token-choice layer: equal to the oracle, and causal, whichever tokens are dropped."""
 
 from functools import lru_cache, partial
 
@@ -21,14 +21,14 @@ SEEDS = st.integers(0, 2**16)
 # (capacity factor, tokens of a routing group, width of the shared expert, gated, masked)
 CASES = {
     "capacity": (1.0, 2 * S, 0, False, False),
-    "capacity, all else": (0.7, S // 2, 4, False, True),
+    "capacity, shared expert, masked": (0.7, S // 2, 4, False, True),
     "dropless": (None, S, 0, False, False),
-    "dropless, all else": (None, 2 * S, 0, True, True),
+    "dropless, gated, masked": (None, 2 * S, 0, True, True),
 }
 
 
 def mask_of(seed: int) -> np.ndarray:
-    """Some tokens masked; the first row has none that is real."""
+    """Random padding; the first sequence is padding only, the others start with a non-padding token."""
     mask = np.random.default_rng(seed).random((B, S)) < 0.7
     mask[0], mask[1:, 0] = False, True
     return mask
@@ -66,28 +66,28 @@ def run(config: TokenChoiceConfig, p: dict, mask=None):
     return apply(config, "float32", p, mask)
 
 
-def reference(case: str) -> tuple[oracle.Routed, dict[str, np.ndarray], np.ndarray]:
+def reference(case: str) -> tuple[oracle.TokenChoice, dict[str, np.ndarray], np.ndarray]:
     factor, tokens, shared, gated, masked = CASES[case]
     capacity = None if factor is None else int(np.ceil(factor * tokens * K / E))
     p, dy = values(0, shared, gated), np.random.default_rng(2).normal(size=(B, S, D))
-    return oracle.Routed(K, tokens, capacity, mask_of(1) if masked else None, 0.3, 0.2), p, dy
+    return oracle.TokenChoice(K, tokens, capacity, mask_of(1) if masked else None, 0.3, 0.2), p, dy
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_oracle_gradients_equal_finite_differences(case):
     layer, p, dy = reference(case)
-    found = layer(p, dy)[2]
+    gradients = layer(p, dy)[2]
     for name in p:
         direction = np.random.default_rng(3).normal(size=p[name].shape)
         moved = (layer(p | {name: p[name] + step * direction}, dy) for step in (1e-6, -1e-6))
         up, down = ((y * dy).sum() + loss for y, loss, _ in moved)
         expected = (up - down) / 2e-6
-        np.testing.assert_allclose((found[name] * direction).sum(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose((gradients[name] * direction).sum(), expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(
     "case, dtype, tolerance",
-    [*((case, "float64", 1e-10) for case in CASES), *((case, "float32", 1e-5) for case in CASES if "all" in case)],
+    [*((case, "float64", 1e-10) for case in CASES), *((case, "float32", 1e-5) for case in CASES if "masked" in case)],
 )
 def test_layer_equals_oracle(case, dtype, tolerance):
     """Values, losses and every gradient."""
@@ -107,19 +107,19 @@ def test_layer_equals_oracle(case, dtype, tolerance):
 
     with jax.enable_x64(dtype == "float64"):
         cast = {name: jnp.asarray(value, dtype) for name, value in p.items()}
-        found, (got_y, got_loss) = jax.device_get(step(cast))
-    assert got_y.dtype == dtype
-    pairs = {"y": (got_y, y), "loss": (got_loss, loss)} | {name: (found[name], gradients[name]) for name in p}
-    for name, (got, expected) in pairs.items():
-        assert np.abs(got - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
+        actual, (actual_y, actual_loss) = jax.device_get(step(cast))
+    assert actual_y.dtype == dtype
+    pairs = {"y": (actual_y, y), "loss": (actual_loss, loss)} | {name: (actual[name], gradients[name]) for name in p}
+    for name, (value, expected) in pairs.items():
+        assert np.abs(value - expected).max() <= tolerance * max(1.0, np.abs(expected).max()), name
 
 
-# --- who sees whom ----------------------------------------------------------------------------------------------------
+# --- dependence on other tokens ---------------------------------------------------------------------------------------
 
 
 @given(SEEDS)
-def test_without_a_capacity_rows_may_stand_in_any_order(seed):
-    """And their updates are the sum of the experts, weighted by probability, of the K likeliest."""
+def test_without_a_capacity_updates_do_not_depend_on_the_order_of_sequences(seed):
+    """They are the sum of the K most probable experts' outputs times their probabilities."""
     p, order = values(seed), np.random.default_rng(seed).permutation(B)
     y = run(config_of(None), p).y
     np.testing.assert_allclose(run(config_of(None), p | {"x": p["x"][order]}).y, y[order], atol=1e-5)
@@ -129,82 +129,83 @@ def test_without_a_capacity_rows_may_stand_in_any_order(seed):
     np.testing.assert_allclose(y, np.einsum("bse,bsed->bsd", kept, outputs), atol=1e-4)
 
 
-def leaks(runs, draws: int = 40) -> tuple[bool, float]:
-    """Whether replacing what comes later in its row, and all later rows, changes a bit of what is earlier in a row or
-    stands in an earlier one, in any of the draws; and the share of assignments dropped.
+def depends_on_later_tokens(run, draws: int = 40) -> tuple[bool, float]:
+    """Whether, in any draw, an update changes with later tokens of the batch; and the share of dropped assignments.
+
+    All tokens after a random one are replaced: the later ones of its sequence, and all later sequences.
     """
-    found, dropped = False, []
+    depends, dropped = False, []
     for seed in range(draws):
         p, rng = values(seed), np.random.default_rng(seed)
         row, position = rng.integers(B), rng.integers(1, S)
         later = np.zeros((B, S), bool)
         later[row, position:], later[row + 1 :] = True, True
         other = np.where(later[..., None], 10 * rng.normal(size=p["x"].shape), p["x"])
-        before, after = runs(p), runs(p | {"x": other})
-        found |= bool((np.asarray(before.y)[~later] != np.asarray(after.y)[~later]).any())
+        before, after = run(p), run(p | {"x": other})
+        depends |= bool((np.asarray(before.y)[~later] != np.asarray(after.y)[~later]).any())
         dropped.append(float(before.metrics["dropped"]))
-    return found, float(np.mean(dropped))
+    return depends, float(np.mean(dropped))
 
 
 @pytest.mark.parametrize("tokens", [S // 2, 2 * S])
-def test_what_is_dropped_tells_nothing_of_later_tokens_and_later_rows(tokens):
+def test_with_a_capacity_no_token_depends_on_later_tokens(tokens):
     config = config_of(0.6, tokens)
-    found, dropped = leaks(partial(run, config))
-    assert dropped > 0.2 and not found
+    depends, dropped = depends_on_later_tokens(partial(run, config))
+    assert dropped > 0.2 and not depends
 
 
-def test_priority_by_rank_would_leak(monkeypatch):
-    """All first choices before all second ones, as in GShard: a later token takes the slot of an earlier one."""
-    place = routing.place
+def test_slots_by_priority_of_the_choice_would_depend_on_later_tokens(monkeypatch):
+    """First choices before all second ones, as in GShard: a later token takes the slot of an earlier one."""
+    assign_slots = routing.assign_slots
 
-    def by_rank(experts, num_experts, capacity):
+    def by_priority(experts, num_experts, capacity):
         n, t, k = experts.shape
-        slots = place(experts.transpose(0, 2, 1).reshape(n, t * k, 1), num_experts, capacity)
+        slots = assign_slots(experts.transpose(0, 2, 1).reshape(n, t * k, 1), num_experts, capacity)
         of_assignment = slots.of_assignment.reshape(n, k, t).transpose(0, 2, 1).reshape(n, t * k)
         return routing.Slots(
-            of_assignment, jax.vmap(lambda a: routing._inverse(a, capacity * num_experts))(of_assignment)
+            of_assignment, jax.vmap(lambda a: routing._invert(a, capacity * num_experts))(of_assignment)
         )
 
-    monkeypatch.setattr(routing, "place", by_rank)
+    monkeypatch.setattr(routing, "assign_slots", by_priority)
     config = config_of(0.6)
-    found, dropped = leaks(jax.jit(lambda p: apply(config, "float32", p)))
-    assert dropped > 0.2 and found
+    depends, dropped = depends_on_later_tokens(jax.jit(lambda p: apply(config, "float32", p)))
+    assert dropped > 0.2 and depends
 
 
-def test_with_a_capacity_earlier_rows_are_seen_and_without_one_nobody_is():
-    """Rows of one routing group, replaced but for the last: the last row changes, or has the same bits."""
+def test_only_with_a_capacity_a_token_depends_on_earlier_sequences():
+    """The first sequence of a routing group of two is replaced: the second one changes, or has the same bits."""
     changed = {}
     for factor in (0.6, None):
         config, expected, rng = config_of(factor), run(config_of(factor), values(0)).y[1], np.random.default_rng(1)
-        drawn = [
+        outputs = [
             run(config, values(0) | {"x": np.concatenate([rng.normal(size=(1, S, D)), values(0)["x"][1:]])})
             for _ in range(30)
         ]
-        changed[factor] = any((out.y[1] != expected).any() for out in drawn)
+        changed[factor] = any((out.y[1] != expected).any() for out in outputs)
     assert changed == {0.6: True, None: False}
 
 
 @jax.jit
-def sees(p: dict) -> jax.Array:
-    """[S, S], whether the update at one position of the first row has a gradient to another."""
+def has_gradient(p: dict) -> jax.Array:
+    """bool [S, S]: whether the update at a position of the first sequence has a gradient by x at another."""
     config = config_of(0.6)
     jacobian = jax.jacrev(lambda x: apply(config, "float32", p | {"x": p["x"].at[0].set(x)}).y[0].sum(axis=-1))
     return jacobian(p["x"][0]).any(axis=-1)
 
 
-def test_gradients_reach_a_tokens_own_position_alone():
-    found = np.asarray(sees({name: jnp.asarray(v, "float32") for name, v in values(0).items()}))
-    assert not (found & ~np.eye(S, dtype=bool)).any() and found.any()
+def test_an_update_has_a_gradient_only_by_its_own_token():
+    dependence = np.asarray(has_gradient({name: jnp.asarray(v, "float32") for name, v in values(0).items()}))
+    assert not (dependence & ~np.eye(S, dtype=bool)).any() and dependence.any()
 
 
 @given(SEEDS, st.sampled_from([0.6, None]), st.sampled_from([1.0, 1e3, 1e15]))
-def test_masked_tokens_take_no_slot_and_get_nothing(seed, factor, scale):
+def test_padding_tokens_take_no_slot_and_have_zero_updates(seed, factor, scale):
     p, mask, config = values(seed), mask_of(seed), config_of(factor)
     other = np.where(mask[..., None], p["x"], scale * np.random.default_rng(seed).normal(size=p["x"].shape))
-    found, again = run(config, p, mask), run(config, p | {"x": other}, mask)
-    np.testing.assert_array_equal(found.y, again.y)
-    assert not found.y[~mask].any()
-    assert found.metrics["dropped"] == again.metrics["dropped"]
+    before, after = run(config, p, mask), run(config, p | {"x": other}, mask)
+    np.testing.assert_array_equal(before.y, after.y)
+    assert not before.y[~mask].any()
+    assert before.metrics["dropped"] == after.metrics["dropped"]
 
 
 # --- the layer as a module --------------------------------------------------------------------------------------------
@@ -221,7 +222,8 @@ def test_parameters_output_losses_and_metrics():
     out = call(layer, ("router_z",))
     assert out.y.shape == (8, 3, 5) and out.y.dtype == "bfloat16" and layer.w_in.dtype == "float32"
     assert list(out.losses) == ["router_z"] and set(out.metrics) == {"dropped", "load_max", "router_entropy"}
-    assert float(out.metrics["dropped"]) == pytest.approx(2 / 3)  # equal tokens: one slot, three want it
+    # The three tokens of a group are equal and choose the same experts, which have one slot each.
+    assert float(out.metrics["dropped"]) == pytest.approx(2 / 3)
 
 
 def test_a_batch_without_whole_routing_groups_is_refused_only_with_a_capacity():

@@ -1,4 +1,4 @@
-"""Every variant of PAPER.md section 3: one value of MixingConfig each, equal to its own oracle."""
+"""Every variant of `docs/paper.md`, section 3: one value of MixingConfig each, equal to its oracle."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from mot_jax.nn.transformer import get_params
 
 B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
 KEY = jax.random.key(0, impl="rbg")
-STEP = 4  # of 10
-ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature there
-GATED = {"separate controllers", "several"}
+STEP = 4  # of the 10 of the annealing
+ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature at that step
+GATED = {"separate controllers", "much at once"}
 
 
 def layer_of(mixing: MixingConfig, name: str = "", **changes) -> MixtureOfTokens:
@@ -33,7 +33,7 @@ def layer_of(mixing: MixingConfig, name: str = "", **changes) -> MixtureOfTokens
 
 
 def mask_of() -> np.ndarray:
-    """Some tokens masked; one group across rows, and one within a row, without any."""
+    """Random padding; one group across sequences, and all groups of the last sequence, are padding only."""
     mask = np.random.default_rng(1).random((B, S)) < 0.7
     mask[:G, 0] = False
     mask[B - 1] = False
@@ -41,7 +41,7 @@ def mask_of() -> np.ndarray:
 
 
 def values(name: str) -> dict[str, np.ndarray]:
-    """x, and every parameter of that variant, drawn anew: what starts as 0 or 0.5 is then no special case."""
+    """x and every parameter of the variant, drawn at random, since initial values of 0 or 0.5 are special cases."""
     rng = np.random.default_rng(0)
     shapes = {key: value.shape for key, value in get_params(layer_of(VARIANTS[name], name)).items()}
     small = {"temperature", "emit_temperature"}
@@ -50,11 +50,11 @@ def values(name: str) -> dict[str, np.ndarray]:
     return {"x": rng.normal(size=(B, S, D)), **drawn}
 
 
-def reference(name: str, p: dict[str, np.ndarray], mask: np.ndarray | None) -> oracle.Layer:
+def reference(name: str, p: dict[str, np.ndarray], mask: np.ndarray | None) -> oracle.MixtureOfTokens:
     c = VARIANTS[name]
     t = ANNEALED.get(c.annealing, c.temperature)
     anchor = p if c.straight_through else None
-    return oracle.Layer(G, c.merge, t, mask, c.emit, c.groups == "within", c.positive_temperature, anchor)
+    return oracle.MixtureOfTokens(G, c.merge, t, mask, c.emit, c.groups == "within", c.positive_temperature, anchor)
 
 
 def output(name: str, p: dict, mask: jax.Array | None) -> FeedForwardOutput:
@@ -74,23 +74,23 @@ def entropy_and_gradients(name: str, p: dict, mask: jax.Array | None):
 def value_and_gradients(name: str, p: dict, dy: jax.Array, mask: jax.Array | None):
     def loss(p: dict):
         out = output(name, p, mask)
-        # Not a number would show, times 0 even.
+        # Times 0, so that a NaN of the losses shows.
         return (out.y * dy).sum() + 0 * sum(out.losses.values()), out.y
 
     gradients, y = jax.grad(loss, has_aux=True)(p)
     return y, gradients
 
 
-# Each choice once; the others are slow.
-FAST_ALONE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "several"}
+# Each option once; the others are slow.
+FAST_ORACLE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "much at once"}
 EVERY = pytest.mark.parametrize(
-    "name", [name if name in FAST_ALONE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    "name", [name if name in FAST_ORACLE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
 
 
 @EVERY
 def test_variant_equals_its_oracle(name):
-    """Values to 1e-10, every gradient to what central differences of 1e-6 can see, in float64; some tokens masked."""
+    """In float64, with padding: values to 1e-10, every gradient to the precision of central differences of 1e-6."""
     p, mask = values(name), mask_of()
     layer, dy = reference(name, p, mask), np.random.default_rng(2).normal(size=(B, S, D))
     with jax.enable_x64(True):
@@ -99,17 +99,17 @@ def test_variant_equals_its_oracle(name):
         for key in p:
             expected = layer.differences(p, dy, key)
             np.testing.assert_allclose(gradients[key], expected, rtol=1e-5, atol=1e-6, err_msg=key)
-        # Where all weights are uniform, all parameters zero, all tokens equal, every gradient is finite.
+        # Every gradient is finite if all weights are uniform, all parameters zero, or all tokens equal.
         zero = {key: np.zeros_like(value) for key, value in p.items()}
-        for found in (
+        for results in (
             value_and_gradients(name, q, dy, mask) for q in (zero, zero | {"x": p["x"]}, p | {"x": zero["x"]})
         ):
-            chex.assert_tree_all_finite(found)
+            chex.assert_tree_all_finite(results)
 
 
 @EVERY
-def test_the_content_of_masked_tokens_changes_no_bit(name):
-    """Of the update, nor of any gradient."""
+def test_the_values_of_padding_tokens_change_no_bit(name):
+    """Neither of the update nor of any gradient."""
     p, mask, rng = values(name), mask_of(), np.random.default_rng(2)
     dy, other = rng.normal(size=(B, S, D)), 100 * rng.normal(size=(B, S, D))
     with jax.enable_x64(True):
@@ -121,16 +121,15 @@ def test_the_content_of_masked_tokens_changes_no_bit(name):
     assert not before[0][~mask].any() and before[0][mask].any()
 
 
-# Emit that is merge, apart, over experts; learned temperatures; within rows; without a softmax in merge.
-ENTROPIES = ["default", "separate controllers", "emit over experts", "uniform mixing"]
-ENTROPIES += ["learnable temperature, separate"]
-ENTROPIES = ["several", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
+# Emit by the merge weights, separate, over experts; learned temperatures; groups within a sequence; uniform merge.
+ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing"]
+ENTROPIES = ["much at once", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
 
 @pytest.mark.parametrize("name", ENTROPIES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_entropy_loss_equals_its_oracle(name, masked):
-    """Its value and every gradient, in float64."""
+def test_entropy_loss_equals_its_oracle(name, masked):
+    """Its value and gradients, in float64."""
     p, mask = values(name), mask_of() if masked else None
     reference_layer, nothing = reference(name, p, mask), np.zeros((B, S, D))
     with jax.enable_x64(True):
@@ -141,8 +140,8 @@ def test_the_entropy_loss_equals_its_oracle(name, masked):
             np.testing.assert_allclose(gradients[key], expected, rtol=1e-5, atol=1e-8, err_msg=key)
 
 
-def test_experts_need_not_be_as_many_as_a_group_has_members():
-    """E 6, G 2: granularity 3."""
+def test_more_experts_than_group_members_equal_the_oracle():
+    """E = 6, G = 2: granularity 3."""
     rng, config = np.random.default_rng(0), MixtureOfTokensConfig(2, 6, 2)
     p = {"controller": (D, 6), "w_in": (6, D, 2), "w_out": (6, 2, D), "x": (B, S, D)}
     p = {key: rng.normal(size=shape) for key, shape in p.items()}
@@ -151,16 +150,16 @@ def test_experts_need_not_be_as_many_as_a_group_has_members():
         for key in ("controller", "w_in", "w_out"):
             getattr(layer, key)[...] = jnp.asarray(p[key])
         y = layer(jnp.asarray(p["x"]), FeedForwardContext(mask_of())).y
-        np.testing.assert_allclose(y, oracle.Layer(2, mask=mask_of()).forward(p), rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(y, oracle.MixtureOfTokens(2, mask=mask_of()).forward(p), rtol=1e-9, atol=1e-10)
 
 
-FAST = {"uniform mixing", "no softmax", "several"}
-SLOWLY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+FAST_MESH = {"uniform mixing", "no softmax", "much at once"}
+MESH_CASES = [name if name in FAST_MESH else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
-@pytest.mark.parametrize("name", SLOWLY)
+@pytest.mark.parametrize("name", MESH_CASES)
 def test_variant_on_a_mesh_equals_one_device(name, mesh_of, optimized):
-    """float32, rows over 2 x 4 devices, experts over 4: the same values and gradients, without a mask."""
+    """In float32, without padding: values and gradients, with sequences over 2 x 4 devices and experts over 4."""
     layer = layer_of(VARIANTS[name], name, num_experts=4)
     graph, state = nnx.split(layer)
     rng = np.random.default_rng(0)
@@ -181,48 +180,50 @@ def test_variant_on_a_mesh_equals_one_device(name, mesh_of, optimized):
         placed = nnx.to_pure_dict(state)
         placed = {k: jax.device_put(v, NamedSharding(mesh, parameter_spec(k, v.ndim))) for k, v in placed.items()}
         nnx.replace_by_pure_dict(state, placed)
-        found = run(state, jax.device_put(x, batch_sharding(mesh)))
+        on_mesh = run(state, jax.device_put(x, batch_sharding(mesh)))
     (_, y), gradients = expected
     assert set(nnx.to_pure_dict(gradients)) == set(placed)
-    chex.assert_trees_all_close(jax.device_get(found[0][1]), y, rtol=1e-4, atol=1e-4)
-    chex.assert_trees_all_close(jax.device_get(found[1]), gradients, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(jax.device_get(on_mesh[0][1]), y, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(jax.device_get(on_mesh[1]), gradients, rtol=1e-3, atol=1e-3)
 
 
 # --- temperatures -----------------------------------------------------------------------------------------------------
 
 
-def test_annealing_goes_from_one_temperature_to_the_other():
-    """Linear and cosine between steps 10 and 20, from 2 to 0; the end without a step."""
+def test_annealing_interpolates_between_two_temperatures():
+    """Linear and cosine, between steps 10 and 20, from 2 to 0; the final temperature without a step."""
     for shape, middle in (("linear", 1.5), ("cosine", 1 + np.cos(np.pi / 4))):
         config = MixingConfig(temperature=2.0, annealing=shape, annealing_steps=(10, 20))
-        found = [float(mixing.temperature(config, jnp.asarray(step))) for step in (0, 10, 20, 99)]
-        assert found == [2, 2, 0, 0] and mixing.temperature(config, None) == 0
-        assert float(mixing.temperature(config, jnp.asarray(12.5))) == pytest.approx(middle)
+        temperatures = [float(mixing.temperature_at_step(config, jnp.asarray(step))) for step in (0, 10, 20, 99)]
+        assert temperatures == [2, 2, 0, 0] and mixing.temperature_at_step(config, None) == 0
+        assert float(mixing.temperature_at_step(config, jnp.asarray(12.5))) == pytest.approx(middle)
 
 
 def test_an_annealed_temperature_of_zero_is_the_one_hot_limit():
-    """With finite gradients at the end of the schedule and just before it."""
+    """Gradients are finite at the end of the schedule and just before it."""
     config = MixingConfig(annealing="linear", annealing_steps=(0, 10))
     logits = np.random.default_rng(0).normal(size=(2, G, S, E)).astype("float32")
-    hot = mixing.mixing_weights(logits, MixingConfig(temperature=0.0))
+    one_hot = mixing.mixing_weights(logits, MixingConfig(temperature=0.0))
     for step in (9.9999, 10):
-        at = mixing.temperature(config, jnp.asarray(step))
-        weights, pull = jax.vjp(lambda x, at=at: mixing.mixing_weights(x, config, temperature=at), logits)
-        np.testing.assert_allclose(weights, hot, atol=1e-6)
+        t = mixing.temperature_at_step(config, jnp.asarray(step))
+        weights, pull = jax.vjp(lambda x, t=t: mixing.mixing_weights(x, config, temperature=t), logits)
+        np.testing.assert_allclose(weights, one_hot, atol=1e-6)
         chex.assert_tree_all_finite(pull(jnp.ones_like(weights)))
 
 
-def test_a_learned_temperature_is_frozen_for_its_steps():
+def test_a_learned_temperature_has_no_gradient_during_frozen_steps():
     config = MixingConfig(learned_temperature="scalar", frozen_steps=5, temperature=0.5)
 
-    def at(theta, step):
-        return mixing.temperature(config, step, theta)
+    def temperature(theta, step):
+        return mixing.temperature_at_step(config, step, theta)
 
     theta = jnp.asarray(0.0)
-    slopes = [float(jax.grad(at)(theta, jnp.asarray(step))) for step in (0, 4, 5)]
-    assert slopes == [0, 0, 0.5] and float(at(theta, None)) == 0.5
-    loose = dataclasses.replace(config, positive_temperature=False)
-    assert float(mixing.temperature(loose, None, jnp.asarray(-3.0))) > 0  # held at a tiny one, where it would cross 0
+    slopes = [float(jax.grad(temperature)(theta, jnp.asarray(step))) for step in (0, 4, 5)]
+    assert slopes == [0, 0, 0.5] and float(temperature(theta, None)) == 0.5
+    unbounded = dataclasses.replace(config, positive_temperature=False)
+    assert (
+        float(mixing.temperature_at_step(unbounded, None, jnp.asarray(-3.0))) > 0
+    )  # clipped, where it would be negative
 
 
 def test_straight_through_has_the_gradient_of_temperature_one():
@@ -235,24 +236,24 @@ def test_straight_through_has_the_gradient_of_temperature_one():
     np.testing.assert_array_equal(through[1](dy), plain[1](dy))
 
 
-# --- what else a variant means ----------------------------------------------------------------------------------------
+# --- other properties of variants -------------------------------------------------------------------------------------
 
 
-def test_the_entropy_loss_pushes_towards_decided_experts():
-    """It is the mean of the entropies of merge and emit, and asked for by name only."""
+def test_a_gradient_step_on_the_entropy_loss_lowers_the_entropy():
+    """The loss is the mean of the entropies of merge and emit, returned only if the context names it."""
     layer = layer_of(MixingConfig(emit="softmax_over_experts"))
     x = np.random.default_rng(0).normal(size=(B, S, D)).astype("float32")
-    plain, asked = (layer(x, FeedForwardContext(losses=losses)) for losses in ((), ("mixing_entropy",)))
-    assert plain.losses == {}
-    expected = (plain.metrics["mixing_entropy"] + plain.metrics["emit_entropy"]) / 2
-    assert float(asked.losses["mixing_entropy"]) == pytest.approx(float(expected))
+    without_loss, with_loss = (layer(x, FeedForwardContext(losses=losses)) for losses in ((), ("mixing_entropy",)))
+    assert without_loss.losses == {}
+    expected = (without_loss.metrics["mixing_entropy"] + without_loss.metrics["emit_entropy"]) / 2
+    assert float(with_loss.losses["mixing_entropy"]) == pytest.approx(float(expected))
     gradient = nnx.grad(lambda layer: layer(x, FeedForwardContext(losses=("mixing_entropy",))).losses["mixing_entropy"])
     slope = gradient(layer)["controller"][...]
     layer.controller[...] = layer.controller[...] - 0.1 * slope
-    assert float(layer(x).metrics["mixing_entropy"]) < float(plain.metrics["mixing_entropy"])
+    assert float(layer(x).metrics["mixing_entropy"]) < float(without_loss.metrics["mixing_entropy"])
 
 
-def test_groups_within_a_row_keep_rows_apart():
+def test_groups_within_a_sequence_do_not_mix_sequences():
     layer, rng = layer_of(MixingConfig(groups="within")), np.random.default_rng(0)
     x = rng.normal(size=(B, 2 * G, D)).astype("float32")
     other = x.copy()
@@ -264,14 +265,14 @@ def test_groups_within_a_row_keep_rows_apart():
 
 
 @pytest.mark.parametrize("experts", [1, 8])
-def test_granularity_below_and_above_one_costs_the_same(experts):
-    """G 4, d_ff 6: E F = 24 whatever E is."""
+def test_expert_width_follows_from_the_flop_matching_rule(experts):
+    """G = 4, d_ff = 6: E F = 24 for every E."""
     layer = layer_of(MixingConfig(), num_experts=experts, expert_dim=None)
     layer = MixtureOfTokens(D, 6, layer.config, rngs=nnx.Rngs(params=KEY))
     assert layer.w_in.shape == (experts, D, 24 // experts)
     assert layer(np.ones((B, S, D), "float32")).y.shape == (B, S, D)
 
 
-def test_a_meaningless_combination_is_refused_by_the_layer_itself():
+def test_the_layer_refuses_a_meaningless_combination():
     with pytest.raises(UserError, match=r"mixing\.controllers = 'separate'.*try 'shared'"):
         layer_of(MixingConfig(controllers="separate"))

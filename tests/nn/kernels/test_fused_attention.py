@@ -1,4 +1,4 @@
-"""Fused attention against XLA's: splash interpreted, in values and gradients; what cuDNN is given; who is chosen."""
+"""Fused attention: splash attention, interpreted, equals XLA's; the arguments of cuDNN's; the choice of a kernel."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ KEY = jax.random.key(0, impl="rbg")
 RANDOM = np.random.default_rng(0)
 X, DY = RANDOM.normal(size=(2, B, S, D)).astype("float32")
 SEGMENTS = np.sort(RANDOM.integers(0, 5, size=(B, S)), axis=1).astype("int32")
-# Holes, padding to the left, no real token at all, and all of them.
+# Padding between tokens, padding on the left, padding only, and none.
 MASK = np.stack([RANDOM.random(S) < 0.6, np.arange(S) >= 100, np.zeros(S, bool), np.ones(S, bool)])
 
 CHOICES = {
@@ -36,10 +36,10 @@ CHOICES = {
 
 @pytest.fixture
 def on_tpu(monkeypatch):
-    """As if this were one: `auto` and `splash` are chosen, and interpreted."""
+    """Act as if on a TPU: `auto` and `splash` choose splash attention, which is interpreted."""
     monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
     monkeypatch.setattr(fused_attention, "splash", partial(fused_attention.splash, interpret=True))
-    monkeypatch.setattr(fused_attention, "BLOCK", 128)  # several
+    monkeypatch.setattr(fused_attention, "BLOCK", 128)  # so that there are several blocks
 
 
 def layer_of(kernel: str, **choices) -> Attention:
@@ -47,80 +47,80 @@ def layer_of(kernel: str, **choices) -> Attention:
     return Attention(config, rngs=nnx.Rngs(params=KEY))
 
 
-def results(layer: Attention, mask: np.ndarray | None, place=None):
-    """Outputs of real tokens, and the gradients by parameters and x of what they are weighed by."""
+def outputs_and_gradients(layer: Attention, mask: np.ndarray | None, place=None):
+    """Outputs of non-padding tokens, and the gradients of their weighted sum by the parameters and x."""
     graph, state = nnx.split(layer)
-    x, weights, real = (jnp.asarray(a) for a in (X, DY, np.ones((B, S), bool) if mask is None else mask))
+    x, weights, valid = (jnp.asarray(a) for a in (X, DY, np.ones((B, S), bool) if mask is None else mask))
     if place is not None:
         state = place(state)
 
     def loss(state: nnx.State, x: jax.Array):
         y = nnx.merge(graph, state)(reshard(x, "sequences", "positions", None), mask, SEGMENTS)
-        y = jnp.where(reshard(real[..., None], "sequences", "positions", None), y, 0)
+        y = jnp.where(reshard(valid[..., None], "sequences", "positions", None), y, 0)
         return (y * reshard(weights, "sequences", "positions", None)).sum(), y
 
     with jax.default_matmul_precision("highest"):
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(state, x)
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     def close(a, b):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(np.abs(b).max())))
 
-    jax.tree.map(close, found, expected)
+    jax.tree.map(close, actual, expected)
 
 
 CASES = [("all", True), *(pytest.param(c, m, marks=pytest.mark.slow) for c, m in [("paper", 0), ("masked", 1)])]
 
 
 @pytest.mark.parametrize("case, masked", CASES)
-def test_splash_is_what_xla_computes(case, masked, on_tpu):
-    """Rows without a real token among them; gradients are finite everywhere."""
+def test_splash_equals_xla(case, masked, on_tpu):
+    """Also for a sequence with padding only; gradients are finite everywhere."""
     mask = MASK if masked else None
-    assert_close(*(results(layer_of(kernel, **CHOICES[case]), mask) for kernel in ("splash", "xla")))
+    assert_close(*(outputs_and_gradients(layer_of(kernel, **CHOICES[case]), mask) for kernel in ("splash", "xla")))
 
 
-def test_splash_shows_no_later_position_no_other_document_and_no_padding(monkeypatch):
-    """Whatever they are, outputs are the same to the last bit; what is changed does show where it may."""
-    monkeypatch.setattr(fused_attention, "BLOCK", 128)  # several
+def test_splash_does_not_depend_on_later_positions_other_documents_or_padding(monkeypatch):
+    """Outputs have the same bits, and do change where they may depend on the changed tokens."""
+    monkeypatch.setattr(fused_attention, "BLOCK", 128)  # so that there are several blocks
     run = jax.jit(partial(fused_attention.splash, causal=True, interpret=True))
     arrays = [jnp.asarray(a) for a in RANDOM.normal(size=(3, B, S, H, D // H)).astype("float32")]
-    documents = fused_attention.documents_of(MASK, SEGMENTS)
-    expected = run(*arrays, documents)
+    ids = fused_attention.attention_ids(MASK, SEGMENTS)
+    expected = run(*arrays, ids)
 
-    def changed(where: np.ndarray) -> jax.Array:
-        found = [jnp.where(where[..., None, None], 100 * RANDOM.normal(size=a.shape), a) for a in arrays]
-        return run(*(a.astype("float32") for a in found), documents)
+    def run_with_changed_tokens(where: np.ndarray) -> jax.Array:
+        changed = [jnp.where(where[..., None, None], 100 * RANDOM.normal(size=a.shape), a) for a in arrays]
+        return run(*(a.astype("float32") for a in changed), ids)
 
     for last in (1, 100, 128, 200):
         later = np.broadcast_to(np.arange(S) >= last, (B, S))
-        found = changed(later)
-        np.testing.assert_array_equal(found[~later], expected[~later])
-        assert (found[later] != expected[later]).any()
+        outputs = run_with_changed_tokens(later)
+        np.testing.assert_array_equal(outputs[~later], expected[~later])
+        assert (outputs[later] != expected[later]).any()
     for hidden in (~MASK, SEGMENTS == 2):
-        found = changed(hidden)
-        np.testing.assert_array_equal(found[~hidden & MASK], expected[~hidden & MASK])
+        outputs = run_with_changed_tokens(hidden)
+        np.testing.assert_array_equal(outputs[~hidden & MASK], expected[~hidden & MASK])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CHOICES)
-def test_splash_on_a_mesh(case, mesh_of, on_tpu):
+def test_splash_on_a_mesh_equals_xla_on_one_device(case, mesh_of, on_tpu):
     def place(state: nnx.State) -> nnx.State:
         flat = nnx.to_flat_state(state)
-        spread = [(p, v.replace(jax.device_put(v[...], parameter_spec(p[-1], v.ndim)))) for p, v in flat]
-        return nnx.from_flat_state(spread)
+        sharded = [(p, v.replace(jax.device_put(v[...], parameter_spec(p[-1], v.ndim)))) for p, v in flat]
+        return nnx.from_flat_state(sharded)
 
-    expected = results(layer_of("xla", **CHOICES[case]), MASK)
+    expected = outputs_and_gradients(layer_of("xla", **CHOICES[case]), MASK)
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
-        found = results(layer_of("splash", **CHOICES[case]), MASK, place)
-    assert_close(found, expected)
+        actual = outputs_and_gradients(layer_of("splash", **CHOICES[case]), MASK, place)
+    assert_close(actual, expected)
 
 
-def test_documents_are_numbers_that_tokens_share():
-    assert fused_attention.documents_of(None, None) is None
-    assert fused_attention.documents_of(None, SEGMENTS) is SEGMENTS
-    both = np.asarray(fused_attention.documents_of(MASK, SEGMENTS))
+def test_tokens_share_an_attention_id_if_they_may_attend_to_each_other():
+    assert fused_attention.attention_ids(None, None) is None
+    assert fused_attention.attention_ids(None, SEGMENTS) is SEGMENTS
+    both = np.asarray(fused_attention.attention_ids(MASK, SEGMENTS))
     same = both[:, :, None] == both[:, None, :]
     pairs = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & MASK[:, None, :]
     np.testing.assert_array_equal(same[MASK], pairs[MASK])
@@ -134,8 +134,8 @@ BIG = ModelConfig(d_model=128, num_heads=2, context_length=2048, dtype="bfloat16
     "platform, length, fields, kernel",
     [
         ("tpu", 2048, {}, "splash"),
-        ("tpu", 2000, {}, "xla"),  # no multiple of 128
-        ("tpu", 256, {}, "xla"),  # short
+        ("tpu", 2000, {}, "xla"),  # not a multiple of 128
+        ("tpu", 256, {}, "xla"),  # too short for `auto`
         ("tpu", 256, {"attention_kernel": "splash"}, "splash"),
         ("tpu", 2048, {"attention_kernel": "xla"}, "xla"),
         ("gpu", 256, {}, "cudnn"),
@@ -143,24 +143,24 @@ BIG = ModelConfig(d_model=128, num_heads=2, context_length=2048, dtype="bfloat16
         ("gpu", 256, {"dtype": "float32"}, "xla"),
         ("gpu", 256, {"d_model": 264}, "xla"),
         ("cpu", 2048, {}, "xla"),
-        ("cpu", 2048, {"attention_kernel": "splash"}, "xla"),  # trained elsewhere, read here
+        ("cpu", 2048, {"attention_kernel": "splash"}, "xla"),  # trained on another platform
         ("cpu", 2048, {"attention_kernel": "cudnn"}, "xla"),
     ],
 )
-def test_what_does_not_fit_gives_way(platform, length, fields, kernel, monkeypatch):
+def test_unsupported_cases_fall_back_to_xla(platform, length, fields, kernel, monkeypatch):
     monkeypatch.setattr(fused_attention, "platform", lambda: platform)
-    assert fused_attention.choose(dataclasses.replace(BIG, **fields), length) == kernel
+    assert fused_attention.choose_kernel(dataclasses.replace(BIG, **fields), length) == kernel
 
 
 @pytest.mark.parametrize("capability, name", [("9.0", "gpu"), ("8.0", "gpu"), ("7.5", "cpu"), ("gfx942", "cpu")])
-def test_which_gpus_run_cudnn(capability, name, monkeypatch):
+def test_only_recent_nvidia_gpus_count_as_gpus(capability, name, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
     assert fused_attention.platform() == name
 
 
 @pytest.mark.parametrize(
-    "fields, words",
+    "fields, message",
     [
         ({"attention_kernel": "splash", "context_length": 192}, "multiple of 128 positions, and context_length = 192"),
         ({"attention_kernel": "cudnn"}, "computes in bfloat16, and dtype = 'float32'"),
@@ -168,15 +168,15 @@ def test_which_gpus_run_cudnn(capability, name, monkeypatch):
         ({"attention_kernel": "cudnn", "dtype": "bfloat16", "context_length": 255, "loss_chunk": 51}, "even number"),
     ],
 )
-def test_what_a_kernel_does_not_do_is_refused(fields, words):
+def test_a_config_that_a_kernel_does_not_support_is_refused(fields, message):
     model = dataclasses.replace(Config().model, **fields)
-    with pytest.raises(UserError, match=rf"model.attention_kernel = '\w+': .*{words}.*; try 'auto'"):
+    with pytest.raises(UserError, match=rf"model.attention_kernel = '\w+': .*{message}.*; try 'auto'"):
         check(dataclasses.replace(Config(), model=model))
     check(dataclasses.replace(Config(), model=dataclasses.replace(model, attention_kernel="auto")))
 
 
 @pytest.mark.parametrize("kernel, platform", [("splash", "tpu"), ("cudnn", "gpu")])
-def test_devices_of_another_kind_are_refused_for_training(kernel, platform):
+def test_training_on_another_platform_is_refused(kernel, platform):
     model = dataclasses.replace(Config().model, attention_kernel=kernel, dtype="bfloat16")
     config = Config(model=model, training=TrainingConfig(batch_size=32))
     with pytest.raises(UserError, match=f"kernel = '{kernel}': is for devices of platform {platform}, not cpu; try"):
@@ -184,53 +184,53 @@ def test_devices_of_another_kind_are_refused_for_training(kernel, platform):
     assert make_mesh(config, jax.devices()[:1], trains=False)
 
 
-def test_a_run_may_go_on_with_another_kernel():
+def test_a_run_may_resume_with_another_kernel():
     other = dataclasses.replace(Config().model, attention_kernel="auto")
     assert not identity_changes(Config(), dataclasses.replace(Config(), model=other))
 
 
-def test_accounting_knows_what_splash_keeps(monkeypatch):
-    """Without the scores, by JAX's own residuals; a kernel computes them again."""
+def test_accounting_equals_the_residuals_of_splash(monkeypatch):
+    """The cost model counts the residuals that JAX saves: not the scores, which the kernels recompute."""
     plain = ModelConfig(d_model=D, num_heads=H, context_length=S, feed_forward=DenseConfig())
     splash = dataclasses.replace(plain, attention_kernel="splash")
     counted = accounting.kept_bytes(splash, B)["attention"] // splash.num_blocks
     assert accounting.kept_bytes(plain, B)["attention"] // plain.num_blocks - counted > B * H * S * S * 4 * 0.9
-    again = accounting.recomputed_flops(splash) - accounting.recomputed_flops(plain)
-    assert again == splash.num_blocks * 3 * 2 * S * D  # scores, and their gradient, in two kernels
+    recomputed = accounting.recomputed_flops(splash) - accounting.recomputed_flops(plain)
+    assert recomputed == splash.num_blocks * 3 * 2 * S * D  # scores, and their gradient, in two kernels
     monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
     traced, _ = accounting._trace_kept(splash, DenseConfig(), "attention")
     assert traced * B == counted
 
 
-def test_cudnn_is_given_what_it_takes(monkeypatch, mesh_of):
-    """Lowered for CUDA, forward and backward, with a mask of one head; each device its own rows and heads."""
+def test_cudnn_is_called_with_the_local_shapes(monkeypatch, mesh_of):
+    """Lowered for CUDA, forward and backward, with a mask for one head; each device has its own sequences and heads."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     q = jax.ShapeDtypeStruct((B, S, H, 64), "bfloat16")
     kv = jax.ShapeDtypeStruct((B, S, 2, 64), "bfloat16")
 
-    def both(q, k, v, documents, dy):
-        y, pull = jax.vjp(lambda *a: fused_attention.cudnn(*a, documents, causal=True), q, k, v)
+    def forward_and_backward(q, k, v, ids, dy):
+        y, pull = jax.vjp(lambda *a: fused_attention.cudnn(*a, ids, causal=True), q, k, v)
         return y, pull(dy)
 
-    def text(*args) -> str:
-        return jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    def lowered_text(*args) -> str:
+        return jax.jit(forward_and_backward).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
-    def calls(found: str, rows: int, heads: int) -> None:
-        assert found.count("custom_call @__cudnn$fmha") == 2
-        assert f"tensor<{rows}x1x{S}x{S}xbf16>" in found and f"tensor<{rows}x{S}x{heads}x64xbf16>" in found
+    def assert_local_shapes(text: str, batch: int, heads: int) -> None:
+        assert text.count("custom_call @__cudnn$fmha") == 2
+        assert f"tensor<{batch}x1x{S}x{S}xbf16>" in text and f"tensor<{batch}x{S}x{heads}x64xbf16>" in text
 
     ids = jax.ShapeDtypeStruct((B, S), "int32")
-    calls(text(q, kv, kv, ids, q), B, H)
+    assert_local_shapes(lowered_text(q, kv, kv, ids, q), B, H)
     with jax.set_mesh(mesh_of(data=2, tensor=2)):
-        calls(text(q, kv, kv, ids, q), B // 2, H // 2)
+        assert_local_shapes(lowered_text(q, kv, kv, ids, q), B // 2, H // 2)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("length, width, dtype", [(256, 64, "bfloat16"), (2048, 64, "bfloat16"), (256, 16, "float32")])
-def test_mosaic_compiles_it_for_a_v5p(length, width, dtype, monkeypatch):
+def test_splash_compiles_for_a_v5p(length, width, dtype, monkeypatch):
     from mot_jax.cost.hardware import parse_topology
     from mot_jax.planning import hlo
     from mot_jax.planning.plan import devices_of
@@ -240,11 +240,11 @@ def test_mosaic_compiles_it_for_a_v5p(length, width, dtype, monkeypatch):
     q, kv = (jax.ShapeDtypeStruct((2, length, h, width), dtype, sharding=chip) for h in (4, 2))
     ids = jax.ShapeDtypeStruct((2, length), "int32", sharding=chip)
 
-    def both(q, k, v, documents, dy):
-        y, pull = jax.vjp(lambda *a: fused_attention.splash(*a, documents, causal=True), q, k, v)
+    def forward_and_backward(q, k, v, ids, dy):
+        y, pull = jax.vjp(lambda *a: fused_attention.splash(*a, ids, causal=True), q, k, v)
         return y, pull(dy)
 
-    text = jax.jit(both, out_shardings=chip).lower(q, kv, kv, ids, q).compile().as_text()
+    text = jax.jit(forward_and_backward, out_shardings=chip).lower(q, kv, kv, ids, q).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert f"{length},{length}]" not in text
     assert read_program(hlo.parse(text), {}).hbm_bytes > 0

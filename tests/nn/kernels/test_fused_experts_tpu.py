@@ -1,4 +1,4 @@
-"""The experts' kernels against plain products (interpreted here), their blocks, and their compilation for a TPU."""
+"""The kernels for wide experts, interpreted, equal einsums; their blocks; their compilation for a TPU."""
 
 import importlib.util
 from functools import partial
@@ -30,26 +30,26 @@ def arguments():
     return normal(0, N, G, S, D), weights, normal(2, E, D, F) / D**0.5, normal(3, E, F, D) / F**0.5
 
 
-def plainly(activation, x, weights, w_in, w_out):
+def reference(activation, x, weights, w_in, w_out):
     o = jnp.einsum("ensf,efd->nsed", activation(jnp.einsum("nsed,edf->ensf", mixing.merge(weights, x), w_in)), w_out)
     return mixing.emit(weights, o)
 
 
 @pytest.mark.parametrize("width, positions", [(128, 8), pytest.param(256, 16, marks=pytest.mark.slow)])
-def test_values_and_gradients(width, positions, monkeypatch):
-    """In two parts of F, where one would fit, two turns of rows, and two blocks of positions."""
+def test_values_and_gradients_equal_einsums(width, positions, monkeypatch):
+    """With two blocks of F, two slices of rows and two blocks of positions, where one of each would fit."""
 
-    def plan(kernel, *sizes_and_dtypes):
-        return fused_experts_tpu._plan(kernel, *sizes_and_dtypes, width)
+    def expert_blocks(kernel, *sizes_and_dtypes):
+        return fused_experts_tpu.make_blocks(kernel, *sizes_and_dtypes, width)
 
-    def plan_of_passes(kernel, *sizes_and_dtype):
-        return tiles_tpu._plan(kernel, *sizes_and_dtype, positions)
+    def pass_blocks(kernel, *sizes_and_dtype):
+        return tiles_tpu.make_pass_blocks(kernel, *sizes_and_dtype, positions)
 
-    monkeypatch.setattr(fused_experts_tpu, "plan", plan)
-    monkeypatch.setattr(fused_experts_tpu, "ROWS", N * S // 2)
-    monkeypatch.setattr(tiles_tpu, "plan", plan_of_passes)
+    monkeypatch.setattr(fused_experts_tpu, "choose_blocks", expert_blocks)
+    monkeypatch.setattr(fused_experts_tpu, "MAX_ROWS", N * S // 2)
+    monkeypatch.setattr(tiles_tpu, "choose_pass_blocks", pass_blocks)
     args, dy = arguments(), normal(4, N, G, S, D)
-    functions = (partial(f, jax.nn.gelu) for f in (fused_experts_tpu.mix_through, plainly))
+    functions = (partial(f, jax.nn.gelu) for f in (fused_experts_tpu.fused_experts, reference))
     with jax.default_matmul_precision("highest"):
         (y, pull), (expected, expected_pull) = (jax.vjp(jax.jit(f), *args) for f in functions)
         chex.assert_trees_all_close((y, pull(dy)), (expected, expected_pull(dy)), rtol=1e-5, atol=1e-5)
@@ -63,11 +63,11 @@ def layer(kernel: str, **fields) -> MixtureOfTokens:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((2, 2, 1, 1), (2, 4, 1, 1)))]
 )
-def test_the_layer_on_a_mesh(shape, mesh_of):
-    """Values and gradients of both ways, where groups are whole on a device, and where they span two."""
+def test_the_layer_on_a_mesh_equals_xla(shape, mesh_of):
+    """Values and gradients, for groups that are whole on a device and groups that span two."""
     x = normal(5, 4 * G if shape[1] < 4 else 4 * G // 2, S, D)
     mesh = mesh_of(**dict(zip(AXES, shape, strict=True)))
-    found = []
+    results = []
     for kernel in ("xla", "fused_experts"):
         graph, state = nnx.split(layer(kernel))
         with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
@@ -77,29 +77,31 @@ def test_the_layer_on_a_mesh(shape, mesh_of):
             def loss(state, x, graph=graph):
                 return jnp.square(nnx.merge(graph, state)(x).y).sum()
 
-            found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, jax.device_put(x, rows)))
-    first, second = (jax.tree.map(np.asarray, jax.tree.leaves(f)) for f in found)
+            results.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(state, jax.device_put(x, rows)))
+    first, second = (jax.tree.map(np.asarray, jax.tree.leaves(f)) for f in results)
     chex.assert_trees_all_close(first, second, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_gradients_of_experts_that_fsdp_has_cut_are_not_rounded_to_bfloat16(mesh_of):
+def test_gradients_of_experts_sharded_over_fsdp_are_not_rounded_to_bfloat16(mesh_of):
     mesh = mesh_of(fsdp=2)
     x = jnp.asarray(normal(5, 2 * G, S, D), "bfloat16")
     graph, state = nnx.split(layer("fused_experts", dtype="bfloat16"))
     with jax.set_mesh(mesh):
         state = jax.device_put(state, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
         x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("fsdp")))
-        found = jax.jit(jax.grad(lambda state, x: jnp.square(nnx.merge(graph, state)(x).y).astype("float32").sum()))(
-            state, x
-        )
+
+        def loss(state, x):
+            return jnp.square(nnx.merge(graph, state)(x).y).astype("float32").sum()
+
+        gradients = jax.jit(jax.grad(loss))(state, x)
     for name in ("w_in", "w_out"):
-        gradient = np.asarray(found[name][...])
+        gradient = np.asarray(gradients[name][...])
         assert gradient.dtype == np.float32 and (gradient.astype("bfloat16") != gradient).mean() > 0.9
 
 
-def test_a_position_sees_no_other_position_and_no_other_group():
-    run, draw = jax.jit(partial(fused_experts_tpu.mix_through, jax.nn.relu)), np.random.default_rng(5)
+def test_an_output_does_not_depend_on_other_positions_or_groups():
+    run, draw = jax.jit(partial(fused_experts_tpu.fused_experts, jax.nn.relu)), np.random.default_rng(5)
     x, weights = normal(0, N, G, S, D), jax.nn.softmax(normal(1, N, G, S, E), axis=1)
     weights_of_experts = normal(2, E, D, F), normal(3, E, F, D)
     expected = run(x, weights, *weights_of_experts)
@@ -108,19 +110,19 @@ def test_a_position_sees_no_other_position_and_no_other_group():
         for array in (other_x, other):
             array[0, :, last:] = 100 * draw.normal(size=array[0, :, last:].shape)
             array[1] = 100 * draw.normal(size=array[1].shape)
-        found = run(other_x, other, *weights_of_experts)
-        np.testing.assert_array_equal(found[0, :, :last], expected[0, :, :last])
-        assert (found[0, :, last:] != expected[0, :, last:]).any()
+        outputs = run(other_x, other, *weights_of_experts)
+        np.testing.assert_array_equal(outputs[0, :, :last], expected[0, :, :last])
+        assert (outputs[0, :, last:] != expected[0, :, last:]).any()
 
 
-def test_what_the_kernels_do_not_do_is_refused():
+def test_unsupported_configs_are_refused():
     with pytest.raises(UserError, match="kernel = 'fused_experts': has experts without a gate, and gated = True"):
         layer("fused_experts", gated=True)
     config = MixtureOfTokensConfig(G, E, F, kernel="fused_experts")
     with pytest.raises(UserError, match="save_for_backward = 'pre_activations'; try save_for_backward = 'all'"):
         MixtureOfTokens(D, 4 * D, config, rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match=r"65536 mixtures of d_model = 768 .* try fewer rows a device, or kernel"):
-        fused_experts_tpu.plan("forward", 32, 65536, 768, 3072, "bfloat16", "float32", "float32")
+    with pytest.raises(UserError, match=r"65536 mixtures of d_model = 768 .* try fewer sequences per device, or"):
+        fused_experts_tpu.choose_blocks("forward", 32, 65536, 768, 3072, "bfloat16", "float32", "float32")
 
 
 SHAPES = {
@@ -132,10 +134,10 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_block_is_moved_once(name):
-    """By hand, of T tokens and U mixtures (each E / G of T), both in 2 bytes, and weights in 2, their gradient in 4:
+    """The count by hand, of tokens, of mixtures (E / G times as many) and of mixing weights, 2 bytes each.
 
-    forward x and u, u and o, o and y; backward dy and do, then u, do and du, then x, dy, o, du and dx. The experts'
-    weights twice and their gradients, in 4.
+    Forward: x and u, u and o, o and y. Backward: dy and do; u, do and du; x, dy, o, du and dx. The gradient of the
+    mixing weights is in 4 bytes, and so are the experts' parameters, read twice, and their gradients.
     """
     n, g, s, e, d, f = SHAPES[name]
     tokens, mixtures, weights = n * g * s * d, n * s * e * d, n * g * s * e
@@ -143,14 +145,15 @@ def test_every_block_is_moved_once(name):
     assert fused_experts_tpu.layer_bytes(*SHAPES[name], "bfloat16", "float32") == expected
 
 
-ODD = [(1, 4, 360, 4, 768, 3072), (2, 8, 256, 4, 256, 6144)]  # blocks not of powers of 2; large values beside blocks
+# Blocks that are no powers of 2; values as large as the blocks.
+UNUSUAL = [(1, 4, 360, 4, 768, 3072), (2, 8, 256, 4, 256, 6144)]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
-@pytest.mark.parametrize("n, g, s, e, d, f", [*SHAPES.values(), *ODD])
-def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
-    """Also where JAX's products are asked to be exact, as the benchmark's numerics do."""
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("n, g, s, e, d, f", [*SHAPES.values(), *UNUSUAL])
+def test_the_kernels_compile_for_a_v5p(n, g, s, e, d, f):
+    """Also if JAX's matmul precision is set to the highest, as in the benchmark of numerics."""
     from jax.sharding import SingleDeviceSharding
 
     from mot_jax.cost.hardware import parse_topology
@@ -158,8 +161,8 @@ def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
 
     chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
 
-    def both(dy, *args):
-        y, pull = jax.vjp(partial(fused_experts_tpu.mix_through, jax.nn.gelu), *args)
+    def forward_and_backward(dy, *args):
+        y, pull = jax.vjp(partial(fused_experts_tpu.fused_experts, jax.nn.gelu), *args)
         return y, pull(dy)
 
     def array(dtype, *shape):
@@ -168,6 +171,6 @@ def test_mosaic_compiles_it_for_a_v5p(n, g, s, e, d, f):
     x, weights = array("bfloat16", n, g, s, d), array("float32", n, g, s, e)
     of_experts = array("float32", e, d, f), array("float32", e, f, d)
     with jax.default_matmul_precision("highest"):
-        text = jax.jit(both, out_shardings=chip).lower(x, x, weights, *of_experts).compile().as_text()
+        text = jax.jit(forward_and_backward, out_shardings=chip).lower(x, x, weights, *of_experts).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 6
-    assert f"{e},{n * s},{f}]" not in text and f"{e},{n},{s},{f}]" not in text  # no pre-activations anywhere
+    assert f"{e},{n * s},{f}]" not in text and f"{e},{n},{s},{f}]" not in text  # no pre-activations in the program

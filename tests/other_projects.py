@@ -1,4 +1,7 @@
-"""Models of others, small and random: their tensors by name, and what they say, in NumPy and their conventions."""
+"""Small random models of other projects: their tensors by name, and their logits in NumPy, in their conventions.
+
+`AUTHORS` is the language model of the paper's authors (llm-random), `PORT` the Hugging Face port.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def authors_tensors(model: ModelConfig = AUTHORS) -> dict[str, np.ndarray]:
-    """A state dict of their LLM: `torch.nn.Linear` has [out, in]."""
+    """A state dict of the authors' LLM; weights of `torch.nn.Linear` are [out, in]."""
     v, s, d, f, kind = model.vocab_size, model.context_length, model.d_model, model.d_ff, KIND
     shapes: dict[str, tuple[int, ...]] = {
         "embedding_layer.layers.0.weight": (v, d),
@@ -47,7 +50,7 @@ def authors_tensors(model: ModelConfig = AUTHORS) -> dict[str, np.ndarray]:
 
 
 def port_tensors(model: ModelConfig = PORT) -> dict[str, np.ndarray]:
-    """A state dict of the port's language model: GPT-2's names, and its linear maps with [in, out]."""
+    """A state dict of the port's language model: GPT-2's names; linear maps are [in, out]."""
     v, s, d, kind = model.vocab_size, model.context_length, model.d_model, KIND
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (v, d), "wpe.weight": (s, d)}
     shapes |= {"ln_f.weight": (d,), "ln_f.bias": (d,)}
@@ -65,7 +68,7 @@ def layer_norm(x, weight, bias):
 
 
 def attend(query, key, value):
-    """[B, S, K] each, of one head."""
+    """Causal attention of one head, [B, S, K] each."""
     scores = query @ key.swapaxes(1, 2) / np.sqrt(query.shape[-1])
     scores[:, np.triu(np.ones(scores.shape[1:], bool), 1)] = -np.inf
     powers = np.exp(scores - scores.max(-1, keepdims=True))
@@ -73,13 +76,14 @@ def attend(query, key, value):
 
 
 def mix(x, controller, lin1, lin2, act):
+    """The Mixture-of-Tokens layer, x [B, S, D]."""
     y = np.zeros_like(x)
     for begin in range(0, len(x), KIND.group_size):
         for s in range(x.shape[1]):
-            rows = x[begin : begin + KIND.group_size, s]
-            powers = np.exp(rows @ controller)
+            tokens = x[begin : begin + KIND.group_size, s]
+            powers = np.exp(tokens @ controller)
             weights = powers / powers.sum(0)
-            outputs = np.stack([act(weights[:, e] @ rows @ lin1[e]) @ lin2[e] for e in range(len(lin1))])
+            outputs = np.stack([act(weights[:, e] @ tokens @ lin1[e]) @ lin2[e] for e in range(len(lin1))])
             y[begin : begin + KIND.group_size, s] = weights @ outputs
     return y
 
@@ -93,7 +97,7 @@ def gelu(x):
 
 
 def authors_logits(p: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """Every head's query, key and value are neighbours among the rows of one projection."""
+    """In the joint projection, the query, key and value of a head are adjacent, head after head."""
     x = p["embedding_layer.layers.0.weight"][tokens] + p["embedding_layer.layers.1.layer.weight"][: tokens.shape[1]]
     for i in range(AUTHORS.num_blocks):
         b, width = f"encoder.blocks.block_{i}.block.", AUTHORS.d_model // AUTHORS.num_heads
@@ -115,7 +119,7 @@ def authors_logits(p: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
 
 
 def port_logits(p: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """Queries of all heads come first, then keys, then values."""
+    """In the joint projection, the queries of all heads come first, then the keys, then the values."""
     p = {name.removeprefix("transformer."): value for name, value in p.items()}
     x = p["wte.weight"][tokens] + p["wpe.weight"][: tokens.shape[1]]
     for i in range(PORT.num_blocks):
