@@ -14,7 +14,7 @@ import numpy as np
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
 from mot_jax.config import Config, DenseConfig, ModelConfig
-from mot_jax.cost.accounting import active_parameters
+from mot_jax.cost.parameters import active_parameters
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking

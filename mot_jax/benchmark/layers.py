@@ -296,7 +296,7 @@ COUNT_COLUMNS: list[Column] = [
     ("part", lambda row: row["part"]),
     ("GFLOP forward", lambda row: f"{row['flops'][0] / 1e9:,.1f}"),
     ("backward", lambda row: f"{row['flops'][1] / 1e9:,.1f}"),
-    ("MB forward", lambda row: f"{(row['bytes'][0] + row['kept']) / 1e6:,.1f}"),
+    ("MB forward", lambda row: f"{(row['bytes'][0] + row['saved']) / 1e6:,.1f}"),
     ("backward", lambda row: f"{row['bytes'][1] / 1e6:,.1f}"),
     *((f"ms {name}", partial(_milliseconds, name)) for name in FLOORS),
 ]

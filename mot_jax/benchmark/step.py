@@ -23,8 +23,10 @@ import optax
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak, temporaries
 from mot_jax.config import Config, DenseConfig, check
-from mot_jax.cost.accounting import count_parameters, flops_per_token, peak_flops
-from mot_jax.cost.layers import optimizer_bytes
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.hardware import peak_flops
+from mot_jax.cost.memory import adamw_bytes
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Batch
 from mot_jax.nn.sharding import local_rows, make_mesh, place_microbatches
 from mot_jax.runs.optimizer import make_optimizer
@@ -86,7 +88,7 @@ def bench_step(
         flops, optimizer = flops_per_token(config) * tokens, times[f"{name}, optimizer"].median
         known = peak_flops(run.mesh.devices.flat[0], dtype)
         adamw = config.training.optimizer.name == "adamw"
-        least = optimizer_bytes(parameters, config.model.param_dtype) if adamw else None
+        least = adamw_bytes(parameters, config.model.param_dtype) if adamw else None
         rows.append(
             {
                 "config": name,

@@ -28,9 +28,9 @@ def train(arguments: list[str]) -> None:
 def describe(arguments: list[str]) -> None:
     """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
     options, config = parse("mot describe", arguments, None, ["--json"])
-    from mot_jax.cost import accounting
+    from mot_jax.cost.describe import describe
 
-    description = accounting.describe(config)
+    description = describe(config)
     for line in description.lines():
         print(line)
     if options.json:

@@ -19,8 +19,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from mot_jax.config import Config, MixtureOfTokensConfig
-from mot_jax.cost.accounting import flops_per_token, peak_flops, table
-from mot_jax.cost.hardware import HARDWARE, Hardware, Topology, parse_topology
+from mot_jax.cost.describe import table
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import make_mesh, rows_sharding
@@ -134,7 +135,7 @@ def plan(
     devices = devices_of(where)[:chips]
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
+    hardware = hardware_of(devices[0])
     memory = _state_bytes(state)
     start = time.perf_counter()
     with jax.set_mesh(mesh):

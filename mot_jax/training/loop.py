@@ -13,7 +13,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax.config import Config, TokenChoiceConfig, check, from_json, identity_changes, to_json
-from mot_jax.cost import accounting
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.hardware import peak_flops
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.order import filled_share
 from mot_jax.data.pipeline import TrainBatch, train_batches
@@ -269,8 +271,8 @@ class _Meter:
     def __init__(self, config: Config, mesh: Mesh):
         self._steps = config.training.steps
         self._tokens = config.training.batch_size * config.model.context_length
-        self._flops = accounting.flops_per_token(config)
-        peak = accounting.peak_flops(mesh.devices.flat[0], config.model.dtype)
+        self._flops = flops_per_token(config)
+        peak = peak_flops(mesh.devices.flat[0], config.model.dtype)
         self._peak = None if peak is None else peak * mesh.size
 
     def restart(self, step: int) -> None:
@@ -298,7 +300,7 @@ class _Meter:
 
 
 def _summary(config: Config, mesh: Mesh, windows: Windows) -> str:
-    t, total = config.training, sum(accounting.count_parameters(config.model).values())
+    t, total = config.training, sum(count_parameters(config.model).values())
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     epochs = t.steps * t.batch_size / len(windows)
     return (

@@ -13,8 +13,8 @@ from mot_jax import cli
 from mot_jax.benchmark import step
 from mot_jax.benchmark.step import bench_step, dense_twin, random_batch
 from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, load_config, to_json
-from mot_jax.cost.accounting import flops_per_token
-from mot_jax.cost.layers import optimizer_bytes
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.memory import adamw_bytes
 from mot_jax.nn.sharding import make_mesh
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -37,10 +37,6 @@ def test_rows_of_random_tokens_are_what_the_objective_asks():
     batch = random_batch(masked, 64)
     assert 0.1 < batch.target_mask.mean() < 0.2 and batch.segments.shape == (64, 16)
     assert batch.inputs.min() >= 0 and batch.inputs.max() < MODEL.vocab_size
-
-
-def test_an_update_reads_four_arrays_and_writes_three():
-    assert optimizer_bytes(10) == 10 * 4 * (4 + 3)
 
 
 class Stub:
@@ -74,7 +70,7 @@ def test_a_row_for_the_config_and_its_twin(real, monkeypatch):
         assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / reached["peak"])
         assert row["optimizer_share"] == row["optimizer_s"] / row["median_s"] and row["mfu_by_datasheet"] is None
         assert real or 0.1 < row["optimizer_share"] < 0.9
-        assert row["optimizer_bound_s"] == optimizer_bytes(row["parameters"]) / reached["bandwidth"]
+        assert row["optimizer_bound_s"] == adamw_bytes(row["parameters"]) / reached["bandwidth"]
     assert rows[0]["flops"] == flops_per_token(CONFIG) * 128
 
 

@@ -12,7 +12,7 @@ from mot_jax.benchmark.decoding import dense_twin, step_bytes
 from mot_jax.benchmark.report import markdown
 from mot_jax.benchmark.timing import Times, in_turns
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
-from mot_jax.cost.accounting import active_parameters
+from mot_jax.cost.parameters import active_parameters
 from mot_jax.modes import enter
 from mot_jax.nn.transformer import init_params
 

@@ -14,7 +14,7 @@ from mot_jax.benchmark import layers
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, count_copies
 from mot_jax.config import CompanionsConfig, ModelConfig
-from mot_jax.cost.accounting import forward_flops
+from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
@@ -46,10 +46,10 @@ def test_bytes_of_a_dense_layer_by_hand():
     t, d, f = 256, 32, 64
     (part,) = layer_parts(TINY, "dense", "bfloat16", "float32")
     assert part.bytes == (2 * 2 * t * d + 4 * 2 * d * f, 3 * 2 * t * d + 4 * 2 * 2 * d * f + 2 * t * f)
-    assert part.kept == 2 * t * f
+    assert part.saved == 2 * t * f
     assert part.of("forward") == (4 * t * d * f, part.bytes[0])
-    assert part.of("forward_backward") == (12 * t * d * f, sum(part.bytes) + part.kept)
-    assert part.floor(1e30, 1.0) == sum(part.bytes) + part.kept and part.floor(1.0, 1e30) == 12 * t * d * f
+    assert part.of("forward_backward") == (12 * t * d * f, sum(part.bytes) + part.saved)
+    assert part.floor(1e30, 1.0) == sum(part.bytes) + part.saved and part.floor(1.0, 1e30) == 12 * t * d * f
 
 
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice"])
@@ -67,7 +67,7 @@ def test_bytes_of_the_mixture_at_once_by_hand():
     (dense,) = layer_parts(TINY, "dense", "float32", "float32")
     more = 4 * ((g - 1) * params + d * e)
     assert whole.bytes == (dense.bytes[0] + more, dense.bytes[1] + 2 * more + 4 * t * e)
-    assert whole.kept == dense.kept + 4 * t * e
+    assert whole.saved == dense.saved + 4 * t * e
 
 
 def test_counts_print_a_table_without_running_anything(monkeypatch, capsys, tmp_path):

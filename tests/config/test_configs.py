@@ -14,7 +14,7 @@ from mot_jax.config import (
     check,
     load_config,
 )
-from mot_jax.cost import accounting
+from mot_jax.cost.parameters import active_parameters, count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -28,8 +28,8 @@ def test_a_docstring_says_command_parameters_and_results(path):
     text, config = path.read_text(), load_config(path)
     check(config)
     assert config.training.checkpoint_every < config.training.steps
-    total = sum(accounting.count_parameters(config.model).values())
-    assert f"Parameters: {words(total)} ({words(accounting.active_parameters(config.model))} active)" in text
+    total = sum(count_parameters(config.model).values())
+    assert f"Parameters: {words(total)} ({words(active_parameters(config.model))} active)" in text
     command = "" if path.stem == "demo" else re.escape(f" {path.relative_to(CONFIGS.parent)}")
     assert re.search(rf"^Command:    (python train\.py|mot train){command}\b", text, re.MULTILINE)
     assert re.search(r"^Here:       \S", text, re.MULTILINE)
@@ -69,7 +69,7 @@ def test_every_config_of_version_2_is_in_the_table():
 def test_configs_of_version_2_are_the_papers(name):
     config = load_config(CONFIGS / f"v2_{name}.py")
     (millions, *expected, rate), model, training = V2[name], config.model, config.training
-    total = sum(accounting.count_parameters(model).values())
+    total = sum(count_parameters(model).values())
     assert total == pytest.approx(millions * 1e6, rel=0.01) and sizes(model) == tuple(expected)
     masked = "masked" in name
     assert model == ModelConfig(

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from mot_jax.cli import main
 from mot_jax.config import Config, DenseConfig, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig
-from mot_jax.cost.accounting import count_parameters, peak_flops
-from mot_jax.cost.hardware import HARDWARE, parse_topology
+from mot_jax.cost.hardware import HARDWARE, parse_topology, peak_flops
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
