@@ -47,9 +47,9 @@ def plan(arguments: list[str]) -> None:
     slices = positive("--slices", options.slices or "1")
     if parse_topology(options.topology, slices).hardware:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
-    from mot_jax.planning.plan import plan
+    from mot_jax.planning.plan import plan_training
 
-    result = plan(config, options.topology, slices, functools.partial(print, flush=True))
+    result = plan_training(config, options.topology, slices, functools.partial(print, flush=True))
     for line in result.lines():
         print(line)
     if options.json:

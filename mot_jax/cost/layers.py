@@ -33,7 +33,7 @@ FLOORS = {"H100": "h100", "v5p": "v5p"}  # title in tables: key of `hardware.HAR
 class Shape:
     """Sizes of one layer and of its input. F = G d_ff / E, by the paper's rule.
 
-    rows: number of sequences. length: tokens of a sequence.
+    sequences: number of sequences, each of `length` tokens.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Shape:
     d_ff: int
     group_size: int
     num_experts: int
-    rows: int
+    sequences: int
     length: int
 
     @property
     def tokens(self) -> int:
         """Number of tokens of the input."""
-        return self.rows * self.length
+        return self.sequences * self.length
 
     def kinds(self) -> dict[str, FeedForwardConfig]:
         """The feed-forward kinds that train, by name, each with the FLOPs of the dense layer in its experts.

@@ -118,7 +118,7 @@ class Plan:
         ]
 
 
-def plan(
+def plan_training(
     config: Config,
     topology: str,
     slices: int = 1,
