@@ -1,1 +1,1 @@
-"""What things cost on the machine at hand, compared in one run."""
+"""Benchmarks of layers, steps, input and generation; the programs that are compared take turns in one process."""

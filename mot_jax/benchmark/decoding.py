@@ -1,8 +1,7 @@
-"""What a token costs in generation: each inference mode, beside a dense model of equal active size."""
+"""`mot bench decoding`: generation in each inference mode, compared with a dense model of equal active parameters."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,14 +12,14 @@ import numpy as np
 
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
-from mot_jax.config import Config, DenseConfig, ModelConfig
-from mot_jax.cost.accounting import active_parameters
+from mot_jax.benchmark.workloads import dense_of_equal_active_parameters
+from mot_jax.config import Config, ModelConfig
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking
 from mot_jax.nn.transformer import Params, init_params, unroll
 
-_COLUMNS = 32  # that are written in one timing, at most
+_MAX_DECODE_STEPS = 32  # of one timing
 
 Row = dict[str, Any]
 
@@ -28,45 +27,56 @@ Row = dict[str, Any]
 def bench_decoding(
     config: Config, batches: Sequence[int], rounds: int, progress: Callable[[str], None]
 ) -> tuple[list[Row], float]:
-    """A row for each mode of a causal model and each number of texts, and for its dense twin; the memory's bytes/s.
+    """Time generation with a causal model in each inference mode, and with a dense model of equal active parameters.
 
-    The parameters are drawn: what they are changes no time, but for the experts that routed tokens meet.
+    The parameters are random: their values affect only which experts routed tokens take.
 
-    Rows: mode; batch, texts; seconds_per_step, the median of one, which writes a token of each text; spread;
-    ratio_to_dense; prefill_seconds, of a prompt half the context long; bytes, those that a step must read: weights,
-    the cache, and what the mode keeps of companions; bound_seconds, these over the measured bandwidth;
-    temporaries, bytes that XLA allocates beside arguments and results.
+    Args:
+        config: An experiment.
+        batches: Numbers of sequences that are generated at a time.
+        rounds: Number of timings of each program.
+        progress: Receives lines about the progress.
+
+    Returns:
+        Rows, and the measured bandwidth of the memory in bytes/s. A row has mode; batch, the number of sequences;
+        seconds_per_step, the median of a decode step, which generates one token of each sequence; spread;
+        ratio_to_dense; prefill_seconds, for prompts of half the context; bytes that a decode step must read: weights,
+        KV cache, and the mode's statistics of companions; bound_seconds, these over the measured bandwidth;
+        temporaries, bytes that XLA allocates in addition to arguments and results.
+
+    Raises:
+        UserError: For a masked model.
     """
     if config.model.objective != "causal":
-        raise UserError(f"model.objective = {config.model.objective!r}: writes no text; try a causal model")
+        raise UserError(f"model.objective = {config.model.objective!r}: generates no text; try a causal model")
     rate, length = bandwidth(), config.model.context_length
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     group = config.model.group_size
     companions = np.random.default_rng(0).integers(0, 256, (2, max(group, 1), length)).astype(np.int32)
-    companions[1] = 0  # one document each
-    dense = dense_twin(config)
+    companions[1] = 0  # each sequence is one document
+    dense = dense_of_equal_active_parameters(config)
     models = {"dense": (dense.model, jax.jit(partial(init_params, dense.model))(jax.random.key(0)))}
     for mode in MODES:
         if mode != "without" and lacking(mode, config, companions) is None:
-            changed, needed = enter(mode, config, params, 0, companions)
-            models[mode] = (changed.model, needed)
+            mode_config, mode_params = enter(mode, config, params, 0, companions)
+            models[mode] = (mode_config.model, mode_params)
     rows = []
     for batch in batches:
         progress(f"{batch} texts: compiling {len(models)} models")
-        runs = {name: _Run(*model, batch) for name, model in models.items()}
+        runs = {name: _Generation(*model, batch) for name, model in models.items()}
         progress(f"{batch} texts: {rounds} rounds")
-        read = in_turns({name: run.read for name, run in runs.items()}, rounds)
-        write = in_turns({name: run.write for name, run in runs.items()}, rounds)
-        for name, (model, needed) in models.items():
-            size = step_bytes(model, needed, batch)
+        prefill_timings = in_turns({name: run.prefill for name, run in runs.items()}, rounds)
+        decode_timings = in_turns({name: run.decode for name, run in runs.items()}, rounds)
+        for name, (model, mode_params) in models.items():
+            size = step_bytes(model, mode_params, batch)
             rows.append(
                 {
                     "mode": name,
                     "batch": batch,
-                    "seconds_per_step": write[name].median / runs[name].columns,
-                    "spread": write[name].spread,
-                    "ratio_to_dense": write[name].median / write["dense"].median,
-                    "prefill_seconds": read[name].median,
+                    "seconds_per_step": decode_timings[name].median / runs[name].decode_steps,
+                    "spread": decode_timings[name].spread,
+                    "ratio_to_dense": decode_timings[name].median / decode_timings["dense"].median,
+                    "prefill_seconds": prefill_timings[name].median,
                     "bytes": size,
                     "bound_seconds": size / rate,
                     "temporaries": runs[name].temporaries,
@@ -77,75 +87,65 @@ def bench_decoding(
 
 COLUMNS: list[Column] = [
     ("mode", lambda row: row["mode"]),
-    ("texts", lambda row: f"{row['batch']}"),
-    ("ms a step", lambda row: f"{1e3 * row['seconds_per_step']:.2f}"),
+    ("sequences", lambda row: f"{row['batch']}"),
+    ("ms per step", lambda row: f"{1e3 * row['seconds_per_step']:.2f}"),
     ("spread", lambda row: f"{row['spread']:.0%}"),
-    ("over dense", lambda row: f"{row['ratio_to_dense']:.2f}"),
+    ("ratio to dense", lambda row: f"{row['ratio_to_dense']:.2f}"),
     ("tokens/s", lambda row: f"{row['batch'] / row['seconds_per_step']:,.0f}"),
-    ("MB to read", lambda row: f"{row['bytes'] / 1e6:.1f}"),
-    ("ms at the bound", lambda row: f"{1e3 * row['bound_seconds']:.2f}"),
+    ("MB read, at least", lambda row: f"{row['bytes'] / 1e6:.1f}"),
+    ("ms bound", lambda row: f"{1e3 * row['bound_seconds']:.2f}"),
     ("MB of temporaries", partial(number, "temporaries", 1e-6, ".2f")),
-    ("ms to read the prompts", lambda row: f"{1e3 * row['prefill_seconds']:.1f}"),
+    ("ms prefill", lambda row: f"{1e3 * row['prefill_seconds']:.1f}"),
 ]
 
 
-class _Run:
-    """Texts of a model in the making, again and again from the same prompts."""
+class _Generation:
+    """Prefill and decoding of a model, repeated on the same random prompts."""
 
     def __init__(self, model: ModelConfig, params: Params, batch: int):
         model, params = unroll(model, params)
-        length, rows = model.context_length, -(-batch // model.group_size) * model.group_size
+        length, padded_batch = model.context_length, -(-batch // model.group_size) * model.group_size
         width = length // 2
-        self.columns = min(_COLUMNS, length - width)
+        self.decode_steps = min(_MAX_DECODE_STEPS, length - width)
         prompts = np.random.default_rng(1).integers(0, min(model.vocab_size, 256), (batch, width))
         no_stop = np.full((1, 1), -2, np.int32)
         self._sampler = Sampler(np.float32(0.7), np.int32(1), np.float32(1), np.uint32(0), no_stop)
         sizes = {"vocab_size": model.vocab_size, "end_of_text": model.vocab_size - 1, "filtered": False}
-        tokens, real = left_padded(list(prompts), rows, width)
+        tokens, token_mask = left_padded(list(prompts), padded_batch, width)
         self._prefill = partial(
             prefill,
             model,
             params,
             np.int32(0),
             tokens,
-            real,
+            token_mask,
             self._sampler,
             np.int32(0),
-            columns=width + self.columns + 1,
+            columns=width + self.decode_steps + 1,
             **sizes,
         )
-        self._until = np.int32(width + self.columns + 1)
-        given = (jax.eval_shape(self._prefill), self._sampler, self._until)
-        compiled = decode.lower(model, params, np.int32(0), *given, **sizes).compile()
+        self._end = np.int32(width + self.decode_steps + 1)
+        arguments = (jax.eval_shape(self._prefill), self._sampler, self._end)
+        compiled = decode.lower(model, params, np.int32(0), *arguments, **sizes).compile()
         self.temporaries = temporaries(compiled)
         self._decode = partial(compiled, params, np.int32(0))
 
-    def read(self) -> Callable[[], Any]:
-        """The prompts, and the first token of each."""
+    def prefill(self) -> Callable[[], Any]:
+        """The function that processes the prompts and samples the first token of each sequence."""
         return lambda: self._prefill()
 
-    def write(self) -> Callable[[], Any]:
-        """`columns` further tokens of each."""
+    def decode(self) -> Callable[[], Any]:
+        """The function that generates `decode_steps` further tokens of each sequence."""
         state = jax.block_until_ready(self._prefill())
-        return lambda: self._decode(state, self._sampler, self._until)
-
-
-def dense_twin(config: Config) -> Config:
-    """The dense model with as many active parameters."""
-    model = config.model
-
-    def dense(width: int) -> ModelConfig:
-        return dataclasses.replace(model, feed_forward=DenseConfig(), moe_blocks="all", dense_bias=True, d_ff=width)
-
-    wanted, one, two = (active_parameters(m) for m in (model, dense(1), dense(2)))
-    return dataclasses.replace(config, model=dense(max(round(1 + (wanted - one) / (two - one)), 1)))
+        return lambda: self._decode(state, self._sampler, self._end)
 
 
 def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:
-    """The fewest bytes that a step over `batch` texts reads: each weight that it needs once, and what it keeps.
+    """The minimum number of bytes that a decode step over `batch` sequences reads: weights, each once, and KV cache.
 
-    Of the embedding tables the rows of the tokens. Of routed experts those that tokens choose, if each chooses by
-    itself and all alike: E (1 - (1 - k/E)^B) of E. Of companions what stands at the texts' positions.
+    Embedding tables count with the rows of the tokens. Routed experts count with the expected number of experts that
+    the tokens choose, E (1 - (1 - k/E)^B), if they choose independently and uniformly. Statistics of companions count
+    with the positions of the sequences.
     """
     kind = model.feed_forward
     chosen = getattr(kind, "experts_per_token", None) or getattr(kind, "top_k", None)

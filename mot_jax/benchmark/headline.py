@@ -14,23 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mot_jax.benchmark import workloads
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.step import dense_twin
-from mot_jax.config import Config, DataConfig, LoggingConfig, MixtureOfTokensConfig, ModelConfig, load_config
+from mot_jax.config import Config, DataConfig, LoggingConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data import corpora, report, tokenizers
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime.paths import user_path
 from mot_jax.training import Hook, Trainer, train
 
 Row = dict[str, Any]
-CONFIGS = Path(__file__).parents[2] / "configs"
 _STEPS, _VOCABULARY = 4_000, 8_192
 _CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
 def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
     """The configs of both runs, by the names of their workdirs. small: a few steps of tiny models on bytes."""
-    mot = load_config(CONFIGS / "v1.py")
+    mot = workloads.v1_mot()
     steps = 6 if small else _STEPS
     optimizer = dataclasses.replace(mot.training.optimizer, warmup_steps=max(steps // 100, 1))
     training = dataclasses.replace(mot.training, steps=steps, optimizer=optimizer, log_every=20, validate_every=200)
@@ -47,8 +46,8 @@ def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
         training=dataclasses.replace(training, checkpoint_every=500),
         logging=LoggingConfig(tensorboard=False, sample_tokens=0),
     )
-    dense = dense_twin(mot)
-    rate = load_config(CONFIGS / "v1.py:dense").training.optimizer.learning_rate
+    dense = workloads.dense_of_equal_width(mot)
+    rate = workloads.v1_dense().training.optimizer.learning_rate
     optimizer = dataclasses.replace(optimizer, learning_rate=rate)
     dense = dataclasses.replace(dense, training=dataclasses.replace(dense.training, optimizer=optimizer))
     return {"dense": dense, "mixture_of_tokens": mot}

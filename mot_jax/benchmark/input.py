@@ -1,4 +1,4 @@
-"""`mot bench input`: how fast a config's batches come, read and placed on the devices, with no step in between."""
+"""`mot bench input`: how fast the batches of a config are read and placed on the devices, without training steps."""
 
 from __future__ import annotations
 
@@ -20,34 +20,41 @@ from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches
 
 
 def bench_input(config: Config, progress: Callable[[str], None], batches: int | None = None) -> dict[str, Any]:
-    """What `mot train` does for a batch but the step, by this process for its devices.
+    """Time everything that `mot train` does for a batch except the step, for the devices of this process.
 
-    Raises UserError for a config or a corpus that cannot be. batches: to be timed; None takes what two blocks of the
-    order hold, because dealing a block takes long and happens once in so many batches.
+    Args:
+        config: An experiment, checked here.
+        progress: Receives lines about the progress.
+        batches: Number of batches to time. None takes those of two blocks of the order, because shuffling a block takes
+            long and happens once in so many batches.
 
-    Returns: corpus and objective; batch_size and tokens of a batch; batches; mean_s, seconds a batch over all of them;
-    slowest_s, the longest wait for one; tokens_per_second.
+    Returns:
+        A row: corpus and objective; batch_size, and tokens of a batch; batches; mean_s, seconds per batch over all of
+        them; slowest_s, the longest wait for one; tokens_per_second.
+
+    Raises:
+        UserError: For an invalid config or a corpus that cannot be opened.
     """
     check(config)
     t, mesh = config.training, make_mesh(config)
     tokenizer, windows, _, order, _ = open_text(config)
     count = batches or max(64, 2 * BLOCK_GROUPS * config.group_size // t.batch_size)
     rows = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
-    found = train_batches(windows, order, Objective.of(config, tokenizer), t.batch_size, rows, 0)
+    iterator = train_batches(windows, order, Objective.of(config, tokenizer), t.batch_size, rows, 0)
     progress(f"{count} batches of {t.batch_size} x {config.model.context_length} tokens")
 
-    def one() -> None:
-        batch = place_microbatches(mesh, next(found).rows, t.batch_size, t.gradient_accumulation_steps)
+    def wait_for_batch() -> None:
+        batch = place_microbatches(mesh, next(iterator).rows, t.batch_size, t.gradient_accumulation_steps)
         jax.block_until_ready(batch)
 
     try:
-        one()
+        wait_for_batch()
         ends = [time.perf_counter()]
         for _ in range(count):
-            one()
+            wait_for_batch()
             ends.append(time.perf_counter())
     finally:
-        found.close()
+        iterator.close()
     mean, tokens = (ends[-1] - ends[0]) / count, t.batch_size * config.model.context_length
     return {
         "corpus": ", ".join(config.data.corpus),
@@ -64,10 +71,10 @@ def bench_input(config: Config, progress: Callable[[str], None], batches: int | 
 COLUMNS: list[Column] = [
     ("corpus", lambda row: row["corpus"]),
     ("objective", lambda row: row["objective"]),
-    ("rows", lambda row: f"{row['batch_size']:,}"),
+    ("batch size", lambda row: f"{row['batch_size']:,}"),
     ("tokens", lambda row: f"{row['tokens']:,}"),
     ("batches", lambda row: f"{row['batches']:,}"),
-    ("ms a batch", partial(number, "mean_s", 1e3, ",.2f")),
-    ("slowest", partial(number, "slowest_s", 1e3, ",.2f")),
+    ("ms per batch", partial(number, "mean_s", 1e3, ",.2f")),
+    ("ms slowest", partial(number, "slowest_s", 1e3, ",.2f")),
     ("tokens/s", partial(number, "tokens_per_second", 1, ",.0f")),
 ]

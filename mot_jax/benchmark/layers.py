@@ -1,10 +1,10 @@
-"""`mot bench layers`: one feed-forward layer of each kind, forward and forward + backward, beside the dense one.
+"""`mot bench layers`: one feed-forward layer of each kind, forward and forward + backward, compared with dense.
 
-The dense layer is timed twice: as the project's own (`dense`, with biases) and as two plain products of [T, D]
-(`dense_flat`, without). The faster of the two is what all ratios are over. `products` are the dense layer's matrix
-products alone, on operands that are there already: the *measured peak* is their FLOPs over their median. A ratio is
-*void* where the faster dense layer does not reach a share of that peak: the machine was disturbed, or the dense layer
-is no good baseline.
+The dense layer is timed twice: as the project's layer (`dense`, with biases) and as two plain products of [T, D]
+(`dense_flat`, without biases). The faster of the two is the baseline of all ratios. `products` are the matrix products
+of the dense layer only, on precomputed operands: the *measured peak* is their FLOPs over their median time. A ratio is
+*void* if the faster dense layer does not reach a minimum share of that peak: either the machine was disturbed, or the
+dense layer is not a good baseline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.timing import Program, Times, bandwidth, in_turns
+from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
 from mot_jax.config import FeedForwardConfig, InitConfig, kernel_runs_on
 from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
 from mot_jax.errors import UserError, nearest
@@ -31,27 +31,28 @@ BASELINES = ("dense", "dense_flat")
 Row = dict[str, Any]
 
 
-def needed_share() -> float:
-    """Of the measured peak, that the dense layer must reach for a ratio to count."""
+def min_peak_share() -> float:
+    """The share of the measured peak that the dense layer must reach for a ratio to be valid."""
     return 0.85 if jax.default_backend() == "cpu" else 0.75
 
 
-def kinds_of(shapes: Sequence[Shape], wanted: Sequence[str] | None) -> list[str]:
-    """The kinds and ways to time, those that are `wanted`, or all; on a CPU, the kinds.
+def select_ways(shapes: Sequence[Shape], kinds: Sequence[str] | None) -> list[str]:
+    """The names of `Shape.ways` to time: `dense` and `kinds`, or by default all that run on the first device.
 
-    Raises UserError for one that there is not, and for a kernel where no TPU is.
+    On a CPU the default is one way for each kind. Raises UserError for an unknown name, and for a kernel that the
+    device does not support.
     """
     ways, device = shapes[0].ways(), jax.devices()[0]
-    here = [name for name, config in ways.items() if kernel_runs_on(config, device)]
-    for kind in wanted or ():
+    supported = [name for name, config in ways.items() if kernel_runs_on(config, device)]
+    for kind in kinds or ():
         if kind not in ways:
             raise UserError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
-        if kind not in here:
+        if kind not in supported:
             raise UserError(
-                f"--kinds = {kind}: its kernel is for later TPUs; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
+                f"--kinds = {kind}: needs a TPU v5e, v5p or later; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
             )
-    unless_told = list(shapes[0].kinds()) if device.platform == "cpu" else here
-    return list(dict.fromkeys(["dense", *(wanted or unless_told)]))
+    default = list(shapes[0].kinds()) if device.platform == "cpu" else supported
+    return list(dict.fromkeys(["dense", *(kinds or default)]))
 
 
 def bench_layers(
@@ -63,57 +64,69 @@ def bench_layers(
     param_dtype: str = "float32",
     profile: str | None = None,
     directions: Sequence[str] = DIRECTIONS,
-    may_go_on: Callable[[], bool] = lambda: True,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> tuple[list[Row], float]:
-    """A row for each shape, direction and kind; the memory's bytes/s. Raises UserError for an unknown kind.
+    """Time one layer of each kind at each shape.
 
-    Besides kinds there are ways to compute one (`Shape.ways`); a kernel that does not do a shape is left out.
+    Args:
+        shapes: Sizes of the layers.
+        kinds: Kinds, or other ways to compute one (`Shape.ways`); None for the default. A kernel that does not support
+            a shape is skipped.
+        dtype: Dtype of the activations.
+        rounds: Number of timings of each program.
+        progress: Receives lines about the progress.
+        param_dtype: Dtype of the parameters.
+        profile: Directory for a trace of the timed rounds; tracing slows them down.
+        directions: Of `DIRECTIONS`.
+        has_time: Called before each shape and direction; the benchmark ends when it returns False.
 
-    profile: a directory for a trace of the timed rounds, which the tracing slows down. may_go_on: asked before each
-    shape and direction.
+    Returns:
+        Rows, and the measured bandwidth of the memory in bytes/s. A row has shape, direction, kind; dtype, param_dtype;
+        median_s; spread; ratio_to_dense, and void, whether the ratio is invalid; dense_share, the share of the measured
+        peak that the dense layer reached; flops, without recomputation; flops_per_second, peak_share of the measured
+        peak, and peak; bytes, the minimum (`cost.layers`), and bound_s, these over the measured bandwidth; floor_s, for
+        each pass the larger of that and of FLOPs over the peak; temporaries, program_bytes, copies, compile_s
+        (`timing.Program`).
 
-    Rows: shape, direction, kind; dtype, param_dtype; median_s; spread; ratio_to_dense, and void, whether it does not
-    count; dense_share, of the measured peak, that the dense layer reached; flops, useful ones; flops_per_second,
-    peak_share of the measured peak, and peak itself; bytes, the fewest (`counts`), and bound_s, these over the measured
-    bandwidth; floor_s, the larger of that and of FLOPs over the peak, of each pass; temporaries, program_bytes, copies,
-    compile_s (`timing.Program`).
+    Raises:
+        UserError: For an unknown kind.
     """
-    names, rate = kinds_of(shapes, kinds), bandwidth()
+    names, rate = select_ways(shapes, kinds), bandwidth()
     rows: list[Row] = []
     for shape in shapes:
         for direction in directions:
-            if not may_go_on():
-                progress(f"{shape.name}, {direction}: no time is left")
+            if not has_time():
+                progress(f"{shape.name}, {direction}: skipped, no time left")
                 return rows, rate
             progress(f"{shape.name}, {direction}: compiling {len(names) + 2} programs")
-            programs = _programs(shape, names, dtype, param_dtype, direction, progress)
+            programs = _compile_programs(shape, names, dtype, param_dtype, direction, progress)
             progress(f"{shape.name}, {direction}: {rounds} rounds")
             with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-                times = in_turns(programs, rounds)
-            rows += _rows(shape, direction, dtype, param_dtype, programs, times, rate)
+                timings = in_turns(programs, rounds)
+            rows += _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
             del programs
     return rows, rate
 
 
-def _rows(
+def _timing_rows(
     shape: Shape,
     direction: str,
     dtype: str,
     param_dtype: str,
     programs: dict[str, Program],
-    times: dict[str, Times],
+    timings: dict[str, Timings],
     rate: float,
 ) -> list[Row]:
     dense = layer_parts(shape, "dense", dtype, param_dtype)[-1]
-    peak = dense.of(direction)[0] / times["products"].median
-    best = min(times[name].median for name in BASELINES)
-    share = dense.of(direction)[0] / best / peak
+    peak = dense.of(direction)[0] / timings["products"].median
+    baseline = min(timings[name].median for name in BASELINES)
+    dense_share = dense.of(direction)[0] / baseline / peak
     rows = []
     for name, program in programs.items():
         kind = name.partition(":")[0] if name in shape.ways() else "dense"
-        count = layer_parts(shape, kind, dtype, param_dtype)[-1]
-        flops, size = count.of(direction)
-        median = times[name].median
+        cost = layer_parts(shape, kind, dtype, param_dtype)[-1]
+        flops, size = cost.of(direction)
+        median = timings[name].median
         rows.append(
             {
                 "shape": shape.name,
@@ -122,17 +135,17 @@ def _rows(
                 "dtype": dtype,
                 "param_dtype": param_dtype,
                 "median_s": median,
-                "spread": times[name].spread,
-                "ratio_to_dense": median / best,
-                "void": share < needed_share(),
-                "dense_share": share,
+                "spread": timings[name].spread,
+                "ratio_to_dense": median / baseline,
+                "void": dense_share < min_peak_share(),
+                "dense_share": dense_share,
                 "flops": flops,
                 "flops_per_second": flops / median,
                 "peak_share": flops / median / peak,
                 "peak": peak,
                 "bytes": size,
                 "bound_s": size / rate,
-                "floor_s": count.floor(peak, rate, direction),
+                "floor_s": cost.floor(peak, rate, direction),
                 "temporaries": program.temporaries,
                 "program_bytes": program.bytes,
                 "copies": program.copies,
@@ -142,10 +155,10 @@ def _rows(
     return rows
 
 
-# --- what is timed ----------------------------------------------------------------------------------------------------
+# --- the timed programs -----------------------------------------------------------------------------------------------
 
 
-def _programs(
+def _compile_programs(
     shape: Shape,
     kinds: Sequence[str],
     dtype: str,
@@ -154,74 +167,78 @@ def _programs(
     progress: Callable[[str], None],
 ) -> dict[str, Program]:
     x, dy = (
-        jax.random.normal(jax.random.key(seed), (shape.rows, shape.length, shape.d_model), dtype) for seed in (0, 1)
+        jax.random.normal(jax.random.key(seed), (shape.sequences, shape.length, shape.d_model), dtype)
+        for seed in (0, 1)
     )
-    programs = {"products": Program(*_products(shape, dtype, direction))}
-    shared: dict[str, Any] = {}  # the parameters of a kind, which all ways to compute it have
+    programs = {"products": Program(*_dense_products(shape, dtype, direction))}
+    params_of: dict[str, Any] = {}  # of each kind; all ways to compute it share them
     for name in (*kinds, "dense_flat"):
         try:
             if name == "dense_flat":
-                run, params = _flat(shape, dtype, param_dtype)
+                forward, params = _flat_dense(shape, dtype, param_dtype)
             else:
                 kind = name.partition(":")[0]
-                run, params = layer(shape, name, dtype, param_dtype, shared.get(kind))
-                shared[kind] = params
-            programs[name] = Program(run, params, x) if direction == "forward" else Program(both(run), params, x, dy)
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # a kernel, or memory
+                forward, params = layer_function(shape, name, dtype, param_dtype, params_of.get(kind))
+                params_of[kind] = params
+            if direction == "forward":
+                programs[name] = Program(forward, params, x)
+            else:
+                programs[name] = Program(forward_and_backward(forward), params, x, dy)
+        except (UserError, jax.errors.JaxRuntimeError) as error:  # an unsupported kernel, or out of memory
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             progress(f"{shape.name}, {name}: {str(error).splitlines()[0]}")
     return programs
 
 
-def layer(
+def layer_function(
     shape: Shape, way: str, dtype: str, param_dtype: str = "float32", params: nnx.State | None = None
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
-    """(parameters, x [B, S, D]) -> update [B, S, D] of a layer; `params`, or else freshly drawn ones."""
+    """A layer as (parameters, x [B, S, D]) -> update [B, S, D], and its parameters: `params`, or initialized ones."""
 
-    def draw() -> nnx.Module:
-        return make(shape, shape.ways()[way], dtype=dtype, param_dtype=param_dtype)
+    def create() -> nnx.Module:
+        return create_layer(shape, shape.ways()[way], dtype=dtype, param_dtype=param_dtype)
 
-    run, drawn = applied(draw() if params is None else nnx.eval_shape(draw))
-    return run, drawn if params is None else params
+    forward, initialized = as_function(create() if params is None else nnx.eval_shape(create))
+    return forward, initialized if params is None else params
 
 
-def make(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
-    """A layer with what the kinds share in `options`, freshly drawn."""
+def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
+    """Initialize a layer. options: further arguments that all kinds take, such as `dtype`."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
     return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
 
 
-def applied(made: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
-    """(parameters, x [B, S, D]) -> update [B, S, D] of a layer, and its parameters."""
-    graph, params = nnx.split(made)
+def as_function(layer: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
+    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D], and its parameters."""
+    graph, params = nnx.split(layer)
     return lambda params, x: nnx.merge(graph, params)(x).y, params
 
 
-def both(run: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:
-    """(parameters, x, dy) -> y, gradients of the parameters, dx. y too: the next layer needs it."""
+def forward_and_backward(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:
+    """(parameters, x, dy) -> y, gradients of the parameters, dx. y is a result because the next layer needs it."""
 
-    def both(params: Any, x: jax.Array, dy: jax.Array) -> Any:
-        y, pull = jax.vjp(run, params, x)
-        return y, *pull(dy)
+    def y_and_gradients(params: Any, x: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(forward, params, x)
+        return y, *vjp(dy)
 
-    return both
+    return y_and_gradients
 
 
-def _flat(shape: Shape, dtype: str, param_dtype: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+def _flat_dense(shape: Shape, dtype: str, param_dtype: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
     keys = jax.random.split(jax.random.key(2))
     sizes = [(shape.d_model, shape.d_ff), (shape.d_ff, shape.d_model)]
     kernels = [jax.random.normal(k, s, param_dtype) / s[0] ** 0.5 for k, s in zip(keys, sizes, strict=True)]
 
-    def run(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
+    def forward(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
         first, second = (kernel.astype(dtype) for kernel in kernels)
         return (jax.nn.relu(x.reshape(-1, shape.d_model) @ first) @ second).reshape(x.shape)
 
-    return run, kernels
+    return forward, kernels
 
 
-def _products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:
-    """The dense layer's products, none of which waits for another, and their operands."""
+def _dense_products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:
+    """The matrix products of the dense layer, independent of each other, and their operands."""
     t, d, f = shape.tokens, shape.d_model, shape.d_ff
     keys = jax.random.split(jax.random.key(3), 6)
     sizes = [(t, d), (t, f), (d, f), (f, d), (t, d), (t, f)]
@@ -230,13 +247,13 @@ def _products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:
     def forward(x, h, w_in, w_out):
         return x @ w_in, h @ w_out
 
-    def both(x, h, w_in, w_out, dy, dh):
+    def all_products(x, h, w_in, w_out, dy, dh):
         return *forward(x, h, w_in, w_out), dy @ w_out.T, h.T @ dy, dh @ w_in.T, x.T @ dh
 
-    return (forward, x, h, w_in, w_out) if direction == "forward" else (both, x, h, w_in, w_out, dy, dh)
+    return (forward, x, h, w_in, w_out) if direction == "forward" else (all_products, x, h, w_in, w_out, dy, dh)
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def _ratio(row: Row) -> str:
@@ -249,20 +266,20 @@ COLUMNS: list[Column] = [
     ("kind", lambda row: row["kind"]),
     ("ms", partial(number, "median_s", 1e3, ".3f")),
     ("spread", partial(number, "spread", 1, ".0%")),
-    ("over dense", _ratio),
+    ("ratio to dense", _ratio),
     ("GFLOP/s", partial(number, "flops_per_second", 1e-9, ",.1f")),
-    ("of peak", partial(number, "peak_share", 1, ".0%")),
-    ("ms for bytes", partial(number, "bound_s", 1e3, ".3f")),
+    ("share of peak", partial(number, "peak_share", 1, ".0%")),
+    ("ms bandwidth bound", partial(number, "bound_s", 1e3, ".3f")),
     ("ms floor", partial(number, "floor_s", 1e3, ".3f")),
     ("MB temporaries", partial(number, "temporaries", 1e-6, ",.1f")),
-    ("MB moved", partial(number, "program_bytes", 1e-6, ",.0f")),
+    ("MB read and written", partial(number, "program_bytes", 1e-6, ",.0f")),
     ("copies", partial(number, "copies", 1, "d")),
     ("s to compile", partial(number, "compile_s", 1, ".1f")),
 ]
 
 
 def plot(rows: Sequence[Row]) -> bytes:
-    """A PNG: the ratio to dense of each kind at each shape, a panel for each direction; void ones are hatched."""
+    """A PNG of each kind's ratio to dense at each shape, with a panel for each direction; void ones are hatched."""
     kinds = [k for k in dict.fromkeys(row["kind"] for row in rows) if k not in (*BASELINES, "products")]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     directions = list(dict.fromkeys(row["direction"] for row in rows))
@@ -270,23 +287,24 @@ def plot(rows: Sequence[Row]) -> bytes:
     panels = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0]
     width = 0.8 / max(len(kinds), 1)
     for axes, direction in zip(panels, directions, strict=True):
-        for place, kind in enumerate(kinds):
-            found = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
-            places = [shapes.index(row["shape"]) + (place - (len(kinds) - 1) / 2) * width for row in found]
-            heights = [row["ratio_to_dense"] for row in found]
-            bars = axes.bar(places, heights, width, label=kind.replace("_", " "), color=f"C{place}")
-            for bar, row in zip(bars, found, strict=True):
+        for kind_index, kind in enumerate(kinds):
+            kind_rows = [row for row in rows if (row["kind"], row["direction"]) == (kind, direction)]
+            offset = (kind_index - (len(kinds) - 1) / 2) * width
+            places = [shapes.index(row["shape"]) + offset for row in kind_rows]
+            heights = [row["ratio_to_dense"] for row in kind_rows]
+            bars = axes.bar(places, heights, width, label=kind.replace("_", " "), color=f"C{kind_index}")
+            for bar, row in zip(bars, kind_rows, strict=True):
                 bar.set_hatch("//" if row["void"] else "")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(shapes)), shapes, rotation=20)
         axes.set_title(direction.replace("_", " + "))
-    panels[0].set_ylabel("time over the dense layer's")
+    panels[0].set_ylabel("time / time of the dense layer")
     if kinds:
         panels[0].legend()
     return png(figure)
 
 
-def _milliseconds(name: str, row: dict[str, Any]) -> str:
+def _floor_ms(name: str, row: dict[str, Any]) -> str:
     return f"{1e3 * row['floors'][name]:,.3f}"
 
 
@@ -295,8 +313,8 @@ COUNT_COLUMNS: list[Column] = [
     ("kind", lambda row: row["kind"]),
     ("part", lambda row: row["part"]),
     ("GFLOP forward", lambda row: f"{row['flops'][0] / 1e9:,.1f}"),
-    ("backward", lambda row: f"{row['flops'][1] / 1e9:,.1f}"),
-    ("MB forward", lambda row: f"{(row['bytes'][0] + row['kept']) / 1e6:,.1f}"),
-    ("backward", lambda row: f"{row['bytes'][1] / 1e6:,.1f}"),
-    *((f"ms {name}", partial(_milliseconds, name)) for name in FLOORS),
+    ("GFLOP backward", lambda row: f"{row['flops'][1] / 1e9:,.1f}"),
+    ("MB forward", lambda row: f"{(row['bytes'][0] + row['saved']) / 1e6:,.1f}"),
+    ("MB backward", lambda row: f"{row['bytes'][1] / 1e6:,.1f}"),
+    *((f"ms {name}", partial(_floor_ms, name)) for name in FLOORS),
 ]

@@ -1,16 +1,16 @@
-"""Benchmarks for people: Markdown, with the machine that the figures are of."""
+"""Benchmark results as Markdown, together with the machine that they were measured on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Column = tuple[str, Callable[[dict[str, Any]], str]]  # its title, and what it says of a row
+Column = tuple[str, Callable[[dict[str, Any]], str]]  # title, and the text of a row's cell
 
 
 def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
-    """A line on the machine, and a table that reads as plain text, too."""
-    cells = [[title for title, _ in columns], *([say(row) for _, say in columns] for row in rows)]
+    """A line about the machine, and a table that is readable as plain text too."""
+    cells = [[title for title, _ in columns], *([text_of(row) for _, text_of in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
@@ -18,5 +18,5 @@ def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: 
 
 
 def number(name: str, scale: float, form: str, row: Mapping[str, Any]) -> str:
-    """A figure of a row times `scale`; a dash where it is None."""
+    """A value of a row times `scale`, formatted; a dash if it is None."""
     return "-" if row[name] is None else format(row[name] * scale, form)

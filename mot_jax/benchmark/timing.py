@@ -1,4 +1,4 @@
-"""Times of several programs that take turns in one process, and what the machine could do at best."""
+"""Times of several programs that take turns in one process, and the machine's measured peak and bandwidth."""
 
 from __future__ import annotations
 
@@ -20,71 +20,73 @@ from mot_jax.runs.checkpoint import versions
 
 
 @dataclasses.dataclass(frozen=True)
-class Times:
-    """Seconds of one program, one a round."""
+class Timings:
+    """Seconds of one program in each round."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles over the median."""
+        """Interquartile range over the median."""
         first, _, third = statistics.quantiles(self.seconds, n=4)
         return (third - first) / self.median
 
 
-def in_turns(programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10) -> dict[str, Times]:
-    """Each program once a round, in another order every round, so that all see the same disturbances.
+def in_turns(programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10) -> dict[str, Timings]:
+    """Time each program once per round, in a different order every round, so that disturbances affect all of them.
 
-    A program prepares what it needs, untimed, and returns what is timed, with its result awaited. The first time of
-    each, which may compile, is not counted.
+    A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
+    first time of each program, which may include compilation, is discarded.
     """
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            run = programs[name]()
+    for round_number in range(rounds + 1):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            timed = programs[name]()
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            if number:
+            jax.block_until_ready(timed())
+            if round_number:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Times(tuple(times)) for name, times in seconds.items()}
+    return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
 
 def bandwidth(size: int = 2**28) -> float:
-    """Bytes a second that the first device reads from its memory: the best of several sums of so many bytes."""
+    """Bytes per second at which the first device reads its memory: the best of several sums of `size` bytes."""
     x = jnp.ones(size // 4)
     total = jax.jit(jnp.sum)
-    times = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]
-    return size / min(times.seconds)
+    timings = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]
+    return size / min(timings.seconds)
 
 
 def matmul_peak(dtype: str, size: int | None = None) -> float:
     """FLOP/s that the first device reaches in the product of two square matrices: the best of several.
 
-    size: of a side; None takes 8,192, or 2,048 on a CPU.
+    size: side of the matrices; None is 8,192, or 2,048 on a CPU.
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
-    times = in_turns({"product": lambda: lambda: product(x, x)}, rounds=7)["product"]
-    return 2 * size**3 / min(times.seconds)
+    timings = in_turns({"product": lambda: lambda: product(x, x)}, rounds=7)["product"]
+    return 2 * size**3 / min(timings.seconds)
 
 
 class Program:
     """A compiled function of arrays, ready to be timed.
 
-    Its results take the place of its last ones, so that what is timed is the program, and not the system's finding
-    memory for them: on a CPU, that of a layer's gradients costs as much as a tenth of the layer.
+    Each execution writes its results into the buffers of the previous results, so that the time is the program's and
+    not that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
 
-    seconds_to_compile. temporaries: bytes that XLA allocates beside arguments and results; None where it does not
-    say. copies: instructions of the compiled program that copy or transpose (`count_copies`). bytes: what its
-    instructions read and write (`planning.program`). Both are None where its text cannot be read.
+    Attributes:
+        seconds_to_compile: time of lowering and compilation.
+        temporaries: bytes that XLA allocates in addition to arguments and results; None if it does not report them.
+        copies: instructions of the compiled program that copy or transpose (`count_copies`).
+        bytes: read and written by its instructions (`planning.program`). Both are None if its text cannot be parsed.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
@@ -92,12 +94,12 @@ class Program:
         results = jax.eval_shape(function, *arguments)
         self._results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
 
-        def into(arguments: tuple[Any, ...], places: Any) -> Any:
-            del places
+        def with_donated_results(arguments: tuple[Any, ...], buffers: Any) -> Any:
+            del buffers
             return function(*arguments)
 
         start = time.perf_counter()
-        jitted = jax.jit(into, donate_argnums=1, keep_unused=True)
+        jitted = jax.jit(with_donated_results, donate_argnums=1, keep_unused=True)
         self._compiled = jitted.lower(arguments, self._results).compile()
         self.seconds_to_compile = time.perf_counter() - start
         self.temporaries = temporaries(self._compiled)
@@ -109,39 +111,39 @@ class Program:
             self.bytes = read_program(module, {}).hbm_bytes
 
     def __call__(self) -> Callable[[], Any]:
-        """For `in_turns`."""
-        return self._run
+        """The function that `in_turns` times."""
+        return self._execute
 
-    def _run(self) -> Any:
+    def _execute(self) -> Any:
         self._results = self._compiled(self._arguments, self._results)
         return self._results
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that a program allocates beside arguments and results; None where XLA does not say."""
+    """Bytes that a program allocates in addition to arguments and results; None if XLA does not report them."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def count_copies(module: hlo.Module, least: int = 4096) -> int:
-    """Instructions of a compiled program that copy or transpose so many bytes or more; a fusion that does so is one."""
+def count_copies(module: hlo.Module, min_bytes: int = 4096) -> int:
+    """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
     computations = module.computations
-    everything = (i for computation in computations.values() for i in computation.instructions.values())
-    inside = {name for i in everything if i.opcode == "fusion" for name in i.called("calls")}
+    instructions = (i for computation in computations.values() for i in computation.instructions.values())
+    fused = {name for i in instructions if i.opcode == "fusion" for name in i.called("calls")}
 
-    def moves(instruction: hlo.Instruction) -> bool:
+    def copies(instruction: hlo.Instruction) -> bool:
         if instruction.opcode == "fusion":
             called = (computations[name] for name in instruction.called("calls"))
-            return any(moves(i) for computation in called for i in computation.instructions.values())
-        moving = instruction.opcode in ("copy", "copy-start", "transpose")
-        return moving and instruction.arrays[0].bytes >= least
+            return any(copies(i) for computation in called for i in computation.instructions.values())
+        is_copy = instruction.opcode in ("copy", "copy-start", "transpose")
+        return is_copy and instruction.arrays[0].bytes >= min_bytes
 
-    outside = (computation for name, computation in computations.items() if name not in inside)
-    return sum(moves(i) for computation in outside for i in computation.instructions.values())
+    not_fused = (computation for name, computation in computations.items() if name not in fused)
+    return sum(copies(i) for computation in not_fused for i in computation.instructions.values())
 
 
 def machine() -> dict[str, str]:
-    """What the figures are of: device, processor, versions, date."""
+    """The machine that figures are measured on: device, processor, versions, date."""
     device = jax.devices()[0]
     about = {"device": f"{jax.device_count()} x {device.device_kind}", "date": time.strftime("%Y-%m-%d")}
     if device.platform == "cpu":

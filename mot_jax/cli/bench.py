@@ -65,14 +65,14 @@ def _layers(arguments: list[str]) -> None:
         return
     if options.topology:
         _refuse_timing(options, "kinds", "rounds", "plot", "profile")
-        from mot_jax.benchmark import ahead
+        from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
         dtype = options.dtype or "bfloat16"
         wanted = chosen or paper_shapes(on_cpu=False)
-        rows = ahead.bytes_of_layers(wanted, options.topology, dtype, options.param_dtype, _progress)
+        rows = ahead_of_time.bytes_of_layers(wanted, options.topology, dtype, options.param_dtype, _progress)
         about = {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype} | versions()
-        _tell(options.json, about, rows, ahead.COLUMNS, machine=about)
+        _tell(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
         return
     import jax
 
@@ -104,24 +104,25 @@ def _step(arguments: list[str]) -> None:
     if options.topology:
         _refuse_timing(options, "rounds", "profile")
     rounds = positive("--rounds", options.rounds or "20", least=3)
-    from mot_jax.benchmark.step import COLUMNS, bench_step, dense_twin
+    from mot_jax.benchmark.step import COLUMNS, bench_step
     from mot_jax.benchmark.timing import machine
+    from mot_jax.benchmark.workloads import dense_of_equal_width
 
     name = Path(default_workdir(options.config)).name
     if options.against:
         other, twin = Path(default_workdir(options.against)).name, load_config(options.against)
         check(twin)
     else:
-        other, twin = f"{name}, dense", dense_twin(config)
+        other, twin = f"{name}, dense", dense_of_equal_width(config)
     if other == name:
         other = options.against
     if options.topology:
-        from mot_jax.benchmark import ahead
+        from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
-        rows = ahead.memory_of_steps({name: config, other: twin}, options.topology, _progress)
+        rows = ahead_of_time.memory_of_steps({name: config, other: twin}, options.topology, _progress)
         about = {"topology": options.topology, "chips": "1"} | versions()
-        _tell(options.json, about, rows, ahead.STEP_COLUMNS, config=options.config, machine=about)
+        _tell(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
         return
     rows, reached = bench_step({name: config, other: twin}, rounds, _progress, options.profile)
     about = machine() | {

@@ -30,9 +30,9 @@ def train(arguments: list[str]) -> None:
 def describe(arguments: list[str]) -> None:
     """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
     options, config = parse("mot describe", arguments, None, ["--json"])
-    from mot_jax.cost import accounting
+    from mot_jax.cost.describe import describe
 
-    description = accounting.describe(config)
+    description = describe(config)
     for line in description.lines():
         print(line)
     if options.json:
@@ -49,9 +49,9 @@ def plan(arguments: list[str]) -> None:
     slices = positive("--slices", options.slices or "1")
     if parse_topology(options.topology, slices).hardware:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
-    from mot_jax.planning.plan import plan
+    from mot_jax.planning.plan import plan_training
 
-    result = plan(config, options.topology, slices, functools.partial(print, flush=True))
+    result = plan_training(config, options.topology, slices, functools.partial(print, flush=True))
     for line in result.lines():
         print(line)
     if options.json:

@@ -1,11 +1,14 @@
-"""What a chip and its network can do: the one table, with sources.
+"""Peaks, memory and networks of accelerators, in one table with sources; names of topologies.
 
-Peaks of matrix products stand in `accounting.peak_flops`. Bandwidths are bytes per second. Sources:
+FLOP/s are dense peaks of matrix products. float32 products run at JAX's default precision: as TF32 on these GPUs, in
+one bfloat16 pass on TPUs (docs.jax.dev, "Matmul precision"). NVIDIA's data sheets print the rates with sparsity, which
+are twice these. Bandwidths are bytes per second. Sources:
+
     [cloud] Google Cloud documentation, cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, tables of specifications;
     [book] "How to Scale Your Model", jax-ml.github.io/scaling-book, part 2 ("How to think about TPUs"), table of ICI
-        and DCN bandwidths. Its one-way 90 GB/s a link on v5p is what is reached of the 1,200 GB/s that [cloud] gives
-        for six links in both directions (100 each way); the others likewise;
-    [libtpu] what libtpu 0.0.42 says is available when a program does not fit, which is a little less than [cloud].
+        and DCN bandwidths. Its one-way 90 GB/s per link on v5p is the bandwidth reached in practice, of the 1,200 GB/s
+        that [cloud] gives for six links in both directions (100 each way); the same holds for the other generations;
+    [libtpu] the available memory that libtpu 0.0.42 reports when a program does not fit, a little less than [cloud].
 """
 
 from __future__ import annotations
@@ -13,21 +16,31 @@ from __future__ import annotations
 import dataclasses
 import re
 
+import jax
+
 from mot_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Hardware:
-    """One generation.
+class Device:
+    """A device whose peak is known. device_kinds: JAX's names of it. Peaks are FLOP/s of products of that dtype."""
 
-    dimensions: of the torus, 0 for a switch that every chip has one link to. hbm_bytes: what programs may use.
-    link_bandwidth: of one link in one direction; dcn_bandwidth: of one chip's share of the data-center network, in one
-    direction. chips: of the largest slice. ring: a dimension of the torus closes to a ring where it is a multiple of
-    this (of 16: a full pod); in three dimensions all must be.
+    device_kinds: tuple[str, ...]
+    bfloat16_peak: float
+    float32_peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware(Device):
+    """A device whose memory and network are known as well.
+
+    dimensions: of the torus; 0 for a switch to which every chip has one link. hbm_bytes: available to programs.
+    link_bandwidth: of one link in one direction; dcn_bandwidth: one chip's share of the data-center network, in one
+    direction. chips: in the largest slice. ring: a dimension of the torus closes to a ring where its size is a multiple
+    of this (of 16: a full pod); in three dimensions all sizes must be.
     """
 
     name: str
-    device_kind: str
     dimensions: int
     hbm_bytes: float
     hbm_bandwidth: float
@@ -36,31 +49,62 @@ class Hardware:
     chips: int
     ring: int
 
+    @property
+    def device_kind(self) -> str:
+        """The name that JAX gives to the device."""
+        return self.device_kinds[0]
+
     def rings(self, torus: tuple[int, ...]) -> tuple[bool, ...]:
-        """Of each dimension of a slice, whether it closes to a ring."""
+        """For each dimension of a slice, whether it closes to a ring."""
         closed = [size % self.ring == 0 for size in torus]
         return tuple(closed if self.dimensions == 2 else [all(closed)] * len(closed))
 
 
 _GIB = 2**30
-HARDWARE = {
-    hardware.name: hardware
-    for hardware in (
-        # HBM [libtpu] and bandwidth [cloud]; ICI and DCN [book]. Rings [cloud]: "each dimension is a multiple of 4".
-        Hardware("v4", "TPU v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096, 4),
-        Hardware("v5e", "TPU v5 lite", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
-        Hardware("v5p", "TPU v5", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
-        Hardware("v6e", "TPU v6 lite", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
-        # NVIDIA H100 data sheet, SXM: HBM3 3.35 TB/s, NVLink 900 GB/s in both directions, 80 GB. One host: no DCN.
-        Hardware("h100", "NVIDIA H100 80GB HBM3", 0, 79.6 * _GIB, 3.35e12, 4.5e11, 0.0, 8, 1),
-    )
-}
+_DEVICES: tuple[Device, ...] = (
+    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book]. Rings: [cloud],
+    # "each dimension is a multiple of 4".
+    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096, 4),
+    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
+    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
+    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
+    # NVIDIA H100 data sheet, SXM: HBM3 3.35 TB/s, NVLink 900 GB/s in both directions, 80 GB. One host: no DCN.
+    Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 79.6 * _GIB, 3.35e12, 4.5e11, 0.0, 8, 1),
+    # NVIDIA A100 data sheet.
+    Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12),
+    Device(("NVIDIA H100 PCIe",), 756e12, 378e12),  # NVIDIA H100 data sheet of 2022, PCIe
+    Device(("NVIDIA H200",), 989e12, 494e12),  # NVIDIA H200 data sheet, SXM
+    Device(("NVIDIA B200",), 2250e12, 1125e12),  # NVIDIA HGX B200 specifications, an eighth
+)
+HARDWARE = {device.name: device for device in _DEVICES if isinstance(device, Hardware)}
 KNOWN = "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (any even sizes up to the largest slice), local, local:8"
+
+
+def _device_of(device_kind: str) -> Device | None:
+    return next((device for device in _DEVICES if device_kind in device.device_kinds), None)
+
+
+def hardware_of(device: jax.Device) -> Hardware | None:
+    """Memory and network of a device; None where they are not in the table."""
+    entry = _device_of(device.device_kind)
+    return entry if isinstance(entry, Hardware) else None
+
+
+def peak_flops(device: jax.Device | str, dtype: str) -> float | None:
+    """Dense peak of a device, or of a JAX device kind, in FLOP/s for products of arrays of `dtype`; None if unknown."""
+    entry = _device_of(device if isinstance(device, str) else device.device_kind)
+    if entry is None or dtype not in ("bfloat16", "float32"):
+        return None
+    return entry.bfloat16_peak if dtype == "bfloat16" else entry.float32_peak
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine by name. hardware: None for `local`, whose devices say what they are. count: chips of one slice."""
+    """The devices that a program is compiled for.
+
+    hardware: None for `local`, the devices of this process. sizes: of the torus of one slice, or the number of local
+    devices.
+    """
 
     name: str
     hardware: Hardware | None
@@ -69,7 +113,7 @@ class Topology:
 
     @property
     def chips(self) -> int | None:
-        """Of all slices; None for `local` without a number."""
+        """Number of chips of all slices; None for `local` without a number."""
         total = self.slices if self.sizes else None
         for size in self.sizes:
             total = (total or 1) * size
@@ -77,14 +121,14 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """`v5p:8x8x8`, `local` or `local:8`. Raises UserError."""
+    """Parse a name such as `v5p:8x8x8`, `local` or `local:8`. Raises UserError."""
     name, _, sizes_text = text.partition(":")
     sizes = tuple(int(size) for size in sizes_text.split("x")) if re.fullmatch(r"\d+(x\d+)*", sizes_text) else ()
     if name == "local":
         if slices != 1:
-            raise UserError(f"--slices = {slices}: the devices that are here are one slice; try --slices 1")
+            raise UserError(f"--slices = {slices}: local devices form one slice; try --slices 1")
         if len(sizes) > 1 or bool(sizes) != bool(sizes_text) or 0 in sizes:
-            raise UserError(f"--topology = {text}: a number of devices may follow local; try local:8")
+            raise UserError(f"--topology = {text}: local may be followed by a number of devices only; try local:8")
         return Topology(text, None, sizes, 1)
     tpus = [known for known, hardware in HARDWARE.items() if hardware.dimensions]
     if name not in tpus:
@@ -95,7 +139,9 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise UserError(f"--topology = {text}: {name} has {hardware.dimensions} dimensions; try {example}")
     topology = Topology(text, hardware, sizes, slices)
     if any(size < 1 or size % 2 for size in sizes[:2]) or 0 in sizes:
-        raise UserError(f"--topology = {text}: a host holds 2x2 chips, so the first two sizes are even; try {example}")
+        raise UserError(
+            f"--topology = {text}: a host has 2x2 chips, so the first two sizes must be even; try {example}"
+        )
     if (count := (topology.chips or 0) // slices) > hardware.chips:
         raise UserError(f"--topology = {text}: {count} chips; the largest slice has {hardware.chips}; try {example}")
     return topology

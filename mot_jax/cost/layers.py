@@ -1,12 +1,9 @@
-"""What a feed-forward layer must cost: the FLOPs and the fewest bytes of each of its parts, worked out, nothing run.
+"""Minimum cost of one feed-forward layer: FLOPs and bytes of each of its parts, computed, nothing executed.
 
-FLOPs are `accounting`'s: matrix products alone, a multiply-add being 2, and nothing that is computed again.
-Bytes: a *part* is taken as one program that reads each of its arguments once and writes each of its results once, all
-    else staying on the chip. The layer *at once* is taken as two programs, forward and backward: mixtures, logits and
-    expert outputs never reach memory. Neither norm nor residual belongs to the layer.
-Kept: what forward writes for backward, when a backward pass follows: the pre-activations (`save_for_backward="pre_activations"`)
-    in the activations' dtype, mixing weights and the router's logits in float32.
-A *floor* is the larger of FLOPs over a machine's peak and bytes over its bandwidth.
+FLOPs and memory traffic are those of `feed_forward.py`. The layer *at once* is taken as two programs, forward and
+backward: mixtures, logits and expert outputs never reach memory. If a backward pass follows, forward saves
+pre-activations (`save_for_backward="pre_activations"`) in the activations' dtype, and mixing weights and router logits
+in float32. A *floor* is the larger of FLOPs over a device's peak and bytes over its bandwidth.
 """
 
 from __future__ import annotations
@@ -17,52 +14,52 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, TokenChoiceConfig
-from mot_jax.cost.accounting import peak_flops
-from mot_jax.cost.hardware import HARDWARE
+from mot_jax.config import FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.cost.feed_forward import Arrays, feed_forward_cost, flop_matched_kinds
+from mot_jax.cost.hardware import HARDWARE, peak_flops
 from mot_jax.errors import UserError, nearest
 
 MIXTURE = MixtureOfTokensConfig.kind
+# Other ways to compute the mixture, by name: fields of its config.
 WAYS: dict[str, dict[str, Any]] = {
     "all_kept": {"save_for_backward": "all"},
     "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
     "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
 }
-FLOORS = {"H100": "h100", "v5p": "v5p"}  # in tables, and in `hardware.HARDWARE`
+FLOORS = {"H100": "h100", "v5p": "v5p"}  # title in tables: key of `hardware.HARDWARE`
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer and of its input: `rows` sequences of `length` tokens. F = G d_ff / E, by the paper's rule."""
+    """Sizes of one layer and of its input. F = G d_ff / E, by the paper's rule.
+
+    sequences: number of sequences, each of `length` tokens.
+    """
 
     name: str
     d_model: int
     d_ff: int
     group_size: int
     num_experts: int
-    rows: int
+    sequences: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.rows * self.length
+        """Number of tokens of the input."""
+        return self.sequences * self.length
 
     def kinds(self) -> dict[str, FeedForwardConfig]:
         """The feed-forward kinds that train, by name, each with the FLOPs of the dense layer in its experts.
 
-        Token choice has the same experts, and each token takes the E / G of them that cost as much as `d_ff` (one, if
-        experts are as wide as that). `companions` is for inference alone, at G times the FLOPs: `mot bench decoding`.
+        Token choice has the same experts as the mixture, and each token takes E / G of them, which cost as much as
+        `d_ff` (one if the experts have that width). `companions` is for inference only, at G times the FLOPs: see
+        `mot bench decoding`.
         """
-        e, k = self.num_experts, max(1, self.num_experts // self.group_size)
-        return {
-            "dense": DenseConfig(),
-            MIXTURE: MixtureOfTokensConfig(self.group_size, e),
-            "token_choice": TokenChoiceConfig(e, top_k=k, routing_group_tokens=max(256, self.length)),
-        }
+        return flop_matched_kinds(self.group_size, self.num_experts, self.length)
 
     def ways(self) -> dict[str, FeedForwardConfig]:
-        """The kinds, and the mixture as it can be computed otherwise, by `mixture_of_tokens:` and a name of `WAYS`."""
+        """The kinds, and the other ways to compute the mixture as `mixture_of_tokens:` and a name of `WAYS`."""
         kinds = self.kinds()
         others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in WAYS.items()}
         return kinds | {f"{MIXTURE}:{name}": config for name, config in others.items()}
@@ -83,30 +80,33 @@ SHAPES = {
 
 
 def paper_shapes(on_cpu: bool) -> list[Shape]:
-    """What `mot bench layers` times unless told otherwise."""
+    """The default shapes of `mot bench layers`."""
     return [shape for name, shape in SHAPES.items() if name.startswith("cpu_") == on_cpu and name != "tiny"]
 
 
 def shape_of(name: str) -> Shape:
-    """By name. Raises UserError."""
+    """Look up a shape of `SHAPES`. Raises UserError."""
     if name not in SHAPES:
         raise UserError(f"--shapes = {name}: no such shape{nearest(name, SHAPES)}")
     return SHAPES[name]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """flops, bytes: (forward, backward). kept: bytes that forward writes besides, where a backward pass follows."""
+class LayerPart:
+    """A part of a layer at a shape.
+
+    flops, bytes: (forward, backward). saved: bytes that forward writes in addition if a backward pass follows.
+    """
 
     name: str
     flops: tuple[float, float]
     bytes: tuple[float, float]
-    kept: float = 0.0
+    saved: float = 0.0
 
     @property
     def training_bytes(self) -> float:
-        """Of forward and backward."""
-        return sum(self.bytes) + self.kept
+        """Bytes of forward and backward."""
+        return sum(self.bytes) + self.saved
 
     def of(self, direction: str) -> tuple[float, float]:
         """FLOPs and bytes of `forward` or `forward_backward`."""
@@ -115,62 +115,34 @@ class Part:
         return sum(self.flops), self.training_bytes
 
     def floor(self, peak: float, bandwidth: float, direction: str = "forward_backward") -> float:
-        """Seconds at FLOP/s and bytes/s; forward and backward are one after the other."""
-        forward = self.bytes[0] if direction == "forward" else self.bytes[0] + self.kept
+        """Seconds at a peak in FLOP/s and a bandwidth in bytes/s; forward and backward do not overlap."""
+        forward = self.bytes[0] if direction == "forward" else self.bytes[0] + self.saved
         passes = [(self.flops[0], forward), (self.flops[1], self.bytes[1])]
         passes = passes[:1] if direction == "forward" else passes
         return sum(max(flops / peak, size / bandwidth) for flops, size in passes)
 
 
-def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: str = "float32") -> list[Part]:
-    """The parts of one layer, each by itself; the last one is the layer `at once`."""
-    t, d, config = shape.tokens, shape.d_model, shape.kinds()[kind]
-    size, wide, of_param = (jnp.dtype(n).itemsize for n in (dtype, jnp.promote_types(dtype, "float32"), param_dtype))
-    x = t * d * size  # the input, the update, and their cotangents
-    if isinstance(config, DenseConfig):
-        return [_experts("at once", t, d, shape.d_ff, 1, size, of_param)]
-    e, f, runs = shape.num_experts, config.hidden_dim(shape.d_ff), t * shape.num_experts // shape.group_size
-    product, controller, said = 2.0 * t * d * e, d * e * of_param, t * e * wide
-    if isinstance(config, TokenChoiceConfig):
-        runs = t * config.top_k
-    u = runs * d * size  # all that the experts read, and all that they write
-    experts = _experts("experts", runs, d, f, e, size, of_param)
-    if isinstance(config, TokenChoiceConfig):
-        parts = [
-            Part("router", (product, 2 * product), (x + controller, said + 2 * (x + controller)), said),
-            Part("dispatch", (0.0, 0.0), (x + u, u + x)),
-            experts,
-            Part("combine", (0.0, 0.0), (u + x, x + 2 * u)),
-        ]
-    else:
-        into, out = (x + controller + said + u, 2 * (x + controller) + u + 2 * said), (u + said + x, x + 2 * (u + said))
-        parts = [
-            Part("controller, softmax, merge", (2 * product, 4 * product), into),
-            experts,
-            Part("emit", (product, 2 * product), out),
-        ]
-    return [*parts, _at_once(parts, x, controller + 2 * e * d * f * of_param, experts.kept + said)]
+def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: str = "float32") -> list[LayerPart]:
+    """The parts of one layer, each executed separately, and last the layer `at once`.
 
-
-def _experts(name: str, runs: int, d: int, f: int, e: int, size: int, of_param: int) -> Part:
-    """`runs` inputs through E experts of width F: inputs and weights in, outputs out, pre-activations kept.
-
-    Backward reads inputs, pre-activations, cotangents and weights; it writes the inputs' cotangents and the weights'.
+    A layer of a single part has only the last entry.
     """
-    products, weights = 4.0 * runs * d * f, 2 * e * d * f * of_param
-    inputs, hidden = runs * d * size, runs * f * size
-    return Part(name, (products, 2 * products), (2 * inputs + weights, 3 * inputs + hidden + 2 * weights), hidden)
+    dtypes = (dtype, jnp.promote_types(dtype, "float32"), param_dtype)
+    itemsizes = [jnp.dtype(name).itemsize for name in dtypes]
+    cost = feed_forward_cost(ModelConfig(1, shape.d_model, shape.d_ff, 1), shape.kinds()[kind])
+    parts = cost.parts()
 
+    def part_of(name: str, flops: float, forward: Arrays, backward: Arrays, saved: Arrays) -> LayerPart:
+        sizes = [arrays.bytes(shape.tokens, *itemsizes) for arrays in (forward, backward, saved)]
+        return LayerPart(name, (shape.tokens * flops, 2 * shape.tokens * flops), (sizes[0], sizes[1]), sizes[2])
 
-def _at_once(parts: list[Part], x: int, parameters: int, kept: float) -> Part:
-    """x and parameters in, y out; then x, dy, parameters and what was kept in, dx and the gradients out."""
-    flops = (sum(part.flops[0] for part in parts), sum(part.flops[1] for part in parts))
-    return Part("at once", flops, (2 * x + parameters, 3 * x + 2 * parameters + kept), kept)
-
-
-def optimizer_bytes(parameters: int, param_dtype: str = "float32") -> float:
-    """Of an AdamW update in one pass: gradient, parameter and both moments in; parameter and both moments out."""
-    return 7.0 * parameters * jnp.dtype(param_dtype).itemsize
+    separate = [part_of(p.name, p.flops, p.forward, p.backward, p.saved) for p in parts] if len(parts) > 1 else []
+    # Forward reads x and the parameters and writes y. Backward reads x, dy, the parameters and the saved arrays, and
+    # writes dx and the gradients of the parameters.
+    x, parameters = Arrays(shape.d_model), Arrays(parameters=sum(part.forward.parameters for part in parts))
+    saved = cost.saved()
+    at_once = part_of("at once", cost.flops(), x * 2 + parameters, x * 3 + parameters * 2 + saved, saved)
+    return [*separate, at_once]
 
 
 def count_rows(shapes: Iterable[Shape], dtype: str, param_dtype: str = "float32") -> list[dict[str, Any]]:
@@ -181,8 +153,8 @@ def count_rows(shapes: Iterable[Shape], dtype: str, param_dtype: str = "float32"
             for part in layer_parts(shape, kind, dtype, param_dtype):
                 row = {"shape": shape.name, "kind": kind, "part": part.name, "flops": part.flops, "bytes": part.bytes}
                 floors = {}
-                for name, hardware in ((name, HARDWARE[key]) for name, key in FLOORS.items()):
+                for title, hardware in ((title, HARDWARE[name]) for title, name in FLOORS.items()):
                     if peak := peak_flops(hardware.device_kind, dtype):
-                        floors[name] = part.floor(peak, hardware.hbm_bandwidth)
-                rows.append(row | {"kept": part.kept, "floors": floors})
+                        floors[title] = part.floor(peak, hardware.hbm_bandwidth)
+                rows.append(row | {"saved": part.saved, "floors": floors})
     return rows

@@ -1,1 +1,1 @@
-"""What a training step needs on a machine that is not here: memory, collectives, modelled time."""
+"""Memory, collectives and modelled time of a training step, compiled ahead of time for a target topology."""

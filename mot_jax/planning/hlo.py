@@ -1,6 +1,6 @@
-"""Reads XLA's text of an optimised program into instructions. All that knows how that text is written is here.
+"""Parser of XLA's text of an optimized program. Every assumption about the format of that text is in this module.
 
-The text is no stable format: what is not understood raises UnknownTextError, so that nothing is passed over in silence.
+The format is not stable: text that is not understood raises UnknownTextError, so that nothing is ignored silently.
 Tested with the XLA of jax 0.10 on CPU and with libtpu 0.0.42.
 """
 
@@ -17,12 +17,12 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
 class UnknownTextError(ValueError):
-    """The text of a program is not written as we know it."""
+    """The text of a program does not have the expected format."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array. in_hbm: it lies in the chip's main memory, not in memory of the core's own (`S(1)` in the layout)."""
+    """An array. in_hbm: it is placed in the chip's main memory, not in the core's own memory (`S(1)` in the layout)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -30,7 +30,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Without the padding of the layout's tiles."""
+        """Bytes without the padding of the layout's tiles."""
         return math.prod(self.dims) * _bits(self.dtype) / 8
 
     @property
@@ -40,7 +40,10 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """name = opcode(operands), attributes. arrays: the result's, a tuple's leaves in order. text: in the brackets."""
+    """name = opcode(operands), attributes.
+
+    arrays: of the result; for a tuple its leaves in order. text: between the parentheses of the operands.
+    """
 
     name: str
     opcode: str
@@ -51,20 +54,20 @@ class Instruction:
     is_root: bool = False
 
     def called(self, *words: str) -> list[str]:
-        """The computations that these attributes name."""
-        found = re.findall(rf"\b(?:{'|'.join(words)})=(\{{[^}}]*\}}|%[\w.-]+)", self.attributes)
-        return [name for text in found for name in re.findall(r"%([\w.-]+)", text)]
+        """The names of the computations in these attributes."""
+        values = re.findall(rf"\b(?:{'|'.join(words)})=(\{{[^}}]*\}}|%[\w.-]+)", self.attributes)
+        return [name for value in values for name in re.findall(r"%([\w.-]+)", value)]
 
     def ints(self, attribute: str) -> tuple[int, ...]:
         """`attribute={1,2}` as numbers; () where it is absent."""
-        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(map(int, filter(None, found[1].split(",")))) if found else ()
+        match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(map(int, filter(None, match[1].split(",")))) if match else ()
 
     @property
     def source(self) -> str:
-        """What the Python program was doing, by JAX's name stack."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """Origin in the Python program, by JAX's name stack."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass
@@ -80,8 +83,8 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.text))
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.text))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -102,7 +105,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module of `compiled.as_text()`. Raises UnknownTextError."""
+    """Parse the result of `compiled.as_text()`. Raises UnknownTextError."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     text = re.sub(r"kernel_metadata=\{\n.*\n\}", "kernel_metadata={}", text)  # the one attribute that spans lines
@@ -138,19 +141,19 @@ def _instruction(line: str) -> Instruction:
 
 def _closing(text: str, opening: int) -> int:
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, opening):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return found.start()
+            return match.start()
     raise UnknownTextError(f"brackets do not close: {text[:120]}")
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    """The leaves of a type, as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
-    found = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", text)
+    """The leaves of a type such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
+    leaves = re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", text)
     return tuple(
         Array(dtype, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n), not re.search(r"S\([1-9]\)", layout))
-        for dtype, dims, layout in found
+        for dtype, dims, layout in leaves
     )
 
 
@@ -158,10 +161,10 @@ def _arrays(text: str) -> tuple[Array, ...]:
 def _bits(dtype: str) -> int:
     if dtype in _BITS:
         return _BITS[dtype]
-    found = re.match(r"[a-z]+(\d+)", dtype)
-    if not found:
+    match = re.match(r"[a-z]+(\d+)", dtype)
+    if not match:
         raise UnknownTextError(f"an array of {dtype}")
-    return int(found[1])
+    return int(match[1])
 
 
 # --- groups of devices ------------------------------------------------------------------------------------------------
@@ -170,20 +173,21 @@ def _bits(dtype: str) -> int:
 def device_groups(attributes: str, count: int) -> np.ndarray:
     """The `replica_groups` of a collective over `count` devices, int [groups, members]; devices in the mesh's order.
 
-    Written as a list, `{{0,1},{2,3}}`; as a reshaped, transposed range, `[2,2]<=[2,2]T(1,0)`; or as axes of a mesh of
-    the compiler's own, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`, where `'a':(2)4` is a part of an axis.
+    The text has one of three forms: a list, `{{0,1},{2,3}}`; a reshaped and transposed range, `[2,2]<=[2,2]T(1,0)`; or
+    axes of a mesh that the compiler defines, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`, in which `'a':(2)4`
+    is a part of an axis.
     """
-    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
-        rows = [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", found[1])]
-        if len({len(row) for row in rows}) > 1:
-            raise UnknownTextError(f"groups of unequal size: {found[0][:120]}")
-        return np.array(rows or [list(range(count))])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " "):
-        return _range(found[2]).reshape(_ints(found[1]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        devices = _range(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
-        return _axes_of_mesh(sizes, devices, found[3])
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes):
+        groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
+        if len({len(group) for group in groups}) > 1:
+            raise UnknownTextError(f"groups of unequal size: {match[0][:120]}")
+        return np.array(groups or [list(range(count))])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+?),? ", attributes + " "):
+        return _range(match[2]).reshape(_ints(match[1]))
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        devices = _range(match[2]) if match[2] else np.arange(math.prod(sizes.values()))
+        return _axes_of_mesh(sizes, devices, match[3])
     raise UnknownTextError(f"replica groups: {attributes[:160]}")
 
 
@@ -192,26 +196,26 @@ def _ints(text: str) -> list[int]:
 
 
 def _range(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0 … 7 in that shape, transposed, flat. `[0,2,1,3]` alone would be taken for a shape."""
-    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if not found:
+    """`[4,2]T(1,0)`: 0 … 7 in that shape, transposed and flattened. The numbers in the first brackets are a shape."""
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
         raise UnknownTextError(f"an order of devices: {text[:120]}")
-    shape = _ints(found[1])
-    return np.arange(math.prod(shape)).reshape(shape).transpose(_ints(found[2]) if found[2] else None).ravel()
+    shape = _ints(match[1])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(_ints(match[2]) if match[2] else None).ravel()
 
 
-def _axes_of_mesh(sizes: dict[str, int], devices: np.ndarray, wanted: str) -> np.ndarray:
-    shape = list(sizes.values())
-    cut = {name: [size] for name, size in sizes.items()}  # each axis in parts
-    picked = []
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", wanted):
+def _axes_of_mesh(sizes: dict[str, int], devices: np.ndarray, axes: str) -> np.ndarray:
+    """The groups of devices along `axes` of a mesh, int [groups, members]."""
+    axis_parts = {name: [size] for name, size in sizes.items()}
+    selected = []
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         if before:
             left, part = int(before), int(size)
-            cut[name] = [left, part, sizes[name] // left // part]
-        picked.append((name, 1 if before else 0))
-    starts = dict(zip(cut, np.cumsum([0, *map(len, cut.values())]), strict=False))
-    shape = [size for parts in cut.values() for size in parts]
-    inner = [int(starts[name]) + part for name, part in picked]
+            axis_parts[name] = [left, part, sizes[name] // left // part]
+        selected.append((name, 1 if before else 0))
+    starts = dict(zip(axis_parts, np.cumsum([0, *map(len, axis_parts.values())]), strict=False))
+    shape = [size for parts in axis_parts.values() for size in parts]
+    inner = [int(starts[name]) + part for name, part in selected]
     outer = [axis for axis in range(len(shape)) if axis not in inner]
     grid = devices.reshape(shape).transpose(outer + inner)
     return grid.reshape(-1, math.prod(shape[axis] for axis in inner))
@@ -219,17 +223,17 @@ def _axes_of_mesh(sizes: dict[str, int], devices: np.ndarray, wanted: str) -> np
 
 def device_pairs(attributes: str) -> list[tuple[int, int]]:
     """The `source_target_pairs` of a permutation."""
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    if not found:
+    match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    if not match:
         raise UnknownTextError(f"source_target_pairs: {attributes[:160]}")
-    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", found[1])]
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", match[1])]
 
 
 # --- FLOPs of products ------------------------------------------------------------------------------------------------
 
 
 def product_flops(instruction: Instruction, operands: list[Instruction]) -> float:
-    """FLOPs of a dot or convolution: a multiply-add is 2, and what meets padding or holes only is not counted."""
+    """FLOPs of a dot or convolution: a multiply-add is 2; products with padding or dilation holes are not counted."""
     out, (left, right) = instruction.arrays[0].dims, (operand.arrays[0].dims for operand in operands[:2])
     if instruction.opcode == "dot":
         return 2.0 * math.prod(out) * math.prod(left[d] for d in instruction.ints("lhs_contracting_dims"))
@@ -252,16 +256,16 @@ def product_flops(instruction: Instruction, operands: list[Instruction]) -> floa
 
 
 def _group_count(instruction: Instruction, name: str) -> int:
-    found = re.search(rf"{name}=(\d+)", instruction.attributes)
-    return int(found[1]) if found else 1
+    match = re.search(rf"{name}=(\d+)", instruction.attributes)
+    return int(match[1]) if match else 1
 
 
 def _window(instruction: Instruction, rank: int) -> list[tuple[int, int, int, int, int]]:
-    """Of each dimension: size, stride, padding before, spacing of the left operand, spacing of the kernel."""
+    """For each dimension: size, stride, padding before, dilation of the left operand, dilation of the kernel."""
     if not rank:
         return []
-    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    match = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    fields = dict(part.split("=") for part in match[1].split()) if match else {}
     if unknown := set(fields) - {"size", "stride", "pad", "lhs_dilate", "rhs_dilate", "rhs_reversal"}:
         raise UnknownTextError(f"a window with {', '.join(unknown)}: {instruction.name}")
 

@@ -1,4 +1,4 @@
-"""`mot plan`: the training step of a config, compiled for a machine that need not be here, in numbers."""
+"""`mot plan`: ahead-of-time compilation of a config's training step for a target topology, and its figures."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from mot_jax.config import Config, MixtureOfTokensConfig
-from mot_jax.cost.accounting import flops_per_token, peak_flops, table
-from mot_jax.cost.hardware import HARDWARE, Hardware, Topology, parse_topology
+from mot_jax.cost.describe import table
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
-from mot_jax.planning.times import Times, label, model_times
+from mot_jax.planning.times import StepTimes, label, model_times
 from mot_jax.runs.state import TrainState, abstract_state
 from mot_jax.training.step import make_train_step
 
-LARGEST = 8  # tensors that are named when a program does not fit
-SMALL = 2**16  # bytes, of collectives that share a row
+LARGEST = 8  # number of tensors listed if a program does not fit
+SMALL = 2**16  # bytes below which collectives share a row
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training step on a machine. All bytes, FLOPs and seconds are of one chip and one step.
+    """A training step on a topology. All bytes, FLOPs and seconds are for one chip and one step.
 
-    memory: bytes by what they hold; `HBM limit` and `needed` may be None where nobody knows. largest: (bytes, what) of
-    the traced program's tensors, and advice: what to change, where it does not fit. program, times: None where it does
-    not fit; times also where the machine's figures are not known. efficiency: modelled MFU without and with overlap;
-    None where something of the program was not understood, which the times lack.
+    memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
+    the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
+    times also if the device's figures are not known. efficiency: modelled MFU without and with overlap; None if the
+    times lack a part of the program that was not understood.
     """
 
     topology: str
@@ -57,11 +58,11 @@ class Plan:
     advice: list[str]
     model_flops: float
     program: Program | None
-    times: Times | None
+    times: StepTimes | None
     efficiency: tuple[float, float] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The content of the JSON file."""
         content = dataclasses.asdict(self)
         if self.program:
             content["program"] |= {"flops": self.program.flops, "hbm_bytes": self.program.hbm_bytes}
@@ -77,89 +78,101 @@ class Plan:
         out = [title, "", *table("GiB per chip", memory)]
         if not self.fits:
             out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
-            return [*out, "What to change:", *(f"  {line}" for line in self.advice)]
+            return [*out, "Changes that reduce memory:", *(f"  {line}" for line in self.advice)]
         assert self.program
         flops = [("of the model, 3 x forward", self.model_flops / 1e9), ("of the program", self.program.flops / 1e9)]
         out += table("GFLOPs per chip and step", flops)
         out += table(
-            "Collectives, per chip and step", [("", "in the program", "runs", "MiB a run", "MiB"), *self._rows()]
+            "Collectives, per chip and step",
+            [("", "in the program", "executions", "MiB per execution", "MiB"), *self._collective_rows()],
         )
-        out += [f"not understood: {what}" for what in self.program.unknown]
+        out += [f"not understood: {description}" for description in self.program.unknown]
         return [*out, *self._time_lines()]
 
     def _largest(self) -> list[tuple[str | float, ...]]:
-        return [(what, size / 2**20) for size, what in self.largest]
+        return [(description, size / 2**20) for size, description in self.largest]
 
-    def _rows(self) -> list[tuple[str, int, int, float, float]]:
-        """One row for equal collectives, the largest first; those below SMALL of an axis share one."""
+    def _collective_rows(self) -> list[tuple[str, int, int, float, float]]:
+        """A row for each set of equal collectives, the largest first; those of an axis below SMALL share one."""
         assert self.program
         groups: dict[tuple[str, float], list[Collective]] = {}
         for c in self.program.collectives:
-            name, size = (label(c), c.bytes) if c.bytes >= SMALL else (f"{label(c)}, small ones", 0.0)
+            name, size = (label(c), c.bytes) if c.bytes >= SMALL else (f"{label(c)}, small", 0.0)
             groups.setdefault((name, size), []).append(c)
         rows = []
-        for (name, _), found in groups.items():
-            largest, total = max(c.bytes for c in found), sum(c.executions * c.bytes for c in found)
-            rows.append((name, len(found), sum(c.executions for c in found), largest / 2**20, total / 2**20))
+        for (name, _), equal in groups.items():
+            largest, total = max(c.bytes for c in equal), sum(c.executions * c.bytes for c in equal)
+            rows.append((name, len(equal), sum(c.executions for c in equal), largest / 2**20, total / 2**20))
         return sorted(rows, key=lambda row: -row[-1])
 
     def _time_lines(self) -> list[str]:
         if not (self.times and self.program):
-            return ["No modelled time: this machine's peak, memory bandwidth or network is not in the table."]
-        t, least = self.times, "at least " if self.program.unknown else ""
+            return ["No modelled time: the peak, memory bandwidth or network of these devices is not known."]
+        t, at_least = self.times, "at least " if self.program.unknown else ""
         serial, overlapped = (f", MFU {share:.1%}" for share in self.efficiency) if self.efficiency else ("", "")
         parts = {"computation bound by FLOPs": t.compute, "computation bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
         return [
             *table("Modelled milliseconds", rows),
-            f"  without overlap  {least}{1e3 * t.serial:,.2f} ms{serial}; most of it: {t.bound}",
-            f"  full overlap     {least}{1e3 * t.overlapped:,.2f} ms{overlapped}; bound by: {t.overlapped_bound}",
+            f"  without overlap  {at_least}{1e3 * t.serial:,.2f} ms{serial}; largest part: {t.bound}",
+            f"  full overlap     {at_least}{1e3 * t.overlapped:,.2f} ms{overlapped}; bound by: {t.overlapped_bound}",
         ]
 
 
-def plan(
+def plan_training(
     config: Config,
     topology: str,
     slices: int = 1,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
     chips: int | None = None,
 ) -> Plan:
-    """Compiles the training step of `config` for `topology` and says what it needs. `say`: progress, in lines.
+    """Compile the training step of `config` for `topology`.
 
-    chips: for the first so many of them; None: for all.
+    Args:
+        config: An experiment.
+        topology: Name of the target topology (`cost.hardware.parse_topology`).
+        slices: Number of slices of that topology.
+        progress: Receives lines about the progress.
+        chips: Use only so many of the chips, the first ones; None uses all.
 
-    Raises UserError for a topology or a mesh that cannot be, before anything is compiled.
+    Returns:
+        Memory, collectives and modelled times.
+
+    Raises:
+        UserError: For an impossible topology or mesh, before anything is compiled.
     """
-    where = parse_topology(topology, slices)
-    devices = devices_of(where)[:chips]
+    target = parse_topology(topology, slices)
+    devices = devices_of(target)[:chips]
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    hardware = next((h for h in HARDWARE.values() if h.device_kind == devices[0].device_kind), None)
+    hardware = hardware_of(devices[0])
     memory = _state_bytes(state)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        say(f"tracing the training step for {mesh.size:,} devices")
+        progress(f"tracing the training step for {mesh.size:,} devices")
         t = config.training
         train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
         traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
-        say(f"compiling it for {topology}: a minute or more for large models")
+        progress(f"compiling it for {topology}: a minute or more for large models")
         try:
             compiled = traced.lower().compile()
-            program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), where.slices)
+            program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), target.slices)
             memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if "memory space vmem" in str(error):
                 kernel = getattr(config.model.feed_forward, "kernel", "xla")
-                words = "more of a core's memory than there is; try 'xla', and attention_kernel = 'xla'"
-                raise UserError(f"model.feed_forward.kernel = {kernel!r}: the compiler wants {words}") from None
+                rule = "needs more than a core's memory; try 'xla', and attention_kernel = 'xla'"
+                raise UserError(f"model.feed_forward.kernel = {kernel!r}: {rule}") from None
             program = None
             memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
         except UnknownTextError as error:
-            raise UserError(f"the compiled program cannot be read: {error}; try the versions of the lock") from error
+            raise UserError(
+                f"the text of the compiled program is not understood: {error}; try the versions in requirements.lock"
+            ) from error
     seconds = time.perf_counter() - start
-    say(f"compiled it in {seconds:.1f} s")
+    progress(f"compiled it in {seconds:.1f} s")
     needed, limit = memory["needed"], memory["HBM limit"]
     fits = program is not None and (needed is None or limit is None or needed <= limit)
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
@@ -171,7 +184,7 @@ def plan(
         topology=topology,
         device_kind=devices[0].device_kind,
         chips=mesh.size,
-        slices=where.slices,
+        slices=target.slices,
         mesh=dict(mesh.shape),
         seconds_to_compile=seconds,
         memory=memory,
@@ -187,49 +200,49 @@ def plan(
     )
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def devices_of(where: Topology) -> list[jax.Device]:
-    """The devices of a topology: those that are here, or those that libtpu compiles for."""
-    if where.hardware is None:
-        if where.chips:
-            with contextlib.suppress(RuntimeError):  # JAX is awake: its devices are what they are
-                jax.config.update("jax_num_cpu_devices", where.chips)
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The devices of a topology: those of this process, or the target devices that libtpu compiles for."""
+    if topology.hardware is None:
+        if topology.chips:
+            with contextlib.suppress(RuntimeError):  # JAX is initialized and its number of devices fixed
+                jax.config.update("jax_num_cpu_devices", topology.chips)
         devices = jax.devices()
-        if where.chips and where.chips > len(devices):
-            raise UserError(f"--topology = {where.name}: there are {len(devices)} devices; try local:{len(devices)}")
-        return devices[: where.chips]
+        if topology.chips and topology.chips > len(devices):
+            raise UserError(f"--topology = {topology.name}: there are {len(devices)} devices; try local:{len(devices)}")
+        return devices[: topology.chips]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology = {where.name}: needs libtpu, which is not here; try pip install 'mot_jax[tpu]'")
-    # libtpu reads these when it wakes up, and would otherwise look for a TPU, or ask the cloud's metadata server.
+        raise UserError(f"--topology = {topology.name}: needs libtpu, which is missing; try pip install 'jax[tpu]'")
+    # libtpu reads these when it is initialized, and would otherwise look for a TPU or query the metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used: nobody's lock is in the way
-    options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
-    if where.hardware.name == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used, so none needs locking
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.hardware.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as in JAX
     try:
-        return list(topologies.get_topology_desc(where.name, "tpu", **options).devices)
+        return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology = {where.name}: libtpu refuses it ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--topology = {topology.name}: refused by libtpu ({str(error).splitlines()[0]})") from None
 
 
 def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
     mesh = make_mesh(config, devices)
     if mesh.size != len(devices):
-        raise UserError(f"the mesh {dict(mesh.shape)} leaves chips of the {len(devices)} idle; try --mesh.data -1")
+        raise UserError(f"mesh = {dict(mesh.shape)}: leaves some of the {len(devices)} chips idle; try --mesh.data -1")
     return mesh
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch's microbatches, as the step takes them."""
-    t, rows = config.training, batch_sharding(mesh, leading=1)
+    """Shapes, dtypes and shardings of the microbatches of a batch, the step's input."""
+    t, sharding = config.training, batch_sharding(mesh, leading=1)
     shape = (t.gradient_accumulation_steps, t.batch_size // t.gradient_accumulation_steps, config.model.context_length)
 
     def array(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     segments = array(jnp.int32) if config.model.document_mask else None
     return Batch(array(jnp.int32), array(jnp.int32), array(jnp.bool_), array(jnp.bool_), segments)
@@ -253,63 +266,65 @@ def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
 
 
 def _program_bytes(analysis: Any, limit: float | None, platform: str) -> dict[str, float | None]:
-    """The compiler's own figures. Outputs that take the place of arguments are counted once.
+    """Memory by the compiler's analysis. Outputs in the buffers of donated arguments are counted once.
 
-    `temporaries` is what is set aside for them, gaps between them included; of it `in use at once` is live at the peak,
-    with what lies in the core's own memory. It is said of a TPU alone: the peak of a CPU's compiler has no temporaries.
+    `temporaries` is the memory allocated for them, including gaps; `in use at once` is the part that is live at the
+    peak, including arrays in the core's own memory. It is given for TPUs only: the peak that the CPU compiler reports
+    does not include temporaries.
     """
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = {"arguments": arguments, "temporaries": temporaries}
     if platform == "tpu":
         memory["in use at once"] = analysis.peak_memory_in_bytes - arguments - outputs
-    more = outputs + analysis.generated_code_size_in_bytes
-    return {**memory, "other outputs and code": more, "needed": arguments + temporaries + more, "HBM limit": limit}
+    rest = outputs + analysis.generated_code_size_in_bytes
+    return {**memory, "other outputs and code": rest, "needed": arguments + temporaries + rest, "HBM limit": limit}
 
 
 def _refused_bytes(message: str, limit: float | None) -> dict[str, float | None]:
-    """What libtpu says when a program does not fit: `… temporaries (24.13G) exceeds available HBM (15.75G)`."""
+    """Parse libtpu's message about a program that does not fit: `… (24.13G) exceeds available HBM (15.75G)`."""
     number = r"([\d.]+)([KMGT]?)"
     forms = [rf"\({number}\) exceeds available HBM \({number}\)", rf"Used {number} of {number} hbm"]
     for form in forms:
-        if found := re.search(form, message):
-            sizes = [float(found[i]) * 1024 ** " KMGT".index(found[i + 1] or " ") for i in (1, 3)]
+        if match := re.search(form, message):
+            sizes = [float(match[i]) * 1024 ** " KMGT".index(match[i + 1] or " ") for i in (1, 3)]
             return {"needed": sizes[0], "HBM limit": sizes[1]}
     return {"needed": None, "HBM limit": limit}
 
 
 def largest_tensors(jaxpr: Any) -> list[tuple[float, str]]:
-    """(bytes per chip, dtype, shape and origin) of what a traced program computes, the largest of each kind first."""
-    found: dict[str, float] = {}
+    """(bytes per chip; dtype, shape and origin) of the results of a traced program's equations, the largest first."""
+    sizes: dict[str, float] = {}
     for equation in _equations(jaxpr):
         for variable in equation.outvars:
             aval = variable.aval
             if getattr(aval, "shape", ()) and hasattr(aval.dtype, "itemsize"):
-                inside = any(kind == AxisType.Manual for kind in aval.sharding.mesh.axis_types)  # of a shard_map
-                shape = aval.shape if inside else aval.sharding.shard_shape(aval.shape)
+                in_shard_map = any(kind == AxisType.Manual for kind in aval.sharding.mesh.axis_types)
+                shape = aval.shape if in_shard_map else aval.sharding.shard_shape(aval.shape)
                 origin = str(equation.source_info.name_stack) or "the step"
-                what = f"{aval.dtype.name}{list(shape)} {equation.primitive.name} in {origin}"
-                found[what] = math.prod(shape) * aval.dtype.itemsize
-    return sorted(((size, what) for what, size in found.items()), reverse=True)
+                description = f"{aval.dtype.name}{list(shape)} {equation.primitive.name} in {origin}"
+                sizes[description] = math.prod(shape) * aval.dtype.itemsize
+    return sorted(((size, description) for description, size in sizes.items()), reverse=True)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
-        inner = list(jax.extend.core.jaxprs_in_params(equation.params))
-        yield from [] if inner and equation.primitive.name == "jit" else [equation]
-        for inside in inner:
-            yield from _equations(inside)
+        inner_jaxprs = list(jax.extend.core.jaxprs_in_params(equation.params))
+        yield from [] if inner_jaxprs and equation.primitive.name == "jit" else [equation]
+        for inner in inner_jaxprs:
+            yield from _equations(inner)
 
 
 def _advice(config: Config) -> list[str]:
-    """What makes a step smaller, that this config does not do yet."""
+    """Changes of the config that reduce the memory of a step."""
     m, t = config.model, config.training
     advice = ["a larger --mesh.fsdp or --mesh.expert, which split parameters and optimizer state"]
     if isinstance(m.feed_forward, MixtureOfTokensConfig) and m.feed_forward.save_for_backward != "nothing":
         advice.append("--model.feed-forward.save-for-backward nothing")
     if m.remat != "blocks":
         advice.append("--model.remat blocks")
+    steps = 2 * t.gradient_accumulation_steps
     advice.append(
-        f"--training.gradient_accumulation_steps {2 * t.gradient_accumulation_steps}, if a microbatch still has whole groups on every chip"
+        f"--training.gradient-accumulation-steps {steps}, if a microbatch still has whole groups on every chip"
     )
     return [*advice, f"--training.batch-size {t.batch_size // 2}", "more chips"]

@@ -1,13 +1,14 @@
-"""What a compiled program does: FLOPs, bytes and collectives, true for scans, from its optimised text (`hlo.py`).
+"""FLOPs, bytes and collectives of a compiled program, from its optimized text (`hlo.py`); loops are multiplied out.
 
-A *body* is a stretch of the program that runs a known number of times: the program itself, and the body of each loop.
-    JAX's scans are loops whose trip count the text gives or whose condition shows it.
-FLOPs: those of dots and convolutions, a multiply-add being 2. Element by element operations are not counted.
-HBM bytes: what the instructions of a body read and write, a fusion being one instruction: its inside stays on the chip.
-    An operand of which only a slice is taken counts as that slice, and an update in place as what is updated. What lies
-    in memory of the core's own costs nothing. No padding of tiles, nothing read twice: a lower bound.
-Collectives: each once, asynchronous or not, inside a fusion or not. Their `bytes` are of the whole array that one chip
-    gives to it; to an all-gather, of the array that it gets.
+A *body* is a part of the program that is executed a known number of times: the program itself, or the body of a loop.
+    JAX's scans are loops; the text contains their trip count, or their condition implies it.
+FLOPs: those of dots and convolutions, a multiply-add being 2. Elementwise operations are not counted.
+HBM bytes: read and written by the instructions of a body. A fusion is one instruction, whose intermediate values stay
+    on the chip. An operand of which only a slice is read counts as that slice, and an in-place update as the updated
+    part. Arrays in the core's own memory cost nothing. Padding of tiles and repeated reads are not counted: a lower
+    bound.
+Collectives: each once, asynchronous or not, inside a fusion or not. Their `bytes` are those of the whole array that one
+    chip contributes; for an all-gather, of the array that it receives.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ import numpy as np
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import Computation, Instruction, Module, UnknownTextError
 
-SLICES = "slices"  # as an axis: the data-center network between the slices
+SLICES = "slices"  # axis of collectives over the data-center network between slices
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Neither reads nor writes.
+# Instructions that neither read nor write memory.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-_FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective stands beside them
+_FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective is an instruction of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective. axes: of the mesh, () where no set of axes has these groups. bytes: per execution and chip.
+    """A collective.
 
-    members: the devices of one group, by their place in the mesh; of a permutation, one device and where it sends.
-    executions: per step. Between slices XLA makes collectives of their own, whose axes are ("slices",).
+    axes: of the mesh; () if no set of axes has these groups; ("slices",) for the separate collectives that XLA creates
+    between slices. bytes: per execution and chip. members: the devices of one group, as indices into the mesh; for a
+    permutation, one device and the device that it sends to. executions: per step.
     """
 
     kind: str
@@ -50,7 +52,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """FLOPs and HBM bytes of one execution on one chip, and the executions per step."""
+    """A body, with FLOPs and HBM bytes of one execution on one chip, and its executions per step."""
 
     name: str
     executions: int
@@ -60,7 +62,11 @@ class Body:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """bodies, the whole program first. unknown: what was not understood, in words; the figures lack it."""
+    """A compiled program.
+
+    bodies: the whole program first. unknown: descriptions of everything that was not understood and is missing from the
+    figures.
+    """
 
     bodies: tuple[Body, ...]
     collectives: tuple[Collective, ...]
@@ -68,27 +74,36 @@ class Program:
 
     @property
     def flops(self) -> float:
-        """Of one step on one chip."""
+        """FLOPs of one step on one chip."""
         return sum(body.executions * body.flops for body in self.bodies)
 
     @property
     def hbm_bytes(self) -> float:
-        """Of one step on one chip."""
+        """HBM bytes of one step on one chip."""
         return sum(body.executions * body.hbm_bytes for body in self.bodies)
 
 
 def read_program(module: Module, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
-    """The program of `hlo.parse`, on a mesh with these axes. Raises UnknownTextError where it cannot be read.
+    """Analyze a parsed program.
 
-    The first axis of several slices goes over the slices; XLA's program is that of one of them. kernels: whether those
-    written by hand are counted, as reading each operand and writing each result once; False for who knows better.
+    Args:
+        module: The result of `hlo.parse`.
+        mesh_shape: Sizes of the mesh's axes, in order.
+        slices: Number of slices. They are along the first axis of size > 1, and XLA's program is that of one slice.
+        kernels: Whether hand-written kernels are counted, as reading each operand and writing each result once. Pass
+            False to count their traffic separately.
+
+    Raises:
+        UnknownTextError: If the text cannot be understood.
     """
     first = next((name for name, size in mesh_shape.items() if size > 1), None)
-    inside = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
-    return _Reader(module, inside, slices, kernels).read()
+    slice_shape = {name: size // (slices if name == first else 1) for name, size in mesh_shape.items()}
+    return _Reader(module, slice_shape, slices, kernels).read()
 
 
 class _Reader:
+    """One analysis of a program."""
+
     def __init__(self, module: Module, mesh_shape: dict[str, int], slices: int, kernels: bool):
         self.slices = slices
         self.free_calls = _FREE_CALLS if kernels else {*_FREE_CALLS, "tpu_custom_call"}
@@ -107,28 +122,28 @@ class _Reader:
 
     def _body(self, computation: Computation, executions: int, name: str) -> None:
         place = len(self.bodies)
-        flops, size = self._straight(computation, executions)
+        flops, size = self._without_loops(computation, executions)
         self.bodies.insert(place, Body(name, executions, flops, size))
 
-    def _straight(self, computation: Computation, executions: int) -> tuple[float, float]:
-        """FLOPs and bytes of a computation; its loops become bodies of their own."""
+    def _without_loops(self, computation: Computation, executions: int) -> tuple[float, float]:
+        """FLOPs and bytes of a computation without its loops, which become separate bodies."""
         flops = size = 0.0
         chains: set[str] = set()
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 trips = self._trips(computation, instruction)
                 if trips is None:
-                    self.unknown[f"how often {instruction.name} runs ({instruction.source}): counted once"] = None
+                    self.unknown[f"trip count of {instruction.name} ({instruction.source}): counted once"] = None
                 for body in instruction.called("body"):
                     name = f"{instruction.source or instruction.name} x {trips or 'unknown'}"
                     self._body(self.computations[body], executions * (trips or 1), name)
             elif instruction.opcode in ("call", "conditional"):
                 if instruction.opcode == "conditional":
-                    self.unknown[f"which branch {instruction.name} takes: all are counted"] = None
+                    self.unknown[f"branch taken by {instruction.name}: all branches are counted"] = None
                 words = ("to_apply", "branch_computations", "true_computation", "false_computation")
                 for called in instruction.called(*words):
-                    more = self._straight(self.computations[called], executions)
-                    flops, size = flops + more[0], size + more[1]
+                    called_flops, called_size = self._without_loops(self.computations[called], executions)
+                    flops, size = flops + called_flops, size + called_size
             else:
                 flops += self._flops(computation, instruction)
                 size += self._bytes(computation, instruction)
@@ -136,7 +151,7 @@ class _Reader:
         return flops, size
 
     def _inside(self, instruction: Instruction) -> list[Computation]:
-        """What a fusion or an asynchronous start runs."""
+        """The computations that a fusion or an asynchronous start executes."""
         if instruction.opcode not in ("fusion", "async-start"):
             return []
         return [self.computations[name] for name in instruction.called("calls")]
@@ -162,7 +177,7 @@ class _Reader:
         if kind in KINDS:
             return 2 * sum(a.hbm_bytes for operand in operands for a in operand.arrays)
         results = instruction.arrays
-        if opcode.endswith("-start") and opcode != "async-start":  # the result stands among what the operation keeps
+        if opcode.endswith("-start") and opcode != "async-start":  # the result is one of the operation's arrays
             results = results[:1] if kind == "copy" else results[len(operands) : len(operands) + 1]
         if kind in ("dynamic-slice", "slice", "gather"):
             return (operands[0].arrays[0].in_hbm + results[0].in_hbm) * results[0].bytes
@@ -186,9 +201,9 @@ class _Reader:
             self._written(inside, part) for part, a in zip(written, instruction.arrays, strict=True) if a.in_hbm
         )
 
-    @functools.cache  # noqa: B019  one reader lives for one program
+    @functools.cache  # noqa: B019  a reader is used for one program only
     def _read(self, name: str, parameter: int) -> float:
-        """Bytes that a fused computation reads of its parameter."""
+        """Bytes of one of its parameters that a fused computation reads."""
         inside = self.computations[name]
         return self._read_of(inside, inside.parameters[parameter])
 
@@ -201,7 +216,7 @@ class _Reader:
             elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
                 total += user.arrays[0].bytes
             elif user.opcode == "dynamic-update-slice" and first:
-                pass  # in place: what is not updated is not read
+                pass  # in place: the part that is not updated is not read
             elif user.opcode == "fusion":
                 called = user.called("calls")[0]
                 total += sum(self._read(called, n) for n, name in enumerate(user.operands) if name == value.name)
@@ -210,7 +225,7 @@ class _Reader:
         return min(total, whole)
 
     def _written(self, inside: Computation, part: Instruction) -> float:
-        """Bytes that a fused computation writes of this part of its result."""
+        """Bytes of this part of its result that a fused computation writes."""
         if part.opcode == "bitcast":
             return self._written(inside, inside.operands(part)[0])
         if part.opcode == "dynamic-update-slice":
@@ -230,8 +245,12 @@ class _Reader:
         chains: set[str],
         scatters: bool = False,
     ) -> None:
-        """chains: of fusions beside a collective, in this body so far. scatters: all-reduces inside are halves."""
-        # libtpu has a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip keeps.
+        """Record the collectives of an instruction.
+
+        chains: identifiers of the collective chains of this body that are recorded already. scatters: whether an
+        all-reduce inside is one half of a reduce-scatter.
+        """
+        # libtpu writes a reduce-scatter as a fusion of an all-reduce and the slice of it that a chip retains.
         scatters |= "AllReduceScatterFusion" in instruction.attributes
         for inside in self._inside(instruction):
             for part in inside.instructions.values():
@@ -239,13 +258,13 @@ class _Reader:
         kind = instruction.opcode.removesuffix("-start")
         kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
         if kind == "send":  # between slices; each has its `recv`
-            found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-            kind = found[1].lower().replace("_", "-") if found else kind
+            match = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            kind = match[1].lower().replace("_", "-") if match else kind
         if kind in ("send", "ragged-all-to-all", "collective-broadcast"):
             self.unknown[f"{instruction.opcode} {instruction.name} ({instruction.source}): not counted"] = None
         if kind not in KINDS:
             return
-        # libtpu names a collective that runs beside a chain of fusions in each of them.
+        # A collective that overlaps with a chain of fusions appears in each of them in libtpu's text.
         if chain := re.search(r'chain_id="\d+"', instruction.attributes):
             if chain[0] in chains:
                 return
@@ -265,7 +284,7 @@ class _Reader:
             self.collectives.append(Collective(kind, axes, size, members, executions, instruction.source))
 
     def _permutation(self, pairs: list[tuple[int, int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The axes along which it moves, and one device with the device it sends to."""
+        """The axes along which data moves, and one device with the device that it sends to."""
         moves = [pair for pair in pairs if pair[0] != pair[1]]
         if not moves:
             return (), ()
@@ -275,7 +294,7 @@ class _Reader:
     # --- loops --------------------------------------------------------------------------------------------------------
 
     def _trips(self, caller: Computation, loop: Instruction) -> int | None:
-        """How often a loop runs; None where neither the text nor the condition tells."""
+        """Trip count of a loop; None if neither the text nor the condition determines it."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition, body = (self.computations[loop.called(word)[0]] for word in ("condition", "body"))
@@ -288,7 +307,7 @@ class _Reader:
             return None
         number = _element(counter)
         first, last = _constant(caller, caller.operands(start)[number]), _constant(condition, limit)
-        if last is None and limit.opcode == "get-tuple-element":  # handed through the loop
+        if last is None and limit.opcode == "get-tuple-element":  # carried through the loop
             last = _constant(caller, caller.operands(start)[_element(limit)])
         step = self._increment(body, number)
         if first is None or last is None or not step:
@@ -306,27 +325,27 @@ class _Reader:
 
 
 def _target(instruction: Instruction) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-    return found[1] if found else instruction.name
+    match = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return match[1] if match else instruction.name
 
 
 def _element(instruction: Instruction) -> int:
-    found = re.search(r"index=(\d+)", instruction.attributes)
-    if not found:
+    match = re.search(r"index=(\d+)", instruction.attributes)
+    if not match:
         raise UnknownTextError(f"a get-tuple-element without index: {instruction.name}")
-    return int(found[1])
+    return int(match[1])
 
 
 def _through(computation: Computation, instruction: Instruction) -> Instruction:
-    """What this is a copy of."""
+    """Skip copies and bitcasts: the instruction whose value this is."""
     while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
         instruction = computation.operands(instruction)[0]
     return instruction
 
 
 def _constant(computation: Computation, instruction: Instruction) -> int | None:
-    found = _through(computation, instruction)
-    return int(found.text) if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.text) else None
+    source = _through(computation, instruction)
+    return int(source.text) if source.opcode == "constant" and re.fullmatch(r"-?\d+", source.text) else None
 
 
 def _key(groups: np.ndarray) -> frozenset[frozenset[int]]:
@@ -334,17 +353,17 @@ def _key(groups: np.ndarray) -> frozenset[frozenset[int]]:
 
 
 def _axes_by_groups(mesh_shape: dict[str, int]) -> dict[frozenset[frozenset[int]], tuple[str, ...]]:
-    """From the groups of devices that a collective over some axes of a mesh has to these axes; fewest axes first."""
+    """The axes of a mesh by the device groups of a collective over them; for equal groups the smallest set of axes."""
     sizes = list(mesh_shape.items())
     grid = np.arange(int(np.prod([1, *mesh_shape.values()]))).reshape([size for _, size in sizes])
     wide = [axis for axis, (_, size) in enumerate(sizes) if size > 1]
-    found: dict[frozenset[frozenset[int]], tuple[str, ...]] = {}
+    axes_of: dict[frozenset[frozenset[int]], tuple[str, ...]] = {}
     for chosen in _subsets(wide):
         outer = [axis for axis in range(len(sizes)) if axis not in chosen]
         members = int(np.prod([1, *(sizes[axis][1] for axis in chosen)]))
         groups = grid.transpose([*outer, *chosen]).reshape(-1, members)
-        found.setdefault(_key(groups), tuple(sizes[axis][0] for axis in chosen))
-    return found
+        axes_of.setdefault(_key(groups), tuple(sizes[axis][0] for axis in chosen))
+    return axes_of
 
 
 def _subsets(axes: list[int]) -> Iterator[tuple[int, ...]]:

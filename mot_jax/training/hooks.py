@@ -14,7 +14,8 @@ import jax
 from jax.sharding import Mesh
 
 from mot_jax.config import Config
-from mot_jax.cost import accounting
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.hardware import peak_flops
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
 from mot_jax.runtime import distributed
@@ -185,8 +186,8 @@ class Meter:
     def __init__(self, config: Config, mesh: Mesh):
         self._steps = config.training.steps
         self._tokens_per_step = config.training.batch_size * config.model.context_length
-        self._flops_per_token = accounting.flops_per_token(config)
-        peak = accounting.peak_flops(mesh.devices.flat[0], config.model.dtype)
+        self._flops_per_token = flops_per_token(config)
+        peak = peak_flops(mesh.devices.flat[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * mesh.size
 
     def restart(self, trainer: Trainer) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from mot_jax.config import Config
-from mot_jax.cost import accounting
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.order import filled_share
 from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
@@ -60,7 +60,7 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
 def _summary(run: Run) -> list[str]:
     """Lines about the size of the run, and a warning if its validation groups are mostly padding."""
     config, t, mesh = run.config, run.config.training, run.mesh
-    parameters = sum(accounting.count_parameters(config.model).values())
+    parameters = sum(count_parameters(config.model).values())
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     epochs = t.steps * t.batch_size / len(run.windows)
     lines = [

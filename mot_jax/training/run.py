@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mot_jax.config import Config, check, from_json, identity_changes, to_json
-from mot_jax.cost import accounting
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
 from mot_jax.data.text import open_text, open_tokenizer
@@ -166,7 +166,7 @@ def finish(run: Run) -> Row:
             rows = read_rows(run.workdir)
             result = {
                 "steps": run.config.training.steps,
-                "parameters": sum(accounting.count_parameters(run.config.model).values()),
+                "parameters": sum(count_parameters(run.config.model).values()),
                 "validation": last_validation(run) or None,
             }
             replace_file(run.workdir / "loss.png", plot_curves({run.workdir.name: rows}))

@@ -1,4 +1,4 @@
-"""`mot bench accelerator`: numerics, what becomes of a part that fails, the headline that stops by time."""
+"""`mot bench accelerator`: numerics, parts that fail, and the headline that stops after its time."""
 
 import json
 from types import SimpleNamespace
@@ -19,8 +19,9 @@ def quiet(line):
     pass
 
 
-def test_numerics_know_every_kind():
-    assert {type(config) for config in numerics.kinds(numerics.SHAPE, jax.devices()[0]).values()} == set(KINDS)
+def test_numerics_cover_every_kind():
+    configs = numerics.configs_to_check(numerics.SHAPE, jax.devices()[0])
+    assert {type(config) for config in configs.values()} == set(KINDS)
 
 
 OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts")
@@ -30,64 +31,74 @@ OTHERS = ("dense", "token_choice", "companions", "mixture_of_tokens:fused_mixtur
     "kind",
     ["mixture_of_tokens", *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS)],
 )
-def test_a_layer_is_right_here_and_a_wrong_one_is_found(kind, monkeypatch):
-    config = numerics.kinds(numerics.SHAPES["tiny"], SimpleNamespace(platform="tpu", device_kind="TPU v5"))[kind]
-    monkeypatch.setattr(numerics, "kinds", lambda shape, device: {kind: config})
+def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
+    config = numerics.configs_to_check(numerics.SHAPES["tiny"], SimpleNamespace(platform="tpu", device_kind="TPU v5"))[
+        kind
+    ]
+    monkeypatch.setattr(numerics, "configs_to_check", lambda shape, device: {kind: config})
     rows = numerics.bench_numerics(True, quiet)
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] and all(row["ok"] for row in rows)
-    assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # bfloat16 shows
+    assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # rounding to bfloat16 is visible
     assert (rows[0]["gradient_error"] is None) == (kind == "companions")
-    right = numerics._run
-    run_here = iter([True, False] * 2)
-    monkeypatch.setattr(
-        numerics, "_run", lambda g, s, x, *rest: right(g, s, x.at[0, 0].add(1) if next(run_here) else x, *rest)
-    )
+    outputs = numerics._outputs
+    on_accelerator = iter([True, False] * 2)
+
+    def wrong_on_accelerator(forward, state, x, *rest):
+        return outputs(forward, state, x.at[0, 0].add(1) if next(on_accelerator) else x, *rest)
+
+    monkeypatch.setattr(numerics, "_outputs", wrong_on_accelerator)
     assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
 
 
 @pytest.mark.parametrize("part", ["step", "step_base_32e", "step_d2048"])
-def test_steps_are_of_models_that_can_be(part):
-    config = accelerator._stepping(part)
+def test_the_models_of_the_steps_are_valid(part):
+    config = accelerator.STEP_WORKLOADS[part]()
     check(config)
     assert config.model.dtype == "bfloat16" and config.model.feed_forward.kind == "mixture_of_tokens"
     assert {"step": 256, "step_base_32e": 768, "step_d2048": 2048}[part] == config.model.d_model
-    kernel = accelerator._by("fused_mixture" if part == "step" else "fused_experts", config)
-    check(kernel)
-    assert kernel.model.feed_forward.kernel != "xla"
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    configs = accelerator.step_configs(part, config, tpu)
+    kernel = "fused_mixture" if part == "step" else "fused_experts"
+    names = [f"mixture_of_tokens, kernel {kernel}", "mixture_of_tokens", "dense"]
+    if part == "step":
+        names[1:1] = ["mixture_of_tokens, attention_kernel auto", "dense, attention_kernel auto"]
+    assert list(configs) == names and configs[names[0]].model.feed_forward.kernel == kernel
+    for compared in configs.values():
+        check(compared)
 
 
-def parts(monkeypatch, **makers):
-    monkeypatch.setattr(accelerator, "_run", lambda part, *rest: makers[part]())
+def replace_parts(monkeypatch, **rows_of):
+    monkeypatch.setattr(accelerator, "_measure", lambda part, *rest: rows_of[part]())
 
 
 ROW = {"kind": "dense", "dtype": "float32", "y_error": 1e-7, "gradient_error": None, "ok": True}
 ROW |= {"tolerance": 1e-5, "gradient_tolerance": 1e-5}
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def fails():
         raise RuntimeError("out of memory")
 
-    parts(monkeypatch, numerics=lambda: [ROW], step=fails)
+    replace_parts(monkeypatch, numerics=lambda: [ROW], step=fails)
     assert bench_accelerator(str(tmp_path), ["step", "numerics"], True, 60, quiet) == ["step"]
-    found = json.loads(next(tmp_path.glob("*_small.json")).read_text())
-    assert found["parts"]["numerics"]["rows"] == [ROW] and "out of memory" in found["parts"]["step"]["not_run"]
-    assert {"device", "date", "python", "jax"} <= found["machine"].keys()
+    results = json.loads(next(tmp_path.glob("*_small.json")).read_text())
+    assert results["parts"]["numerics"]["rows"] == [ROW] and "out of memory" in results["parts"]["step"]["not_run"]
+    assert {"device", "date", "python", "jax"} <= results["machine"].keys()
     page = next(tmp_path.glob("*.md")).read_text()
     assert "Not measured: RuntimeError: out of memory" in page and "1.0e-07" in page and page in capsys.readouterr().out
 
 
 def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_path, monkeypatch):
-    parts(monkeypatch, numerics=lambda: [ROW | {"ok": False}])
+    replace_parts(monkeypatch, numerics=lambda: [ROW | {"ok": False}])
     with pytest.raises(SystemExit) as exit_:
         cli.main(["bench", "accelerator", "--out", str(tmp_path), "--parts", "numerics"])
     assert exit_.value.code == 1
     assert "WRONG" in next(tmp_path.glob("*.md")).read_text()
     assert bench_accelerator(str(tmp_path), ["layers"], False, 0, quiet) == []
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
-    assert found["layers"]["not_run"] == "no time was left" and found["numerics"]["rows"]
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
+    assert results["layers"]["not_run"] == "no time was left" and results["numerics"]["rows"]
     assert bench_accelerator(str(tmp_path), ["numerics"], False, 0, quiet) == []
-    assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == found["numerics"]
+    assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == results["numerics"]
     with pytest.raises(UserError, match="did you mean 'layers'"):
         bench_accelerator(str(tmp_path), ["layer"], False, 60, quiet)
 
@@ -134,6 +145,6 @@ def test_a_headline_stops_by_time_and_is_resumed(tmp_path):
 def test_the_command_measures_all_parts(tmp_path, capsys):
     parts = accelerator._TITLES.keys() - {"headline"}
     cli.main(["bench", "accelerator", "--small", "--out", str(tmp_path), "--minutes", "9", "--parts", ",".join(parts)])
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
-    assert found.keys() == parts and all(part["rows"] for part in found.values())
-    assert capsys.readouterr().out.count("## ") == len(found) and list(tmp_path.glob("*.png"))
+    results = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
+    assert results.keys() == parts and all(part["rows"] for part in results.values())
+    assert capsys.readouterr().out.count("## ") == len(results) and list(tmp_path.glob("*.png"))

@@ -1,4 +1,4 @@
-"""`mot bench step`: a config beside its dense twin."""
+"""`mot bench step`: a config compared with its dense baseline."""
 
 import dataclasses
 import json
@@ -11,27 +11,18 @@ import pytest
 
 from mot_jax import cli
 from mot_jax.benchmark import step
-from mot_jax.benchmark.step import bench_step, dense_twin, random_batch
-from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, load_config, to_json
-from mot_jax.cost.accounting import flops_per_token
-from mot_jax.cost.layers import optimizer_bytes
+from mot_jax.benchmark.step import bench_step, random_batch
+from mot_jax.benchmark.workloads import dense_of_equal_width
+from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
+from mot_jax.cost.flops import flops_per_token
+from mot_jax.cost.memory import adamw_bytes
 from mot_jax.nn.sharding import make_mesh
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
 CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8), mesh=MeshConfig(data=1))
 
 
-@pytest.mark.parametrize(
-    ("mot", "dense"),
-    [("demo.py", "demo.py:dense"), ("v1.py", "v1.py:dense"), ("v2.py:base_32e", "v2.py:base_dense")],
-)
-def test_the_dense_twin_is_that_of_the_configs(mot, dense):
-    twin, written = dense_twin(load_config(CONFIGS / mot)), load_config(CONFIGS / dense)
-    assert (twin.model, twin.data) == (written.model, written.data)
-
-
-def test_rows_of_random_tokens_are_what_the_objective_asks():
+def test_random_batches_have_the_targets_of_the_objective():
     batch = random_batch(CONFIG, 4)
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
     assert batch.inputs.shape == (4, 16) and batch.segments is None and batch.target_mask.all()
@@ -41,12 +32,8 @@ def test_rows_of_random_tokens_are_what_the_objective_asks():
     assert batch.inputs.min() >= 0 and batch.inputs.max() < MODEL.vocab_size
 
 
-def test_an_update_reads_four_arrays_and_writes_three():
-    assert optimizer_bytes(10) == 10 * 4 * (4 + 3)
-
-
-class Stub:
-    """In place of what is compiled: a step of 20 ms, an update of 5."""
+class StubRun:
+    """Replaces the compiled programs: a step of 20 ms and an update of 5 ms."""
 
     seconds_to_compile, temporaries = 1.0, 1
 
@@ -60,23 +47,23 @@ class Stub:
         return lambda: time.sleep(0.005)
 
 
-@pytest.mark.parametrize("real", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_row_for_the_config_and_its_twin(real, monkeypatch):
-    """Times of step and optimizer, and their shares of what the device reaches."""
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_row_for_the_config_and_its_baseline(compiled, monkeypatch):
+    """Times of step and optimizer, and their shares of the measured peak and bandwidth."""
     monkeypatch.setattr(step, "matmul_peak", lambda dtype: 1e9)
     monkeypatch.setattr(step, "bandwidth", lambda: 1e8)
-    if not real:
-        monkeypatch.setattr(step, "_Run", Stub)
-    rows, reached = bench_step({"mot": CONFIG, "dense": dense_twin(CONFIG)}, 3, lambda line: None)
+    if not compiled:
+        monkeypatch.setattr(step, "_TrainingRun", StubRun)
+    rows, measured = bench_step({"mot": CONFIG, "dense": dense_of_equal_width(CONFIG)}, 3, lambda line: None)
     assert [row["config"] for row in rows] == ["mot", "dense"] and rows[1]["ratio_to_dense"] == 1
-    assert reached == {"peak": 1e9, "bandwidth": 1e8}
+    assert measured == {"peak": 1e9, "bandwidth": 1e8}
     assert [row["kind"] for row in rows] == ["mixture_of_tokens", "dense"]
     for row in rows:
         assert row["tokens"] == 8 * 16 and row["compile_s"] > 0 and row["temporaries"] > 0
-        assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / reached["peak"])
+        assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / measured["peak"])
         assert row["optimizer_share"] == row["optimizer_s"] / row["median_s"] and row["mfu_by_datasheet"] is None
-        assert real or 0.1 < row["optimizer_share"] < 0.9
-        assert row["optimizer_bound_s"] == optimizer_bytes(row["parameters"]) / reached["bandwidth"]
+        assert compiled or 0.1 < row["optimizer_share"] < 0.9
+        assert row["optimizer_bound_s"] == adamw_bytes(row["parameters"]) / measured["bandwidth"]
     assert rows[0]["flops"] == flops_per_token(CONFIG) * 128
 
 
@@ -86,15 +73,15 @@ def test_devices_of_a_cpu_share_its_peak(monkeypatch, platform, times):
     mesh = SimpleNamespace(size=2, devices=SimpleNamespace(flat=[device, device]))
     monkeypatch.setattr(step, "matmul_peak", lambda dtype: 1e9)
     monkeypatch.setattr(step, "bandwidth", lambda: 1e8)
-    monkeypatch.setattr(step, "_Run", Stub)
-    monkeypatch.setattr(Stub, "__init__", lambda self, config: setattr(self, "mesh", mesh))
-    (row,), reached = bench_step({"dense": dense_twin(CONFIG)}, 3, lambda line: None)
-    assert reached == {"peak": times * 1e9, "bandwidth": times * 1e8}
-    assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / reached["peak"])
+    monkeypatch.setattr(step, "_TrainingRun", StubRun)
+    monkeypatch.setattr(StubRun, "__init__", lambda self, config: setattr(self, "mesh", mesh))
+    (row,), measured = bench_step({"dense": dense_of_equal_width(CONFIG)}, 3, lambda line: None)
+    assert measured == {"peak": times * 1e9, "bandwidth": times * 1e8}
+    assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / measured["peak"])
 
 
 @pytest.mark.slow
-def test_the_command_compares_with_the_config_it_is_given(tmp_path, capsys, monkeypatch):
+def test_the_command_compares_with_another_config(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step, "matmul_peak", lambda dtype: 1e9)
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, d_ff=64))
     for name, config in (("a", CONFIG), ("b", other)):
@@ -102,15 +89,15 @@ def test_the_command_compares_with_the_config_it_is_given(tmp_path, capsys, monk
             f"from mot_jax.config import from_json\n\n\ndef get_config():\n    return from_json({to_json(config)!r})\n"
         )
         (tmp_path / f"{name}.py").write_text(text)
-    paths = [str(tmp_path / name) for name in ("a.py", "b.py", "found.json")]
+    paths = [str(tmp_path / name) for name in ("a.py", "b.py", "rows.json")]
     cli.main(["bench", "step", paths[0], "--against", paths[1], "--rounds", "3", "--json", paths[2]])
     assert [row["config"] for row in json.loads(Path(paths[2]).read_text())["rows"]] == ["a", "b"]
     assert capsys.readouterr().out.count("\n| ") == 3
 
 
-def test_a_step_hands_its_state_on():
-    """Donated or not: each run begins where the last one, or the last update, ended."""
-    run = object.__new__(step._Run)
+def test_each_step_continues_from_the_previous_state():
+    """Each step or update starts from the state that the last step or update returned."""
+    run = object.__new__(step._TrainingRun)
     run._state, run._batch, run._gradients = 0, 1, 10
     run._step, run._update = lambda state, batch: (state + batch, None), lambda gradients, state: state + gradients
     for program in (run.step, run.optimizer, run.step):

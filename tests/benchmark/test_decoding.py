@@ -1,4 +1,4 @@
-"""`mot bench decoding`: what is timed, counted and told."""
+"""`mot bench decoding`: minimum bytes, timing in turns, and the table."""
 
 import dataclasses
 import json
@@ -8,41 +8,34 @@ import numpy as np
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.decoding import dense_twin, step_bytes
+from mot_jax.benchmark.decoding import step_bytes
 from mot_jax.benchmark.report import markdown
-from mot_jax.benchmark.timing import Times, in_turns
-from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, to_json
-from mot_jax.cost.accounting import active_parameters
+from mot_jax.benchmark.timing import Timings, in_turns
+from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, to_json
 from mot_jax.modes import enter
 from mot_jax.nn.transformer import init_params
 
 MODEL = ModelConfig(2, 16, 64, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
 
 
-def test_the_dense_twin_is_as_large_where_it_is_active():
-    twin = dense_twin(Config(model=MODEL)).model
-    assert isinstance(twin.feed_forward, DenseConfig)
-    assert abs(active_parameters(twin) / active_parameters(MODEL) - 1) < 0.01
-
-
-def test_a_step_reads_each_weight_once_and_of_experts_those_that_are_chosen():
-    """float32: 4 bytes. The cache holds 8 columns of keys and values, 16 numbers each, in both blocks."""
+def test_a_decode_step_reads_each_weight_once_and_only_the_chosen_experts():
+    """float32: 4 bytes. The cache has 8 positions of keys and values, 16 numbers each, in both blocks."""
     config = Config(model=MODEL)
     params = init_params(MODEL, jax.random.key(0, impl="rbg"))
     cache = {batch: 2 * 2 * batch * 8 * 16 * 4 for batch in (1, 3)}
     experts = 4 * sum(value.size for name, value in params.items() if "/w_" in name)
     tables = 4 * (257 + 16) * 16
     rest = 4 * sum(value.size for value in params.values()) - experts - tables
-    rows = {batch: 2 * batch * 16 * 4 for batch in (1, 3)}
+    embedding_rows = {batch: 2 * batch * 16 * 4 for batch in (1, 3)}
     for batch in (1, 3):
-        assert step_bytes(MODEL, params, batch) == rest + experts + rows[batch] + cache[batch]
-    routed, needed = enter("token_choice", config, params, 0)
-    assert step_bytes(routed.model, needed, 1) == rest + experts * 2 // 8 + rows[1] + cache[1]
+        assert step_bytes(MODEL, params, batch) == rest + experts + embedding_rows[batch] + cache[batch]
+    routed, routed_params = enter("token_choice", config, params, 0)
+    assert step_bytes(routed.model, routed_params, 1) == rest + experts * 2 // 8 + embedding_rows[1] + cache[1]
     chosen = experts * (1 - (1 - 2 / 8) ** 3)
-    assert step_bytes(routed.model, needed, 3) == round(rest + chosen + rows[3] + cache[3])
+    assert step_bytes(routed.model, routed_params, 3) == round(rest + chosen + embedding_rows[3] + cache[3])
 
 
-def test_programs_take_turns_and_the_first_round_is_not_counted():
+def test_programs_take_turns_and_the_first_round_is_discarded():
     calls = []
 
     def program(name):
@@ -55,15 +48,15 @@ def test_programs_take_turns_and_the_first_round_is_not_counted():
     times = in_turns({"a": program("a"), "b": program("b")}, rounds=3)
     assert calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert {name: len(t.seconds) for name, t in times.items()} == {"a": 3, "b": 3}
-    assert Times((1.0, 2.0, 4.0)).median == 2.0
+    assert Timings((1.0, 2.0, 4.0)).median == 2.0
 
 
-def test_a_table_is_markdown():
+def test_tables_are_markdown():
     lines = markdown({"device": "cpu"}, [{"x": 1}, {"x": 22}], [("x", lambda row: str(row["x"])), ("y", lambda _: "-")])
     assert lines == ["device cpu", "", "| x  | y |", "|----|---|", "| 1  | - |", "| 22 | - |"]
 
 
-def write(path, config: Config) -> str:
+def write_config(path, config: Config) -> str:
     path.write_text(
         f"from mot_jax.config import from_json\n\n\ndef get_config():\n    return from_json({to_json(config)!r})\n"
     )
@@ -71,18 +64,18 @@ def write(path, config: Config) -> str:
 
 
 @pytest.mark.slow
-def test_the_command_has_a_row_for_each_mode_and_the_dense_twin(tmp_path, capsys):
-    config, output = write(tmp_path / "tiny.py", Config(model=MODEL)), str(tmp_path / "found.json")
+def test_the_command_has_a_row_for_each_mode_and_the_dense_model(tmp_path, capsys):
+    config, output = write_config(tmp_path / "tiny.py", Config(model=MODEL)), str(tmp_path / "rows.json")
     cli.main(["bench", "decoding", config, "--batch", "2", "--rounds", "3", "--json", output])
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     modes = ["dense", "grouped", "companions", "sparse", "mean_field", "token_choice", "discrete"]
     assert [row["mode"] for row in rows] == modes
     assert all(row["seconds_per_step"] > 0 and row["temporaries"] > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == 8
 
 
-def test_a_masked_model_writes_nothing(tmp_path, capsys):
-    config = write(tmp_path / "masked.py", Config(model=dataclasses.replace(MODEL, objective="masked")))
+def test_a_masked_model_is_refused(tmp_path, capsys):
+    config = write_config(tmp_path / "masked.py", Config(model=dataclasses.replace(MODEL, objective="masked")))
     with pytest.raises(SystemExit):
         cli.main(["bench", "decoding", config])
-    assert "writes no text; try a causal model" in capsys.readouterr().err
+    assert "generates no text; try a causal model" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`mot bench layers`: what is counted, what is timed, when a ratio is void."""
+"""`mot bench layers`: costs, timings, and void ratios."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ import pytest
 from mot_jax import cli
 from mot_jax.benchmark import layers
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
-from mot_jax.benchmark.timing import Program, count_copies
+from mot_jax.benchmark.timing import Program, Timings, count_copies
 from mot_jax.config import CompanionsConfig, ModelConfig
-from mot_jax.cost.accounting import forward_flops
+from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
@@ -25,13 +25,13 @@ TINY = SHAPES["tiny"]
 
 @pytest.mark.parametrize("kind", TINY.kinds())
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
-def test_flops_are_those_of_accounting(shape, kind):
+def test_flops_equal_those_of_the_model(shape, kind):
     model = ModelConfig(1, shape.d_model, shape.d_ff, 1, feed_forward=shape.kinds()[kind])
-    parts = forward_flops(model)
-    wanted = shape.tokens * sum(n for name, n in parts.items() if "attention" not in name and name != "head")
-    assert layer_parts(shape, kind)[-1].flops == (wanted, 2 * wanted)
+    model_flops = {n: f for n, f in forward_flops(model).items() if "attention" not in n and n != "head"}
+    expected = shape.tokens * sum(model_flops.values())
+    assert layer_parts(shape, kind)[-1].flops == (expected, 2 * expected)
     if kind != "dense":
-        assert sum(part.flops[0] for part in layer_parts(shape, kind)[:-1]) == wanted
+        assert sum(part.flops[0] for part in layer_parts(shape, kind)[:-1]) == expected
 
 
 def test_every_kind_that_trains_is_timed():
@@ -42,14 +42,14 @@ def test_every_kind_that_trains_is_timed():
 
 
 def test_bytes_of_a_dense_layer_by_hand():
-    """x, y: T D; both kernels: D F; pre-activations kept: T F. Backward: x, dy, kernels, kept; dx, gradients."""
+    """x, y: T D; both kernels: D F; saved pre-activations: T F. Backward: x, dy, kernels, saved; dx, gradients."""
     t, d, f = 256, 32, 64
     (part,) = layer_parts(TINY, "dense", "bfloat16", "float32")
     assert part.bytes == (2 * 2 * t * d + 4 * 2 * d * f, 3 * 2 * t * d + 4 * 2 * 2 * d * f + 2 * t * f)
-    assert part.kept == 2 * t * f
+    assert part.saved == 2 * t * f
     assert part.of("forward") == (4 * t * d * f, part.bytes[0])
-    assert part.of("forward_backward") == (12 * t * d * f, sum(part.bytes) + part.kept)
-    assert part.floor(1e30, 1.0) == sum(part.bytes) + part.kept and part.floor(1.0, 1e30) == 12 * t * d * f
+    assert part.of("forward_backward") == (12 * t * d * f, sum(part.bytes) + part.saved)
+    assert part.floor(1e30, 1.0) == sum(part.bytes) + part.saved and part.floor(1.0, 1e30) == 12 * t * d * f
 
 
 @pytest.mark.parametrize("kind", ["mixture_of_tokens", "token_choice"])
@@ -61,16 +61,16 @@ def test_a_layer_at_once_moves_less_than_its_parts(kind):
 
 
 def test_bytes_of_the_mixture_at_once_by_hand():
-    """Beside dense's: the controller, G times the experts' parameters, the mixing weights kept in float32."""
+    """More than dense: the controller, G times the experts' parameters, the mixing weights saved in float32."""
     t, d, e, g, params = 256, 32, 8, 4, 2 * 32 * 64
     *_, whole = layer_parts(TINY, "mixture_of_tokens", "float32", "float32")
     (dense,) = layer_parts(TINY, "dense", "float32", "float32")
-    more = 4 * ((g - 1) * params + d * e)
-    assert whole.bytes == (dense.bytes[0] + more, dense.bytes[1] + 2 * more + 4 * t * e)
-    assert whole.kept == dense.kept + 4 * t * e
+    extra = 4 * ((g - 1) * params + d * e)
+    assert whole.bytes == (dense.bytes[0] + extra, dense.bytes[1] + 2 * extra + 4 * t * e)
+    assert whole.saved == dense.saved + 4 * t * e
 
 
-def test_counts_print_a_table_without_running_anything(monkeypatch, capsys, tmp_path):
+def test_counts_are_printed_without_executing_anything(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(layers, "bench_layers", None)
     output = tmp_path / "counts.json"
     cli.main(["bench", "layers", "--counts", "--shapes", "base_32e,v1", "--json", str(output)])
@@ -81,25 +81,26 @@ def test_counts_print_a_table_without_running_anything(monkeypatch, capsys, tmp_
     assert dense["floors"]["H100"] == pytest.approx(12 * 65_536 * 768 * 3072 / 989e12)
 
 
-def test_the_table_of_the_docs_is_what_is_counted():
-    """Those of dense and mixture: the lines of `mot bench layers --counts`."""
+def test_the_table_of_the_docs_matches_the_counts():
+    """The rows of dense and mixture of `mot bench layers --counts`, and the titles of its columns."""
     page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text().splitlines()
     rows = [row for row in count_rows(paper_shapes(on_cpu=False), "bfloat16") if row["kind"] != "token_choice"]
     for row in rows:
-        assert "| " + " | ".join(say(row) for _, say in COUNT_COLUMNS) + " |" in page
+        assert "| " + " | ".join(text_of(row) for _, text_of in COUNT_COLUMNS) + " |" in page
+    assert "| " + " | ".join(title for title, _ in COUNT_COLUMNS) + " |" in page
 
 
 def test_copies_are_counted_once_for_each_fusion():
     def copies(function, *shapes):
-        given = (jax.ShapeDtypeStruct(s, "float32") for s in shapes)
-        return count_copies(hlo.parse(jax.jit(function).lower(*given).compile().as_text()))
+        arguments = (jax.ShapeDtypeStruct(s, "float32") for s in shapes)
+        return count_copies(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
 
     assert copies(lambda x, y: x @ y, (64, 64), (64, 64)) == 0
     assert copies(lambda x: x.T + 0.0, (64, 128)) == 1
     assert copies(lambda x: x.T + 0.0, (2, 4)) == 0  # too small to matter
 
 
-def test_a_program_writes_its_results_where_the_last_ones_were():
+def test_a_program_returns_its_results_in_donated_buffers():
     program = Program(lambda x: (x + 1, 2 * x), jnp.arange(2.0))
     for _ in range(3):
         one, two = program()()
@@ -108,14 +109,12 @@ def test_a_program_writes_its_results_where_the_last_ones_were():
 
 
 def rows_at(dense_ms: float) -> list[dict]:
-    """As if the products had taken 1 ms."""
-    from mot_jax.benchmark.timing import Times
-
+    """Rows of timings in which the products take 1 ms."""
     program = Program(lambda x: x, jnp.zeros(1))
     names = ("products", "dense", "dense_flat", "mixture_of_tokens")
     seconds = dict(zip(names, (1.0, 2 * dense_ms, dense_ms, 3.0), strict=True))
-    times = {name: Times((1e-3 * s,) * 3) for name, s in seconds.items()}
-    return layers._rows(TINY, "forward", "float32", "float32", dict.fromkeys(names, program), times, 1e9)
+    timings = {name: Timings((1e-3 * s,) * 3) for name, s in seconds.items()}
+    return layers._timing_rows(TINY, "forward", "float32", "float32", dict.fromkeys(names, program), timings, 1e9)
 
 
 def test_ratios_are_over_the_faster_dense_layer_and_void_where_that_is_slow():
@@ -123,12 +122,12 @@ def test_ratios_are_over_the_faster_dense_layer_and_void_where_that_is_slow():
     assert [row["void"] for row in good] == [False] * 4 and [row["void"] for row in bad] == [True] * 4
     assert good[-1]["ratio_to_dense"] == pytest.approx(3 * 0.86)
     assert good[2]["peak_share"] == good[0]["dense_share"] == pytest.approx(0.86)
-    said = dict(layers.COLUMNS)["over dense"]
-    assert said(good[-1]) == "2.58" and said(bad[-1]) == "2.52 void"
+    ratio = dict(layers.COLUMNS)["ratio to dense"]
+    assert ratio(good[-1]) == "2.58" and ratio(bad[-1]) == "2.52 void"
 
 
 def test_one_row_for_each_shape_direction_and_kind():
-    shape = dataclasses.replace(TINY, rows=4, length=8)
+    shape = dataclasses.replace(TINY, sequences=4, length=8)
     rows, rate = bench_layers([shape], ["mixture_of_tokens"], "float32", 3, lambda line: None)
     kinds = ["products", "dense", "mixture_of_tokens", "dense_flat"]
     assert [(row["direction"], row["kind"]) for row in rows] == [(d, k) for d in layers.DIRECTIONS for k in kinds]
@@ -138,57 +137,57 @@ def test_one_row_for_each_shape_direction_and_kind():
 
 
 def test_forward_backward_is_the_gradient():
-    run, params = layers.layer(TINY, "mixture_of_tokens", "float32")
+    forward, params = layers.layer_function(TINY, "mixture_of_tokens", "float32")
     x = jax.random.normal(jax.random.key(0), (4, 2, 32))
 
     def loss(params, x):
-        y = run(params, x)
+        y = forward(params, x)
         return y.sum(), y
 
-    found = jax.jit(layers.both(run))(params, x, jnp.ones_like(x))
-    (_, y), wanted = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves((y, *wanted)), strict=True):
+    results = jax.jit(layers.forward_and_backward(forward))(params, x, jnp.ones_like(x))
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves((y, *gradients)), strict=True):
         assert a.shape == b.shape and jnp.allclose(a, b, rtol=1e-4, atol=1e-5) and jnp.any(a)
 
 
-def test_unknown_names_are_told(capsys):
-    for flags, words in ((["--shapes", "v2"], "did you mean 'v1'"), (["--kinds", "denser"], "did you mean 'dense'")):
+def test_unknown_names_are_refused(capsys):
+    for flags, message in ((["--shapes", "v2"], "did you mean 'v1'"), (["--kinds", "denser"], "did you mean 'dense'")):
         with pytest.raises(SystemExit):
             cli.main(["bench", "layers", *flags])
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(UserError):
-        layers.kinds_of([TINY], ["companions"])
+        layers.select_ways([TINY], ["companions"])
     with pytest.raises(
-        UserError, match=r"--kinds = mixture_of_tokens:fused_mixture: its kernel is for later TPUs; try --topology"
+        UserError, match=r"--kinds = mixture_of_tokens:fused_mixture: needs a TPU v5e, v5p or later; try --topology"
     ):
-        layers.kinds_of([TINY], ["mixture_of_tokens:fused_mixture"])
+        layers.select_ways([TINY], ["mixture_of_tokens:fused_mixture"])
 
 
-def on_a(monkeypatch, platform: str, kind: str) -> None:
+def replace_device(monkeypatch, platform: str, kind: str) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind=kind)])
 
 
-def test_other_ways_to_compute_the_mixture_are_timed_where_they_run(monkeypatch):
+def test_other_ways_to_compute_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
     kinds = list(TINY.kinds())
-    assert layers.kinds_of([TINY], None) == kinds
+    assert layers.select_ways([TINY], None) == kinds
     kernels = ["all_kept", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
-        on_a(monkeypatch, *device)
-        assert layers.kinds_of([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
+        replace_device(monkeypatch, *device)
+        assert layers.select_ways([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
 
 
 @pytest.mark.slow
-def test_a_kernel_that_does_not_do_a_shape_is_left_out(monkeypatch):
-    """As on a TPU, whose kernels are interpreted here."""
-    on_a(monkeypatch, "tpu", "TPU v5")
-    told, shape = [], dataclasses.replace(TINY, num_experts=12)  # not a multiple of 8
-    wanted = ["mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts"]
-    rows, _ = bench_layers([shape], wanted, "float32", 3, told.append, directions=["forward_backward"])
-    assert [row["kind"] for row in rows] == ["products", "dense", wanted[1], "dense_flat"]
-    assert any("requires a multiple of 8 experts" in line for line in told)
+def test_a_kernel_that_does_not_support_a_shape_is_skipped(monkeypatch):
+    """On a simulated TPU, with interpreted kernels."""
+    replace_device(monkeypatch, "tpu", "TPU v5")
+    lines, shape = [], dataclasses.replace(TINY, num_experts=12)  # not a multiple of 8
+    kinds = ["mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts"]
+    rows, _ = bench_layers([shape], kinds, "float32", 3, lines.append, directions=["forward_backward"])
+    assert [row["kind"] for row in rows] == ["products", "dense", kinds[1], "dense_flat"]
+    assert any("requires a multiple of 8 experts" in line for line in lines)
 
 
-def test_a_cpu_has_shapes_of_its_own():
+def test_default_shapes_of_a_cpu_and_of_accelerators():
     assert [shape.name for shape in paper_shapes(on_cpu=True)] == ["cpu_e32", "cpu_e128"]
     assert [shape.name for shape in paper_shapes(on_cpu=False)] == ["d2048", "base_32e", "medium_32e_8", "v1"]
 

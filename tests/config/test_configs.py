@@ -18,7 +18,7 @@ from mot_jax.config import (
     load_config,
 )
 from mot_jax.config.files import variants_of
-from mot_jax.cost import accounting
+from mot_jax.cost.parameters import active_parameters, count_parameters
 from mot_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -45,8 +45,8 @@ def test_a_docstring_has_command_parameters_and_results(name):
         function = variants_of(CONFIGS.parent / file)[variant]
         assert function.__name__ == variant and function.__doc__
         text = re.sub("^    ", "", function.__doc__, flags=re.MULTILINE)
-    total = sum(accounting.count_parameters(config.model).values())
-    active = accounting.active_parameters(config.model)
+    total = sum(count_parameters(config.model).values())
+    active = active_parameters(config.model)
     assert f"\nParameters: {parameter_count(total)} ({parameter_count(active)} active)\n" in text
     shown = file if name in DEFAULTS else name
     argument = "" if shown == "configs/demo.py" else f" {re.escape(shown)}"
@@ -166,7 +166,7 @@ def test_every_config_of_version_2_is_in_the_table():
 def test_configs_of_version_2_are_the_papers(name):
     config = load_config(CONFIGS / f"v2.py:{name}")
     (millions, *expected, rate), model, training = V2[name], config.model, config.training
-    total = sum(accounting.count_parameters(model).values())
+    total = sum(count_parameters(model).values())
     assert total == pytest.approx(millions * 1e6, rel=0.01) and sizes(model) == tuple(expected)
     masked = "masked" in name
     assert model == ModelConfig(

@@ -1,12 +1,34 @@
-"""The table of machines, and their names."""
+"""The table of devices, and names of topologies."""
 
 from __future__ import annotations
 
+import jax
 import pytest
 
-from mot_jax.cost.accounting import peak_flops
-from mot_jax.cost.hardware import HARDWARE, parse_topology
+from mot_jax.cost.hardware import HARDWARE, hardware_of, parse_topology, peak_flops
 from mot_jax.errors import UserError
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert peak_flops("TPU v5", "bfloat16") == 459e12
+    assert peak_flops("NVIDIA H200", "float64") is None
+    assert peak_flops("TPU v4 lite", "bfloat16") is None
+    assert peak_flops(jax.devices("cpu")[0], "float32") is None
+    assert peak_flops("NVIDIA B200", "bfloat16") == 2250e12
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_hardware_of_a_device_includes_its_peak(name, monkeypatch):
+    class Device:
+        device_kind = HARDWARE[name].device_kind
+
+    assert hardware_of(Device()) is HARDWARE[name]
+    assert peak_flops(Device(), "bfloat16") == HARDWARE[name].bfloat16_peak
+    monkeypatch.setattr(Device, "device_kind", "NVIDIA H200")  # its peak is known, its network is not
+    assert hardware_of(Device()) is None and peak_flops(Device(), "bfloat16")
 
 
 @pytest.mark.parametrize("name, chips", [("v5p:8x8x8", 512), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("local:8", 8)])
@@ -17,7 +39,7 @@ def test_topologies_by_name(name, chips):
 
 
 @pytest.mark.parametrize(
-    "name, slices, words",
+    "name, slices, message",
     [
         ("v7:2x2", 1, "no such topology.*known: v4:4x4x4"),
         ("tpu", 1, "known: v4:4x4x4"),
@@ -32,15 +54,10 @@ def test_topologies_by_name(name, chips):
         ("local", 2, "try --slices 1"),
     ],
 )
-def test_what_cannot_be_is_told_in_one_line(name, slices, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_an_impossible_topology_is_refused_in_one_line(name, slices, message):
+    with pytest.raises(UserError, match=message) as error:
         parse_topology(name, slices)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", HARDWARE)
-def test_every_chip_has_a_peak(name):
-    assert peak_flops(HARDWARE[name].device_kind, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -51,5 +68,5 @@ def test_every_chip_has_a_peak(name):
         ("v5e", (8, 16), (False, True)),
     ],
 )
-def test_which_dimensions_close_to_rings(name, torus, rings):
+def test_dimensions_that_close_to_rings(name, torus, rings):
     assert HARDWARE[name].rings(torus) == rings

@@ -1,4 +1,4 @@
-"""The text of compiled programs: arrays, groups of devices, FLOPs of products."""
+"""Parsing the text of compiled programs: arrays, groups of devices, FLOPs of products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mot_jax.planning.program import read_program
 
 
 @pytest.mark.parametrize(
-    "written, expected",
+    "text, expected",
     [
         ("replica_groups={{0,2},{1,3}}", [[0, 2], [1, 3]]),
         ("replica_groups={}", [[0, 1, 2, 3]]),
@@ -25,20 +25,18 @@ from mot_jax.planning.program import read_program
         ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
     ],
 )
-def test_groups_of_devices_in_all_their_forms(written, expected):
-    groups = hlo.device_groups(f", channel_id=1, {written}, use_global_device_ids=true", 4)
+def test_all_forms_of_device_groups(text, expected):
+    groups = hlo.device_groups(f", channel_id=1, {text}, use_global_device_ids=true", 4)
     assert sorted(map(sorted, groups.tolist())) == expected
 
 
-@pytest.mark.parametrize(
-    "written", ["replica_groups=mesh['a'=2], device_ids=(x) {'a'}", "replica_groups={{0,1},{2}}", ""]
-)
-def test_groups_that_are_not_understood_are_an_error(written):
+@pytest.mark.parametrize("text", ["replica_groups=mesh['a'=2], device_ids=(x) {'a'}", "replica_groups={{0,1},{2}}", ""])
+def test_unknown_forms_of_device_groups_are_an_error(text):
     with pytest.raises(hlo.UnknownTextError):
-        hlo.device_groups(written, 4)
+        hlo.device_groups(text, 4)
 
 
-def test_arrays_know_their_bytes_and_whether_they_lie_in_hbm():
+def test_bytes_of_arrays_and_of_their_part_in_hbm():
     arrays = "((bf16[4,8]{1,0:T(8,128)(2,1)}), s32[], /*index=2*/u4[3]{0:T(8)S(1)})"
     line = f"  ROOT %x.1 = {arrays} slice-start(%a), slice={{[0:4]}}"
     module = hlo.parse(f"ENTRY %main (a: bf16[4,8]) -> s32[] {{\n  %a = bf16[4,8]{{1,0}} parameter(0)\n{line}\n}}\n")
@@ -48,8 +46,8 @@ def test_arrays_know_their_bytes_and_whether_they_lie_in_hbm():
     assert [array.hbm_bytes for array in root.arrays] == [64, 4, 0]
 
 
-@pytest.mark.parametrize("text", ["", "ENTRY %main (a: f32[]) -> f32[] {\n  what is this\n}\n"])
-def test_what_is_no_program_is_an_error(text):
+@pytest.mark.parametrize("text", ["", "ENTRY %main (a: f32[]) -> f32[] {\n  unknown text\n}\n"])
+def test_text_that_is_not_a_program_is_an_error(text):
     with pytest.raises(hlo.UnknownTextError):
         hlo.parse(text)
 

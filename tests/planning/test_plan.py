@@ -1,4 +1,4 @@
-"""Plans of small steps: for the CPU devices that are here, and with libtpu for TPUs that are not."""
+"""Plans of small steps: for local CPU devices, and with libtpu ahead of time for TPUs."""
 
 from __future__ import annotations
 
@@ -18,80 +18,80 @@ from jax.sharding import PartitionSpec as P
 
 from mot_jax.cli import main
 from mot_jax.config import Config, DenseConfig, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig
-from mot_jax.cost.accounting import count_parameters, peak_flops
-from mot_jax.cost.hardware import HARDWARE, parse_topology
+from mot_jax.cost.hardware import HARDWARE, parse_topology, peak_flops
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
-from mot_jax.planning.plan import Plan, plan
+from mot_jax.planning.plan import Plan, plan_training
 from mot_jax.planning.program import Program, read_program
-from mot_jax.planning.times import Times, model_times
+from mot_jax.planning.times import StepTimes, model_times
 
-LIBTPU = "0.0.42"  # another may make other collectives of the same program
-HERE = ""
+LIBTPU = "0.0.42"  # other versions may create other collectives for the same program
+INSTALLED = ""
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    HERE = importlib.metadata.version("libtpu")
+    INSTALLED = importlib.metadata.version("libtpu")
 needs_libtpu = pytest.mark.skipif(
-    not HERE.startswith(LIBTPU), reason=f"needs libtpu {LIBTPU}, here is {HERE or 'none'}"
+    not INSTALLED.startswith(LIBTPU), reason=f"needs libtpu {LIBTPU}, installed is {INSTALLED or 'none'}"
 )
 
 
-def small(kind=DenseConfig(), **mesh: int) -> Config:
-    """A block of d_model 64 on 16 rows of 32."""
+def small_config(kind=DenseConfig(), **mesh: int) -> Config:
+    """One block of d_model 64, with batches of 16 sequences of 32 tokens."""
     model = ModelConfig(num_blocks=1, d_model=64, d_ff=128, context_length=32, feed_forward=kind, loss_chunk=32)
     return Config(model=model, training=TrainingConfig(batch_size=16), mesh=MeshConfig(**mesh))
 
 
-def moved(result, kind: str, *axes: str) -> float:
+def collective_bytes(result, kind: str, *axes: str) -> float:
     """Bytes per step of the collectives of a kind."""
-    found = [c for c in result.program.collectives if c.kind == kind and (not axes or c.axes == axes)]
-    return sum(c.executions * c.bytes for c in found)
+    collectives = [c for c in result.program.collectives if c.kind == kind and (not axes or c.axes == axes)]
+    return sum(c.executions * c.bytes for c in collectives)
 
 
 def test_a_data_parallel_step_reduces_its_gradients_once():
-    config = small(data=8)
-    said: list[str] = []
-    result = plan(config, "local:8", say=said.append)
+    config = small_config(data=8)
+    progress_lines: list[str] = []
+    result = plan_training(config, "local:8", progress=progress_lines.append)
     parameters = sum(count_parameters(config.model).values())
     # Float32 gradients, and a few sums of scalars.
-    assert 4 * parameters <= moved(result, "all-reduce", "data") <= 4 * parameters + 100
+    assert 4 * parameters <= collective_bytes(result, "all-reduce", "data") <= 4 * parameters + 100
     assert {c.kind for c in result.program.collectives} == {"all-reduce"}
     assert result.memory["parameters"] == 4 * parameters
     assert 8 * parameters <= result.memory["optimizer"] <= 8 * parameters + 100
     assert result.memory["arguments"] == pytest.approx(12 * parameters + 2 * 32 * (4 + 4 + 1 + 1), abs=100)
-    assert 1.0 <= result.program.flops / result.model_flops < 1.2  # what is not kept is computed again
-    assert result.fits and result.times is None and len(said) == 3
+    assert 1.0 <= result.program.flops / result.model_flops < 1.2  # includes recomputation
+    assert result.fits and result.times is None and len(progress_lines) == 3
     content = json.loads(json.dumps(result.to_dict()))["program"]
     assert content["flops"] == result.program.flops and content["collectives"][0]["group_size"] == 8
     assert any("all-reduce over data" in line for line in result.lines())
 
 
 @pytest.mark.slow
-def test_experts_cost_four_exchanges_a_layer():
+def test_experts_need_four_all_to_alls_per_layer():
     kind = MixtureOfTokensConfig(group_size=4, num_experts=8, save_for_backward="all")
-    config = small(kind, data=2, expert=2)
-    result = plan(config, "local:4")
-    # Each of a chip's 16 / 4 / 4 = 1 groups sends 32 x E mixtures of 64 floats: there and back, and again backward.
-    assert moved(result, "all-to-all", "expert") == 4 * (1 * 32 * 8 * 64) * 4
+    config = small_config(kind, data=2, expert=2)
+    result = plan_training(config, "local:4")
+    # A chip has 16 / 4 / 4 = 1 group, whose 32 x E mixtures of 64 floats are exchanged twice forward, twice backward.
+    assert collective_bytes(result, "all-to-all", "expert") == 4 * (1 * 32 * 8 * 64) * 4
     experts = count_parameters(config.model)["experts"]
-    assert moved(result, "all-reduce", "data") == 4 * experts / 2
+    assert collective_bytes(result, "all-reduce", "data") == 4 * experts / 2
 
 
 def test_a_mesh_that_leaves_chips_idle_is_refused():
     with pytest.raises(UserError, match=r"idle; try --mesh.data -1"):
-        plan(small(data=2), "local:8")
+        plan_training(small_config(data=2), "local:8")
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+def test_without_libtpu_its_installation_is_suggested(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'mot_jax\[tpu\]'"):
-        plan(small(data=4), "v5e:2x2")
+    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
+        plan_training(small_config(data=4), "v5e:2x2")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
-def test_what_is_in_use_at_once_on_a_tpu():
-    """All temporaries, where they follow one another without a gap; neither the argument nor what is given back."""
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_live_temporaries_on_a_tpu():
+    """Equal to all temporaries if those are allocated without gaps; arguments and results are not included."""
     chip = SingleDeviceSharding(module.devices_of(parse_topology("v5p:2x2x1"))[0])
     x = jax.ShapeDtypeStruct((8192, 8192), "float32", sharding=chip)
 
@@ -100,9 +100,9 @@ def test_what_is_in_use_at_once_on_a_tpu():
 
     for donated, outputs in ((None, 2), (0, 1)):
         compiled = jax.jit(run, out_shardings=chip, donate_argnums=donated).lower(x).compile()
-        found = module._program_bytes(compiled.memory_analysis(), None, "tpu")
-        assert found["other outputs and code"] == pytest.approx(outputs * 2**28, abs=2**22)
-        assert found["in use at once"] == found["temporaries"] > 2**26
+        memory = module._program_bytes(compiled.memory_analysis(), None, "tpu")
+        assert memory["other outputs and code"] == pytest.approx(outputs * 2**28, abs=2**22)
+        assert memory["in use at once"] == memory["temporaries"] > 2**26
         assert "in use at once" not in module._program_bytes(compiled.memory_analysis(), None, "cpu")
 
 
@@ -114,7 +114,7 @@ def test_what_is_in_use_at_once_on_a_tpu():
         ("RESOURCE_EXHAUSTED: something else", None, 7.0),
     ],
 )
-def test_what_the_compiler_says_of_too_large_a_program(message, needed, limit):
+def test_the_compilers_message_about_a_program_that_does_not_fit(message, needed, limit):
     assert module._refused_bytes(message, 7.0) == {"needed": needed, "HBM limit": limit}
 
 
@@ -128,33 +128,33 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
     assert run("--topology", "v9:2x2") == 2 and "no such topology" in capsys.readouterr().err
     assert run("--topology", "v5e:2x2", "--slices", "none") == 2 and "--slices" in capsys.readouterr().err
 
-    def too_large(config, topology, slices, say):
-        say(f"{topology} {slices} {config.model.d_model}")
+    def does_not_fit(config, topology, slices, progress):
+        progress(f"{topology} {slices} {config.model.d_model}")
         memory = {"needed": 2.0**31, "HBM limit": None}
         return Plan(
             *(topology, "TPU v5", 8, slices, {"data": 8}, 1.0, memory, False, [(2.0**20, "float32[4]")]),
             *(["more chips"], 1.0, None, None, None),
         )
 
-    monkeypatch.setattr(module, "plan", too_large)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the command sets, and which is put back afterwards
+    monkeypatch.setattr(module, "plan_training", does_not_fit)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # set by the command, and restored after the test
     flags = ["--slices", "2", "--model.d-model", "32", "--json", str(tmp_path / "plan.json")]
     assert run("--topology", "v5p:2x2x1", *flags) == 1
-    told = capsys.readouterr().out
-    assert all(text in told for text in ("v5p:2x2x1 2 32", "2.000", "unknown", "float32[4]", "more chips"))
+    output = capsys.readouterr().out
+    assert all(text in output for text in ("v5p:2x2x1 2 32", "2.000", "unknown", "float32[4]", "more chips"))
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
 
 
-def test_times_that_lack_a_kernel_are_least_times_without_an_mfu():
-    def told(unknown, efficiency):
+def test_times_that_lack_a_kernel_are_lower_bounds_without_an_mfu():
+    def report(unknown, efficiency):
         program = Program((), (), unknown)
-        times = Times(0.1, 0.0, {}, 0.1, 0.1, "compute", "compute")
-        found = Plan("v5e:2x2", "TPU", 4, 1, {}, 1.0, {}, True, [], [], 1.0, program, times, efficiency)
-        return "\n".join(found.lines())
+        times = StepTimes(0.1, 0.0, {}, 0.1, 0.1, "compute", "compute")
+        plan = Plan("v5e:2x2", "TPU", 4, 1, {}, 1.0, {}, True, [], [], 1.0, program, times, efficiency)
+        return "\n".join(plan.lines())
 
-    assert "without overlap  100.00 ms, MFU 50.0%" in told((), (0.5, 0.5))
-    found = told(("FLOPs of the custom call splash",), None)
-    assert "without overlap  at least 100.00 ms; most" in found and "MFU" not in found
+    assert "without overlap  100.00 ms, MFU 50.0%" in report((), (0.5, 0.5))
+    output = report(("FLOPs of the custom call splash",), None)
+    assert "without overlap  at least 100.00 ms; largest" in output and "MFU" not in output
 
 
 # --- with libtpu ------------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def test_times_that_lack_a_kernel_are_least_times_without_an_mfu():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_data_parallel_step_on_a_tpu_by_hand():
-    config = small(data=4)
-    result = plan(config, "v5e:2x2")
+def test_a_data_parallel_step_on_a_tpu():
+    config = small_config(data=4)
+    result = plan_training(config, "v5e:2x2")
     parameters = sum(count_parameters(config.model).values())
-    assert 4 * parameters <= moved(result, "all-reduce", "data") <= 4 * parameters + 100
+    assert 4 * parameters <= collective_bytes(result, "all-reduce", "data") <= 4 * parameters + 100
     assert not result.program.unknown and 1.0 <= result.program.flops / result.model_flops < 1.2
     # 2 x 2 chips, no rings: two links of 45 GB/s.
     expected = 2 * 3 / 4 * 4 * parameters / (2 * 4.5e10)
@@ -175,11 +175,11 @@ def test_a_data_parallel_step_on_a_tpu_by_hand():
     assert 0 < result.efficiency[0] < result.efficiency[1] < 1
 
 
-DEPTH, WIDTH, ROWS = 4, 512, 256  # ROWS of each chip
+DEPTH, WIDTH, ROWS = 4, 512, 256  # rows of the input on each chip
 
 
 def sharded_program(mesh):
-    """The program of the gradient of DEPTH layers in bfloat16, whose float32 weights lie over `fsdp`."""
+    """The program of the gradient of DEPTH layers in bfloat16, whose float32 weights are sharded over `fsdp`."""
 
     def loss(weights, x):
         def layer(x, w):
@@ -196,115 +196,117 @@ def sharded_program(mesh):
         return jax.jit(jax.grad(loss)).lower(weights, x).compile().as_text()
 
 
-def by_kind(program):
-    moved = collections.Counter()
+def bytes_by_kind(program):
+    total = collections.Counter()
     for c in program.collectives:
-        moved[c.kind, *c.axes] += c.executions * c.bytes
-    return moved
+        total[c.kind, *c.axes] += c.executions * c.bytes
+    return total
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_fully_sharded_weights_on_a_tpu_by_hand():
+def test_fully_sharded_weights_on_a_tpu():
     devices = module.devices_of(parse_topology("v5e:2x4"))
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
     program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape))
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2  # bytes, in bfloat16
-    # Gathered once, since the forward pass keeps them. libtpu reduces whole gradients and takes a part of them.
-    assert by_kind(program) == {("all-gather", "fsdp"): weights, ("all-reduce", "data", "fsdp"): weights}
+    # Gathered once, as they are saved for the backward pass. libtpu reduces whole gradients and slices them.
+    assert bytes_by_kind(program) == {("all-gather", "fsdp"): weights, ("all-reduce", "data", "fsdp"): weights}
     peak = peak_flops("TPU v5 lite", "bfloat16")
     times = model_times(program, HARDWARE["v5e"], peak, list(mesh.devices.flat)).collectives
-    # JAX lays the four of fsdp on a square, so that each has two links; all eight have no more.
+    # JAX places the four chips of fsdp on a square, so each has two links; all eight chips have two as well.
     assert times["all-gather over fsdp"] == pytest.approx(3 / 4 * weights / (2 * 4.5e10))
     assert times["all-reduce over data x fsdp"] == pytest.approx(2 * 7 / 8 * weights / (2 * 4.5e10))
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_fully_sharded_model_on_a_tpu_by_hand():
-    """Four dense blocks in bfloat16 over `fsdp` alone: what is gathered and scattered, by the sizes of the weights."""
-    config = small(data=1, fsdp=4)
+def test_a_fully_sharded_model_on_a_tpu():
+    """Four dense blocks in bfloat16 over `fsdp` only: gathered and scattered bytes, from the sizes of the weights."""
+    config = small_config(data=1, fsdp=4)
     sizes = {"num_blocks": 4, "d_model": 256, "d_ff": 1024, "num_heads": 2, "context_length": 128, "vocab_size": 1024}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16", **sizes))
-    result = plan(config, "v5e:2x2")
+    result = plan_training(config, "v5e:2x2")
     assert not result.program.unknown
     parameters = count_parameters(config.model)
     biases = 4 * (1024 + 256)
     blocks = parameters["attention"] + parameters["dense FFN"] - biases
-    # In bfloat16 forward and again backward; the head once, and the embeddings in float32.
+    # Blocks in bfloat16 forward and backward; the head once, and the embeddings in float32.
     gathered = 2 * 2 * blocks + 2 * parameters["head"] + 4 * parameters["embeddings"]
-    assert moved(result, "all-gather", "fsdp") == gathered
+    assert collective_bytes(result, "all-gather", "fsdp") == gathered
     # Gradients once, in the dtype of the products; those of the head are summed in float32.
     scattered = 2 * blocks + 4 * parameters["head"] + 4 * parameters["embeddings"]
-    assert moved(result, "reduce-scatter", "fsdp") == scattered
-    whole = 4 * parameters["norms"] + 2 * biases
-    assert moved(result, "all-reduce", "fsdp") == pytest.approx(whole, abs=1000)
-    # 2 x 2 chips, no rings: two links of 45 GB/s, over which each gets, or gives, three quarters.
+    assert collective_bytes(result, "reduce-scatter", "fsdp") == scattered
+    replicated = 4 * parameters["norms"] + 2 * biases
+    assert collective_bytes(result, "all-reduce", "fsdp") == pytest.approx(replicated, abs=1000)
+    # 2 x 2 chips, no rings: two links of 45 GB/s, over which each receives, or sends, three quarters.
     assert result.times.collectives["all-gather over fsdp"] == pytest.approx(3 / 4 * gathered / (2 * 4.5e10))
     assert result.times.collectives["reduce-scatter over fsdp"] == pytest.approx(3 / 4 * scattered / (2 * 4.5e10))
-    # A quarter of every matrix lies on a chip, with two moments.
-    cut = sum(parameters.values()) - parameters["norms"] - biases
-    assert result.memory["parameters"] == 4 * (cut / 4 + parameters["norms"] + biases)
+    # A chip has a quarter of every matrix, with two moments.
+    sharded = sum(parameters.values()) - parameters["norms"] - biases
+    assert result.memory["parameters"] == 4 * (sharded / 4 + parameters["norms"] + biases)
     assert result.memory["optimizer"] == pytest.approx(2 * result.memory["parameters"], abs=100)
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_two_slices_on_a_tpu_by_hand():
+def test_two_slices_of_tpus():
     devices = module.devices_of(parse_topology("v5e:2x2", 2))
     order = np.array(sorted(devices, key=lambda device: device.slice_index)).reshape(2, 4)
     mesh = jax.sharding.Mesh(order, ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
     program = read_program(hlo.parse(sharded_program(mesh)), dict(mesh.shape), slices=2)
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH**2
     weights = 2 * DEPTH * WIDTH**2
-    # Each slice adds up its own gradients; a quarter of them goes from each chip to the other slice.
+    # Each slice sums its gradients; each chip sends a quarter of them to the other slice.
     expected = {("all-gather", "fsdp"): weights, ("all-reduce", "fsdp"): weights}
-    assert by_kind(program) == {**expected, ("all-reduce", "slices"): weights / 4}
+    assert bytes_by_kind(program) == {**expected, ("all-reduce", "slices"): weights / 4}
     times = model_times(program, HARDWARE["v5e"], 1.97e14, list(mesh.devices.flat)).collectives
     assert times["all-reduce over slices"] == pytest.approx(2 * 1 / 2 * weights / 4 / 3.1e9)
 
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("rows", [16, 32])
-def test_the_exchanges_of_a_mixture_on_a_tpu_by_hand(rows):
-    """Groups of 4 on eight chips that hold 2 or 4 rows each: four all-to-alls forward and four back, or two and two."""
+@pytest.mark.parametrize("batch_size", [16, 32])
+def test_all_to_alls_of_a_mixture_on_a_tpu(batch_size):
+    """Groups of 4 on eight chips with 2 or 4 sequences each: four all-to-alls forward and backward, or two and two."""
     kind = MixtureOfTokensConfig(group_size=4, num_experts=8)
-    config = small(kind, data=2, expert=4)
+    config = small_config(kind, data=2, expert=4)
     model = dataclasses.replace(config.model, num_blocks=4, dtype="bfloat16", d_model=128)
-    config = dataclasses.replace(config, model=model, training=TrainingConfig(batch_size=rows))
-    result = plan(config, "v5e:2x4")
-    part = 2 * rows * 32 * 128 // 8  # bytes of a chip's activations
+    config = dataclasses.replace(config, model=model, training=TrainingConfig(batch_size=batch_size))
+    result = plan_training(config, "v5e:2x4")
+    part = 2 * batch_size * 32 * 128 // 8  # bytes of a chip's activations
     mixtures = part * 8 // 4
     sent = sorted(
         c.bytes for c in result.program.collectives if c.kind == "all-to-all" and c.executions == 4 and c.bytes > 1000
     )
-    # Backward, the mixtures and expert outputs travel again, beside the cotangents.
-    expected = 2 * [mixtures] + 2 * [2 * mixtures] + (4 * [part] if rows == 16 else [])
+    # Backward, mixtures and expert outputs are exchanged again together with their cotangents.
+    expected = 2 * [mixtures] + 2 * [2 * mixtures] + (4 * [part] if batch_size == 16 else [])
     assert sent == sorted(expected)
     assert all(c.axes == ("expert",) for c in result.program.collectives if c.kind == "all-to-all")
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_several_slices_lie_along_data():
-    result = plan(small(data=-1, fsdp=2), "v5e:2x2", 2)
+def test_slices_are_along_the_data_axis():
+    result = plan_training(small_config(data=-1, fsdp=2), "v5e:2x2", 2)
     assert result.mesh == {"data": 4, "fsdp": 2, "expert": 1, "tensor": 1} and result.slices == 2
     between = {c.axes for c in result.program.collectives if "slices" in c.axes}
     assert (
-        between == {("slices",)} and moved(result, "all-gather", "fsdp") and not moved(result, "all-gather", "slices")
+        between == {("slices",)}
+        and collective_bytes(result, "all-gather", "fsdp")
+        and not collective_bytes(result, "all-gather", "slices")
     )
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_does_not_fit_is_an_answer():
-    config = small(data=4)
+def test_a_step_that_does_not_fit_has_a_plan():
+    config = small_config(data=4)
     training = dataclasses.replace(config.training, batch_size=2**22)
-    result = plan(dataclasses.replace(config, training=training), "v5e:2x2")
+    result = plan_training(dataclasses.replace(config, training=training), "v5e:2x2")
     assert not result.fits and result.program is None and result.times is None
     assert result.memory["needed"] > result.memory["HBM limit"] == 15.75 * 2**30
-    size, what = result.largest[0]
-    assert size == 2**20 * 32 * 257 * 4 and what.startswith("float32[1, 1048576, 1, 32, 257]")  # logits
+    size, description = result.largest[0]
+    assert size == 2**20 * 32 * 257 * 4 and description.startswith("float32[1, 1048576, 1, 32, 257]")  # logits
     assert any("--model.remat blocks" in line for line in result.lines())

@@ -1,4 +1,4 @@
-"""What compiled programs do, by hand: FLOPs and bytes of scans, collectives by kind, axis, bytes and executions."""
+"""FLOPs and bytes of scans, and collectives by kind, axis, bytes and executions, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mesh_of(**sizes: int) -> jax.sharding.Mesh:
 
 
 def compiled_text(mesh, function, *arrays: tuple[tuple[int, ...], P]) -> str:
-    """The program of `function` on float32 arrays with these shapes and partitions."""
+    """The compiled text of `function` for float32 arrays with these shapes and partitions."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)) for shape, spec in arrays]
     with jax.set_mesh(mesh):
         return jax.jit(function).lower(*shapes).compile().as_text()
@@ -37,27 +37,27 @@ def scanned(weights, x):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
 
-def test_a_scan_is_as_many_products_as_it_has_turns():
+def test_a_scan_has_a_product_for_each_iteration():
     mesh = mesh_of(data=1)
     program = read(mesh, scanned, ((DEPTH, WIDTH, WIDTH), P()), ((ROWS, WIDTH), P()))
     assert program.flops == DEPTH * 2 * ROWS * WIDTH * WIDTH
     [_, loop] = program.bodies
     assert loop.executions == DEPTH
-    # A turn reads one matrix of the stack, not the stack; a few copies of it and of x are the compiler's affair.
+    # An iteration reads one matrix of the stack, not the whole stack; the compiler may copy it and x a few times.
     slice_bytes, x_bytes = 4 * WIDTH * WIDTH, 4 * ROWS * WIDTH
     assert slice_bytes + 2 * x_bytes <= loop.hbm_bytes <= 4 * slice_bytes + 10 * x_bytes
     assert not program.collectives and not program.unknown
 
 
-def test_scans_in_scans_multiply():
-    def twice(weights, x):
+def test_trip_counts_of_nested_scans_multiply():
+    def nested(weights, x):
         return jax.lax.scan(lambda x, _: (scanned(weights, x), None), x, length=3)[0]
 
-    program = read(mesh_of(data=1), twice, ((DEPTH, WIDTH, WIDTH), P()), ((ROWS, WIDTH), P()))
+    program = read(mesh_of(data=1), nested, ((DEPTH, WIDTH, WIDTH), P()), ((ROWS, WIDTH), P()))
     assert program.flops == 3 * DEPTH * 2 * ROWS * WIDTH * WIDTH
 
 
-def test_a_loop_without_an_end_in_sight_is_told():
+def test_a_loop_with_an_unknown_trip_count_is_reported():
     def until(x):
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
 
@@ -67,42 +67,42 @@ def test_a_loop_without_an_end_in_sight_is_told():
 
 
 @pytest.mark.parametrize(
-    "batch, kept, axes",
-    [("data", (), ("data",)), ("expert", (), ("expert",)), (("data", "expert"), (), ("data", "expert"))],
+    "batch, axes",
+    [("data", ("data",)), ("expert", ("expert",)), (("data", "expert"), ("data", "expert"))],
 )
-def test_an_all_reduce_is_named_by_its_axes(batch, kept, axes):
+def test_an_all_reduce_is_named_by_its_axes(batch, axes):
     def product(x, y):
         return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), out_sharding=P())
 
     x = ((ROWS, WIDTH), P(batch))
     program = read(mesh_of(data=2, expert=4), product, x, x)
-    [found] = program.collectives
-    assert (found.kind, found.axes, found.executions) == ("all-reduce", axes, 1)
-    assert found.bytes == 4 * WIDTH * WIDTH
+    [collective] = program.collectives
+    assert (collective.kind, collective.axes, collective.executions) == ("all-reduce", axes, 1)
+    assert collective.bytes == 4 * WIDTH * WIDTH
     shards = {"data": 2, "expert": 4}
-    assert len(found.members) == math.prod(shards[axis] for axis in axes)
+    assert len(collective.members) == math.prod(shards[axis] for axis in axes)
 
 
-def test_a_collective_in_a_scan_runs_at_each_turn():
+def test_a_collective_in_a_scan_is_executed_in_each_iteration():
     def gathered(weights, x):
-        def turn(x, w):
+        def layer(x, w):
             return jnp.tanh(x @ jax.reshard(w, P())), None
 
-        return jax.lax.scan(turn, x, weights)[0]
+        return jax.lax.scan(layer, x, weights)[0]
 
     mesh = mesh_of(data=2, fsdp=4)
     arrays = ((DEPTH, WIDTH, WIDTH), P(None, "fsdp")), ((ROWS, WIDTH), P(("data", "fsdp")))
-    [found] = read(mesh, gathered, *arrays).collectives
-    assert (found.kind, found.axes, found.executions) == ("all-gather", ("fsdp",), DEPTH)
-    assert found.bytes == 4 * WIDTH * WIDTH  # of the whole matrix, which each device gets
+    [collective] = read(mesh, gathered, *arrays).collectives
+    assert (collective.kind, collective.axes, collective.executions) == ("all-gather", ("fsdp",), DEPTH)
+    assert collective.bytes == 4 * WIDTH * WIDTH  # of the whole matrix, which each device receives
 
 
 def test_an_all_to_all_and_a_permutation():
     mesh = mesh_of(data=2, expert=4)
     x = ((ROWS, WIDTH), P("expert", None))
-    [found] = read(mesh, lambda x: jax.reshard(x, P(None, "expert")), x).collectives
-    assert (found.kind, found.axes) == ("all-to-all", ("expert",))
-    assert found.bytes == 4 * ROWS * WIDTH / 4
+    [collective] = read(mesh, lambda x: jax.reshard(x, P(None, "expert")), x).collectives
+    assert (collective.kind, collective.axes) == ("all-to-all", ("expert",))
+    assert collective.bytes == 4 * ROWS * WIDTH / 4
 
     def shift(x):
         return jax.shard_map(
@@ -111,9 +111,9 @@ def test_an_all_to_all_and_a_permutation():
             out_specs=P("expert", None),
         )(x)
 
-    [found] = read(mesh, shift, x).collectives
-    assert (found.kind, found.axes) == ("collective-permute", ("expert",))
-    assert found.bytes == 4 * ROWS * WIDTH / 4
+    [collective] = read(mesh, shift, x).collectives
+    assert (collective.kind, collective.axes) == ("collective-permute", ("expert",))
+    assert collective.bytes == 4 * ROWS * WIDTH / 4
 
 
 SLICES = """ENTRY %main (x: f32[8,4]) -> f32[8,4] {
@@ -126,13 +126,13 @@ SLICES = """ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 """
 
 
-def test_between_slices_collectives_are_sends():
+def test_sends_between_slices_are_collectives():
     text = SLICES.replace("MEGASCALE", 'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
     between, inside = read_program(hlo.parse(text), {"data": 4, "expert": 1}, slices=2).collectives
     assert (between.kind, between.axes, between.bytes, between.members) == ("all-reduce", ("slices",), 128, (0, 2))
     assert (inside.kind, inside.axes, inside.members) == ("all-reduce", ("data",), (0, 1))
 
 
-def test_a_send_of_another_kind_is_told():
+def test_a_send_of_another_kind_is_reported():
     program = read_program(hlo.parse(SLICES.replace("MEGASCALE", "frontend_attributes={}")), {"data": 4}, slices=2)
     assert len(program.collectives) == 1 and "send" in program.unknown[0]

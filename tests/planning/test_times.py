@@ -1,4 +1,4 @@
-"""Seconds of collectives on tori, by hand."""
+"""Modelled seconds of collectives on tori, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SIZE = 8e6
 
 
 def chips(*sizes: int) -> list:
-    """Devices of a slice, the last coordinate fastest."""
+    """Devices of a slice; the last coordinate varies fastest."""
     return [SimpleNamespace(coords=at) for at in itertools.product(*map(range, sizes))]
 
 
 def seconds(name: str, sizes: tuple[int, ...], kind: str, axes: tuple[int, ...], step: int = 1) -> float:
-    """Of a collective of SIZE bytes over the chips whose coordinates differ in these axes alone, every `step`th."""
+    """Seconds of a collective of SIZE bytes over every `step`th chip along these axes, with other coordinates 0."""
     devices = chips(*sizes)
     members = [
         number
@@ -52,7 +52,7 @@ def test_gathers_and_reductions_use_all_links(sizes, kind, axes, expected):
 
 
 def brute_all_to_all(ring: bool, n: int) -> float:
-    """The busiest link's load, in units of what one chip sends to another: each message goes the shorter way."""
+    """Load of the busiest link, in units of one chip's message to another; each message takes the shorter way."""
     load = np.zeros((n, 2))
     for a, b in itertools.permutations(range(n), 2):
         forward, backward = (b - a) % n, (a - b) % n
@@ -76,31 +76,31 @@ def test_an_all_to_all_over_two_dimensions_waits_for_the_longer():
     assert both == longer > seconds("v5p", (4, 4, 8), "all-to-all", (1,))
 
 
-def test_chips_apart_share_their_links():
+def test_chips_at_a_distance_share_their_links():
     assert seconds("v5e", (16, 16), "all-gather", (0,), step=4) == pytest.approx(3 / 4 * SIZE / (2 / 4 * 4.5e10))
     # A part of a dimension is a line.
     assert seconds("v5e", (8, 8), "all-gather", (0,)) == pytest.approx(7 / 8 * SIZE / 4.5e10)
 
 
 @pytest.mark.parametrize("target, hops", [(1, 1), (7, 1), (4, 4), (8 + 1, 2)])
-def test_a_permutation_goes_the_shorter_way(target, hops):
-    moves = Collective("collective-permute", ("x",), SIZE, (0, target), 1, "")
-    assert Network(HARDWARE["v5p"], chips(8, 8, 8)).seconds(moves) == pytest.approx(hops * SIZE / LINK)
+def test_a_permutation_takes_the_shorter_way(target, hops):
+    permutation = Collective("collective-permute", ("x",), SIZE, (0, target), 1, "")
+    assert Network(HARDWARE["v5p"], chips(8, 8, 8)).seconds(permutation) == pytest.approx(hops * SIZE / LINK)
 
 
-def test_between_slices_it_is_the_data_center_network():
-    moves = Collective("all-reduce", ("slices",), SIZE, (0, 64), 1, "")
-    assert Network(HARDWARE["v5p"], chips(4, 4, 4) * 2).seconds(moves) == pytest.approx(2 / 2 * SIZE / 6.25e9)
+def test_collectives_between_slices_use_the_data_center_network():
+    all_reduce = Collective("all-reduce", ("slices",), SIZE, (0, 64), 1, "")
+    assert Network(HARDWARE["v5p"], chips(4, 4, 4) * 2).seconds(all_reduce) == pytest.approx(2 / 2 * SIZE / 6.25e9)
 
 
-def test_a_switch_is_one_link_a_chip():
+def test_a_switch_has_one_link_per_chip():
     devices = [SimpleNamespace() for _ in range(8)]
     for kind, share in (("all-reduce", 2 * 7 / 8), ("all-to-all", 7 / 8)):
-        found = Network(HARDWARE["h100"], devices).seconds(Collective(kind, ("x",), SIZE, tuple(range(8)), 1, ""))
-        assert found == pytest.approx(share * SIZE / 4.5e11)
+        collective = Collective(kind, ("x",), SIZE, tuple(range(8)), 1, "")
+        assert Network(HARDWARE["h100"], devices).seconds(collective) == pytest.approx(share * SIZE / 4.5e11)
 
 
-def test_a_step_is_the_sum_or_the_larger_of_both():
+def test_a_step_takes_the_sum_or_the_maximum_of_its_parts():
     peak, hbm = 1e14, 2.765e12
     bodies = Body("a", 1, 1e12, 0), Body("b", 4, 1e10, hbm / 100)  # 10 ms of FLOPs; 4 x 10 ms of HBM, not 4 x 0.1
     one = Collective("all-reduce", ("data",), LINK / 100, (0, 1), 3, "")  # a line of 2: 2 x 1/2 x 10 ms

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from mot_jax.config import Config, DenseConfig, ModelConfig, TrainingConfig, check, identity_changes
-from mot_jax.cost import accounting
+from mot_jax.cost import memory
+from mot_jax.cost.flops import recomputed_flops
 from mot_jax.errors import UserError
 from mot_jax.nn.attention import Attention
 from mot_jax.nn.kernels import fused_attention
@@ -193,12 +194,12 @@ def test_accounting_equals_the_residuals_of_splash(monkeypatch):
     """The cost model counts the residuals that JAX saves: not the scores, which the kernels recompute."""
     plain = ModelConfig(d_model=D, num_heads=H, context_length=S, feed_forward=DenseConfig())
     splash = dataclasses.replace(plain, attention_kernel="splash")
-    counted = accounting.kept_bytes(splash, B)["attention"] // splash.num_blocks
-    assert accounting.kept_bytes(plain, B)["attention"] // plain.num_blocks - counted > B * H * S * S * 4 * 0.9
-    recomputed = accounting.recomputed_flops(splash) - accounting.recomputed_flops(plain)
-    assert recomputed == splash.num_blocks * 3 * 2 * S * D  # scores, and their gradient, in two kernels
+    counted = memory.saved_bytes(splash, B)["attention"] // splash.num_blocks
+    assert memory.saved_bytes(plain, B)["attention"] // plain.num_blocks - counted > B * H * S * S * 4 * 0.9
+    difference = recomputed_flops(splash) - recomputed_flops(plain)
+    assert difference == splash.num_blocks * 3 * 2 * S * D  # scores, and their gradient, in two kernels
     monkeypatch.setattr(fused_attention, "platform", lambda: "tpu")
-    traced, _ = accounting._trace_kept(splash, DenseConfig(), "attention")
+    traced, _ = memory._trace_saved(splash, DenseConfig(), "attention")
     assert traced * B == counted
 
 

@@ -1,4 +1,4 @@
-"""Layers and steps compiled for a chip that is not here."""
+"""Layers and steps compiled ahead of time for a target device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import jax
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.ahead import COLUMNS, STEP_COLUMNS, memory_of_steps
-from mot_jax.benchmark.step import dense_twin
-from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, TrainingConfig
+from mot_jax.benchmark.ahead_of_time import COLUMNS, STEP_COLUMNS, memory_of_steps
+from mot_jax.benchmark.workloads import SMALL, dense_of_equal_width
 
 
 @pytest.fixture(autouse=True)
-def awake():
-    """JAX has its devices, or else `local:1` would leave one to all tests of this process."""
+def initialized_jax():
+    """Initialize JAX with its eight devices first: `local:1` would limit all tests of this process to one."""
     jax.devices()
 
 
@@ -26,7 +25,7 @@ def rows_of(tmp_path, topology: str) -> dict[str, dict]:
     return {row["kind"]: row for row in json.loads(file.read_text())["rows"]}
 
 
-def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
+def test_bytes_of_layers_are_compared_with_dense(tmp_path, capsys):
     rows = rows_of(tmp_path, "local:1")
     dense, mixture, refused = (
         rows[f"{kind}"] for kind in ("dense", "mixture_of_tokens", "mixture_of_tokens:fused_mixture")
@@ -34,32 +33,29 @@ def test_bytes_stand_beside_those_of_the_dense_layer(tmp_path, capsys):
     weights, tokens = 4 * 2 * 32 * 64, 2 * 8 * 32 * 32  # of tiny: D 32, d_ff 64, 8 rows of 32 tokens
     assert dense["hbm_bytes"] > 3 * weights + 4 * tokens and dense["ratio"] == 1
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1 and mixture["copies"] > 0
-    assert "is for TPU v5e, v5p and later; try --topology v5p" in refused["refused"]
-    assert "is for TPU" in capsys.readouterr().out
+    assert "needs a TPU v5e, v5p or later; try --topology v5p" in refused["refused"]
+    assert "needs a TPU" in capsys.readouterr().out
 
 
-MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
-CONFIG = Config(model=MODEL, training=TrainingConfig(batch_size=8))
-
-
-def test_a_steps_memory():
-    [row] = memory_of_steps({"mot": CONFIG}, "local:1", lambda line: None)
+def test_memory_of_a_step():
+    [row] = memory_of_steps({"mot": SMALL}, "local:1", lambda line: None)
     assert (row["config"], row["fits"], row["ratio"]) == ("mot", True, 1)
     assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
-    assert row["live"] is None and row["live_ratio"] is None  # a CPU's compiler does not say
+    assert row["live"] is None and row["live_ratio"] is None  # not reported by the CPU compiler
 
 
 @pytest.mark.slow
-def test_a_steps_memory_stands_beside_that_of_its_dense_twin():
-    mot, dense = memory_of_steps({"mot": CONFIG, "dense": dense_twin(CONFIG)}, "local:1", lambda line: None)
+def test_memory_of_a_step_is_compared_with_the_dense_baseline():
+    configs = {"mot": SMALL, "dense": dense_of_equal_width(SMALL)}
+    mot, dense = memory_of_steps(configs, "local:1", lambda line: None)
     assert (mot["config"], dense["config"], dense["ratio"]) == ("mot", "dense", 1)
     assert mot["ratio"] == mot["temporaries"] / dense["temporaries"] > 1
-    # Parameters and both moments, float32: the twin lacks the experts but has one feed-forward layer with biases.
+    # Parameters and both moments, float32: the baseline has one dense layer with biases instead of the experts.
     assert mot["arguments"] - dense["arguments"] == 3 * 4 * (2 * 8 * 16 * 16 + 16 * 8 - (2 * 16 * 32 + 32 + 16))
 
 
 @pytest.mark.slow
-def test_the_command_tells_of_steps(tmp_path, capsys):
+def test_the_command_compares_steps(tmp_path, capsys):
     arguments = ["--topology", "local:1", "--model.num-blocks", "1"]
     cli.main(["bench", "step", "configs/demo.py", *arguments, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
@@ -68,7 +64,7 @@ def test_the_command_tells_of_steps(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", [["layers", "--shapes", "tiny"], ["step", "configs/demo.py"]], ids=lambda c: c[0])
-def test_what_times_is_refused_where_nothing_is_run(command, capsys):
+def test_flags_of_timing_are_refused_with_topology(command, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", *command, "--topology", "local:1", "--rounds", "9", "--profile", "trace"])
     rounds, profile = capsys.readouterr().err.splitlines()
@@ -77,14 +73,14 @@ def test_what_times_is_refused_where_nothing_is_run(command, capsys):
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, STEP_COLUMNS])
-def test_no_two_columns_have_one_title(columns):
+def test_column_titles_are_unique(columns):
     titles = [title for title, _ in columns]
     assert len(set(titles)) == len(titles)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not here")
-def test_a_kernels_bytes_are_those_of_its_blocks(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_bytes_of_a_kernel_are_those_of_its_blocks(tmp_path):
     rows = rows_of(tmp_path, "v5p:2x2x1")
     kernel = rows["mixture_of_tokens:fused_mixture"]
     assert 0 < kernel["kernel_bytes"] < kernel["hbm_bytes"] and kernel["kernel_bytes"] < kernel["cost_bytes"]

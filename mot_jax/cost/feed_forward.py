@@ -1,0 +1,304 @@
+"""Matrix products and memory traffic of one feed-forward layer: a class for each kind, listed in `_COSTS`.
+
+A new kind needs one class here; everything else in `mot_jax.cost` reads these classes. The layer's definition is in
+`docs/paper.md`, section 2. Conventions:
+
+FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, activations or gathers. Mixing takes D E
+    multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
+    controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
+    as if they were processed.
+Traffic: each part is taken as one program that reads every argument once and writes every result once, while
+    intermediate values stay on the chip. Norms and residual connections are not part of the layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal
+
+from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
+from mot_jax.nn import routing
+
+Number = int | Fraction
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Total sizes of a set of arrays, as counts of numbers.
+
+    activations: per token, in the activations' dtype. logits: per token, in float32 or wider: router logits and mixing
+    weights. parameters: per layer, in the parameters' dtype.
+    """
+
+    activations: Number = 0
+    logits: Number = 0
+    parameters: int = 0
+
+    def __add__(self, other: Arrays) -> Arrays:
+        return Arrays(
+            self.activations + other.activations, self.logits + other.logits, self.parameters + other.parameters
+        )
+
+    def __mul__(self, factor: int) -> Arrays:
+        return Arrays(self.activations * factor, self.logits * factor, self.parameters * factor)
+
+    def bytes(self, tokens: int, itemsize: int, logits_itemsize: int, param_itemsize: int) -> float:
+        """Bytes for a batch of `tokens` tokens, given the bytes of a number of each dtype."""
+        per_token = self.activations * itemsize + self.logits * logits_itemsize
+        return float(tokens * per_token + self.parameters * param_itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a layer, executed as one program.
+
+    products: FLOPs per token of each matrix product of the forward pass; the backward pass has two of the same size
+    for each. summary: the entry of `flops.forward_flops` that includes them. forward, backward: arrays that the pass
+    reads or writes. saved: arrays that the forward pass writes in addition if a backward pass follows.
+    """
+
+    name: str
+    summary: str
+    products: dict[str, Number]
+    forward: Arrays
+    backward: Arrays
+    saved: Arrays = Arrays()
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the forward pass per token."""
+        return float(sum(self.products.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardCost:
+    """Cost of a layer of one kind. The defaults of the methods are those of a dense layer."""
+
+    config: FeedForwardConfig
+    d_model: int
+    d_ff: int
+    gated: bool
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in order of execution."""
+        raise NotImplementedError
+
+    def saved(self) -> Arrays:
+        """Arrays that the whole layer saves for its backward pass: pre-activations, router logits, mixing weights."""
+        return sum((part.saved for part in self.parts()), Arrays())
+
+    def product_flops(self, *names: str) -> float:
+        """FLOPs per token of the named matrix products of the forward pass; 0 for those that the layer lacks."""
+        return float(sum(part.products.get(name, 0) for part in self.parts() for name in names))
+
+    def flops(self) -> float:
+        """FLOPs of the forward pass per token."""
+        return sum(part.flops for part in self.parts())
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Products of the forward pass that the backward pass runs again, without `remat`."""
+        return ()
+
+    def final_products(self) -> tuple[str, ...]:
+        """Products whose results are only added to the residual stream, so that no derivative reads them."""
+        raise NotImplementedError
+
+    def active_experts(self, parameters: int) -> int:
+        """The share of the experts' parameters that a token pays FLOPs for."""
+        return parameters
+
+    def sequences_per_group(self, context_length: int) -> int:
+        """The smallest number of sequences that the layer can process."""
+        return 1
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        """The kind's sizes in `mot describe`."""
+        return {}
+
+    def save_policies(self) -> dict[str, FeedForwardConfig]:
+        """Configs that differ in the arrays saved for the backward pass; empty if the kind offers no choice."""
+        return {}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> FeedForwardConfig:
+        """A config whose experts have the FLOPs of the dense layer (`cost.layers.Shape`)."""
+        raise NotImplementedError
+
+    def _product(self, width: int, per_token: Number = 1) -> Number:
+        """FLOPs per token of a product between the widths D and `width`, executed `per_token` times for each token."""
+        return 2 * self.d_model * width * per_token
+
+    def _networks(self, name: str, width: int, count: int = 1, per_token: Number = 1) -> Part:
+        """`count` two-layer networks of a hidden width, executed `per_token` times for each token.
+
+        The forward pass reads inputs and weights, writes outputs and saves pre-activations. The backward pass reads
+        inputs, pre-activations, cotangents and weights, and writes the cotangents of the inputs and of the weights.
+        """
+        first = ("input", "gate") if self.gated else ("input",)
+        products = {f"{name} {layer}": self._product(width, per_token) for layer in (*first, "output")}
+        weights = Arrays(parameters=len(products) * count * self.d_model * width)
+        inputs, hidden = Arrays(self.d_model * per_token), Arrays(len(first) * width * per_token)
+        return Part(name, name, products, inputs * 2 + weights, inputs * 3 + hidden + weights * 2, hidden)
+
+    def _shared(self, width: int) -> tuple[Part, ...]:
+        return (self._networks("shared experts", width),) if width else ()
+
+
+def _outputs(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name} output" for name in names)
+
+
+def _inputs(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name} {layer}" for name in names for layer in ("input", "gate"))
+
+
+class DenseCost(FeedForwardCost):
+    """One network of width d_ff."""
+
+    config: DenseConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        return (self._networks("dense FFN", self.d_ff),)
+
+    def final_products(self) -> tuple[str, ...]:
+        return _outputs("dense FFN")
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> DenseConfig:
+        return DenseConfig()
+
+
+class MixtureOfTokensCost(FeedForwardCost):
+    """Controller, merge, experts on E mixtures for each group of G tokens, emit."""
+
+    config: MixtureOfTokensConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, product = self.config, self._product(self.config.num_experts)
+        per_token = Fraction(kind.num_experts, kind.group_size)
+        controllers = {"shared": 1, "separate": 2, "common_base": 3}[kind.mixing.controllers]
+        used = min(controllers, 2)  # a common base is added to the weights of both before the products
+        x, mixtures, weights = Arrays(self.d_model), Arrays(self.d_model * per_token), Arrays(logits=kind.num_experts)
+        read = x + Arrays(parameters=controllers * self.d_model * kind.num_experts)
+        return (
+            Part(
+                "controller, softmax, merge",
+                "mixing",
+                {"controller": used * product, "merge": product},
+                read + weights * used + mixtures,
+                read * 2 + mixtures + weights * (2 * used),
+            ),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
+            Part("emit", "mixing", {"emit": product}, mixtures + weights + x, x + (mixtures + weights) * 2),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def saved(self) -> Arrays:
+        """The mixing weights too: a result of the first part, but internal to the whole layer."""
+        emit_has_own_softmax = self.config.mixing.controllers != "shared"
+        return super().saved() + Arrays(logits=self.config.num_experts * (1 + emit_has_own_softmax))
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """By `save_for_backward`: the merge and the experts' products whose results are not saved."""
+        outputs = ("merge", *_outputs("experts"))
+        return {"nothing": (*outputs, *_inputs("experts")), "pre_activations": outputs, "all": ()}[
+            self.config.save_for_backward
+        ]
+
+    def final_products(self) -> tuple[str, ...]:
+        return ("emit", *_outputs("shared experts"))
+
+    def active_experts(self, parameters: int) -> int:
+        """1/G: the G tokens of a group share one execution of each of its E experts."""
+        return parameters // self.config.group_size
+
+    def sequences_per_group(self, context_length: int) -> int:
+        return self.config.group_size
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind, g, e = self.config, self.config.group_size, self.config.num_experts
+        sizes: dict[str, int | float | str] = {"group_size_G": g, "experts_E": e}
+        sizes["expert_dim_F"] = kind.hidden_dim(self.d_ff)
+        if kind.expert_dim is None:
+            product = g * (self.d_ff - kind.shared_expert_dim)
+            sizes["expert_dim_rule"] = f"E F = G (d_ff - shared_expert_dim) = {product:,}"
+        sizes |= {"granularity_E/G": e // g if e % g == 0 else e / g, "groups_per_batch": batch_size // g}
+        return sizes | {"groups_per_microbatch": microbatch_size // g}
+
+    def save_policies(self) -> dict[str, FeedForwardConfig]:
+        choices: tuple[Literal["nothing", "pre_activations", "all"], ...] = ("nothing", "pre_activations", "all")
+        return {
+            f"save_for_backward: {choice}": dataclasses.replace(self.config, save_for_backward=choice)
+            for choice in choices
+        }
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> MixtureOfTokensConfig:
+        return MixtureOfTokensConfig(group_size, num_experts)
+
+
+class TokenChoiceCost(FeedForwardCost):
+    """Router, dispatch to the k chosen experts of each token, experts, combine."""
+
+    config: TokenChoiceConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind = self.config
+        x, sent, logits = Arrays(self.d_model), Arrays(self.d_model * kind.top_k), Arrays(logits=kind.num_experts)
+        read = x + Arrays(parameters=self.d_model * kind.num_experts)
+        router = {"router": self._product(kind.num_experts)}
+        return (
+            Part("router", "router", router, read, logits + read * 2, logits),
+            Part("dispatch", "", {}, x + sent, sent + x),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
+            Part("combine", "", {}, sent + x, x + sent * 2),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Without a capacity the experts' outputs are not saved (`routing.sum_experts`)."""
+        return _outputs("experts") if self.config.capacity_factor is None else ()
+
+    def final_products(self) -> tuple[str, ...]:
+        return _outputs("shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sequences_per_group(self, context_length: int) -> int:
+        return max(1, self.config.routing_group_tokens // context_length)
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind, tokens = self.config, self.config.routing_group_tokens
+        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
+        sizes |= {"expert_dim_F": kind.hidden_dim(self.d_ff), "choices_k": kind.top_k, "routing_group_tokens_T": tokens}
+        if kind.capacity_factor is not None:
+            sizes["capacity_C"] = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor)
+        return sizes
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig:
+        """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
+        top_k = max(1, num_experts // group_size)
+        return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
+
+
+_COSTS: dict[type, type[FeedForwardCost]] = {
+    DenseConfig: DenseCost,
+    MixtureOfTokensConfig: MixtureOfTokensCost,
+    TokenChoiceConfig: TokenChoiceCost,
+}
+
+
+def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwardCost:
+    """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends."""
+    cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
+    return cost(kind, model.d_model, model.d_ff, model.gated)
+
+
+def flop_matched_kinds(group_size: int, num_experts: int, length: int) -> dict[str, FeedForwardConfig]:
+    """The kinds that train, by name, all with the FLOPs of the dense layer in their experts."""
+    configs = (cost.flop_matched(group_size, num_experts, length) for cost in _COSTS.values())
+    return {config.kind: config for config in configs}

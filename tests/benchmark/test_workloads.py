@@ -1,0 +1,95 @@
+"""The benchmarks' models: those of `configs/`, available without a checkout, and their dense baselines."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mot_jax
+from mot_jax.benchmark import workloads
+from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, check, load_config
+from mot_jax.cost.parameters import active_parameters
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Workload: its config file.
+FILES = {
+    workloads.v1_mot: "v1.py",
+    workloads.v1_dense: "v1_dense.py",
+    workloads.v2_base_32e: "v2.py:base_32e",
+}
+# Configs with a mixture: their dense variants.
+DENSE = {"demo.py": "demo.py:dense", "v1.py": "v1.py:dense", "v2.py:base_32e": "v2.py:base_dense"}
+
+
+@pytest.mark.parametrize("workload", FILES, ids=lambda workload: workload.__name__)
+def test_workloads_equal_the_config_files(workload):
+    assert workload() == load_config(CONFIGS / FILES[workload])
+
+
+@pytest.mark.parametrize("config", [workloads.d2048(), workloads.SMALL], ids=["d2048", "small"])
+def test_workloads_without_a_config_file_are_valid(config):
+    check(config)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_of_equal_width_is_the_dense_variant(name):
+    dense = workloads.dense_of_equal_width(load_config(CONFIGS / name))
+    expected = load_config(CONFIGS / DENSE[name])
+    assert (dense.model, dense.data) == (expected.model, expected.data)
+
+
+def test_dense_of_equal_active_parameters():
+    model = ModelConfig(2, 16, 64, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
+    dense = workloads.dense_of_equal_active_parameters(Config(model=model)).model
+    assert isinstance(dense.feed_forward, DenseConfig)
+    assert abs(active_parameters(dense) / active_parameters(model) - 1) < 0.01
+
+
+@pytest.fixture
+def run_without_checkout(tmp_path):
+    """Runs Python in an empty directory, on a copy of the package that has no `configs/` next to it."""
+    site, workdir = tmp_path / "site", tmp_path / "empty"
+    shutil.copytree(Path(mot_jax.__file__).parent, site / "mot_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    workdir.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
+
+    def run_python(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        result = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run_python
+
+
+CODE = """
+from pathlib import Path
+import mot_jax
+from mot_jax.benchmark import accelerator, headline
+from mot_jax.config import check
+assert not (Path(mot_jax.__file__).parents[1] / "configs").exists()
+configs = [workload() for workload in accelerator.STEP_WORKLOADS.values()]
+for small in (True, False):
+    configs += headline.headline_configs(Path("headline"), small).values()
+for config in configs:
+    check(config)
+print(len(configs))
+"""
+
+
+def test_all_workloads_of_the_accelerator_benchmark_exist_without_a_checkout(run_without_checkout):
+    assert run_without_checkout("-c", CODE) == "7\n"
+
+
+SMALL = ["bench", "accelerator", "--small", "--out", "results"]
+
+
+@pytest.mark.parametrize(
+    "parts", ["step", pytest.param("numerics,layers,step,step_base_32e,decoding", marks=pytest.mark.slow)]
+)
+def test_the_small_accelerator_benchmark_runs_without_a_checkout(run_without_checkout, parts):
+    output = run_without_checkout("-m", "mot_jax.cli", *SMALL, "--parts", parts)
+    assert output.count("## ") == len(parts.split(",")) and "Not measured" not in output

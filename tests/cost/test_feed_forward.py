@@ -1,0 +1,61 @@
+"""The cost classes cover the feed-forward kinds, and the layer benchmark and the experiment's totals agree."""
+
+import dataclasses
+
+import pytest
+from paper_models import with_kind
+
+from mot_jax.config import (
+    CompanionsConfig,
+    DenseConfig,
+    MixingConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
+from mot_jax.cost.flops import forward_flops
+from mot_jax.nn.feed_forward import KINDS
+
+MODEL = ModelConfig(num_blocks=1, d_model=48, d_ff=96, num_heads=4, context_length=64)
+SEPARATE = MixingConfig(emit="softmax", controllers="separate")
+
+
+def test_every_kind_has_a_cost():
+    for kind in KINDS:
+        cost = feed_forward_cost(MODEL, kind())
+        assert cost.flops() == sum(part.flops for part in cost.parts()) > 0
+    kinds = flop_matched_kinds(4, 8, 64)
+    assert {type(config) for config in kinds.values()} == set(KINDS) - {CompanionsConfig}
+
+
+@pytest.mark.parametrize(
+    ("kind", "per_token"),
+    [
+        (DenseConfig(), {"dense FFN": 4 * 48 * 96}),
+        (MixtureOfTokensConfig(4, 8), {"mixing": 3 * 2 * 48 * 8, "experts": 4 * 48 * 96}),
+        (MixtureOfTokensConfig(4, 8, mixing=SEPARATE), {"mixing": 4 * 2 * 48 * 8, "experts": 4 * 48 * 96}),
+        (MixtureOfTokensConfig(12, 8, expert_dim=9), {"mixing": 3 * 2 * 48 * 8, "experts": 4 * 48 * 9 * 8 / 12}),
+        (
+            TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
+    ],
+)
+def test_flops_of_each_kind_by_hand(kind, per_token):
+    flops = forward_flops(dataclasses.replace(MODEL, feed_forward=kind))
+    assert {name: flops[name] for name in per_token} == per_token
+    assert set(flops) == {"attention projections", "attention scores", "head", *per_token}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_recomputed_by_each_policy(gated):
+    """The merge always, the experts' output product if not `all`, and every expert product for `nothing`."""
+    model = dataclasses.replace(with_kind(MODEL, 4, 8), gated=gated)
+    experts, products = forward_flops(model)["experts"], 3 if gated else 2
+    merge = 2 * 48 * 8
+    expected = {"nothing": merge + experts, "pre_activations": merge + experts / products, "all": 0}
+    for policy, flops in expected.items():
+        kind = dataclasses.replace(model.feed_forward, save_for_backward=policy)
+        cost = feed_forward_cost(model, kind)
+        assert cost.product_flops(*cost.recomputed_products()) == flops
