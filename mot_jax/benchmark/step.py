@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def dense_twin(config: Config) -> Config:
-    """The dense model of the same widths, as in configs/demo.py:dense: the paper's baseline of a step's time.
+    """The dense model of the same widths, as in configs/*_dense.py: the paper's baseline of a step's time.
 
     Its feed-forward layers have the FLOPs of the experts; that of `benchmark.decoding` has as many active parameters.
     """
