@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # Workload: its config file.
 FILES = {
     workloads.v1_mot: "v1.py",
-    workloads.v1_dense: "v1_dense.py",
+    workloads.v1_dense: "v1.py:dense",
     workloads.v2_base_32e: "v2.py:base_32e",
 }
 # Configs with a mixture: their dense variants.
