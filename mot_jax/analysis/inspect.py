@@ -29,7 +29,7 @@ from mot_jax.nn.feed_forward import FeedForwardContext, MixtureOfTokens
 from mot_jax.nn.mixing import normalised_entropy
 from mot_jax.nn.transformer import ModelOutput, Params
 from mot_jax.runs.metrics import read_rows
-from mot_jax.runs.restore import Run, check_data, load_run, load_run_config
+from mot_jax.runs.restore import TrainedModel, check_data, load_run, load_run_config
 from mot_jax.runtime.paths import user_path
 
 _TOKENS_READ = 65_536  # of validation text, at least, if there is as much
@@ -156,7 +156,7 @@ def _statistics(
 
 
 def _one_group(
-    run: Run, tokenizer: Tokenizer, windows: Windows, unit: np.ndarray, inner: int, position: int
+    run: TrainedModel, tokenizer: Tokenizer, windows: Windows, unit: np.ndarray, inner: int, position: int
 ) -> tuple[dict[str, dict[int, np.ndarray]], list[dict[str, Any]]]:
     """Shares [G, E] by name and block, and what the group's rows are."""
     model = run.config.model
@@ -175,7 +175,7 @@ def _one_group(
     return shares, rows
 
 
-def _tables(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray) -> dict[str, Any]:
+def _tables(run: TrainedModel, tokenizer: Tokenizer, windows: Windows, units: np.ndarray) -> dict[str, Any]:
     """By block, the most decided experts, and the tokens with the highest mean share over 1/G in their mixtures."""
     model = run.config.model
     length, rows = model.context_length, units.shape[1]
