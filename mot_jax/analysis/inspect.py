@@ -29,7 +29,7 @@ from mot_jax.nn.feed_forward import FeedForwardContext, MixtureOfTokens
 from mot_jax.nn.mixing import normalised_entropy
 from mot_jax.nn.transformer import ModelOutput, Params
 from mot_jax.runs.metrics import read_rows
-from mot_jax.runs.restore import Run, check_data, load_run, load_run_config
+from mot_jax.runs.restore import TrainedModel, check_data, load_run, load_run_config
 from mot_jax.runtime.paths import user_path
 
 _MIN_TOKENS = 65_536  # of the validation split, or all of a smaller one
@@ -175,7 +175,7 @@ def _statistics(
 
 
 def _group_shares(
-    run: Run, tokenizer: Tokenizer, windows: Windows, unit: np.ndarray, inner: int, position: int
+    run: TrainedModel, tokenizer: Tokenizer, windows: Windows, unit: np.ndarray, inner: int, position: int
 ) -> tuple[dict[str, dict[int, np.ndarray]], list[dict[str, Any]]]:
     """Return the shares of one group at one position, and a description of its members.
 
@@ -204,7 +204,7 @@ def _group_shares(
     return shares, members
 
 
-def _token_statistics(run: Run, tokenizer: Tokenizer, windows: Windows, units: np.ndarray) -> dict[str, Any]:
+def _token_statistics(run: TrainedModel, tokenizer: Tokenizer, windows: Windows, units: np.ndarray) -> dict[str, Any]:
     """Return, by block, the experts of lowest entropy and the tokens with the largest mean share over 1/G in each."""
     model = run.config.model
     length, unit_size = model.context_length, units.shape[1]

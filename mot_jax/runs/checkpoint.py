@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax, asynchronous, atomic; each holds all that is needed to go on."""
+"""Checkpoints, written by Orbax: asynchronous, atomic, each sufficient to resume the run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 class Checkpoints:
     """The checkpoints of one run, `<directory>/<step>`; a context manager that waits for the last save.
 
-    Each holds the state, and as metadata the next example of the global order, the config and the versions. What a
-    killed save left behind is removed on opening.
+    Each has the state, and as metadata the index of the next training example, the config and the package versions.
+    Opening removes the remains of interrupted saves.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 2):
@@ -43,37 +43,42 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state: TrainState, next_example: int, config: Config) -> None:
-        """Begins to save. Returns as soon as the state is copied; errors of a save appear in the next one or `wait`."""
+        """Begin to save; return as soon as the state is copied. The next `save` or `wait` raises the errors of this."""
         self.wait()
-        about = {"next_example": next_example, "config": json.loads(to_json(config)), "versions": versions()}
-        self._saving = self._checkpointer.save_async(step, state._asdict(), custom_metadata=about)
+        metadata = {"next_example": next_example, "config": json.loads(to_json(config)), "versions": versions()}
+        self._saving = self._checkpointer.save_async(step, state._asdict(), custom_metadata=metadata)
 
     def wait(self) -> None:
-        """Returns when the last save is complete; raises what went wrong in it."""
+        """Wait until the last save is complete, and raise its error, if any."""
         if self._saving is not None:
             saving, self._saving = self._saving, None
             saving.result()
 
     def restore(self, step: int, config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
-        """A checkpoint's state, on this mesh, whichever it was saved from, and its next example.
+        """Load a checkpoint onto a mesh, which may differ from the one it was saved from.
 
-        Also a line for each version that has changed since: then numbers may differ in their last bits. Raises
-        UserError for a checkpoint of another state, or a damaged one; RetryableError if it cannot be read now.
+        Returns:
+            The state, the index of the next training example, and a line for each package version that has changed
+            since: numbers may then differ in their last bits.
+
+        Raises:
+            UserError: for a checkpoint of another state, or a damaged one.
+            RetryableError: if it cannot be read now.
         """
-        now = versions()
+        current = versions()
         try:
-            about = self._checkpointer.metadata(step).custom_metadata
-            if not about:
+            metadata = self._checkpointer.metadata(step).custom_metadata
+            if not metadata:
                 raise ValueError("its metadata is missing or damaged")
-            then, next_example = dict(about["versions"]), int(about["next_example"])
+            saved, next_example = dict(metadata["versions"]), int(metadata["next_example"])
             state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
-        except jax.errors.JaxRuntimeError:  # a lost process, say
+        except jax.errors.JaxRuntimeError:  # for example a lost process
             raise
-        except Exception as error:  # Orbax raises whatever its parts do
-            words = f"cannot be read into this config's state by mot_jax {now['mot_jax']}"
-            raise unreadable(self._directory / str(step), error, words) from error
-        changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in then.items() if v != now.get(k)]
-        return TrainState(**state), next_example, changed
+        except Exception as error:  # Orbax passes on all errors of the libraries below it
+            problem = f"cannot be read into this config's state by mot_jax {current['mot_jax']}"
+            raise unreadable(self._directory / str(step), error, problem) from error
+        changes = [f"{k}: {v} then, {current.get(k)} now" for k, v in saved.items() if v != current.get(k)]
+        return TrainState(**state), next_example, changes
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -86,11 +91,11 @@ class Checkpoints:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the platform and the packages that the numbers depend on."""
-    found = {"python": platform.python_version(), "platform": jax.default_backend()}
+    """The versions of Python and of the packages that the numbers depend on, and the platform."""
+    installed = {"python": platform.python_version(), "platform": jax.default_backend()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

@@ -1,7 +1,7 @@
-"""What a run says of itself: rows, TensorBoard, W&B, lines or a progress bar, a picture of the curves.
+"""The metrics of a run: rows, TensorBoard, W&B, lines or a progress bar on the console, a plot of the loss curves.
 
-Rows are lines of JSON in `metrics.jsonl`, which grows. On an object store, where nothing grows, they are in
-`metrics/00000.jsonl` and so on: the last of these is written anew with all its rows, until it is large.
+Rows are lines of JSON that are appended to `metrics.jsonl`. An object store cannot append: there they are in
+`metrics/00000.jsonl` and so on, the last of which is rewritten with all its rows until it is large.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from mot_jax.runtime.paths import is_remote, replace_file
 
 Row = dict[str, Any]
 
-_PART = 1 << 19  # bytes of rows after which a new part begins
-_SECONDS = 60.0  # between writes of a part, but for those that a checkpoint asks for
-# How often TensorBoard's file is brought up to date; on an object store it is sent whole each time.
+_PART_BYTES = 1 << 19  # bytes of rows after which a new part begins
+_SECONDS = 60.0  # between writes of a part; a checkpoint causes further ones
+# How often the TensorBoard file is flushed, by whether it is on an object store, where it is sent as a whole each time.
 _BOARD_SECONDS = {False: 10, True: 300}
 
 
 class MetricsLog:
     """Writes each row to the workdir, and to TensorBoard and Weights & Biases where `config` asks for them.
 
-    Opening removes the rows after `step`: they come again. Raises UserError if W&B cannot start.
+    Opening removes the rows after `step`, which the resumed run logs again. Raises UserError if W&B cannot start.
     """
 
     def __init__(self, workdir: epath.Path, step: int, config: LoggingConfig):
         self._wandb = _open_wandb(workdir, config.wandb_project) if config.wandb else None  # first: it can fail
-        _cut(workdir, step)
+        _remove_rows_after(workdir, step)
         self._rows = _Parts(workdir) if is_remote(workdir) else _Lines(workdir)
         self._board = None
         if config.tensorboard:
@@ -52,7 +52,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=seconds)
 
     def write(self, row: Row) -> None:
-        """Where files can grow, the system has the row when this returns; on an object store, after `flush`."""
+        """Write a row: a file has it when this returns, an object store after the next `flush`."""
         self._rows.write(_line(row))
         values = {f"{row['split']}/{name}": value for name, value in row.items() if isinstance(value, float)}
         if self._board is not None:
@@ -62,7 +62,7 @@ class MetricsLog:
             self._wandb.log({"step": row["step"], **values})
 
     def flush(self) -> None:
-        """Must come before each checkpoint, which then never outlives its rows."""
+        """Make all rows durable. Call this before each checkpoint: a resumed run must have all rows up to its step."""
         self._rows.flush()
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class MetricsLog:
 
 
 class _Lines:
-    """Rows in one file that grows, where people can watch it."""
+    """Rows appended to one file, flushed at once, so that `tail -f` shows them."""
 
     def __init__(self, workdir: epath.Path):
         self._file = (workdir / "metrics.jsonl").open("a")
@@ -84,22 +84,23 @@ class _Lines:
         self._file.flush()
 
     def flush(self) -> None:
-        pass  # each line already is
+        pass  # `write` flushes every line
 
     def close(self) -> None:
         self._file.close()
 
 
 class _Parts:
-    """Rows in objects of bounded size, so that what is sent is a small multiple of what is logged.
+    """Rows in objects of bounded size, so that the bytes sent are a small multiple of the bytes logged.
 
-    The time between writes bounds what the training loop waits for; a kill loses rows, but none before a checkpoint.
+    Limiting the rate of writes limits the time that the training loop waits for them; a kill loses the rows since the
+    last write, but none before a checkpoint.
     """
 
     def __init__(self, workdir: epath.Path):
         self._folder = workdir / "metrics"
-        there = [int(path.stem) for path in _row_files(workdir) if path.stem.isdigit()]
-        self._number = max(there, default=-1) + 1
+        numbers = [int(path.stem) for path in _row_files(workdir) if path.stem.isdigit()]
+        self._number = max(numbers, default=-1) + 1
         self._lines: list[str] = []
         self._unwritten, self._since = False, time.monotonic()
 
@@ -114,7 +115,7 @@ class _Parts:
             content = "".join(self._lines).encode()
             (self._folder / f"{self._number:05d}.jsonl").write_bytes(content)
             self._unwritten, self._since = False, time.monotonic()
-            if len(content) > _PART:
+            if len(content) > _PART_BYTES:
                 self._number, self._lines = self._number + 1, []
 
     def close(self) -> None:
@@ -122,7 +123,7 @@ class _Parts:
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """Raises UserError if W&B is asked for and not installed."""
+    """Raise UserError if W&B is enabled and not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb = True: wandb is not installed; try pip install 'mot_jax[wandb]'")
 
@@ -140,27 +141,27 @@ def _open_wandb(workdir: epath.Path, project: str) -> Any:
             id=path.read_text(),
             name=workdir.name,
             resume="allow",
-            allow_val_change=True,  # the steps of a run that is extended
-            dir=None if is_remote(workdir) else str(workdir),  # None: W&B's own choice
+            allow_val_change=True,  # `steps`, when a run is extended
+            dir=None if is_remote(workdir) else str(workdir),  # None: the default of W&B
             config=json.loads((workdir / "config.json").read_text()),
-            settings=wandb.Settings(console="off"),  # it would redirect our lines and the progress bar
+            settings=wandb.Settings(console="off"),  # it would redirect the printed lines and the progress bar
         )
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"logging.wandb = True: {reason}; try `wandb login`, or WANDB_MODE=offline") from None
-    # Not W&B's own count: a resumed run sends rows again, which it would drop as being of the past.
+    # W&B drops rows of earlier steps by its own step count, and a resumed run sends some again.
     run.define_metric("*", step_metric="step")
     return run
 
 
 def _line(row: Row) -> str:
-    """JSON has no word for what is not finite: null."""
+    """A row as a line of strict JSON, with null for NaN and infinities."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_rows(workdir: epath.Path) -> list[Row]:
-    """The rows of a run so far, wherever it logged them; a last line that a kill cut short is left out."""
+    """The rows of a run so far, ordered by step, without a last line that a kill left incomplete."""
     rows = [row for path in _row_files(workdir) for row in _rows_of(path)]
     return sorted(rows, key=lambda row: row["step"])  # a run that moved to or from an object store has both forms
 
@@ -181,23 +182,23 @@ def _rows_of(path: epath.Path) -> list[Row]:
     return rows
 
 
-def _cut(workdir: epath.Path, step: int) -> None:
-    """Removes the rows after `step`, the last file first: a kill meanwhile leaves no gap."""
+def _remove_rows_after(workdir: epath.Path, step: int) -> None:
+    """Remove the rows after `step`, beginning with the last file, so that a kill in between leaves no gap."""
     for path in reversed(_row_files(workdir)):
-        kept = [row for row in _rows_of(path) if row["step"] <= step]
-        if kept:
-            replace_file(path, "".join(map(_line, kept)).encode())
+        remaining = [row for row in _rows_of(path) if row["step"] <= step]
+        if remaining:
+            replace_file(path, "".join(map(_line, remaining)).encode())
         else:
             path.unlink()
 
 
 def layer_metrics(row: Row, name: str) -> list[float]:
-    """The values of a layer metric (`{name}/{block}`), in the order of the blocks."""
+    """The values of a metric of the layers, `{name}/{block}` in a row, in the order of the blocks."""
     return [row[key] for key in sorted(row) if key.startswith(name + "/")]
 
 
 class Console:
-    """Lines of a run: plain in a log, above a progress bar on a terminal; none of a `quiet` one."""
+    """The lines that a run prints: above a progress bar on a terminal, plain elsewhere, none if `quiet`."""
 
     def __init__(self, steps: int, interactive: bool | None = None, quiet: bool = False):
         self._interactive = (sys.stdout.isatty() if interactive is None else interactive) and not quiet
@@ -228,7 +229,7 @@ class Console:
 
 
 def train_line(row: Row, steps: int) -> str:
-    """One line of a training row for people."""
+    """The line that is printed for a training row."""
     parts = [
         f"step {row['step']:>{len(str(steps))}}/{steps}",
         f"loss {row['loss']:.4f}",
@@ -250,18 +251,18 @@ def train_line(row: Row, steps: int) -> str:
 
 
 def validation_line(row: Row) -> str:
-    """One line of a validation row for people."""
+    """The line that is printed for a validation row."""
     parts = [f"validation after {row['step']} steps: {row['bits_per_byte']:.4f} bits per byte"]
     if "most_frequent" in row:
         parts = [
             f"validation after {row['step']} steps: {row['accuracy']:.1%} of {row['tokens']:,} masked tokens right"
         ]
-        parts += [f"the commonest is {row['most_frequent']:.1%}"]
+        parts += [f"the most frequent one would be right for {row['most_frequent']:.1%}"]
     return " | ".join([*parts, f"loss {row['loss']:.4f}", f"{row['windows']:,} windows"])
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `4:05`."""
+    """Format seconds as `1:02:03` or `4:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -284,7 +285,7 @@ def plot_curves(runs: dict[str, list[Row]]) -> bytes:
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as a file."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    """A figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""The optimizer and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mot_jax.nn.transformer import Params
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_steps`, then a cosine down to `min_lr_ratio` of the peak at `steps`.
 
-    Step t (from 0) makes update t + 1: the first update has 1/warmup_steps of the peak, the last one the final value.
+    Step t (from 0) makes update t + 1: the first update has 1 / warmup_steps of the peak learning rate, the last one
+    the final value.
     """
     warmup = config.warmup_steps
 
@@ -33,20 +34,20 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, the optimizer, weight decay, the learning rate and its multipliers.
+    """Chain clipping by the global norm, the optimizer, weight decay, the learning rate and its multipliers.
 
-    For parameters in a flat dictionary by name. A *matrix* is what has two dimensions or more beside those over which
-    it is stacked: blocks, and experts of a layer. `beta1` is the decay of the first moment, which is kept in
-    `mu_dtype`, all else in the parameter's dtype. `beta2` and `epsilon` are AdamW's alone.
+    For parameters in a flat dictionary by name. A *matrix* is a parameter with two or more dimensions in addition to
+    those over which it is stacked (blocks, and experts of a layer). `beta1` is the decay of the first moment, which is
+    stored in `mu_dtype`; all other state is in the dtype of the parameter. Only AdamW uses `beta2` and `epsilon`.
 
-    adamw: both moments. With `decay: all`, as in the paper (PAPER.md section 5).
-    adafactor: of a matrix with two dimensions of at least 128 (attention's are cut into heads), a row and a column for
-        the second moment; updates of RMS at most 1, and their first moment, unless beta1 = 0. The learning rate is
-        absolute, as AdamW's.
-    muon: the matrices of the blocks get Nesterov momentum, made orthogonal and scaled to an RMS of 0.2, about that of
-        AdamW's updates; the rest AdamW. Keys and values are two matrices, all heads of one.
+    adamw: both moments. With `decay: all`, as in the paper (`docs/paper.md`, section 5).
+    adafactor: the second moment of a matrix with two dimensions of at least 128 (those of attention are split into
+        heads) is factored into a row and a column; updates have an RMS of at most 1 and a first moment, unless
+        beta1 = 0. The learning rate is absolute, as with AdamW.
+    muon: the matrices of the blocks have Nesterov momentum, orthogonalized and scaled to an RMS of 0.2, about that of
+        AdamW's updates; all other parameters have AdamW. Keys and values are two matrices, each of all heads.
 
-    Its `init` raises UserError for a multiplier that is no parameter's.
+    Its `init` raises UserError for a multiplier that matches no parameter.
     """
     return _on_any_mesh(
         optax.chain(
@@ -60,7 +61,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _on_any_mesh(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same; what it makes lies where what it is made of lay. Optax knows no Explicit axes: the compiler spreads."""
+    """Run an optimizer with automatic axes, since Optax does not support Explicit ones.
+
+    Updates and state have the shardings of the gradients and of the old state.
+    """
 
     def update(*arguments: Any) -> tuple[Params, optax.OptState]:
         if spec() is None:
@@ -80,7 +84,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.beta1:
         parts.append(optax.ema(config.beta1, debias=False, accumulator_dtype=config.mu_dtype))
     adafactor = optax.chain(*parts)
-    return _each_by_itself(lambda name, shape: adafactor)
+    return _per_matrix(lambda name, shape: adafactor)
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -98,18 +102,19 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         sides = (math.prod(shape[axis] for axis in side) for side in axes)
         return optax.chain(muon, optax.scale(0.2 * max(sides) ** 0.5))
 
-    return _each_by_itself(choose)
+    return _per_matrix(choose)
 
 
-# The dimensions that a matrix reads and writes, where they are not two.
+# The input and output dimensions of matrices that have more than two.
 _AXES = {"query": ((0,), (1, 2)), "key_value": ((0,), (2, 3)), "out": ((0, 1), (2,))}
 
 
-def _each_by_itself(choose: Callable[[str, tuple[int, ...]], optax.GradientTransformation]) -> Any:
-    """Every matrix of a stack of blocks or experts by itself, with what `choose` has for its name and shape.
+def _per_matrix(choose: Callable[[str, tuple[int, ...]], optax.GradientTransformation]) -> Any:
+    """Apply to every matrix of a stack of blocks or experts the optimizer that `choose` returns for its name and shape.
 
-    The state, by name too, has the leading dimensions of the stack, count and all, and so can lie where the parameter
-    does. (Optax alone would factor over the experts, and reshape their dimension away, which Explicit axes forbid.)
+    The state is also by name. All of it, step counts too, has the leading dimensions of the stack, and so can have the
+    sharding of the parameter. (Without this, Optax would factor over the experts, and reshape their dimension away,
+    which Explicit axes forbid.)
     """
 
     def mapped(method: str, name: str, *trees: Any) -> Any:
@@ -130,31 +135,32 @@ def _each_by_itself(choose: Callable[[str, tuple[int, ...]], optax.GradientTrans
 
 
 def stacked(name: str) -> int:
-    """The number of a parameter's leading dimensions over which it is stacked: blocks, experts."""
+    """The number of leading dimensions of a parameter over which matrices are stacked: blocks, experts."""
     return name.startswith("stacks/") + PARAMETERS.get(name.rpartition("/")[2], ()).count("experts")
 
 
 def _is_matrix(name: str, rank: int) -> bool:
-    """Whether a parameter of a block is one, by its rank without leading dimensions. A norm's, or a bias, is none."""
+    """Whether a parameter of a block is a matrix, by its rank without stacked dimensions; never of norms, or biases."""
     return name.startswith("stacks/") and "norm" not in name and "bias" not in name and rank > 1
 
 
 def _decayed(params: Params) -> dict[str, bool]:
-    """Which parameters `decay: matrices` shrinks: the matrices of the blocks, and the head, tied or not."""
+    """Which parameters decay with `decay: matrices`: the matrices of the blocks, and the head, tied or not."""
     head = "head" if "head" in params else "token_embedding"
     return {name: name == head or _is_matrix(name, param.ndim - stacked(name)) for name, param in params.items()}
 
 
 def _multiply(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
-    """Updates times the factors of all parts that are in the parameter's name."""
+    """Multiply the update of a parameter by the factors of all parts that its name contains."""
 
     def init(params: Params) -> optax.OptState:
         words = {word for name in params for word in name.split("/") if not word.isdigit()}
         for part, _ in multipliers:
             if not any(part in name for name in params):
-                near = nearest(part, params if "/" in part else sorted(words))
-                fault = f"training.optimizer.multipliers = {multipliers}: {part!r} is in no parameter's name{near}"
-                raise UserError(fault)
+                advice = nearest(part, params if "/" in part else sorted(words))
+                raise UserError(
+                    f"training.optimizer.multipliers = {multipliers}: {part!r} is in no parameter's name{advice}"
+                )
         return optax.EmptyState()
 
     def update(updates: Params, state: optax.OptState, params: Params) -> tuple[Params, optax.OptState]:

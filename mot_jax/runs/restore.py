@@ -1,4 +1,4 @@
-"""A trained model from its workdir or an export, only by reading: a training run may be writing there."""
+"""Load a trained model from its workdir or an export. Nothing is written: a training run may be using the workdir."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, ModelConfig, from_json
-from mot_jax.errors import UserError
+from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
 from mot_jax.runs.state import TrainState, abstract_state, spread
@@ -24,19 +24,19 @@ from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tenso
 from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import user_path
 
-EXPORTED_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # what an export calls its own
+EXPORTED_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # file names of the tokenizer in an export
 
 
-class Run(NamedTuple):
-    """config: of the run. params: by name, after `step` updates."""
+class TrainedModel(NamedTuple):
+    """A trained model: the config of its run, and its parameters by name, after `step` updates."""
 
     config: Config
     params: Params
     step: int
 
 
-class Whole(NamedTuple):
-    """All that a run needs to go on: its config, its state, and the next example of its text."""
+class SavedTraining(NamedTuple):
+    """All that another run needs to continue a run: config, state, and index of the next training example."""
 
     config: Config
     state: TrainState
@@ -44,8 +44,9 @@ class Whole(NamedTuple):
 
 
 def load_run_config(workdir: epath.PathLike) -> Config:
-    """The config of the run, or the export, in `workdir`, whose tokenizer is its own. Raises UserError if there is
-    none.
+    """The config of the run or export in `workdir`; an export has its own copy of the tokenizer.
+
+    Raises UserError if there is neither.
     """
     workdir = user_path("workdir", workdir)
     if not workdir.is_dir():
@@ -54,20 +55,20 @@ def load_run_config(workdir: epath.PathLike) -> Config:
     if not path.exists():
         raise UserError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
     config = from_json(path.read_text())
-    own = workdir / config.data.tokenizer
-    if config.data.tokenizer in EXPORTED_TOKENIZERS and own.exists():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(own)))
+    exported_tokenizer = workdir / config.data.tokenizer
+    if config.data.tokenizer in EXPORTED_TOKENIZERS and exported_tokenizer.exists():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(exported_tokenizer)))
     return config
 
 
 def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) -> None:
-    """Raises UserError if the run in `workdir` reads other text: the standard library of another Python, say.
+    """Raise UserError if the run in `workdir` reads other text, for example the standard library of another Python.
 
-    data: fingerprints by their names in data.json; those that are not there are not compared.
+    data: fingerprints by their names in `data.json`; those that it lacks are not compared.
     """
     path = epath.Path(workdir) / "data.json"
-    there = json.loads(path.read_text()) if path.exists() else {}
-    changes = {k: f"{k}: {there[k]} there, {data[k]} here" for k in data if there.get(k, data[k]) != data[k]}
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    changes = {k: f"{k}: {saved[k]} there, {data[k]} here" for k in data if saved.get(k, data[k]) != data[k]}
     if "tokenizer" in changes:
         raise UserError(
             f"data.tokenizer = {config.data.tokenizer!r}: does not match the checkpoints in workdir = {workdir}, which "
@@ -80,13 +81,15 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
         )
 
 
-def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
-    """The newest complete checkpoint of the run in `workdir`, or an export: its parameters, without the optimizer's
-    state.
+def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedModel:
+    """Load the parameters of an export, or of the newest complete checkpoint of the run in `workdir`.
 
-    They come to lie on `mesh`, on the mesh that is set where none is given, and where none is set on the first device;
-    the mesh that they were trained on does not matter. Of several processes, each calls it. Raises UserError if there
-    is no run, no checkpoint yet or a damaged one; RetryableError if it cannot be read now.
+    They are placed on `mesh`; if it is None, on the mesh that is set; if there is none, on the first device. The mesh
+    of the training does not matter. With several processes, each calls this.
+
+    Raises:
+        UserError: if there is no run, no checkpoint yet or a damaged one.
+        RetryableError: if it cannot be read now.
     """
     with distributed.together():
         config = load_run_config(workdir)
@@ -95,11 +98,11 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> Run:
         if holds_tensors(path):
             return _load_export(path, config, abstract)
     checkpoint, content = _load_newest(workdir, {"params": abstract})
-    return Run(config, content["params"], int(checkpoint.name))
+    return TrainedModel(config, content["params"], int(checkpoint.name))
 
 
-def load_whole(workdir: epath.PathLike, mesh: Mesh) -> Whole:
-    """The newest complete checkpoint of the run in `workdir`, the optimizer's state too; otherwise as `load_run`."""
+def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
+    """Load the whole state of the newest complete checkpoint of the run in `workdir`; otherwise as `load_run`."""
     with distributed.together():
         config = load_run_config(workdir)
         abstract = abstract_state(config, mesh)._asdict()
@@ -107,13 +110,13 @@ def load_whole(workdir: epath.PathLike, mesh: Mesh) -> Whole:
     with distributed.together():
         try:
             next_example = int(ocp.metadata(checkpoint).custom_metadata["next_example"])
-        except Exception as error:  # as below
+        except Exception as error:  # Orbax passes on all errors of the libraries below it
             raise unreadable(checkpoint, error, "has no readable metadata") from error
-    return Whole(config, TrainState(**content), next_example)
+    return SavedTraining(config, TrainState(**content), next_example)
 
 
 def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epath.Path, dict[str, Any]]:
-    """Those parts of the newest complete checkpoint, and where it is."""
+    """Load parts of the newest complete checkpoint. Returns its path and these parts."""
     quieten()
     with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
@@ -121,36 +124,39 @@ def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epa
         step = newest_step(folder)
         if step is None:
             raise UserError(f"workdir = {workdir}: has no checkpoint yet; try again after the run has saved one")
-        content, fault = _load(folder / str(step), abstract)
-        if not any(distributed.gather(fault is not None)):
+        content, read_error = _load(folder / str(step), abstract)
+        if not any(distributed.gather(read_error is not None)):
             return folder / str(step), content
-        if newest_step(folder) == step:  # else the run saved a newer one, and may have deleted this one meanwhile
+        if newest_step(folder) == step:  # else the run has saved a newer one, and may have deleted this one
             with distributed.together():
-                if fault is not None:
-                    raise fault
+                if read_error is not None:
+                    raise read_error
 
 
-def _load_export(folder: epath.Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> Run:
-    """One stack after the other; each process keeps what its devices hold. Raises UserError with every fault."""
-    found = open_tensors(folder)
-    faults = tensor_faults(found, abstract, folder)
-    step = found.metadata.get("step", "")
+def _load_export(folder: epath.Path, config: Config, abstract: dict[str, jax.ShapeDtypeStruct]) -> TrainedModel:
+    """Load an export, one parameter at a time, of which each process retains its shards. Raises UserError."""
+    file = open_tensors(folder)
+    faults = tensor_faults(file, abstract, folder)
+    step = file.metadata.get("step", "")
     if not step.isdecimal():
         faults.append(f"{folder}: its step is {step!r}, must be a number; export it again")
     if faults:
         raise UserError(*faults)
-    values = ((name, found.tensors[name].read().astype(kind.dtype)) for name, kind in abstract.items())
-    return Run(config, {name: spread(value, abstract[name].sharding) for name, value in values}, int(step))
+    values = ((name, file.tensors[name].read().astype(kind.dtype)) for name, kind in abstract.items())
+    return TrainedModel(config, {name: spread(value, abstract[name].sharding) for name, value in values}, int(step))
 
 
-def tensor_faults(found: Tensors, wanted: Mapping[str, jax.ShapeDtypeStruct], where: object) -> list[str]:
-    """A line for each tensor that is missing, of another shape or dtype than wanted, or not wanted at all.
+def tensor_faults(file: Tensors, parameters: Mapping[str, jax.ShapeDtypeStruct], place: object) -> list[str]:
+    """Compare the tensors of a file with the parameters of a model.
 
-    A tensor may be narrower than wanted, which changes no value, but not wider. where: the tensors are, for people.
+    The dtype of a tensor may be narrower than that of the parameter, since converting it changes no value; not wider.
+
+    Returns:
+        An error for each tensor that is missing, superfluous or of another shape or dtype, with `place` in front.
     """
-    faults = [f"{name}: the model has no parameter for it" for name in found.tensors if name not in wanted]
-    for name, kind in wanted.items():
-        tensor = found.tensors.get(name)
+    faults = [f"{name}: the model has no parameter for it" for name in file.tensors if name not in parameters]
+    for name, kind in parameters.items():
+        tensor = file.tensors.get(name)
         if tensor is None:
             faults.append(f"{name}: is missing, must have shape {kind.shape}")
         elif tensor.shape != kind.shape:
@@ -158,33 +164,35 @@ def tensor_faults(found: Tensors, wanted: Mapping[str, jax.ShapeDtypeStruct], wh
         elif tensor.dtype not in FLOATS.values() or jnp.promote_types(tensor.dtype, kind.dtype) != kind.dtype:
             words = f"is {tensor.dtype}, must be {kind.dtype} or narrower; try model.param_dtype = 'float32'"
             faults.append(f"{name}: {words}")
-    return [f"{where}: tensor {fault}" for fault in faults]
+    return [f"{place}: tensor {fault}" for fault in faults]
 
 
-def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], UserError | None]:
-    """Those parts of a checkpoint, or what is wrong with it."""
+def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], UserError | RetryableError | None]:
+    """Load parts of a checkpoint. Returns them, or the error to raise."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    # Alone: a process that cannot read would leave the others at a barrier of Orbax's for five minutes.
+    # Each process by itself: one that cannot read would leave the others at a barrier of Orbax for five minutes.
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}
     try:
         with context:
             content = ocp.load(checkpoint, abstract)
-    except jax.errors.JaxRuntimeError:  # a lost process, say
+    except jax.errors.JaxRuntimeError:  # for example a lost process
         raise
-    except Exception as error:  # Orbax raises whatever its parts do
+    except Exception as error:  # Orbax passes on all errors of the libraries below it
         return {}, unreadable(checkpoint, error, "cannot be read")
-    found = content["params"]
-    missing = [name for name in abstract["params"] if not isinstance(found.get(name), jax.Array)]
+    missing = [name for name in abstract["params"] if not isinstance(content["params"].get(name), jax.Array)]
     if missing:
-        words = f"workdir = {checkpoint.parent.parent}: its checkpoint is of another mot_jax, without {missing[0]}"
-        return {}, UserError(words)
+        place = f"workdir = {checkpoint.parent.parent}"
+        return {}, UserError(f"{place}: its checkpoint is of another mot_jax, without {missing[0]}")
     return content, None
 
 
 def newest_step(folder: epath.Path) -> int | None:
-    """The step of the newest complete checkpoint, as process 0 sees it: a shared file system may show others less."""
+    """The step of the newest complete checkpoint in `folder`, as process 0 sees it; None if there is none.
+
+    On a shared file system, other hosts may still see an older state. With several processes, each calls this.
+    """
     newest = None
     with distributed.together():
         if distributed.is_first():

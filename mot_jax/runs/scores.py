@@ -1,4 +1,4 @@
-"""What a run has scored in its inference modes: `modes.json` in its workdir, and how it is shown."""
+"""The scores of a run in its inference modes: stored in `modes.json` in its workdir, and printed."""
 
 from __future__ import annotations
 
@@ -20,46 +20,49 @@ from mot_jax.runtime.paths import replace_file, user_path
 
 Score = dict[str, Any]
 
-_KEY = ("mode", "split", "step", "windows", "group_size")  # of one score each, the newest
+_KEY = ("mode", "split", "step", "windows", "group_size")  # a newer score replaces one that agrees in these
 
 
 def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
-    """What `make_evaluation` found, and what of. config: that of the run, or regrouped."""
-    found = mode_of(mode)
-    independent = found.independent or found.change(config).model.group_size == 1
-    about = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
-    return {**about, **result, "perplexity": math.exp(result["loss"])}
+    """A score: the result of an evaluation, its mode, split and groups, and its perplexity.
+
+    config: that of the run; its groups may differ. independent: whether no sequence depends on the others of its batch.
+    """
+    mode_entry = mode_of(mode)
+    independent = mode_entry.independent or mode_entry.change(config).model.group_size == 1
+    settings = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
+    return {**settings, **result, "perplexity": math.exp(result["loss"])}
 
 
 def record_score(workdir: epath.PathLike, score: Score) -> None:
-    """Writes it down, in place of an older one of the same mode, split, step, windows and group size."""
+    """Store a score in the workdir, in place of an older one of the same mode, split, step, windows and group size."""
     path = user_path("workdir", workdir) / "modes.json"
-    others = [there for there in _read(path) if any(there[key] != score[key] for key in _KEY)]
+    others = [other for other in _read(path) if any(other[key] != score[key] for key in _KEY)]
     replace_file(path, (json.dumps([*others, score], indent=1) + "\n").encode())
 
 
 def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:
-    """By mode, the scores of the run in `workdir` on its validation split after `step` updates, in its own groups.
+    """The stored scores of the run in `workdir`, by mode: of its validation split, after `step` updates, in its groups.
 
-    All are of equally many windows, so that they compare: of as many as most modes have been scored on.
+    All are of the same number of windows, so that they can be compared: the one on which most modes have been scored.
     """
     config = load_run_config(workdir)
-    wanted = {"split": config.data.validation_split, "step": step, "group_size": _group_size(config)}
+    settings = {"split": config.data.validation_split, "step": step, "group_size": _group_size(config)}
     by_windows: dict[int, dict[str, Score]] = {}
     for score in _read(user_path("workdir", workdir) / "modes.json"):
-        if all(score[key] == value for key, value in wanted.items()):
+        if all(score[key] == value for key, value in settings.items()):
             by_windows.setdefault(score["windows"], {})[score["mode"]] = score
     return max(by_windows.items(), key=lambda item: (len(item[1]), item[0]), default=(0, {}))[1]
 
 
 def _group_size(config: Config) -> int:
-    """Of the layers as they mix; of those that were tuned to route, as they mixed."""
+    """The size of mixing groups; for a model tuned to token choice, that of the groups with which it was trained."""
     mixture = getattr(config.model.feed_forward, "mixture", None)
     return config.model.group_size if mixture is None else mixture.group_size
 
 
 def check_scores(workdir: epath.PathLike) -> None:
-    """Raises UserError if what was written down before is damaged."""
+    """Raise UserError if the stored scores are damaged."""
     _read(user_path("workdir", workdir) / "modes.json")
 
 
@@ -70,24 +73,24 @@ def _read(path: epath.Path) -> list[Score]:
             raise ValueError(f"a score must have {', '.join(_KEY)}")
         return scores
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it, and mot evaluate writes it anew") from None
+        raise UserError(f"{path}: is damaged ({error}); delete it, and mot evaluate writes it again") from None
 
 
-# --- for people -------------------------------------------------------------------------------------------------------
+# --- printing ---------------------------------------------------------------------------------------------------------
 
 
 def show(config: Config, scores: Sequence[Score]) -> None:
-    """Prints the scores of one split: one in words, more as a table."""
+    """Print the scores of one split: a single one as sentences, more as a table."""
     print(f"{scores[0]['split']} split of {' + '.join(config.data.corpus)}, groups of {scores[0]['group_size']}")
     if len(scores) == 1:
         (score,) = scores
-        print(f"mode {score['mode']}, {mode_of(score['mode']).about}; rows {_hearing(score)}")
+        print(f"mode {score['mode']}, {mode_of(score['mode']).about}; sequences {_independence(score)}")
         print(f"{validation_line(score)} | {score['tokens']:,} tokens | perplexity {score['perplexity']:.3f}")
         return
     print(f"after {scores[0]['step']} steps, {scores[0]['windows']:,} windows, {scores[0]['tokens']:,} tokens")
-    names = ("mode", "bits per byte", "loss", "perplexity", "rows", "")
+    names = ("mode", "bits per byte", "loss", "perplexity", "sequences", "")
     rows = [
-        (s["mode"], f"{s['bits_per_byte']:.4f}", f"{s['loss']:.4f}", f"{s['perplexity']:.3f}", _hearing(s),
+        (s["mode"], f"{s['bits_per_byte']:.4f}", f"{s['loss']:.4f}", f"{s['perplexity']:.3f}", _independence(s),
          mode_of(s["mode"]).about)
         for s in scores
     ]  # fmt: skip
@@ -102,5 +105,5 @@ def show(config: Config, scores: Sequence[Score]) -> None:
         print(" | ".join(text.ljust(width) for text, width in zip(row, (12, 13, 7, 10, 20, 0), strict=True)).rstrip())
 
 
-def _hearing(score: Score) -> str:
-    return "hear no other row" if score["independent"] else "influence each other"
+def _independence(score: Score) -> str:
+    return "are independent" if score["independent"] else "influence each other"

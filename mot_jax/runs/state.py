@@ -1,4 +1,4 @@
-"""The state of a run: one pytree, born sharded."""
+"""The state of a run: one pytree, initialized sharded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mot_jax.runs.optimizer import make_optimizer, stacked
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates made so far. params: by name. opt_state: optax's."""
+    """step: int32 scalar, updates made so far. params: by name. opt_state: that of optax."""
 
     step: jax.Array
     params: Params
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
-    """A new state; each device makes only the shards it holds. The values do not depend on the mesh."""
+    """Initialize a state; each device computes only its own shards. The values do not depend on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(partial(_create, config), out_shardings=shardings)(jax.random.key(config.training.seed))
@@ -37,8 +37,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     shapes = jax.eval_shape(partial(_create, config), jax.random.key(config.training.seed))
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # What the optimizer keeps of a parameter has its name, and lies where the parameter does. What it keeps of the
-        # rows or columns of a matrix has at least the dimensions over which matrices are stacked, and is cut by those.
+        # The optimizer's state of a parameter has the parameter's name and sharding. Factored moments, of the rows or
+        # columns of a matrix, have at least the leading dimensions over which matrices are stacked, and their sharding.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         param = shapes.params[names[-1]] if names else leaf
         spec = parameter_spec(names[-1], param.ndim) if names else PartitionSpec()
@@ -56,13 +56,13 @@ def _create(config: Config, key: jax.Array) -> TrainState:
 
 
 def fetch(value: jax.Array) -> np.ndarray:
-    """All of an array in this process's memory, a copy.
+    """Copy a whole array into the memory of this process.
 
-    Of several processes, each calls it, with the mesh set; then each device needs room for the array meanwhile.
+    With several processes, each calls this, with the mesh set; while it runs, each device holds the whole array.
     """
     return np.array(value if value.is_fully_addressable else jax.jit(replicate)(value))
 
 
 def spread(value: np.ndarray, sharding: Sharding) -> jax.Array:
-    """The parts of it that this process's devices hold."""
+    """Place an array on devices; each process copies the shards of its own devices."""
     return jax.make_array_from_callback(value.shape, sharding, lambda part: value[part])

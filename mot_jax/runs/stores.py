@@ -1,7 +1,8 @@
 """Checkpoints on object stores, as Orbax writes them.
 
-Orbax 0.12 knows `gs://`: TensorStore's own driver writes the arrays, and a file that says that a checkpoint is whole is
-written last, in place of a rename. TensorStore has a driver for `s3://` too. Orbax does not use it: here it is told to.
+Orbax 0.12 supports `gs://`: TensorStore's driver writes the arrays, and a file that marks the checkpoint as complete is
+written last, in place of a rename. TensorStore has a driver for `s3://` too, which Orbax does not use: this module
+patches it so that it does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.runtime.paths import is_passing, is_remote
 
-_LONGEST = 200  # characters of an error of Orbax's
+_MAX_REASON = 200  # characters of an error of Orbax
 
 _PRIVATE = (
     (gcs_utils, "_GCS_PATH_PREFIX"),
@@ -28,35 +29,35 @@ _PRIVATE = (
 
 
 def quieten() -> None:
-    """Orbax logs what it also raises, and much else; asyncio, the errors of the tasks that Orbax leaves behind."""
+    """Silence Orbax, which logs the errors that it also raises, and asyncio, which logs those of tasks Orbax leaves."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def unreadable(checkpoint: epath.Path, error: Exception, words: str) -> UserError:
-    """What to tell of a checkpoint that Orbax cannot read. RetryableError if it was its disk or store.
+def unreadable(checkpoint: epath.Path, error: Exception, problem: str) -> UserError | RetryableError:
+    """The error to raise for a checkpoint that Orbax cannot read: a RetryableError if its disk or store failed.
 
-    words: what is wrong with it, if it is not that. Of Orbax's chain of errors only the first is told.
+    problem: the predicate of the message otherwise. The reason given is the first error in the chain of Orbax.
     """
     while isinstance(cause := error.__cause__ or error.__context__, Exception):
         error = cause
     reason = error_words(error)
-    reason = reason if len(reason) <= _LONGEST else reason[:_LONGEST] + "…"
+    reason = reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + "…"
     place = f"workdir = {checkpoint.parent.parent}: its checkpoint {checkpoint.name}"
     if is_passing(error):
         return RetryableError(f"{place} could not be read ({reason}); the same command may work later")
-    return UserError(f"{place} {words} ({reason}); if it is damaged, remove {checkpoint}, and the one before is used")
+    return UserError(f"{place} {problem} ({reason}); if it is damaged, remove {checkpoint}, and the one before is used")
 
 
 def orbax_path(path: epath.Path) -> epath.Path:
-    """The path as Orbax takes it, from the root. Raises UserError for `s3://` under an Orbax that cannot be told."""
+    """The absolute path for Orbax. Raises UserError for `s3://` if this version of Orbax cannot be patched."""
     if str(path).startswith("s3://"):
-        _teach_s3()
+        _patch_orbax_for_s3()
     return path if is_remote(path) else path.absolute()
 
 
-def _teach_s3() -> None:
-    """Makes Orbax treat `s3://` as it treats `gs://`, with the other driver."""
+def _patch_orbax_for_s3() -> None:
+    """Make Orbax treat `s3://` as it treats `gs://`, but with the driver for S3."""
     if not all(hasattr(module, name) for module, name in _PRIVATE):
         raise UserError(
             "workdir = s3://...: this orbax-checkpoint writes no checkpoints there; try 0.12.8, or a workdir on gs://"
@@ -75,9 +76,9 @@ def _teach_s3() -> None:
 
 
 def _s3_kvstore(path: str) -> dict[str, Any]:
-    """Where and with which driver TensorStore writes; endpoint and region from the variables that AWS' tools read."""
+    """TensorStore's specification of a path; endpoint and region from the environment variables of the AWS tools."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    chosen = {"endpoint": endpoint, "aws_region": region}
-    return {"driver": "s3", "bucket": bucket, "path": key} | {name: value for name, value in chosen.items() if value}
+    options = {"endpoint": endpoint, "aws_region": region}
+    return {"driver": "s3", "bucket": bucket, "path": key} | {name: value for name, value in options.items() if value}

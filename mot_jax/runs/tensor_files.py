@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: one, or several with an index beside them, as the Hugging Face hub has large models."""
+"""Tensors in safetensors files: one file, or several with an index, as large models on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 class Tensor(NamedTuple):
-    """A tensor in an open file. dtype: a float's as NumPy names it, another's as the file does."""
+    """A tensor in an open file. dtype: NumPy's name for floats, the name in the file for others."""
 
     path: epath.Path
     file: safe_open
@@ -37,33 +37,36 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """Its values, a copy."""
+        """Copy its values into memory."""
         return self.file.get_tensor(self.name)
 
 
 class Tensors(NamedTuple):
-    """Of one file or several: the tensors by name, and what else a file says of them."""
+    """The tensors of one file or several, by name, and the metadata of the file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
 def holds_tensors(folder: epath.Path) -> bool:
-    """Whether a directory has files as `write_tensors` writes them."""
+    """Whether a directory has files written by `write_tensors`."""
     return (folder / MODEL).exists() or (folder / INDEX).exists()
 
 
 def open_tensors(path: epath.Path) -> Tensors:
-    """The tensors of a file, of the files that an index names, or of either in a directory, without their values.
+    """Open a file, the files that an index names, or either of them in a directory, without reading values.
 
-    Files on an object store are copied to the temporary directory (TMPDIR) for as long as their tensors are held.
-    Raises UserError for what is missing, damaged, or no such file; RetryableError if it cannot be read now.
+    Files on an object store are copied to the temporary directory (TMPDIR) until their tensors are garbage-collected.
+
+    Raises:
+        UserError: for files that are missing, damaged or of another format.
+        RetryableError: if a file cannot be read now.
     """
     if path.is_dir():
-        found = [path / name for name in (INDEX, MODEL) if (path / name).exists()]
-        if not found:
+        files = [path / name for name in (INDEX, MODEL) if (path / name).exists()]
+        if not files:
             raise UserError(f"{path}: holds neither {MODEL} nor {INDEX}; try the output of mot export")
-        path = found[0]
+        path = files[0]
     return _open_index(path) if path.suffix == ".json" else _open_file(path)
 
 
@@ -72,15 +75,16 @@ def _open_index(path: epath.Path) -> Tensors:
         places = dict(json.loads(path.read_text())["weight_map"])
         files = sorted(set(places.values()))
         if not files or any(os.path.basename(name) != name for name in files):
-            raise ValueError("its weight_map must name files beside it")
+            raise ValueError("its weight_map must name files in its directory")
     except Exception as error:
         raise _unreadable(path, error) from None
     parts = [_open_file(path.parent / name) for name in files]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
-    there = {name: tensor.path.name for name, tensor in tensors.items()}
-    if wrong := sorted(name for name in places | there if places.get(name) != there.get(name)):
-        words = "tensor {}: must be in {}, and is in {}"
-        raise UserError(*(f"{path}: {words.format(n, places.get(n), there.get(n))}" for n in wrong))
+    actual = {name: tensor.path.name for name, tensor in tensors.items()}
+    if misplaced := sorted(name for name in places | actual if places.get(name) != actual.get(name)):
+        raise UserError(
+            *(f"{path}: tensor {n}: must be in {places.get(n)}, and is in {actual.get(n)}" for n in misplaced)
+        )
     return Tensors(tensors, parts[0].metadata)
 
 
@@ -98,22 +102,22 @@ def _open_file(path: epath.Path) -> Tensors:
     except Exception as error:
         raise _unreadable(path, error) from None
     tensors = {}
-    for name in file.keys():  # noqa: SIM118, for it is no mapping
-        about = file.get_slice(name)
-        dtype = FLOATS.get(about.get_dtype(), about.get_dtype())
-        tensors[name] = Tensor(path, file, name, dtype, tuple(about.get_shape()))
+    for name in file.keys():  # noqa: SIM118, the file is not a mapping
+        tensor_slice = file.get_slice(name)
+        dtype = FLOATS.get(tensor_slice.get_dtype(), tensor_slice.get_dtype())
+        tensors[name] = Tensor(path, file, name, dtype, tuple(tensor_slice.get_shape()))
     return Tensors(tensors, file.metadata() or {})
 
 
 def _mapped_copy(path: epath.Path) -> safe_open:
-    with tempfile.NamedTemporaryFile() as copy, path.open("rb") as there:
-        shutil.copyfileobj(there, copy, 2**24)
+    with tempfile.NamedTemporaryFile() as copy, path.open("rb") as remote:
+        shutil.copyfileobj(remote, copy, 2**24)
         copy.flush()
-        return safe_open(copy.name, "np")  # the mapping stays when the name is gone
+        return safe_open(copy.name, "np")  # the memory mapping outlives the file's name
 
 
-def _unreadable(path: epath.Path, error: Exception) -> UserError:
-    """The library's words, or the disk's or the store's, which raise what they like."""
+def _unreadable(path: epath.Path, error: Exception) -> UserError | RetryableError:
+    """The error to raise for one of the library, the disk or the store: retryable if it may pass."""
     if is_passing(error):
         return RetryableError(f"{path}: could not be read ({error_words(error)}); try again later")
     return UserError(f"{path}: cannot be read ({error_words(error)}); try another copy")
@@ -126,10 +130,17 @@ def write_tensors(
     metadata: dict[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
-    """Writes `model.safetensors`, or files of at most `shard_bytes` (or one tensor) with an index beside them.
+    """Write `model.safetensors`, or several files with an index, each of at most `shard_bytes` or a single tensor.
 
-    kinds: shapes and dtypes. read: called once for each name, in their order, for the values. Memory: a file, twice.
-    Returns the names of the files. Each appears whole; files of another number of shards are left where they are.
+    Each file is written atomically. Files of an earlier export with another number of shards are not removed. Memory:
+    twice the size of a file.
+
+    Args:
+        kinds: shapes and dtypes, by name.
+        read: returns the values of a tensor; called once for each name, in the order of `kinds`.
+
+    Returns:
+        The names of the files.
     """
     sizes = {name: math.prod(kind.shape) * kind.dtype.itemsize for name, kind in kinds.items()}
     shards: list[list[str]] = [[]]
@@ -139,7 +150,7 @@ def write_tensors(
         shards[-1].append(name)
     names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))] if len(shards) > 1 else [MODEL]
     for file_name, part in zip(names, shards, strict=True):
-        values = {name: np.asarray(read(name), order="C") for name in part}  # the library saves memory as it lies
+        values = {name: np.asarray(read(name), order="C") for name in part}  # the library ignores strides
         replace_file(folder / file_name, save(values, metadata))
     if len(shards) == 1:
         return names

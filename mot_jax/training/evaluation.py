@@ -1,4 +1,4 @@
-"""The loss of a model on a split of the text, in one fixed grouping."""
+"""The loss of a model on a split of the dataset, whose sequences form the same groups every time."""
 
 from __future__ import annotations
 
@@ -47,34 +47,40 @@ def evaluated_config(config: Config) -> Config:
 def make_evaluation(
     config: Config, mesh: Mesh, windows: Windows, tokenizer: Tokenizer
 ) -> Callable[[Params, jax.Array, int | None], Result]:
-    """(params, step, limit) -> loss in nats per target, bits per byte, accuracy, and how much text they stand on.
+    """Build the evaluation of a model on `windows`.
 
-    limit: stop after about so many windows; None scores them all. A masked model is scored on its masked tokens, the
-    same ones every time, and `most_frequent` is the accuracy of whoever always says the commonest of them.
+    Returns:
+        A function (params, step, limit) -> result, which scores about `limit` windows, or all of them if it is None.
+        Result: loss in nats per target, bits_per_byte, accuracy, tokens (targets scored), windows. A masked model is
+        scored on masked tokens, the same ones every time; its result also has most_frequent, the accuracy of always
+        predicting the most frequent target.
     """
     padding = config.model.vocab_size - tokenizer.vocab_size
     eval_step = jax.jit(make_eval_step(config.model, np.pad(tokenizer.token_bytes, (0, padding))))
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:
-        rows = _rows(config, mesh)
-        batches = validation_batches(windows, objective, config.group_size, rows, local_sequences(mesh, rows), limit)
-        sums, said = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
+        batch_size = _batch_size(config, mesh)
+        rows = local_sequences(mesh, batch_size)
+        batches = validation_batches(windows, objective, config.group_size, batch_size, rows, limit)
+        sums, target_counts = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
-            sums += np.array(jax.device_get(eval_step(params, step, place_sequences(mesh, batch, rows))), np.float64)
+            sums += np.array(
+                jax.device_get(eval_step(params, step, place_sequences(mesh, batch, batch_size))), np.float64
+            )
             if objective.masked:
-                said += np.bincount(batch.targets[batch.target_mask], minlength=len(said))
-        nats, tokens, correct, size, scored = map(float, sums)
+                target_counts += np.bincount(batch.targets[batch.target_mask], minlength=len(target_counts))
+        nats, tokens, correct, token_bytes, num_windows = map(float, sums)
         result: dict[str, Any] = {
             "loss": nats / tokens,
-            "bits_per_byte": nats / math.log(2) / (size * windows.bytes_per_token_byte),
+            "bits_per_byte": nats / math.log(2) / (token_bytes * windows.bytes_per_token_byte),
             "accuracy": correct / tokens,
             "tokens": int(tokens),
-            "windows": int(scored),
+            "windows": int(num_windows),
         }
         if objective.masked:
-            said = _sum(mesh, said)
-            result["most_frequent"] = float(said.max() / said.sum())
+            target_counts = _sum_over_processes(mesh, target_counts)
+            result["most_frequent"] = float(target_counts.max() / target_counts.sum())
         return result
 
     return evaluate
@@ -83,11 +89,16 @@ def make_evaluation(
 def evaluate_run(
     workdir: epath.PathLike, config: Config, split: str, limit: int | None, modes: Sequence[str] = ("grouped",)
 ) -> list[Score]:
-    """The newest checkpoint of the run in `workdir` on a split of its text, in each of these modes.
+    """Score the newest checkpoint of the run in `workdir` on a split of its dataset, in each of the inference modes.
 
-    config: that of the run, but for its mesh and perhaps regrouped. Each score is written down in the workdir, too, if
-    that can be written. Raises UserError if the tokenizer, or the run's own validation text, is not what it was, and
-    for a mode that the model does not have.
+    Scores are also recorded in the workdir, if it is writable.
+
+    Args:
+        config: that of the run; its mesh and its groups may differ.
+        limit: windows to score, about; None: all.
+
+    Raises:
+        UserError: if the tokenizer or the validation text of the run has changed, or the model lacks a mode.
     """
     with distributed.together() as same:
         same |= {"config": to_json(config), "workdir": str(workdir)}
@@ -108,34 +119,39 @@ def evaluate_run(
             result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
             scores.append(score_of(mode, split, config, result))
             if distributed.is_first():
-                with contextlib.suppress(OSError):  # somebody else's run
+                with contextlib.suppress(OSError):  # the run of another user
                     record_score(workdir, scores[-1])
     return scores
 
 
-_MIXTURE_BYTES = 2**28  # of one device, at most, if that many hold one row
+_MIXTURE_BYTES = 2**28  # the largest size of the mixtures on one device, unless a single sequence has more
 
 
-def _rows(config: Config, mesh: Mesh) -> int:
-    """Of a batch: those of a microbatch of training, in whole groups; fewer where each has mixtures of its own."""
+def _batch_size(config: Config, mesh: Mesh) -> int:
+    """Sequences of an evaluation batch: a microbatch of training, rounded up to whole groups.
+
+    Fewer in the modes with companions, where each sequence has its own mixtures.
+    """
     multiple, kind = batch_multiple(config, mesh), config.model.feed_forward
-    rows = -(-config.training.batch_size // config.training.gradient_accumulation_steps // multiple) * multiple
+    batch_size = -(-config.training.batch_size // config.training.gradient_accumulation_steps // multiple) * multiple
     if not isinstance(kind, CompanionsConfig):
-        return rows
-    model, devices = config.model, num_shards(DIMENSIONS["sequences"])
-    of_row = model.context_length * kind.num_experts * model.d_model * 4
-    whole = [n for n in range(devices, rows + 1, devices) if n % config.group_size == 0 or config.group_size % n == 0]
-    return max((n for n in whole if n * of_row <= devices * _MIXTURE_BYTES), default=whole[0])
+        return batch_size
+    model, shards, group_size = config.model, num_shards(DIMENSIONS["sequences"]), config.group_size
+    mixture_bytes = model.context_length * kind.num_experts * model.d_model * 4  # of one sequence
+    sizes = range(shards, batch_size + 1, shards)
+    sizes_in_groups = [size for size in sizes if size % group_size == 0 or group_size % size == 0]
+    fitting = (size for size in sizes_in_groups if size * mixture_bytes <= shards * _MIXTURE_BYTES)
+    return max(fitting, default=sizes_in_groups[0])
 
 
-def _sum(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
-    """The sum over the processes of the counts [V] that each made of its own rows."""
-    number = num_shards(DIMENSIONS["sequences"])
-    rows = np.zeros((len(local_sequences(mesh, number)), len(counts)), np.int32)
+def _sum_over_processes(mesh: Mesh, counts: np.ndarray) -> np.ndarray:
+    """The sum over the processes of their counts [V]."""
+    shards = num_shards(DIMENSIONS["sequences"])
+    rows = np.zeros((len(local_sequences(mesh, shards)), len(counts)), np.int32)
     rows[0] = counts
-    return np.asarray(_added(place_sequences(mesh, rows, number)))
+    return np.asarray(_sum_of_rows(place_sequences(mesh, rows, shards)))
 
 
-@jax.jit  # once: a function made anew would be compiled anew in each evaluation
-def _added(rows: jax.Array) -> jax.Array:
+@jax.jit  # at module level: a function defined in each evaluation would be compiled in each
+def _sum_of_rows(rows: jax.Array) -> jax.Array:
     return replicate(rows.sum(axis=0))

@@ -93,7 +93,7 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         origin.check(config)
         _check_disk_space(abstract_state(config, mesh), config, workdir)
         tokenizer = open_tokenizer(config)
-        # First the tokenizer alone: tokenizing the text can take hours.
+        # First only the tokenizer: tokenizing the text can take hours.
         check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
         _, windows, validation_windows, order, fingerprints = open_text(config, tokenizer)
         check_data(fingerprints, config, workdir)

@@ -23,8 +23,10 @@ Metrics = dict[str, jax.Array]
 
 
 class Evaluation(NamedTuple):
-    """Sums over a batch, scalars, float32: nats, real targets, those that were the likeliest token, bytes of text that
-    they stand for, windows.
+    """Sums over a batch, float32 scalars.
+
+    nats: cross-entropy. tokens: targets that count. correct: those of them with the largest logit. bytes: bytes of text
+    that these targets encode. windows: sequences that are not all padding.
     """
 
     nats: jax.Array
@@ -41,11 +43,18 @@ def make_train_step(
     losses: LossWeights = LossWeights(),
     gradient_accumulation_steps: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, microbatches of global arrays [A, B / A, S]) -> (state, metrics): one update by the mean loss per target.
+    """Build the training step, to be compiled with `jax.jit(..., donate_argnums=0)`.
 
-    Metrics, scalars: loss in nats, without what `training.losses` adds to it; learning_rate; gradient_rms, before
-    clipping; parameter_rms; update_rms, of the parameters' change, as rounded to their dtype; the layers' own, averaged
-    over microbatches. Compile it with the state donated.
+    Args:
+        steps: length of the run, for the learning-rate schedule.
+        losses: weights of the losses that are added to the cross-entropy.
+        gradient_accumulation_steps: A, the number of microbatches.
+
+    Returns:
+        A function (state, batch of global arrays [A, B / A, S]) -> (state, metrics), which makes one update by the
+        gradient of the mean loss per target. Metrics, scalars: loss, the cross-entropy in nats per target, without the
+        added losses; learning_rate; gradient_rms, before clipping; parameter_rms; update_rms, of the change of the
+        parameters, as rounded to their dtype; those of the layers, averaged over microbatches.
     """
     optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
     layer_weights = losses.of_layers()
@@ -73,7 +82,7 @@ def make_train_step(
             value, metrics, gradients = microbatch(first)
         else:
             shapes = jax.eval_shape(microbatch, first)
-            # Sums in float32, whatever the parameters are.
+            # Sums in float32, also of bfloat16 gradients.
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
             add = partial(jax.tree.map, jnp.add)
             (value, metrics, gradients), _ = jax.lax.scan(
@@ -82,7 +91,7 @@ def make_train_step(
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # Not of `updates`: this one XLA fuses with the optimizer, which then reads and writes each array once.
+        # Not from `updates`: XLA fuses this form with the optimizer, which then reads and writes each array once.
         changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
         metrics = {
             "loss": value,
@@ -100,7 +109,14 @@ def make_train_step(
 def make_eval_step(
     model_config: ModelConfig, token_bytes: np.ndarray
 ) -> Callable[[Params, jax.Array, Batch], Evaluation]:
-    """(params, step int32 scalar, batch of global arrays) -> Evaluation. token_bytes: [V], bytes of each token."""
+    """Build the evaluation step.
+
+    Args:
+        token_bytes: [V], the number of bytes that each token encodes.
+
+    Returns:
+        A function (params, step int32 scalar, batch of global arrays [B, S]) -> Evaluation.
+    """
 
     def eval_step(params: Params, step: jax.Array, batch: Batch) -> Evaluation:
         model = bind(model_config, params)
@@ -119,7 +135,7 @@ def make_eval_step(
 
 
 def _rms(tree: Params) -> jax.Array:
-    """Root mean square of all numbers of a tree, in float32 at least."""
+    """Root mean square of all elements of a tree, computed in float32 or wider."""
     wide = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf.dtype)), tree)
     return optax.tree.norm(wide) / np.sqrt(sum(leaf.size for leaf in jax.tree.leaves(tree)))
 

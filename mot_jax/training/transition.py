@@ -1,4 +1,7 @@
-"""Transition tuning: a Mixture-of-Tokens model becomes a token-choice one by a short run (PAPER.md section 4)."""
+"""Transition tuning: a short run converts a Mixture-of-Tokens model into a token-choice one.
+
+See `docs/paper.md`, section 4.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from mot_jax.config import (
 from mot_jax.errors import UserError, nearest
 from mot_jax.modes.companions import load_companions
 from mot_jax.runs.metrics import png, read_rows
-from mot_jax.runs.restore import load_run_config, load_whole
+from mot_jax.runs.restore import load_run_config, load_training
 from mot_jax.runs.scores import Score
 from mot_jax.runs.state import TrainState, create_state
 from mot_jax.runtime import distributed
@@ -34,19 +37,21 @@ from mot_jax.training.evaluation import evaluate_run
 
 TARGETS = ("token_choice",)
 
-# What served best in short trials (docs/inference.md): of the run's peak, and of its steps of warm-up.
+# The best in short trials (docs/inference.md): fractions of the peak learning rate and of the warm-up steps of the run.
 _LEARNING_RATE, _WARMUP = 0.4, 0.1
 
 
 def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
-    """The config of a run that makes of the one in `workdir`, whose config is `source`, a model of the kind `to`.
+    """The config of a run that converts the model in `workdir`, whose config is `source`, into one of the kind `to`.
 
-    Routing groups are the rows of the groups that were mixed, and the shuffle is the same. Raises UserError, also
-    for a variant of mixing whose parameters a router has no place for.
+    The sequences of a mixing group become a routing group; the shuffle is the same.
+
+    Raises:
+        UserError: if the conversion does not exist, or the variant of mixing has parameters that a router lacks.
     """
     if to not in TARGETS:
         raise UserError(f"--to = {to!r}: no such kind to tune to{nearest(to, TARGETS)}")
-    mixture = _settled(_mixture(source, workdir))
+    mixture = _at_fixed_temperature(_mixture(source, workdir))
     if mixture.mixing.learned_temperature != "none":
         raise UserError(f"WORKDIR = {workdir}: its temperature is learned, and a router has none; try another run")
     kind = modes.token_choice(_with(source, mixture)).model.feed_forward
@@ -54,26 +59,27 @@ def tuning_config(source: Config, workdir: str, to: str, steps: int) -> Config:
     tokens = source.group_size * source.model.context_length
     kind = dataclasses.replace(kind, capacity_factor=1.25, routing_group_tokens=tokens)
     losses = dataclasses.replace(source.training.losses, mixing_entropy=0.0, load_balancing=0.01)
-    return _with(_begun_as(source, workdir, steps, losses=losses), kind)
+    return _with(_continuing(source, workdir, steps, losses=losses), kind)
 
 
 def annealing_config(source: Config, workdir: str, steps: int) -> Config:
-    """The config of a run that goes on with that in `workdir` while its temperature falls to 0. Raises UserError."""
+    """The config of a run that continues the one in `workdir` while its temperature falls to 0. Raises UserError."""
     kind = _mixture(source, workdir)
     mixing = dataclasses.replace(kind.mixing, annealing="linear", final_temperature=0.0, annealing_steps=(0, steps))
-    return _with(_begun_as(source, workdir, steps), dataclasses.replace(kind, mixing=mixing))
+    return _with(_continuing(source, workdir, steps), dataclasses.replace(kind, mixing=mixing))
 
 
-def _begun_as(source: Config, workdir: str, steps: int, **changes: Any) -> Config:
-    old, optimizer = source.training, source.training.optimizer
-    if old.transition_from is None:  # after annealing they are what they are to be
+def _continuing(source: Config, workdir: str, steps: int, **changes: Any) -> Config:
+    """The config of a run of `steps` that begins as the one in `workdir`, with changed fields of the training."""
+    optimizer = source.training.optimizer
+    if source.training.transition_from is None:  # else annealing has changed them already
         optimizer = dataclasses.replace(
             optimizer,
             learning_rate=optimizer.learning_rate * _LEARNING_RATE,
             warmup_steps=round(optimizer.warmup_steps * _WARMUP),
         )
     training = dataclasses.replace(
-        old,
+        source.training,
         steps=steps,
         upcycle_from=None,
         transition_from=workdir,
@@ -95,29 +101,29 @@ def _with(config: Config, kind: FeedForwardConfig) -> Config:
 def _mixture(source: Config, workdir: str) -> MixtureOfTokensConfig:
     kind = source.model.feed_forward
     if not isinstance(kind, MixtureOfTokensConfig):
-        raise UserError(f"WORKDIR = {workdir}: must be a Mixture-of-Tokens run, and is {kind.kind}; try such a one")
+        raise UserError(f"WORKDIR = {workdir}: must be a Mixture-of-Tokens run, and is {kind.kind}; try such a run")
     return kind
 
 
-def _settled(kind: MixtureOfTokensConfig, temperature: float | None = None) -> MixtureOfTokensConfig:
-    """The layer at the temperature that annealing ended with, or at another one."""
-    plain, mixing = MixingConfig(), kind.mixing
+def _at_fixed_temperature(kind: MixtureOfTokensConfig, temperature: float | None = None) -> MixtureOfTokensConfig:
+    """The layer without annealing, at its final temperature or at the given one."""
+    default, mixing = MixingConfig(), kind.mixing
     if temperature is None:
         temperature = mixing.temperature if mixing.annealing == "none" else mixing.final_temperature
-    fixed = {name: getattr(plain, name) for name in ("annealing", "final_temperature", "annealing_steps")}
+    fixed = {name: getattr(default, name) for name in ("annealing", "final_temperature", "annealing_steps")}
     return dataclasses.replace(kind, mixing=dataclasses.replace(mixing, temperature=temperature, **fixed))
 
 
 def check_transition(config: Config) -> None:
-    """Raises UserError unless `transition_from` is a Mixture-of-Tokens run that `config` may go on with: the same
-    weights by name, an optimizer with the same state, the same shuffle.
+    """Raise UserError unless `transition_from` is a Mixture-of-Tokens run that `config` can continue.
+
+    That needs the same parameters by name, an optimizer with the same state, and the same shuffle.
     """
     model, t, workdir = config.model, config.training, config.training.transition_from
     assert workdir is not None
     source = load_run_config(workdir)
-    old = _mixture(source, workdir)
-    kind = model.feed_forward
-    mine = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
+    source_mixture, kind = _mixture(source, workdir), model.feed_forward
+    mixture = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
     free = {"feed_forward", "dtype", "attention_kernel", "remat", "loss_chunk"}
     pairs = [
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
@@ -127,15 +133,17 @@ def check_transition(config: Config) -> None:
     ]
     rule = f"must be as in training.transition_from = {workdir!r}"
     faults = [
-        f"{path}.{name} = {getattr(here, name)!r}: {rule}; try {getattr(there, name)!r}"
-        for path, there, here, names in pairs
+        f"{path}.{name} = {getattr(new, name)!r}: {rule}; try {getattr(old, name)!r}"
+        for path, old, new, names in pairs
         for name in names
-        if getattr(here, name) != getattr(there, name)
+        if getattr(new, name) != getattr(old, name)
     ]
     if config.group_size != source.group_size:
         faults.append(f"data.shuffle_group_size = {config.group_size}: {rule}; try {source.group_size}")
-    if not isinstance(mine, MixtureOfTokensConfig) or _settled(mine, 1.0) != _settled(old, 1.0):
-        faults.append(f"model.feed_forward: {rule}, but for its temperature; try mot transition {workdir}")
+    if not isinstance(mixture, MixtureOfTokensConfig) or (
+        _at_fixed_temperature(mixture, 1.0) != _at_fixed_temperature(source_mixture, 1.0)
+    ):
+        faults.append(f"model.feed_forward: {rule}, except for its temperature; try mot transition {workdir}")
     if faults:
         raise UserError(*faults)
     folder = user_path("training.transition_from", workdir) / "checkpoints"
@@ -146,25 +154,32 @@ def check_transition(config: Config) -> None:
 
 
 def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
-    """The state in which the run of `config` begins, its first example, and notes for people.
+    """The state in which a run of `config` begins that continues `training.transition_from`.
 
-    Weights, moments and the moments' counts are those of `transition_from`, by name; steps and learning rate begin
-    anew. The text goes on where that run stopped, at the next whole batch. Of a `random` router only the initial draw
-    is new, by another seed than that run's; the moments are not. Raises what `load_whole` raises.
+    Parameters, the moments of the optimizer and their counts are those of that run, by name; the steps and the learning
+    rate schedule start from 0. The training text continues where that run stopped, at the next whole batch. A `random`
+    router has new initial weights, from another seed than that run's, but the same moments.
+
+    Returns:
+        The state, the index of its next example, and lines for the user.
+
+    Raises:
+        UserError, RetryableError: as `load_training`.
     """
     t = config.training
     assert t.transition_from is not None
-    _, state, example = load_whole(t.transition_from, mesh)
-    o = t.optimizer
+    _, state, example = load_training(t.transition_from, mesh)
+    optimizer = t.optimizer
     notes = [
         f"begins as {t.transition_from} after {int(state.step)} steps, with example {example:,}",
-        f"learning rate up to {o.learning_rate:g} in {o.warmup_steps} steps, then down to {o.min_lr_ratio:g} of it",
+        f"learning rate up to {optimizer.learning_rate:g} in {optimizer.warmup_steps} steps, then down to "
+        f"{optimizer.min_lr_ratio:g} of it",
     ]
     params = state.params
     if t.transition_router == "random":
-        other = dataclasses.replace(config, training=dataclasses.replace(t, seed=(t.seed + 1) % 2**32))
-        drawn = create_state(other, mesh).params
-        params = {name: drawn[name] if name.endswith("/controller") else value for name, value in params.items()}
+        other_seed = dataclasses.replace(config, training=dataclasses.replace(t, seed=(t.seed + 1) % 2**32))
+        random = create_state(other_seed, mesh).params
+        params = {name: random[name] if name.endswith("/controller") else value for name, value in params.items()}
         notes += ["warning: with a random router, for comparison"]
     schedule = optax.ScaleByScheduleState
     opt_state = jax.tree.map(
@@ -176,64 +191,76 @@ def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[
     return TrainState(jnp.zeros_like(state.step), params, opt_state), batches * t.batch_size, notes
 
 
-# --- what it cost and what it gave ------------------------------------------------------------------------------------
+# --- the losses before and after --------------------------------------------------------------------------------------
 
 
 def report(config: Config, workdir: epath.PathLike, source: str, limit: int | None = None) -> list[str]:
-    """The losses in every mode of the run in `source`, and of the one in `workdir` that came of it: lines for people.
+    """Compare the run in `source` with the one in `workdir` that was tuned from it, in every inference mode.
 
-    config: of the latter. limit: windows to score; None: the whole validation split. Writes `transition.json` and
-    `transition.png` there; where they are, it reads the first. Of several processes, each calls it, and the first gets
-    the lines. Raises what `evaluate_run` raises.
+    Writes `transition.json` and `transition.png` to `workdir`, or reads the former if it has the same settings. With
+    several processes, each calls this.
+
+    Args:
+        config: of the tuned run.
+        limit: windows to score, about; None: the whole validation split.
+
+    Returns:
+        Lines for the user, in process 0 only.
+
+    Raises:
+        UserError, RetryableError: as `evaluate_run`.
     """
     workdir = user_path("workdir", workdir)
     path, steps = workdir / "transition.json", config.training.steps
-    about = {"from": source, "tuned": str(workdir), "steps": steps, "limit": limit}
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if not distributed.gather(found.items() >= about.items())[0]:
-        old = dataclasses.replace(load_run_config(source), mesh=config.mesh)
-        found = {**about, "router": config.training.transition_router}
-        found |= {"before": _scores(old, source, limit), "after": _scores(config, workdir, limit)}
-        # The windows that the run was scored on meanwhile may be fewer.
-        split, fewer = config.data.validation_split, config.data.validation_windows
-        found["grouped"] = evaluate_run(source, old, split, fewer)[0]["loss"]
-        last = evaluate_run(workdir, config, split, fewer, ["token_choice"])[0]
+    settings = {"from": source, "tuned": str(workdir), "steps": steps, "limit": limit}
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not distributed.gather(result.items() >= settings.items())[0]:
+        source_config = dataclasses.replace(load_run_config(source), mesh=config.mesh)
+        result = {**settings, "router": config.training.transition_router}
+        result |= {"before": _scores(source_config, source, limit), "after": _scores(config, workdir, limit)}
+        # On the same windows as the validations during the run, which may be fewer.
+        split, run_limit = config.data.validation_split, config.data.validation_windows
+        result["grouped"] = evaluate_run(source, source_config, split, run_limit)[0]["loss"]
+        last = evaluate_run(workdir, config, split, run_limit, ["token_choice"])[0]
         if distributed.is_first():
             rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < steps]
-            found["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
-            replace_file(workdir / "transition.png", _picture(found))
-            replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
-    return _lines(found) if distributed.is_first() else []
+            result["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
+            replace_file(workdir / "transition.png", _picture(result))
+            replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    return _lines(result) if distributed.is_first() else []
 
 
 def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[str, Score]:
-    """By mode, in all that the run has."""
+    """The scores of a run in all inference modes that it has, by mode."""
     companions = load_companions(workdir)
-    there = [mode for mode in modes.MODES if modes.lacking(mode, config, companions) is None]
-    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, limit, there)}
+    available = [mode for mode in modes.MODES if modes.lacking(mode, config, companions) is None]
+    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, limit, available)}
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    before, after = found["before"], found["after"]
-    of = before["grouped"]["loss"]
+def _lines(result: dict[str, Any]) -> list[str]:
+    before, after = result["before"], result["after"]
+    grouped_loss = before["grouped"]["loss"]
 
     def cell(scores: dict[str, Score], mode: str) -> str:
-        return f"{scores[mode]['loss']:.4f} ({scores[mode]['loss'] / of - 1:+6.1%})" if mode in scores else ""
+        if mode not in scores:
+            return ""
+        return f"{scores[mode]['loss']:.4f} ({scores[mode]['loss'] / grouped_loss - 1:+6.1%})"
 
-    lines = [f"validation loss of {found['from']} and of {found['tuned']}; in brackets, beside the former in groups"]
+    words = "in brackets, compared with the former in groups"
+    lines = [f"validation loss of {result['from']} and of {result['tuned']}; {words}"]
     lines += [f"{'mode':12} | {'before':17} | after"]
     for mode in before | after:
         lines.append(f"{mode:12} | {cell(before, mode):17} | {cell(after, mode)}".rstrip())
-    first, last = (found["curve"][i][1] for i in (0, -1))
-    beside = f"{found['grouped']:.4f} in groups on the same windows"
-    return [*lines, f"of the tuning, as its validations saw it: from {first:.4f} to {last:.4f}, beside {beside}"]
+    first, last = (result["curve"][i][1] for i in (0, -1))
+    grouped = f"{result['grouped']:.4f} in groups before, on the same windows"
+    return [*lines, f"validations during the tuning: from {first:.4f} to {last:.4f}, compared with {grouped}"]
 
 
-def _picture(found: dict[str, Any]) -> bytes:
+def _picture(result: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*found["curve"], strict=True), marker="o", label="token choice, tuned")
-    axes.axhline(found["grouped"], color="C1", linestyle="--", label="Mixture of Tokens, grouped, before")
+    axes.plot(*zip(*result["curve"], strict=True), marker="o", label="token choice, tuned")
+    axes.axhline(result["grouped"], color="C1", linestyle="--", label="Mixture of Tokens, grouped, before")
     axes.set(xlabel="step of tuning", ylabel="validation loss in nats per token")
     axes.grid(alpha=0.3)
     axes.legend()

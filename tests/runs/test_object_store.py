@@ -111,7 +111,7 @@ def test_rows_are_there_before_a_checkpoint_and_those_after_it_come_again(bucket
 
 
 def test_what_is_sent_is_a_small_multiple_of_what_is_logged(bucket, monkeypatch):
-    monkeypatch.setattr(log, "_PART", 500)
+    monkeypatch.setattr(log, "_PART_BYTES", 500)
     sent = []
     writes = epath.Path.write_bytes
     monkeypatch.setattr(type(bucket), "write_bytes", lambda self, data: sent.append(len(data)) or writes(self, data))

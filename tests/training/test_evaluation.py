@@ -95,8 +95,12 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
     (expected,) = evaluate_run(workdir, other, "validation", None)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["step"] == 4
     assert abs(found["loss"] - last_row(workdir)["loss"]) > 1e-5
-    said = capsys.readouterr().out
-    assert f"groups of {kind.group_size}" in said and "rows influence each other" in said and "perplexity" in said
+    output = capsys.readouterr().out
+    assert (
+        f"groups of {kind.group_size}" in output
+        and "sequences influence each other" in output
+        and "perplexity" in output
+    )
 
 
 def test_all_modes_are_scored_on_the_same_text_shown_and_written_down(run, tmp_path, capsys, monkeypatch):

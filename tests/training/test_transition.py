@@ -21,7 +21,7 @@ from mot_jax.nn.mixing import temperature
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import read_rows
-from mot_jax.runs.restore import load_whole
+from mot_jax.runs.restore import load_training
 from mot_jax.training import train, trainer, transition
 
 
@@ -63,7 +63,7 @@ def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(sourc
     check(config)
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        old = load_whole(source[1], mesh).state
+        old = load_training(source[1], mesh).state
         state, example, notes = transition.transition_state(config, mesh)
     assert example == 6 * 32 and "after 6 steps" in notes[0] and "learning rate up to" in notes[1]
     schedules = [part for part in state.opt_state if isinstance(part, optax.ScaleByScheduleState)]
@@ -82,7 +82,7 @@ def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_firs
     config = tuned(source, transition_router="random")
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        old = load_whole(source[1], mesh).state.params
+        old = load_training(source[1], mesh).state.params
         first = transition.create_state(source[0], mesh).params
         params = transition.transition_state(config, mesh)[0].params
     for name, value in params.items():
