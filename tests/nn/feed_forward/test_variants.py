@@ -221,9 +221,8 @@ def test_a_learned_temperature_has_no_gradient_during_frozen_steps():
     slopes = [float(jax.grad(temperature)(theta, jnp.asarray(step))) for step in (0, 4, 5)]
     assert slopes == [0, 0, 0.5] and float(temperature(theta, None)) == 0.5
     unbounded = dataclasses.replace(config, positive_temperature=False)
-    assert (
-        float(mixing.temperature_at_step(unbounded, None, jnp.asarray(-3.0))) > 0
-    )  # clipped, where it would be negative
+    # Clipped to a positive number, where the formula is negative.
+    assert float(mixing.temperature_at_step(unbounded, None, jnp.asarray(-3.0))) > 0
 
 
 def test_straight_through_has_the_gradient_of_temperature_one():
