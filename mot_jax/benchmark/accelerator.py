@@ -21,7 +21,7 @@ from mot_jax.benchmark import decoding, headline, layers, numerics, step, worklo
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
 from mot_jax.config import Config, kernel_runs_on
-from mot_jax.cost.layers import MIXTURE, SHAPES, WAYS, paper_shapes
+from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import UserError, error_words, nearest
 from mot_jax.runtime.paths import local_path
 
@@ -137,7 +137,7 @@ def step_configs(part: str, config: Config, device: jax.Device) -> dict[str, Con
 
 def with_kernel(kernel: str, config: Config) -> Config:
     """`config` with its mixture computed by a fused kernel."""
-    feed_forward = dataclasses.replace(config.model.feed_forward, **WAYS[kernel])
+    feed_forward = dataclasses.replace(config.model.feed_forward, **IMPLEMENTATIONS[kernel])
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=feed_forward))
 
 

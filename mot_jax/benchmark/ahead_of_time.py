@@ -33,7 +33,7 @@ Row = dict[str, Any]
 def bytes_of_layers(
     shapes: Sequence[Shape], topology: str, dtype: str, param_dtype: str, progress: Callable[[str], None]
 ) -> list[Row]:
-    """Compile one layer, forward and backward, for one chip of `topology`: a row for each shape and way to compute it.
+    """Compile one layer, forward and backward, for one chip of `topology`: a row for each shape and implementation.
 
     Rows: shape, kind; hbm_bytes, from the compiled program's text, in which arrays in the core's own memory cost
     nothing; cost_bytes, of XLA's `cost_analysis()`, which counts them; ratio and cost_ratio, these over dense's.
@@ -45,8 +45,12 @@ def bytes_of_layers(
     rows: list[Row] = []
     for shape in shapes:
         dense: Row = {}
-        ways = {kind: config for kind, config in shape.ways().items() if isinstance(config, MixtureOfTokensConfig)}
-        for kind, config in ({"dense": DenseConfig(bias=False)} | ways).items():
+        mixtures = {
+            kind: config
+            for kind, config in shape.implementations().items()
+            if isinstance(config, MixtureOfTokensConfig)
+        }
+        for kind, config in ({"dense": DenseConfig(bias=False)} | mixtures).items():
             progress(f"{shape.name}, {kind}: compiling for {topology}")
             try:
                 row = _compile_layer(shape, config, dtype, param_dtype, sharding)

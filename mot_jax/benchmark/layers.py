@@ -36,17 +36,17 @@ def min_peak_share() -> float:
     return 0.85 if jax.default_backend() == "cpu" else 0.75
 
 
-def select_ways(shapes: Sequence[Shape], kinds: Sequence[str] | None) -> list[str]:
-    """The names of `Shape.ways` to time: `dense` and `kinds`, or by default all that run on the first device.
+def select_implementations(shapes: Sequence[Shape], kinds: Sequence[str] | None) -> list[str]:
+    """The names of `Shape.implementations` to time: `dense` and `kinds`.
 
-    On a CPU the default is one way for each kind. Raises UserError for an unknown name, and for a kernel that the
-    device does not support.
+    By default all that run on the first device; on a CPU one for each kind. Raises UserError for an unknown name, and
+    for a kernel that the device does not support.
     """
-    ways, device = shapes[0].ways(), jax.devices()[0]
-    supported = [name for name, config in ways.items() if kernel_runs_on(config, device)]
+    implementations, device = shapes[0].implementations(), jax.devices()[0]
+    supported = [name for name, config in implementations.items() if kernel_runs_on(config, device)]
     for kind in kinds or ():
-        if kind not in ways:
-            raise UserError(f"--kinds = {kind}: no such kind{nearest(kind, list(ways))}")
+        if kind not in implementations:
+            raise UserError(f"--kinds = {kind}: no such kind{nearest(kind, list(implementations))}")
         if kind not in supported:
             raise UserError(
                 f"--kinds = {kind}: needs a TPU v5e, v5p or later; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
@@ -70,14 +70,14 @@ def bench_layers(
 
     Args:
         shapes: Sizes of the layers.
-        kinds: Kinds, or other ways to compute one (`Shape.ways`); None for the default. A kernel that does not support
-            a shape is skipped.
+        kinds: Names of `Shape.implementations`; None for the default. A kernel skips the shapes that it does not
+            support.
         dtype: Dtype of the activations.
         rounds: Number of timings of each program.
         progress: Receives lines about the progress.
         param_dtype: Dtype of the parameters.
         profile: Directory for a trace of the timed rounds; tracing slows them down.
-        directions: Of `DIRECTIONS`.
+        directions: A subset of `DIRECTIONS`.
         has_time: Called before each shape and direction; the benchmark ends when it returns False.
 
     Returns:
@@ -91,7 +91,7 @@ def bench_layers(
     Raises:
         UserError: For an unknown kind.
     """
-    names, rate = select_ways(shapes, kinds), bandwidth()
+    names, rate = select_implementations(shapes, kinds), bandwidth()
     rows: list[Row] = []
     for shape in shapes:
         for direction in directions:
@@ -123,7 +123,7 @@ def _timing_rows(
     dense_share = dense.of(direction)[0] / baseline / peak
     rows = []
     for name, program in programs.items():
-        kind = name.partition(":")[0] if name in shape.ways() else "dense"
+        kind = name.partition(":")[0] if name in shape.implementations() else "dense"
         cost = layer_parts(shape, kind, dtype, param_dtype)[-1]
         flops, size = cost.of(direction)
         median = timings[name].median
@@ -171,7 +171,7 @@ def _compile_programs(
         for seed in (0, 1)
     )
     programs = {"products": Program(*_dense_products(shape, dtype, direction))}
-    params_of: dict[str, Any] = {}  # of each kind; all ways to compute it share them
+    params_of: dict[str, Any] = {}  # by kind; all of its implementations share them
     for name in (*kinds, "dense_flat"):
         try:
             if name == "dense_flat":
@@ -192,12 +192,12 @@ def _compile_programs(
 
 
 def layer_function(
-    shape: Shape, way: str, dtype: str, param_dtype: str = "float32", params: nnx.State | None = None
+    shape: Shape, name: str, dtype: str, param_dtype: str = "float32", params: nnx.State | None = None
 ) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
     """A layer as (parameters, x [B, S, D]) -> update [B, S, D], and its parameters: `params`, or initialized ones."""
 
     def create() -> nnx.Module:
-        return create_layer(shape, shape.ways()[way], dtype=dtype, param_dtype=param_dtype)
+        return create_layer(shape, shape.implementations()[name], dtype=dtype, param_dtype=param_dtype)
 
     forward, initialized = as_function(create() if params is None else nnx.eval_shape(create))
     return forward, initialized if params is None else params

@@ -31,9 +31,9 @@ TOLERANCES = {"float32": (2e-5, 2e-5), "bfloat16": (2e-2, 6e-2)}
 
 
 def configs_to_check(shape: Shape, device: jax.Device) -> dict[str, FeedForwardConfig]:
-    """Every kind, those for inference only included, and every way to compute it on such a device."""
-    ways = {name: config for name, config in shape.ways().items() if kernel_runs_on(config, device)}
-    return ways | {"companions": CompanionsConfig(shape.group_size, shape.num_experts)}
+    """Every kind, those for inference only included, and every implementation that such a device supports."""
+    supported = {name: config for name, config in shape.implementations().items() if kernel_runs_on(config, device)}
+    return supported | {"companions": CompanionsConfig(shape.group_size, shape.num_experts)}
 
 
 def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:

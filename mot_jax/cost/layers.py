@@ -20,8 +20,8 @@ from mot_jax.cost.hardware import HARDWARE, peak_flops
 from mot_jax.errors import UserError, nearest
 
 MIXTURE = MixtureOfTokensConfig.kind
-# Other ways to compute the mixture, by name: fields of its config.
-WAYS: dict[str, dict[str, Any]] = {
+# Further implementations of the mixture, by name: fields of its config.
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "all_kept": {"save_for_backward": "all"},
     "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
     "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
@@ -58,10 +58,10 @@ class Shape:
         """
         return flop_matched_kinds(self.group_size, self.num_experts, self.length)
 
-    def ways(self) -> dict[str, FeedForwardConfig]:
-        """The kinds, and the other ways to compute the mixture as `mixture_of_tokens:` and a name of `WAYS`."""
+    def implementations(self) -> dict[str, FeedForwardConfig]:
+        """The kinds, and further implementations of the mixture as `mixture_of_tokens:NAME`."""
         kinds = self.kinds()
-        others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in WAYS.items()}
+        others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in IMPLEMENTATIONS.items()}
         return kinds | {f"{MIXTURE}:{name}": config for name, config in others.items()}
 
 

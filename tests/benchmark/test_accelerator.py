@@ -139,12 +139,3 @@ def test_a_headline_stops_by_time_and_is_resumed(tmp_path):
     assert [row["step"] for row in rows] == [1, 0]
     rows = bench_headline(tmp_path / "headline", True, 300, quiet)
     assert [row["step"] for row in rows] == [6, 6] and rows[0]["matched_step"] is not None
-
-
-@pytest.mark.slow
-def test_the_command_measures_all_parts(tmp_path, capsys):
-    parts = accelerator._TITLES.keys() - {"headline"}
-    cli.main(["bench", "accelerator", "--small", "--out", str(tmp_path), "--minutes", "9", "--parts", ",".join(parts)])
-    results = json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]
-    assert results.keys() == parts and all(part["rows"] for part in results.values())
-    assert capsys.readouterr().out.count("## ") == len(results) and list(tmp_path.glob("*.png"))

@@ -156,24 +156,24 @@ def test_unknown_names_are_refused(capsys):
             cli.main(["bench", "layers", *flags])
         assert message in capsys.readouterr().err
     with pytest.raises(UserError):
-        layers.select_ways([TINY], ["companions"])
+        layers.select_implementations([TINY], ["companions"])
     with pytest.raises(
         UserError, match=r"--kinds = mixture_of_tokens:fused_mixture: needs a TPU v5e, v5p or later; try --topology"
     ):
-        layers.select_ways([TINY], ["mixture_of_tokens:fused_mixture"])
+        layers.select_implementations([TINY], ["mixture_of_tokens:fused_mixture"])
 
 
 def replace_device(monkeypatch, platform: str, kind: str) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind=kind)])
 
 
-def test_other_ways_to_compute_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
+def test_implementations_of_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
     kinds = list(TINY.kinds())
-    assert layers.select_ways([TINY], None) == kinds
+    assert layers.select_implementations([TINY], None) == kinds
     kernels = ["all_kept", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         replace_device(monkeypatch, *device)
-        assert layers.select_ways([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
+        assert layers.select_implementations([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
 
 
 @pytest.mark.slow
