@@ -17,7 +17,7 @@ from tiny_run import StopAt, StoppedError
 from mot_jax.cli import main
 from mot_jax.config import Config, DenseConfig, LoggingConfig, MixingConfig, check
 from mot_jax.errors import UserError
-from mot_jax.nn.mixing import temperature
+from mot_jax.nn.mixing import temperature_at_step
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import read_rows
@@ -129,7 +129,7 @@ def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(sourc
 def test_annealing_ends_one_hot_which_the_mixture_then_is(source):
     config = transition.annealing_config(*source, 4)
     mixing = config.model.feed_forward.mixing
-    assert [float(temperature(mixing, np.int32(step))) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    assert [float(temperature_at_step(mixing, np.int32(step))) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
     assert config.training.transition_from == source[1] and config.training.steps == 4
     later = tuned((config, source[1]))
     assert later.model.feed_forward.mixture.mixing == MixingConfig(temperature=0.0)
