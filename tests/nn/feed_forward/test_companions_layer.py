@@ -25,7 +25,7 @@ FAST = {
     "emit over experts",
     "no softmax",
     "top-token emit",
-    "learnable temperature, apart",
+    "learnable temperature, separate",
     "uniform mixing",
 }
 CASES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]

@@ -24,7 +24,7 @@ B, S, D, G, E, F = 8, 4, 3, 4, 3, 4
 KEY = jax.random.key(0, impl="rbg")
 STEP = 4  # of the 10 of the annealing
 ANNEALED = {"linear": 0.6, "cosine": (1 + np.cos(0.4 * np.pi)) / 2}  # the temperature at that step
-GATED = {"separate controllers", "much at once"}
+GATED = {"separate controllers", "several"}
 
 
 def layer_of(mixing: MixingConfig, name: str = "", **changes) -> MixtureOfTokens:
@@ -82,7 +82,7 @@ def value_and_gradients(name: str, p: dict, dy: jax.Array, mask: jax.Array | Non
 
 
 # Each option once; the others are slow.
-FAST_ORACLE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "much at once"}
+FAST_ORACLE = {"default", "emit over experts", "no softmax", "straight-through temperature", "discrete", "several"}
 EVERY = pytest.mark.parametrize(
     "name", [name if name in FAST_ORACLE else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
@@ -122,8 +122,8 @@ def test_the_values_of_padding_tokens_change_no_bit(name):
 
 
 # Emit by the merge weights, separate, over experts; learned temperatures; groups within a sequence; uniform merge.
-ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, apart", "uniform mixing"]
-ENTROPIES = ["much at once", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
+ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, separate", "uniform mixing"]
+ENTROPIES = ["several", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
 
 @pytest.mark.parametrize("name", ENTROPIES)
@@ -153,7 +153,7 @@ def test_more_experts_than_group_members_equal_the_oracle():
         np.testing.assert_allclose(y, oracle.MixtureOfTokens(2, mask=mask_of()).forward(p), rtol=1e-9, atol=1e-10)
 
 
-FAST_MESH = {"uniform mixing", "no softmax", "much at once"}
+FAST_MESH = {"uniform mixing", "no softmax", "several"}
 MESH_CASES = [name if name in FAST_MESH else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
