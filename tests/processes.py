@@ -1,7 +1,7 @@
 """Real processes that train together, and a record of the examples that each of them read.
 
-As a script: `mot ...`, whose training appends to the file RECORD, for each batch that a step takes, a line of JSON: the
-step, the examples and the windows that this process read for it.
+As a script, `processes.py RECORD ...` runs `mot ...`; for each batch that a training step takes, it appends to the file
+RECORD a line of JSON with the step, and the examples and windows that this process read for it.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ def start(
     count: int,
     devices: int,
     record: Path,
-    own: dict[int, list[str]] | None = None,
+    extra: dict[int, list[str]] | None = None,
     command: str = "train",
 ) -> list[subprocess.Popen]:
-    """`mot train`, or another command, in `count` processes of so many virtual devices.
+    """Start `mot train`, or another command, in `count` processes, each with this number of virtual devices.
 
-    own: what single ones get besides.
+    Process i writes its output to `<record>.<i>.log` and its examples to `<record>.<i>`.
 
-    Process i writes its text to `<record>.<i>.log` and its examples to `<record>.<i>`.
+    Args:
+        extra: further arguments of single processes, by index.
     """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     together = ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count), "--process-id"]
-    found = []
+    processes = []
     for i in range(count):
-        call = [sys.executable, __file__, f"{record}.{i}", command, *arguments, *((own or {}).get(i, ()))]
+        call = [sys.executable, __file__, f"{record}.{i}", command, *arguments, *((extra or {}).get(i, ()))]
         with open(f"{record}.{i}.log", "w") as output:
             flags = [*together, str(i)] if count > 1 else []
-            found.append(subprocess.Popen([*call, *flags], env=environment, stdout=output, stderr=output))
-    return found
+            processes.append(subprocess.Popen([*call, *flags], env=environment, stdout=output, stderr=output))
+    return processes
 
 
 def _record(path: str) -> None:
-    """Lets the loop's batches write down what they are made of, when a step takes them."""
+    """Patch the trainer's batches so that each is recorded when a step takes it."""
     from mot_jax.training import trainer
 
     train_batches, reading = trainer.train_batches, threading.local()

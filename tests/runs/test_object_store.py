@@ -90,7 +90,7 @@ def steps(workdir: epath.Path) -> list[int]:
     return [row["step"] for row in log.read_rows(workdir)]
 
 
-def test_rows_are_there_before_a_checkpoint_and_those_after_it_come_again(bucket, monkeypatch):
+def test_rows_are_stored_before_a_checkpoint_and_those_after_it_are_logged_again(bucket, monkeypatch):
     workdir = bucket / "rows"
     metrics = log.MetricsLog(workdir, 0, QUIET)
     metrics.write({"step": 1, "split": "train", "loss": 1.0})
@@ -110,7 +110,7 @@ def test_rows_are_there_before_a_checkpoint_and_those_after_it_come_again(bucket
     assert steps(workdir) == [1, 2] and len(list((workdir / "metrics").iterdir())) == 1
 
 
-def test_what_is_sent_is_a_small_multiple_of_what_is_logged(bucket, monkeypatch):
+def test_the_bytes_sent_are_a_small_multiple_of_the_bytes_logged(bucket, monkeypatch):
     monkeypatch.setattr(log, "_PART_BYTES", 500)
     sent = []
     writes = epath.Path.write_bytes
@@ -127,7 +127,7 @@ def test_what_is_sent_is_a_small_multiple_of_what_is_logged(bucket, monkeypatch)
     assert len(sent) == 50 and max(sent) < 700 and sum(sent) < 8 * logged
 
 
-def test_a_run_that_moved_has_both_forms(bucket, tmp_path):
+def test_rows_of_a_run_that_moved_to_a_store_are_in_both_forms(bucket, tmp_path):
     write(bucket / "moved", 0, range(1, 4))
     workdir = epath.Path(tmp_path)
     (workdir / "metrics").mkdir()
@@ -137,7 +137,7 @@ def test_a_run_that_moved_has_both_forms(bucket, tmp_path):
     assert (workdir / "metrics.jsonl").read_text().count("\n") == 3
 
 
-def test_a_checkpoint_counts_when_it_is_whole(bucket, tiny):
+def test_only_complete_checkpoints_count(bucket, tiny):
     workdir, mesh = bucket / "saved", make_mesh(tiny)
     (workdir / "config.json").write_text(to_json(tiny))
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_a_checkpoint_counts_when_it_is_whole(bucket, tiny):
 
 
 @pytest.mark.slow
-def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
+def test_exports_to_and_from_a_store(bucket, tiny, tmp_path):
     """From a workdir on the store to the store, in several files that are written over; from there to a disk."""
     workdir, output = bucket / "to_export", bucket / "exported"
     state = create_state(tiny, make_mesh(tiny))
@@ -185,14 +185,14 @@ def test_exports_go_there_and_come_from_there(bucket, tiny, tmp_path):
         load_run(output)
 
 
-def test_a_bucket_that_is_not_there_is_told_in_one_line(bucket, tiny):
+def test_a_missing_bucket_is_one_line(bucket, tiny):
     with pytest.raises(UserError, match=r"^workdir = ..://nobody/run: (cannot be written to|the store refuses)") as e:
         train(tiny, f"{str(bucket)[:5]}nobody/run")
     assert type(e.value) is UserError and len(e.value.faults) == 1 and "\n" not in str(e.value)
 
 
 @pytest.mark.slow
-def test_a_run_stops_goes_on_and_is_looked_at(bucket, tiny: Config, tmp_path, monkeypatch, capsys):
+def test_a_run_stops_is_resumed_and_read_by_commands(bucket, tiny: Config, tmp_path, monkeypatch, capsys):
     workdir, local = bucket / "runs" / "mine", epath.Path(tmp_path / "local")
     train(tiny, local, [SampleHook()])
     save, seen = Checkpoints.save, []

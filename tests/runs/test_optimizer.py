@@ -1,4 +1,4 @@
-"""The optimizers: what each does to a matrix, what they share, and that they live on a mesh."""
+"""The optimizers: the update of each for a matrix, the options of all, and their sharding on a mesh."""
 
 import dataclasses
 import math
@@ -41,23 +41,23 @@ def arrays(seed: int, shapes: dict = SHAPES) -> dict[str, jax.Array]:
 
 def updates_of(config: OptimizerConfig, gradients: list[dict], params: dict) -> list[dict]:
     optimizer = make_optimizer(config, 10)
-    state, update, found = optimizer.init(params), jax.jit(optimizer.update), []
+    state, update, updates_by_step = optimizer.init(params), jax.jit(optimizer.update), []
     for gradient in gradients:
         updates, state = update(gradient, state, params)
-        found.append(updates)
-    return found
+        updates_by_step.append(updates)
+    return updates_by_step
 
 
-# --- what each does ---------------------------------------------------------------------------------------------------
+# --- each optimizer ---------------------------------------------------------------------------------------------------
 
 
 def test_adamw_is_optaxs_bit_for_bit():
     config, params, gradients = OptimizerConfig(), arrays(0), [arrays(1), arrays(2)]
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(learning_rate(config, 10), weight_decay=0.1))
     state, update = optimizer.init(params), jax.jit(optimizer.update)
-    for gradient, found in zip(gradients, updates_of(config, gradients, params), strict=True):
+    for gradient, ours in zip(gradients, updates_of(config, gradients, params), strict=True):
         updates, state = update(gradient, state, params)
-        chex.assert_trees_all_equal(found, updates)
+        chex.assert_trees_all_equal(ours, updates)
 
 
 # name -> the matrices of a parameter, [many, m, n]
@@ -71,8 +71,8 @@ MATRICES = {
 }
 
 
-def test_muon_makes_each_matrix_orthogonal_by_itself():
-    """Its first step keeps the singular vectors of each gradient and makes its singular values about 1."""
+def test_muon_orthogonalizes_each_matrix_of_a_stack():
+    """Its first step has the singular vectors of each gradient, and singular values of about 1."""
     params, gradients = arrays(0), arrays(1)
     gradients["stacks/0/0/feed_forward/w_in"] *= jnp.array([1.0, 1e-3, 1e3])[:, None, None]  # all the same to it
     (updates,), (plain,) = (
@@ -118,13 +118,13 @@ def test_moments_dtype_is_of_the_first_moment(name):
     assert sorted(shape for shape, dtype in narrow if dtype == "bfloat16") == sorted(SHAPES.values())
     assert sorted((shape, dtype.replace("bfloat16", "float32")) for shape, dtype in narrow) == wide
     params = jax.tree.map(lambda x: x.astype("bfloat16"), arrays(0))
-    for moments in ("float32", "bfloat16"):  # of a pure bfloat16 model: what goes in comes out
+    for moments in ("float32", "bfloat16"):  # of a pure bfloat16 model: the update has the dtype of the gradient
         optimizer = make_optimizer(OptimizerConfig(name, mu_dtype=moments), 1)
         state = jax.eval_shape(optimizer.init, params)
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(optimizer.update, params, state, params)[1], state)
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- options of all ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -180,7 +180,7 @@ def mesh_of(config: Config) -> jax.sharding.Mesh:
 
 @lru_cache
 def compiled_gradient(shape: tuple[tuple[str, int], ...]):
-    """Of the loss, on a mesh: the same for all optimizers."""
+    """Gradients of the loss on a mesh, the same for all optimizers."""
     config = config_of("muon", shape)
 
     def loss(params, tokens):
@@ -217,7 +217,7 @@ def three_steps(config: Config, state: TrainState) -> tuple[list[float], TrainSt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adafactor", "muon"])  # AdamW: test_step.py, test_loop.py
+@pytest.mark.parametrize("name", ["adafactor", "muon"])  # AdamW: tests/training
 def test_on_eight_devices_and_restored(name, tmp_path):
     config, single = config_of(name, EIGHT), config_of(name, (("data", 1),))
     begin = create_state(config, mesh_of(config))
@@ -229,7 +229,7 @@ def test_on_eight_devices_and_restored(name, tmp_path):
 
     split = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state)]
     kept = {"adafactor": 6, "muon": 3}[name]  # arrays for a parameter, counts too
-    assert sum(split) > 2 * (1 + kept)  # all matrices, not w_in and w_out alone
+    assert sum(split) > 2 * (1 + kept)  # all matrices, not only w_in and w_out
 
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, 3 * B, config)
@@ -240,8 +240,8 @@ def test_on_eight_devices_and_restored(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_choice_at_once_learns():
-    """Of the model and of the optimizer, in a few steps."""
+def test_all_options_together_train():
+    """All options of the model and of the optimizer together, in a few steps."""
     kind = MixtureOfTokensConfig(group_size=2, num_experts=4, shared_expert_dim=8)
     choices = {"positions": "rotary", "document_mask": True, "activation": "silu", "gated": True, "norm": "rms"}
     choices |= {"final_norm": True, "tie_embeddings": True, "num_kv_heads": 1}
@@ -276,27 +276,27 @@ def test_every_choice_at_once_learns():
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, sums
 
-    (params, state), found = create(jax.random.key(0, impl="rbg")), []
+    (params, state), sums_by_step = create(jax.random.key(0, impl="rbg")), []
     for _ in range(30):
         params, state, sums = step(params, state)
-        found.append(jax.tree.map(float, sums))
-    first, last = found[0], found[-1]
+        sums_by_step.append(jax.tree.map(float, sums))
+    first, last = sums_by_step[0], sums_by_step[-1]
     assert last.nats < last.loss < 0.5 * first.loss and last.correct > first.correct + 16
 
 
 def test_the_norms_of_mixtures_are_no_matrices():
-    """Scale and bias lie in one array [2, D]: neither shrunk with the matrices, nor made orthogonal."""
+    """Scale and bias are one array [2, D], which is neither decayed with the matrices nor orthogonalized."""
     params = {
         "stacks/0/0/feed_forward/mixture_norm": jnp.ones((1, 2, 8)),
         "stacks/0/0/feed_forward/controller": jnp.ones((1, 8, 4)),
     }
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
-    found = {}
+    updates = {}
     for name in ("adamw", "muon"):
         optimizer = make_optimizer(OptimizerConfig(name, decay="matrices", weight_decay=0.5, warmup_steps=0), 10)
-        found[name], _ = optimizer.update(grads, optimizer.init(params), params)
+        updates[name], _ = optimizer.update(grads, optimizer.init(params), params)
     norm, controller = params
-    np.testing.assert_allclose(found["muon"][norm], found["adamw"][norm], rtol=1e-5)
-    assert (found["muon"][controller] != found["adamw"][controller]).any()
+    np.testing.assert_allclose(updates["muon"][norm], updates["adamw"][norm], rtol=1e-5)
+    assert (updates["muon"][controller] != updates["adamw"][controller]).any()
     still, _ = optimizer.update(jax.tree.map(jnp.zeros_like, grads), optimizer.init(params), params)
     assert not still[norm].any() and (still[controller] < 0).all()

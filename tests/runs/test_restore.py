@@ -1,4 +1,4 @@
-"""A run's parameters from its workdir, whatever goes on there."""
+"""Parameters of a run from its workdir, while another process may be writing there."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def saved(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[epath
     return workdir, state
 
 
-def modified(directory: epath.Path) -> dict[str, int]:
-    """When each file below was last written."""
+def modification_times(directory: epath.Path) -> dict[str, int]:
+    """The modification times of all files in a directory."""
     return {str(path): path.stat().st_mtime_ns for path in Path(directory).rglob("*")}
 
 
-def test_the_newest_parameters_on_one_device_by_reading_alone(saved, tiny):
+def test_the_newest_parameters_on_one_device_without_writing(saved, tiny):
     workdir, state = saved
     leftover = workdir / "checkpoints" / "16.orbax-checkpoint-tmp-1"  # a save that is under way, or was killed
     leftover.mkdir()
-    before = modified(workdir)
+    before = modification_times(workdir)
     run = load_run(workdir)
-    assert before == modified(workdir)
+    assert before == modification_times(workdir)
     assert (run.config, run.step) == (tiny, 12)
     assert run.params.keys() == state.params.keys()
     for name, value in run.params.items():
@@ -65,18 +65,18 @@ def test_the_newest_parameters_on_one_device_by_reading_alone(saved, tiny):
         np.testing.assert_array_equal(value, state.params[name])
 
 
-def test_they_lie_on_the_mesh_that_is_given_or_set(saved, mesh_of):
+def test_parameters_are_placed_on_the_mesh_that_is_given_or_set(saved, mesh_of):
     workdir, state = saved
     mesh = mesh_of(expert=2)
     with jax.set_mesh(mesh):
-        there = load_run(workdir).params
-    for params in (there, load_run(workdir, mesh).params):
+        on_set_mesh = load_run(workdir).params
+    for params in (on_set_mesh, load_run(workdir, mesh).params):
         w_in = params["stacks/0/0/feed_forward/w_in"]
         assert w_in.sharding.mesh == mesh and w_in.sharding.shard_shape(w_in.shape)[1] * 2 == w_in.shape[1]
         np.testing.assert_array_equal(w_in, state.params["stacks/0/0/feed_forward/w_in"])
 
 
-def test_a_checkpoint_that_a_newer_one_replaces_meanwhile(saved, tmp_path, monkeypatch):
+def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_read(saved, tmp_path, monkeypatch):
     workdir = epath.Path(shutil.copytree(saved[0], tmp_path / "run"))
     load = restore.ocp.load
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_a_newer_one_replaces_meanwhile(saved, tmp_path, monke
 
     monkeypatch.setattr(restore.ocp, "load", overtaken)
     assert load_run(workdir).step == 16
-    shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer to go to: damage is an error
+    shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer: damage is an error
     with pytest.raises(UserError, match=r"its checkpoint 16 cannot be read \(.*; if it is damaged, remove"):
         load_run(workdir)
 
@@ -114,9 +114,10 @@ for read in (load_run, restore_state):
 """
 
 
-def told_of(workdir: epath.PathLike) -> list[str]:
-    """What is said of a checkpoint by each of the two that read it; in a process of its own, where Orbax may leave
-    coroutines and threads behind.
+def read_errors(workdir: epath.PathLike) -> list[str]:
+    """The errors of `load_run` and of `Checkpoints.restore` for a checkpoint.
+
+    In a separate process, since Orbax may leave coroutines and threads behind.
     """
     done = subprocess.run([sys.executable, "-c", READ_BOTH, workdir], capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
@@ -133,14 +134,14 @@ def test_a_damaged_checkpoint_is_one_short_line(saved, tiny, tmp_path):
     checkpoint = workdir / "checkpoints" / "12"
     metadata = (checkpoint / "_CHECKPOINT_METADATA").read_text()
     (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata[: len(metadata) // 2])
-    load_run(workdir)  # which needs none of it
+    load_run(workdir)  # which does not read the metadata
     with pytest.raises(UserError, match=r"its checkpoint 12 .* \(ValueError: its metadata is missing or damaged\)"):
         restore_state(workdir, tiny)
     (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata)
     restore_state(workdir, tiny)
     for path in (checkpoint / "state" / "d").iterdir():
         os.truncate(path, path.stat().st_size // 2)
-    for line in told_of(workdir):
+    for line in read_errors(workdir):
         assert line.startswith(f"UserError workdir = {workdir}: its checkpoint 12 cannot be read")
         assert "(ValueError: OUT_OF_RANGE: " in line and f"if it is damaged, remove {checkpoint}, and" in line
         assert len(line) < 800
@@ -183,7 +184,7 @@ def test_processes_read_one_checkpoint_and_try_again_together(saved, monkeypatch
     assert asked == ["4", "12"]
 
 
-def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
+def test_a_directory_without_a_run_is_one_line(saved, tiny, tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match=r"run: no such directory; try"):
         load_run(workdir)
@@ -202,25 +203,28 @@ def test_what_is_no_run_is_one_line(saved, tiny, tmp_path):
 
 
 def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
-    """Its config says so before, as a rule: this is for one that does not."""
+    """Usually its config is refused before; here the config matches and the checkpoint does not."""
     copy = Path(shutil.copytree(saved[0], tmp_path / "run"))
     config = load_run_config(copy)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
     (copy / "config.json").write_text(to_json(wider))
-    of_parameters, of_state = told_of(copy)
+    of_parameters, of_state = read_errors(copy)
     assert of_parameters.startswith(f"UserError workdir = {copy}: its checkpoint 12 cannot be read (ValueError: ")
     assert "its checkpoint 12 cannot be read into this config's state by mot_jax 0.1.0 (ValueError: " in of_state
 
 
-def test_what_a_model_wants_and_finds(tmp_path):
+def test_tensors_are_compared_with_the_parameters_of_a_model(tmp_path):
     dtypes = {"good": "float32", "narrow": "float16", "wide": "float32", "whole": "int32", "tiny": "float8_e4m3fn"}
     values = {name: np.zeros((2, 3), dtype) for name, dtype in dtypes.items()}
     values |= {"turned": values["good"], "extra": values["good"]}
     save_file(values, tmp_path / "model.safetensors")
-    wanted = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in [*dtypes, "absent"]}
-    wanted |= {"turned": jax.ShapeDtypeStruct((3, 2), jnp.float32), "wide": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}
+    parameters = {name: jax.ShapeDtypeStruct((2, 3), jnp.float32) for name in [*dtypes, "absent"]}
+    parameters |= {
+        "turned": jax.ShapeDtypeStruct((3, 2), jnp.float32),
+        "wide": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16),
+    }
     advice = "or narrower; try model.param_dtype = 'float32'"
-    assert tensor_faults(open_tensors(epath.Path(tmp_path)), wanted, "here") == [
+    assert tensor_faults(open_tensors(epath.Path(tmp_path)), parameters, "here") == [
         "here: tensor extra: the model has no parameter for it",
         f"here: tensor wide: is float32, must be bfloat16 {advice}",
         f"here: tensor whole: is I32, must be float32 {advice}",

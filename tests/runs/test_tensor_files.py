@@ -1,4 +1,4 @@
-"""Files of tensors: what is written is read back, here and by Orbax; what is damaged is one line."""
+"""Files of tensors are read back unchanged, by this package and by Orbax; a damaged one is an error of one line."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def read(path) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in open_tensors(epath.Path(path)).tensors.items()}
 
 
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
-        assert np.asarray(found[name]).tobytes() == value.tobytes()
+        assert (actual[name].dtype, actual[name].shape) == (value.dtype, value.shape)
+        assert np.asarray(actual[name]).tobytes() == value.tobytes()
 
 
 def test_every_bit_comes_back(tmp_path):
     assert write(tmp_path) == [MODEL]
     assert_equal(read(tmp_path), VALUES)
-    found = open_tensors(epath.Path(tmp_path))
-    assert found.metadata == {"step": "12"}
-    assert {(name, t.dtype, t.shape) for name, t in found.tensors.items()} == {
+    file = open_tensors(epath.Path(tmp_path))
+    assert file.metadata == {"step": "12"}
+    assert {(name, t.dtype, t.shape) for name, t in file.tensors.items()} == {
         (name, str(value.dtype), value.shape) for name, value in VALUES.items()
     }
     assert [path.name for path in tmp_path.iterdir()] == [MODEL]
@@ -99,7 +99,7 @@ def test_damage_is_one_line_or_changes_no_tensor(tmp_path):
     for damaged in [*cut, *others, *flipped]:
         (tmp_path / MODEL).write_bytes(damaged)
         try:
-            found = open_tensors(epath.Path(tmp_path)).tensors
+            tensors = open_tensors(epath.Path(tmp_path)).tensors
         except UserError as error:
             (fault,) = error.faults
             assert fault.startswith(f"{tmp_path / MODEL}: cannot be read (SafetensorError: ")
@@ -107,20 +107,20 @@ def test_damage_is_one_line_or_changes_no_tensor(tmp_path):
             assert not isinstance(error, RetryableError)
             continue
         assert len(damaged) == len(content)
-        if {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (v.dtype, v.shape) for n, v in values.items()}:
+        if {n: (t.dtype, t.shape) for n, t in tensors.items()} == {n: (v.dtype, v.shape) for n, v in values.items()}:
             unnoticed += 1
-            assert_equal({name: tensor.read() for name, tensor in found.items()}, values)
-    assert unnoticed <= 8 / 7 * len('{"step":"12"}')  # what is said beside the tensors
+            assert_equal({name: tensor.read() for name, tensor in tensors.items()}, values)
+    assert unnoticed <= 8 / 7 * len('{"step":"12"}')  # the metadata
 
 
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin", "last.ckpt"])
-def test_pickles_are_not_read_but_told_how_to_convert(tmp_path, name):
+def test_pickles_are_refused_with_a_command_that_converts_them(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(UserError, match=f"{name}: is a pickle.*try python -c .*weights_only=True.*save_file"):
         read(tmp_path / name)
 
 
-def test_what_is_not_there_is_one_line(tmp_path):
+def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no such file; try the model.safetensors"):
         read(tmp_path / MODEL)
     with pytest.raises(UserError, match=r"holds neither model.safetensors nor"):
@@ -143,10 +143,10 @@ def test_a_file_on_a_store_is_read_from_a_copy_that_is_gone(tmp_path, monkeypatc
     monkeypatch.setattr(tensor_files, "is_remote", lambda path: True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "copies"))
     (tmp_path / "copies").mkdir()
-    found = open_tensors(epath.Path(tmp_path))
+    file = open_tensors(epath.Path(tmp_path))
     (tmp_path / MODEL).unlink()
     assert not list((tmp_path / "copies").iterdir())
-    assert_equal({name: tensor.read() for name, tensor in found.tensors.items()}, VALUES)
+    assert_equal({name: tensor.read() for name, tensor in file.tensors.items()}, VALUES)
 
 
 def test_a_kill_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Scores of a finished run: those of its log, grouped otherwise, per byte of the text, and of no other text."""
+"""Scores of a finished run: as logged, in other groups and modes, per byte of the text; refused on other text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = "red green blue black white".split()
 
 
 def word_level(*words: str) -> str:
-    """A tokenizer of whole words, which loses all others and every space."""
+    """A tokenizer of these whole words, which loses all other words and every space."""
     names = ["[UNK]", "<|endoftext|>", *words]
     model = tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)
@@ -89,12 +89,12 @@ def test_bits_per_byte_count_the_bytes_that_the_tokenizer_loses(run):
 def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags, changes):
     config, workdir, _ = run
     cli.main(["evaluate", str(workdir), *flags, "--json", str(tmp_path / "result.json")])
-    found = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())
     kind = dataclasses.replace(config.model.feed_forward, **changes)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
     (expected,) = evaluate_run(workdir, other, "validation", None)
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5) and found["step"] == 4
-    assert abs(found["loss"] - last_row(workdir)["loss"]) > 1e-5
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5) and result["step"] == 4
+    assert abs(result["loss"] - last_row(workdir)["loss"]) > 1e-5
     output = capsys.readouterr().out
     assert (
         f"groups of {kind.group_size}" in output
@@ -103,8 +103,8 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
     )
 
 
-def test_all_modes_are_scored_on_the_same_text_shown_and_written_down(run, tmp_path, capsys, monkeypatch):
-    """In batches that the mixtures of a row each fit into; without companions, the modes that do without."""
+def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path, capsys, monkeypatch):
+    """In batches limited by the size of the mixtures; without companions, the modes that do not need them."""
     config, workdir, _ = run
     (workdir / "modes.json").unlink(missing_ok=True)
     monkeypatch.setattr(evaluation, "_MIXTURE_BYTES", 3 * 16 * 8 * 16 * 4)
@@ -137,7 +137,7 @@ def test_all_modes_are_scored_on_the_same_text_shown_and_written_down(run, tmp_p
         moved.rename(companions)
 
 
-def test_the_scores_that_most_modes_have_are_those_that_compare(run, tmp_path):
+def test_scores_are_compared_on_the_windows_that_most_modes_have(run, tmp_path):
     config, _, _ = run
     (tmp_path / "config.json").write_text(to_json(config))
     assert measured(tmp_path, 4) == {}
@@ -157,7 +157,7 @@ def test_the_scores_that_most_modes_have_are_those_that_compare(run, tmp_path):
 
 
 def upcycled(config: Config, workdir: Path) -> None:
-    """Asks for a run that begins as a dense one on the text of `workdir`."""
+    """Check a config that upcycles a dense run on the text of `workdir`."""
     source = workdir.parent / "dense"
     source.mkdir(exist_ok=True)
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=DenseConfig()))
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_has_changed_under_its_name_is_refused(run, reader):
 
 @pytest.mark.parametrize("reader", ["evaluate", "inspect"])
 def test_validation_text_that_has_changed_is_refused(run, tmp_path, reader):
-    """Another split than the run's own may be any text."""
+    """Any text is allowed in a split other than the validation split of the run."""
     config, workdir, _ = run
     path = workdir / "data.json"
     before = path.read_text()

@@ -131,7 +131,7 @@ def test_ten_kills_change_no_bit(finished, tiny, tmp_path):
 
 
 def test_a_masked_model_trains_and_fills_gaps(tiny, tmp_path, capsys):
-    """With documents kept apart in attention; what it prints and writes is about masked tokens."""
+    """With attention within documents only; the printed lines and the sample are about masked tokens."""
     model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, document_mask=True)
     optimizer = dataclasses.replace(tiny.training.optimizer, learning_rate=2e-2)
     training = dataclasses.replace(tiny.training, steps=60, optimizer=optimizer, validate_every=60, checkpoint_every=60)

@@ -1,4 +1,4 @@
-"""A run before and after its steps: refusals that touch nothing, what a finished run consists of."""
+"""A run before and after its steps: configs that are refused, files of a finished run."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "coll
 
 
 def batches(config: Config, count: int, values: int = 256) -> list[Batch]:
-    """Tokens with something to learn: runs of neighbouring numbers."""
+    """Learnable tokens: sequences of consecutive numbers."""
     rng = np.random.default_rng(0)
     size = (count, config.training.batch_size, 1)
     tokens = ((rng.integers(0, 256, size) + np.arange(config.model.context_length + 1)) % values).astype(np.int32)
@@ -45,7 +45,7 @@ def batches(config: Config, count: int, values: int = 256) -> list[Batch]:
 
 
 def batch_of(config: Config, tokens: np.ndarray, number: int = 0, mask: np.ndarray | None = None) -> Batch:
-    """tokens int32 [B, S + 1] -> what the model of `config` reads."""
+    """The batch [B, S] for the model of `config`, from tokens int32 [B, S + 1]."""
     mask = np.ones_like(tokens[:, 1:], bool) if mask is None else mask
     return Objective.of(config, ByteTokenizer())(
         WindowBatch(tokens, mask), number * len(tokens) + np.arange(len(tokens))
@@ -106,9 +106,9 @@ FAST = "data 2 x fsdp 2 x expert 2"
 
 
 def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    for row, wanted in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-        assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-3)
+    for row, expected_row in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(expected_row["loss"], rel=1e-5)
+        assert {name: row[name] for name in expected_row} == pytest.approx(expected_row, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -117,28 +117,28 @@ def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]])
 def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     rows, program = run(dataclasses.replace(tiny, mesh=mesh))
     assert_close(rows, one_device)
-    found = collectives(program)
+    counts = collectives(program)
     # The blocks are one scan: its body holds one MoT layer forward, and one backward.
-    assert found["all-to-all"] == (4 if mesh.expert > 1 else 0)
-    assert bool(found["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not found["collective-permute"]
+    assert counts["all-to-all"] == (4 if mesh.expert > 1 else 0)
+    assert bool(counts["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not counts["collective-permute"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_groups_larger_than_a_devices_rows_equal_one_device(tiny, grouped, mesh):
-    """32 rows in two microbatches: two rows a device, and groups of 8; the blocks are computed again."""
+def test_groups_that_span_devices_equal_one_device(tiny, grouped, mesh):
+    """32 sequences in two microbatches: two sequences per device, and groups of 8; the blocks are rematerialized."""
     config, expected = grouped
     rows, program = run(dataclasses.replace(config, mesh=mesh))
     assert_close(rows, expected)
     spans, experts = 16 // math.prod(dataclasses.astuple(mesh)[:3]) < 8, mesh.expert > 1
-    # Forward and backward one there and one back for each; what is computed again needs no way back. And the mask.
+    # Two in the forward and two in the backward pass, to the experts and back; one when recomputing. Not the mask.
     activations = [line for line in re.findall(r"= (.*) all-to-all(?:-start)?\(", program) if "pred" not in line]
     assert len(activations) == 5 * (spans + experts)
 
 
 @pytest.fixture(scope="module")
 def grouped(tiny: Config) -> tuple[Config, list[dict[str, float]]]:
-    """A config with groups of 8, accumulation and rematerialisation, and what one device makes of it without either."""
+    """A config with groups of 8, accumulation and rematerialization, and the rows of one device without these two."""
     kind = dataclasses.replace(tiny.model.feed_forward, group_size=8)
     plain = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, feed_forward=kind))
     model, training = (
@@ -151,7 +151,7 @@ def grouped(tiny: Config) -> tuple[Config, list[dict[str, float]]]:
     return dataclasses.replace(plain, model=model, training=training), rows
 
 
-def test_metrics_are_what_their_names_say(tiny):
+def test_metrics_equal_their_definitions(tiny):
     mesh, state, step = compiled_step(tiny)
     before = jax.device_get(state.params)
     batch = batches(tiny, 1)[0]
@@ -176,7 +176,7 @@ def test_metrics_are_what_their_names_say(tiny):
     assert float(metrics["gradient_rms"]) == pytest.approx(rms(gradient), rel=1e-4)
 
 
-def test_the_state_is_born_sharded_with_its_optimizer(tiny, optimized):
+def test_the_state_is_initialized_sharded_with_its_optimizer(tiny, optimized):
     config = dataclasses.replace(tiny, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     mesh = make_mesh(config)
     state: TrainState = create_state(config, mesh)
@@ -194,7 +194,7 @@ def test_the_state_is_born_sharded_with_its_optimizer(tiny, optimized):
     jax.tree.map(lambda a, b: None, state, abstract_state(config, mesh))
 
 
-def test_evaluation_counts_real_targets_and_their_bytes(tiny):
+def test_evaluation_counts_targets_without_padding_and_their_bytes(tiny):
     mesh = make_mesh(tiny, jax.devices()[:1])
     state = create_state(tiny, mesh)
     tokens = np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32)
@@ -217,7 +217,7 @@ def test_evaluation_counts_real_targets_and_their_bytes(tiny):
     assert count == mask.sum() and windows == 31
     assert size == (mask & (tokens[:, 1:] != 256)).sum()
     assert correct == (mask & (likeliest == batch.targets)).sum()
-    assert float(again.nats) == nats  # bit for bit: what is masked does not count
+    assert float(again.nats) == nats  # bit for bit: masked targets do not count
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])
@@ -274,7 +274,7 @@ def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
 
 
 def routed(tiny: Config, factor: float | None, mesh: MeshConfig = MeshConfig(data=1)) -> Config:
-    """Routing groups of two rows; both losses are weighed."""
+    """Routing groups of two sequences; both auxiliary losses have weights."""
     kind = TokenChoiceConfig(8, None, 2, 8, factor, routing_group_tokens=32, controller_init_scale=3.0)
     training = dataclasses.replace(tiny.training, losses=LossWeights(load_balancing=0.1, router_z=0.01))
     return dataclasses.replace(
@@ -301,13 +301,13 @@ def test_twenty_routed_steps_on_eight_devices_equal_one_device(tiny, routed_rows
     assert (expected[0]["dropped/00"] > 0.05) == (factor is not None)
     rows, program = run(routed(tiny, factor, ROUTED[mesh]))
     assert_close(rows, expected)
-    found, axes = collectives(program), ROUTED[mesh]
-    assert not found["collective-permute"]
+    counts, axes = collectives(program), ROUTED[mesh]
+    assert not counts["collective-permute"]
     if factor is None:  # tokens are gathered along `expert`, and sums scattered
-        assert not found["all-to-all"] and bool(found["all-gather"]) == (mesh != "data 8")
+        assert not counts["all-to-all"] and bool(counts["all-gather"]) == (mesh != "data 8")
     else:  # the body of a scan holds one layer: there and back, forward and backward
-        assert found["all-to-all"] == (4 if axes.expert > 1 else 0)
-        assert bool(found["all-gather"]) == (axes.fsdp * axes.tensor > 1)
+        assert counts["all-to-all"] == (4 if axes.expert > 1 else 0)
+        assert bool(counts["all-gather"]) == (axes.fsdp * axes.tensor > 1)
 
 
 @pytest.mark.slow
@@ -349,17 +349,17 @@ def test_the_content_of_padding_changes_nothing(tiny, groups):
     mask[::3, 6:], mask[5] = False, False
     tokens = rng.integers(0, 256, (32, 17)).astype(np.int32)
     real = np.concatenate([mask[:, :1], mask], axis=1)
-    params, found = jax.device_get(state), []
+    initial_state, results = jax.device_get(state), []
     for scale in (0, 1):
         batch = batch_of(
             config, np.where(real, tokens, scale * rng.integers(0, 256, tokens.shape)).astype("int32"), 0, mask
         )
         state, metrics = step(
-            jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state)), place(mesh, config, batch)
+            jax.device_put(initial_state, jax.tree.map(lambda leaf: leaf.sharding, state)), place(mesh, config, batch)
         )
-        found.append(jax.device_get((state, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *found)
-    assert found[0][1]["loss"] > 0
+        results.append(jax.device_get((state, metrics)))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[0][1]["loss"] > 0
 
 
 # --- every variant ----------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_the_content_of_padding_changes_nothing(tiny, groups):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_on_eight_devices(tiny, name):
-    """Twenty steps, a masked model where groups lie within rows; every loss and metric stays finite."""
+    """Twenty steps, a masked model where groups are within sequences; every loss and metric stays finite."""
     mixing = VARIANTS[name]
     if mixing.annealing != "none":
         mixing = dataclasses.replace(mixing, annealing_steps=(5, 15))  # the last steps are at temperature 0
@@ -387,7 +387,7 @@ def test_every_variant_learns_on_eight_devices(tiny, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["entropy loss", "granularity below 1"])
-def test_what_is_no_mixing_of_its_own_learns_too(tiny, case):
+def test_an_entropy_loss_and_a_low_granularity_train_too(tiny, case):
     """With an entropy loss, weights become decided as the loss falls; without, they do not."""
     weight, experts = {"entropy loss": (3.0, 8), "granularity below 1": (0.0, 2)}[case]
     model = dataclasses.replace(

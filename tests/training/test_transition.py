@@ -1,4 +1,4 @@
-"""A Mixture-of-Tokens run that another run goes on with: annealed, or as token choice."""
+"""A Mixture-of-Tokens run that another run continues: annealed, or as token choice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mot_jax.training import train, trainer, transition
 
 @pytest.fixture(scope="module")
 def small(tiny: Config) -> Config:
-    """With little else than training: hundreds of windows to score, a sample of a token."""
+    """A config with little to do but train: hundreds of windows to score, a sample of one token."""
     data = dataclasses.replace(tiny.data, validation_split="validation[:1%]")
     return dataclasses.replace(tiny, data=data, logging=LoggingConfig(tensorboard=False, sample_tokens=1))
 
@@ -42,15 +42,15 @@ def source(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Con
 
 
 def tuned(source: tuple[Config, str], steps: int = 4, **changes) -> Config:
-    """The command's config of a tuning run."""
+    """The config that the command makes for a tuning run."""
     config = transition.tuning_config(*source, "token_choice", steps)
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
 
 
 def rows(workdir: Path | str, split: str) -> list[dict]:
     speed = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
-    found = [row for row in read_rows(epath.Path(workdir)) if row["split"] == split]
-    return [{name: value for name, value in row.items() if name not in speed} for row in found]
+    chosen = [row for row in read_rows(epath.Path(workdir)) if row["split"] == split]
+    return [{name: value for name, value in row.items() if name not in speed} for row in chosen]
 
 
 def named(tree) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def named(tree) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("to", [pytest.param("annealed", marks=pytest.mark.slow), "token_choice"])
-def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(source, to):
+def test_weights_and_moments_are_carried_over_and_the_schedule_starts_again(source, to):
     config = transition.annealing_config(*source, 4) if to == "annealed" else tuned(source)
     check(config)
     mesh = make_mesh(config)
@@ -78,7 +78,7 @@ def test_weights_and_moments_are_carried_over_and_the_schedule_begins_anew(sourc
         }
 
 
-def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_first_step(source):
+def test_a_random_router_has_new_controllers_and_no_other_new_weights(source):
     config = tuned(source, transition_router="random")
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
@@ -92,7 +92,9 @@ def test_of_a_random_router_the_controller_alone_is_new_and_not_that_of_the_firs
 
 
 @pytest.mark.slow
-def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(source, tmp_path, monkeypatch):
+def test_the_text_continues_at_the_next_whole_batch_and_a_stopped_run_resumes_bit_for_bit(
+    source, tmp_path, monkeypatch
+):
     config = tuned(source, steps=4, log_every=1, validate_every=4, checkpoint_every=2)
     first_examples: list[int] = []
     train_batches = trainer.train_batches
@@ -116,7 +118,7 @@ def test_the_text_goes_on_at_the_next_whole_batch_and_a_stopped_run_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(source, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_validates_step_0_again(source, tmp_path, monkeypatch):
     config = tuned(source, steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda *_: 1 / 0)
@@ -126,7 +128,7 @@ def test_a_run_killed_before_its_first_checkpoint_has_one_row_of_the_spike(sourc
     assert [row["step"] for row in rows(tmp_path / "run", "validation")] == [0, 1, 2]
 
 
-def test_annealing_ends_one_hot_which_the_mixture_then_is(source):
+def test_annealing_ends_one_hot_and_tuning_begins_so(source):
     config = transition.annealing_config(*source, 4)
     mixing = config.model.feed_forward.mixing
     assert [float(temperature_at_step(mixing, np.int32(step))) for step in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
@@ -155,7 +157,7 @@ def variant(source: tuple[Config, str], **mixing) -> tuple[Config, str]:
     return dataclasses.replace(source[0], model=dataclasses.replace(source[0].model, feed_forward=kind)), source[1]
 
 
-def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(source, tmp_path):
+def test_every_difference_from_the_source_is_refused_at_once(source, tmp_path):
     config = tuned(source)
     transition.check_transition(config)
     optimizer = dataclasses.replace(config.training.optimizer, name="muon")
@@ -175,11 +177,11 @@ def test_a_config_that_the_weights_and_moments_do_not_fit_is_told_all_of_it(sour
     assert all(f"as in training.transition_from = {source[1]!r}" in fault for fault in error.value.faults)
 
 
-def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anything_begins(source, tmp_path):
+def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_the_start(source, tmp_path):
     copy = Path(shutil.copytree(source[1], tmp_path / "copy"))
     config = tuned((source[0], str(copy)))
-    there = json.loads((copy / "data.json").read_text())
-    (copy / "data.json").write_text(json.dumps(there | {"train": "other"}))
+    fingerprints = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(fingerprints | {"train": "other"}))
     with pytest.raises(UserError, match=f"workdir = {copy} was trained on other text: train: other there"):
         train(config, tmp_path / "new")
     shutil.rmtree(copy / "checkpoints")
@@ -206,13 +208,13 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_anythi
 def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words):
     with pytest.raises(SystemExit) as ended:
         main(["transition", source[1], *flags])
-    told = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 2 and len(told) == 1 and words in told[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and words in lines[0]
 
 
 @pytest.mark.slow
-def test_tuning_recovers_what_the_switch_costs(tiny, small, tmp_path, capsys):
-    """The command from end to end, on a small model that has learned to mix; a second time it only tells."""
+def test_tuning_recovers_the_loss_of_the_conversion(tiny, small, tmp_path, capsys):
+    """The command from end to end, on a small model that has learned to mix; again, it prints the report only."""
     small = dataclasses.replace(small, data=tiny.data)  # of documents enough to make whole groups
     optimizer = dataclasses.replace(small.training.optimizer, learning_rate=1e-2)
     often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
@@ -221,14 +223,14 @@ def test_tuning_recovers_what_the_switch_costs(tiny, small, tmp_path, capsys):
     train(dataclasses.replace(small, training=training), workdir)
     main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
     lines = capsys.readouterr().out.splitlines()
-    found = json.loads((output / "transition.json").read_text())
-    before, after = ({mode: score["loss"] for mode, score in found[when].items()} for when in ("before", "after"))
+    result = json.loads((output / "transition.json").read_text())
+    before, after = ({mode: score["loss"] for mode, score in result[when].items()} for when in ("before", "after"))
     assert before.keys() == after.keys() >= {"grouped", "discrete", "companions", "token_choice", "without"}
     assert before["token_choice"] > before["grouped"] * 1.02
     assert after["token_choice"] < before["grouped"] * 1.01
-    steps = [step for step, _ in found["curve"]]
+    steps = [step for step, _ in result["curve"]]
     assert steps[:7] == [0, 1, 2, 4, 6, 8, 12] and steps[-1] == 50
-    assert found["curve"][0][1] > found["grouped"] and len({s["windows"] for s in found["after"].values()}) == 1
+    assert result["curve"][0][1] > result["grouped"] and len({s["windows"] for s in result["after"].values()}) == 1
     assert (output / "transition.png").read_bytes().startswith(b"\x89PNG")
     assert any(line.startswith("token_choice | ") for line in lines)
     main(["transition", workdir, "--to", "token_choice", "--steps", "50"])
@@ -237,7 +239,7 @@ def test_tuning_recovers_what_the_switch_costs(tiny, small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_annealed_before(source, tmp_path, capsys):
+def test_annealing_before_tuning(source, tmp_path, capsys):
     output = tmp_path / "tuned"
     main(["transition", source[1], "--to", "token_choice", "--steps", "2", "--anneal", "2", "--output", str(output)])
     out = capsys.readouterr().out

@@ -16,7 +16,7 @@ from mot_jax.runs.restore import load_run
 from mot_jax.training import train
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
-# (experts, width, shared): as wide as the dense layer (32), slices of it, wider than it, beside a shared expert.
+# (experts, width, shared): as wide as the dense layer (32), slices of it, wider than it, with a shared expert.
 SHAPES = {"copies": (4, 32, 0), "slices": (16, 8, 0), "wider": (2, 64, 0), "shared": (8, 12, 8)}
 
 
@@ -40,7 +40,7 @@ def mixture(config: Config, shape: str, **changes) -> Config:
 @pytest.mark.parametrize(
     "shape", ["slices", *(pytest.param(s, marks=pytest.mark.slow) for s in ("shared", "copies", "wider"))]
 )
-def test_where_all_rows_of_a_group_are_equal_the_model_is_the_dense_one(dense_run, shape):
+def test_with_equal_sequences_in_a_group_the_model_equals_the_dense_one(dense_run, shape):
     """Uniform mixing of equal tokens: the experts together give G times the dense update, each token a G-th of it."""
     config, workdir = dense_run
     model = mixture(config, shape).model
@@ -48,9 +48,9 @@ def test_where_all_rows_of_a_group_are_equal_the_model_is_the_dense_one(dense_ru
     params, notes = upcycle(model, init_params(model, key), workdir)
     assert len(notes) == 1 and "after 4 steps" in notes[0]
     rows = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
-    found = bind(model, params)(np.repeat(rows, 4, axis=0)).hidden[::4]
+    outputs = bind(model, params)(np.repeat(rows, 4, axis=0)).hidden[::4]
     expected = bind(config.model, load_run(workdir).params)(rows).hidden
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_chosen_blocks_become_experts(dense_run):
@@ -68,7 +68,7 @@ def test_only_the_chosen_blocks_become_experts(dense_run):
 
 
 @pytest.mark.slow
-def test_a_run_begins_as_the_dense_one_learns_and_goes_on_without_it(dense_run, tmp_path, capsys):
+def test_a_run_begins_as_the_dense_one_and_resumes_without_it(dense_run, tmp_path, capsys):
     config, workdir = dense_run
     copy = shutil.copytree(workdir, tmp_path / "dense")
     training = dataclasses.replace(config.training, steps=12, upcycle_from=str(copy))
@@ -83,7 +83,7 @@ def test_a_run_begins_as_the_dense_one_learns_and_goes_on_without_it(dense_run, 
     assert "experts begin" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_upcycled_is_refused_before_anything_begins(dense_run, tmp_path):
+def test_a_source_that_cannot_be_upcycled_is_refused_before_the_start(dense_run, tmp_path):
     config, workdir = dense_run
     training = dataclasses.replace(config.training, upcycle_from=workdir)
     wrong = dataclasses.replace(mixture(config, "copies", final_norm=False), training=training)
