@@ -166,7 +166,7 @@ def train(config: Config, workdir: epath.PathLike) -> log.Row:
                 for step in console.track(range(done + 1, t.steps + 1), done):
                     with meter.waiting():
                         batch = next(batches)
-                    state, values = train_step(state, place(batch.rows))
+                    state, values = train_step(state, place(batch.sequences))
                     log_pending()
                     last = step == t.steps
                     if step % t.log_every == 0 or last:

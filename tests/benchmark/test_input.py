@@ -24,7 +24,7 @@ def test_batches_are_counted_and_timed_as_they_come(tmp_path, capsys, monkeypatc
             def __next__(self):
                 time.sleep(0.01 if len(read) < 5 else 0.05)
                 batch = next(found)
-                read.append(batch.rows.inputs.shape)
+                read.append(batch.sequences.inputs.shape)
                 return batch
 
             close = found.close
