@@ -77,7 +77,7 @@ def _record(path: str) -> None:
         def __next__(self):
             batch = next(self._batches)
             self._step += 1
-            examples, ids = self._made.pop(id(batch.rows.inputs))
+            examples, ids = self._made.pop(id(batch.sequences.inputs))
             with open(path, "a") as file:
                 file.write(json.dumps({"step": self._step, "examples": examples, "windows": ids}) + "\n")
             return batch

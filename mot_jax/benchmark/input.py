@@ -44,7 +44,7 @@ def bench_input(config: Config, progress: Callable[[str], None], batches: int | 
     progress(f"{count} batches of {t.batch_size} x {config.model.context_length} tokens")
 
     def wait_for_batch() -> None:
-        batch = place_microbatches(mesh, next(iterator).rows, t.batch_size, t.gradient_accumulation_steps)
+        batch = place_microbatches(mesh, next(iterator).sequences, t.batch_size, t.gradient_accumulation_steps)
         jax.block_until_ready(batch)
 
     try:

@@ -38,11 +38,11 @@ def data(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     directory = Path(local_path("--directory", options.directory or DATA_DIRECTORY)).absolute()
     if options.command == "build":
-        from mot_jax.data.build import build, plan_files
+        from mot_jax.data.build import build, spec_from_files
 
         if options.workers is not None and options.workers < 1:
             raise UserError(f"--workers = {options.workers}: must be at least 1; try 1")
-        plan = plan_files(options.name, options.files, options.documents, options.text_feature, options.validation)
+        plan = spec_from_files(options.name, options.files, options.documents, options.text_feature, options.validation)
         build(plan, directory / "corpora", options.workers, functools.partial(print, flush=True))
         return
     from mot_jax.data import corpora, report, tokenizers
@@ -52,7 +52,7 @@ def data(arguments: list[str]) -> None:
     corpus = corpora.open_corpus(options.name, options.split, directory, options.text_feature)
     if options.command == "inspect":
         tokenizer = tokenizers.load_tokenizer(options.tokenizer) if options.tokenizer else None
-        for line in report.lines(corpus, tokenizer, options.n):
+        for line in report.describe_corpus(corpus, tokenizer, options.n):
             print(line)
     else:
         train = functools.partial(tokenizers.train_tokenizer, vocab_size=options.vocab_size, kind=options.kind)

@@ -1,7 +1,8 @@
-"""Text corpora by name: the source of the running Python, what `mot data build` made, and any prepared TFDS data set.
+"""Open a text corpus by name: Python's source, a corpus built by `mot data build`, or a prepared TFDS data set.
 
-All are TFDS data sets in array_record files, read without TensorFlow. A name is looked up in `<directory>/corpora`,
-then where TFDS keeps its own (`TFDS_DATA_DIR`, or ~/tensorflow_datasets); a path is that of a data set's directory.
+All are TFDS data sets in array_record files, and are read without TensorFlow. A name is looked up in
+`<directory>/corpora`, then in TFDS's directory (`TFDS_DATA_DIR`, or ~/tensorflow_datasets); a path is the directory of
+a data set.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import importlib.metadata
 import os
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,22 +20,26 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mot_jax.data import python_source
-from mot_jax.data.build import build, prepared
+from mot_jax.data.build import build, built_directory
 from mot_jax.errors import UserError, error_words, nearest
 
-_PUBLIC_FOLDERS = ("datasets", "question_answering", "summarization", "text", "translate")  # of TFDS, those with text
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One split of a prepared corpus. Iterating gives (document name, text as bytes), in a fixed order.
+    """One split of a prepared corpus. Iteration yields (document name, text as bytes), in a fixed order.
 
-    version: of the data set and of what it was made from. fingerprint: hex digest of what the whole corpus holds.
-    records: {feature: text, "name": name, if the data set has names}, as bytes, by index; reading one is cheap, and
-    threads may share them. num_bytes: of the split, about. feature: the one that holds the text.
-    metadata: what its build counted, if we built it.
-    Other processes may be sent a corpus: it opens its files again there.
+    A corpus can be pickled; the other process opens the files again.
+
+    Attributes:
+        version: Version of the data set and of its source.
+        fingerprint: Hex digest of the content of the whole corpus.
+        records: {feature: text, "name": name, if the data set has names}, as bytes, by index. Random access is fast and
+            thread-safe.
+        num_bytes: Approximate size of the split.
+        feature: The feature with the text.
+        metadata: Counts of the build, if `mot data build` built the corpus.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Corpus:
         return self.read(0, len(self))
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-        """(name, text) of the documents start .. stop - 1. Without names in the data set, they are named by number."""
+        """Yield (name, text) of documents start .. stop - 1; documents without names are numbered."""
         for i in range(start, stop):
             record = self.records[i]
             name = record.get("name")
@@ -68,11 +71,16 @@ class Corpus:
 def open_corpus(
     name: str, split: str, directory: str | os.PathLike[str], feature: str = "text", field: str = "--split"
 ) -> Corpus:
-    """The `split` of the corpus `name`, as TFDS names them; the source of Python is built first if it is not there yet.
+    """Open a split of a corpus; the source of Python is built first if necessary.
 
-    split: also a part, as `train[:90%]`. feature: the one that holds the text. field: what the split was asked for by.
-    Raises UserError, in one line, for a name, split or feature that does not exist, a data set that is not prepared
-    or not as array_record, and a split without a document.
+    Args:
+        split: In the notation of TFDS, for example `train[:90%]`.
+        feature: The feature with the text.
+        field: The config field or flag that sets `split`, for error messages.
+
+    Raises:
+        UserError: The name, split or feature does not exist, the data set is not prepared or not in array_record
+            format, or the split is empty.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
     try:
@@ -88,70 +96,77 @@ def open_corpus(
     if feature != "text":
         fingerprint = hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest()
     records = builder.as_data_source(split, file_format="array_record")
-    size = int(info.splits[split].num_bytes)  # 0 for parts of splits: in proportion, then
+    size = int(info.splits[split].num_bytes)  # 0 for slices of splits: then estimated in proportion
     num_bytes = size or int(info.dataset_size) * len(records) // sum(i.num_examples for i in info.splits.values())
     return Corpus(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata)
 
 
 def _fingerprint(info: tfds.core.DatasetInfo) -> str:
-    """Of a data set that we did not build: the sizes of its shards tell what no version number needs to."""
+    """The fingerprint of a data set that `mot data build` did not build, from its version and the sizes of its shards.
+
+    Equal version numbers do not guarantee equal content.
+    """
     splits = [(split, i.shard_lengths, int(i.num_bytes)) for split, i in sorted(info.splits.items())]
     return hashlib.sha256(repr((info.full_name, splits)).encode()).hexdigest()
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def _check_format(name: str, info: tfds.core.DatasetInfo, path: epath.Path) -> None:
     formats = sorted(form.value for form in info.available_file_formats())
     if "array_record" not in formats:
         raise UserError(
-            f"data.corpus = {name!r}: is prepared as {' and '.join(formats)}, without random access; where TensorFlow "
-            f"is installed, try tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
+            f"data.corpus = {name!r}: is prepared as {' and '.join(formats)}, which has no random access; on a machine "
+            f"with TensorFlow try tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
         )
 
 
-def _texts(info: tfds.core.DatasetInfo) -> list[str]:
+def _text_features(info: tfds.core.DatasetInfo) -> list[str]:
     features = info.features.items() if isinstance(info.features, tfds.features.FeaturesDict) else ()
     return sorted(name for name, feature in features if feature.shape == () and feature.np_dtype in (object, str))
 
 
 def _check_feature(name: str, info: tfds.core.DatasetInfo, feature: str) -> None:
-    texts = _texts(info)
-    if not texts:
-        raise UserError(f"data.corpus = {name!r}: has no feature that is text; try another data set")
-    if feature not in texts:
-        what = "is not text" if feature in info.features else f"no such feature of {name}"
-        raise UserError(f"data.text_feature = {feature!r}: {what}{nearest(feature, texts)}")
+    text_features = _text_features(info)
+    if not text_features:
+        raise UserError(f"data.corpus = {name!r}: has no text feature; try another data set")
+    if feature not in text_features:
+        reason = "is not text" if feature in info.features else f"no such feature of {name}"
+        raise UserError(f"data.text_feature = {feature!r}: {reason}{nearest(feature, text_features)}")
 
 
 def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str) -> None:
-    there = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
+    splits = ", ".join(f"{known} ({info_.num_examples:,} documents)" for known, info_ in info.splits.items())
     unknown = [part for part in re.findall(r"(?:^|\+)\s*(\w+)", split) if part not in info.splits]
     if unknown:
-        raise UserError(f"{field} = {split!r}: {name} has no such split, but {there}{nearest(unknown[0], info.splits)}")
+        raise UserError(
+            f"{field} = {split!r}: {name} has no such split; it has {splits}{nearest(unknown[0], info.splits)}"
+        )
     try:
         documents = info.splits[split].num_examples
     except Exception as error:
-        raise UserError(f"{field} = {split!r}: {error_words(error)}; {name} has {there}; try train[:90%]") from error
+        raise UserError(f"{field} = {split!r}: {error_words(error)}; {name} has {splits}; try train[:90%]") from error
     if not documents:
-        raise UserError(f"{field} = {split!r}: empty, there is no document in it; {name} has {there}; try train")
+        raise UserError(f"{field} = {split!r}: has no documents; {name} has {splits}; try train")
 
 
-# --- where a data set lies --------------------------------------------------------------------------------------------
+# --- the directory of a data set --------------------------------------------------------------------------------------
 
 
 def _find(name: str, corpora: Path) -> epath.Path:
-    """The version directory of a data set, built first if it is Python's source. Raises UserError."""
+    """The version directory of a data set. The source of Python is built first. Raises UserError."""
     if name == "python_source/stdlib":
-        return epath.Path(prepared(corpora, python_source.stdlib_name()) or build(python_source.stdlib(), corpora))
+        return epath.Path(
+            built_directory(corpora, python_source.stdlib_name()) or build(python_source.stdlib_spec(), corpora)
+        )
     if name == "python_source/site_packages":
-        plan = python_source.site_packages()
-        return epath.Path(prepared(corpora, plan.name) or build(plan, corpora))
+        spec = python_source.site_packages_spec()
+        return epath.Path(built_directory(corpora, spec.name) or build(spec, corpora))
     roots = [epath.Path(corpora), epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     if re.match(r"(?!gs:)\w+://", path):
-        raise UserError(f"data.corpus = {name!r}: array_record reads local files and gs:// alone; try a local copy")
+        raise UserError(f"data.corpus = {name!r}: only local files and gs:// can be read; try a local copy")
     is_path = "://" in path or path.startswith(("/", "~", "."))
     try:
         for root in [epath.Path()] if is_path else roots:
@@ -160,12 +175,16 @@ def _find(name: str, corpora: Path) -> epath.Path:
                 if (directory / "dataset_info.json").exists():
                     return directory
         if is_path:
-            raise UserError(f"data.corpus = {name!r}: no prepared data set; its directory holds dataset_info.json")
+            raise UserError(
+                f"data.corpus = {name!r}: no prepared data set; must be a directory with dataset_info.json; try another"
+            )
         raise UserError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
     except UserError:
         raise
-    except Exception as error:  # of a bucket, or of a directory that may not be read
-        raise UserError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a copy") from error
+    except Exception as error:  # from object stores, or for lack of permission
+        raise UserError(
+            f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a local copy"
+        ) from error
 
 
 def _versions(base: epath.Path) -> list[epath.Path]:
@@ -173,45 +192,25 @@ def _versions(base: epath.Path) -> list[epath.Path]:
 
 
 def _why_not(path: str, version: str | None, roots: Sequence[epath.Path]) -> str:
-    """Why no data set of that name was found, and what to do."""
-    there = [known for root in roots for known in _data_sets(root) if not known.startswith("python_source/")]
-    related = [known for known in there if known == path or known.startswith(f"{path}/")]
+    """The reason why no data set has this name, and advice, for an error message."""
+    prepared = [known for root in roots for known in _data_sets(root) if not known.startswith("python_source/")]
+    related = [known for known in prepared if known == path or known.startswith(f"{path}/")]
     if related:
         return f"{'no such version' if version else 'needs a config'}; there is {', '.join(related)}"
-    dataset, public = path.partition("/")[0], _public()
-    if dataset in public:
-        if path == dataset and _has_configs(dataset):
-            catalog = f"https://www.tensorflow.org/datasets/catalog/{dataset}"
-            return f"needs a config, such as {dataset}/NAME; try one of {catalog}"
-        extras = importlib.metadata.metadata("tensorflow-datasets").get_all("Provides-Extra") or []
-        extra = dataset.replace("_", "-")
-        package = f"'tensorflow-datasets[{extra}]'" if extra in extras else "tensorflow-datasets"
-        return (
-            f"is not prepared in {' or '.join(map(str, roots))}; on a machine with TensorFlow, try "
-            f"pip install tensorflow {package} && "
-            f"tfds build {path} --file_format=array_record --data_dir={roots[0]}"
-        )
-    own = [*CORPORA, *there]
-    return f"no such corpus{nearest(path, difflib.get_close_matches(path, [*own, *public], 1) or own)}"
+    names = [*CORPORA, *prepared]
+    if difflib.get_close_matches(path, names, 1):
+        return f"no such corpus{nearest(path, names)}"
+    return (
+        f"no such corpus; there is {', '.join(names)}; to add {path!r} from the catalog at "
+        "https://www.tensorflow.org/datasets, on a machine with TensorFlow try "
+        f"tfds build {path} --file_format=array_record --data_dir={roots[0]}"
+    )
 
 
 def _data_sets(root: epath.Path) -> Iterator[str]:
-    """The names of the data sets prepared below `root`."""
+    """The names of the data sets prepared under `root`."""
     for dataset in sorted(root.iterdir()) if root.is_dir() else ():
         if _versions(dataset):
             yield f"{dataset.name}"
         elif dataset.is_dir():
             yield from (f"{dataset.name}/{config.name}" for config in sorted(dataset.iterdir()) if _versions(config))
-
-
-def _public() -> set[str]:
-    """The data sets of text that TFDS can prepare, by the names of its modules: to import those takes TensorFlow."""
-    modules = pkgutil.iter_modules([os.path.join(tfds.__path__[0], folder) for folder in _PUBLIC_FOLDERS])
-    return {module.name for module in modules if not module.name.endswith(("_test", "_utils"))}
-
-
-def _has_configs(dataset: str) -> bool:
-    """Whether a public data set comes in several configs, by its source."""
-    names = (f"{dataset}.py", f"{dataset}/{dataset}.py", f"{dataset}/{dataset}_dataset_builder.py")
-    files = [Path(tfds.__path__[0], folder, name) for folder in _PUBLIC_FOLDERS for name in names]
-    return any("BUILDER_CONFIGS" in file.read_text() for file in files if file.is_file())

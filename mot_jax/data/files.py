@@ -1,8 +1,9 @@
-"""The user's own files as documents: which files there are, how they are cut into parts, and what a part holds.
+"""Read documents from the user's files: .jsonl, .parquet and text, plain or compressed with gzip.
 
-A part can be read without the rest of its file: a stretch of bytes of a text or JSON lines file, row groups of a
-parquet file, the whole of a compressed one. Text comes out as valid UTF-8: what is damaged becomes U+FFFD, and counts.
-Memory stays at the size of the largest document, `LIMIT` at most; of a parquet file, at that of a row group's text.
+Files are split into parts that can be read independently: byte ranges of text and JSON lines files, row groups of
+parquet files, compressed files as a whole. Texts are returned as valid UTF-8: invalid bytes become U+FFFD, and are
+counted. Memory is bounded by the longest document (at most `MAX_DOCUMENT_BYTES`); for parquet, by the text of one row
+group.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import IO, Any, Literal
 
 from mot_jax.errors import UserError
 
-LIMIT = 1 << 26  # bytes of the longest line or document that is kept
-Documents = Literal["file", "line", "paragraph"]
+MAX_DOCUMENT_BYTES = 1 << 26  # longer lines and documents are skipped
+DocumentUnit = Literal["file", "line", "paragraph"]
 
 _JSON = frozenset([".jsonl", ".ndjson", ".json"])
 _TEXT = frozenset(
@@ -32,11 +33,15 @@ _TEXT = frozenset(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Part:
-    """What one worker reads of one file.
+class FilePart:
+    """The part of a file that one worker reads.
 
-    name: of the file, for the names of its documents. start, stop: bytes, or row groups of a parquet file.
-    size: bytes of text, about. modified: of the file, in ns. split: of its documents; None is by their hash.
+    Attributes:
+        name: Of the file; prefix of the names of its documents.
+        start, stop: In bytes, or row groups of a parquet file.
+        size: Approximate bytes of text.
+        modified: Modification time of the file, in ns.
+        split: Of its documents; None assigns each by its hash.
     """
 
     path: str
@@ -53,7 +58,7 @@ class Part:
 
 
 def kind_of(path: str) -> str | None:
-    """`text`, `json` (lines of it) or `parquet`, by the file's suffix before any `.gz`; None is none of these."""
+    """`text`, `json` (lines of JSON) or `parquet`, by the file's suffix before any `.gz`; None for other types."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if suffix == ".parquet":
         return None if path.endswith(".gz") else "parquet"
@@ -61,34 +66,40 @@ def kind_of(path: str) -> str | None:
 
 
 def find_files(arguments: Iterable[str]) -> tuple[dict[str, str], int]:
-    """({path: name}, how many files of other kinds were left out) of files, patterns and directories, in order.
+    """Expand files, glob patterns and directories.
 
-    Directories are searched to the bottom, without hidden files. Raises UserError where there is nothing to read.
+    Directories are searched recursively; hidden files are ignored.
+
+    Returns:
+        {path: name} of the readable files, in order, and the number of files of other types that were skipped.
+
+    Raises:
+        UserError: An argument matches no file, or a file cannot be read.
     """
-    found: dict[str, str] = {}
-    others = 0
+    names: dict[str, str] = {}
+    other_files = 0
     for argument in arguments:
         expanded = os.path.expanduser(argument)
         paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not paths:
-            raise UserError(f"FILE = {argument!r}: no such file, and no file fits it as a pattern")
+            raise UserError(f"FILE = {argument!r}: no such file, and as a pattern it matches no file")
         for path in map(os.path.abspath, paths):
             if os.path.isdir(path):
                 inside = {file: os.path.relpath(file, path) for file in _walk(path)}
-                known = {file: name for file, name in inside.items() if kind_of(file)}
-                others += len(inside) - len(known)
-                found |= known
+                readable = {file: name for file, name in inside.items() if kind_of(file)}
+                other_files += len(inside) - len(readable)
+                names |= readable
             elif kind_of(path):
-                found[path] = os.path.basename(path)
+                names[path] = os.path.basename(path)
             else:
                 raise UserError(
-                    f"FILE = {path!r}: no kind of file that can be read; must be .parquet, or end, before any .gz, in "
+                    f"FILE = {path!r}: unsupported file type; must be .parquet, or end, before any .gz, in "
                     f"one of {' '.join(sorted(_JSON | _TEXT))}; try renaming it to .txt or .jsonl"
                 )
-    unreadable = next((path for path in found if not os.access(path, os.R_OK)), None)
+    unreadable = next((path for path in names if not os.access(path, os.R_OK)), None)
     if unreadable is not None:
-        raise UserError(f"FILE = {unreadable!r}: may not be read; try chmod +r")
-    return found, others
+        raise UserError(f"FILE = {unreadable!r}: permission to read is missing; try chmod +r")
+    return names, other_files
 
 
 def _walk(directory: str) -> Iterator[str]:
@@ -99,20 +110,20 @@ def _walk(directory: str) -> Iterator[str]:
                 yield os.path.join(root, file)
 
 
-def cut(path: str, name: str, documents: Documents, size: int) -> Iterator[Part]:
-    """The parts of a file, of about `size` bytes where it can be cut."""
+def split_file(path: str, name: str, documents: DocumentUnit, size: int) -> Iterator[FilePart]:
+    """Split a file into parts of about `size` bytes, where its type allows it."""
     stat = os.stat(path)
     kind, end = kind_of(path), stat.st_size
-    packed = path.endswith(".gz")
+    compressed = path.endswith(".gz")
     if kind == "parquet":
         for group, nbytes in enumerate(_row_group_sizes(path)):
-            yield Part(path, name, group, group + 1, nbytes, stat.st_mtime_ns)
-    elif packed or (kind == "text" and documents == "file"):
-        yield Part(path, name, 0, sys.maxsize, end * (4 if packed else 1), stat.st_mtime_ns)
+            yield FilePart(path, name, group, group + 1, nbytes, stat.st_mtime_ns)
+    elif compressed or (kind == "text" and documents == "file"):
+        yield FilePart(path, name, 0, sys.maxsize, end * (4 if compressed else 1), stat.st_mtime_ns)
     else:
         for start in range(0, end, size):
             stop = min(start + size, end)
-            yield Part(path, name, start, stop, stop - start, stat.st_mtime_ns)
+            yield FilePart(path, name, start, stop, stop - start, stat.st_mtime_ns)
 
 
 def _row_group_sizes(path: str) -> list[int]:
@@ -122,42 +133,51 @@ def _row_group_sizes(path: str) -> list[int]:
     try:
         metadata = pq.read_metadata(path)
     except (OSError, pa.ArrowException):
-        return [0]  # for the damage to be met, and counted, when it is read
+        return [0]  # the damage is counted when the file is read
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_part(part: Part, documents: Documents, feature: str, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
-    """(name, text as UTF-8) of each document of a part. A name is the file's, with where in it the document begins.
+def read_part(
+    part: FilePart, documents: DocumentUnit, feature: str, skipped: Counter[str]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, text as UTF-8) of each document of a part. The name is that of the file, with the document's offset.
 
-    skipped: counts what is left out or mended: `too_long`, `empty`, `damaged_utf8` (kept, mended), `not_json`,
-        `no_feature` (a line or row without text of that name), `damaged_files` (read as far as they can be).
+    Args:
+        skipped: Is updated with the counts of `too_long`, `empty`, `damaged_utf8` (repaired, not skipped), `not_json`,
+            `no_feature` (lines or rows without text in that field) and `damaged_files` (read up to the damage).
     """
-    raw = _rows(part, feature, skipped) if part.kind == "parquet" else _from_bytes(part, documents, feature, skipped)
-    whole = part.kind == "text" and documents == "file"
-    for place, value in raw:
-        text, mended = _encode(value if isinstance(value, str) else value.decode("utf-8", "surrogateescape"))
-        if len(text) > LIMIT:
+    texts = (
+        _parquet_texts(part, feature, skipped)
+        if part.kind == "parquet"
+        else _texts_in_bytes(part, documents, feature, skipped)
+    )
+    whole_file = part.kind == "text" and documents == "file"
+    for offset, value in texts:
+        text, repaired = _encode(value if isinstance(value, str) else value.decode("utf-8", "surrogateescape"))
+        if len(text) > MAX_DOCUMENT_BYTES:
             skipped["too_long"] += 1
         elif not text or text.isspace():
             skipped["empty"] += 1
         else:
-            skipped["damaged_utf8"] += mended
-            yield part.name if whole else f"{part.name}@{place}", text
+            skipped["damaged_utf8"] += repaired
+            yield part.name if whole_file else f"{part.name}@{offset}", text
 
 
 def _encode(text: str) -> tuple[bytes, bool]:
-    """UTF-8, and whether U+FFFD had to stand for something: a byte that was no UTF-8, or half of a surrogate pair."""
+    """UTF-8, and whether U+FFFD had to replace an invalid byte or half of a surrogate pair."""
     try:
         return text.encode(), False
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
 
 
-def _from_bytes(part: Part, documents: Documents, feature: str, skipped: Counter[str]) -> Iterator[tuple[int, Any]]:
-    """(offset, text) of the documents of a text or JSON lines file. Offsets count decompressed bytes."""
+def _texts_in_bytes(
+    part: FilePart, documents: DocumentUnit, feature: str, skipped: Counter[str]
+) -> Iterator[tuple[int, Any]]:
+    """Yield (offset, text) of the documents of a text or JSON lines file. Offsets count decompressed bytes."""
     try:
         with _open(part.path) as file:
             if part.kind == "json":
@@ -171,24 +191,24 @@ def _from_bytes(part: Part, documents: Documents, feature: str, skipped: Counter
             elif documents == "paragraph":
                 yield from _paragraphs(file, part.start, part.stop, skipped)
             else:
-                yield 0, file.read(LIMIT + 1)
+                yield 0, file.read(MAX_DOCUMENT_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         skipped["damaged_files"] += 1
 
 
 def _open(path: str) -> Any:
-    """Of bytes, read ahead by large buffers: lines can be long."""
+    """Open a file for reading bytes, with large buffers because lines can be long."""
     return io.BufferedReader(gzip.open(path), 1 << 16) if path.endswith(".gz") else open(path, "rb", 1 << 20)
 
 
 def _lines(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every line that begins in start .. stop - 1; one that is too long comes as b""."""
+    """Yield (offset, line) of every line that starts in start .. stop - 1; b"" replaces a line that is too long."""
     offset = start
-    if start:  # to the end of the line that began before it
+    if start:  # skip the line that started before
         file.seek(start - 1)
         offset = start - 1 + _skip_line(file, stop - start + 1)
-    while offset < stop and (line := file.readline(LIMIT + 1)):
-        if len(line) <= LIMIT or line.endswith(b"\n"):
+    while offset < stop and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
+        if len(line) <= MAX_DOCUMENT_BYTES or line.endswith(b"\n"):
             yield offset, line
             offset += len(line)
         else:
@@ -197,7 +217,7 @@ def _lines(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[int, bytes]
 
 
 def _skip_line(file: IO[bytes], limit: int) -> int:
-    """Reads to the end of a line, or just past `limit` bytes; how far that was."""
+    """Read to the end of a line, or just past `limit` bytes. Returns the number of bytes read."""
     length = 0
     while length <= limit and (chunk := file.readline(1 << 20)):
         length += len(chunk)
@@ -207,26 +227,29 @@ def _skip_line(file: IO[bytes], limit: int) -> int:
 
 
 def _paragraphs(file: IO[bytes], start: int, stop: int, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """(offset, text) of the paragraphs, between blank lines; each counts to where the blank line before it begins."""
-    held: list[bytes] = []
-    first, size, mine = 0, 0, start == 0
+    """Yield (offset, text) of the paragraphs, which blank lines separate.
+
+    A paragraph belongs to the part in which the blank line before it starts.
+    """
+    lines: list[bytes] = []
+    first, size, in_part = 0, 0, start == 0
     for offset, line in _lines(file, start, sys.maxsize):
         if line.isspace():
-            if held:
-                yield first, b"".join(held).rstrip(b"\r\n")
-            held, size, mine = [], 0, True
-        if offset >= stop and (line.isspace() or not mine):
+            if lines:
+                yield first, b"".join(lines).rstrip(b"\r\n")
+            lines, size, in_part = [], 0, True
+        if offset >= stop and (line.isspace() or not in_part):
             return
-        if mine and not line.isspace():
+        if in_part and not line.isspace():
             first = first if size else offset
             size += len(line)
-            held.append(line)
-            if not line or size > LIMIT >= size - len(line):
+            lines.append(line)
+            if not line or size > MAX_DOCUMENT_BYTES >= size - len(line):
                 skipped["too_long"] += 1
-            if size > LIMIT:
-                held.clear()
-    if held:
-        yield first, b"".join(held).rstrip(b"\r\n")
+            if size > MAX_DOCUMENT_BYTES:
+                lines.clear()
+    if lines:
+        yield first, b"".join(lines).rstrip(b"\r\n")
 
 
 def _json_values(lines: Iterator[tuple[int, bytes]], feature: str, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
@@ -248,8 +271,8 @@ def _json_values(lines: Iterator[tuple[int, bytes]], feature: str, skipped: Coun
             skipped["no_feature"] += 1
 
 
-def _rows(part: Part, feature: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """(row, text) of the row groups of a part."""
+def _parquet_texts(part: FilePart, feature: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
+    """Yield (row number, text) of the row groups of a part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

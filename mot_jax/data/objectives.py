@@ -1,4 +1,4 @@
-"""From windows of text to what a model reads and what it is to predict."""
+"""Training objectives: inputs, targets and masks of causal and masked language models, from windows of tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from mot_jax.config import Config
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import WindowBatch
 
-TRAINING, VALIDATION = 0, 1  # each has random numbers of its own
+TRAINING, VALIDATION = 0, 1  # keys of independent random numbers
 
 
 class Batch(NamedTuple):
-    """Rows as a model reads them, all [b, S]: NumPy's here, global arrays in a step.
+    """Sequences as inputs of a model, all [b, S]: NumPy arrays in this package, global arrays in a training step.
 
-    inputs, targets: int32. token_mask: bool, the inputs that are real. target_mask: bool, the targets that count.
-    segments: int32, which document of the window a token belongs to; None unless the model asks.
+    Attributes:
+        inputs, targets: int32.
+        token_mask: bool, True for non-padding inputs.
+        target_mask: bool, True for the targets that count in the loss.
+        segments: int32, index of the document in the window that a token belongs to; None without
+            `model.document_mask`.
     """
 
     inputs: Any
@@ -30,11 +34,13 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Causal: each token predicts the next. Masked: the tokens that were hidden are predicted from all others.
+    """Causal: predict each next token. Masked: predict the hidden tokens from all others.
 
-    Of the real tokens, a share `mask_rate` is to be predicted; 80 % of these are replaced by the mask token, 10 % by a
-    random one, 10 % stay (Devlin et al. 2019, section 3.1). Which ones depends on the seed, the split and the number of
-    the example, and on nothing else: the same on every mesh, anew in every epoch, always the same in validation.
+    The fraction `mask_rate` of the non-padding tokens is predicted; of these, 80 % are replaced by the mask token, 10 %
+    by a random token, and 10 % are unchanged (Devlin et al. 2019, section 3.1). The random choice depends only on the
+    seed,
+    the split and the number of the example: it is the same on every mesh, differs between epochs, and is fixed in
+    validation.
     """
 
     masked: bool
@@ -47,7 +53,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: Config, tokenizer: Tokenizer) -> Objective:
-        """The objective of an experiment."""
+        """The objective of a config."""
         return cls(
             masked=config.model.objective == "masked",
             document_mask=config.model.document_mask,
@@ -59,33 +65,37 @@ class Objective:
         )
 
     def __call__(self, windows: WindowBatch, examples: np.ndarray, split: int = TRAINING) -> Batch:
-        """windows [b, S + 1], and the numbers of these examples, int [b] -> Batch [b, S].
+        """Make a batch from windows.
 
-        A masked model reads the first S tokens of a window; the last one is the first of the next window.
+        A masked model reads the first S tokens of a window; the last token is the first of the next window.
+
+        Args:
+            windows: [b, S + 1] tokens.
+            examples: int [b], the number of each example in the order, which determines its random choices.
         """
-        tokens, real = windows
+        tokens, mask = windows
         inputs = tokens[:, :-1]
         segments = np.cumsum(inputs == self.end_of_text, axis=1, dtype=np.int32) if self.document_mask else None
         if not self.masked:
-            return Batch(inputs, tokens[:, 1:], real, real, segments)
-        token_mask = np.concatenate([real[:, :1], real[:, :-1]], axis=1)  # a token more than it has targets
+            return Batch(inputs, tokens[:, 1:], mask, mask, segments)
+        token_mask = np.concatenate([mask[:, :1], mask[:, :-1]], axis=1)  # one more than the non-padding targets
         first, second = self._random(examples, split, inputs.shape[1])
         chosen = token_mask & ((first >> 40) < self.mask_rate * 2**24)
         at = np.divmod(np.flatnonzero(chosen), chosen.shape[1])  # `nonzero` of two dimensions is slow
-        how, other = (first[at] & (2**24 - 1)) / 2**24, (second[at] % self.vocab_size).astype(np.int32)
+        action, random_tokens = (first[at] & (2**24 - 1)) / 2**24, (second[at] % self.vocab_size).astype(np.int32)
         hidden = inputs.copy()
-        hidden[at] = np.where(how < 0.8, self.mask_token, np.where(how < 0.9, other, inputs[at]))
+        hidden[at] = np.where(action < 0.8, self.mask_token, np.where(action < 0.9, random_tokens, inputs[at]))
         return Batch(hidden, inputs, token_mask, chosen, segments)
 
     def _random(self, examples: np.ndarray, split: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two random numbers for each token, uint64 [b, length]."""
-        generator = np.random.Philox(key=[self.seed, split])  # NumPy promises raw bits for ever
-        state: Any = generator.state  # with lists in it, which are set in a third of the time that arrays take
+        """Two random 64-bit numbers for each token: uint64 [b, length]."""
+        generator = np.random.Philox(key=[self.seed, split])  # NumPy guarantees that raw bits never change
+        state: Any = generator.state  # setting lists takes a third of the time of setting arrays
         state["buffer"], key = state["buffer"].tolist(), state["state"]["key"].tolist()
         bits = []
         for number in examples.tolist():
             state["state"] = {"counter": [0, 0, 0, number], "key": key}
-            generator.state = state  # a new generator would take ten times as long
+            generator.state = state  # constructing a generator takes ten times as long
             bits.append(generator.random_raw(2 * length))
-        found = np.stack(bits)
-        return found[:, :length], found[:, length:]
+        numbers = np.stack(bits)
+        return numbers[:, :length], numbers[:, length:]

@@ -1,4 +1,4 @@
-"""Work that several processes share, and how far it is."""
+"""Run tasks in several processes, with a progress bar."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mot_jax.errors import UserError
 
-Advance = Callable[[int], None]  # takes the units that have been done since the last call
+Advance = Callable[[int], None]  # called with the number of units finished since the last call
 Task = TypeVar("Task")
 
-_SAY_EVERY = 10.0  # seconds between two lines where there is no terminal
+_LINE_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
-def run(
+def run_in_processes(
     function: Callable[[Task, Advance], None], tasks: Sequence[Task], workers: int | None, title: str, total: int
 ) -> None:
-    """Calls function(task, advance) for each task, in up to `workers` processes: None is one for each core.
+    """Call function(task, advance) for each task, in up to `workers` processes; None for one per core.
 
-    Shows on stderr how many of the `total` units are done. One task, or one worker, needs no other process. Raises what
-    a task raises, and UserError if a process is killed.
+    Progress, in `total` units, is shown on stderr. A single task or worker runs in this process.
+
+    Raises:
+        UserError: A process was killed.
+        Exception: Any exception that a task raises.
     """
     workers = min(workers or _cores(), len(tasks))
     with _progress(title, total) as advance:
@@ -40,28 +43,28 @@ def run(
             for task in tasks:
                 function(task, advance)
         else:
-            _run(function, tasks, workers, title, advance)
+            _run_pool(function, tasks, workers, title, advance)
 
 
-def _run(
+def _run_pool(
     function: Callable[[Task, Advance], None], tasks: Sequence[Task], workers: int, title: str, advance: Advance
 ) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork does not survive JAX's threads
-    counter, seen = context.Value("q", 0), 0
+    context = multiprocessing.get_context("spawn")  # forking is unsafe with JAX's threads
+    counter, reported = context.Value("q", 0), 0
     with ProcessPoolExecutor(workers, context, _start, (counter,)) as pool:
         try:
             with _no_main_module():
                 futures = {pool.submit(_call, function, task) for task in tasks}
             while futures:
                 done, futures = wait(futures, timeout=0.5, return_when=FIRST_EXCEPTION)
-                advance(counter.value - seen)
-                seen = counter.value
+                advance(counter.value - reported)
+                reported = counter.value
                 for future in done:
                     future.result()
         except BrokenProcessPool:
             raise UserError(
-                f"{title}: one of {workers} processes was killed, for want of memory perhaps; "
-                "the same command goes on from what is finished"
+                f"{title}: one of {workers} processes was killed, possibly for lack of memory; "
+                "run the same command again to resume from the finished parts"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -71,11 +74,11 @@ _counter: Any = None  # of a worker process
 
 
 def _start(counter: Any) -> None:
-    """Makes a process a worker that ends with its parent, however that ends."""
+    """Set up a worker process, which ends when its parent ends, for any reason."""
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -96,7 +99,7 @@ def _call(function: Callable[[Task, Advance], None], task: Task) -> None:
 
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Processes started here do not import the user's script again: it would train in each of them."""
+    """Keep the processes that are started here from importing the user's script, which would train in each of them."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -111,20 +114,20 @@ def _cores() -> int:
 
 @contextlib.contextmanager
 def _progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, a line every 10 seconds elsewhere."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     with bar:
         task = bar.add_task(title, total=total)
-        done, said = 0, time.monotonic()
+        done, last_line = 0, time.monotonic()
 
         def advance(units: int) -> None:
-            nonlocal done, said
+            nonlocal done, last_line
             done += units
             bar.advance(task, units)
-            if not console.is_terminal and time.monotonic() - said >= _SAY_EVERY:
-                said = time.monotonic()
+            if not console.is_terminal and time.monotonic() - last_line >= _LINE_INTERVAL:
+                last_line = time.monotonic()
                 print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
 
         yield advance

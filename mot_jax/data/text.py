@@ -1,4 +1,4 @@
-"""The text of an experiment, from its config: tokenizer, windows of both splits, and the order of training."""
+"""The training and validation text of a config: tokenizer, windows of both splits, and the training order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from mot_jax.errors import UserError
 from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
 
 
-class Text(NamedTuple):
-    """fingerprints: of `train`, `validation` and `tokenizer`; a run that goes on must find the same again."""
+class ExperimentText(NamedTuple):
+    """The opened text of a config.
+
+    Attributes:
+        fingerprints: Of `train`, `validation` and `tokenizer`, stored in data.json; a resumed run must have the same
+            ones.
+    """
 
     tokenizer: Tokenizer
     train: Windows
@@ -25,10 +30,14 @@ class Text(NamedTuple):
     fingerprints: dict[str, str]
 
 
-def open_text(config: Config, tokenizer: Tokenizer | None = None) -> Text:
-    """All text of `config`, tokenised now if it has not been before. `tokenizer`: its own, if it is open already.
+def open_text(config: Config, tokenizer: Tokenizer | None = None) -> ExperimentText:
+    """Open the text of `config`; tokenize it first if that has not been done.
 
-    Raises UserError.
+    Args:
+        tokenizer: The tokenizer of `config`, if it is open already.
+
+    Raises:
+        UserError: A corpus, split or tokenizer does not exist, or does not fit the config.
     """
     data = config.data
     tokenizer = tokenizer or open_tokenizer(config)
@@ -42,25 +51,25 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> Text:
         fingerprints["train"] = _digest([train.fingerprint, data.weights])
     else:
         order = TrainingOrder(train.documents, config.group_size, seed)
-    return Text(tokenizer, train, validation, order, fingerprints | {"tokenizer": tokenizer.fingerprint})
+    return ExperimentText(tokenizer, train, validation, order, fingerprints | {"tokenizer": tokenizer.fingerprint})
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of `config`. Raises UserError if there is none, or if its tokens are too many for the model."""
+    """Open the tokenizer of `config`. Raises UserError if it does not exist, or exceeds the model's vocabulary."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    needed, what = tokenizer.vocab_size, ""
+    needed, and_mask = tokenizer.vocab_size, ""
     if config.model.objective == "masked" and tokenizer.mask_token >= needed:
-        needed, what = tokenizer.mask_token + 1, ", and a mask"
+        needed, and_mask = tokenizer.mask_token + 1, ", plus a mask token"
     if needed > config.model.vocab_size:
         raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} of tokenizer "
-            f"{config.data.tokenizer!r}{what}; try {needed}"
+            f"model.vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size} tokens of "
+            f"{config.data.tokenizer!r}{and_mask}; try {needed}"
         )
     return tokenizer
 
 
 def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
-    """The windows of one split of every corpus of `config`, joined. Raises UserError."""
+    """The windows of one split of every corpus of `config`, concatenated. Raises UserError."""
     data, length = config.data, config.model.context_length
     directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
     fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}

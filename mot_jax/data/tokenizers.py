@@ -1,4 +1,4 @@
-"""Tokenizers: text as bytes to token ids and back."""
+"""Tokenizers (bytes, tokenizer.json, SentencePiece models): text as bytes to token ids and back; and their training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ import tokenizers
 from mot_jax.errors import UserError, error_words, nearest
 from mot_jax.runtime.paths import user_path
 
-# What the end of a text, and the mask, are called in published tokenizers: the first that there is.
+# Names of the end-of-text and mask tokens in published tokenizers; the first name in the vocabulary is used.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 _MASK = ("[MASK]", "<mask>", "<|mask|>")
-_BATCH = 2**20  # bytes or characters that are encoded together: the libraries take a hundred bytes for each
-_NOWHERE = "(?!)"
+_BATCH = 2**20  # bytes or characters encoded in one call: the libraries need about 100 bytes of memory for each
+_NO_MATCH = "(?!)"
 _LINE = 1000  # characters: SentencePiece trains on lines of up to 4192 bytes
 
 
 class Tokenizer(Protocol):
-    """What windows, evaluation and generation need.
+    """The interface of a tokenizer.
 
-    vocab_size: V. end_of_text: the id that stands between documents. mask_token: that of masked language models; V
-    itself where the vocabulary has none.
-    token_bytes: int32 [V], the bytes of text that each token stands for, to give a loss in bits per byte.
-    fingerprint: changes whenever any text would be encoded differently.
+    Attributes:
+        vocab_size: V.
+        end_of_text: The id of the token between documents.
+        mask_token: The id of the mask of masked language models; V if the vocabulary has none.
+        token_bytes: int32 [V], the number of bytes of text of each token, for losses in bits per byte.
+        fingerprint: Changes whenever the encoding of any text changes.
     """
 
     vocab_size: int
@@ -46,14 +48,14 @@ class Tokenizer(Protocol):
         """The tokens of `text`: uint16 or int32 [n], without end_of_text."""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """The same for each of several texts, in less time."""
+        """The tokens of each of several texts; faster than one call of `encode` for each."""
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """The text of `ids`; end_of_text stands for nothing."""
+        """The text of `ids`; end_of_text is omitted."""
 
 
 class ByteTokenizer:
-    """One token a byte, and `end_of_text` = 256. Any bytes survive encoding and decoding."""
+    """One token per byte, and `end_of_text` = 256. Lossless for any bytes."""
 
     vocab_size = 257
     end_of_text = 256
@@ -62,29 +64,30 @@ class ByteTokenizer:
     fingerprint = "bytes/1"
 
     def encode(self, text: bytes) -> np.ndarray:
-        """`text` -> uint16 [len(text)]."""
+        """The tokens of `text`: uint16 [len(text)]."""
         return np.frombuffer(text, np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """Token ids below 257 -> bytes; end_of_text is left out. Raises ValueError for any other id."""
+        """The bytes of token ids below 257, without end_of_text. Raises ValueError for any other id."""
         return bytes(i for i in map(int, ids) if i != self.end_of_text)
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or the tokenizer in a file: a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
+    """Load `bytes`, or a tokenizer's file: a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`.
 
-    Raises UserError if there is none, or if its file is not what its name says.
+    Raises:
+        UserError: The file does not exist, is not a tokenizer of the kind of its suffix, or has no end-of-text token.
     """
     if name == "bytes":
         return ByteTokenizer()
     kinds = {".json": _TokenizersFile, ".model": _SentencePieceFile}
     suffix = PurePosixPath(name).suffix
     if suffix not in kinds:
-        found = nearest(name, ["bytes", "a path to a tokenizer.json", "a path to a SentencePiece .model"])
-        raise UserError(f"data.tokenizer = {name!r}: no such tokenizer{found}")
+        suggestion = nearest(name, ["bytes", "a path to a tokenizer.json", "a path to a SentencePiece .model"])
+        raise UserError(f"data.tokenizer = {name!r}: no such tokenizer{suggestion}")
     try:
         content = user_path("data.tokenizer", name).read_bytes()
     except OSError as error:
@@ -92,24 +95,24 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"data.tokenizer = {name!r}: cannot be read ({words}); try 'bytes'") from None
     try:
         tokenizer = kinds[suffix](content)
-    except Exception as error:  # either library raises what it likes
+    except Exception as error:  # the libraries raise various types
         rule = {".json": "a tokenizer.json of the tokenizers library", ".model": "a SentencePiece model"}[suffix]
         words = error_words(error)
         raise UserError(f"data.tokenizer = {name!r}: must be {rule} ({words}); try 'bytes'") from None
     if tokenizer.end_of_text < 0:
-        raise UserError(f"data.tokenizer = {name!r}: has no token for the end of a text; {tokenizer.adding}")
+        raise UserError(f"data.tokenizer = {name!r}: has no end-of-text token; {tokenizer.end_of_text_advice}")
     return tokenizer
 
 
-class _Subwords:
-    """A tokenizer of a library: its text is str, and bytes that are not UTF-8 become U+FFFD.
+class _SubwordTokenizer:
+    """A tokenizer of a library that processes str: bytes that are not UTF-8 become U+FFFD.
 
-    Texts are encoded without any special token, in pieces: none is long, and none holds the name of a special token,
-    which the libraries might take for the token itself.
+    Texts are encoded without special tokens, in pieces of bounded length. Pieces are split inside the names of special
+    tokens, which the libraries might otherwise encode as the tokens themselves.
     """
 
     kind: str
-    adding: str  # how to add an end of text
+    end_of_text_advice: str  # advice for a tokenizer without that token
     vocab_size: int
     end_of_text: int
     mask_token: int
@@ -120,29 +123,31 @@ class _Subwords:
         self.fingerprint = f"{self.kind}/1/{hashlib.sha256(content).hexdigest()}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self._content)
+        return _load_once, (type(self), self._content)
 
-    def _find_specials(self, ids: dict[str, int], others: Iterable[str] = ()) -> None:
-        """Finds the special tokens in the vocabulary `ids`. `others` are the names of more of them."""
+    def _set_special_tokens(self, ids: dict[str, int], others: Iterable[str] = ()) -> None:
+        """Set the special tokens from the vocabulary `ids`. `others` are the names of additional ones."""
         self.end_of_text = next((ids[name] for name in _END_OF_TEXT if name in ids), -1)
         self.mask_token = next((ids[name] for name in _MASK if name in ids), self.vocab_size)
         names = sorted({name for name in (*_END_OF_TEXT, *_MASK) if name in ids} | set(others))
         self.token_bytes[[ids[name] for name in names]] = 0
-        # Matches the first letter of such a name.
-        self._inside = re.compile("|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in names) or _NOWHERE)
+        # Matches the first letter of the name of a special token.
+        self._in_special_name = re.compile(
+            "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in names) or _NO_MATCH
+        )
 
     def encode(self, text: bytes) -> np.ndarray:
         """The tokens of `text`: int32 [n]."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        pieces = [list(_cut(text.decode(errors="replace"), self._inside)) for text in texts]
+        pieces = [list(_split_text(text.decode(errors="replace"), self._in_special_name)) for text in texts]
         ids = itertools.chain.from_iterable(
             [np.array(i, np.int32) for i in self._encode(batch)]
-            for batch in batches(itertools.chain.from_iterable(pieces), _BATCH)
+            for batch in batch_by_size(itertools.chain.from_iterable(pieces), _BATCH)
         )
-        none = np.zeros(0, np.int32)
-        return [np.concatenate([none, *itertools.islice(ids, len(of_text))]) for of_text in pieces]
+        empty = np.zeros(0, np.int32)
+        return [np.concatenate([empty, *itertools.islice(ids, len(of_text))]) for of_text in pieces]
 
     def _encode(self, pieces: list[str]) -> list[list[int]]:
         raise NotImplementedError
@@ -152,14 +157,16 @@ class _Subwords:
 
 
 @functools.lru_cache(maxsize=2)
-def _again(kind: type[_Subwords], content: bytes) -> _Subwords:
-    """A pickled tokenizer: a process that gets it with each of its tasks makes it once."""
+def _load_once(kind: type[_SubwordTokenizer], content: bytes) -> _SubwordTokenizer:
+    """Load a pickled tokenizer; cached, since a worker process receives it with each of its tasks."""
     return kind(content)
 
 
-class _TokenizersFile(_Subwords):
+class _TokenizersFile(_SubwordTokenizer):
     kind = "tokenizers"
-    adding = "try tokenizer.add_special_tokens(['<|endoftext|>']) of the tokenizers library, and save it again"
+    end_of_text_advice = (
+        "try tokenizer.add_special_tokens(['<|endoftext|>']) of the tokenizers library, and save it again"
+    )
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -170,23 +177,23 @@ class _TokenizersFile(_Subwords):
         added = self._library.get_added_tokens_decoder()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        size_of = _sizes(json.loads(self._library.to_str()))
+        size_of = _size_by_spelling(json.loads(self._library.to_str()))
         for token, i in ids.items():
             self.token_bytes[i] = size_of(token)
-        for i, new in added.items():  # spelt as in the text
-            self.token_bytes[i] = len(new.content.encode())
-        self._find_specials(ids, (token.content for token in added.values() if token.special))
+        for i, added_token in added.items():  # these are spelled as in the text
+            self.token_bytes[i] = len(added_token.content.encode())
+        self._set_special_tokens(ids, (token.content for token in added.values() if token.special))
 
     def _encode(self, pieces: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._library.encode_batch_fast(pieces, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._library.encode_batch_fast(pieces, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         return self._library.decode([*map(int, ids)], skip_special_tokens=True).encode()
 
 
-class _SentencePieceFile(_Subwords):
+class _SentencePieceFile(_SubwordTokenizer):
     kind = "sentencepiece"
-    adding = "try training it again with eos_id = 1 and eos_piece = '<|endoftext|>'"
+    end_of_text_advice = "try training it again with eos_id = 1 and eos_piece = '<|endoftext|>'"
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -201,7 +208,7 @@ class _SentencePieceFile(_Subwords):
                 self.token_bytes[i] = 1
             elif library.is_control(i) or library.is_unused(i):
                 self.token_bytes[i] = 0
-        self._find_specials({piece: i for i, piece in enumerate(pieces)})
+        self._set_special_tokens({piece: i for i, piece in enumerate(pieces)})
         if library.eos_id() >= 0:
             self.end_of_text = library.eos_id()
 
@@ -212,13 +219,13 @@ class _SentencePieceFile(_Subwords):
         return self._library.decode([*map(int, ids)]).encode()
 
 
-def _sizes(file: dict[str, Any]) -> Callable[[str], int]:
-    """How many bytes of text a token of a tokenizer.json stands for, by its spelling; an unknown one counts as 1."""
+def _size_by_spelling(file: dict[str, Any]) -> Callable[[str], int]:
+    """Make a function from a token's spelling in a tokenizer.json to its bytes of text; 1 for an unknown token."""
     model = file["model"]
-    around = json.dumps([file.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
-    # Each byte of the text is one character of this alphabet.
-    letters = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet() if '"ByteLevel"' in around else ())
-    space = "▁" if "▁" in around else " "
+    steps = json.dumps([file.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+    # In a byte-level vocabulary, each character of this alphabet is one byte of text.
+    letters = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet() if '"ByteLevel"' in steps else ())
+    space = "▁" if "▁" in steps else " "
     prefix, suffix = (model.get(part) or "" for part in ("continuing_subword_prefix", "end_of_word_suffix"))
     unknown = model.get("unk_token")
     if model.get("unk_id") is not None:
@@ -227,7 +234,7 @@ def _sizes(file: dict[str, Any]) -> Callable[[str], int]:
     def size(token: str) -> int:
         if token == unknown or (model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", token)):
             return 1
-        ends_word = bool(suffix) and token.endswith(suffix)  # which stands for the space that follows
+        ends_word = bool(suffix) and token.endswith(suffix)  # represents the following space
         token = token.removeprefix(prefix).removesuffix(suffix).replace(space, " ")
         return ends_word + sum(1 if letter in letters else len(letter.encode()) for letter in token)
 
@@ -237,55 +244,67 @@ def _sizes(file: dict[str, Any]) -> Callable[[str], int]:
 T = TypeVar("T", str, bytes)
 
 
-def batches(texts: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Neighbouring texts, as many as are needed for `size` characters or bytes in all."""
+def batch_by_size(texts: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Group consecutive texts into lists of at least `size` characters or bytes in total; the last may have fewer."""
     batch: list[T] = []
-    held = 0
+    size_of_batch = 0
     for text in texts:
         batch.append(text)
-        held += len(text)
-        if held >= size:
+        size_of_batch += len(text)
+        if size_of_batch >= size:
             yield batch
-            batch, held = [], 0
+            batch, size_of_batch = [], 0
     if batch:
         yield batch
 
 
-def _cut(text: str, inside: re.Pattern[str], longest: int = _BATCH) -> Iterator[str]:
-    """`text` in pieces of up to `longest` characters, cut before white space if there is any, and at all `inside`."""
+def _split_text(text: str, inside: re.Pattern[str], longest: int = _BATCH) -> Iterator[str]:
+    """Split `text` after each match of `inside` and into pieces of at most `longest` characters, before white space."""
     start = 0
     for stop in (*(match.end() for match in inside.finditer(text)), len(text)):
         while stop - start > longest:
             space = max(text.rfind("\n", start + 1, start + longest), text.rfind(" ", start + 1, start + longest))
-            middle = space if space > 0 else start + longest
-            yield text[start:middle]
-            start = middle
+            end = space if space > 0 else start + longest
+            yield text[start:end]
+            start = end
         if start < stop:
             yield text[start:stop]
             start = stop
 
 
 def check_suffix(output: str, kind: str) -> None:
-    """Raises UserError if a tokenizer of that kind could not be opened under the name `output`."""
+    """Raise UserError if a tokenizer of that kind could not be loaded from a file named `output`."""
     suffix, path = {"bpe": ".json", "sentencepiece": ".model"}[kind], PurePosixPath(output)
     if path.suffix != suffix:
-        good = f"{path.with_suffix(suffix)}" if path.name else f"tokenizer{suffix}"
-        raise UserError(f"--output = {output!r}: must end in {suffix} for a tokenizer of kind {kind}; try {good!r}")
+        suggestion = f"{path.with_suffix(suffix)}" if path.name else f"tokenizer{suffix}"
+        raise UserError(
+            f"--output = {output!r}: must end in {suffix} for a tokenizer of kind {kind}; try {suggestion!r}"
+        )
 
 
 def train_tokenizer(texts: Iterable[bytes], vocab_size: int, kind: str = "bpe") -> bytes:
-    """The content of a new tokenizer's file, with `<|endoftext|>`; any text in UTF-8 survives it.
+    """Train a tokenizer with the end-of-text token `<|endoftext|>`, lossless for any UTF-8 text.
 
-    kind: `bpe`, byte-level, for a `tokenizer.json`; `sentencepiece`, unigram with byte fallback, for a `.model`.
-    vocab_size: V, or less if the texts are few. Texts are read once. Raises UserError for a V that is too small.
+    Args:
+        texts: Read once.
+        vocab_size: V; the result has fewer tokens if there is little text.
+        kind: `bpe`, byte-level, for a `tokenizer.json`; `sentencepiece`, unigram with byte fallback, for a `.model`.
+
+    Returns:
+        The content of the tokenizer's file.
+
+    Raises:
+        UserError: vocab_size is too small, or the kind is unknown.
     """
     kinds = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}
     if kind not in kinds:
         raise UserError(f"kind = {kind!r}: no such kind of tokenizer{nearest(kind, kinds)}")
     if vocab_size < 257:
-        raise UserError(f"vocab_size = {vocab_size}: must be at least 257, every byte and an end of text; try 32000")
-    nowhere = re.compile(_NOWHERE)
-    pieces = itertools.chain.from_iterable(_cut(text.decode(errors="replace"), nowhere) for text in texts)
+        raise UserError(
+            f"vocab_size = {vocab_size}: must be at least 257, for every byte and the end-of-text token; try 32000"
+        )
+    no_match = re.compile(_NO_MATCH)
+    pieces = itertools.chain.from_iterable(_split_text(text.decode(errors="replace"), no_match) for text in texts)
     return kinds[kind](pieces, vocab_size)
 
 
@@ -318,7 +337,7 @@ def _train_sentencepiece(pieces: Iterator[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            input_sentence_size=10**6,  # a sample of the lines, so that memory does not grow with the text
+            input_sentence_size=10**6,  # trains on a sample of the lines, which bounds the memory
             unk_id=0,
             eos_id=1,
             eos_piece=_END_OF_TEXT[0],
@@ -328,5 +347,5 @@ def _train_sentencepiece(pieces: Iterator[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         words = re.sub(r".*\] *|\. Increase.*", "", error_words(error)) or "the text is empty"
-        raise UserError(f"vocab_size = {vocab_size}: SentencePiece refuses it ({words}); try 32000") from None
+        raise UserError(f"vocab_size = {vocab_size}: SentencePiece cannot train it ({words}); try 32000") from None
     return model.getvalue()

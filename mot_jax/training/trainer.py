@@ -91,7 +91,7 @@ class Trainer:
         begin = time.perf_counter()
         batch = next(self._batches)
         self.data_wait += time.perf_counter() - begin
-        self.state, metrics = self._train_step(self.state, self._place(batch.rows))
+        self.state, metrics = self._train_step(self.state, self._place(batch.sequences))
         self.step += 1
         self.next_example += self.run.config.training.batch_size
         return {**metrics, "shared_document_share": batch.shared_document_share}

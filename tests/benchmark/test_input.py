@@ -24,7 +24,7 @@ def test_batches_are_counted_and_timed(tmp_path, capsys, monkeypatch):
             def __next__(self):
                 time.sleep(0.01 if len(shapes) < 5 else 0.05)
                 batch = next(iterator)
-                shapes.append(batch.rows.inputs.shape)
+                shapes.append(batch.sequences.inputs.shape)
                 return batch
 
             close = iterator.close

@@ -1,4 +1,4 @@
-"""Shared by the tests of the data package."""
+"""Fixtures of the tests of the data package."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mot_jax.data.corpora import Corpus
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for the whole session, so that the standard library is prepared once."""
+    """A data directory for the whole session, so that the standard library is prepared once."""
     return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="session")
 def toy_corpus() -> Callable[..., Corpus]:
-    """Makes a corpus in memory out of texts."""
+    """A function that makes a corpus in memory from texts."""
 
     def make(*texts: bytes, name: str = "toy", split: str = "train") -> Corpus:
         records = [{"name": f"{i}.txt".encode(), "text": text} for i, text in enumerate(texts)]
@@ -34,7 +34,7 @@ def toy_corpus() -> Callable[..., Corpus]:
 
 
 class Articles(tfds.core.GeneratorBasedBuilder):
-    """A data set as TFDS itself prepares one: two configs, other features beside the text, no names."""
+    """A data set prepared by TFDS: two configs, other features next to the text, no names."""
 
     VERSION = tfds.core.Version("2.1.0")
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="en"), tfds.core.BuilderConfig(name="de")]
@@ -54,7 +54,7 @@ class Articles(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="session")
 def tfds_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where TFDS keeps its data sets: `articles/en:2.1.0`, and `lines/en:2.1.0`, prepared as tfrecord."""
+    """TFDS's data directory: `articles/en:2.1.0`, and `lines/en:2.1.0`, prepared as tfrecord."""
     directory = tmp_path_factory.mktemp("tensorflow_datasets")
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):

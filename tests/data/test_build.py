@@ -1,4 +1,4 @@
-"""Building a corpus out of files: what comes of it, how it goes on, and what is refused."""
+"""Building a corpus from files: its content, resuming, and refused input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from mot_jax.data import build as module
 from mot_jax.data import pool
-from mot_jax.data.build import build, plan_files
+from mot_jax.data.build import build, spec_from_files
 from mot_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(path: Path) -> dict[str, list[tuple[bytes, bytes]]]:
-    """What plain TFDS reads."""
+    """The documents of each split, read with plain TFDS."""
     builder = tfds.builder_from_directory(path)
     return {
         split: [(record["name"], record["text"]) for record in builder.as_data_source(split)]
@@ -51,8 +51,8 @@ def metadata(path: Path) -> dict:
 
 
 def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, small_pieces: None) -> None:
-    said: list[str] = []
-    path = build(plan_files("mine", [str(source)], validation=0.2), tmp_path, 1, said.append)
+    logged: list[str] = []
+    path = build(spec_from_files("mine", [str(source)], validation=0.2), tmp_path, 1, logged.append)
     assert path == tmp_path / "mine" / "1.0.0"
     assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 3
     splits = contents(path)
@@ -60,8 +60,8 @@ def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, smal
     assert [name for name, _ in splits["train"] if name.endswith(b".txt")] == sorted(
         name for name, _ in splits["train"] if name.endswith(b".txt")
     )
-    texts = {split: {text for _, text in found} for split, found in splits.items()}
-    assert not texts["train"] & texts["validation"], "equal documents land in the same split"
+    texts = {split: {text for _, text in records} for split, records in splits.items()}
+    assert not texts["train"] & texts["validation"], "equal documents are in the same split"
     assert 20 < len(texts["validation"]) < 60
     info = tfds.builder_from_directory(path).info
     assert info.splits["train"].num_shards > 3 and info.full_name == "mine/1.0.0"
@@ -71,18 +71,18 @@ def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, smal
     counts = metadata(path)["counts"]["train"]
     lengths = [len(text) for _, text in splits["train"]]
     assert counts == {"documents": len(lengths), "bytes": sum(lengths), "longest": max(lengths)}
-    assert said[-1] == f"it lies in {path}"
-    assert said[-3].startswith(f"train: {len(lengths)} documents, {sum(lengths):,} bytes, the longest {max(lengths)}")
+    assert logged[-1] == f"corpus directory: {path}"
+    assert logged[-3].startswith(f"train: {len(lengths)} documents, {sum(lengths):,} bytes, the longest {max(lengths)}")
 
 
-def test_a_build_that_stops_goes_on(
+def test_an_interrupted_build_resumes(
     source: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_files("mine", [str(source)], validation=0.2)
-    expected = metadata(build(plan, tmp_path / "at_once", 1))
+    spec = spec_from_files("mine", [str(source)], validation=0.2)
+    expected = metadata(build(spec, tmp_path / "at_once", 1))
     write, written = module._write_piece, []
 
-    def failing(directory: Path, piece: module.Piece, advance: pool.Advance) -> None:
+    def failing(directory: Path, piece: module.BuildPiece, advance: pool.Advance) -> None:
         if len(written) == 2:
             (directory / "mine-train.array_record-00002-of-00008").write_bytes(b"half a shard")
             raise RuntimeError("stop")
@@ -91,97 +91,97 @@ def test_a_build_that_stops_goes_on(
 
     monkeypatch.setattr(module, "_write_piece", failing)
     with pytest.raises(RuntimeError, match="stop"):
-        build(plan, tmp_path / "twice", 1)
+        build(spec, tmp_path / "twice", 1)
     assert not (tmp_path / "twice/mine/1.0.0").exists()
     monkeypatch.setattr(module, "_write_piece", lambda *args: (written.append(args[1].number), write(*args)))
-    said: list[str] = []
-    path = build(plan, tmp_path / "twice", 1, said.append)
+    logged: list[str] = []
+    path = build(spec, tmp_path / "twice", 1, logged.append)
     assert sorted(written) == list(range(len(written))) and len(written) > 4, "every piece once"
     assert metadata(path) == expected and contents(path) == contents(tmp_path / "at_once/mine/1.0.0")
-    assert said[0] == f"mine: 2 of {len(written)} pieces are there from an earlier build"
+    assert logged[0] == f"mine: 2 of {len(written)} pieces were finished by an earlier build"
 
 
-def test_what_is_left_of_another_build_is_not_used(source: Path, tmp_path: Path, small_pieces: None) -> None:
-    plan = plan_files("mine", [str(source)])
+def test_pieces_of_another_spec_are_not_used(source: Path, tmp_path: Path, small_pieces: None) -> None:
+    spec = spec_from_files("mine", [str(source)])
     building = tmp_path / "corpora/mine/1.0.0.building"
     building.mkdir(parents=True)
     (building / "plan").write_text("another")
     (building / "piece-00000.json").write_text("{}")
-    path = build(plan, tmp_path / "corpora", 1)
-    assert metadata(path)["counts"] == metadata(build(plan, tmp_path / "other", 1))["counts"]
+    path = build(spec, tmp_path / "corpora", 1)
+    assert metadata(path)["counts"] == metadata(build(spec, tmp_path / "other", 1))["counts"]
 
 
-def test_a_name_is_never_given_to_other_files(source: Path, tmp_path: Path) -> None:
-    path = build(plan_files("mine", [str(source)]), tmp_path, 1)
+def test_a_corpus_is_not_replaced_by_one_from_other_files(source: Path, tmp_path: Path) -> None:
+    path = build(spec_from_files("mine", [str(source)]), tmp_path, 1)
     before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
-    said: list[str] = []
-    assert build(plan_files("mine", [str(source)]), tmp_path, 1, said.append) == path
-    assert said[0].startswith("mine is built already, out of the same files")
-    for plan in (
-        plan_files("mine", [str(source / "a.jsonl")]),
-        plan_files("mine", [str(source)], validation=0.5),
-        plan_files("mine", [str(source)], "line"),
+    logged: list[str] = []
+    assert build(spec_from_files("mine", [str(source)]), tmp_path, 1, logged.append) == path
+    assert logged[0].startswith("mine exists already, built from the same files")
+    for spec in (
+        spec_from_files("mine", [str(source / "a.jsonl")]),
+        spec_from_files("mine", [str(source)], validation=0.5),
+        spec_from_files("mine", [str(source)], "line"),
     ):
-        with pytest.raises(UserError, match=r"NAME = 'mine': .* holds a corpus of other files or options"):
-            build(plan, tmp_path, 1)
+        with pytest.raises(UserError, match=r"NAME = 'mine': .* was built from other files or options"):
+            build(spec, tmp_path, 1)
     (source / "c0.txt").write_text("changed")
-    with pytest.raises(UserError, match="holds a corpus of other files"):
-        build(plan_files("mine", [str(source)]), tmp_path, 1)
+    with pytest.raises(UserError, match="was built from other files"):
+        build(spec_from_files("mine", [str(source)]), tmp_path, 1)
     assert before == {file: file.stat().st_mtime_ns for file in path.iterdir()}
 
 
-def test_what_is_left_out_is_told_and_kept(tmp_path: Path) -> None:
+def test_skipped_documents_are_counted_in_log_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/a.jsonl").write_bytes(b'{"text": "good"}\nno json\n{"title": "x"}\n{"text": "caf\xe9"}\n')
     (tmp_path / "source/empty.txt").touch()
     (tmp_path / "source/picture.png").write_bytes(b"\x89PNG")
-    said: list[str] = []
-    path = build(plan_files("mine", [str(tmp_path / "source")]), tmp_path, 1, said.append)
+    logged: list[str] = []
+    path = build(spec_from_files("mine", [str(tmp_path / "source")]), tmp_path, 1, logged.append)
     counted = {"other_files": 1, "not_json": 1, "no_feature": 1, "empty": 1, "damaged_utf8": 1}
     assert metadata(path)["skipped"] == counted
-    assert said[-7:-1] == [
-        "1 files of other kinds left out",
-        "1 lines left out that are not JSON",
-        "1 lines or rows left out that have no such text",
-        "1 empty documents left out",
-        "1 documents with damaged UTF-8, mended with U+FFFD",
-        "no document fell to validation; try a larger --validation, under another name",
+    assert logged[-7:-1] == [
+        "1 files of other types skipped",
+        "1 lines skipped that are not valid JSON",
+        "1 lines or rows skipped that have no text in the field --text-feature",
+        "1 empty documents skipped",
+        "1 documents with invalid UTF-8, replaced by U+FFFD",
+        "no document was assigned to validation; try a larger --validation and another name",
     ]
-    assert list(metadata(path)["counts"]) == ["train"], "a split without documents is left out"
+    assert list(metadata(path)["counts"]) == ["train"], "a split without documents is omitted"
     assert not list(path.glob("*validation*"))
 
 
-def test_nothing_left_and_nowhere_to_write_are_refused(tmp_path: Path) -> None:
+def test_no_documents_and_unwritable_directories_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
         UserError,
-        match=r"NAME = 'mine': not one document in the files \(3 lines .* no such text\); here --text-feature is 'text'",
+        match=r"NAME = 'mine': no document in the files \(3 lines .*\) with --text-feature 'text' and --documents",
     ):
-        build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
+        build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "full").write_text("a file, not a directory")
     with pytest.raises(UserError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
-        build(plan_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
+        build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
     with pytest.raises(UserError, match="which are empty"):
-        build(plan_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
+        build(spec_from_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
-    ("name", "validation", "fault"),
+    ("name", "validation", "message"),
     [
-        ("My-Texts", 0.1, r"NAME = 'My-Texts': must be small letters.*try my_texts"),
+        ("My-Texts", 0.1, r"NAME = 'My-Texts': must consist of lowercase letters.*try my_texts"),
         ("python_source", 0.1, "not be python_source; try mine"),
         ("a/b", 0.1, "NAME = 'a/b'.*try ab"),
         ("mine", 1.0, "--validation = 1: must be at least 0 and below 1; try 0.01"),
     ],
 )
-def test_faults_of_a_plan(name: str, validation: float, fault: str) -> None:
-    with pytest.raises(UserError, match=fault):
-        plan_files(name, [], validation=validation)
+def test_invalid_names_and_validation_shares_are_refused(name: str, validation: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        spec_from_files(name, [], validation=validation)
 
 
-def test_processes_that_build_need_no_jax() -> None:
+def test_building_does_not_import_jax() -> None:
     code = "import sys, mot_jax.data.build; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -193,12 +193,13 @@ from mot_jax.data import build
 
 if __name__ == "__main__":
     build.PIECE_BYTES = 4000
-    build.build(build.plan_files("mine", [sys.argv[1]], validation=0.2), Path(sys.argv[2]), int(sys.argv[3]), print)
+    spec = build.spec_from_files("mine", [sys.argv[1]], validation=0.2)
+    build.build(spec, Path(sys.argv[2]), int(sys.argv[3]), print)
 """
 
 
 @pytest.mark.slow
-def test_any_number_of_processes_and_kills_give_the_same(source: Path, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_processes_or_interruptions(source: Path, tmp_path: Path) -> None:
     texts = [f"document {i} " * (1 + i % 50) for i in range(4000)]
     (source / "many.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "run.py").write_text(_BUILD)
@@ -218,15 +219,15 @@ def test_any_number_of_processes_and_kills_give_the_same(source: Path, tmp_path:
     children = [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert building.exists(), "killed in time"
+    assert building.exists(), "the build finished before it was killed"
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.01)
 
-    second, alone = start("killed", 2), start("alone", 1)
-    assert second.wait(timeout=120) == alone.wait(timeout=120) == 0
-    assert "pieces are there from an earlier build" in (tmp_path / "killed.log").read_text()
-    killed, whole = tmp_path / "killed/mine/1.0.0", tmp_path / "alone/mine/1.0.0"
+    second, uninterrupted = start("killed", 2), start("uninterrupted", 1)
+    assert second.wait(timeout=120) == uninterrupted.wait(timeout=120) == 0
+    assert "pieces were finished by an earlier build" in (tmp_path / "killed.log").read_text()
+    killed, whole = tmp_path / "killed/mine/1.0.0", tmp_path / "uninterrupted/mine/1.0.0"
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Reading the user's own files: every format, every way to cut them, and everything that can be wrong with them."""
+"""Reading the user's files: every format, every way to split them, and damaged or invalid content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mot_jax.data import files
-from mot_jax.data.files import Part, cut, find_files, read_part
+from mot_jax.data.files import FilePart, find_files, read_part, split_file
 from mot_jax.errors import UserError
 
 TEXTS = ["first\nwith two lines", "zweites: äöü €", "\ttabs and 'quotes' \"\n\nand a gap"]
@@ -24,7 +24,7 @@ TEXTS = ["first\nwith two lines", "zweites: äöü €", "\ttabs and 'quotes' \"
 
 def read(path: Path, documents="file", feature="text", size=1 << 20) -> tuple[list[tuple[str, bytes]], Counter]:
     skipped: Counter[str] = Counter()
-    parts = cut(str(path), path.name, documents, size)
+    parts = split_file(str(path), path.name, documents, size)
     return [document for part in parts for document in read_part(part, documents, feature, skipped)], +skipped
 
 
@@ -54,10 +54,10 @@ def test_every_format_compressed_and_not(
     if compressed:
         path = tmp_path / f"{name}.gz"
         path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    found, skipped = read(path, documents)
-    assert [text.decode() for _, text in found] == texts
+    documents_read, skipped = read(path, documents)
+    assert [text.decode() for _, text in documents_read] == texts
     assert not skipped
-    names = [name for name, _ in found]
+    names = [name for name, _ in documents_read]
     assert names[0] == f"{path.name}@0" and len(set(names)) == len(names)
 
 
@@ -72,9 +72,9 @@ def test_plain_text_by_file_and_by_line(tmp_path: Path) -> None:
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, TEXTS)
-    assert [(part.start, part.stop) for part in cut(str(path), "a.parquet", "file", 1)] == [(0, 1), (1, 2)]
-    found, skipped = read(path)
-    assert found == [(f"a.parquet@{row}", text.encode()) for row, text in enumerate(TEXTS)] and not skipped
+    assert [(part.start, part.stop) for part in split_file(str(path), "a.parquet", "file", 1)] == [(0, 1), (1, 2)]
+    documents_read, skipped = read(path)
+    assert documents_read == [(f"a.parquet@{row}", text.encode()) for row, text in enumerate(TEXTS)] and not skipped
 
     table = {"text": ["x", None], "number": [1, 2], "kind": pa.array(["a", "b"]).dictionary_encode()}
     pq.write_table(pa.table(table), path)
@@ -89,7 +89,7 @@ def test_parquet_by_row_groups(tmp_path: Path) -> None:
     st.integers(1, 9),
     st.sampled_from(["line", "paragraph"]),
 )
-def test_every_cut_gives_every_document_once(tmp_path_factory, lines, end, size, documents) -> None:
+def test_every_split_of_a_file_reads_every_document_once(tmp_path_factory, lines, end, size, documents) -> None:
     path = tmp_path_factory.mktemp("cut") / "a.txt"
     path.write_bytes(b"".join(lines) + end)
     assert read(path, documents, size=size) == read(path, documents)
@@ -102,18 +102,18 @@ def test_every_cut_gives_every_document_once(tmp_path_factory, lines, end, size,
         )
 
 
-def test_what_is_wrong_with_lines_is_counted(tmp_path: Path) -> None:
+def test_invalid_lines_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [b'{"text": "kept"}', b"", b"{broken", b"[1, 2]", b'{"other": "x"}', b'{"text": 5}', b'{"text": " \\n"}']
     lines += [b'{"text": "caf\xe9"}', b'{"text": "half \\ud83d"}', b"[" * 100_000]
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-    found, skipped = read(path)
-    assert [text.decode() for _, text in found] == ["kept", "caf\ufffd", "half \ufffd"]
+    documents_read, skipped = read(path)
+    assert [text.decode() for _, text in documents_read] == ["kept", "caf\ufffd", "half \ufffd"]
     assert skipped == Counter(not_json=2, no_feature=3, empty=1, damaged_utf8=2)
 
 
-def test_what_is_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LIMIT", 20)
+def test_documents_that_are_too_long_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 20)
     path = tmp_path / "a.txt"
     path.write_bytes(b"short\n\n" + b"x" * 100 + b"\n\n" + b"a line\n" * 4 + b"\n" + b"y" * 20 + b"\nlast")
     for size in (1000, 1, 7):
@@ -124,34 +124,34 @@ def test_what_is_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
             b"last",
         ]
         assert read(path, "line", size=size)[1]["too_long"] == 1
-        found, skipped = read(path, "paragraph", size=size)
-        assert [text for _, text in found] == [b"short"] and skipped["too_long"] == 3
+        documents_read, skipped = read(path, "paragraph", size=size)
+        assert [text for _, text in documents_read] == [b"short"] and skipped["too_long"] == 3
     assert read(path) == ([], Counter(too_long=1))
     write_json(tmp_path / "a.jsonl", ["fits", "x" * 50])
     assert read(tmp_path / "a.jsonl", feature="text")[1]["too_long"] == 2  # the lines, with all their fields
 
 
 def test_a_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LIMIT", 1 << 20)
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     with open(path, "wb") as file:
         file.truncate(100_000_000)
         file.seek(0, 2)
         file.write(b'\n{"text": "kept"}\n')
     tracemalloc.start()
-    found, skipped = read(path, size=1 << 24)
+    documents_read, skipped = read(path, size=1 << 24)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [text for _, text in found] == [b"kept"] and skipped == Counter(too_long=1)
+    assert [text for _, text in documents_read] == [b"kept"] and skipped == Counter(too_long=1)
     assert peak < 10e6
 
 
-def test_damaged_files_give_what_can_be_read(tmp_path: Path) -> None:
+def test_damaged_files_are_read_up_to_the_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     write_json(tmp_path / "a.jsonl", [f"text {i} {'x' * (i % 97)}" for i in range(5000)])
     path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes())[:-2000])
-    found, skipped = read(path)
-    assert len(found) > 100 and skipped["damaged_files"] == 1
+    documents_read, skipped = read(path)
+    assert len(documents_read) > 100 and skipped["damaged_files"] == 1
     path.write_bytes(b"no gzip")
     assert read(path) == ([], Counter(damaged_files=1))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
@@ -163,8 +163,8 @@ def test_finding_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     names = {str(tmp_path / name): name for name in ("a.jsonl.gz", "b.txt", "deep/c.md")}
-    found, others = find_files([str(tmp_path)])
-    assert found == names and list(found) == list(names) and others == 1
+    names_found, other_files = find_files([str(tmp_path)])
+    assert names_found == names and list(names_found) == list(names) and other_files == 1
     monkeypatch.chdir(tmp_path)
     assert find_files(["*.txt", "b.txt", "**/*.md"])[0] == {
         str(tmp_path / "b.txt"): "b.txt",
@@ -172,14 +172,14 @@ def test_finding_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with pytest.raises(UserError, match=r"FILE = 'nothing\*': no such file"):
         find_files(["nothing*"])
-    with pytest.raises(UserError, match=r"picture.png': no kind of file that can be read.*\.jsonl"):
+    with pytest.raises(UserError, match=r"picture.png': unsupported file type.*\.jsonl"):
         find_files(["deep/picture.png"])
 
 
-def test_parts_are_as_large_as_asked(tmp_path: Path) -> None:
+def test_parts_have_the_given_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 25)
-    parts = list(cut(str(path), "a", "file", 10))
+    parts = list(split_file(str(path), "a", "file", 10))
     assert [(part.start, part.stop, part.size) for part in parts] == [(0, 10, 10), (10, 20, 10), (20, 25, 5)]
-    (whole,) = cut(str(path.rename(tmp_path / "a.txt")), "a", "file", 10)
-    assert isinstance(whole, Part) and whole.size == 25
+    (whole,) = split_file(str(path.rename(tmp_path / "a.txt")), "a", "file", 10)
+    assert isinstance(whole, FilePart) and whole.size == 25

@@ -1,4 +1,4 @@
-"""Batches: one global order, whoever reads which part of it."""
+"""Batches: one global order, for any division of the batch among processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from mot_jax.data import pipeline
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.objectives import Batch, Objective
-from mot_jax.data.order import TrainingOrder, shared_document_pairs, validation_order
+from mot_jax.data.order import TrainingOrder, groups_sharing_documents, validation_order
 from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
 from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.data.windows import WindowBatch, Windows, open_windows
@@ -31,8 +31,8 @@ CAUSAL = Objective(False, True, 0.15, 0, 257, 257, 256)
 MASKED = dataclasses.replace(CAUSAL, masked=True)
 
 
-def same(found: Batch, expected: Batch) -> None:
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_same(actual: Batch, expected: Batch) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def opened(data_directory: Path, toy_corpus: Callable[..., Corpus]) -> Windows:
 
 @pytest.fixture
 def windows(opened: Windows) -> Windows:
-    """A test's own: the thread of one that is over may still be reading."""
+    """A copy for each test: the background thread of an earlier test may still be reading."""
     return copy.copy(opened)
 
 
-def take(windows: Windows, order: TrainingOrder, rows: list[int], first: int, count: int) -> list[TrainBatch]:
-    batches = train_batches(windows, order, CAUSAL, 12, np.array(rows), first)
+def take(windows: Windows, order: TrainingOrder, sequences: list[int], first: int, count: int) -> list[TrainBatch]:
+    batches = train_batches(windows, order, CAUSAL, 12, np.array(sequences), first)
     try:
         return list(itertools.islice(batches, count))
     finally:
@@ -60,18 +60,20 @@ def test_training_batches_follow_the_order(windows: Windows) -> None:
     per_epoch = len(windows) // 12
     for t, batch in enumerate(take(windows, order, list(range(12)), 0, per_epoch + 5)):
         ids = order.window_ids(12 * t, 12 * t + 12)
-        same(batch.rows, CAUSAL(windows.read(ids), ids))
-        assert batch.shared_document_share == shared_document_pairs(windows.documents, ids.reshape(3, 4)).mean()
+        assert_same(batch.sequences, CAUSAL(windows.read(ids), ids))
+        assert batch.shared_document_share == groups_sharing_documents(windows.documents, ids.reshape(3, 4)).mean()
 
 
-def test_processes_together_read_the_batch_of_one(windows: Windows) -> None:
+def test_processes_together_read_the_whole_batch(windows: Windows) -> None:
     order = TrainingOrder(windows.documents, 4, seed=3)
     whole = take(windows, order, list(range(12)), 24, 6)
     for parts in ([[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]], [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]):
-        for rows in parts:
-            for mine, all_rows in zip(take(windows, order, rows, 24, 6), whole, strict=True):
-                same(mine.rows, jax.tree.map(lambda x, rows=rows: x[rows], all_rows.rows))
-                assert mine.shared_document_share == all_rows.shared_document_share
+        for sequences in parts:
+            for local, complete in zip(take(windows, order, sequences, 24, 6), whole, strict=True):
+                assert_same(
+                    local.sequences, jax.tree.map(lambda x, sequences=sequences: x[sequences], complete.sequences)
+                )
+                assert local.shared_document_share == complete.shared_document_share
 
 
 def test_a_run_continues_where_it_stopped(windows: Windows) -> None:
@@ -79,49 +81,52 @@ def test_a_run_continues_where_it_stopped(windows: Windows) -> None:
     whole = take(windows, order, [0, 5], 0, 9)
     rest = take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 5], 48, 5)
     for a, b in zip(whole[4:], rest, strict=True):
-        same(a.rows, b.rows)
+        assert_same(a.sequences, b.sequences)
 
 
-def test_a_process_reads_only_its_rows(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+def test_a_process_reads_only_its_sequences(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids_read: list[list[int]] = []
     read = windows.read
 
     def counting_read(ids: np.ndarray) -> WindowBatch:
-        asked.append(ids.tolist())
+        ids_read.append(ids.tolist())
         return read(ids)
 
     monkeypatch.setattr(windows, "read", counting_read)
     list(validation_batches(windows, CAUSAL, 4, 12, np.array([1, 7]), None))
-    assert {len(ids) for ids in asked} == {2}
-    asked.clear()
-    monkeypatch.setattr(pipeline, "READ_TOGETHER", 8)
+    assert {len(ids) for ids in ids_read} == {2}
+    ids_read.clear()
+    monkeypatch.setattr(pipeline, "MAX_WINDOWS_READ", 8)
     order = TrainingOrder(windows.documents, 4, seed=3)
     take(windows, order, [1, 7], 0, 3)
-    assert asked[0] == order.window_ids(0, 48).reshape(4, 12)[:, [1, 7]].reshape(-1).tolist()
+    assert ids_read[0] == order.window_ids(0, 48).reshape(4, 12)[:, [1, 7]].reshape(-1).tolist()
 
 
-@pytest.mark.parametrize("limit", ["READ_TOGETHER", "MOST_TOKENS", "MOST_DEALT"])
-def test_what_is_read_at_once_has_limits(windows: Windows, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
-    """Each alone allows two batches of two rows of twelve."""
-    asked: list[int] = []
+@pytest.mark.parametrize("limit", ["MAX_WINDOWS_READ", "MAX_TOKENS_READ", "MAX_WINDOWS_ORDERED"])
+def test_the_windows_read_at_once_are_limited(windows: Windows, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """Each limit allows two batches of two sequences of twelve."""
+    ids_read: list[int] = []
     counted: Any = SimpleNamespace(
-        read=lambda ids: asked.append(len(ids)) or windows.read(ids), context_length=windows.context_length
+        read=lambda ids: ids_read.append(len(ids)) or windows.read(ids), context_length=windows.context_length
     )
-    value = {"READ_TOGETHER": 5, "MOST_TOKENS": 5 * windows.context_length, "MOST_DEALT": 30}[limit]
+    value = {"MAX_WINDOWS_READ": 5, "MAX_TOKENS_READ": 5 * windows.context_length, "MAX_WINDOWS_ORDERED": 30}[limit]
     monkeypatch.setattr(pipeline, limit, value)
     take(counted, TrainingOrder(windows.documents, 4, seed=3), [1, 7], 0, 3)
-    assert asked[0] == 4
+    assert ids_read[0] == 4
 
 
 @pytest.mark.parametrize("together", [1, 12, 30, 36])
-def test_batches_are_the_same_however_many_are_read_at_once(
+def test_batches_do_not_depend_on_the_number_read_at_once(
     windows: Windows, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    rows, expected = [0, 2, 5, 7, 8, 11], take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 2, 5], 24, 9)
-    monkeypatch.setattr(pipeline, "READ_TOGETHER", together)
-    found = take(windows, TrainingOrder(windows.documents, 4, seed=3), rows, 24, 9)
-    for a, b in zip(found, expected, strict=True):
-        same(jax.tree.map(lambda x: x[:3], a.rows), b.rows)
+    sequences, expected = (
+        [0, 2, 5, 7, 8, 11],
+        take(windows, TrainingOrder(windows.documents, 4, seed=3), [0, 2, 5], 24, 9),
+    )
+    monkeypatch.setattr(pipeline, "MAX_WINDOWS_READ", together)
+    batches = take(windows, TrainingOrder(windows.documents, 4, seed=3), sequences, 24, 9)
+    for a, b in zip(batches, expected, strict=True):
+        assert_same(jax.tree.map(lambda x: x[:3], a.sequences), b.sequences)
         assert a.shared_document_share == b.shared_document_share
 
 
@@ -136,10 +141,10 @@ def test_closing_ends_the_thread(windows: Windows) -> None:
         if not begun & set(threading.enumerate()):
             return
         time.sleep(0.01)
-    pytest.fail("the thread goes on")
+    pytest.fail("the thread is still running")
 
 
-def test_batches_and_starts_that_cut_groups_are_refused(windows: Windows) -> None:
+def test_batches_and_starts_that_split_groups_are_refused(windows: Windows) -> None:
     order = TrainingOrder(windows.documents, 4, seed=3)
     with pytest.raises(ValueError, match="multiple"):
         train_batches(windows, order, CAUSAL, 10, np.arange(10), 0)
@@ -162,45 +167,47 @@ def test_validation_predicts_every_token_once(windows: Windows) -> None:
     batches = list(validation_batches(windows, CAUSAL, 4, 12, np.arange(12), None))
     assert sum(int(batch.target_mask.sum()) for batch in batches) == windows.info["tokens"] - 1
     assert {batch.inputs.shape for batch in batches} == {(12, 8)}
-    for rows in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]):
-        for part, whole in zip(validation_batches(windows, CAUSAL, 4, 12, np.array(rows), None), batches, strict=True):
-            same(part, jax.tree.map(lambda x, rows=rows: x[rows], whole))
+    for sequences in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]):
+        for part, whole in zip(
+            validation_batches(windows, CAUSAL, 4, 12, np.array(sequences), None), batches, strict=True
+        ):
+            assert_same(part, jax.tree.map(lambda x, sequences=sequences: x[sequences], whole))
 
 
 @pytest.mark.parametrize("limit", [1, 4, 5, 50, 10**6])
 def test_the_validation_limit_takes_the_first_whole_groups(windows: Windows, limit: int) -> None:
-    def rows_of(limit: int | None) -> np.ndarray:
+    def sequences_of(limit: int | None) -> np.ndarray:
         batches = validation_batches(windows, CAUSAL, 4, 12, np.arange(12), limit)
         return np.concatenate([batch.inputs[batch.token_mask.any(axis=1)] for batch in batches])
 
-    some, whole = rows_of(limit), rows_of(None)
+    some, whole = sequences_of(limit), sequences_of(None)
     assert min(limit, len(windows)) <= len(some) < limit + 4
     np.testing.assert_array_equal(some, whole[: len(some)])
 
 
-def test_the_standard_library_keeps_documents_apart(data_directory: Path) -> None:
-    """At the group size and context length of the examples."""
+def test_groups_of_the_standard_library_share_no_documents(data_directory: Path) -> None:
+    """With the group size and context length of the demo."""
     tokenizer = load_tokenizer("bytes")
     validation = open_windows(NAME, "validation", tokenizer, 128, data_directory)
     order = validation_order(validation.documents, 32)
-    assert not shared_document_pairs(validation.documents, order).any()
+    assert not groups_sharing_documents(validation.documents, order).any()
     assert (order >= 0).mean() > 0.97
     test = open_windows(NAME, "test", tokenizer, 128, data_directory)
     assert (validation_order(test.documents, 32) >= 0).mean() > 0.65
     train = open_windows(NAME, "train", tokenizer, 128, data_directory)
     training = TrainingOrder(train.documents, 32, seed=0)
     groups = training.window_ids(0, training.groups_per_epoch * 32).reshape(-1, 32)
-    assert not shared_document_pairs(train.documents, groups).any()
+    assert not groups_sharing_documents(train.documents, groups).any()
 
 
-def test_validation_hides_the_same_tokens_every_time_and_training_never_again(windows: Windows) -> None:
+def test_hidden_tokens_are_fixed_in_validation_and_new_in_each_training_epoch(windows: Windows) -> None:
     first, again = (list(validation_batches(windows, MASKED, 4, 12, np.arange(12), None)) for _ in range(2))
     for a, b in zip(first, again, strict=True):
-        same(a, b)
+        assert_same(a, b)
     order = TrainingOrder(windows.documents, 4, seed=3)
     per_epoch = order.groups_per_epoch // 3
     batches = train_batches(windows, order, MASKED, 12, np.arange(12), 0)
-    seen = [next(batches).rows for _ in range(2 * per_epoch)]
+    seen = [next(batches).sequences for _ in range(2 * per_epoch)]
     batches.close()
-    hidden = {rows.targets[i].tobytes() + rows.target_mask[i].tobytes() for rows in seen for i in range(12)}
+    hidden = {batch.targets[i].tobytes() + batch.target_mask[i].tobytes() for batch in seen for i in range(12)}
     assert len(hidden) > 0.6 * 12 * len(seen)  # of 8 tokens, the same may be hidden by chance

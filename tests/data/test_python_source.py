@@ -1,4 +1,4 @@
-"""The source of Python: which documents, which splits, and that building it is quiet and done once."""
+"""The source of Python as corpora: documents, splits, and builds that are silent and happen once."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def _size(corpus: Corpus) -> int:
 
 
 def test_documents_are_the_files_of_the_standard_library_byte_for_byte(splits: dict[str, Corpus]) -> None:
-    found = {name: text for corpus in splits.values() for name, text in corpus}
-    assert found == {name: path.read_bytes() for name, path in stdlib_documents(STDLIB).items()}
-    assert sum(len(corpus) for corpus in splits.values()) == len(found)
-    assert {"os.py", "json/decoder.py", "heapq.py"} <= found.keys()
+    texts = {name: text for corpus in splits.values() for name, text in corpus}
+    assert texts == {name: path.read_bytes() for name, path in stdlib_documents(STDLIB).items()}
+    assert sum(len(corpus) for corpus in splits.values()) == len(texts)
+    assert {"os.py", "json/decoder.py", "heapq.py"} <= texts.keys()
     for corpus in splits.values():
         names = [name for name, _ in corpus]
         assert names == sorted(names)
 
 
-def test_documents_leave_out_what_is_not_the_librarys_own_text(tmp_path: Path) -> None:
-    kept = ["os.py", "json/decoder.py", "testing.py"]
-    dropped = ["site-packages/a.py", "test/a.py", "unittest/test/a.py", "distutils/tests/a.py", "idlelib/a.py"]
-    dropped += ["encodings/a.py", "pydoc_data/topics.py", "lib-dynload/a.py", "json/__pycache__/a.py", "_pydecimal.py"]
-    dropped += ["_sysconfigdata__linux.py", "config-3.11-linux/python-config.py", "os.txt"]
-    for name in kept + dropped:
+def test_other_software_tests_tables_and_products_are_excluded(tmp_path: Path) -> None:
+    included = ["os.py", "json/decoder.py", "testing.py"]
+    excluded = ["site-packages/a.py", "test/a.py", "unittest/test/a.py", "distutils/tests/a.py", "idlelib/a.py"]
+    excluded += ["encodings/a.py", "pydoc_data/topics.py", "lib-dynload/a.py", "json/__pycache__/a.py", "_pydecimal.py"]
+    excluded += ["_sysconfigdata__linux.py", "config-3.11-linux/python-config.py", "os.txt"]
+    for name in included + excluded:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("pass")
     (tmp_path / "empty.py").touch()
-    assert list(stdlib_documents(tmp_path)) == sorted(kept)
+    assert list(stdlib_documents(tmp_path)) == sorted(included)
 
 
 def test_no_top_level_module_is_in_two_splits(splits: dict[str, Corpus]) -> None:
@@ -57,7 +57,7 @@ def test_no_top_level_module_is_in_two_splits(splits: dict[str, Corpus]) -> None
     assert len(modules[1] | modules[2]) == len(python_source.VALIDATION_MODULES) + len(python_source.TEST_MODULES)
 
 
-def test_split_of_is_that_of_the_top_level_module() -> None:
+def test_split_of_depends_on_the_top_level_module() -> None:
     assert [split_of(n) for n in ("json/decoder.py", "gzip.py", "os.py")] == ["validation", "test", "train"]
     assert split_of("email/json.py") == "train"
 
@@ -88,7 +88,7 @@ def test_the_fingerprint_follows_content_and_python_version(tmp_path: Path, monk
     first = fingerprint("a")
     assert fingerprint("b") == first
     (tmp_path / "stdlib" / "os.py").write_text("pasS")
-    assert fingerprint("a") == first, "a prepared corpus stays what it is"
+    assert fingerprint("a") == first, "a prepared corpus does not change"
     assert fingerprint("c") != first
     (tmp_path / "stdlib" / "os.py").write_text("pass")
     monkeypatch.setattr(python_source, "_PYTHON_VERSION", "3.99.0")
@@ -97,7 +97,7 @@ def test_the_fingerprint_follows_content_and_python_version(tmp_path: Path, monk
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages of 60 packages, one of them with a file that is too long to be held out."""
+    """A site-packages directory of 60 packages, one of them with a file too long to be held out."""
     root = tmp_path / "site-packages"
     for i in range(60):
         (root / f"package_{i}/inner").mkdir(parents=True)
@@ -114,14 +114,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_site_packages_are_all_installed_files(packages: Path, tmp_path: Path) -> None:
     splits = {split: open_corpus("python_source/site_packages", split, tmp_path) for split in SPLITS}
-    found = {name: text for corpus in splits.values() for name, text in corpus}
-    assert len(found) == 60 * 20 + 2 and {"package_3/inner/7.py", "single.py"} <= found.keys()
-    assert all(text == (packages / name).read_bytes() for name, text in found.items())
-    assert list(site_packages_documents([str(packages), str(packages)])) == sorted(found)
+    texts = {name: text for corpus in splits.values() for name, text in corpus}
+    assert len(texts) == 60 * 20 + 2 and {"package_3/inner/7.py", "single.py"} <= texts.keys()
+    assert all(text == (packages / name).read_bytes() for name, text in texts.items())
+    assert list(site_packages_documents([str(packages), str(packages)])) == sorted(texts)
     modules = [{name.split("/")[0] for name, _ in corpus} for corpus in splits.values()]
-    assert sum(map(len, modules)) == 61, "a package lies in one split"
+    assert sum(map(len, modules)) == 61, "a package is in one split"
     assert "package_0" in modules[0]
-    assert all(0.01 < _size(splits[split]) / sum(map(len, found.values())) <= 0.02 for split in SPLITS[1:])
+    assert all(0.01 < _size(splits[split]) / sum(map(len, texts.values())) <= 0.02 for split in SPLITS[1:])
 
 
 def test_site_packages_are_built_once_for_each_set_of_packages(
@@ -145,7 +145,7 @@ def test_packages_that_are_too_large_stay_in_train() -> None:
     assert held == [2, 2]
 
 
-def test_processes_may_build_at_once_and_say_nothing(tmp_path: Path) -> None:
+def test_processes_build_concurrently_without_output(tmp_path: Path) -> None:
     code = f"from mot_jax.data.corpora import open_corpus; open_corpus({NAME!r}, 'train', {str(tmp_path)!r})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-W", "error", "-c", code]

@@ -1,4 +1,4 @@
-"""Tokenizers out of files: bytes of text are counted right by each, whatever the text."""
+"""Tokenizers from files: each counts the bytes of text correctly, for any text."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def files(tmp_path_factory) -> dict[str, Tokenizer]:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @given(text=st.text())
-def test_ours_are_lossless_and_count_every_byte(files, name, text):
+def test_trained_tokenizers_are_lossless_and_count_every_byte(files, name, text):
     tokenizer, given_bytes = files[name], text.encode(errors="replace")
     ids = tokenizer.encode(given_bytes)
     assert tokenizer.decode(ids) == given_bytes
@@ -82,7 +82,7 @@ def test_text_is_fewer_tokens_and_ids_are_in_the_vocabulary(files, name):
     for text, ids in zip(TEXT, tokenizer.encode_batch(TEXT), strict=True):
         np.testing.assert_array_equal(ids, tokenizer.encode(text))
         assert 0 < len(ids) < len(text) and ids.max() < tokenizer.vocab_size == len(tokenizer.token_bytes)
-        # Lossy ones drop spaces, or make one of what they do not know: near, and made exact by the windows.
+        # Lossy tokenizers drop spaces and merge unknown text: approximate here, corrected by `bytes_per_token_byte`.
         assert tokenizer.token_bytes[ids].sum() == pytest.approx(len(text), rel=0.4)
 
 
@@ -94,19 +94,19 @@ def test_the_name_of_a_special_token_in_a_text_is_text(files, name):
     assert tokenizer.end_of_text not in ids
 
 
-def test_masks_are_the_vocabularys_own_or_one_more(files):
+def test_the_mask_token_is_in_the_vocabulary_or_follows_it(files):
     assert files["words.json"].mask_token == 2  # [MASK]
     for name in ("bpe.json", "unigram.model", "pieces.model"):
         assert files[name].mask_token == files[name].vocab_size
 
 
-def test_damaged_utf8_is_mended(files):
+def test_invalid_utf8_is_replaced(files):
     for tokenizer in files.values():
         assert len(tokenizer.encode(b"ab\xff\xfecd")) > 0
     assert files["bpe.json"].decode(files["bpe.json"].encode(b"ab\xffcd")).decode() == "ab\N{REPLACEMENT CHARACTER}cd"
 
 
-def test_fingerprints_are_of_the_content(files, tmp_path):
+def test_fingerprints_depend_on_the_content(files, tmp_path):
     (tmp_path / "again.json").write_bytes(FILES["bpe.json"]())
     assert load_tokenizer(str(tmp_path / "again.json")).fingerprint == files["bpe.json"].fingerprint
     assert len({tokenizer.fingerprint for tokenizer in files.values()}) == len(FILES)
@@ -121,7 +121,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_tokenizer_is_one_line(tmp_path, name):
+def test_invalid_files_are_refused_in_one_line(tmp_path, name):
     content, words = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -133,11 +133,11 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, name):
 def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False)
     (tmp_path / "t.json").write_bytes(library(tokenizers.models.BPE(), trainer))
-    with pytest.raises(UserError, match=r"no token for the end of a text; try tokenizer\.add_special_tokens"):
+    with pytest.raises(UserError, match=r"no end-of-text token; try tokenizer\.add_special_tokens"):
         load_tokenizer(str(tmp_path / "t.json"))
 
 
 @pytest.mark.parametrize(("size", "kind", "words"), [(100, "bpe", "at least 257"), (300, "bpa", "did you mean 'bpe'")])
-def test_training_that_cannot_work_is_refused(size, kind, words):
+def test_invalid_training_options_are_refused(size, kind, words):
     with pytest.raises(UserError, match=words):
         train_tokenizer(TEXT, size, kind)

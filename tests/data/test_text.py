@@ -1,4 +1,4 @@
-"""The text of a config: one corpus or several, each with its tokenizer's windows."""
+"""Opening the text of a config: one corpus or several, in windows of its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tokenizers
 from mot_jax.config import Config, DataConfig, ModelConfig, TrainingConfig
 from mot_jax.data import text as module
 from mot_jax.data import windows as windows_module
-from mot_jax.data.build import build, plan_files
+from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.order import MixtureOrder, TrainingOrder
 from mot_jax.data.text import open_split, open_text, open_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
@@ -39,32 +39,32 @@ def config_of(directory: Path, *corpus: str, weights: tuple[float, ...] = (), **
     )
 
 
-def test_one_corpus_is_what_it_was(corpora, tmp_path):
+def test_one_corpus(corpora, tmp_path):
     text = open_text(config_of(tmp_path, "small"))
     assert type(text.order) is TrainingOrder and not isinstance(text.train, JoinedWindows)
     assert text.fingerprints.keys() == {"train", "validation", "tokenizer"}
     assert text.train.fingerprint != text.validation.fingerprint
 
 
-def test_several_corpora_are_one_by_their_sizes_or_by_weights(corpora, tmp_path):
+def test_several_corpora_in_proportion_to_their_sizes_or_weights(corpora, tmp_path):
     single = [open_text(config_of(tmp_path, name)) for name in ("small", "large")]
     joined, mixed = (open_text(config_of(tmp_path, "small", "large", weights=w)) for w in ((), (1.0, 1.0)))
     assert type(joined.order) is TrainingOrder and type(mixed.order) is MixtureOrder
     sizes = [len(text.train) for text in single]
     assert len(joined.train) == sum(sizes) and len(joined.validation) == sum(len(t.validation) for t in single)
     ids = np.array([0, -1, sizes[0], sum(sizes) - 1])
-    found = joined.train.read(ids)
+    batch = joined.train.read(ids)
     for row, (text, at) in zip((0, 2, 3), ((single[0], 0), (single[1], 0), (single[1], sizes[1] - 1)), strict=True):
-        np.testing.assert_array_equal(found.tokens[row], text.train.read([at]).tokens[0])
-    assert not found.mask[1].any()
+        np.testing.assert_array_equal(batch.tokens[row], text.train.read([at]).tokens[0])
+    assert not batch.mask[1].any()
     assert len(np.unique(joined.train.documents[:, 0])) == 20 + 60 or joined.train.documents.max() == 79
     drawn = mixed.order.window_ids(0, 4000)
     assert (drawn < sizes[0]).mean() == pytest.approx(0.5, abs=0.01) and sizes[0] < 0.4 * sizes[1]
     assert mixed.fingerprints["train"] != joined.fingerprints["train"]
 
 
-def test_a_lossy_tokenizer_is_told_of(corpora, tmp_path):
-    """Words alone, without the spaces: what it leaves out is counted, so that bits per byte can be right."""
+def test_the_bytes_dropped_by_a_lossy_tokenizer_are_counted(corpora, tmp_path):
+    """A tokenizer of words without the spaces: the bytes that it drops are counted, for correct bits per byte."""
     assert open_text(config_of(tmp_path, "small")).train.bytes_per_token_byte == 1
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -74,23 +74,23 @@ def test_a_lossy_tokenizer_is_told_of(corpora, tmp_path):
     windows = open_text(config_of(tmp_path, "small", tokenizer=str(tmp_path / "t.json"))).train
     text = [f"small train {i} " for i in range(20)]
     repeats = [3 + i % 5 for i in range(20)]
-    whole, kept = (
+    total, encoded = (
         sum(n * len(t.replace(" ", "") if drop else t) for n, t in zip(repeats, text, strict=True)) for drop in (0, 1)
     )
-    assert windows.info["bytes"] == whole and windows.info["token_bytes"] == kept
-    assert windows.bytes_per_token_byte == pytest.approx(whole / kept)
+    assert windows.info["bytes"] == total and windows.info["token_bytes"] == encoded
+    assert windows.bytes_per_token_byte == pytest.approx(total / encoded)
 
 
 @pytest.mark.parametrize(("objective", "size", "good"), [("causal", 256, 257), ("masked", 257, 258)])
-def test_a_vocabulary_that_the_model_has_no_room_for_is_refused(tmp_path, objective, size, good):
+def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path, objective, size, good):
     config = config_of(tmp_path, "small")
     config = dataclasses.replace(config, model=ModelConfig(vocab_size=size, objective=objective))
     with pytest.raises(UserError, match=rf"^model.vocab_size = {size}: must be at least .*; try {good}$"):
         open_tokenizer(config)
 
 
-def test_parts_are_built_by_processes_and_kept(tmp_path, toy_corpus, monkeypatch):
-    """The same windows for any number of processes, and only what is missing is built again."""
+def test_parts_are_built_by_processes_and_reused(tmp_path, toy_corpus, monkeypatch):
+    """The windows do not depend on the number of processes, and only missing parts are rebuilt."""
     monkeypatch.setattr(windows_module, "PART_BYTES", 1000)
     texts = [f"document {i} ".encode() * 9 for i in range(40)]
     corpus = dataclasses.replace(toy_corpus(*texts), num_bytes=sum(map(len, texts)))
@@ -102,7 +102,7 @@ def test_parts_are_built_by_processes_and_kept(tmp_path, toy_corpus, monkeypatch
     np.testing.assert_array_equal(two.documents, one.documents)
     whole = tmp_path / "1" / "windows" / one.fingerprint
     first, *others = sorted(whole.iterdir())
-    (first / "windows.json").unlink()  # as a kill leaves it
+    (first / "windows.json").unlink()  # as after an interruption
     times = {path: (path / "windows.json").stat().st_mtime_ns for path in others}
     again = open_windows(corpus, "train", tokenizer, 8, tmp_path / "1", workers=1)
     np.testing.assert_array_equal(two.read(everything).tokens, again.read(everything).tokens)
@@ -110,9 +110,9 @@ def test_parts_are_built_by_processes_and_kept(tmp_path, toy_corpus, monkeypatch
 
 
 @pytest.mark.parametrize("field", ["train_split", "validation_split"])
-def test_a_split_that_does_not_exist_is_told_by_its_field(tmp_path, field):
+def test_an_unknown_split_is_reported_with_its_field(tmp_path, field):
     (tmp_path / "a.txt").write_text("\n".join(f"line {i}" for i in range(50)))
-    build(plan_files("mine", [str(tmp_path / "a.txt")], "line", validation=0.2), tmp_path / "corpora", 1)
+    build(spec_from_files("mine", [str(tmp_path / "a.txt")], "line", validation=0.2), tmp_path / "corpora", 1)
     config = config_of(tmp_path, "mine", **{field: "tran"})
     with pytest.raises(UserError, match=rf"^data\.{field} = 'tran': mine has no such split"):
         open_text(config)

@@ -1,4 +1,4 @@
-"""The byte tokenizer loses nothing."""
+"""The byte tokenizer is lossless."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TOKENIZER = load_tokenizer("bytes")
 
 
 @given(st.binary())
-def test_any_bytes_survive(text: bytes) -> None:
+def test_any_bytes_are_encoded_without_loss(text: bytes) -> None:
     tokens = TOKENIZER.encode(text)
     assert tokens.dtype == np.uint16
     assert TOKENIZER.decode(tokens) == text
     assert TOKENIZER.token_bytes[tokens].sum() == len(text)
 
 
-def test_end_of_text_is_no_text() -> None:
+def test_end_of_text_is_not_decoded() -> None:
     assert TOKENIZER.decode([256, 97, 256, 98]) == b"ab"
     assert TOKENIZER.end_of_text == 256
     assert TOKENIZER.vocab_size == 257

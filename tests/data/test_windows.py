@@ -1,4 +1,4 @@
-"""Windows: every token predicted once, and a build that survives anything."""
+"""Windows: every token is predicted once, and interrupted or concurrent builds are safe."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ TEXTS = [b"def f(x):\n", b"", b"    return x + 1\n" * 20, b"x", b"\x00\xff" * 9]
 
 
 def stream_of(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The stream of tokens and the document of each, written down directly."""
-    tokens, owners = [], []
+    """The stream of tokens and the document of each token, computed directly."""
+    tokens, document_of = [], []
     for i, text in enumerate(texts):
         tokens += [EOT, *text]
-        owners += [i] * (1 + len(text))
-    return np.array([*tokens, EOT]), np.array([*owners, len(texts) - 1])
+        document_of += [i] * (1 + len(text))
+    return np.array([*tokens, EOT]), np.array([*document_of, len(texts) - 1])
 
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 12))
 def test_packing_covers_the_stream(texts: list[bytes], context_length: int) -> None:
-    stream, owners = stream_of(texts)
+    stream, document_of = stream_of(texts)
     windows = list(pack((TOKENIZER.encode(text) for text in texts), context_length, EOT))
     assert len(windows) == -(-(len(stream) - 1) // context_length)
     for i, (tokens, first, last) in enumerate(windows):
         begin, end = i * context_length, i * context_length + context_length + 1
         np.testing.assert_array_equal(tokens, stream[begin:end])
-        assert (first, last) == (owners[begin:end][0], owners[begin:end][-1])
+        assert (first, last) == (document_of[begin:end][0], document_of[begin:end][-1])
 
 
 @settings(max_examples=10)
@@ -89,13 +89,13 @@ def test_reading(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
 def test_threads_may_share_windows(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
     windows = open_windows(toy_corpus(bytes(range(256)) * 64), "train", TOKENIZER, 8, tmp_path)
     whole, _ = windows.read(range(len(windows)))
-    draws = [np.random.default_rng(i).integers(0, len(windows), 50) for i in range(200)]
+    id_lists = [np.random.default_rng(i).integers(0, len(windows), 50) for i in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        for ids, (tokens, _) in zip(draws, pool.map(windows.read, draws), strict=True):
+        for ids, (tokens, _) in zip(id_lists, pool.map(windows.read, id_lists), strict=True):
             np.testing.assert_array_equal(tokens, whole[ids])
 
 
-def test_large_vocabularies_are_kept_in_int32(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+def test_large_vocabularies_are_stored_in_int32(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
     class Wide(ByteTokenizer):
         vocab_size = 100_001
         end_of_text = 100_000
@@ -143,7 +143,7 @@ def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path, toy_corpus: Ca
         open_windows(toy_corpus(), "train", TOKENIZER, 12, tmp_path)
 
 
-# --- building once, whatever happens ----------------------------------------------------------------------------------
+# --- building once, in spite of interruptions -------------------------------------------------------------------------
 
 
 def directories(path: Path) -> list[str]:
@@ -154,7 +154,7 @@ def test_a_second_opening_builds_nothing(
     tmp_path: Path, toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
-    monkeypatch.setattr(windows_module, "_write", None)
+    monkeypatch.setattr(windows_module, "_write_windows", None)
     second = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
     np.testing.assert_array_equal(first.read(range(len(first))).tokens, second.read(range(len(first))).tokens)
     assert directories(tmp_path) == [first.fingerprint]
@@ -174,29 +174,29 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, toy_corpus: Callable[
 
 
 @pytest.mark.parametrize("damage", ["no info", "half an info", "short documents", "no tokens", "short tokens", "empty"])
-def test_unfinished_and_damaged_windows_are_built_again(
+def test_incomplete_and_damaged_windows_are_rebuilt(
     tmp_path: Path, toy_corpus: Callable[..., Corpus], damage: str
 ) -> None:
     windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
     expected = windows.read(range(len(windows))).tokens
-    place = tmp_path / "windows" / windows.fingerprint
+    directory = tmp_path / "windows" / windows.fingerprint
     if damage == "no info":
-        (place / "windows.json").unlink()
+        (directory / "windows.json").unlink()
     elif damage == "no tokens":
-        (place / "tokens.array_record").unlink()
+        (directory / "tokens.array_record").unlink()
     elif damage == "empty":
-        shutil.rmtree(place)
-        place.mkdir()
+        shutil.rmtree(directory)
+        directory.mkdir()
     else:
         names = {"half an info": "windows.json", "short documents": "documents.npy"}
-        file = place / names.get(damage, "tokens.array_record")
+        file = directory / names.get(damage, "tokens.array_record")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     again = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
     np.testing.assert_array_equal(again.read(range(len(again))).tokens, expected)
     assert directories(tmp_path) == [windows.fingerprint]
 
 
-def test_a_flipped_bit_is_noticed(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
+def test_a_flipped_bit_is_detected(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
     windows = open_windows(toy_corpus(np.random.default_rng(0).bytes(100_000)), "train", TOKENIZER, 16, tmp_path)
     file = tmp_path / "windows" / windows.fingerprint / "tokens.array_record"
     content = bytearray(file.read_bytes())
@@ -227,7 +227,7 @@ print(len(open_windows(Corpus("toy", "train", "1", "f", records), "train", Slow(
 
 @pytest.fixture
 def slow_build() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
-    """Starts builds in processes of their own; returns when they are half-way, and wait for a line."""
+    """Starts builds in separate processes; returns when a build is half done and waits for a line of input."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     started = []
 
@@ -245,7 +245,7 @@ def slow_build() -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
             process.kill()
 
 
-def test_a_killed_build_leaves_nothing_half_valid(
+def test_a_killed_build_leaves_no_incomplete_windows(
     tmp_path: Path, slow_build: Callable[[Path], subprocess.Popen[bytes]]
 ) -> None:
     killed = slow_build(tmp_path)
@@ -258,10 +258,12 @@ def test_a_killed_build_leaves_nothing_half_valid(
     assert not left.endswith(".building")
 
 
-def test_two_processes_may_build_at_once(tmp_path: Path, slow_build: Callable[[Path], subprocess.Popen[bytes]]) -> None:
+def test_two_processes_build_concurrently(
+    tmp_path: Path, slow_build: Callable[[Path], subprocess.Popen[bytes]]
+) -> None:
     slow = slow_build(tmp_path)
     fast = slow_build(tmp_path)
-    assert fast.communicate(b"\n")[0] == b"626\n", "the fast one leaves the slow one's directory alone"
+    assert fast.communicate(b"\n")[0] == b"626\n", "the fast build does not touch the directory of the slow build"
     assert slow.communicate(b"\n")[0] == b"626\n"
     assert slow.returncode == fast.returncode == 0
     (left,) = directories(tmp_path)

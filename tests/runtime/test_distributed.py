@@ -20,7 +20,7 @@ from processes import start
 
 from mot_jax.config import Config, to_json
 from mot_jax.config import fields as f
-from mot_jax.data.build import build, plan_files
+from mot_jax.data.build import build, spec_from_files
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import distributed
@@ -210,7 +210,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts.mkdir()
     for i in range(60):
         (texts / f"{i}.txt").write_text("".join(f"{i * n % 997} is {i} times {n}.\n" for n in range(60)))
-    build(plan_files("sums", [str(texts)], "file", "text", 0.2), here / "data" / "corpora", 1, lambda line: None)
+    build(spec_from_files("sums", [str(texts)], "file", "text", 0.2), here / "data" / "corpora", 1, lambda line: None)
     kind = f.MixtureOfTokensConfig(group_size=2, num_experts=4, shared_expert_dim=8, controller_init_scale=3.0)
     sizes = {"num_blocks": 1, "d_model": 16, "d_ff": 32, "num_heads": 2, "context_length": 16, "loss_chunk": 16}
     training = f.TrainingConfig(

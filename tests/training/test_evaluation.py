@@ -15,7 +15,7 @@ from etils import epath
 from mot_jax import cli
 from mot_jax.analysis.inspect import inspect
 from mot_jax.config import Config, DenseConfig, MixingConfig, to_json
-from mot_jax.data.build import build, plan_files
+from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.corpora import open_corpus
 from mot_jax.errors import UserError
 from mot_jax.modes import MODES
@@ -44,7 +44,7 @@ def run(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
     directory = tmp_path_factory.mktemp("words")
     lines = [f"{COLOURS[i % 5]}   is {COLOURS[i % 3]}, größer than {i}" for i in range(400)]
     (directory / "a.txt").write_text("\n".join(lines))
-    plan = plan_files("words", [str(directory / "a.txt")], "line", validation=0.2)
+    plan = spec_from_files("words", [str(directory / "a.txt")], "line", validation=0.2)
     build(plan, directory / "corpora", 1)
     (directory / "words.json").write_text(word_level(*COLOURS, "is", "than"))
     data = dataclasses.replace(
