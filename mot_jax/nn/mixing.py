@@ -19,9 +19,10 @@ are routed together.) A token is mixed with the tokens at the same position of t
 no others, so positions are independent of each other, and so are groups.
 
 The backward pass is in `merge_experts_emit`, which computes U, O and Y as one function with its own derivative
-(`jax.custom_vjp`; `_forward` returns what is saved, `_backward` uses it). Always saved: x, the mixing weights and the
-experts' parameters. Mixtures and expert outputs, E / G times the size of x each, are recomputed; the argument
-`save_for_backward` saves the experts' pre-activations, or everything, instead. The softmax saves only its result.
+(`jax.custom_vjp`; `_forward` returns the saved arrays, `_backward` uses them). Always saved: x, the mixing weights and
+the experts' parameters. By its argument `save_for_backward`, also nothing, the experts' pre-activations, or these with
+the mixtures and the expert outputs, each E / G times as large as x. The rest is recomputed. The softmax saves only its
+result.
 
 The functions work under NNX, Linen or bare JAX, with or without a mesh. Under a mesh with our Explicit axes, groups are
 sharded over all devices and experts over the axis `expert` (`mot_jax.nn.sharding`). If a device holds fewer sequences
@@ -327,7 +328,7 @@ def merge_experts_emit(
     Args:
         project_in: (u [N, S, E, D], w_in) -> pre-activations, a tree of [E, N, S, F]: the experts up to the activation.
         project_out: (pre-activations, w_out) -> [N, S, E, D]: activation and output projection.
-        save_for_backward: what the forward pass saves in addition to x, the mixing weights and the parameters:
+        save_for_backward: arrays that the forward pass saves in addition to x, the mixing weights and the parameters:
             `nothing`, the `pre_activations`, or `all` (also the mixtures and the expert outputs).
         x: [N, G, S, D].
         weights: mixing weights [N, G, S, E], used by merge, and by emit unless `emit_weights` are given.

@@ -88,13 +88,13 @@ class Companions(MixtureOfTokens):
         Devices along the mesh axis `expert` gather each other's sequences, which are E times smaller than the mixtures,
         and sum the updates from their experts.
         """
-        out, (rows, positions, _) = spec(*axes_of(x)), axes_of(x)
-        rows = tuple(axis for axis in rows if axis != "expert")
-        x = reshard(x, rows, positions, None)
-        merge, rest, emit = (reshard(a, rows, positions, "experts") for a in self._shares(x, context))
+        out, (batch_axes, positions, _) = spec(*axes_of(x)), axes_of(x)
+        batch_axes = tuple(axis for axis in batch_axes if axis != "expert")
+        x = reshard(x, batch_axes, positions, None)
+        merge, rest, emit = (reshard(a, batch_axes, positions, "experts") for a in self._shares(x, context))
         u = _mix_pair(merge, x, rest, self._at_positions(self.companion_mixtures, x, context, "experts", None))
         (project_in, w_in), (project_out, w_out) = self.experts()
-        outputs = reshard(project_out(project_in(u, w_in), w_out), rows, positions, "experts", None)
+        outputs = reshard(project_out(project_in(u, w_in), w_out), batch_axes, positions, "experts", None)
         return jnp.einsum("bse,bsed->bsd", emit.astype(x.dtype), outputs, out_sharding=out)
 
     def _apply_top_experts(self, x: jax.Array, context: FeedForwardContext) -> jax.Array:
@@ -158,22 +158,22 @@ class Companions(MixtureOfTokens):
         The result has size 1 instead of B or S where it does not depend on the sequence or the position. rest: the
         sharding of the other dimensions.
         """
-        value, (rows, positions, _) = summary[...], axes_of(x)
+        value, (batch_axes, positions, _) = summary[...], axes_of(x)
         if value.shape[0] == 1:
             return reshard(value[None], None, None, *rest)
         if context.positions is None:
             return reshard(value[None, : x.shape[1]], None, positions, *rest)
-        indices = reshard(context.positions, rows, positions)
-        return reshard(value, None, *rest).at[indices].get(mode="clip", out_sharding=spec(rows, positions, *rest))
+        indices = reshard(context.positions, batch_axes, positions)
+        return reshard(value, None, *rest).at[indices].get(mode="clip", out_sharding=spec(batch_axes, positions, *rest))
 
     def _of_chosen(self, summary: Summary, experts: jax.Array, context: FeedForwardContext) -> jax.Array:
         """A summary [P, E, D] at the tokens' positions, for their chosen experts [B, S, k]: [B, S, k, D]."""
-        (rows, positions, _), (batch, length, _) = axes_of(experts), experts.shape
+        (batch_axes, positions, _), (batch, length, _) = axes_of(experts), experts.shape
         indices = jnp.arange(length)[None] if context.positions is None else context.positions
-        indices = reshard(jnp.broadcast_to(indices, (batch, length)), rows, positions)
+        indices = reshard(jnp.broadcast_to(indices, (batch, length)), batch_axes, positions)
         at = summary[...].at[jnp.broadcast_to(indices[..., None], experts.shape), experts]
         # If P = 1, `clip` maps every position to the only entry.
-        return at.get(mode="clip", out_sharding=spec(rows, positions, None, None))
+        return at.get(mode="clip", out_sharding=spec(batch_axes, positions, None, None))
 
 
 def _mix_pair(merge: jax.Array, x: jax.Array, rest: jax.Array, companions: jax.Array) -> jax.Array:
