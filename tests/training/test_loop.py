@@ -25,7 +25,7 @@ from mot_jax.runs.metrics import read_rows
 from mot_jax.training import train
 
 
-def test_a_run_leaves_everything_that_the_readme_names(finished, tiny):
+def test_a_run_writes_all_files_that_the_readme_names(finished, tiny):
     rows = numbers(finished)
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 13))
     validation = [row for row in rows if row["split"] == "validation"]
@@ -49,7 +49,7 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, tiny, tmp_path, step):
     with pytest.raises(StoppedError):
         train(tiny, workdir, [StopAt(step)])
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "split": "tra')  # a row that the end cut short
+        file.write('{"step": 7, "split": "tra')  # a row that the error left incomplete
     logging = dataclasses.replace(tiny.logging, tensorboard=False)
     train(dataclasses.replace(tiny, logging=logging), workdir, [SampleHook()])
     assert numbers(workdir) == numbers(finished)
@@ -94,13 +94,13 @@ def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, t
 
 @pytest.mark.slow
 def test_ten_kills_change_no_bit(finished, tiny, tmp_path):
-    """SIGKILL at random moments, during saves too: every row that follows equals the undisturbed run's."""
+    """SIGKILL at random moments, during saves too: every later row equals that of the undisturbed run."""
     steps = dataclasses.replace(tiny.training, steps=600, checkpoint_every=3, validate_every=100)
     config = dataclasses.replace(tiny, training=steps, data=dataclasses.replace(tiny.data, validation_windows=32))
     (tmp_path / "long.py").write_text(
-        "from mot_jax.config import from_json\n\n\ndef get_config():\n    return from_json("
-        + repr(to_json(config))
-        + ")\n"
+        "from mot_jax.config import from_json\n\n"
+        f"VARIANTS = {{'long': lambda: from_json({to_json(config)!r})}}\n\n"
+        "def get_config(variant=None):\n    return VARIANTS[variant or 'long']()\n"
     )
     undisturbed, killed = epath.Path(tmp_path / "undisturbed"), epath.Path(tmp_path / "killed")
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
