@@ -1,8 +1,7 @@
 """The companions of a run: choosing, storing and summarizing G reference sequences of the training text.
 
 In the modes `companions`, `sparse` and `mean_field` each sequence is mixed with these instead of with other users'
-sequences. The layer that does so, with the summaries computed here as its parameters, is
-`nn.feed_forward.companions.Companions`.
+sequences. The layer that does so, from the summaries computed here, is `nn.feed_forward.companions.Companions`.
 
 They are stored as `companions.npy` in the workdir: int32 [2, G, S], the model's inputs in G windows, and the index of
 each token's document within its window. They are text of the training corpus.
@@ -91,7 +90,7 @@ def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
 def summaries(
     model: ModelConfig, params: Params, step: int, companions: np.ndarray, kind: CompanionsConfig
 ) -> dict[str, jax.Array]:
-    """Run the trained model on the companions, and return the summary parameters of its `Companions` layers.
+    """Run the trained model on the companions, and return the summaries that the `Companions` layers hold.
 
     Args:
         model: as trained; the first G companions form one group.

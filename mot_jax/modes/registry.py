@@ -164,7 +164,7 @@ def _router_errors(mixing: MixingConfig) -> Iterator[str]:
     reasons = {
         "merge": "the controller was not trained as the logits of a softmax",
         "controllers": "there are two controllers, and a router is one",
-        "layer_norm": "the experts were trained on normalized mixtures, and a routed token is none",
+        "layer_norm": "the experts were trained on normalized mixtures, and a routed token is not a mixture",
     }
     for name, value in required.items():
         if getattr(mixing, name) != value:
