@@ -6,16 +6,23 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(ValueError):
-    """An error of the user. Each of `faults` is one line: field, value, rule, a value that works."""
+class ReportedError(Exception):
+    """An error that is reported in lines, without a traceback: the base of the two below.
+
+    faults: the lines; each names the field, the value, the rule and a value that works.
+    """
 
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
         self.faults = faults
 
 
-class RetryableError(UserError):
-    """An error after which the same command may succeed later. Reported alike, with an exit code of its own."""
+class UserError(ReportedError, ValueError):
+    """An error of the user: the same command would fail again. Exit code 2."""
+
+
+class RetryableError(ReportedError):
+    """A failure that may be temporary: the same command may succeed later. Exit code 75."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

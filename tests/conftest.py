@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 
 from mot_jax.nn.sharding import AXES
-from mot_jax.runtime.compilation import compile_anew_for
+from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 
 pytest_plugins = ["tiny_run"]
 jax.config.update("jax_num_cpu_devices", 8)
@@ -73,7 +73,7 @@ def mesh_of():
         shape = [sizes.get(axis, 1) for axis in AXES]
         types = (jax.sharding.AxisType.Explicit,) * len(AXES)
         mesh = jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
-        compile_anew_for(mesh)
+        disable_cache_for_cpu_mesh(mesh)
         return mesh
 
     return make

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.options import Parser
-from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.errors import ReportedError, RetryableError, error_words
 from mot_jax.runtime import allocator, compilation, distributed
 
 BAD_INPUT = 2
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.ending(), _errors_for_people():
         command = parser.parse_args(arguments[:1]).command
         if command not in MEASURING:
-            compilation.keep_compiled()
+            compilation.enable_cache()
         COMMANDS[command](arguments[1:])
 
 
@@ -64,7 +64,7 @@ def _errors_for_people() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
+    except ReportedError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(distributed.TEMPORARY if isinstance(error, RetryableError) else BAD_INPUT)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mot_jax.config import Config
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
-from mot_jax.errors import UserError
+from mot_jax.errors import ReportedError, UserError
 from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, likeliest_tokens, prefill
 from mot_jax.inference.scoring import right_padded, score, scoring_windows
 from mot_jax.inference.sequences import GeneratedSequence
@@ -27,7 +27,7 @@ from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.scores import measured
-from mot_jax.runtime.compilation import compile_anew_for
+from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 
 _DECODE_STEPS = 8  # between two outputs of `stream`
 _MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
@@ -335,13 +335,13 @@ def load(
             so it pays off for long generations.
 
     On several CPU devices this turns JAX's compilation cache off for the rest of the process, see
-    `compilation.compile_anew_for`.
+    `compilation.disable_cache_for_cpu_mesh`.
 
     Raises:
         UserError: something is missing in `workdir`, or does not match its config.
     """
     if mesh is not None:
-        compile_anew_for(mesh)
+        disable_cache_for_cpu_mesh(mesh)
     run = load_run(workdir, mesh)
     tokenizer = open_tokenizer(run.config)
     check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)
@@ -369,7 +369,7 @@ def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> l
         return lines
     try:
         scores = measured(workdir, model.step)
-    except UserError:  # a damaged modes.json does not prevent generation
+    except ReportedError:  # a damaged modes.json does not prevent generation
         scores = {}
     if mode in scores and trained in scores:
         losses = " against ".join(f"{scores[name]['bits_per_byte']:.3f} in {name}" for name in (mode, trained))

@@ -34,7 +34,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
-from mot_jax.runtime.compilation import compile_anew_for
+from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -87,7 +87,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     """Build the Explicit mesh of `config.mesh`, laid out along the physical network of the devices.
 
     On several CPU devices this turns JAX's compilation cache off for the rest of the process, see
-    `compilation.compile_anew_for`.
+    `compilation.disable_cache_for_cpu_mesh`.
 
     Args:
         config: its `mesh` has the sizes of the axes.
@@ -119,7 +119,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
         advice = "try axes that are products of the torus' sizes"
         raise UserError(f"{requested}: JAX cannot map these axes to this network; {advice}") from error
     mesh = Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-    compile_anew_for(mesh)
+    disable_cache_for_cpu_mesh(mesh)
     return mesh
 
 

@@ -1,4 +1,4 @@
-"""The memory of a process that computes on CPUs."""
+"""The memory allocator of a process that computes on CPUs."""
 
 from __future__ import annotations
 

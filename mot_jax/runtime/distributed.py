@@ -1,4 +1,4 @@
-"""Many processes: who they are, how they agree and how they end. A single process connects to nothing."""
+"""Several processes: their identity, agreement and exit. A single process makes no connections."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from mot_jax.config import MeshConfig
-from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime.rendezvous import Process, listed, meet
 
-TEMPORARY = 75  # the exit code, EX_TEMPFAIL, where another process was lost, say: the same command goes on
+TEMPORARY = 75  # EX_TEMPFAIL, for example if another process was lost: the same command resumes the run
 
-_FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; a process that dies meanwhile ends the others by its heartbeat
+_FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
 
 
-# --- who this process is ----------------------------------------------------------------------------------------------
+# --- the identity of this process ----------------------------------------------------------------------------------------------
 
 
 def from_flags(coordinator: str | None, num_processes: str | None, process_id: str | None) -> Process | None:
-    """The process that the command line names; None if it names none. Raises UserError.
+    """The process described by the flags; None without flags. Raises UserError.
 
-    `--num-processes 1` needs no others: a single process, whatever cluster it runs in.
+    `--num-processes 1` needs no other flag: a single process, independent of the cluster.
     """
     flags = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in flags.items() if value is None]
@@ -42,7 +42,7 @@ def from_flags(coordinator: str | None, num_processes: str | None, process_id: s
         return Process(0, 1, "")
     if missing:
         raise UserError(
-            f"{' and '.join(missing)}: must be given too, the three go together; try --coordinator localhost:8476 "
+            f"{' and '.join(missing)}: missing; the three flags go together; try --coordinator localhost:8476 "
             "--num-processes 2 --process-id 0"
         )
     assert coordinator is not None and num_processes is not None and process_id is not None
@@ -54,26 +54,26 @@ def from_flags(coordinator: str | None, num_processes: str | None, process_id: s
     if count < 1:
         faults.append(f"--num-processes = {num_processes!r}: must be a whole number, at least 1; try 2")
     elif not process_id.isdecimal() or int(process_id) >= count:
-        faults.append(f"--process-id = {process_id!r}: must be 0 to {count - 1}, another in each process; try 0")
+        faults.append(f"--process-id = {process_id!r}: must be 0 to {count - 1}, different in each process; try 0")
     if faults:
         raise UserError(*faults)
     return Process(int(process_id), count, coordinator)
 
 
 def detect(seconds: int) -> Process | None:
-    """The process that Slurm, Open MPI, Kubernetes or Cloud TPU say this is; None outside of them. Raises UserError.
+    """The process as Slurm, Open MPI, Kubernetes or Cloud TPU define it; None outside of them. Raises UserError.
 
-    seconds: how long to wait for the coordinator's name to be known.
+    seconds: how long to wait until the coordinator's name can be resolved.
     """
     advice = "try --coordinator HOST:PORT --num-processes N --process-id I, or --num-processes 1"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # four lines of JAX's where Kubernetes has one process
+            warnings.simplefilter("ignore")  # JAX prints four lines where Kubernetes has one process
             coordinator, count, index, local = _detected(os.environ.get("JAX_COORDINATOR_ADDRESS"), seconds)
     except Exception as error:
-        raise UserError(f"cluster: cannot tell which process this is ({error_words(error)}); {advice}") from error
+        raise UserError(f"cluster: the process cannot be identified ({error_words(error)}); {advice}") from error
     if "JOB_COMPLETION_INDEX" in os.environ and count is None and importlib.util.find_spec("kubernetes") is None:
-        words = "a Kubernetes job, but the package kubernetes is missing, so this process trains alone"
+        words = "a Kubernetes job, but the package kubernetes is missing, so this is a single process"
         print(f"warning: {words}; {advice}", file=sys.stderr)
     if coordinator is None or count is None or index is None:
         return None
@@ -88,7 +88,7 @@ def _detected(coordinator: str | None, seconds: int) -> tuple[Any, Any, Any, Any
 
 
 def is_first() -> bool:
-    """Whether this process writes the files and prints the lines of the run: process 0, or a single one."""
+    """Whether this process writes files and prints lines: process 0, or a single process."""
     import jax
 
     return not jax.distributed.is_initialized() or jax.process_index() == 0
@@ -96,15 +96,15 @@ def is_first() -> bool:
 
 # --- connecting -------------------------------------------------------------------------------------------------------
 
-_connected = False  # by us
-_parting = False  # all processes have agreed to end
+_connected = False  # by `connect`
+_all_exiting = False  # all processes have agreed to end
 _rounds = itertools.count()
 
 
 def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> None:
-    """Makes this process one of many; a single one stays as it is. Raises RetryableError if not all of them come.
+    """Connect this process to the others; nothing happens for a single one. Raises RetryableError if any is missing.
 
-    trains: a SIGTERM is for `preemption`; else it ends the process, as ever.
+    trains: a SIGTERM is handled by `preemption`; else it ends the process.
     """
     global _connected
     if process is None or process.total == 1:
@@ -113,7 +113,7 @@ def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> N
     meet(process, mesh.wait_seconds)
     import jax
 
-    jax.config.update("jax_enable_preemption_service", trains)  # it takes the signal
+    jax.config.update("jax_enable_preemption_service", trains)  # it handles SIGTERM
     jax.distributed.initialize(
         process.coordinator,
         process.total,
@@ -124,7 +124,7 @@ def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> N
         heartbeat_timeout_seconds=mesh.heartbeat_seconds,
     )
     _connected = True
-    jax.devices()  # here, where all of them do: they tell each other of their devices
+    jax.devices()  # now, in all processes: they exchange their devices
 
 
 # --- agreeing ---------------------------------------------------------------------------------------------------------
@@ -132,50 +132,50 @@ def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> N
 
 @contextlib.contextmanager
 def together() -> Iterator[dict[str, str]]:
-    """Around what may fail in one process alone: it then fails in all. Each waits here until the last is through.
+    """Around work that may fail in some processes: it then fails in all. Each waits here for the last one.
 
-    Gives a dictionary to fill with what must be the same in all processes, by name. Raises UserError with the faults
-    of all processes, which says whose they are where not all have them; RetryableError if none is a user's mistake.
+    Yields a dictionary to fill with texts that must be the same in all processes, by name. Raises UserError with the
+    errors of all processes, naming the processes unless all have them; RetryableError if none is a user error.
     """
     facts: dict[str, str] = {}
     faults: list[str] = []
     error: Exception | None = None
     try:
         yield facts
-    except UserError as found:
-        error, faults = found, list(found.faults)
-    except Exception as found:
-        error, faults = found, [error_words(found)]
+    except ReportedError as reported:
+        error, faults = reported, list(reported.faults)
+    except Exception as other:
+        error, faults = other, [error_words(other)]
     import jax
 
     if jax.distributed.is_initialized():
         digests = {name: hashlib.sha256(fact.encode()).hexdigest()[:12] for name, fact in facts.items()}
-        mistaken = isinstance(error, UserError) and not isinstance(error, RetryableError)
-        found_by_all = gather({"faults": faults, "mistaken": mistaken, "facts": digests})
-        united = _united(found_by_all)
+        mistaken = isinstance(error, UserError)
+        reports = gather({"faults": faults, "mistaken": mistaken, "facts": digests})
+        united = _united(reports)
         if united:
-            global _parting
-            _parting = True
-            if error is not None and not isinstance(error, UserError):
-                raise error  # a fault of ours: its own process shows where it is
-            passing = any(of["faults"] for of in found_by_all) and not any(of["mistaken"] for of in found_by_all)
+            global _all_exiting
+            _all_exiting = True
+            if error is not None and not isinstance(error, ReportedError):
+                raise error  # a bug: its own process prints the traceback
+            passing = any(report["faults"] for report in reports) and not any(report["mistaken"] for report in reports)
             raise (RetryableError if passing else UserError)(*united) from None
     if error is not None:
         raise error
 
 
-def _united(all_of_them: list[dict[str, Any]]) -> list[str]:
-    """The faults of all processes, each once, and a fault for each fact that differs."""
+def _united(reports: list[dict[str, Any]]) -> list[str]:
+    """The errors of all processes, each once, and an error for each text that differs."""
     owners: dict[str, list[int]] = {}
-    for index, found in enumerate(all_of_them):
-        for fault in found["faults"]:
+    for index, report in enumerate(reports):
+        for fault in report["faults"]:
             owners.setdefault(fault, []).append(index)
-    united = [f if len(of) == len(all_of_them) else f"{listed(of)}: {f}" for f, of in owners.items()]
+    united = [f if len(of) == len(reports) else f"{listed(of)}: {f}" for f, of in owners.items()]
     if not united:
-        for name in all_of_them[0]["facts"]:
+        for name in reports[0]["facts"]:
             values: dict[str, list[int]] = {}
-            for index, found in enumerate(all_of_them):
-                values.setdefault(found["facts"].get(name), []).append(index)
+            for index, report in enumerate(reports):
+                values.setdefault(report["facts"].get(name), []).append(index)
             if len(values) > 1:
                 words = ", ".join(f"{value} in {listed(of)}" for value, of in values.items())
                 united.append(f"{name}: must be the same in all processes, and is {words}; try one for all")
@@ -183,7 +183,7 @@ def _united(all_of_them: list[dict[str, Any]]) -> list[str]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What JSON can hold of each process, in their order, everywhere. Waits for the last of them."""
+    """All-gather a JSON value: the values of all processes in their order. Waits for the last process."""
     import jax
 
     if not jax.distributed.is_initialized():
@@ -198,7 +198,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def _client() -> Any:
-    """The client of JAX's coordination service, which has no public name. It needs no devices, and waits for hours."""
+    """The client of JAX's coordination service, which has no public name. It needs no devices and can wait for hours."""
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -209,65 +209,65 @@ def _client() -> Any:
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
-    """Gives `asked(step)`, to be called in each step: whether to save and stop after it. The same in all processes.
+    """Yield `requested(step)`, to be called in each step: whether to save and stop after it, the same in all processes.
 
-    Of several, any may get the SIGTERM: JAX's service tells the others, and lets all stop after the same step. A single
-    process ends at once on the second one.
+    Any of several processes may receive the SIGTERM: JAX's service lets all stop after the same step. A single process
+    ends at once on a second SIGTERM.
     """
     import jax
     from jax.experimental import multihost_utils
 
     if jax.distributed.is_initialized():
         yield multihost_utils.reached_preemption_sync_point
-    elif threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+    elif threading.current_thread() is not threading.main_thread():  # Python allows no signal handler there
         yield lambda step: False
     else:
-        asked = threading.Event()
+        requested = threading.Event()
 
         def on_signal(*_: object) -> None:
-            asked.set()
+            requested.set()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         previous = signal.signal(signal.SIGTERM, on_signal)
         try:
-            yield lambda step: asked.is_set()
+            yield lambda step: requested.is_set()
         finally:
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def stop(code: int) -> NoReturn:
-    """Ends all processes, which all call it, with an exit code."""
-    global _parting
-    _parting = True
+    """End this process with an exit code; all processes call it."""
+    global _all_exiting
+    _all_exiting = True
     raise SystemExit(code)
 
 
 def end_if_peer_lost(error: Exception, where: str) -> None:
-    """Ends this process, with one line, if `error` comes of another one that is gone: nothing here can go on.
+    """End this process with one line if `error` was caused by the loss of another process.
 
-    At once, since whatever waits for the others would hang: every row and every finished checkpoint is on disk.
+    It ends at once, since waiting for the others would hang; every metrics row and finished checkpoint is on disk.
     """
     words = re.sub("(Error dispatching computation: )+", "", error_words(error))
     signs = r"gloo|heartbeat|coordination"
     import jax
 
-    if isinstance(error, jax.errors.JaxRuntimeError):  # of others, these could be a store's words
+    if isinstance(error, jax.errors.JaxRuntimeError):  # errors of other classes may be those of a store
         signs += r"|closed by peer|unavailable|barrier"
     if _connected and re.search(signs, words, re.I):
-        advice = "the same command goes on from the last checkpoint"
+        advice = "the same command resumes from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
         _end_now(TEMPORARY)
 
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Around all that a process does. One of many that fails alone ends at once, since at a usual exit JAX would wait
-    for the others, and they for it.
+    """Around the whole program. If one of several processes fails, it ends at once: at a normal exit JAX would wait for
+    the others, and they for it.
     """
     try:
         yield
     except BaseException as error:
-        if not _connected or _parting:
+        if not _connected or _all_exiting:
             raise
         if isinstance(error, SystemExit):
             _end_now(error.code if isinstance(error.code, int) else int(error.code is not None))

@@ -1,4 +1,4 @@
-"""Paths that a user gives: local ones, and those of object stores, `gs://` and `s3://`."""
+"""Paths given by users: local ones, and those of object stores, `gs://` and `s3://`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError, error_words, nearest
 
-DATA_DIRECTORY = "~/.cache/mot_jax"  # of prepared text, where a config names no other, and of compiled programs
+DATA_DIRECTORY = "~/.cache/mot_jax"  # default of data.directory, and the place of compiled programs
 
-# By scheme: the packages that read and write there (boto3 for TensorBoard), and the extra that brings them.
+# By scheme: the packages that access the store (boto3 for TensorBoard), and the extra that installs them.
 _STORES = {"gs": (("gcsfs",), "gcs"), "s3": (("s3fs", "boto3"), "s3")}
 
-# What says that a network, a store or a disk did not answer, and may answer later.
-_PASSING = re.compile(
+# Messages of a network, store or disk that did not respond, and may respond later.
+_TRANSIENT = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|timed out|timeout\b|\bconnection|not connect|reset by peer|max retries|"
     r"service not known|name resolution|service unavailable|server error|internal error|bad gateway|"
     r"too many requests|reduce your request|input/output error|stale file",
@@ -26,10 +26,10 @@ _PASSING = re.compile(
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether input or output failed in a way that may pass by itself, as a store that does not answer."""
+    """Whether an I/O error may be transient, such as a store that does not respond."""
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
-    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE) or bool(_PASSING.search(error_words(error)))
+    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE) or bool(_TRANSIENT.search(error_words(error)))
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -38,12 +38,15 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def user_path(name: str, path: epath.PathLike) -> epath.Path:
-    """A path, local (`~` is the home) or on an object store.
+    """Convert a user's string into a path: local (`~` is the home directory) or on an object store.
 
-    Raises UserError, which says `name`, for a store that is not known, not installed or refuses; RetryableError for
-    one that does not answer.
+    Raises:
+        UserError: naming `name`, for an empty path, and for a store that is unknown, not installed or refuses access.
+        RetryableError: for a store that does not respond.
     """
     text = os.fspath(path)
+    if not text:
+        raise UserError(f"{name} = '': must be a path; try runs/demo")
     if not is_remote(text):
         return epath.Path(text).expanduser()
     scheme = text.partition("://")[0]
@@ -54,35 +57,38 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{name} = {text}: {missing[0]} is not installed; try pip install 'mot_jax[{extra}]'")
-    _forget_listings(scheme)
-    found = epath.Path(text)
+    _disable_listings_cache(scheme)
+    remote = epath.Path(text)
     try:
-        found.exists()
+        remote.exists()
     except Exception as error:
         login = "gcloud auth application-default login" if scheme == "gs" else "aws configure"
         if is_passing(error):
-            raise RetryableError(f"{name} = {text}: the store does not answer ({error_words(error)})") from None
+            raise RetryableError(f"{name} = {text}: the store does not respond ({error_words(error)})") from None
         raise UserError(
-            f"{name} = {text}: the store refuses ({error_words(error)}); try a bucket that you may read, after {login}"
+            f"{name} = {text}: the store refuses ({error_words(error)}); try a bucket to which you have access, after {login}"
         ) from None
-    return found
+    return remote
 
 
 def local_path(name: str, path: epath.PathLike) -> epath.Path:
-    """A path where files are mapped, renamed and locked. Raises UserError, which says `name`, for an object store."""
+    """Convert a user's string into a path on a file system, where files can be mapped, renamed and locked.
+
+    Raises UserError, naming `name`, for an object store.
+    """
     if is_remote(path):
         raise UserError(f"{name} = {path}: must be on a local or shared file system; try ~/.cache/mot_jax")
-    return epath.Path(path).expanduser()
+    return user_path(name, path)
 
 
 def make_directory(name: str, path: epath.Path) -> None:
-    """Makes a directory, and its parents; on an object store, where there are none, tries to write there.
+    """Create a directory and its parents; on an object store, which has none, test that it can be written.
 
-    Raises UserError, which says `name`, if that cannot be; RetryableError if it may be later.
+    Raises UserError, naming `name`, if this fails, or RetryableError if it may succeed later.
     """
     try:
         if is_remote(path):
-            probe = path / "config.json.new"  # a name that a kill may leave behind
+            probe = path / "config.json.new"  # a kill may leave this file behind
             probe.write_bytes(b"")
             probe.unlink()
         else:
@@ -93,7 +99,7 @@ def make_directory(name: str, path: epath.Path) -> None:
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
+    """Write a file atomically: a kill leaves the old content or the new one."""
     if is_remote(path):
         path.write_bytes(content)
     else:
@@ -102,8 +108,8 @@ def replace_file(path: epath.Path, content: bytes) -> None:
         new.replace(path)
 
 
-def _forget_listings(scheme: str) -> None:
-    """fsspec would remember what a directory held; Orbax, and other processes, write there without its knowledge."""
+def _disable_listings_cache(scheme: str) -> None:
+    """Disable fsspec's cache of directory listings: Orbax and other processes write to the same directories."""
     import fsspec.config
 
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False

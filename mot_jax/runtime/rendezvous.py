@@ -1,10 +1,10 @@
-"""How processes meet, in Python, before JAX connects them.
+"""A rendezvous of the processes in Python, before JAX connects them.
 
-JAX's runtime ends a process from C++, without a word for people, when a peer is missing. So process 0 first listens at
-the coordinator's port itself, which JAX's own service takes over when all have come.
+JAX's runtime ends a process from C++, without a readable message, when a peer is missing. So process 0 first listens on
+the coordinator's port itself; JAX's service takes the port over when all processes have connected.
 
-A peer sends `mot_jax NUMBER TOTAL`; when it is known, each gets one line: `go`, or what is wrong, after `later ` if
-that may pass.
+A peer sends `mot_jax NUMBER TOTAL`. When the outcome is clear, each peer receives one line: `go`, or an error text, with
+the prefix `later ` if the error is retryable.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mot_jax.errors import RetryableError, UserError
+from mot_jax.errors import ReportedError, RetryableError, UserError
 
 _RETRY = 0.2  # seconds between two attempts to reach process 0
-_GRACE = 5.0  # seconds that process 0 has to tell who is missing
-_LONGEST = 80  # bytes of a greeting
+_GRACE = 5.0  # further seconds in which process 0 reports missing processes
+_MAX_GREETING_BYTES = 80
 
 
 class Process(NamedTuple):
-    """This one. coordinator: HOST:PORT, where process 0 listens. local_devices: those it may see; None is all."""
+    """The identity of this process. coordinator: HOST:PORT of process 0. local_devices: ids of its devices; None: all."""
 
     number: int
     total: int
@@ -38,9 +38,9 @@ class Process(NamedTuple):
 
 
 def meet(process: Process, seconds: float) -> None:
-    """Returns when all processes have come to the coordinator's port.
+    """Wait until all processes have connected to the coordinator's port.
 
-    Raises UserError, the same in all of them; RetryableError if one did not come.
+    Raises UserError, the same in all processes, or RetryableError if a process is missing after `seconds`.
     """
     host, _, port = process.coordinator.rpartition(":")
     if process.number == 0:
@@ -50,14 +50,14 @@ def meet(process: Process, seconds: float) -> None:
 
 
 def _receive(process: Process, port: int, seconds: float) -> None:
-    """Process 0's part: hears a greeting of each, and answers all of them."""
+    """Process 0: receive a greeting from each process, and answer all of them."""
     peers: dict[int, socket.socket] = {}
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         server = stack.enter_context(_listen(process, port))
         selector.register(server, selectors.EVENT_READ)
-        fault: UserError | None = None
+        fault: ReportedError | None = None
         while len(peers) < process.total - 1 and fault is None:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -70,13 +70,13 @@ def _receive(process: Process, port: int, seconds: float) -> None:
                     selector.register(stack.enter_context(connection), selectors.EVENT_READ, bytearray())
                     continue
                 assert isinstance(key.fileobj, socket.socket)
-                heard = _hear(key.fileobj, key.data)
-                if heard is None:  # gone, or not one of ours
+                greeting = _read_greeting(key.fileobj, key.data)
+                if greeting is None:  # disconnected, or another program
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
                     peers = {i: peer for i, peer in peers.items() if peer is not key.fileobj}
-                elif heard:
-                    index, count = heard
+                elif greeting:
+                    index, count = greeting
                     fault = fault or _misfit(process, index, count, peers)
                     peers.setdefault(index, key.fileobj)
                     key.data.clear()
@@ -102,61 +102,61 @@ def _listen(process: Process, port: int) -> socket.socket:
         ) from None
 
 
-def _hear(connection: socket.socket, heard: bytearray) -> tuple[int, int] | tuple[()] | None:
-    """(index, count) of a greeting; () if it is not complete yet; None if none will come."""
+def _read_greeting(connection: socket.socket, buffer: bytearray) -> tuple[int, int] | tuple[()] | None:
+    """(index, count) of a greeting; () while it is incomplete; None if there will be none."""
     try:
-        received = connection.recv(_LONGEST)
+        received = connection.recv(_MAX_GREETING_BYTES)
     except OSError:
         return None
-    heard += received
-    if b"\n" not in heard:
-        return () if received and len(heard) < _LONGEST else None
-    greeting = re.fullmatch(rb"mot_jax (\d{1,9}) (\d{1,9})\n", bytes(heard))
+    buffer += received
+    if b"\n" not in buffer:
+        return () if received and len(buffer) < _MAX_GREETING_BYTES else None
+    greeting = re.fullmatch(rb"mot_jax (\d{1,9}) (\d{1,9})\n", bytes(buffer))
     return None if greeting is None else (int(greeting[1]), int(greeting[2]))
 
 
 def _misfit(process: Process, index: int, count: int, peers: dict[int, socket.socket]) -> UserError | None:
     if count != process.total:
         return UserError(
-            f"--num-processes = {count}: process {index} says so, and process 0 has {process.total}; try one for all"
+            f"--num-processes = {count}: that of process {index}, and process 0 has {process.total}; try the same number for all"
         )
     if index in peers or not 0 < index < count:
-        return UserError(f"--process-id = {index}: two processes say that they are it; try 0 to {count - 1}, each once")
+        return UserError(f"--process-id = {index}: given to two processes; try 0 to {count - 1}, each once")
     return None
 
 
-def _absent(process: Process, peers: Iterable[int], seconds: float) -> UserError:
+def _absent(process: Process, peers: Iterable[int], seconds: float) -> RetryableError:
     absent = listed(sorted({*range(1, process.total)}.difference(peers)))
     return RetryableError(
-        f"coordinator = {process.coordinator}: {absent} of {process.total} did not come within {seconds:g} s; do they "
-        "run, with the same --coordinator, and can they reach that port? --mesh.wait-seconds is how long to wait"
+        f"coordinator = {process.coordinator}: {absent} of {process.total} did not connect within {seconds:g} s; "
+        "are they running, with the same --coordinator, and can they reach that port? --mesh.wait-seconds sets the time"
     )
 
 
 def _visit(process: Process, host: str, port: int, seconds: float) -> None:
-    """Every other process's part: greets process 0, again and again until it answers."""
-    begin, reason, answer, heard = time.monotonic(), "", b"", False
+    """Every other process: send the greeting to process 0 repeatedly until it answers."""
+    begin, reason, answer, connected = time.monotonic(), "", b"", False
     while time.monotonic() < begin + seconds and not answer:
         try:
-            heard = False
+            connected = False
             with socket.create_connection((host, port), begin + seconds - time.monotonic()) as connection:
                 connection.sendall(b"mot_jax %d %d\n" % (process.number, process.total))
                 connection.settimeout(max(begin + seconds + _GRACE - time.monotonic(), _GRACE))
-                heard = True
+                connected = True
                 with connection.makefile("rb") as answers:
                     answer = answers.readline(1000)
-                heard, reason = False, "the connection was closed"
+                connected, reason = False, "the connection was closed"
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
         if not answer.endswith(b"\n"):
             answer = b""
             time.sleep(_RETRY)
     if not answer:
-        what = f"{process} {'reached process 0, and was told nothing' if heard else 'did not reach process 0'}"
-        advice = "did all others start?" if heard else "does it run there, and is that port open?"
+        failure = f"{process} {'reached process 0, and got no answer' if connected else 'did not reach process 0'}"
+        advice = "did all others start?" if connected else "is it running there, and is that port open?"
         raise RetryableError(
-            f"coordinator = {process.coordinator}: {what} within {seconds:g} s ({reason}); {advice} "
-            "--mesh.wait-seconds is how long to wait"
+            f"coordinator = {process.coordinator}: {failure} within {seconds:g} s ({reason}); {advice} "
+            "--mesh.wait-seconds sets the time"
         )
     words = answer.decode(errors="replace").strip()
     if words != "go":
@@ -164,7 +164,7 @@ def _visit(process: Process, host: str, port: int, seconds: float) -> None:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """`process 3`, `processes 1, 2 and 3`, and no more than that of many."""
+    """`process 3`, `processes 1, 2 and 3`, or the first eight of many."""
     shown = [str(number) for number in numbers[:8]]
     if len(numbers) > 8:
         return f"processes {', '.join(shown)} and {len(numbers) - 8} more"

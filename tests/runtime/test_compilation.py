@@ -12,7 +12,7 @@ from mot_jax.runtime import compilation
 COMPILE = """
 import sys
 from mot_jax.runtime import compilation
-compilation.keep_compiled()
+compilation.enable_cache()
 import jax
 from mot_jax.config import Config, MeshConfig
 from mot_jax.nn.sharding import make_mesh
@@ -68,12 +68,12 @@ def test_without_a_directory_to_write_to_it_goes_on(tmp_path):
 def test_what_was_used_longest_ago_is_forgotten_first(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(compilation, "MOST_BYTES", 25)
+    monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 25)
     directory = tmp_path / ".cache/mot_jax/compiled"
     directory.mkdir(parents=True)
     for name, written, used in (("a", 1, 9), ("b", 2, 2), ("c", 3, 3), ("d", 4, 4)):
         file = directory / f"{name}-cache"
         file.write_bytes(bytes(10))
         os.utime(file, (used, written))
-    compilation.keep_compiled()
+    compilation.enable_cache()
     assert sorted(file.name for file in directory.iterdir()) == ["a-cache", "d-cache"]

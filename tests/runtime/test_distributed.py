@@ -85,7 +85,7 @@ def test_slurm_and_open_mpi_say_which_process_this_is(no_cluster):
         slurm.setenv("JAX_COORDINATOR_ADDRESS", "node07:1234")
         assert distributed.detect(1) == Process(2, 4, "node07:1234", (0,))
         slurm.setenv("SLURM_NTASKS", "many")
-        with pytest.raises(UserError, match=r"cluster: cannot tell which process this is .* try --coordinator HOST"):
+        with pytest.raises(UserError, match=r"cluster: the process cannot be identified .* try --coordinator HOST"):
             distributed.detect(1)
     no_cluster.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
     for name, value in {"SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
@@ -393,5 +393,5 @@ def test_a_process_that_never_comes_is_missed_in_one_line(experiment, tmp_path):
     arguments = [str(experiment / "tiny.py"), "--workdir", str(tmp_path / "run"), "--mesh.wait-seconds", "4"]
     assert ends(start(arguments, 3, 1, tmp_path / "record", {2: ["--mesh.data", "0"]})) == [75, 75, 2]
     first, second, third = errors(tmp_path / "record", 3)
-    assert first == second and re.match(r"error: coordinator = localhost:\d+: process 2 of 3 did not come", first[0])
+    assert first == second and re.match(r"error: coordinator = localhost:\d+: process 2 of 3 did not connect", first[0])
     assert third[0].startswith("error: mesh.data = 0") and not (tmp_path / "run").exists()

@@ -64,10 +64,10 @@ def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
     [
         (OSError("Anonymous caller\nhas no access"), UserError, "refuses (OSError: Anonymous caller); try a bucket"),
         (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try a bucket"),
-        (TimeoutError(), RetryableError, "does not answer (TimeoutError: )"),
-        (OSError("Cannot connect to host a:443"), RetryableError, "does not answer (OSError: Cannot connect to host"),
-        (OSError(errno.EIO, "SlowDown"), RetryableError, "does not answer (OSError: [Errno 5] SlowDown)"),
-        (RuntimeError("Service Unavailable, 503"), RetryableError, "does not answer (RuntimeError: Service Unav"),
+        (TimeoutError(), RetryableError, "does not respond (TimeoutError: )"),
+        (OSError("Cannot connect to host a:443"), RetryableError, "does not respond (OSError: Cannot connect to host"),
+        (OSError(errno.EIO, "SlowDown"), RetryableError, "does not respond (OSError: [Errno 5] SlowDown)"),
+        (RuntimeError("Service Unavailable, 503"), RetryableError, "does not respond (RuntimeError: Service Unav"),
     ],
 )
 def test_a_store_that_refuses_or_does_not_answer_is_told_in_one_line(monkeypatch, error, kind, words):

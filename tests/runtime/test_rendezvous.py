@@ -19,7 +19,7 @@ def outcome(process: Process, seconds: float) -> str:
     """What comes of one: its fault, after `later: ` if it may pass, or nothing."""
     try:
         meet(process, seconds)
-    except UserError as error:
+    except (UserError, RetryableError) as error:
         return "later: " * isinstance(error, RetryableError) + str(error)
     return ""
 
@@ -49,7 +49,7 @@ def test_all_that_came_say_who_did_not():
     assert time.monotonic() - start < 3
     assert len(set(faults)) == 1
     assert faults[0].startswith(
-        f"later: coordinator = {coordinator}: processes 2 and 4 of 5 did not come within 0.6 s; do they run"
+        f"later: coordinator = {coordinator}: processes 2 and 4 of 5 did not connect within 0.6 s; are they running"
     )
 
 
@@ -68,18 +68,18 @@ def test_a_process_that_waited_in_vain_for_another_does_not_blame_the_port(monke
     with socket.create_server(("", free_port())) as silent:
         coordinator = f"localhost:{silent.getsockname()[1]}"
         fault = outcome(Process(1, 3, coordinator), 0.5)
-    words = "process 1 of 3 reached process 0, and was told nothing within 0.5 s (timed out); did all others start?"
+    words = "process 1 of 3 reached process 0, and got no answer within 0.5 s (timed out); did all others start?"
     assert fault.startswith(f"later: coordinator = {coordinator}: {words}")
 
 
 def test_a_number_that_two_have_ends_all():
     _, faults = outcomes([(0, 4), (1, 4), (2, 4), (1, 4)], 10, between=0.1)
-    assert set(faults) == {"--process-id = 1: two processes say that they are it; try 0 to 3, each once"}
+    assert set(faults) == {"--process-id = 1: given to two processes; try 0 to 3, each once"}
 
 
 def test_processes_must_agree_how_many_they_are():
     _, faults = outcomes([(0, 3), (1, 3), (2, 4)], 10, between=0.1)
-    assert set(faults) == {"--num-processes = 4: process 2 says so, and process 0 has 3; try one for all"}
+    assert set(faults) == {"--num-processes = 4: that of process 2, and process 0 has 3; try the same number for all"}
 
 
 def test_a_second_process_0_and_a_taken_port_are_told():
@@ -119,7 +119,7 @@ def test_who_has_left_again_is_missing():
         with socket.create_connection(("localhost", port)) as peer:
             peer.sendall(b"mot_jax 1 3\n")
             time.sleep(0.2)
-        assert "processes 1 and 2 of 3 did not come" in waiting.result()
+        assert "processes 1 and 2 of 3 did not connect" in waiting.result()
 
 
 def test_a_process_that_comes_again_is_welcome():
