@@ -22,6 +22,7 @@ from mot_jax.data.permutation import permuted
 from mot_jax.errors import UserError
 
 BLOCK_GROUPS = 512
+ORDER_VERSION = "2"  # of the training order, in data.json; 1 was Grain's permutation
 _EMPTY = np.iinfo(np.int32).max
 
 
@@ -100,7 +101,7 @@ class TrainingOrder(Order):
 
     def _block_windows(self, epoch: int, block: int) -> np.ndarray:
         begin, end = (self._first_group(b) * self.group_size for b in (block, block + 1))
-        return _permuted(len(self.documents), (self.seed, epoch), begin, end)
+        return permuted(len(self.documents), (self.seed, epoch), begin, end)
 
 
 class MixtureOrder(Order):
@@ -150,15 +151,10 @@ class MixtureOrder(Order):
             while begin < end:
                 corpus_epoch, first = divmod(begin, size)
                 last = min(first + end - begin, size)
-                window_ids.append(offset + _permuted(size, (self.seed, corpus_epoch, corpus + 1), first, last))
+                window_ids.append(offset + permuted(size, (self.seed, corpus_epoch, corpus + 1), first, last))
                 begin += last - first
             offset += size
         return np.concatenate(window_ids)
-
-
-def _permuted(size: int, seed: tuple[int, ...], begin: int, end: int) -> np.ndarray:
-    """Elements begin .. end - 1 of a seeded permutation of `size` windows: int64 [end - begin]."""
-    return permuted(size, int(np.random.SeedSequence(seed).generate_state(1)[0]), begin, end)
 
 
 def groups_sharing_documents(documents: np.ndarray, ids: np.ndarray) -> np.ndarray:

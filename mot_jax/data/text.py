@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mot_jax.config import Config
 from mot_jax.data.corpora import open_corpus
-from mot_jax.data.order import MixtureOrder, Order, TrainingOrder
+from mot_jax.data.order import ORDER_VERSION, MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
 from mot_jax.errors import UserError
@@ -19,8 +19,8 @@ class ExperimentText(NamedTuple):
     """The opened text of a config.
 
     Attributes:
-        fingerprints: Of `train`, `validation` and `tokenizer`, stored in data.json; a resumed run must have the same
-            ones.
+        fingerprints: Of `train`, `validation` and `tokenizer`, and the version of the `order`, stored in data.json; a
+            resumed run must have the same ones.
     """
 
     tokenizer: Tokenizer
@@ -42,7 +42,7 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> ExperimentT
     data = config.data
     tokenizer = tokenizer or open_tokenizer(config)
     train, validation = (open_split(config, split, tokenizer) for split in (data.train_split, data.validation_split))
-    fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint}
+    fingerprints = {"train": train.fingerprint, "validation": validation.fingerprint, "order": ORDER_VERSION}
     seed = config.training.seed
     order: Order
     if data.weights and isinstance(train, JoinedWindows) and len(data.corpus) > 1:

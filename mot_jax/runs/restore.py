@@ -68,12 +68,19 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
     """
     path = epath.Path(workdir) / "data.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
-    changes = {k: f"{k}: {saved[k]} there, {data[k]} here" for k in data if saved.get(k, data[k]) != data[k]}
+    if "train" in saved:
+        saved.setdefault("order", "1")  # runs from before the order had a version
+    changes = {k: f"{k}: {saved[k]} in the run, now {data[k]}" for k in data if saved.get(k, data[k]) != data[k]}
     if "tokenizer" in changes:
         raise UserError(
             f"data.tokenizer = {config.data.tokenizer!r}: does not match the checkpoints in workdir = {workdir}, which "
             f"are of another tokenizer ({changes['tokenizer']}); try the file that the run began with, or another "
             "workdir"
+        )
+    if "order" in changes:
+        raise UserError(
+            f"workdir = {workdir} was trained with another version of the training order ({changes['order']}), which "
+            "cannot be resumed; try another workdir"
         )
     if changes:
         raise UserError(

@@ -138,7 +138,7 @@ def test_a_format_without_random_access(directory: Path, tfds_directory: Path) -
 
 
 def test_a_data_set_converted_in_place_is_read(directory: Path, tfds_directory: Path, tmp_path: Path) -> None:
-    """Without --out_dir, `tfds convert_format` writes new shards next to the old ones and records this in the metadata."""
+    """Without --out_dir, `tfds convert_format` adds new shards to the directory and records this in the metadata."""
     info = shutil.copytree(tfds_directory / "lines", tmp_path / "lines") / "en/2.1.0/dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"alternativeFileFormats": ["array_record"]}))
     assert len(open_corpus(str(info.parent), "train", directory)) == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mot_jax.data.order import MixtureOrder, TrainingOrder
 from mot_jax.data.text import open_split, open_text, open_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
 from mot_jax.errors import UserError
+from mot_jax.runs.restore import check_data
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def config_of(directory: Path, *corpus: str, weights: tuple[float, ...] = (), **
 def test_one_corpus(corpora, tmp_path):
     text = open_text(config_of(tmp_path, "small"))
     assert type(text.order) is TrainingOrder and not isinstance(text.train, JoinedWindows)
-    assert text.fingerprints.keys() == {"train", "validation", "tokenizer"}
+    assert text.fingerprints.keys() == {"train", "validation", "tokenizer", "order"}
     assert text.train.fingerprint != text.validation.fingerprint
 
 
@@ -118,3 +120,17 @@ def test_an_unknown_split_is_reported_with_its_field(tmp_path, field):
         open_text(config)
     with pytest.raises(UserError, match=r"^--split = 'test': mine has no such split"):
         open_split(config, "test", open_tokenizer(config))
+
+
+def test_a_run_with_another_version_of_the_order_is_not_resumed(corpora, tmp_path):
+    """Runs from before the order had a version used Grain's permutation."""
+    config = config_of(tmp_path, "small")
+    fingerprints = open_text(config).fingerprints
+    (tmp_path / "data.json").write_text(json.dumps(fingerprints))
+    check_data(fingerprints, config, tmp_path)
+    del fingerprints["order"]
+    (tmp_path / "data.json").write_text(json.dumps(fingerprints))
+    check_data(fingerprints, config, tmp_path)  # evaluation does not use the training order
+    with pytest.raises(UserError, match=r"another version of the training order \(order: 1 there, 2 here\)") as error:
+        check_data(open_text(config).fingerprints, config, tmp_path)
+    assert "\n" not in str(error.value)

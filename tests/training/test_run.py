@@ -80,7 +80,7 @@ def test_a_run_on_other_text_is_not_resumed(finished, tiny, tmp_path):
     workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
     fingerprints = json.loads((workdir / "data.json").read_text())
     (workdir / "data.json").write_text(json.dumps(fingerprints | {"train": "another"}))
-    with pytest.raises(UserError, match=rf"other text: train: another there, {fingerprints['train']} here"):
+    with pytest.raises(UserError, match=rf"other text: train: another in the run, now {fingerprints['train']}"):
         train(with_steps(tiny, 20), workdir)
     assert (workdir / "config.json").read_text() == to_json(tiny)
 
