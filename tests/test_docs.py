@@ -1,4 +1,4 @@
-"""The Python of README.md and docs/layer.md runs as it stands there, and says the same thing three times."""
+"""The Python of README.md and docs/layer.md runs unchanged, and its three layers agree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def programs() -> list[dict]:
-    """What each block defines, after running it."""
+    """The namespace of each block after running it."""
     found = []
     for code in [*blocks(README), *blocks(LAYER)]:
         found.append({"__name__": __name__})

@@ -71,7 +71,7 @@ def _errors_for_people() -> Iterator[None]:
     except Exception as error:
         if not _disk_is_full(error):
             raise
-        advice = "free some and run the same command, which goes on from the last checkpoint"
+        advice = "free some and run the same command, which resumes from the last checkpoint"
         print(f"error: no space left on the disk ({error_words(error)}); {advice}", file=sys.stderr)
         sys.exit(BAD_INPUT)
 

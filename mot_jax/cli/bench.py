@@ -1,4 +1,4 @@
-"""`mot bench`: what things cost on this machine."""
+"""`mot bench`: measure costs on this machine."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _accelerator(arguments: list[str]) -> None:
     )
     parser.add_argument("--minutes", default="7", metavar="N", help="after which no part begins, and a run stops (7)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run, not how fast")
-    headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; again, it goes on"
+    headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; a second call resumes"
     parser.add_argument("--small-headline", action="store_true", help=headline)
     options = parser.parse_args(arguments)
     minutes = positive("--minutes", options.minutes)

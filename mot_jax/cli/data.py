@@ -15,13 +15,13 @@ def data(arguments: list[str]) -> None:
     parser = Parser(prog="mot data", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="build | inspect | train-tokenizer")
     command = commands.add_parser("build", help="make a corpus out of files", allow_abbrev=False)
-    command.add_argument("name", metavar="NAME", help="what to call it in data.corpus")
+    command.add_argument("name", metavar="NAME", help="its name in data.corpus")
     command.add_argument("files", nargs="+", metavar="FILE", help="files, patterns or directories; .gz too")
     command.add_argument("--text-feature", default="text", help="the field or column with the text (default: text)")
     command.add_argument("--documents", default="file", choices=["file", "line", "paragraph"], help="of plain text")
     command.add_argument("--validation", type=float, default=0.01, metavar="SHARE", help="of the documents (0.01)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: as many as there are cores)")
-    for name, text in {"inspect": "what a corpus holds", "train-tokenizer": "a tokenizer out of a corpus"}.items():
+    for name, text in {"inspect": "contents of a corpus", "train-tokenizer": "a tokenizer out of a corpus"}.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("name", metavar="NAME", help="as in data.corpus")
         command.add_argument("--split", default="train")

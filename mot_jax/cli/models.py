@@ -41,7 +41,7 @@ def generate(arguments: list[str]) -> None:
         stop=options.stop,
         seed=options.seed,
     ):
-        if len(prompts) == 1 and first:  # as it is written, but for what may be half a character
+        if len(prompts) == 1 and first:  # while it is generated, except for a possibly incomplete character
             text = prompts[0] + found[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(text[shown:], end="", flush=True)
             shown = len(text)
@@ -69,7 +69,7 @@ def generate(arguments: list[str]) -> None:
 def fill(arguments: list[str]) -> None:
     """fill gaps in texts by a masked model: mot fill WORKDIR --text 'def _ead(' [--gap _] [--mode M]"""
     parser = _parser("mot fill", "text")
-    parser.add_argument("--gap", default="_", metavar="MARK", help="what stands for a missing token (_)")
+    parser.add_argument("--gap", default="_", metavar="MARK", help="the character for a missing token (_)")
     options, texts, model = _load(parser, arguments, "text")
     filled = model.fill(texts, options.gap)
     if not distributed.is_first():
@@ -88,7 +88,7 @@ def lm_eval(arguments: list[str]) -> None:
     parser = Parser("mot lm-eval", usage=usage, allow_abbrev=False)
     parser.add_argument("--tasks", metavar="NAME,...", help="or patterns of names")
     parser.add_argument("--include-path", metavar="DIR", help="with tasks of your own, in YAML")
-    parser.add_argument("--num-fewshot", metavar="N", help="examples before each question (as the task says)")
+    parser.add_argument("--num-fewshot", metavar="N", help="examples before each question (default: those of the task)")
     parser.add_argument("--limit", metavar="N", help="only the first examples of each task")
     parser.add_argument("--batch-size", default="8", metavar="N", help="rows (8), rounded up to whole groups")
     parser.add_argument("--mode", help=_MODES)
@@ -152,7 +152,7 @@ def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Nam
 
 
 def _model(options: argparse.Namespace, config: Config) -> Any:
-    """The model in its mode on its mesh, after a word on who hears whom."""
+    """The model in its mode on its mesh, after lines about the dependence of sequences on each other."""
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.language_model import about_mode, load
     from mot_jax.nn.sharding import make_mesh

@@ -1,4 +1,4 @@
-"""What all commands share: a config and what flags change of it, mistakes in one line, JSON for other programs."""
+"""Shared by all commands: a config with changes by flags, errors in one line, JSON output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake as we tell all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help tells more")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def positive(name: str, text: str, least: int = 1) -> int:
@@ -61,7 +61,7 @@ def parse(
     own: list[str] | Parser,
     load: Callable[[str], Config] = load_config,
 ) -> tuple[argparse.Namespace, Config]:
-    """The command's own options, and the config of the file (or workdir) it names with what the flags change of it."""
+    """The command's own options, and the config of the named file or workdir with the changes by flags."""
     if isinstance(own, Parser):
         parser = own
     else:

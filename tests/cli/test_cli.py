@@ -1,4 +1,4 @@
-"""The command line: what a user types, and what comes of a mistake."""
+"""The command line: arguments, outputs and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO = str(CONFIGS / "demo.py")
 
 
 def fails(capsys, *arguments: str) -> list[str]:
-    """The lines of a command that exits with 2 and says nothing else."""
+    """The lines of a command that exits with 2 and prints nothing else."""
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
@@ -261,7 +261,7 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
     [
         ([], "error: the following arguments are required: build | inspect | train-tokenizer"),
         (["buidl"], "error: argument build | inspect | train-tokenizer: invalid choice: 'buidl'"),
-        (["build", "mine"], "error: the following arguments are required: FILE; mot data build --help tells more"),
+        (["build", "mine"], "error: the following arguments are required: FILE; see mot data build --help"),
         (["build", "mine", "/no/such/*.txt"], "error: FILE = '/no/such/*.txt': no such file"),
         (["build", "mine", "x.txt", "--documents", "word"], "error: argument --documents: invalid choice: 'word'"),
         (["build", "mine", "x.txt", "--workers", "0"], "error: --workers = 0: must be at least 1; try 1"),
@@ -283,7 +283,7 @@ def test_mistakes_of_data_are_one_line(capsys, arguments, start):
 
 @pytest.fixture
 def a_run(monkeypatch):
-    """What is asked of runs/x is asked of the demo's config."""
+    """Queries about runs/x use the demo's config."""
     monkeypatch.setattr(restore, "load_run_config", lambda workdir: load_config(DEMO))
 
 

@@ -51,7 +51,7 @@ def test_programs_of_several_cpu_devices_are_not_read_back(tmp_path):
     for _ in range(2):
         assert not found(tmp_path, devices=2)
         kept.append(sorted(file.name for file in directory.glob("*-cache")))
-    assert kept[0] == kept[1] and len(kept[0]) == 1  # what was compiled before the mesh
+    assert kept[0] == kept[1] and len(kept[0]) == 1  # programs compiled before the mesh was made
 
 
 def test_a_directory_that_the_user_names_is_taken(tmp_path):

@@ -1,4 +1,4 @@
-"""Many processes: who they are, what they agree on, and how they end."""
+"""Several processes: identity, agreement and exit."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def write_config(path: Path, config: Config) -> None:
 
 
 def reads(record: Path, count: int) -> list[dict[int, dict]]:
-    """By process: by step, what it read for it."""
+    """By process and step, the examples that it read."""
     found = []
     for i in range(count):
         lines = [json.loads(line) for line in Path(f"{record}.{i}").read_text().splitlines()]
@@ -312,7 +312,7 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
     reached = 0
     for processes in lives:
         complete = set.intersection(*map(set, processes))
-        assert min(complete) <= reached + 1  # it goes on from a checkpoint that is there
+        assert min(complete) <= reached + 1  # it resumes from an existing checkpoint
         reached = max(complete)
         for step in complete:
             together = [of[step] for of in processes]

@@ -16,7 +16,7 @@ from mot_jax.runtime.rendezvous import Process, listed, meet
 
 
 def outcome(process: Process, seconds: float) -> str:
-    """What comes of one: its fault, after `later: ` if it may pass, or nothing."""
+    """The error of one process, after `later: ` if it is retryable, or an empty text."""
     try:
         meet(process, seconds)
     except (UserError, RetryableError) as error:
@@ -25,7 +25,7 @@ def outcome(process: Process, seconds: float) -> str:
 
 
 def outcomes(processes: list[tuple[int, int]], seconds: float, between: float = 0.0) -> tuple[str, list[str]]:
-    """The coordinator and what comes of processes (number, total), started one after the other."""
+    """The coordinator and the outcomes of processes (number, total), started one after the other."""
     coordinator = f"localhost:{free_port()}"
     with ThreadPoolExecutor(len(processes)) as pool:
         waiting = []
@@ -123,7 +123,7 @@ def test_who_has_left_again_is_missing():
 
 
 def test_a_process_that_comes_again_is_welcome():
-    """A scheduler that starts a killed one anew."""
+    """A scheduler that restarts a killed process."""
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(outcome, Process(0, 2, f"localhost:{port}"), 10)
