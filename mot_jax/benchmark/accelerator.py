@@ -22,7 +22,7 @@ from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
 from mot_jax.config import Config, kernel_runs_on
 from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
-from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.errors import ReportedError, UserError, error_words, nearest
 from mot_jax.runtime.paths import local_path
 
 Progress = Callable[[str], None]
@@ -79,7 +79,7 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
             progress(f"--- {part}, {deadline - start:.0f} s left")
             try:
                 results[part] = {"rows": _measure(part, folder, small, deadline, progress)}
-            except UserError:
+            except ReportedError:
                 raise
             except Exception as error:  # the other parts may still succeed
                 progress(traceback.format_exc())

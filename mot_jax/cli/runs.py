@@ -116,7 +116,7 @@ def curves(arguments: list[str]) -> None:
 
 
 def inspect(arguments: list[str]) -> None:
-    """pictures of the mixing weights of a trained model: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
+    """pictures of a trained model's mixing weights: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
     parser = Parser(prog="mot inspect", allow_abbrev=False)
     parser.add_argument("workdir", metavar="WORKDIR")
     parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/inspect")

@@ -20,7 +20,7 @@ from mot_jax.config.checks import check
 from mot_jax.config.fields import Config
 from mot_jax.config.hints import leaves, matches, options
 from mot_jax.config.renamed import new_field
-from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
 FORMAT_VERSION = 3
 
@@ -42,7 +42,7 @@ def load_config(name: str | os.PathLike[str]) -> Config:
         config = module.get_config() if variant is None else module.get_config(variant)
     except _VariantError as error:
         raise UserError(f"config = {name}: {error}; try {path}:{error.nearest}") from None
-    except UserError:
+    except ReportedError:
         raise
     except Exception as error:
         raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
@@ -113,7 +113,7 @@ def _load_module(path: Path) -> ModuleType:
             raise UserError(f"config = {path}: must be a Python file; try configs/demo.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except UserError:
+    except ReportedError:
         raise
     except Exception as error:
         raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error

@@ -21,7 +21,7 @@ from etils import epath
 
 from mot_jax.data import python_source
 from mot_jax.data.build import build, built_directory
-from mot_jax.errors import UserError, error_words, nearest
+from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
@@ -179,7 +179,7 @@ def _find(name: str, corpora: Path) -> epath.Path:
                 f"data.corpus = {name!r}: no prepared data set; must be a directory with dataset_info.json; try another"
             )
         raise UserError(f"data.corpus = {name!r}: {_why_not(path, version, roots)}")
-    except UserError:
+    except ReportedError:
         raise
     except Exception as error:  # from object stores, or for lack of permission
         raise UserError(

@@ -42,7 +42,7 @@ def group_tokens(x: jax.Array, tokens: int) -> jax.Array:
     chex.assert_scalar_positive(tokens)
     if (length % tokens and tokens % length) or batch * length % (tokens * num_shards(axes_of(x)[0])):
         raise AssertionError(
-            f"batch B = {batch}, sequence S = {length} on {num_shards(axes_of(x)[0])} shards of the batch: each must hold "
+            f"batch B = {batch}, sequence S = {length} on {num_shards(axes_of(x)[0])} shards: each must hold "
             f"whole routing groups of {tokens} tokens, which divide S or are a multiple of it"
         )
     x = reshard(x, "sequences", *[None] * (x.ndim - 1))

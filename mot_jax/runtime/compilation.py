@@ -18,8 +18,8 @@ MAX_CACHE_BYTES = 10 * 10**9
 def enable_cache() -> None:
     """Cache programs that took more than a second to compile in ~/.cache/mot_jax/compiled.
 
-    Nothing happens if JAX_COMPILATION_CACHE_DIR names another directory, or this one cannot be written. Beyond 10 GB the
-    least recently used programs are removed. Call it before JAX is imported, which reads the variable then;
+    Nothing happens if JAX_COMPILATION_CACHE_DIR names another directory, or if this one cannot be written. Beyond 10 GB
+    the least recently used programs are removed. Call it before JAX is imported, which reads the variable then;
     JAX_ENABLE_COMPILATION_CACHE=false disables the cache. The key of a program is its text, the options and versions
     that compiled it, and the kind of device.
     """

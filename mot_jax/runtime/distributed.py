@@ -26,7 +26,7 @@ TEMPORARY = 75  # EX_TEMPFAIL, for example if another process was lost: the same
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
 
 
-# --- the identity of this process ----------------------------------------------------------------------------------------------
+# --- the identity of this process ---------------------------------------------------------------------------------------
 
 
 def from_flags(coordinator: str | None, num_processes: str | None, process_id: str | None) -> Process | None:
@@ -198,7 +198,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def _client() -> Any:
-    """The client of JAX's coordination service, which has no public name. It needs no devices and can wait for hours."""
+    """The client of JAX's coordination service, which has no public name. It needs no devices, and waits for hours."""
     from jax._src import distributed
 
     return distributed.global_state.client

@@ -1,10 +1,10 @@
 """A rendezvous of the processes in Python, before JAX connects them.
 
-JAX's runtime ends a process from C++, without a readable message, when a peer is missing. So process 0 first listens on
-the coordinator's port itself; JAX's service takes the port over when all processes have connected.
+JAX's runtime ends a process from C++, without a readable message, when a peer is missing. So process 0 first listens
+on the coordinator's port itself; JAX's service takes the port over when all processes have connected.
 
-A peer sends `mot_jax NUMBER TOTAL`. When the outcome is clear, each peer receives one line: `go`, or an error text, with
-the prefix `later ` if the error is retryable.
+A peer sends `mot_jax NUMBER TOTAL`. When the outcome is clear, each peer receives one line: `go`, or an error text,
+with the prefix `later ` if the error is retryable.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_GREETING_BYTES = 80
 
 
 class Process(NamedTuple):
-    """The identity of this process. coordinator: HOST:PORT of process 0. local_devices: ids of its devices; None: all."""
+    """The identity of this process. coordinator: HOST:PORT of process 0. local_devices: device ids, None for all."""
 
     number: int
     total: int
@@ -118,7 +118,7 @@ def _read_greeting(connection: socket.socket, buffer: bytearray) -> tuple[int, i
 def _misfit(process: Process, index: int, count: int, peers: dict[int, socket.socket]) -> UserError | None:
     if count != process.total:
         return UserError(
-            f"--num-processes = {count}: that of process {index}, and process 0 has {process.total}; try the same number for all"
+            f"--num-processes = {count}: that of process {index}, and process 0 has {process.total}; try one number for all"
         )
     if index in peers or not 0 < index < count:
         return UserError(f"--process-id = {index}: given to two processes; try 0 to {count - 1}, each once")

@@ -14,6 +14,7 @@ import mot_jax
 from mot_jax import cli, training
 from mot_jax.config import Config, load_config
 from mot_jax.data import tokenizers
+from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs import restore
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -303,3 +304,17 @@ def test_mistakes_of_lm_eval_are_one_line(capsys, monkeypatch, a_run, arguments,
     monkeypatch.delattr(mot_jax, "lm_eval", raising=False)
     (line,) = fails(capsys, "lm-eval", "runs/x", *arguments)
     assert line.startswith(start)
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("one", "two"), 2), (RetryableError("one", "two"), 75)])
+def test_user_and_retryable_errors_have_exit_codes_of_their_own(capsys, monkeypatch, error, code):
+    assert not issubclass(RetryableError, UserError) and not issubclass(UserError, RetryableError)
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(training, "train", failing)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", DEMO])
+    assert exit_.value.code == code
+    assert capsys.readouterr().err.splitlines() == ["error: one", "error: two"]

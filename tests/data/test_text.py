@@ -131,6 +131,8 @@ def test_a_run_with_another_version_of_the_order_is_not_resumed(corpora, tmp_pat
     del fingerprints["order"]
     (tmp_path / "data.json").write_text(json.dumps(fingerprints))
     check_data(fingerprints, config, tmp_path)  # evaluation does not use the training order
-    with pytest.raises(UserError, match=r"another version of the training order \(order: 1 in the run, now 2\)") as error:
+    with pytest.raises(
+        UserError, match=r"another version of the training order \(order: 1 in the run, now 2\)"
+    ) as error:
         check_data(open_text(config).fingerprints, config, tmp_path)
     assert "\n" not in str(error.value)

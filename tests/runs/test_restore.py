@@ -95,7 +95,7 @@ def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_read(saved, tmp_path
 READ_BOTH = """
 import sys
 import jax
-from mot_jax.errors import UserError
+from mot_jax.errors import ReportedError, UserError
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs.tensor_files import open_tensors
 from mot_jax.runs.checkpoint import Checkpoints
@@ -109,7 +109,7 @@ def restore_state(workdir):
 for read in (load_run, restore_state):
     try:
         read(sys.argv[1])
-    except UserError as error:
+    except ReportedError as error:
         print(type(error).__name__, *error.faults)
 """
 

@@ -104,7 +104,6 @@ def test_damage_is_one_line_or_changes_no_tensor(tmp_path):
             (fault,) = error.faults
             assert fault.startswith(f"{tmp_path / MODEL}: cannot be read (SafetensorError: ")
             assert fault.endswith("; try another copy") and "\n" not in fault and len(fault) < 600
-            assert not isinstance(error, RetryableError)
             continue
         assert len(damaged) == len(content)
         if {n: (t.dtype, t.shape) for n, t in tensors.items()} == {n: (v.dtype, v.shape) for n, v in values.items()}:

@@ -21,7 +21,7 @@ from processes import start
 from mot_jax.config import Config, to_json
 from mot_jax.config import fields as f
 from mot_jax.data.build import build, spec_from_files
-from mot_jax.errors import RetryableError, UserError
+from mot_jax.errors import ReportedError, RetryableError, UserError
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import distributed
 from mot_jax.runtime.rendezvous import Process
@@ -142,7 +142,7 @@ def test_all_end_for_good_where_one_is_mistaken(monkeypatch, mine, of_others, ki
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, {"facts": {}, **of_others}])
     monkeypatch.setattr(distributed, "_parting", False)
-    with pytest.raises(UserError) as error, distributed.together() as same:
+    with pytest.raises(ReportedError) as error, distributed.together() as same:
         same |= {"data": "text"} if mine is None else {}
         if mine is not None:
             raise mine

@@ -12,7 +12,7 @@ from etils import epath
 from mot_jax import cli
 from mot_jax.config import Config
 from mot_jax.data.tokenizers import load_tokenizer
-from mot_jax.errors import RetryableError, UserError
+from mot_jax.errors import ReportedError, RetryableError, UserError
 from mot_jax.runs import restore
 from mot_jax.runs.stores import orbax_path
 from mot_jax.runtime import paths
@@ -79,7 +79,7 @@ def test_a_store_that_refuses_or_does_not_answer_is_told_in_one_line(monkeypatch
             raise error
 
     monkeypatch.setattr(paths.epath, "Path", Broken)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(ReportedError) as found:
         paths.user_path("workdir", "gs://b/r")
     (fault,) = found.value.faults
     assert type(found.value) is kind and fault.startswith(f"workdir = gs://b/r: the store {words}")

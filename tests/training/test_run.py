@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from mot_jax.cost.parameters import count_parameters
 from tiny_run import numbers
 
 from mot_jax.config import Config, to_json
+from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
 from mot_jax.training import Hook, begin, is_finished, prepare, train

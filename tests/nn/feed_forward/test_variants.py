@@ -122,7 +122,13 @@ def test_the_values_of_padding_tokens_change_no_bit(name):
 
 
 # Emit by the merge weights, separate, over experts; learned temperatures; groups within a sequence; uniform merge.
-ENTROPIES = ["default", "separate controllers", "emit over experts", "learnable temperature, separate", "uniform mixing"]
+ENTROPIES = [
+    "default",
+    "separate controllers",
+    "emit over experts",
+    "learnable temperature, separate",
+    "uniform mixing",
+]
 ENTROPIES = ["several", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTROPIES)]
 
 
