@@ -26,7 +26,7 @@ TEMPORARY = 75  # EX_TEMPFAIL, for example if another process was lost: the same
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
 
 
-# --- the identity of this process ---------------------------------------------------------------------------------------
+# --- the identity of this process -------------------------------------------------------------------------------------
 
 
 def from_flags(coordinator: str | None, num_processes: str | None, process_id: str | None) -> Process | None:

@@ -66,7 +66,7 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
         if is_passing(error):
             raise RetryableError(f"{name} = {text}: the store does not respond ({error_words(error)})") from None
         raise UserError(
-            f"{name} = {text}: the store refuses ({error_words(error)}); try a bucket that you may access, after {login}"
+            f"{name} = {text}: the store refuses ({error_words(error)}); try one that you may access, after {login}"
         ) from None
     return remote
 

@@ -60,7 +60,7 @@ def test_a_docstring_has_command_parameters_and_results(name):
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
 def test_the_first_variant_is_the_default(name):
     file = name.partition(":")[0]
     assert load_config(CONFIGS.parent / file) == load_config(CONFIGS.parent / name)
