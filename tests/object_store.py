@@ -1,7 +1,7 @@
 """A small Google Cloud Storage for tests: objects in memory behind the JSON API, over HTTP on this machine.
 
-What an object store cannot do, it refuses: there is no request that appends, and those that copy or rename objects, or
-join several into one, are counted in `refused` and answered with an error.
+It has the limits of an object store: no request appends, and requests that copy, rename or join objects are counted in
+`refused` and answered with an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ObjectStore(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has its answer from elsewhere hangs up; what else goes wrong, the client sees."""
+        """Ignore clients that close the connection early; other errors reach the client as responses."""
 
     def put(self, name: str, content: bytes, expected: int | None) -> bool:
         """Whole objects only; with a generation expected, only in place of that one (0: of none)."""
