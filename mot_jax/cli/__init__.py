@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS)
-    allocator.keep_freed()
+    allocator.retain_freed_memory()
     with distributed.ending(), _errors_for_people():
         command = parser.parse_args(arguments[:1]).command
         if command not in MEASURING:

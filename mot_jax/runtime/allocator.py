@@ -9,12 +9,12 @@ import os
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
-def keep_freed() -> None:
-    """Where JAX has CPUs alone, memory that is freed is kept for the next array, and not given back to the system.
+def retain_freed_memory() -> None:
+    """Make glibc's malloc retain freed memory for the next array, if JAX has only CPU devices.
 
-    glibc gives large blocks back at once, and then every step has the system find and zero their pages anew. To be
-    called before JAX starts its threads: a thread's own pool has no room for large blocks. Nothing happens where there
-    may be an accelerator, or no glibc.
+    By default glibc returns large blocks to the system at once, and every step has the system map and zero their pages
+    again. Call this before JAX starts its threads: the arena of a thread has no room for large blocks. Nothing happens
+    where there may be an accelerator, or no glibc.
     """
     if not _only_cpus():
         return

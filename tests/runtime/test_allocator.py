@@ -34,4 +34,4 @@ def faults(keep: str) -> int:
 def test_what_is_freed_is_kept_for_the_next_array():
     often = faults("")
     assert often > 100_000
-    assert faults("allocator.keep_freed()") < often / 10
+    assert faults("allocator.retain_freed_memory()") < often / 10
