@@ -109,7 +109,7 @@ def lm_eval(arguments: list[str]) -> None:
     try:
         from mot_jax.interop import lm_eval
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; try pip install 'mot_jax[lm-eval]'") from None
+        raise UserError(f"{error.name} is not installed; try pip install lm-eval") from None
     model = _model(options, config)
     results = lm_eval.evaluate(model, options.tasks.split(","), include_path=options.include_path, **numbers)
     if not distributed.is_first():

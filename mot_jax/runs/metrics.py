@@ -125,7 +125,7 @@ class _Parts:
 def check_logging(config: LoggingConfig) -> None:
     """Raise UserError if W&B is enabled and not installed."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb = True: wandb is not installed; try pip install 'mot_jax[wandb]'")
+        raise UserError("logging.wandb = True: wandb is not installed; try pip install wandb")
 
 
 def _open_wandb(workdir: epath.Path, project: str) -> Any:

@@ -13,8 +13,8 @@ from mot_jax.errors import RetryableError, UserError, error_words, nearest
 
 DATA_DIRECTORY = "~/.cache/mot_jax"  # default of data.directory, and the place of compiled programs
 
-# By scheme: the packages that access the store (boto3 for TensorBoard), and the extra that installs them.
-_STORES = {"gs": (("gcsfs",), "gcs"), "s3": (("s3fs", "boto3"), "s3")}
+# By scheme: the packages that access the store (boto3 for TensorBoard).
+_STORES = {"gs": ("gcsfs",), "s3": ("s3fs", "boto3")}
 
 # Messages of a network, store or disk that did not respond, and may respond later.
 _TRANSIENT = re.compile(
@@ -53,10 +53,10 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     if scheme not in _STORES:
         known = [f"{store}://" for store in _STORES]
         raise UserError(f"{name} = {text}: must be local, gs:// or s3://{nearest(f'{scheme}://', known)}")
-    packages, extra = _STORES[scheme]
+    packages = _STORES[scheme]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{name} = {text}: {missing[0]} is not installed; try pip install 'mot_jax[{extra}]'")
+        raise UserError(f"{name} = {text}: {missing[0]} is not installed; try pip install {' '.join(packages)}")
     _disable_listings_cache(scheme)
     remote = epath.Path(text)
     try:

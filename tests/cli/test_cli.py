@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import mot_jax
-from mot_jax import cli, training
+from mot_jax import cli, interop, training
 from mot_jax.config import Config, load_config
 from mot_jax.data import tokenizers
 from mot_jax.errors import RetryableError, UserError
@@ -252,9 +251,9 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
     cli.main([*train, *directory])
     assert output.read_text() == "bpe 300 10" and "trained on" in capsys.readouterr().out
     (line,) = fails(capsys, *train, *directory)
-    assert "is never overwritten" in line
+    assert "exists, and is not overwritten" in line
     (line,) = fails(capsys, *build, "--validation", "0.5")
-    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
+    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or delete that directory")
 
 
 @pytest.mark.parametrize(
@@ -295,13 +294,13 @@ def a_run(monkeypatch):
         (["--tasks", "x", "--limit", "0"], "error: --limit = '0': must be a whole number, at least 1"),
         (["--tasks", "x", "--num-fewshot", "-1"], "error: --num-fewshot = '-1': must be a whole number, at least 0"),
         (["--tasks", "x", "--include-path", "/no/such"], "error: --include-path = /no/such: must be a directory"),
-        (["--tasks", "x"], "error: lm_eval is not installed; try pip install 'mot_jax[lm-eval]'"),
+        (["--tasks", "x"], "error: lm_eval is not installed; try pip install lm-eval"),
     ],
 )
 def test_mistakes_of_lm_eval_are_one_line(capsys, monkeypatch, a_run, arguments, start):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "mot_jax.interop.lm_eval", raising=False)
-    monkeypatch.delattr(mot_jax, "lm_eval", raising=False)
+    monkeypatch.delattr(interop, "lm_eval", raising=False)
     (line,) = fails(capsys, "lm-eval", "runs/x", *arguments)
     assert line.startswith(start)
 

@@ -75,7 +75,7 @@ def test_wandb_is_imported_only_when_asked_for(workdir, monkeypatch):
     plain = LoggingConfig(tensorboard=False)
     check_logging(plain)
     MetricsLog(workdir, 0, plain).close()
-    with pytest.raises(UserError, match=r"wandb is not installed; try pip install 'mot_jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb is not installed; try pip install wandb"):
         train(dataclasses.replace(Config(), logging=WANDB), workdir / "run")
     assert not (workdir / "run").exists()
 

@@ -36,12 +36,12 @@ def test_flags_name_a_process():
 @pytest.mark.parametrize(
     ("flags", "starts"),
     [
-        ((None, "2", "0"), ["--coordinator: must be given too, the three go together; try"]),
-        (("a:1", None, None), ["--num-processes and --process-id: must be given too"]),
+        ((None, "2", "0"), ["--coordinator: missing; the three flags go together; try"]),
+        (("a:1", None, None), ["--num-processes and --process-id: missing"]),
         (("a", "2", "0"), ["--coordinator = 'a': must be HOST:PORT"]),
         (("a:99999", "2", "0"), ["--coordinator = 'a:99999': must be HOST:PORT"]),
         (("a:1", "0", "0"), ["--num-processes = '0': must be a whole number, at least 1"]),
-        (("a:1", "2", "2"), ["--process-id = '2': must be 0 to 1, another in each process; try 0"]),
+        (("a:1", "2", "2"), ["--process-id = '2': must be 0 to 1, different in each process; try 0"]),
         ((":1", "x", "-1"), ["--coordinator = ':1'", "--num-processes = 'x'"]),
     ],
 )
@@ -58,10 +58,7 @@ def test_a_mistake_in_flags_does_not_wait_for_jax():
     command = [sys.executable, "-c", code, "train", "configs/demo.py", "--num-processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("error: --coordinator and --process-id: must be given too")
-        and "\n" not in done.stderr[:-1]
-    )
+    assert done.stderr.startswith("error: --coordinator and --process-id: missing") and "\n" not in done.stderr[:-1]
 
 
 @pytest.fixture
@@ -141,7 +138,7 @@ def test_faults_of_all_processes_are_told_once():
 def test_all_end_for_good_where_one_is_mistaken(monkeypatch, mine, of_others, kind):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, {"facts": {}, **of_others}])
-    monkeypatch.setattr(distributed, "_parting", False)
+    monkeypatch.setattr(distributed, "_all_exiting", False)
     with pytest.raises(ReportedError) as error, distributed.together() as same:
         same |= {"data": "text"} if mine is None else {}
         if mine is not None:
@@ -180,7 +177,7 @@ def test_one_of_many_that_fails_alone_ends_at_once(monkeypatch, capsys, error, c
         raise error
     assert ended.value.args == (code,)
     assert words in capsys.readouterr().err
-    monkeypatch.setattr(distributed, "_parting", False)
+    monkeypatch.setattr(distributed, "_all_exiting", False)
     with pytest.raises(SystemExit) as stopped, distributed.ending():
         distributed.stop(143)
     assert stopped.value.code == 143  # all of them, in the usual way

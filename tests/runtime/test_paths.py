@@ -26,16 +26,17 @@ def test_a_tilde_is_the_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3"), ("s3", "boto3", "s3")]
+    ("scheme", "package", "packages"),
+    [("gs", "gcsfs", "gcsfs"), ("s3", "s3fs", "s3fs boto3"), ("s3", "boto3", "s3fs boto3")],
 )
-def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, package, extra):
+def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, package, packages):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     for use in (lambda path: train(Config(), path), restore.load_run, lambda path: cli.main(["curves", path])):
         with pytest.raises((UserError, SystemExit)) as error:
             use(f"{scheme}://bucket/run")
         if isinstance(error.value, UserError):
-            expected = f"{package} is not installed; try pip install 'mot_jax[{extra}]'"
+            expected = f"{package} is not installed; try pip install {packages}"
             assert error.value.faults == (f"workdir = {scheme}://bucket/run: {expected}",)
         else:
             assert error.value.code == cli.BAD_INPUT
@@ -62,8 +63,8 @@ def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (OSError("Anonymous caller\nhas no access"), UserError, "refuses (OSError: Anonymous caller); try a bucket"),
-        (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try a bucket"),
+        (OSError("Anonymous caller\nhas no access"), UserError, "refuses (OSError: Anonymous caller); try one that"),
+        (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try one that"),
         (TimeoutError(), RetryableError, "does not respond (TimeoutError: )"),
         (OSError("Cannot connect to host a:443"), RetryableError, "does not respond (OSError: Cannot connect to host"),
         (OSError(errno.EIO, "SlowDown"), RetryableError, "does not respond (OSError: [Errno 5] SlowDown)"),

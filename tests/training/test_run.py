@@ -34,7 +34,7 @@ def test_prepare_opens_the_text_and_leaves_the_workdir_alone(tiny, tmp_path):
     run = prepare(tiny, tmp_path / "run")
     assert run.config == tiny and run.workdir == epath.Path(tmp_path / "run") and run.mesh.size == 1
     assert len(run.windows) > len(run.validation_windows) > 0
-    assert run.fingerprints.keys() == {"train", "validation", "tokenizer"}
+    assert run.fingerprints.keys() == {"train", "validation", "tokenizer", "order"}
     assert run.order.group_size == 4 and not is_finished(run)
     assert not (tmp_path / "run").exists()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -182,7 +182,7 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_the_st
     config = tuned((source[0], str(copy)))
     fingerprints = json.loads((copy / "data.json").read_text())
     (copy / "data.json").write_text(json.dumps(fingerprints | {"train": "other"}))
-    with pytest.raises(UserError, match=f"workdir = {copy} was trained on other text: train: other there"):
+    with pytest.raises(UserError, match=f"workdir = {copy} was trained on other text: train: other in the run"):
         train(config, tmp_path / "new")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(UserError, match=r"copy': has no checkpoint yet; try again"):
