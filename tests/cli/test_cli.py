@@ -252,7 +252,7 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
     cli.main([*train, *directory])
     assert output.read_text() == "bpe 300 10" and "trained on" in capsys.readouterr().out
     (line,) = fails(capsys, *train, *directory)
-    assert "is never overwritten" in line
+    assert "is not overwritten" in line
     (line,) = fails(capsys, *build, "--validation", "0.5")
     assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
 
