@@ -254,7 +254,7 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
     (line,) = fails(capsys, *train, *directory)
     assert "is not overwritten" in line
     (line,) = fails(capsys, *build, "--validation", "0.5")
-    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
+    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or delete that directory")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.errors import ReportedError, RetryableError, UserError
 from mot_jax.runs import restore
 from mot_jax.runs.stores import orbax_path
-from mot_jax.runtime import paths
+from mot_jax.runtime import exit_codes, paths
 from mot_jax.training import train
 
 
@@ -38,7 +38,7 @@ def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, 
             expected = f"{package} is not installed; try pip install 'mot_jax[{extra}]'"
             assert error.value.faults == (f"workdir = {scheme}://bucket/run: {expected}",)
         else:
-            assert error.value.code == cli.BAD_INPUT
+            assert error.value.code == exit_codes.USER_ERROR
 
 
 def test_another_store_is_not_a_directory_of_that_name(monkeypatch, tmp_path):
