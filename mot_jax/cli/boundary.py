@@ -109,7 +109,7 @@ def _platform_error(error: Exception) -> str | None:
     if not platforms:
         return None
     if isinstance(error, RuntimeError) and "Unable to initialize backend" in str(error):
-        reason = error_words(error).partition(" (set JAX_PLATFORMS")[0].removeprefix("RuntimeError: ")
+        reason = error_words(error).partition(" (set JAX_PLATFORMS")[0].removeprefix("RuntimeError: ").rstrip(".")
     elif isinstance(error, AssertionError) and traceback.extract_tb(error.__traceback__)[-1].name == "backends":
         reason = "JAX has no plugin for it"  # jax 0.10.2 and 0.12 assert that some platform is left
     else:

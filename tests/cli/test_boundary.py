@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from mot_jax import cli, training
+from mot_jax.config import to_json
 from mot_jax.errors import RetryableError, UserError
+from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import exit_codes
 
 ROOT = Path(__file__).parents[2]
@@ -183,3 +189,69 @@ def test_characters_that_an_encoding_lacks_are_replaced():
     assert (result.returncode, result.stdout) == (0, "caf\u00e9 \ufffd\n")
     result = mot(command=[sys.executable, "-c", program], input="", env={"PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stdout) == (0, "caf? \n")
+
+
+# --- devices, home and Ctrl-C -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"), [("nonsense", "Unable to initialize backend 'nonsense'"), ("cuda", "")]
+)
+def test_a_platform_that_is_missing_is_one_line(tmp_path, platform, reason):
+    result = mot("train", DEMO, "--workdir", str(tmp_path / "run"), env={"JAX_PLATFORMS": platform})
+    assert result.returncode == exit_codes.USER_ERROR
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: JAX_PLATFORMS = {platform}: {reason}") and "try JAX_PLATFORMS=cpu" in line
+    assert not (tmp_path / "run").exists()
+
+
+NO_HOME = """
+import pwd, sys
+
+def getpwuid(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = getpwuid
+from mot_jax.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_user_without_a_home_has_the_data_in_the_temporary_directory(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("one\ntwo\nthree\n" * 20)
+    env = {"HOME": None, "TMPDIR": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": None}
+    command = [sys.executable, "-c", NO_HOME]
+    build = ["data", "build", "mine", str(text), "--documents", "line", "--workers", "1"]
+    result = mot(*build, command=command, env=env, cwd=tmp_path)
+    assert result.returncode == exit_codes.FINISHED, result.stderr
+    assert (tmp_path / f"mot_jax-{os.getuid()}" / "corpora" / "mine").is_dir()
+    assert not (tmp_path / "~").exists()
+    result = mot("train", DEMO, "--workdir", "~/run", command=command, env=env, cwd=tmp_path)
+    expected = "error: workdir = ~/run: there is no such home directory; set HOME, or try an absolute path"
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (exit_codes.USER_ERROR, expected)
+
+
+def test_training_survives_a_closed_pipe_and_ends_at_ctrl_c_in_one_line(tiny, tmp_path):
+    steps = dataclasses.replace(tiny.training, steps=100_000, checkpoint_every=10, validate_every=1000)
+    config = dataclasses.replace(tiny, training=steps)
+    file, workdir = tmp_path / "long.py", epath.Path(tmp_path / "run")
+    file.write_text(
+        f"from mot_jax.config import from_json\n\ndef get_config():\n    return from_json({to_json(config)!r})\n"
+    )
+    command = [*MOT, "train", str(file), "--workdir", str(workdir)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(XLA_FLAGS=None), **streams) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        end = time.monotonic() + 100
+        while process.poll() is None and len(read_rows(workdir)) < 20 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        lines = process.stderr.read().splitlines()
+        assert process.wait(60) == exit_codes.INTERRUPTED
+    assert lines == ["error: interrupted; a training run resumes from its last checkpoint with the same command"]
+    assert len(read_rows(workdir)) >= 20 and (workdir / "checkpoints" / "10").exists()
