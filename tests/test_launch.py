@@ -16,8 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
-from mot_jax import cli
 from mot_jax.cli import options
+from mot_jax.runtime import exit_codes
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -130,7 +130,7 @@ def test_only_bad_input_ends_a_job_set(job_set):
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    expected = {"containerName": container["name"], "operator": "In", "values": [cli.BAD_INPUT]}
+    expected = {"containerName": container["name"], "operator": "In", "values": [exit_codes.USER_ERROR]}
     assert rule == {"action": "FailJob", "onExitCodes": expected}
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
 

@@ -6,7 +6,6 @@ weights that are a softmax over the group, these are the weights.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from mot_jax.nn.mixing import normalised_entropy
 from mot_jax.nn.transformer import ModelOutput, Params
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import TrainedModel, check_data, load_run, load_run_config
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import user_path
 
 _MIN_TOKENS = 65_536  # of the validation split, or all of a smaller one
@@ -97,7 +97,7 @@ def inspect(
         "entropy.png": curves.mixing_curves(read_rows(workdir), title),
         "tokens.png": pictures.token_table(report, kind.group_size),
         "tokens.txt": "".join(line + "\n" for line in _table_lines(report, _EXPERTS)).encode(),
-        "inspect.json": json.dumps(report, indent=1).encode(),
+        "inspect.json": strict_json.dumps(report, indent=1).encode(),
     }
     labels = [f"{pictures.visible(member['before'], ' ')}│{pictures.visible(member['token'])}" for member in members]
     for name, by_block in shares.items():

@@ -23,6 +23,7 @@ from mot_jax.benchmark.timing import machine
 from mot_jax.config import Config, kernel_runs_on
 from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import local_path
 
 Progress = Callable[[str], None]
@@ -88,7 +89,7 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         results[part] |= {"seconds": time.monotonic() - start, "date": about["date"]}
         if any(not row.get("ok", True) for row in results[part]["rows"]):
             failed.append(part)
-        path.write_text(json.dumps({"machine": about, "parts": results}, indent=1) + "\n")
+        path.write_text(strict_json.dumps({"machine": about, "parts": results}, indent=1) + "\n")
         path.with_suffix(".md").write_text("\n".join(_page(about, results)) + "\n")
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime.paths import user_path
 
-_progress = functools.partial(print, file=sys.stderr, flush=True)
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def bench(arguments: list[str]) -> None:

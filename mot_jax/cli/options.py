@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -14,7 +13,7 @@ import tyro
 from mot_jax.config import Config, check, identity_changes, leaves, load_config, type_words
 from mot_jax.config.renamed import new_flag, new_value
 from mot_jax.errors import UserError, error_words, nearest
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
 
 
@@ -33,7 +32,7 @@ def positive(name: str, text: str, least: int = 1) -> int:
 
 def write_json(path: str, content: dict) -> None:
     try:
-        user_path("--json", path).write_text(json.dumps(content, indent=1) + "\n")
+        user_path("--json", path).write_text(strict_json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"--json = {path}: cannot be written ({error.strerror or error_words(error)}); try result.json"

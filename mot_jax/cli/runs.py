@@ -24,7 +24,8 @@ def train(arguments: list[str]) -> None:
     from mot_jax import training
     from mot_jax.inference.sample import SampleHook
 
-    training.train(config, options.workdir or default_workdir(options.config), [SampleHook()])
+    workdir = default_workdir(options.config) if options.workdir is None else user_path("workdir", options.workdir)
+    training.train(config, workdir, [SampleHook()])
 
 
 def describe(arguments: list[str]) -> None:

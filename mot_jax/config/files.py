@@ -158,7 +158,7 @@ def _load_error(error: Exception) -> str:
 
 def to_json(config: Config) -> str:
     """The whole config as JSON text, in which a feed-forward layer has its `kind` as one more field."""
-    return json.dumps({"version": FORMAT_VERSION, **_encode(config)}, indent=1) + "\n"
+    return json.dumps({"version": FORMAT_VERSION, **_encode(config)}, indent=1, allow_nan=False) + "\n"
 
 
 def _encode(value: Any) -> Any:

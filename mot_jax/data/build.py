@@ -32,6 +32,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from mot_jax.data import pool
 from mot_jax.data.files import DocumentUnit, FilePart, find_files, read_part, split_file
 from mot_jax.errors import UserError
+from mot_jax.runtime import strict_json
 
 FORMAT_VERSION = 1
 VERSION = "1.0.0"
@@ -225,7 +226,7 @@ def _write_piece(directory: Path, piece: BuildPiece, advance: pool.Advance) -> N
         advance(part.size)
     for writer in writers.values():
         writer.close()
-    finished = json.dumps({"digest": digest.hexdigest(), "counts": counts, "skipped": skipped})
+    finished = strict_json.dumps({"digest": digest.hexdigest(), "counts": counts, "skipped": skipped})
     temporary = directory / f"{piece.marker}.writing"
     temporary.write_text(finished)
     temporary.rename(directory / piece.marker)

@@ -37,6 +37,7 @@ from mot_jax.data import pool
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batch_by_size
 from mot_jax.errors import UserError
+from mot_jax.runtime import strict_json
 
 FORMAT_VERSION = 1  # increase it if the same text gives other windows; the next three constants affect the windows, too
 PACKING = "concatenate"
@@ -269,7 +270,7 @@ def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) ->
             f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"
         )
     info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
-    (directory / "windows.json").write_text(json.dumps(info, indent=1) + "\n")
+    (directory / "windows.json").write_text(strict_json.dumps(info, indent=1) + "\n")
 
 
 def _write_header(file: BinaryIO, count: int) -> None:

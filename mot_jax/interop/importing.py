@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from mot_jax.interop.export import ParameterKinds, open_output, write_export
 from mot_jax.nn.transformer import block_places
 from mot_jax.runs.restore import load_run_config, parameter_kinds, tensor_faults
 from mot_jax.runs.tensor_files import SHARD_BYTES, Tensor, Tensors, open_tensors
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import user_path
 
 
@@ -184,7 +184,7 @@ def import_model(
         readers = _parameter_readers(naming, config.model, kinds, tensors, path)
     folder = open_output(output, overwrite, path)
     step = int(tensors.metadata["step"]) if tensors.metadata.get("step", "").isdecimal() else 0
-    copies = {"data.json": (json.dumps({"tokenizer": tokenizer.fingerprint}) + "\n").encode()}
+    copies = {"data.json": (strict_json.dumps({"tokenizer": tokenizer.fingerprint}) + "\n").encode()}
     return write_export(
         folder, config, kinds, lambda name: readers[name]().astype(kinds[name].dtype), step, copies, SHARD_BYTES
     )

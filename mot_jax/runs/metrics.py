@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import math
 import sys
 import time
 import uuid
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure
 
 from mot_jax.config import LoggingConfig
 from mot_jax.errors import UserError
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import is_remote, replace_file
 
 Row = dict[str, Any]
@@ -156,8 +156,7 @@ def _open_wandb(workdir: epath.Path, project: str) -> Any:
 
 def _line(row: Row) -> str:
     """A row as a line of strict JSON, with null for NaN and infinities."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return strict_json.dumps(row) + "\n"
 
 
 def read_rows(workdir: epath.Path) -> list[Row]:

@@ -16,6 +16,7 @@ from mot_jax.errors import UserError
 from mot_jax.modes import mode_of
 from mot_jax.runs.metrics import validation_line
 from mot_jax.runs.restore import load_run_config
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file, user_path
 
 Score = dict[str, Any]
@@ -38,7 +39,7 @@ def record_score(workdir: epath.PathLike, score: Score) -> None:
     """Store a score in the workdir, in place of an older one of the same mode, split, step, windows and group size."""
     path = user_path("workdir", workdir) / "modes.json"
     others = [other for other in _read(path) if any(other[key] != score[key] for key in _KEY)]
-    replace_file(path, (json.dumps([*others, score], indent=1) + "\n").encode())
+    replace_file(path, (strict_json.dumps([*others, score], indent=1) + "\n").encode())
 
 
 def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:

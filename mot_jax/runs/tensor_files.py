@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import is_passing, is_remote, replace_file
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -156,5 +157,5 @@ def write_tensors(
         return names
     places = {name: file for file, part in zip(names, shards, strict=True) for name in part}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-    replace_file(folder / INDEX, json.dumps(index, indent=1).encode() + b"\n")
+    replace_file(folder / INDEX, strict_json.dumps(index, indent=1).encode() + b"\n")
     return [*names, INDEX]

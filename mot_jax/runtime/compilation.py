@@ -18,13 +18,14 @@ MAX_CACHE_BYTES = 10 * 10**9
 def enable_cache() -> None:
     """Cache programs that took more than a second to compile in ~/.cache/mot_jax/compiled.
 
-    Nothing happens if JAX_COMPILATION_CACHE_DIR names another directory, or if this one cannot be written. Beyond 10 GB
-    the least recently used programs are removed. Call it before JAX is imported, which reads the variable then;
+    Nothing happens if JAX_COMPILATION_CACHE_DIR names another directory, if this one cannot be written, or without a
+    home directory: in a temporary one, other users could replace programs. Beyond 10 GB the least recently used
+    programs are removed. Call it before JAX is imported, which reads the variable then;
     JAX_ENABLE_COMPILATION_CACHE=false disables the cache. The key of a program is its text, the options and versions
     that compiled it, and the kind of device.
     """
-    directory = Path(DATA_DIRECTORY).expanduser() / "compiled"
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    directory = Path(os.path.expanduser(DATA_DIRECTORY)) / "compiled"
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not directory.is_absolute():
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)

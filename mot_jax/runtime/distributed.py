@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 
 from mot_jax.config import MeshConfig
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
+from mot_jax.runtime import exit_codes
 from mot_jax.runtime.rendezvous import Process, listed, meet
-
-TEMPORARY = 75  # EX_TEMPFAIL, for example if another process was lost: the same command resumes the run
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
 
@@ -256,7 +255,7 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
     if _connected and re.search(signs, words, re.I):
         advice = "the same command resumes from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
-        _end_now(TEMPORARY)
+        _end_now(exit_codes.RETRYABLE)
 
 
 @contextlib.contextmanager

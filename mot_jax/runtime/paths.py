@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import re
+import tempfile
 
 from etils import epath
 
@@ -48,7 +49,7 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     if not text:
         raise UserError(f"{name} = '': must be a path; try runs/demo")
     if not is_remote(text):
-        return epath.Path(text).expanduser()
+        return _expand_user(name, text)
     scheme = text.partition("://")[0]
     if scheme not in _STORES:
         known = [f"{store}://" for store in _STORES]
@@ -65,10 +66,23 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
         login = "gcloud auth application-default login" if scheme == "gs" else "aws configure"
         if is_passing(error):
             raise RetryableError(f"{name} = {text}: the store does not respond ({error_words(error)})") from None
-        raise UserError(
-            f"{name} = {text}: the store refuses ({error_words(error)}); try one that you may access, after {login}"
-        ) from None
+        reason, advice = error_words(error), f"try a bucket that you may access, after {login}"
+        raise UserError(f"{name} = {text}: the store refuses ({reason}); {advice}") from None
     return remote
+
+
+def _expand_user(name: str, text: str) -> epath.Path:
+    """Replace a leading `~` by the home directory.
+
+    Without one, as in containers with an arbitrary user id, the default of `data.directory` is in the temporary
+    directory. Raises UserError for other paths.
+    """
+    expanded = os.path.expanduser(text)
+    if not expanded.startswith("~"):
+        return epath.Path(expanded)
+    if text == DATA_DIRECTORY:
+        return epath.Path(tempfile.gettempdir()) / f"mot_jax-{os.getuid()}"
+    raise UserError(f"{name} = {text}: there is no such home directory; set HOME, or try an absolute path")
 
 
 def local_path(name: str, path: epath.PathLike) -> epath.Path:

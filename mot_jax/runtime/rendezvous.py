@@ -117,9 +117,8 @@ def _read_greeting(connection: socket.socket, buffer: bytearray) -> tuple[int, i
 
 def _misfit(process: Process, index: int, count: int, peers: dict[int, socket.socket]) -> UserError | None:
     if count != process.total:
-        return UserError(
-            f"--num-processes = {count}: that of process {index}, process 0 has {process.total}; try one number for all"
-        )
+        words = f"that of process {index}, and process 0 has {process.total}; try one number for all"
+        return UserError(f"--num-processes = {count}: {words}")
     if index in peers or not 0 < index < count:
         return UserError(f"--process-id = {index}: given to two processes; try 0 to {count - 1}, each once")
     return None

@@ -5,7 +5,6 @@ writes its result.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.restore import check_data, newest_step
 from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.runs.tensor_files import holds_tensors
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.training.transition import check_transition, transition_state
 from mot_jax.training.upcycling import check_upcycle, upcycle
@@ -142,7 +141,7 @@ def write_workdir(run: Run) -> None:
         if distributed.is_first():
             make_directory("workdir", workdir)
             replace_file(workdir / "config.json", to_json(config).encode())
-            replace_file(workdir / "data.json", json.dumps(run.fingerprints, indent=1).encode())
+            replace_file(workdir / "data.json", strict_json.dumps(run.fingerprints, indent=1).encode())
             source = config.training.transition_from
             if config.model.group_size > 1:
                 objective = Objective.of(config, run.tokenizer)
@@ -170,7 +169,7 @@ def finish(run: Run) -> Row:
                 "validation": last_validation(run) or None,
             }
             replace_file(run.workdir / "loss.png", plot_curves({run.workdir.name: rows}))
-            content = json.dumps(result, indent=1, allow_nan=False)
+            content = strict_json.dumps(result, indent=1)
             replace_file(run.workdir / RESULT, (content + "\n").encode())
     return last_validation(run)
 

@@ -31,7 +31,7 @@ from mot_jax.runs.metrics import png, read_rows
 from mot_jax.runs.restore import load_run_config, load_training
 from mot_jax.runs.scores import Score
 from mot_jax.runs.state import TrainState, create_state
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import replace_file, user_path
 from mot_jax.training.evaluation import evaluate_run
 
@@ -226,7 +226,7 @@ def report(config: Config, workdir: epath.PathLike, source: str, limit: int | No
             rows = [row for row in read_rows(workdir) if row["split"] == "validation" and row["step"] < steps]
             result["curve"] = [(row["step"], row["loss"]) for row in [*rows, last]]
             replace_file(workdir / "transition.png", _picture(result))
-            replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+            replace_file(path, (strict_json.dumps(result, indent=1) + "\n").encode())
     return _lines(result) if distributed.is_first() else []
 
 

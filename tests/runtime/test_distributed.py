@@ -23,7 +23,7 @@ from mot_jax.config import fields as f
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.errors import ReportedError, RetryableError, UserError
 from mot_jax.runs.metrics import read_rows
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, exit_codes
 from mot_jax.runtime.rendezvous import Process
 
 
@@ -196,7 +196,7 @@ def test_a_second_sigterm_ends_a_single_process(tmp_path):
 # --- real processes ---------------------------------------------------------------------------------------------------
 
 STEPS, ROWS = 240, 8
-LOST = {distributed.TEMPORARY, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
+LOST = {exit_codes.RETRYABLE, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
         text = Path(f"{record}.0.log").read_text()
         if "TERM" in end:
             assert "SIGTERM: stopped after step" in text
-        if "SIGKILL of 1" in end and found[0] == distributed.TEMPORARY:
+        if "SIGKILL of 1" in end and found[0] == exit_codes.RETRYABLE:
             assert "error: another process was lost at step" in text and "Traceback" not in text
         lives.append(reads(record, count))
 

@@ -15,7 +15,7 @@ from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.errors import ReportedError, RetryableError, UserError
 from mot_jax.runs import restore
 from mot_jax.runs.stores import orbax_path
-from mot_jax.runtime import paths
+from mot_jax.runtime import exit_codes, paths
 from mot_jax.training import train
 
 
@@ -39,7 +39,7 @@ def test_a_store_that_is_not_installed_is_told_in_one_line(monkeypatch, scheme, 
             expected = f"{package} is not installed; try pip install {packages}"
             assert error.value.faults == (f"workdir = {scheme}://bucket/run: {expected}",)
         else:
-            assert error.value.code == cli.BAD_INPUT
+            assert error.value.code == exit_codes.USER_ERROR
 
 
 def test_another_store_is_not_a_directory_of_that_name(monkeypatch, tmp_path):
@@ -63,8 +63,12 @@ def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (OSError("Anonymous caller\nhas no access"), UserError, "refuses (OSError: Anonymous caller); try one that"),
-        (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try one that"),
+        (
+            OSError("Anonymous caller\nhas no access"),
+            UserError,
+            "refuses (OSError: Anonymous caller); try a bucket that",
+        ),
+        (PermissionError("Forbidden"), UserError, "refuses (PermissionError: Forbidden); try a bucket that"),
         (TimeoutError(), RetryableError, "does not respond (TimeoutError: )"),
         (OSError("Cannot connect to host a:443"), RetryableError, "does not respond (OSError: Cannot connect to host"),
         (OSError(errno.EIO, "SlowDown"), RetryableError, "does not respond (OSError: [Errno 5] SlowDown)"),

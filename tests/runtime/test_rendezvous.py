@@ -79,7 +79,7 @@ def test_a_number_that_two_have_ends_all():
 
 def test_processes_must_agree_how_many_they_are():
     _, faults = outcomes([(0, 3), (1, 3), (2, 4)], 10, between=0.1)
-    assert set(faults) == {"--num-processes = 4: that of process 2, process 0 has 3; try one number for all"}
+    assert set(faults) == {"--num-processes = 4: that of process 2, and process 0 has 3; try one number for all"}
 
 
 def test_a_second_process_0_and_a_taken_port_are_told():

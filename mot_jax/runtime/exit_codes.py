@@ -1,0 +1,8 @@
+"""The exit codes of all commands. Any other code is a bug, with a traceback (1), or an abort of JAX's runtime (134)."""
+
+FINISHED = 0
+USER_ERROR = 2  # the same command would fail again
+DIVERGED = 3  # the loss of a training run is not finite
+RETRYABLE = 75  # EX_TEMPFAIL: the same command may succeed later, and resumes a run
+INTERRUPTED = 130  # Ctrl-C
+PREEMPTED = 143  # a SIGTERM; the default of checkpoint.preempted_exit_code
