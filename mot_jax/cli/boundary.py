@@ -156,7 +156,7 @@ class _Output:
 
 @contextlib.contextmanager
 def _lenient_streams() -> Iterator[None]:
-    """Standard streams that replace what their encoding lacks, and survive the reader of a pipe."""
+    """Standard streams that replace characters missing in their encoding, and outlive the reader of a pipe."""
     for stream in (sys.stdin, sys.stdout):  # standard error escapes such characters by default
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
