@@ -10,11 +10,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed() -> None:
-    """Where JAX has CPUs alone, memory that is freed is kept for the next array, and not given back to the system.
+    """Retain freed memory for the next array instead of returning it to the system, if JAX has only CPUs.
 
-    glibc gives large blocks back at once, and then every step has the system find and zero their pages anew. To be
-    called before JAX starts its threads: a thread's own pool has no room for large blocks. Nothing happens where there
-    may be an accelerator, or no glibc.
+    glibc returns large blocks at once, and in every step the system would then find and zero their pages again. Call it
+    before JAX starts its threads: a thread's own pool has no room for large blocks. Nothing happens where there may be
+    an accelerator, or no glibc.
     """
     if not _only_cpus():
         return
