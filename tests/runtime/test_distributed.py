@@ -36,12 +36,12 @@ def test_flags_name_a_process():
 @pytest.mark.parametrize(
     ("flags", "starts"),
     [
-        ((None, "2", "0"), ["--coordinator: must be given too, the three go together; try"]),
-        (("a:1", None, None), ["--num-processes and --process-id: must be given too"]),
+        ((None, "2", "0"), ["--coordinator: missing; the three flags go together; try"]),
+        (("a:1", None, None), ["--num-processes and --process-id: missing"]),
         (("a", "2", "0"), ["--coordinator = 'a': must be HOST:PORT"]),
         (("a:99999", "2", "0"), ["--coordinator = 'a:99999': must be HOST:PORT"]),
         (("a:1", "0", "0"), ["--num-processes = '0': must be a whole number, at least 1"]),
-        (("a:1", "2", "2"), ["--process-id = '2': must be 0 to 1, another in each process; try 0"]),
+        (("a:1", "2", "2"), ["--process-id = '2': must be 0 to 1, different in each process; try 0"]),
         ((":1", "x", "-1"), ["--coordinator = ':1'", "--num-processes = 'x'"]),
     ],
 )
@@ -59,7 +59,7 @@ def test_a_mistake_in_flags_does_not_wait_for_jax():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        done.stderr.startswith("error: --coordinator and --process-id: must be given too")
+        done.stderr.startswith("error: --coordinator and --process-id: missing")
         and "\n" not in done.stderr[:-1]
     )
 
