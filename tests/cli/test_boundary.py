@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,21 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
         result = mot("train", DEMO, "--workdir", str(workdir), cwd=tmp_path)
         assert result.returncode == exit_codes.USER_ERROR, result.stderr
         assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+
+
+@pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
+def test_a_directory_without_write_permission_is_one_line(tmp_path):
+    closed, unreadable = tmp_path / "closed", tmp_path / "run"
+    closed.mkdir()
+    unreadable.mkdir()
+    (unreadable / "config.json").write_text("{}")
+    closed.chmod(0o555)
+    (unreadable / "config.json").chmod(0)
+    limits = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
+    for arguments in (["describe", DEMO, "--json", f"{closed}/x.json"], ["evaluate", str(unreadable)]):
+        result = mot(*arguments, command=[*limits, *MOT])
+        assert result.returncode == exit_codes.USER_ERROR, result.stderr
+        assert len(result.stderr.splitlines()) == 1 and "Permission" in result.stderr
 
 
 def test_an_empty_workdir_is_refused(capsys, tmp_path, monkeypatch):

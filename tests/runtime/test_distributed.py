@@ -58,10 +58,7 @@ def test_a_mistake_in_flags_does_not_wait_for_jax():
     command = [sys.executable, "-c", code, "train", "configs/demo.py", "--num-processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("error: --coordinator and --process-id: missing")
-        and "\n" not in done.stderr[:-1]
-    )
+    assert done.stderr.startswith("error: --coordinator and --process-id: missing") and "\n" not in done.stderr[:-1]
 
 
 @pytest.fixture
