@@ -34,7 +34,11 @@ MEASURING = ("bench", "plan")  # how long compiling takes, among other things
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`mot COMMAND ...`"""
+    """`mot COMMAND ...`
+
+    arguments: those of this process by default, and then an error ends the process at once.
+    """
+    program = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form)
     parser.add_argument("command", choices=COMMANDS)
     allocator.retain_freed_memory()
-    with distributed.ending(), boundary(debug):
+    with distributed.ending(), boundary(debug, program):
         command = parser.parse_args(arguments[:1]).command
         if command not in MEASURING:
             compilation.enable_cache()
@@ -52,4 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train() -> None:
     """`python train.py ...`, the same as `mot train ...`."""
-    main(["train", *sys.argv[1:]])
+    sys.argv.insert(1, "train")
+    main()

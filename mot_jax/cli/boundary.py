@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from mot_jax.errors import ReportedError, RetryableError, error_words
-from mot_jax.runtime import exit_codes
+from mot_jax.runtime import distributed, exit_codes
 
 _FREE_SPACE = "free some and run the same command, which resumes from the last checkpoint"
 
@@ -32,13 +32,16 @@ _LONGEST_PATH = 200
 
 
 @contextlib.contextmanager
-def boundary(debug: bool = False) -> Iterator[None]:
+def boundary(debug: bool = False, program: bool = False) -> Iterator[None]:
     """Around a command: report the errors of the user and of the system in one line each, and exit.
 
     The exit codes are those of `exit_codes`. Any other exception is a bug and passes, with its traceback.
 
     Args:
         debug: print the traceback of a reported error as well.
+        program: the command is the whole process, which then ends at once after a reported error: threads of a library,
+            such as that of a failed save, could keep it alive. Otherwise, and with several processes, SystemExit is
+            raised.
     """
     with _lenient_streams():
         try:
@@ -50,22 +53,24 @@ def boundary(debug: bool = False) -> Iterator[None]:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
             lines = ["interrupted; a training run resumes from its last checkpoint with the same command"]
-            _exit(lines, exit_codes.INTERRUPTED, debug)
+            _exit(lines, exit_codes.INTERRUPTED, debug, program)
         except ReportedError as error:
             temporary = isinstance(error, RetryableError)
-            _exit(error.faults, exit_codes.RETRYABLE if temporary else exit_codes.USER_ERROR, debug)
+            _exit(error.faults, exit_codes.RETRYABLE if temporary else exit_codes.USER_ERROR, debug, program)
         except Exception as error:
             line = _system_error(error) or _platform_error(error)
             if line is None:
                 raise
-            _exit([line], exit_codes.USER_ERROR, debug)
+            _exit([line], exit_codes.USER_ERROR, debug, program)
 
 
-def _exit(lines: tuple[str, ...] | list[str], code: int, debug: bool) -> NoReturn:
+def _exit(lines: tuple[str, ...] | list[str], code: int, debug: bool, program: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
+    if program and not distributed.is_connected():
+        distributed.end_now(code)
     sys.exit(code)
 
 
@@ -156,7 +161,7 @@ class _Output:
 
 @contextlib.contextmanager
 def _lenient_streams() -> Iterator[None]:
-    """Standard streams that replace characters missing in their encoding, and outlive the reader of a pipe."""
+    """Standard streams that replace characters outside of their encoding, and outlive the reader of a pipe."""
     for stream in (sys.stdin, sys.stdout):  # standard error escapes such characters by default
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -93,6 +93,11 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def is_connected() -> bool:
+    """Whether this is one of several processes that `connect` has connected. JAX need not be imported."""
+    return _connected
+
+
 # --- connecting -------------------------------------------------------------------------------------------------------
 
 _connected = False  # by `connect`
@@ -255,7 +260,7 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
     if _connected and re.search(signs, words, re.I):
         advice = "the same command resumes from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
-        _end_now(exit_codes.RETRYABLE)
+        end_now(exit_codes.RETRYABLE)
 
 
 @contextlib.contextmanager
@@ -269,14 +274,16 @@ def ending() -> Iterator[None]:
         if not _connected or _all_exiting:
             raise
         if isinstance(error, SystemExit):
-            _end_now(error.code if isinstance(error.code, int) else int(error.code is not None))
+            end_now(error.code if isinstance(error.code, int) else int(error.code is not None))
         if isinstance(error, Exception):
             end_if_peer_lost(error, "outside of the training steps")
         traceback.print_exc()
-        _end_now(1)
+        end_now(1)
 
 
-def _end_now(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+def end_now(code: int) -> NoReturn:
+    """End this process with an exit code, whatever its threads do."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     os._exit(code)

@@ -6,17 +6,20 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from etils import epath
 
 from mot_jax import cli, training
-from mot_jax.config import to_json
+from mot_jax.config import DataConfig, to_json
+from mot_jax.data.build import build, spec_from_files
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import exit_codes
@@ -129,6 +132,21 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
         assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 
 
+@pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
+def test_a_directory_without_write_permission_is_one_line(tmp_path):
+    closed, unreadable = tmp_path / "closed", tmp_path / "run"
+    closed.mkdir()
+    unreadable.mkdir()
+    (unreadable / "config.json").write_text("{}")
+    closed.chmod(0o555)
+    (unreadable / "config.json").chmod(0)
+    limits = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
+    for arguments in (["describe", DEMO, "--json", f"{closed}/x.json"], ["evaluate", str(unreadable)]):
+        result = mot(*arguments, command=[*limits, *MOT])
+        assert result.returncode == exit_codes.USER_ERROR, result.stderr
+        assert len(result.stderr.splitlines()) == 1 and "Permission" in result.stderr
+
+
 def test_an_empty_workdir_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "train", lambda *_: pytest.fail("has started"))
@@ -233,25 +251,59 @@ def test_a_user_without_a_home_has_the_data_in_the_temporary_directory(tmp_path)
     assert (result.returncode, result.stderr.splitlines()[-1]) == (exit_codes.USER_ERROR, expected)
 
 
-def test_training_survives_a_closed_pipe_and_ends_at_ctrl_c_in_one_line(tiny, tmp_path):
-    steps = dataclasses.replace(tiny.training, steps=100_000, checkpoint_every=10, validate_every=1000)
-    config = dataclasses.replace(tiny, training=steps)
+@pytest.fixture
+def run(tiny, tmp_path) -> Iterator[tuple[subprocess.Popen[str], epath.Path]]:
+    """A process that trains a tiny model for hours, and its workdir."""
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text("".join(f"{i * n % 997} is {i} times {n}.\n" for n in range(60)))
+    spec = spec_from_files("sums", [str(tmp_path)], "file", "text", 0.3)
+    build(spec, tmp_path / "data" / "corpora", 1, lambda line: None)
+    data = DataConfig(corpus=("sums",), directory=str(tmp_path / "data"), validation_windows=32)
+    steps = dataclasses.replace(tiny.training, steps=100_000, checkpoint_every=300, validate_every=1000)
+    logging = dataclasses.replace(tiny.logging, tensorboard=False)
+    config = dataclasses.replace(tiny, data=data, training=steps, logging=logging)
     file, workdir = tmp_path / "long.py", epath.Path(tmp_path / "run")
     file.write_text(
         f"from mot_jax.config import from_json\n\ndef get_config():\n    return from_json({to_json(config)!r})\n"
     )
     command = [*MOT, "train", str(file), "--workdir", str(workdir)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment(XLA_FLAGS=None), **streams) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.readline()
-        process.stdout.close()
-        end = time.monotonic() + 100
-        while process.poll() is None and len(read_rows(workdir)) < 20 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        lines = process.stderr.read().splitlines()
-        assert process.wait(60) == exit_codes.INTERRUPTED
+    env = environment(XLA_FLAGS=None, JAX_PLATFORMS="cpu")
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+    ) as process:
+        yield process, workdir
+        process.kill()
+
+
+def wait_for_rows(process: subprocess.Popen[str], workdir: epath.Path, rows: int) -> None:
+    end = time.monotonic() + 100
+    while process.poll() is None and len(read_rows(workdir)) < rows and time.monotonic() < end:
+        time.sleep(0.05)
+    assert process.poll() is None, "has ended"
+
+
+def test_training_survives_a_closed_pipe_and_ends_at_ctrl_c_in_one_line(run):
+    process, workdir = run
+    process.stdout.readline()
+    process.stdout.close()
+    wait_for_rows(process, workdir, 20)
+    process.send_signal(signal.SIGINT)
+    lines = process.stderr.read().splitlines()
+    assert process.wait(60) == exit_codes.INTERRUPTED
     assert lines == ["error: interrupted; a training run resumes from its last checkpoint with the same command"]
-    assert len(read_rows(workdir)) >= 20 and (workdir / "checkpoints" / "10").exists()
+    assert len(read_rows(workdir)) >= 20
+
+
+def test_a_save_that_fails_ends_the_process_in_one_line(run):
+    """A thread of Orbax would keep the process alive."""
+    process, workdir = run
+    process.stdout.close()
+    wait_for_rows(process, workdir, 1)
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    (workdir / "checkpoints").rename(workdir / "before")
+    (workdir / "checkpoints").write_text("")
+    process.send_signal(signal.SIGCONT)
+    (line,) = process.stderr.read().splitlines()
+    assert process.wait(60) == exit_codes.USER_ERROR
+    assert line.startswith(f"error: {workdir}/checkpoints/")
