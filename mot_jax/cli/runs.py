@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
+from typing import Annotated
 
-from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
+import tyro
+
+from mot_jax.cli.options import PROCESS, positive, process, write_json
+from mot_jax.cli.options import parse as parse_config
+from mot_jax.cli.parsing import DirectoryOrNone, File, NumberOrNone, Workdir, parse
 from mot_jax.config import default_workdir
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
@@ -18,7 +24,7 @@ DOES_NOT_FIT = 1
 
 def train(arguments: list[str]) -> None:
     """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
-    options, config = parse("mot train", arguments, "configs/demo.py", ["--workdir", *PROCESS])
+    options, config = parse_config("mot train", arguments, "configs/demo.py", ["--workdir", *PROCESS])
     distributed.connect(process(options, config), config.mesh)
     # Only here: a mistake on the command line should not wait for these imports.
     from mot_jax import training
@@ -29,7 +35,7 @@ def train(arguments: list[str]) -> None:
 
 def describe(arguments: list[str]) -> None:
     """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
-    options, config = parse("mot describe", arguments, None, ["--json"])
+    options, config = parse_config("mot describe", arguments, None, ["--json"])
     from mot_jax.cost.describe import describe
 
     description = describe(config)
@@ -41,7 +47,7 @@ def describe(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """memory, collectives and modelled time on a machine you need not have: mot plan CONFIG --topology v5p:8x8x8"""
-    options, config = parse("mot plan", arguments, None, ["--topology", "--slices", "--json"])
+    options, config = parse_config("mot plan", arguments, None, ["--topology", "--slices", "--json"])
     from mot_jax.cost.hardware import KNOWN, parse_topology
 
     if options.topology is None:
@@ -65,7 +71,7 @@ def evaluate(arguments: list[str]) -> None:
     from mot_jax.runs.restore import load_run_config
 
     own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
-    options, config = parse("mot evaluate", arguments, None, own, load_run_config)
+    options, config = parse_config("mot evaluate", arguments, None, own, load_run_config)
     if options.group_size is not None:
         config = regrouped(config, positive("--group-size", options.group_size))
     limit = None if options.windows is None else positive("--windows", options.windows)
@@ -93,12 +99,19 @@ def evaluate(arguments: list[str]) -> None:
         write_json(options.json, {"workdir": options.config, **about})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvesOptions:
+    """Draw the loss curves of runs into one picture."""
+
+    workdirs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORKDIR")]]
+    """Directories of runs, one or more."""
+    output: File = "curves.png"
+    """File for the picture, a PNG."""
+
+
 def curves(arguments: list[str]) -> None:
-    """draw the loss curves of runs into one picture: mot curves WORKDIR [WORKDIR ...] [--output curves.png]"""
-    parser = Parser(prog="mot curves", allow_abbrev=False)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-    parser.add_argument("--output", default="curves.png", metavar="FILE")
-    options = parser.parse_args(arguments)
+    """Draw the loss curves of runs into one picture."""
+    options = parse("mot curves", CurvesOptions, arguments)
     from mot_jax.runs import metrics
 
     workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
@@ -115,14 +128,23 @@ def curves(arguments: list[str]) -> None:
     print(options.output)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Draw pictures of a trained model's mixing weights."""
+
+    workdir: Workdir
+    """Directory of a run."""
+    output: DirectoryOrNone = None
+    """Directory for the pictures. None: `WORKDIR/inspect`."""
+    group: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Index of the group of sequences in the validation split."""
+    position: NumberOrNone = None
+    """Position in the sequences. None: the middle."""
+
+
 def inspect(arguments: list[str]) -> None:
-    """pictures of a trained model's mixing weights: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
-    parser = Parser(prog="mot inspect", allow_abbrev=False)
-    parser.add_argument("workdir", metavar="WORKDIR")
-    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/inspect")
-    parser.add_argument("--group", type=int, default=0, metavar="N", help="of the validation split (default: 0)")
-    parser.add_argument("--position", type=int, metavar="S", help="default: the middle of the window")
-    options = parser.parse_args(arguments)
+    """Draw pictures of a trained model's mixing weights."""
+    options = parse("mot inspect", InspectOptions, arguments)
     from mot_jax.analysis.inspect import inspect
 
     for line in inspect(options.workdir, options.output, options.group, options.position):

@@ -219,8 +219,16 @@ def test_a_config_tells_all_its_faults(capsys):
             ["describe", DEMO, "--json", "/no/such/place/x.json"],
             "error: --json = /no/such/place/x.json: cannot be written",
         ),
-        (["curves"], "error: the following arguments are required: WORKDIR"),
-        (["inspect"], "error: the following arguments are required: WORKDIR"),
+        (["curves"], "error: WORKDIR is missing; try mot curves runs/demo"),
+        (["inspect"], "error: WORKDIR is missing; try mot inspect runs/demo"),
+        (["inspect", "a", "--gruop", "1"], "error: --gruop: no such flag; did you mean '--group'?"),
+        (["inspect", "a", "--group", "x"], "error: --group = 'x': must be a whole number; try 0"),
+        (["inspect", "a", "--group"], "error: --group: a value is missing; try --group 0"),
+        (["export", "a"], "error: --output is missing; try mot export runs/demo --output DIR"),
+        (
+            ["export", "a", "--output", "b", "--overwrite=1"],
+            "error: --overwrite = '1': takes no value; try --overwrite",
+        ),
         (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
         (["trian"], "error: argument command: invalid choice: 'trian'"),
     ],
@@ -252,9 +260,9 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
     cli.main([*train, *directory])
     assert output.read_text() == "bpe 300 10" and "trained on" in capsys.readouterr().out
     (line,) = fails(capsys, *train, *directory)
-    assert "is never overwritten" in line
+    assert "is not overwritten" in line
     (line,) = fails(capsys, *build, "--validation", "0.5")
-    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or remove that directory")
+    assert line.startswith("error: NAME = 'mine': ") and line.endswith("try another name, or delete that directory")
 
 
 @pytest.mark.parametrize(
