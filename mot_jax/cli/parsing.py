@@ -150,6 +150,13 @@ def parse_with_config(
     return options, config
 
 
+def load_run(workdir: str) -> Config:
+    """Load the config of the run in a directory. The import of JAX is here: help and some errors do not wait for it."""
+    from mot_jax.runs import restore
+
+    return restore.load_run_config(workdir)
+
+
 def override(
     prog: str, config: Config, flags: list[str], own: Sequence[str] = (), faults: Sequence[str] = ()
 ) -> Config:
@@ -396,9 +403,12 @@ def _show_help(prog: str, command: type, config: Config | None = None) -> NoRetu
     """Print the help of a command, with the flags of the config's fields if it has a config, and exit."""
     if config is None:
         tyro.cli(command, prog=prog, args=["--help"])
-    own = (f"{prog} options", Annotated[command, tyro.conf.arg(name="")])
-    fields = ("config", Annotated[tyro.conf.AvoidSubcommands[Config], tyro.conf.arg(name="")])
-    both = dataclasses.make_dataclass("both", [("own", own[1]), fields])
+    own = {option.field: tyro.MISSING if option.required else option.default for option in options_of(command)}
+    annotations = {
+        "own": Annotated[command, tyro.conf.arg(name="")],
+        "config": Annotated[tyro.conf.AvoidSubcommands[Config], tyro.conf.arg(name="")],
+    }
+    both = dataclasses.make_dataclass("both", annotations.items())
     both.__doc__ = command.__doc__
-    tyro.cli(both, prog=prog, default=both(tyro.MISSING, config), args=["--help"])
+    tyro.cli(both, prog=prog, default=both(command(**own), config), args=["--help"])
     raise SystemExit(0)

@@ -73,9 +73,9 @@ def test_without_a_config_it_is_the_demo(started, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "lines"),
     [
-        (["--model.d-modle", "3"], ["error: --model.d-modle: no such field; did you mean 'model.d_model'?"]),
-        (["--trainng.steps=3"], ["error: --trainng.steps=3: no such field; did you mean 'training.steps'?"]),
-        (["--workdri", "x"], ["error: --workdri: no such field; did you mean 'workdir'?"]),
+        (["--model.d-modle", "3"], ["error: --model.d-modle: no such flag; did you mean '--model.d-model'?"]),
+        (["--trainng.steps=3"], ["error: --trainng.steps=3: no such flag; did you mean '--training.steps'?"]),
+        (["--workdri", "x"], ["error: --workdri: no such flag; did you mean '--workdir'?"]),
         (["--training.steps", "many"], ["error: training.steps = 'many': must be int; here it is"]),
         (
             ["--model.remat", "all"],
@@ -180,6 +180,14 @@ def test_help_lists_every_field(capsys):
     assert "--workdir" in text and "--model.feed-forward.group-size" in text
 
 
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_the_config_may_stand_at_any_place(started, position):
+    arguments = ["--training.steps", "7", "--workdir", "somewhere"]
+    cli.main(["train", *arguments[:position], DEMO, *arguments[position:], "--model.no-final-norm"])
+    ((config, workdir),) = started
+    assert (config.training.steps, config.model.d_model, workdir) == (7, load_config(DEMO).model.d_model, "somewhere")
+
+
 def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
     workdir = tmp_path / "run"
     flags = ["--data.corpus", "python_sauce/stdlib", "--data.directory", str(tmp_path / "data")]
@@ -214,7 +222,7 @@ def test_a_config_tells_all_its_faults(capsys):
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
-        (["train", "--workdir"], "error: argument --workdir: expected one argument"),
+        (["train", "--workdir"], "error: --workdir: a value is missing; try --workdir DIR"),
         (
             ["describe", DEMO, "--json", "/no/such/place/x.json"],
             "error: --json = /no/such/place/x.json: cannot be written",
