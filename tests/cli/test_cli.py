@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import mot_jax
-from mot_jax import cli, training
+from mot_jax import cli, interop, training
 from mot_jax.config import Config, load_config
 from mot_jax.data import tokenizers
 from mot_jax.errors import RetryableError, UserError
@@ -317,7 +316,7 @@ def a_run(monkeypatch):
 def test_mistakes_of_lm_eval_are_one_line(capsys, monkeypatch, a_run, arguments, start):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "mot_jax.interop.lm_eval", raising=False)
-    monkeypatch.delattr(mot_jax, "lm_eval", raising=False)
+    monkeypatch.delattr(interop, "lm_eval", raising=False)
     (line,) = fails(capsys, "lm-eval", "runs/x", *arguments)
     assert line.startswith(start)
 
