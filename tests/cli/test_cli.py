@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -185,6 +186,25 @@ def test_the_config_may_stand_at_any_place(started, position):
     cli.main(["train", *arguments[:position], DEMO, *arguments[position:], "--model.no-final-norm"])
     ((config, workdir),) = started
     assert (config.training.steps, config.model.d_model, workdir) == (7, load_config(DEMO).model.d_model, "somewhere")
+
+
+BENCHES = ("layers", "step", "input", "decoding", "accelerator")
+HELPED = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHES]
+HELPED += [["data", name] for name in ("build", "inspect", "train-tokenizer")]
+
+
+@pytest.mark.parametrize("command", HELPED, ids=" ".join)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_has_a_sentence_for_every_flag_without_a_config(capsys, monkeypatch, tmp_path, command, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, flag])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 0 and not err
+    lines = [line.strip("│| ") for line in out.splitlines()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if re.match(r"--?[a-z]", line) and "  " not in line and not line.endswith(","):
+            assert following and following[0] not in "-╰+", f"{line}: has no help"
 
 
 def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
