@@ -16,7 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
-from mot_jax.cli import options
+from mot_jax.cli.parsing import parse_with_config
+from mot_jax.cli.runs import TrainOptions
 from mot_jax.runtime import exit_codes
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +155,7 @@ def test_mot_accepts_the_command_of_a_manifest(job_set):
 def check_command(command: list[str]) -> None:
     """Assert that `mot train` parses and accepts a command."""
     assert command[:2] == ["mot", "train"]
-    parsed, _ = options.parse("mot train", [str(ROOT / command[2]), *command[3:]], None, ["--workdir"])
+    parsed, _ = parse_with_config("mot train", TrainOptions, [str(ROOT / command[2]), *command[3:]])
     assert parsed.workdir
 
 

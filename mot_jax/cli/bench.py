@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mot_jax.cli.options import Parser, parse, positive, write_json
+import tyro
+
+from mot_jax.cli.options import JsonOptions, Parser, positive, write_json
+from mot_jax.cli.parsing import AtLeast, ConfigFile, DirectoryOrNone, PositiveOrNone, parse_with_config
 from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime.paths import user_path
+
+RoundsOrNone = Annotated[int | None, AtLeast(3), tyro.conf.arg(metavar="N")]
 
 
 def _progress(line: str) -> None:
@@ -43,12 +48,21 @@ def _layers(arguments: list[str]) -> None:
         metavar="KIND,...",
         help="beside dense (default: all that train; elsewhere than on a CPU other ways to compute the mixture, too)",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--param-dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of activations (default: float32 on a CPU, else bfloat16)",
+    )
+    parser.add_argument(
+        "--param-dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="data type of the parameters (float32)",
+    )
     parser.add_argument("--rounds", metavar="N", help="in which all take turns (20)")
     parser.add_argument("--counts", action="store_true", help="FLOPs, fewest bytes and floors; nothing is run")
     parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here, and count bytes")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", metavar="FILE", help="file for the results as JSON")
     parser.add_argument("--plot", metavar="FILE", help="a PNG of the ratios to dense")
     parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
     options = parser.parse_args(arguments)
@@ -92,19 +106,27 @@ def _layers(arguments: list[str]) -> None:
         _write("--plot", options.plot, layers.plot(found))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions(JsonOptions):
+    """Time the training step of a config and of another one, or compile both for a target device."""
+
+    config: ConfigFile
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
+    """Config to compare with. None: the dense model of the same widths."""
+    rounds: RoundsOrNone = None
+    """Number of rounds in which both models take turns. None: 20."""
+    topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """Target device, as `v5p:2x2x1`: compile for it and count memory; nothing is timed."""
+    profile: DirectoryOrNone = None
+    """Directory for a trace for XProf, which slows the rounds down."""
+
+
 def _step(arguments: list[str]) -> None:
-    usage = "mot bench step CONFIG [options] [--model.d-model N ...]"
-    parser = Parser(prog="mot bench step", usage=usage, allow_abbrev=False)
-    against = "a config to compare with (default: the dense model of the same widths)"
-    parser.add_argument("--against", metavar="CONFIG", help=against)
-    parser.add_argument("--rounds", metavar="N", help="in which both take turns (20)")
-    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here; count memory")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
-    options, config = parse(parser.prog, arguments, None, parser)
+    options, config = parse_with_config("mot bench step", StepOptions, arguments)
     if options.topology:
         _refuse_timing(options, "rounds", "profile")
-    rounds = positive("--rounds", options.rounds or "20", least=3)
+    rounds = options.rounds or 20
     from mot_jax.benchmark.step import COLUMNS, bench_step
     from mot_jax.benchmark.timing import machine
     from mot_jax.benchmark.workloads import dense_of_equal_width
@@ -116,7 +138,7 @@ def _step(arguments: list[str]) -> None:
     else:
         other, twin = f"{name}, dense", dense_of_equal_width(config)
     if other == name:
-        other = options.against
+        other = options.against or name
     if options.topology:
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
@@ -134,33 +156,45 @@ def _step(arguments: list[str]) -> None:
     _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about, **reached)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputOptions(JsonOptions):
+    """Time the input pipeline of a config."""
+
+    config: ConfigFile
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    batches: PositiveOrNone = None
+    """Number of batches to time. None: two blocks of the order."""
+
+
 def _input(arguments: list[str]) -> None:
-    usage = "mot bench input CONFIG [options] [--model.d-model N ...]"
-    parser = Parser(prog="mot bench input", usage=usage, allow_abbrev=False)
-    parser.add_argument("--batches", metavar="N", help="to time (default: two blocks of the order)")
-    parser.add_argument("--json", metavar="FILE")
-    options, config = parse(parser.prog, arguments, None, parser)
-    batches = None if options.batches is None else positive("--batches", options.batches)
+    options, config = parse_with_config("mot bench input", InputOptions, arguments)
     from mot_jax.benchmark.input import COLUMNS, bench_input
     from mot_jax.benchmark.timing import machine
 
     about = machine()
-    row = bench_input(config, _progress, batches)
+    row = bench_input(config, _progress, options.batches)
     _tell(options.json, about, [row], COLUMNS, config=options.config, machine=about)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingOptions(JsonOptions):
+    """Time the generation of texts by a config's model with random parameters."""
+
+    config: ConfigFile
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    batch: Annotated[str, tyro.conf.arg(metavar="N,...")] = "1,8,32"
+    """Numbers of texts that are generated at one time."""
+    rounds: Annotated[int, AtLeast(3), tyro.conf.arg(metavar="N")] = 20
+    """Number of rounds in which all take turns."""
+
+
 def _decoding(arguments: list[str]) -> None:
-    usage = "mot bench decoding CONFIG [options] [--model.d-model N ...]"
-    parser = Parser(prog="mot bench decoding", usage=usage, allow_abbrev=False)
-    parser.add_argument("--batch", default="1,8,32", metavar="N,...", help="texts at one time (1,8,32)")
-    parser.add_argument("--rounds", default="20", metavar="N", help="in which all take turns (20)")
-    parser.add_argument("--json", metavar="FILE")
-    options, config = parse(parser.prog, arguments, None, parser)
+    options, config = parse_with_config("mot bench decoding", DecodingOptions, arguments)
     batches = [positive("--batch", number) for number in options.batch.split(",")]
     from mot_jax.benchmark.decoding import COLUMNS, bench_decoding
     from mot_jax.benchmark.timing import machine
 
-    rows, rate = bench_decoding(config, batches, positive("--rounds", options.rounds, least=3), _progress)
+    rows, rate = bench_decoding(config, batches, options.rounds, _progress)
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s"}
     _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about)
 
@@ -192,7 +226,7 @@ def _accelerator(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def _refuse_timing(options: argparse.Namespace, *names: str) -> None:
+def _refuse_timing(options: object, *names: str) -> None:
     """Raises UserError with every one of these options that is given, since nothing is run under --topology."""
     given = [(name, value) for name in names if (value := getattr(options, name)) is not None]
     rule = "has no part in --topology, which compiles and runs nothing"

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from typing import Annotated
 
-from mot_jax.cli.options import PROCESS, Parser, process
+import tyro
+
+from mot_jax.cli.options import ProcessOptions, process
+from mot_jax.cli.parsing import Directory, File, Flag, Workdir, parse
 from mot_jax.config import check, load_config
 from mot_jax.runtime import distributed
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Directory of an export."""
+
+    output: Directory
+    """Directory for the export. It is created, or must be empty."""
+    overwrite: Flag = False
+    """Replace the export in this directory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions(OutputOptions, ProcessOptions):
+    """Write the model of a run as safetensors."""
+
+    workdir: Workdir
+    """Directory of a run."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="DTYPE")] = None
+    """Data type of the tensors, `float32` or `bfloat16`. None: that of the parameters."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportOptions(OutputOptions):
+    """Import a model of the paper's authors, or of the Hugging Face port, as an export of mot_jax."""
+
+    file: tyro.conf.Positional[File]
+    """File of the tensors, `.safetensors`, or the index of several."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
+    """Config of the model. None: `config.json` next to the tensors, for an export of mot_jax."""
+
+
 def export(arguments: list[str]) -> None:
-    """a model as safetensors: mot export WORKDIR --output DIR [--dtype bfloat16] [--overwrite]"""
-    parser = Parser("mot export", allow_abbrev=False)
-    parser.add_argument("workdir", metavar="WORKDIR")
-    parser.add_argument("--dtype", metavar="DTYPE", help="float32 or bfloat16 (default: as they are)")
-    _add_output(parser)
-    for flag in PROCESS:
-        parser.add_argument(flag)
-    options = parser.parse_args(arguments)
+    """Write a model as safetensors."""
+    options = parse("mot export", ExportOptions, arguments)
     from mot_jax.runs.restore import load_run_config
 
     config = load_run_config(options.workdir)
@@ -35,12 +64,8 @@ def export(arguments: list[str]) -> None:
 
 
 def import_(arguments: list[str]) -> None:
-    """the authors' model, or the Hugging Face port's: mot import FILE.safetensors --config CONFIG --output DIR"""
-    parser = Parser("mot import", allow_abbrev=False)
-    parser.add_argument("file", metavar="FILE", help="of tensors, .safetensors, or an index of several")
-    parser.add_argument("--config", metavar="CONFIG", help="of the model; config.json beside tensors of mot export")
-    _add_output(parser)
-    options = parser.parse_args(arguments)
+    """Import a model of the paper's authors, or of the Hugging Face port."""
+    options = parse("mot import", ImportOptions, arguments)
     config = None
     if options.config is not None:
         config = load_config(options.config)
@@ -49,8 +74,3 @@ def import_(arguments: list[str]) -> None:
 
     for line in import_model(options.file, options.output, config, options.overwrite):
         print(line)
-
-
-def _add_output(parser: Parser) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="made, or empty, or an export to overwrite")
-    parser.add_argument("--overwrite", action="store_true", help="an export that is there")

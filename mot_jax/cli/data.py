@@ -24,15 +24,17 @@ def data(arguments: list[str]) -> None:
     for name, text in {"inspect": "contents of a corpus", "train-tokenizer": "a tokenizer out of a corpus"}.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("name", metavar="NAME", help="as in data.corpus")
-        command.add_argument("--split", default="train")
-        command.add_argument("--text-feature", default="text")
+        command.add_argument("--split", default="train", metavar="SPLIT", help="split of the corpus (train)")
+        command.add_argument("--text-feature", default="text", help="field or column of the text (text)")
         if name == "inspect":
-            command.add_argument("--tokenizer", help="tell its bytes per token")
+            command.add_argument("--tokenizer", help="tokenizer whose bytes per token are printed")
             command.add_argument("-n", type=int, default=3, metavar="N", help="documents to show (3)")
         else:
-            command.add_argument("--vocab-size", type=int, default=8192, metavar="V")
-            command.add_argument("--kind", default="bpe", choices=["bpe", "sentencepiece"])
-            command.add_argument("--output", required=True, metavar="FILE")
+            command.add_argument("--vocab-size", type=int, default=8192, metavar="V", help="number of tokens (8192)")
+            command.add_argument(
+                "--kind", default="bpe", choices=["bpe", "sentencepiece"], help="kind of tokenizer (bpe)"
+            )
+            command.add_argument("--output", required=True, metavar="FILE", help="file for the tokenizer")
     for command in commands.choices.values():
         command.add_argument("--directory", metavar="DIR", help="of prepared text, as data.directory")
     options = parser.parse_args(arguments)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
+import tyro
+
+from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
+from mot_jax.cli.parsing import (
+    AtLeast,
+    DirectoryOrNone,
+    FileOrNone,
+    NumberOrNone,
+    Positive,
+    PositiveOrNone,
+    Texts,
+    Workdir,
+    load_run,
+    parse_with_config,
+)
 from mot_jax.config import Config
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES
@@ -17,28 +31,54 @@ from mot_jax.runtime.paths import user_path
 _MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(JsonOptions, ProcessOptions):
+    """A trained model and its inference mode."""
+
+    workdir: Workdir
+    """Directory of a run, or of an export."""
+    mode: Annotated[str | None, tyro.conf.arg(metavar="MODE", help=f"Inference mode: {_MODES}.")] = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
+    """Continue texts with a trained causal model."""
+
+    prompt: Texts = ()
+    """Text to continue; may be repeated. `-` reads the standard input."""
+    prompts: FileOrNone = None
+    """File with one prompt per line."""
+    tokens: Positive = 200
+    """Number of tokens to generate after each prompt."""
+    temperature: Annotated[float, tyro.conf.arg(metavar="T")] = 0.7
+    """Temperature of sampling. 0: the most likely token."""
+    top_k: NumberOrNone = None
+    """Number of most likely tokens to sample from. None: all."""
+    top_p: Annotated[float, tyro.conf.arg(metavar="P")] = 1.0
+    """Total probability of the most likely tokens to sample from."""
+    stop: Texts = ()
+    """Text that ends a sequence; may be repeated."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Seed of sampling."""
+    samples: Positive = 1
+    """Number of continuations of each prompt."""
+
+
 def generate(arguments: list[str]) -> None:
-    """continue texts: mot generate WORKDIR --prompt TEXT [--mode M] [--tokens N] [--temperature T] [--top-k K] ..."""
-    parser = _parser("mot generate", "prompt")
-    parser.add_argument("--tokens", default="200", metavar="N", help="to write after each prompt (200)")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: the likeliest token (0.7)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="from the likeliest that have P together")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="which ends a row; may be repeated")
-    parser.add_argument("--seed", default=0, type=int, metavar="N")
-    parser.add_argument("--samples", default="1", metavar="N", help="of each prompt (1)")
-    options, prompts, model = _load(parser, arguments, "prompt")
-    prompts = [prompt for prompt in prompts for _ in range(positive("--samples", options.samples))]
+    """Continue texts with a trained model."""
+    options, config = parse_with_config("mot generate", GenerateOptions, arguments, load_run)
+    prompts, model = _texts("mot generate", options, "prompt"), _model(options, config)
+    prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     shown = 0
     found: list[Any] = []
     first = distributed.is_first()
     for found in model.stream(
         prompts,
-        max_tokens=positive("--tokens", options.tokens),
+        max_tokens=options.tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop=options.stop,
+        stop=list(options.stop),
         seed=options.seed,
     ):
         if len(prompts) == 1 and first:  # while it is generated, except for a possibly incomplete character
@@ -63,14 +103,25 @@ def generate(arguments: list[str]) -> None:
             }
             for prompt, f in zip(prompts, found, strict=True)
         ]
-        write_json(options.json, {"workdir": options.config, "mode": model.mode, "step": model.step, "texts": rows})
+        write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FillOptions(ModelOptions):
+    """Fill gaps in texts with a trained masked model."""
+
+    text: Texts = ()
+    """Text with gaps; may be repeated. `-` reads the standard input."""
+    texts: FileOrNone = None
+    """File with one text per line."""
+    gap: Annotated[str, tyro.conf.arg(metavar="MARK")] = "_"
+    """Character that stands for a missing token."""
 
 
 def fill(arguments: list[str]) -> None:
-    """fill gaps in texts by a masked model: mot fill WORKDIR --text 'def _ead(' [--gap _] [--mode M]"""
-    parser = _parser("mot fill", "text")
-    parser.add_argument("--gap", default="_", metavar="MARK", help="the character for a missing token (_)")
-    options, texts, model = _load(parser, arguments, "text")
+    """Fill gaps in texts with a masked model."""
+    options, config = parse_with_config("mot fill", FillOptions, arguments, load_run)
+    texts, model = _texts("mot fill", options, "text"), _model(options, config)
     filled = model.fill(texts, options.gap)
     if not distributed.is_first():
         return
@@ -79,30 +130,34 @@ def fill(arguments: list[str]) -> None:
         print("  " + "  ".join(f"{token!r} {share:.0%}" for token, share in row.gaps))
     if options.json:
         rows = [{"given": text, "text": row.text, "gaps": row.gaps} for text, row in zip(texts, filled, strict=True)]
-        write_json(options.json, {"workdir": options.config, "mode": model.mode, "step": model.step, "texts": rows})
+        write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LmEvalOptions(ModelOptions):
+    """Score a trained model on tasks of the lm-evaluation-harness."""
+
+    tasks: Annotated[str | None, tyro.conf.arg(metavar="NAME,...")] = None
+    """Names of tasks, or patterns of names. Required."""
+    include_path: DirectoryOrNone = None
+    """Directory with more tasks, in YAML."""
+    num_fewshot: Annotated[int | None, AtLeast(0), tyro.conf.arg(metavar="N")] = None
+    """Number of examples before each question. None: as the task defines it."""
+    limit: PositiveOrNone = None
+    """Number of examples of each task, from its first. None: all."""
+    batch_size: Positive = 8
+    """Number of sequences in a batch, rounded up to whole groups."""
 
 
 def lm_eval(arguments: list[str]) -> None:
-    """score a model on tasks of the lm-evaluation-harness: mot lm-eval WORKDIR --tasks NAME,... [--mode M] ..."""
-    usage = "mot lm-eval WORKDIR --tasks NAME,... [options] [--mesh.data N ...]"
-    parser = Parser("mot lm-eval", usage=usage, allow_abbrev=False)
-    parser.add_argument("--tasks", metavar="NAME,...", help="or patterns of names")
-    parser.add_argument("--include-path", metavar="DIR", help="with tasks of your own, in YAML")
-    parser.add_argument("--num-fewshot", metavar="N", help="examples before each question (default: those of the task)")
-    parser.add_argument("--limit", metavar="N", help="only the first examples of each task")
-    parser.add_argument("--batch-size", default="8", metavar="N", help="rows (8), rounded up to whole groups")
-    parser.add_argument("--mode", help=_MODES)
-    for option in ("--json", *PROCESS):
-        parser.add_argument(option)
-    from mot_jax.runs.restore import load_run_config
-
-    options, config = parse(parser.prog, arguments, None, parser, load_run_config)
+    """Score a trained model on tasks of the lm-evaluation-harness."""
+    options, config = parse_with_config("mot lm-eval", LmEvalOptions, arguments, load_run)
     if not options.tasks:
-        raise UserError(f"--tasks is missing; try {parser.prog} {options.config} --tasks arc_easy")
+        raise UserError(f"--tasks is missing; try mot lm-eval {options.workdir} --tasks arc_easy")
     numbers: dict[str, Any] = {
-        "batch_size": positive("--batch-size", options.batch_size),
-        "limit": None if options.limit is None else positive("--limit", options.limit),
-        "num_fewshot": None if options.num_fewshot is None else positive("--num-fewshot", options.num_fewshot, 0),
+        "batch_size": options.batch_size,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
     }
     if options.include_path is not None and not Path(options.include_path).is_dir():
         raise UserError(f"--include-path = {options.include_path}: must be a directory; leave it out for known tasks")
@@ -116,29 +171,13 @@ def lm_eval(arguments: list[str]) -> None:
         return
     print(lm_eval.table(results))
     if options.json:
-        about = {"workdir": options.config, "mode": model.mode, "step": model.step, **numbers}
+        about = {"workdir": options.workdir, "mode": model.mode, "step": model.step, **numbers}
         parts = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
         write_json(options.json, about | {part: results[part] for part in parts if part in results})
 
 
-def _parser(prog: str, word: str) -> Parser:
-    usage = f"{prog} WORKDIR --{word} TEXT [options] [--mesh.data N ...]"
-    parser = Parser(prog, usage=usage, allow_abbrev=False)
-    parser.add_argument(
-        f"--{word}", action="append", default=[], metavar="TEXT", help="may be repeated; - is the input"
-    )
-    parser.add_argument(f"--{word}s", metavar="FILE", help="one a line")
-    parser.add_argument("--mode", help=_MODES)
-    for option in ("--json", *PROCESS):
-        parser.add_argument(option)
-    return parser
-
-
-def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Namespace, list[str], Any]:
-    """The options, the texts, and the model, see `_model`."""
-    from mot_jax.runs.restore import load_run_config
-
-    options, config = parse(parser.prog, arguments, None, parser, load_run_config)
+def _texts(prog: str, options: ModelOptions, word: str) -> list[str]:
+    """The texts of the flags `--word` and the lines of the file of `--words`."""
     texts, path = list(getattr(options, word)), getattr(options, f"{word}s")
     texts = [sys.stdin.read() if text == "-" else text for text in texts]
     if path is not None:
@@ -147,18 +186,18 @@ def _load(parser: Parser, arguments: list[str], word: str) -> tuple[argparse.Nam
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
     if not texts:
-        raise UserError(f"--{word} is missing; try {parser.prog} {options.config} --{word} 'def '")
-    return options, texts, _model(options, config)
+        raise UserError(f"--{word} is missing; try {prog} {options.workdir} --{word} 'def '")
+    return texts
 
 
-def _model(options: argparse.Namespace, config: Config) -> Any:
+def _model(options: ModelOptions, config: Config) -> Any:
     """The model in its mode on its mesh, after lines about the dependence of sequences on each other."""
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.inference.language_model import about_mode, load
     from mot_jax.nn.sharding import make_mesh
 
-    model = load(options.config, options.mode, make_mesh(config, trains=False))
+    model = load(options.workdir, options.mode, make_mesh(config, trains=False))
     if distributed.is_first():
-        for line in about_mode(model, options.config, chosen=options.mode is not None):
+        for line in about_mode(model, options.workdir, chosen=options.mode is not None):
             print(line, file=sys.stderr)
     return model

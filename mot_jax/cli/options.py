@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
+from mot_jax.cli.parsing import FileOrNone
 from mot_jax.config import Config, check, identity_changes, leaves, load_config, type_words
 from mot_jax.config.renamed import new_flag, new_value
 from mot_jax.errors import UserError, error_words, nearest
@@ -39,12 +41,33 @@ def write_json(path: str, content: dict) -> None:
         ) from None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """Output of a command as JSON."""
+
+    json: FileOrNone = None
+    """File for the results as JSON, in addition to the printed ones."""
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions:
+    """Description of this process, one of several of a run."""
+
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Address of process 0, if the command runs in several processes. None: from the cluster's environment."""
+    num_processes: Annotated[str | None, tyro.conf.arg(metavar="N")] = None
+    """Number of processes. 1: a single process, also in a cluster. None: from the cluster's environment."""
+    process_id: Annotated[str | None, tyro.conf.arg(metavar="N")] = None
+    """Index of this process, from 0. None: from the cluster's environment."""
+
 
 PROCESS = ["--coordinator", "--num-processes", "--process-id"]
 
 
-def process(options: argparse.Namespace, config: Config) -> distributed.Process | None:
+def process(options: argparse.Namespace | ProcessOptions, config: Config) -> distributed.Process | None:
     """This process, of several, by the flags or else by the cluster."""
     named = distributed.from_flags(options.coordinator, options.num_processes, options.process_id)
     return named or distributed.detect(config.mesh.wait_seconds)

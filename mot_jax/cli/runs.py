@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
+from typing import Annotated
 
-from mot_jax.cli.options import PROCESS, Parser, parse, positive, process, write_json
+import tyro
+
+from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
+from mot_jax.cli.parsing import (
+    ConfigFile,
+    DirectoryOrNone,
+    File,
+    NumberOrNone,
+    Positive,
+    PositiveOrNone,
+    Workdir,
+    load_run,
+    parse,
+    parse_with_config,
+)
 from mot_jax.config import default_workdir
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
@@ -16,11 +32,21 @@ from mot_jax.runtime.paths import user_path
 DOES_NOT_FIT = 1
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions(ProcessOptions):
+    """Train a model, or resume the run in its directory."""
+
+    config: ConfigFile = "configs/demo.py"
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    workdir: DirectoryOrNone = None
+    """Directory of the run. None: `runs/FILE`, or `runs/FILE_VARIANT` for a variant other than the default."""
+
+
 def train(arguments: list[str]) -> None:
-    """train, or go on with, a model: mot train [CONFIG] [--workdir DIR] [--training.steps N ...]"""
-    options, config = parse("mot train", arguments, "configs/demo.py", ["--workdir", *PROCESS])
+    """Train a model, or resume a run."""
+    options, config = parse_with_config("mot train", TrainOptions, arguments)
     distributed.connect(process(options, config), config.mesh)
-    # Only here: a mistake on the command line should not wait for these imports.
+    # Imported here, so that an error on the command line is reported without the time of these imports.
     from mot_jax import training
     from mot_jax.inference.sample import SampleHook
 
@@ -28,9 +54,17 @@ def train(arguments: list[str]) -> None:
     training.train(config, workdir, [SampleHook()])
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescribeOptions(JsonOptions):
+    """Print the parameters, FLOPs and memory of a config."""
+
+    config: ConfigFile
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+
+
 def describe(arguments: list[str]) -> None:
-    """parameters, FLOPs and memory of a config: mot describe CONFIG [--json FILE] [--model.d-model N ...]"""
-    options, config = parse("mot describe", arguments, None, ["--json"])
+    """Print the parameters, FLOPs and memory of a config."""
+    options, config = parse_with_config("mot describe", DescribeOptions, arguments)
     from mot_jax.cost.describe import describe
 
     description = describe(config)
@@ -40,19 +74,33 @@ def describe(arguments: list[str]) -> None:
         write_json(options.json, description.to_dict())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(JsonOptions):
+    """Compile the training step ahead of time for a target machine: memory, collectives and modelled time.
+
+    The exit code is 1 if the training step does not fit into the memory of the target's devices.
+    """
+
+    config: ConfigFile
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """Target machine, for example `v5p:8x8x8`. Required; without it, the known ones are listed."""
+    slices: Positive = 1
+    """Number of slices of this topology."""
+
+
 def plan(arguments: list[str]) -> None:
-    """memory, collectives and modelled time on a machine you need not have: mot plan CONFIG --topology v5p:8x8x8"""
-    options, config = parse("mot plan", arguments, None, ["--topology", "--slices", "--json"])
+    """Compile the training step ahead of time: memory, collectives, modelled time."""
+    options, config = parse_with_config("mot plan", PlanOptions, arguments)
     from mot_jax.cost.hardware import KNOWN, parse_topology
 
     if options.topology is None:
         raise UserError(f"--topology is missing; known: {KNOWN}")
-    slices = positive("--slices", options.slices or "1")
-    if parse_topology(options.topology, slices).hardware:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are not here
+    if parse_topology(options.topology, options.slices).hardware:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the target devices are not attached
     from mot_jax.planning.plan import plan_training
 
-    result = plan_training(config, options.topology, slices, functools.partial(print, flush=True))
+    result = plan_training(config, options.topology, options.slices, functools.partial(print, flush=True))
     for line in result.lines():
         print(line)
     if options.json:
@@ -61,15 +109,27 @@ def plan(arguments: list[str]) -> None:
         sys.exit(DOES_NOT_FIT)
 
 
-def evaluate(arguments: list[str]) -> None:
-    """score a model on a split: mot evaluate WORKDIR [--split S] [--mode companions|...|all] [--group-size G]"""
-    from mot_jax.runs.restore import load_run_config
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(JsonOptions, ProcessOptions):
+    """Score a trained model on a split, in one inference mode or in all."""
 
-    own = ["--split", "--mode", "--group-size", "--windows", "--json", *PROCESS]
-    options, config = parse("mot evaluate", arguments, None, own, load_run_config)
+    workdir: Workdir
+    """Directory of a run."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="SPLIT")] = None
+    """Split of the corpus. None: the validation split."""
+    mode: Annotated[str | None, tyro.conf.arg(metavar="MODE")] = None
+    """Inference mode, or `all`. None: the mode of training."""
+    group_size: PositiveOrNone = None
+    """Number of sequences in a group. None: as in training."""
+    windows: PositiveOrNone = None
+    """Number of windows to score. None: all of the split."""
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Score a trained model on a split."""
+    options, config = parse_with_config("mot evaluate", EvaluateOptions, arguments, load_run)
     if options.group_size is not None:
-        config = regrouped(config, positive("--group-size", options.group_size))
-    limit = None if options.windows is None else positive("--windows", options.windows)
+        config = regrouped(config, options.group_size)
     mode, split = options.mode or trained_mode(config), options.split or config.data.validation_split
     if mode != "all":
         mode_of(mode, also=["all"]).change(config)  # or say why not
@@ -80,10 +140,10 @@ def evaluate(arguments: list[str]) -> None:
 
     faults = {}
     if mode == "all":
-        companions = load_companions(options.config)
+        companions = load_companions(options.workdir)
         faults = {name: fault for name in MODES if (fault := lacking(name, config, companions))}
     modes = [name for name in MODES if name not in faults] if mode == "all" else [mode]
-    found = evaluation.evaluate_run(options.config, config, split, limit, modes)
+    found = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes)
     if not distributed.is_first():
         return
     scores.show(config, found)
@@ -91,15 +151,22 @@ def evaluate(arguments: list[str]) -> None:
         print(f"{name} is left out: {fault}")
     if options.json:
         about = found[0] if len(found) == 1 else {"split": split, "modes": found}
-        write_json(options.json, {"workdir": options.config, **about})
+        write_json(options.json, {"workdir": options.workdir, **about})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvesOptions:
+    """Draw the loss curves of runs into one picture."""
+
+    workdirs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORKDIR")]]
+    """Directories of runs, one or more."""
+    output: File = "curves.png"
+    """File for the picture, a PNG."""
 
 
 def curves(arguments: list[str]) -> None:
-    """draw the loss curves of runs into one picture: mot curves WORKDIR [WORKDIR ...] [--output curves.png]"""
-    parser = Parser(prog="mot curves", allow_abbrev=False)
-    parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-    parser.add_argument("--output", default="curves.png", metavar="FILE")
-    options = parser.parse_args(arguments)
+    """Draw the loss curves of runs into one picture."""
+    options = parse("mot curves", CurvesOptions, arguments)
     from mot_jax.runs import metrics
 
     workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
@@ -116,14 +183,23 @@ def curves(arguments: list[str]) -> None:
     print(options.output)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Draw pictures of a trained model's mixing weights."""
+
+    workdir: Workdir
+    """Directory of a run."""
+    output: DirectoryOrNone = None
+    """Directory for the pictures. None: `WORKDIR/inspect`."""
+    group: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Index of the group of sequences in the validation split."""
+    position: NumberOrNone = None
+    """Position in the sequences. None: the middle."""
+
+
 def inspect(arguments: list[str]) -> None:
-    """pictures of a trained model's mixing weights: mot inspect WORKDIR [--output DIR] [--group N] [--position S]"""
-    parser = Parser(prog="mot inspect", allow_abbrev=False)
-    parser.add_argument("workdir", metavar="WORKDIR")
-    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/inspect")
-    parser.add_argument("--group", type=int, default=0, metavar="N", help="of the validation split (default: 0)")
-    parser.add_argument("--position", type=int, metavar="S", help="default: the middle of the window")
-    options = parser.parse_args(arguments)
+    """Draw pictures of a trained model's mixing weights."""
+    options = parse("mot inspect", InspectOptions, arguments)
     from mot_jax.analysis.inspect import inspect
 
     for line in inspect(options.workdir, options.output, options.group, options.position):

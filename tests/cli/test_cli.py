@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def test_without_a_config_it_is_the_demo(started, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "lines"),
     [
-        (["--model.d-modle", "3"], ["error: --model.d-modle: no such field; did you mean 'model.d_model'?"]),
-        (["--trainng.steps=3"], ["error: --trainng.steps=3: no such field; did you mean 'training.steps'?"]),
-        (["--workdri", "x"], ["error: --workdri: no such field; did you mean 'workdir'?"]),
+        (["--model.d-modle", "3"], ["error: --model.d-modle: no such flag; did you mean '--model.d-model'?"]),
+        (["--trainng.steps=3"], ["error: --trainng.steps=3: no such flag; did you mean '--training.steps'?"]),
+        (["--workdri", "x"], ["error: --workdri: no such flag; did you mean '--workdir'?"]),
         (["--training.steps", "many"], ["error: training.steps = 'many': must be int; here it is"]),
         (
             ["--model.remat", "all"],
@@ -179,6 +180,33 @@ def test_help_lists_every_field(capsys):
     assert "--workdir" in text and "--model.feed-forward.group-size" in text
 
 
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_the_config_may_stand_at_any_place(started, position):
+    arguments = ["--training.steps", "7", "--workdir", "somewhere"]
+    cli.main(["train", *arguments[:position], DEMO, *arguments[position:], "--model.no-final-norm"])
+    ((config, workdir),) = started
+    assert (config.training.steps, config.model.d_model, workdir) == (7, load_config(DEMO).model.d_model, "somewhere")
+
+
+BENCHES = ("layers", "step", "input", "decoding", "accelerator")
+HELPED = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHES]
+HELPED += [["data", name] for name in ("build", "inspect", "train-tokenizer")]
+
+
+@pytest.mark.parametrize("command", HELPED, ids=" ".join)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_has_a_sentence_for_every_flag_without_a_config(capsys, monkeypatch, tmp_path, command, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, flag])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 0 and not err
+    lines = [line.strip("│| ") for line in out.splitlines()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if re.match(r"--?[a-z]", line) and "  " not in line and not line.endswith(","):
+            assert following and following[0] not in "-╰+", f"{line}: has no help"
+
+
 def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
     workdir = tmp_path / "run"
     flags = ["--data.corpus", "python_sauce/stdlib", "--data.directory", str(tmp_path / "data")]
@@ -213,13 +241,21 @@ def test_a_config_tells_all_its_faults(capsys):
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
-        (["train", "--workdir"], "error: argument --workdir: expected one argument"),
+        (["train", "--workdir"], "error: --workdir: a value is missing; try --workdir DIR"),
         (
             ["describe", DEMO, "--json", "/no/such/place/x.json"],
             "error: --json = /no/such/place/x.json: cannot be written",
         ),
-        (["curves"], "error: the following arguments are required: WORKDIR"),
-        (["inspect"], "error: the following arguments are required: WORKDIR"),
+        (["curves"], "error: WORKDIR is missing; try mot curves runs/demo"),
+        (["inspect"], "error: WORKDIR is missing; try mot inspect runs/demo"),
+        (["inspect", "a", "--gruop", "1"], "error: --gruop: no such flag; did you mean '--group'?"),
+        (["inspect", "a", "--group", "x"], "error: --group = 'x': must be a whole number; try 0"),
+        (["inspect", "a", "--group"], "error: --group: a value is missing; try --group 0"),
+        (["export", "a"], "error: --output is missing; try mot export runs/demo --output DIR"),
+        (
+            ["export", "a", "--output", "b", "--overwrite=1"],
+            "error: --overwrite = '1': takes no value; try --overwrite",
+        ),
         (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
         (["trian"], "error: argument command: invalid choice: 'trian'"),
     ],

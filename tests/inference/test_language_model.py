@@ -130,7 +130,7 @@ def test_a_dense_model_has_one_mode(tmp_path, capsys):
         (["--prompt", "x", "--tokens", "0"], "--tokens = '0': must be a whole number"),
         (["--prompt", "x", "--temperature", "hot"], "--temperature"),
         (["--prompt", "x", "--top-p", "2"], "top_p = 2.0: must be above 0 and at most 1"),
-        (["--prompt", "x", "--prompt-file", "y"], "--prompt-file: no such field"),
+        (["--prompt", "x", "--prompt-file", "y"], "--prompt-file: no such flag"),
         ([], "--prompt is missing"),
         (["--prompts", "nowhere.txt"], "--prompts = nowhere.txt: cannot be read"),
         (["--prompt", "x", "--model.d-model", "8"], "model.d_model"),
