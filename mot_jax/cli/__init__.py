@@ -1,14 +1,13 @@
-"""The command line: parses, calls, prints. One function a command; its docstring is the line that `mot --help` has."""
+"""The command line: parse, call, print. One function per command, whose docstring is its line in `mot --help`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.boundary import boundary
-from mot_jax.cli.options import Parser
+from mot_jax.errors import UserError, nearest
 from mot_jax.runtime import allocator, compilation, distributed
 
 COMMANDS = {
@@ -29,12 +28,20 @@ COMMANDS = {
         convert.export,
     )
 } | {"import": convert.import_}
-DEBUG = "--debug"  # of all commands, anywhere among the arguments: reported errors have their traceback too
-MEASURING = ("bench", "plan")  # how long compiling takes, among other things
+DEBUG = "--debug"  # accepted by every command, anywhere among the arguments
+MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
+HELP = """usage: mot COMMAND [arguments] [--debug]
+
+Train, run and benchmark Mixture-of-Tokens language models in JAX.
+
+{commands}
+
+`mot COMMAND --help` explains a command and its flags. --debug prints the traceback of a reported error as well.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`mot COMMAND ...`
+    """Run `mot COMMAND ...`.
 
     arguments: those of this process by default, and then an error ends the process at once.
     """
@@ -42,19 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
-    epilog = "\n".join(f"{name:10} {command.__doc__}" for name, command in COMMANDS.items())
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("mot", description="Mixture-of-Tokens language models in JAX.", epilog=epilog, formatter_class=form)
-    parser.add_argument("command", choices=COMMANDS)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(HELP.format(commands="\n".join(f"  {name:11}{c.__doc__}" for name, c in COMMANDS.items())), end="")
+        return
     allocator.retain_freed_memory()
     with distributed.ending(), boundary(debug, program):
-        command = parser.parse_args(arguments[:1]).command
+        if not arguments:
+            raise UserError(f"COMMAND is missing; try mot train, or one of {', '.join(COMMANDS)}")
+        command, *rest = arguments
+        if command not in COMMANDS:
+            raise UserError(f"{command}: no such command{nearest(command, COMMANDS)}")
         if command not in MEASURING:
             compilation.enable_cache()
-        COMMANDS[command](arguments[1:])
+        COMMANDS[command](rest)
 
 
 def train() -> None:
-    """`python train.py ...`, the same as `mot train ...`."""
+    """Run `python train.py ...`, the same as `mot train ...`."""
     sys.argv.insert(1, "train")
     main()

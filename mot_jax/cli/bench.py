@@ -25,7 +25,7 @@ def _progress(line: str) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """time things on this machine: mot bench layers | step CONFIG | input CONFIG | decoding CONFIG | accelerator"""
+    """Measure layers, steps, input or decoding: mot bench layers | step | input | decoding | accelerator."""
     parser = Parser(prog="mot bench", allow_abbrev=False)
     commands = {
         "layers": _layers,
@@ -42,11 +42,11 @@ def bench(arguments: list[str]) -> None:
 def _layers(arguments: list[str]) -> None:
     parser = Parser(prog="mot bench layers", allow_abbrev=False)
     shapes = "default: cpu_e32,cpu_e128 on a CPU, the paper's elsewhere"
-    parser.add_argument("--shapes", metavar="NAME,...", help=f"of benchmark/counts.py ({shapes})")
+    parser.add_argument("--shapes", metavar="NAME,...", help=f"names of shapes in cost/layers.py ({shapes})")
     parser.add_argument(
         "--kinds",
         metavar="KIND,...",
-        help="beside dense (default: all that train; elsewhere than on a CPU other ways to compute the mixture, too)",
+        help="kinds to compare with dense (default: all trainable ones; on accelerators also other implementations)",
     )
     parser.add_argument(
         "--dtype",
@@ -59,12 +59,14 @@ def _layers(arguments: list[str]) -> None:
         default="float32",
         help="data type of the parameters (float32)",
     )
-    parser.add_argument("--rounds", metavar="N", help="in which all take turns (20)")
-    parser.add_argument("--counts", action="store_true", help="FLOPs, fewest bytes and floors; nothing is run")
-    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a chip that is not here, and count bytes")
+    parser.add_argument("--rounds", metavar="N", help="number of rounds, in each of which all programs run (20)")
+    parser.add_argument(
+        "--counts", action="store_true", help="print FLOPs, least bytes and lower bounds; nothing is run"
+    )
+    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a target device and count bytes")
     parser.add_argument("--json", metavar="FILE", help="file for the results as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="a PNG of the ratios to dense")
-    parser.add_argument("--profile", metavar="DIR", help="a trace for XProf, which slows the rounds down")
+    parser.add_argument("--plot", metavar="FILE", help="file for a PNG of the ratios to dense")
+    parser.add_argument("--profile", metavar="DIR", help="directory for a trace for XProf, which slows the rounds down")
     options = parser.parse_args(arguments)
     rounds = positive("--rounds", options.rounds or "20", least=3)
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
@@ -202,17 +204,21 @@ def _decoding(arguments: list[str]) -> None:
 def _accelerator(arguments: list[str]) -> None:
     parser = Parser(prog="mot bench accelerator", allow_abbrev=False)
     parts = "numerics,layers,step,decoding"
-    parser.add_argument("--out", default="benchmarks/results", metavar="DIR", help="for JSON and Markdown")
+    parser.add_argument(
+        "--out", default="benchmarks/results", metavar="DIR", help="directory for results as JSON and Markdown"
+    )
     parser.add_argument(
         "--parts", default=parts, metavar="PART,...", help=f"in their order ({parts}; step_base_32e, step_d2048)"
     )
-    parser.add_argument("--minutes", default="7", metavar="N", help="after which no part begins, and a run stops (7)")
-    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run, not how fast")
+    parser.add_argument(
+        "--minutes", default="7", metavar="N", help="minutes after which no part starts and a run stops (7)"
+    )
+    parser.add_argument("--small", action="store_true", help="use tiny sizes, to test that all parts run")
     headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; a second call resumes"
     parser.add_argument("--small-headline", action="store_true", help=headline)
     options = parser.parse_args(arguments)
     minutes = positive("--minutes", options.minutes)
-    # What is compared with needs a CPU device beside the accelerator; JAX is still asleep.
+    # The float64 reference needs a CPU device in addition; JAX is not initialized yet.
     named = os.environ.get("JAX_PLATFORMS")
     import jax
 

@@ -20,7 +20,7 @@ from mot_jax.runtime.paths import user_path
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake as we tell all others."""
+    """An argument parser whose errors are reported like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

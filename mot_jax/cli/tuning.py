@@ -15,16 +15,16 @@ _FIELDS = {
 
 
 def transition(arguments: list[str]) -> None:
-    """tune a trained model to route: mot transition WORKDIR --to token_choice --steps N [--output DIR] [--anneal M]"""
+    """Tune a trained model to route tokens instead of mixing them."""
     parser = Parser(prog="mot transition", allow_abbrev=False)
-    parser.add_argument("workdir", metavar="WORKDIR", help="of a Mixture-of-Tokens run")
-    parser.add_argument("--to", required=True, metavar="KIND", help="token_choice")
-    parser.add_argument("--steps", required=True, metavar="N", help="of tuning; a tenth of the run's is plenty")
-    parser.add_argument("--output", metavar="DIR", help="the workdir of the tuning (default: WORKDIR-KIND)")
-    parser.add_argument("--anneal", metavar="M", help="before, go on mixing for M steps, down to temperature 0")
-    parser.add_argument("--windows", metavar="N", help="to score each mode on (default: the validation split)")
+    parser.add_argument("workdir", metavar="WORKDIR", help="directory of a Mixture-of-Tokens run")
+    parser.add_argument("--to", required=True, metavar="KIND", help="kind to tune the model to: token_choice")
+    parser.add_argument("--steps", required=True, metavar="N", help="number of steps; a tenth of the run's suffices")
+    parser.add_argument("--output", metavar="DIR", help="directory of the tuning run (default: WORKDIR-KIND)")
+    parser.add_argument("--anneal", metavar="M", help="steps of mixing before, down to temperature 0")
+    parser.add_argument("--windows", metavar="N", help="validation windows to score each mode on (all)")
     for flag in (*_FIELDS, *PROCESS):
-        parser.add_argument(flag, help=f"the same as {_FIELDS[flag]}" if flag in _FIELDS else "as of mot train")
+        parser.add_argument(flag, help=f"the same as {_FIELDS[flag]}" if flag in _FIELDS else "as in mot train")
     options, flags = parser.parse_known_args(arguments)
     for short, long in _FIELDS.items():
         value = getattr(options, short.strip("-").replace("-", "_"))

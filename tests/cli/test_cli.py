@@ -257,7 +257,7 @@ def test_a_config_tells_all_its_faults(capsys):
             "error: --overwrite = '1': takes no value; try --overwrite",
         ),
         (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
-        (["trian"], "error: argument command: invalid choice: 'trian'"),
+        (["trian"], "error: trian: no such command; did you mean 'train'?"),
     ],
 )
 def test_mistakes_beside_the_config_are_one_line_too(capsys, arguments, start):
