@@ -35,6 +35,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("mot_jax"))
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"relative import of {node.module}, line {node.lineno}")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mot_jax"):
             deeper = node.module != "mot_jax"
             yield from ([node.module] if deeper else [f"mot_jax.{alias.name}" for alias in node.names])

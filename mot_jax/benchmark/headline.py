@@ -19,6 +19,7 @@ from mot_jax.benchmark.report import Column, number
 from mot_jax.config import Config, DataConfig, LoggingConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data import corpora, report, tokenizers
 from mot_jax.runs.metrics import read_rows
+from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import user_path
 from mot_jax.training import Hook, Trainer, train
 
@@ -60,7 +61,7 @@ class TimeLimit(Hook):
         self._deadline = deadline
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        if time.monotonic() >= self._deadline:
+        if distributed.gather(time.monotonic() >= self._deadline)[0]:  # the clock of process 0
             trainer.stop()
 
 

@@ -62,6 +62,8 @@ def select(variants: Mapping[str, Callable[[], Config]], variant: str | None, *,
     Raises:
         UserError: there is no such variant, or none is named and there is no default.
     """
+    if not variants:
+        raise UserError("VARIANTS is empty: must have at least one function")
     if variant is None and has_default:
         variant = next(iter(variants))
     if variant is None or variant not in variants:
@@ -93,7 +95,7 @@ def default_workdir(name: str | os.PathLike[str]) -> str:
 def _has_default(path: Path) -> bool:
     try:
         _load_module(path).get_config()
-    except _VariantError:
+    except Exception:  # of a function that requires a variant
         return False
     return True
 
@@ -180,7 +182,7 @@ def from_json(text: str) -> Config:
         raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); use another workdir") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
-        advice = "use the mot_jax that wrote the run"
+        advice = "use the mot_jax that wrote the run, or try a new workdir"
         raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json; {advice}")
     config = _decode(data, Config, "")
     check(config)

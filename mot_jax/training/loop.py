@@ -27,7 +27,8 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
     Args:
         config: the experiment.
         workdir: the directory of the run: new, empty, or that of the same experiment.
-        hooks: called in each step, in addition to those that log, validate and save checkpoints.
+        hooks: called in each step, in addition to those that log, validate and save checkpoints. A text sample, for
+            example, is written by `mot_jax.inference.sample.SampleHook`.
 
     Returns:
         The last validation row: loss in nats per token, bits_per_byte, ...; that of an earlier step if a hook stopped
@@ -82,7 +83,8 @@ def _summary(run: Run) -> list[str]:
 def _report(run: Run, console: Console) -> Row:
     """Print the result of a finished run; return its last validation row."""
     row = last_validation(run)
-    console.line(validation_line(row))
+    if row and row.get("loss") is not None:  # null after a loss that was not finite
+        console.line(validation_line(row))
     sample = run.workdir / "sample.txt"
     if sample.exists():
         console.line("\n--- prompt\n".join(sample.read_text().split("\n--- prompt\n")[:_SHOWN]))

@@ -43,7 +43,7 @@ class Run:
     """A checked experiment and its directory; `prepare` makes it.
 
     windows, validation_windows: the tokenized text of the two splits. order: the global order of training examples.
-    fingerprints: of `train`, `validation` and `tokenizer`; a resumed run must have the same ones.
+    fingerprints: of `train`, `validation`, `tokenizer` and `order`; a resumed run must have the same ones.
     """
 
     config: Config
@@ -126,7 +126,7 @@ def begin(run: Run) -> Start:
         with jax.set_mesh(run.mesh):
             start = origin.begin(run, checkpoints, step)
     with distributed.together():
-        if distributed.is_first():
+        if distributed.is_first() and start.step < run.config.training.steps:
             (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
     return start
 

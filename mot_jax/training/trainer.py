@@ -79,7 +79,10 @@ class Trainer:
         return self.at_last_step or self._stop_requested
 
     def stop(self) -> None:
-        """End `train` after the hooks of this step, with a checkpoint if there is a `CheckpointHook`."""
+        """End `train` after the hooks of this step, with a checkpoint if there is a `CheckpointHook`.
+
+        With several processes, all of them must call it in the same step.
+        """
         self._stop_requested = True
 
     def train_step(self) -> StepMetrics:
@@ -102,6 +105,7 @@ class Trainer:
 
     def train(self, hooks: Sequence[Hook] = ()) -> None:
         """Make the remaining steps of the run, each followed by all hooks, unless a hook stops it before."""
+        self._stop_requested = False
         with contextlib.ExitStack() as stack:
             for hook in hooks:
                 stack.enter_context(hook.around(self))

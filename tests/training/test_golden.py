@@ -6,11 +6,15 @@ The corpus is the text of LICENSE, one document per paragraph. As a script, this
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+if __name__ == "__main__":  # as in conftest.py, before JAX is imported
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 import mot_jax
 from mot_jax import cli

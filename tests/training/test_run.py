@@ -100,6 +100,8 @@ def test_begin_initializes_or_restores(finished, tiny, tmp_path):
     assert (new.step, new.next_example, int(new.state.step), new.notes) == (0, 0, 0, [])
     assert (tmp_path / "new" / "config.json").read_text() == to_json(tiny)
     workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    begin(prepare(tiny, workdir))
+    assert (workdir / "result.json").exists()  # still that of this run
     restored = begin(prepare(with_steps(tiny, 20), workdir))
     assert (restored.step, restored.next_example, int(restored.state.step), restored.notes) == (12, 12 * 32, 12, [])
     assert not (workdir / "result.json").exists()  # that of the shorter run
