@@ -35,6 +35,7 @@ settings.load_profile("mot_jax")
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache_directory(tmp_path_factory):
     """Share compiled programs between tests, many of which compile the same ones."""
+    jax.devices()  # initialized now: a test that plans for fewer virtual devices would change their number
     directory = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         directory = directory.parent  # shared by all workers
