@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mot_jax.cli.options import PROCESS, Parser, chunks, override, positive, process
+from mot_jax.cli.options import PROCESS, Parser, positive, process
+from mot_jax.cli.parsing import chunks, override
 from mot_jax.config import check
 from mot_jax.runtime import distributed
 

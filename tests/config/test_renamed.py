@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mot_jax import cli
+from mot_jax.cli import parsing
 from mot_jax.config import (
     Config,
     MixtureOfTokensConfig,
@@ -82,13 +82,13 @@ def test_an_old_name_of_a_flag(cls, old, new):
     old, new = (f"--{PLACES[cls]}.{name}".replace("_", "-") for name in (old, new))
     for flags in ([old, "1"], [f"{old}=1"]):
         with pytest.raises(UserError) as error:
-            cli.options.override("mot train", config_with(cls), flags, [])
+            parsing.override("mot train", config_with(cls), flags, [])
         assert line_of(error) == f"{flags[0]}: is now {new}"
 
 
 def test_an_old_name_of_a_negated_flag():
     with pytest.raises(UserError) as error:
-        cli.options.override("mot train", Config(), ["--model.no-stacked"], [])
+        parsing.override("mot train", Config(), ["--model.no-stacked"], [])
     assert line_of(error) == "--model.no-stacked: is now --model.no-scan-layers"
 
 
@@ -103,5 +103,5 @@ def test_an_old_value(old, new):
             refuse()
         assert line_of(error).startswith(start)
     with pytest.raises(UserError) as error:
-        cli.options.override("mot train", config, ["--model.feed-forward.kernel", old], [])
+        parsing.override("mot train", config, ["--model.feed-forward.kernel", old], [])
     assert line_of(error) == start
