@@ -202,7 +202,10 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_the_st
         (["--to", "token_choice", "--steps", "4", "--router", "best"], "training.transition_router = 'best': must be"),
         (["--to", "dense", "--steps", "4"], "--to = 'dense': no such kind"),
         (["--steps", "4"], "the following arguments are required: --to"),
-        (["--to", "token_choice", "--steps", "4", "--model.topk", "1"], "--model.topk: no such field"),
+        (
+            ["--to", "token_choice", "--steps", "4", "--model.topk", "1"],
+            "--model.topk: no such flag; did you mean '--model.",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words):
