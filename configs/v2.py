@@ -34,7 +34,7 @@ def _medium(feed_forward: FeedForwardConfig, shuffle_group_size: int | None = No
             feed_forward=feed_forward,
             moe_blocks="last_half",
             dtype="bfloat16",
-            scan_layers=False,  # a scan over blocks moves far more bytes (docs/performance.md)
+            scan_layers=False,  # a scan over blocks moves far more bytes (docs/notes/2026-11-26-step.md)
         ),
         data=DataConfig(
             corpus=("c4/en",),
