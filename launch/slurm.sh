@@ -29,20 +29,17 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # When a task is lost the others end on their own; a task that still runs two minutes after the first has ended is stuck.
-# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with a higher
-# code, so 2 is mapped to 255, the highest. The trap makes a task's shell wait for the checkpoint.
+# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with 75 or 134,
+# so 200 is added to small codes, which must not restart the run. The trap makes a task's shell wait for the checkpoint.
 # shellcheck disable=SC2016
-task='trap : TERM; "$@"; code=$?; if [ $code -eq 2 ]; then exit 255; fi; exit $code'
+task='trap : TERM; "$@"; code=$?; if [ $code -gt 0 ] && [ $code -lt 50 ]; then exit $((200 + code)); fi; exit $code'
 srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" --workdir "$workdir" "$@"
 code=$?
+if [ $code -gt 200 ]; then code=$((code - 200)); fi
 
-case $code in
+case $code in # launch/README.md has the table of exit codes
   0) echo "finished" ;;
-  255)
-    code=2
-    echo "bad input or a full disk: not restarted"
-    ;;
-  *)
+  75 | 134 | 135 | 137 | 139 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
       echo "ended with code $code: restarting from the last checkpoint"
       scontrol requeue "$SLURM_JOB_ID"
@@ -50,5 +47,6 @@ case $code in
       echo "ended with code $code after $most_restarts restarts: given up"
     fi
     ;;
+  *) echo "ended with code $code: not restarted" ;;
 esac
 exit $code
