@@ -167,14 +167,14 @@ def test_hosts_and_chips_are_those_of_the_topology(job_set):
 def test_mot_accepts_the_command_of_a_manifest(job_set):
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
+    assert container["args"][:1] == ["--workdir"]
     check_command([*container["command"], *container["args"]])
 
 
 def check_command(command: list[str]) -> None:
     """Assert that `mot train` parses and accepts a command."""
     assert command[:2] == ["mot", "train"]
-    parsed, _ = parse_with_config("mot train", TrainOptions, [str(ROOT / command[2]), *command[3:]])
-    assert parsed.workdir
+    parse_with_config("mot train", TrainOptions, [str(ROOT / command[2]), *command[3:]])
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -272,17 +272,10 @@ def test_slurm_requeues_a_run_after_the_documented_codes_only(run, codes, code):
     assert after == (["scontrol requeue 17 "] if code in RESTARTED else [])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "workdir"),
-    [
-        ([], "/SHARED/runs/v2_medium_32e"),
-        (["configs/demo.py"], "/SHARED/runs/demo"),
-        (["configs/v2.py:base_32e"], "/SHARED/runs/v2_base_32e"),
-    ],
-)
-def test_slurm_names_the_workdir_after_file_and_variant(run, arguments, workdir):
-    _, (_, call), _ = run("slurm.sh", *arguments, SLURM_JOB_ID="17")
-    assert shlex.split(call)[3:5] == ["--workdir", workdir]
+@pytest.mark.parametrize(("environment", "flags"), [({}, []), ({"WORKDIR": "/w x"}, ["--workdir", "/w x"])])
+def test_slurm_leaves_the_default_workdir_to_mot(run, environment, flags):
+    _, (_, call), _ = run("slurm.sh", "configs/demo.py:mot", SLURM_JOB_ID="17", **environment)
+    assert shlex.split(call) == ["mot", "train", "configs/demo.py:mot", *flags]
 
 
 def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
