@@ -201,7 +201,7 @@ def base_masked_dense() -> Config:
 
 
 def base_masked_within() -> Config:
-    """A masked language model with the sizes of MoT-Base/32E that mixes 32 neighbours within each sequence.
+    """A masked language model with the sizes of MoT-Base/32E that mixes 32 neighbors within each sequence.
 
     The batches are those of base_masked.
 
