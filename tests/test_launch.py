@@ -28,6 +28,7 @@ KILLED = 128  # plus the number of the signal: a shell's exit code of a process 
 RESTARTED = {exit_codes.RETRYABLE, exit_codes.PREEMPTED} | {
     KILLED + number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
 }
+NODE_RESTARTED = 255  # containerd's exit code of a container that did not survive a restart of its node
 NOT_RESTARTED = {exit_codes.FINISHED, exit_codes.USER_ERROR, exit_codes.DIVERGED, exit_codes.INTERRUPTED, 1, 126, 127}
 
 
@@ -134,7 +135,7 @@ def job_set(request: pytest.FixtureRequest) -> dict:
     return manifest
 
 
-def test_a_misspelt_field_is_refused(job_set):
+def test_a_misspelled_field_is_refused(job_set):
     job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 0
     with pytest.raises(jsonschema.ValidationError, match="backofLimit"):
         jsonschema.validate(job_set, JOB_SET)
@@ -149,7 +150,7 @@ def test_a_job_set_restarts_the_documented_codes_only(job_set):
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    expected = {"containerName": container["name"], "operator": "NotIn", "values": sorted(RESTARTED)}
+    expected = {"containerName": container["name"], "operator": "NotIn", "values": sorted(RESTARTED | {NODE_RESTARTED})}
     assert rule == {"action": "FailJob", "onExitCodes": expected}
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
 
