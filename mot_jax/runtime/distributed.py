@@ -295,8 +295,8 @@ def ending() -> Iterator[None]:
         _end_with_failure(1)
 
 
-# A process that fails publishes its exit code, and the others end with it: what the same command would do again depends
-# on the failure, and schedulers decide by the code.
+# A process that fails publishes its exit code, and the others end with it: schedulers decide by the code whether to
+# restart them all.
 _FAILURE = "mot_jax/failure"  # [process, exit code] of the first that failed, in the coordination service
 _WATCH_SECONDS = 2.0  # between two queries
 _PUBLISH_SECONDS = 10.0  # within which the failure that another process reports is published
@@ -304,7 +304,7 @@ _failing = threading.Event()  # this process ends; the others no longer matter
 
 
 def _end_with_failure(code: int) -> NoReturn:
-    """End this process, which alone has failed, and publish its exit code for the others."""
+    """End this process after its failure, and publish its exit code for the others."""
     _failing.set()
     state = _coordination()
     with contextlib.suppress(Exception):  # another process failed before, or process 0 is lost

@@ -1,4 +1,4 @@
-"""The platforms of JAX: CPUs alone are selected only where there can be no accelerator."""
+"""The platforms of JAX: a command selects CPUs where there can be no accelerator."""
 
 from __future__ import annotations
 
