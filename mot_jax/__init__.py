@@ -1,7 +1,10 @@
 """Mixture of Tokens (arXiv 2310.15961) in JAX and Flax."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.metadata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mot_jax.config import (
@@ -15,10 +18,12 @@ from mot_jax.config import (
 )
 
 if TYPE_CHECKING:
+    from etils import epath
+
     from mot_jax.inference.language_model import LanguageModel, load
     from mot_jax.nn.feed_forward import Dense, FeedForwardContext, FeedForwardOutput, MixtureOfTokens, TokenChoice
     from mot_jax.nn.transformer import Transformer
-    from mot_jax.training import train
+    from mot_jax.training import Hook
 
 __all__ = [
     "Config",
@@ -54,8 +59,30 @@ _LAZY = {
     "TokenChoice": "mot_jax.nn.feed_forward",
     "Transformer": "mot_jax.nn.transformer",
     "load": "mot_jax.inference.language_model",
-    "train": "mot_jax.training",
 }
+
+
+def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
+    """Train a model, or resume the run in `workdir`, as `mot train` does.
+
+    This is `mot_jax.training.train` with a `SampleHook`: at the end of the run it writes `sample.txt`, a text of
+    `config.logging.sample_tokens` tokens, unless that is 0.
+
+    Args:
+        config: the experiment.
+        workdir: the directory of the run: new, empty, or that of the same experiment.
+        hooks: called in each step, in addition to those that log, validate and save checkpoints.
+
+    Returns:
+        The last validation row: loss in nats per token, bits_per_byte, ...
+
+    Raises:
+        UserError: before the workdir is touched, for every error in the config, the workdir or the data.
+    """
+    from mot_jax import training
+    from mot_jax.inference.sample import SampleHook
+
+    return training.train(config, workdir, [*hooks, SampleHook()])
 
 
 def __getattr__(name: str) -> Any:

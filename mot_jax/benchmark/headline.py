@@ -39,7 +39,7 @@ def headline_configs(folder: Path, small: bool) -> dict[str, Config]:
     if small:
         model = ModelConfig(1, 16, 32, 2, context_length=32, loss_chunk=32, feed_forward=MixtureOfTokensConfig(4, 8))
         training = dataclasses.replace(training, batch_size=8, log_every=1, validate_every=3)
-        data = dataclasses.replace(data, corpus=_CORPORA[:1], tokenizer="bytes")
+        data = dataclasses.replace(data, corpus=_CORPORA[:1], tokenizer="bytes", validation_split="validation[:1%]")
     mot = dataclasses.replace(
         mot,
         model=model,

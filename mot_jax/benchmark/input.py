@@ -63,7 +63,7 @@ def bench_input(config: Config, progress: Callable[[str], None], batches: int | 
         "tokens": tokens,
         "batches": count,
         "mean_s": mean,
-        "slowest_s": float(np.diff(ends).max()),
+        "slowest_s": float(np.max(np.diff(ends))),
         "tokens_per_second": tokens / mean,
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.boundary import boundary
 from mot_jax.errors import UserError, nearest
-from mot_jax.runtime import allocator, compilation, distributed
+from mot_jax.runtime import allocator, compilation, distributed, platforms
 
 COMMANDS = {
     command.__name__.replace("_", "-"): command
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(HELP.format(commands="\n".join(f"  {name:11}{c.__doc__}" for name, c in COMMANDS.items())), end="")
         return
+    platforms.skip_absent_tpu()
     allocator.retain_freed_memory()
     with distributed.ending(), boundary(debug, program):
         if not arguments:

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 
 import jax
+import jax.core
 import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
@@ -50,8 +51,9 @@ def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> 
         jaxpr = jax.make_jaxpr(residuals)(stack, x).jaxpr
         # Residuals that are the parameters themselves take no memory of their own; unstacked ones are constants.
         saved = {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)} - set(jaxpr.invars)
-        stacked = [v.aval for v in saved if v.aval.shape[:1] == (_SCAN_LENGTH,)]
-        return sum(math.prod(aval.shape[1:]) * aval.dtype.itemsize for aval in stacked)
+        arrays = [v.aval for v in saved if isinstance(v.aval, jax.core.ShapedArray)]
+        stacked = [array for array in arrays if array.shape[:1] == (_SCAN_LENGTH,)]
+        return sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in stacked)
 
     g = feed_forward_cost(model, kind).sequences_per_group(model.context_length)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # independent of the caller's mesh

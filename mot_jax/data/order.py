@@ -192,7 +192,7 @@ def validation_order(documents: np.ndarray, group_size: int) -> np.ndarray:
     n = len(documents)
     first, last = np.ascontiguousarray(documents[:, 0]), documents[:, 1]
     # With K groups, window i is in a group with window i + K, which must start after the last document of window i.
-    needed = int((np.searchsorted(first, last, side="right") - np.arange(n)).max(initial=1))
+    needed = int(np.max(np.searchsorted(first, last, side="right") - np.arange(n), initial=1))
     groups = max(-(-n // group_size), needed)
     order = np.full((group_size, groups), -1, np.int64)
     order.reshape(-1)[:n] = np.arange(n)

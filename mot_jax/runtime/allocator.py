@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
+
+from mot_jax.runtime import platforms
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -16,7 +16,7 @@ def retain_freed_memory() -> None:
     again. Call this before JAX starts its threads: the arena of a thread has no room for large blocks. Nothing happens
     where there may be an accelerator, or no glibc.
     """
-    if not _only_cpus():
+    if not platforms.only_cpus():
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -24,9 +24,3 @@ def retain_freed_memory() -> None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         mallopt(option, value)
-
-
-def _only_cpus() -> bool:
-    if platforms := os.environ.get("JAX_PLATFORMS"):
-        return platforms == "cpu"
-    return not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))

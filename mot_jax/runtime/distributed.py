@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import importlib.util
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -128,6 +130,10 @@ def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> N
         heartbeat_timeout_seconds=mesh.heartbeat_seconds,
     )
     _connected = True
+    watch = threading.Thread(target=_watch_peers, daemon=True)
+    watch.start()
+    atexit.register(watch.join)  # before the client is destroyed; functions run in the opposite order
+    atexit.register(_failing.set)
     jax.devices()  # now, in all processes: they exchange their devices
 
 
@@ -139,7 +145,8 @@ def together() -> Iterator[dict[str, str]]:
     """Around work that may fail in some processes: it then fails in all. Each waits here for the last one.
 
     Yields a dictionary to fill with texts that must be the same in all processes, by name. Raises UserError with the
-    errors of all processes, naming the processes unless all have them; RetryableError if none is a user error.
+    errors of all processes, naming the processes unless all have them; RetryableError if none is a user error. After
+    any other exception in a process, the others end with its exit code.
     """
     facts: dict[str, str] = {}
     faults: list[str] = []
@@ -154,15 +161,18 @@ def together() -> Iterator[dict[str, str]]:
 
     if jax.distributed.is_initialized():
         digests = {name: hashlib.sha256(fact.encode()).hexdigest()[:12] for name, fact in facts.items()}
-        mistaken = isinstance(error, UserError)
-        reports = gather({"faults": faults, "mistaken": mistaken, "facts": digests})
+        bug = not (error is None or isinstance(error, ReportedError))
+        reports = gather({"faults": faults, "mistaken": isinstance(error, UserError), "bug": bug, "facts": digests})
         united = _united(reports)
         if united:
+            mistaken, bugs = (any(report[name] for report in reports) for name in ("mistaken", "bug"))
             global _all_exiting
-            _all_exiting = True
+            _all_exiting = mistaken or not bugs  # else the process with the bug publishes its exit code
             if error is not None and not isinstance(error, ReportedError):
                 raise error  # a bug: its own process prints the traceback
-            passing = any(report["faults"] for report in reports) and not any(report["mistaken"] for report in reports)
+            if not _all_exiting:
+                time.sleep(_PUBLISH_SECONDS)  # `_watch_peers` ends this process before
+            passing = any(report["faults"] for report in reports) and not mistaken
             raise (RetryableError if passing else UserError)(*united) from None
     if error is not None:
         raise error
@@ -193,7 +203,7 @@ def gather(value: Any) -> list[Any]:
     if not jax.distributed.is_initialized():
         return [value]
     count, index = jax.process_count(), jax.process_index()
-    client, key = _client(), f"mot_jax/{next(_rounds)}"
+    client, key = _coordination().client, f"mot_jax/{next(_rounds)}"
     client.key_value_set(f"{key}/{index}", json.dumps(value))
     if index == 0:
         texts = [client.blocking_key_value_get(f"{key}/{i}", _FOREVER) for i in range(count)]
@@ -201,11 +211,14 @@ def gather(value: Any) -> list[Any]:
     return json.loads(client.blocking_key_value_get(key + "/all", _FOREVER))
 
 
-def _client() -> Any:
-    """The client of JAX's coordination service, which has no public name. It needs no devices, and waits for hours."""
+def _coordination() -> Any:
+    """JAX's coordination service, which has no public name: process_id, client, and in process 0 service.
+
+    The client needs no devices, and waits for hours.
+    """
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------
@@ -258,6 +271,7 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
     if isinstance(error, jax.errors.JaxRuntimeError):  # errors of other classes may be those of a store
         signs += r"|closed by peer|unavailable|barrier"
     if _connected and re.search(signs, words, re.I):
+        _end_if_peer_failed()
         advice = "the same command resumes from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
         end_now(exit_codes.RETRYABLE)
@@ -274,11 +288,48 @@ def ending() -> Iterator[None]:
         if not _connected or _all_exiting:
             raise
         if isinstance(error, SystemExit):
-            end_now(error.code if isinstance(error.code, int) else int(error.code is not None))
+            _end_with_failure(error.code if isinstance(error.code, int) else int(error.code is not None))
         if isinstance(error, Exception):
             end_if_peer_lost(error, "outside of the training steps")
         traceback.print_exc()
-        end_now(1)
+        _end_with_failure(1)
+
+
+# A process that fails publishes its exit code, and the others end with it: schedulers decide by the code whether to
+# restart them all.
+_FAILURE = "mot_jax/failure"  # [process, exit code] of the first that failed, in the coordination service
+_WATCH_SECONDS = 2.0  # between two queries
+_PUBLISH_SECONDS = 10.0  # within which the failure that another process reports is published
+_failing = threading.Event()  # this process ends; the others no longer matter
+
+
+def _end_with_failure(code: int) -> NoReturn:
+    """End this process after its failure, and publish its exit code for the others."""
+    _failing.set()
+    state = _coordination()
+    with contextlib.suppress(Exception):  # another process failed before, or process 0 is lost
+        state.client.key_value_set(_FAILURE, json.dumps([state.process_id, code]))
+    if state.service is not None:  # in process 0, with which the service ends
+        time.sleep(3 * _WATCH_SECONDS)
+    end_now(code)
+
+
+def _end_if_peer_failed() -> None:
+    """End this process with the exit code that another one has published, if any."""
+    try:
+        failure = _coordination().client.key_value_try_get(_FAILURE)
+    except Exception:  # not published, or process 0 is lost
+        return
+    if not _failing.is_set():
+        index, code = json.loads(failure)
+        print(f"error: process {index} ended with exit code {code}; its output has the reason", file=sys.stderr)
+        end_now(code)
+
+
+def _watch_peers() -> None:
+    """In a thread: end this process when another one has failed, even if it waits in a collective."""
+    while not _failing.wait(_WATCH_SECONDS):
+        _end_if_peer_failed()
 
 
 def end_now(code: int) -> NoReturn:

@@ -80,7 +80,7 @@ def make_evaluation(
         }
         if objective.masked:
             target_counts = _sum_over_processes(mesh, target_counts)
-            result["most_frequent"] = float(target_counts.max() / target_counts.sum())
+            result["most_frequent"] = float(np.max(target_counts)) / float(np.sum(target_counts))
         return result
 
     return evaluate

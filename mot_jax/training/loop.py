@@ -27,8 +27,8 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
     Args:
         config: the experiment.
         workdir: the directory of the run: new, empty, or that of the same experiment.
-        hooks: called in each step, in addition to those that log, validate and save checkpoints. A text sample, for
-            example, is written by `mot_jax.inference.sample.SampleHook`.
+        hooks: called in each step, in addition to those that log, validate and save checkpoints. No text sample is
+            written without `mot_jax.inference.sample.SampleHook`, which `mot_jax.train` adds.
 
     Returns:
         The last validation row: loss in nats per token, bits_per_byte, ...; that of an earlier step if a hook stopped

@@ -56,7 +56,6 @@ class Trainer:
         self.data_wait, self._stop_requested = 0.0, False
         rows = local_sequences(run.mesh, t.batch_size, t.gradient_accumulation_steps)
         objective = Objective.of(run.config, run.tokenizer)
-        self._batches = train_batches(run.windows, run.order, objective, t.batch_size, rows, start.next_example)
         begin = time.perf_counter()
         with jax.set_mesh(run.mesh):
             empty = self._place(objective(run.windows.read([-1] * len(rows)), rows))
@@ -67,6 +66,8 @@ class Trainer:
         self.compile_seconds = time.perf_counter() - begin
         evaluated = evaluated_config(run.config)
         self._evaluate = make_evaluation(evaluated, run.mesh, run.validation_windows, run.tokenizer)
+        # Last, so that an error above leaves no reader open.
+        self._batches = train_batches(run.windows, run.order, objective, t.batch_size, rows, start.next_example)
 
     @property
     def at_last_step(self) -> bool:

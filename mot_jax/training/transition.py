@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import jax
@@ -240,27 +241,37 @@ def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[
 
 def _lines(result: dict[str, Any]) -> list[str]:
     before, after = result["before"], result["after"]
-    grouped_loss = before["grouped"]["loss"]
 
     def cell(scores: dict[str, Score], mode: str) -> str:
         if mode not in scores:
             return ""
-        return f"{scores[mode]['loss']:.4f} ({scores[mode]['loss'] / grouped_loss - 1:+6.1%})"
+        loss, baseline = _number(scores[mode]["loss"]), _number(before["grouped"]["loss"])
+        return f"{loss:.4f} ({loss / baseline - 1:+6.1%})"
 
     words = "in brackets, compared with the former in groups"
     lines = [f"validation loss of {result['from']} and of {result['tuned']}; {words}"]
     lines += [f"{'mode':12} | {'before':17} | after"]
     for mode in before | after:
         lines.append(f"{mode:12} | {cell(before, mode):17} | {cell(after, mode)}".rstrip())
-    first, last = (result["curve"][i][1] for i in (0, -1))
-    grouped = f"{result['grouped']:.4f} in groups before, on the same windows"
-    return [*lines, f"validations during the tuning: from {first:.4f} to {last:.4f}, compared with {grouped}"]
+    first, last, grouped = map(_number, (result["curve"][0][1], result["curve"][-1][1], result["grouped"]))
+    compared = f"{grouped:.4f} in groups before, on the same windows"
+    lines.append(f"validations during the tuning: from {first:.4f} to {last:.4f}, compared with {compared}")
+    losses = [_number(score["loss"]) for scores in (before, after) for score in scores.values()]
+    if not all(map(math.isfinite, [*losses, first, last, grouped])):
+        lines.append("warning: nan marks a loss that is not finite: that model has diverged")
+    return lines
+
+
+def _number(loss: float | None) -> float:
+    """A loss from a JSON file, which has null in place of one that is not finite."""
+    return math.nan if loss is None else loss
 
 
 def _picture(result: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*result["curve"], strict=True), marker="o", label="token choice, tuned")
+    steps, losses = zip(*result["curve"], strict=True)
+    axes.plot(steps, list(map(_number, losses)), marker="o", label="token choice, tuned")
     axes.axhline(result["grouped"], color="C1", linestyle="--", label="Mixture of Tokens, grouped, before")
     axes.set(xlabel="step of tuning", ylabel="validation loss in nats per token")
     axes.grid(alpha=0.3)

@@ -85,11 +85,20 @@ def test_all_workloads_of_the_accelerator_benchmark_exist_without_a_checkout(run
     assert run_without_checkout("-c", CODE) == "7\n"
 
 
+# Of the small benchmark, in commands of less than a minute; the headline has a test of its own.
+PARTS = [["numerics", "layers"], ["step", "step_base_32e", "step_d2048"], ["decoding"]]
+
+
+def test_every_part_is_tested():
+    assert {part for parts in PARTS for part in parts} | {"headline"} == accelerator._TITLES.keys()
+
+
 @pytest.mark.slow
-def test_the_small_accelerator_benchmark_runs_without_a_checkout(run_without_checkout, tmp_path):
-    parts = accelerator._TITLES.keys() - {"headline"}
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: parts[0])
+def test_the_small_accelerator_benchmark_runs_without_a_checkout(run_without_checkout, tmp_path, parts):
     flags = ["--small", "--out", str(tmp_path / "results"), "--minutes", "9", "--parts", ",".join(parts)]
     output = run_without_checkout("-m", "mot_jax.cli", "bench", "accelerator", *flags)
     results = json.loads(next((tmp_path / "results").glob("*_small.json")).read_text())["parts"]
-    assert results.keys() == parts and all(part["rows"] for part in results.values())
-    assert output.count("## ") == len(results) and list((tmp_path / "results").glob("*.png"))
+    assert results.keys() == {*parts} and all(part["rows"] for part in results.values())
+    assert output.count("## ") == len(results)
+    assert len(list((tmp_path / "results").glob("*_layers.png"))) == ("layers" in parts)

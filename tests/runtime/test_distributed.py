@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
-from processes import start
+from processes import free_port, start
 
 from mot_jax.config import Config, to_json
 from mot_jax.config import fields as f
@@ -103,6 +103,7 @@ def test_only_training_takes_the_sigterm(monkeypatch, trains):
     taken = []
     monkeypatch.setattr(distributed, "meet", lambda *_: None)
     monkeypatch.setattr(distributed, "_connected", False)
+    monkeypatch.setattr(distributed, "_watch_peers", lambda: None)
 
     def initialize(*_: object, **__: object) -> None:
         taken.append(jax.config.jax_enable_preemption_service)  # type: ignore[attr-defined]
@@ -131,14 +132,16 @@ def test_faults_of_all_processes_are_told_once():
         (RetryableError("late"), {"faults": [], "mistaken": False}, RetryableError),
         (RetryableError("late"), {"faults": ["wrong"], "mistaken": True}, UserError),
         (UserError("wrong"), {"faults": ["late"], "mistaken": False}, UserError),
-        (None, {"faults": ["ZeroDivisionError"], "mistaken": False}, RetryableError),  # a traceback of theirs
+        (None, {"faults": ["ZeroDivisionError"], "mistaken": False, "bug": True}, RetryableError),  # and none published
+        (UserError("wrong"), {"faults": ["ZeroDivisionError"], "mistaken": False, "bug": True}, UserError),
         (None, {"faults": [], "mistaken": False, "facts": {"data": "another"}}, UserError),
     ],
 )
 def test_all_end_for_good_where_one_is_mistaken(monkeypatch, mine, of_others, kind):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "gather", lambda value: [value, {"facts": {}, **of_others}])
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, {"bug": False, "facts": {}, **of_others}])
     monkeypatch.setattr(distributed, "_all_exiting", False)
+    monkeypatch.setattr(distributed, "_PUBLISH_SECONDS", 0)
     with pytest.raises(ReportedError) as error, distributed.together() as same:
         same |= {"data": "text"} if mine is None else {}
         if mine is not None:
@@ -178,6 +181,7 @@ def test_one_of_many_that_fails_alone_ends_at_once(monkeypatch, capsys, error, c
     assert ended.value.args == (code,)
     assert words in capsys.readouterr().err
     monkeypatch.setattr(distributed, "_all_exiting", False)
+    distributed._failing.clear()
     with pytest.raises(SystemExit) as stopped, distributed.ending():
         distributed.stop(143)
     assert stopped.value.code == 143  # all of them, in the usual way
@@ -195,7 +199,7 @@ def test_a_second_sigterm_ends_a_single_process(tmp_path):
 
 # --- real processes ---------------------------------------------------------------------------------------------------
 
-STEPS, ROWS = 240, 8
+STEPS, ROWS = 200, 8
 LOST = {exit_codes.RETRYABLE, -signal.SIGABRT}  # by Python, or by JAX's runtime: 134 in a shell
 
 
@@ -253,14 +257,13 @@ def ends(processes: list[subprocess.Popen], within: float = 200) -> list[int]:
     return [process.wait(within) for process in processes]
 
 
-# How many processes train, on which mesh, how they end, and the exit codes that this brings. Two and four go on as one,
-# two and four.
+# How many processes train, on which mesh, how they end, and the exit codes that this brings. Two go on as one and as
+# four, four as one, two and four.
 LIFE = [
-    (2, "data 4", "SIGTERM to 1", {143}),
     (2, "tensor 2", "SIGKILL of 1", LOST),
     (4, "expert 2", "SIGKILL of all", set()),
     (4, "fsdp 2", "SIGTERM to 3", {143}),
-    (2, "expert 2", "SIGKILL of all", set()),
+    (2, "data 4", "SIGKILL of all", set()),
     (1, "data 4", "SIGTERM to 0", {143}),
     (4, "expert 2", "SIGKILL of 0", LOST),
     (1, "data 4", "finished", {0}),
@@ -383,6 +386,44 @@ def test_what_is_wrong_in_one_process_ends_both_with_the_same_line(experiment, t
     first, second = errors(tmp_path / "record", 2)
     assert first == second and len(first) == 1 and first[0].startswith(line)
     assert not (tmp_path / "run").exists()
+
+
+FAILS = """
+import errno, sys
+from mot_jax.cli.boundary import boundary
+from mot_jax.config import MeshConfig
+from mot_jax.runtime import distributed
+from mot_jax.runtime.rendezvous import Process
+
+number, coordinator, failing, place = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+with distributed.ending(), boundary():
+    distributed.connect(Process(number, 2, coordinator), MeshConfig(wait_seconds=60))
+    if place == "outside" and number == failing:
+        raise OSError(errno.ENOSPC, "the disk is full")
+    with distributed.together():
+        if number == failing:
+            raise ZeroDivisionError("a bug")
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "place", "code"),
+    [
+        (0, "outside", exit_codes.USER_ERROR),
+        pytest.param(1, "outside", exit_codes.USER_ERROR, marks=pytest.mark.slow),
+        pytest.param(0, "together", 1, marks=pytest.mark.slow),
+        (1, "together", 1),
+    ],
+)
+def test_all_processes_end_with_the_exit_code_of_the_one_that_fails(failing, place, code):
+    coordinator = f"localhost:{free_port()}"
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    calls = [[sys.executable, "-c", FAILS, str(i), coordinator, str(failing), place] for i in range(2)]
+    processes = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], errors
+    assert ("ZeroDivisionError: a bug" if code == 1 else "error: no space left on the disk") in errors[failing]
+    assert f"error: process {failing} ended with exit code {code}; its output has the reason" in errors[1 - failing]
 
 
 @pytest.mark.slow

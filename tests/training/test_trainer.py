@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from tiny_run import StopAt, StoppedError, numbers
 
 from mot_jax.training import Hook, Trainer, begin, prepare, train
+from mot_jax.training import trainer as trainer_module
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_loop.py"
 
@@ -110,6 +112,20 @@ def test_hooks_leave_their_contexts_after_an_error_and_end_only_with_the_last_st
         "a leaves at 12",
         "a ends at 12",
     ]
+
+
+@pytest.mark.parametrize("moment", ["compilation", "step"])
+def test_no_thread_outlives_an_error(tiny, tmp_path, monkeypatch, moment):
+    if moment == "compilation":
+        monkeypatch.setattr(trainer_module, "make_train_step", lambda *_: 1 / 0)
+    run = prepare(tiny, tmp_path / "run")
+    start, before = begin(run), set(threading.enumerate())
+    with pytest.raises((ZeroDivisionError, StoppedError)), Trainer(run, start) as trainer:
+        trainer.train([StopAt(1)])
+    threads = set(threading.enumerate()) - before
+    for thread in threads:
+        thread.join(10)  # one that is reading ends after this block
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_stopped_run_leaves_a_checkpoint_and_no_result(finished, tiny, tmp_path):

@@ -241,6 +241,20 @@ def test_tuning_recovers_the_loss_of_the_conversion(tiny, small, tmp_path, capsy
     assert "nothing left to train" in again[0] and again[-len(before) - 3 :] == lines[-len(before) - 3 :]
 
 
+def test_the_report_of_a_diverged_run_is_printed_again(source, tmp_path):
+    """Its file has null in place of losses that are not finite."""
+    settings = {"from": source[1], "tuned": str(tmp_path), "steps": 4, "limit": None}
+    scores = {"grouped": {"loss": 2.0}, "token_choice": {"loss": None}}
+    result = {**settings, "before": scores, "after": scores, "grouped": 2.0, "curve": [[0, 2.5], [4, None]]}
+    (tmp_path / "transition.json").write_text(json.dumps(result))
+    lines = transition.report(tuned(source), tmp_path, source[1])
+    assert "grouped      | 2.0000 ( +0.0%)   | 2.0000 ( +0.0%)" in lines
+    assert any(line.startswith("token_choice | nan") for line in lines)
+    assert "from 2.5000 to nan, compared with 2.0000 in groups" in lines[-2]
+    assert lines[-1] == "warning: nan marks a loss that is not finite: that model has diverged"
+    assert transition._picture(result).startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_annealing_before_tuning(source, tmp_path, capsys):
     output = tmp_path / "tuned"
