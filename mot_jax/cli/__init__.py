@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.boundary import boundary
-from mot_jax.errors import UserError, nearest
+from mot_jax.cli.parsing import dispatch
 from mot_jax.runtime import allocator, compilation, distributed, platforms
 
 COMMANDS = {
@@ -30,14 +30,9 @@ COMMANDS = {
 } | {"import": convert.import_}
 DEBUG = "--debug"  # accepted by every command, anywhere among the arguments
 MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
-HELP = """usage: mot COMMAND [arguments] [--debug]
-
-Train, run and benchmark Mixture-of-Tokens language models in JAX.
-
-{commands}
-
-`mot COMMAND --help` explains a command and its flags. --debug prints the traceback of a reported error as well.
-"""
+# Commands that retain freed memory: they allocate and free large arrays in every step. Generation does not, and is slower
+# with this setting (docs/notes/2026-11-28-allocator.md).
+LARGE_ARRAYS = ("train", "transition", "evaluate", "bench layers", "bench step")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,20 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(HELP.format(commands="\n".join(f"  {name:11}{c.__doc__}" for name, c in COMMANDS.items())), end="")
-        return
     platforms.skip_absent_tpu()
-    allocator.retain_freed_memory()
+    if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
+        allocator.retain_freed_memory()
     with distributed.ending(), boundary(debug, program):
-        if not arguments:
-            raise UserError(f"COMMAND is missing; try mot train, or one of {', '.join(COMMANDS)}")
-        command, *rest = arguments
-        if command not in COMMANDS:
-            raise UserError(f"{command}: no such command{nearest(command, COMMANDS)}")
-        if command not in MEASURING:
+        if arguments[:1] and arguments[0] not in MEASURING:
             compilation.enable_cache()
-        COMMANDS[command](rest)
+        dispatch("mot", COMMANDS, arguments)
 
 
 def train() -> None:

@@ -7,16 +7,29 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from mot_jax.cli.options import JsonOptions, Parser, positive, write_json
-from mot_jax.cli.parsing import AtLeast, ConfigFile, DirectoryOrNone, PositiveOrNone, parse_with_config
+from mot_jax.cli.options import JsonOptions, write_json
+from mot_jax.cli.parsing import (
+    AtLeast,
+    ConfigFile,
+    Directory,
+    DirectoryOrNone,
+    FileOrNone,
+    Flag,
+    Positive,
+    PositiveOrNone,
+    dispatch,
+    parse,
+    parse_with_config,
+)
 from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime.paths import user_path
 
+Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,...")]
 RoundsOrNone = Annotated[int | None, AtLeast(3), tyro.conf.arg(metavar="N")]
 
 
@@ -24,72 +37,56 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def bench(arguments: list[str]) -> None:
-    """Measure layers, steps, input or decoding: mot bench layers | step | input | decoding | accelerator."""
-    parser = Parser(prog="mot bench", allow_abbrev=False)
-    commands = {
-        "layers": _layers,
-        "step": _step,
-        "input": _input,
-        "decoding": _decoding,
-        "accelerator": _accelerator,
-    }
-    parser.add_argument("what", choices=commands)
-    options = parser.parse_args(arguments[:1])
-    commands[options.what](arguments[1:])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersOptions(JsonOptions):
+    """Time one layer of each kind in comparison with the dense one, count its work, or compile it for a target."""
+
+    shapes: Names = None
+    """Names of shapes in `cost/layers.py`. None: `cpu_e32,cpu_e128` on a CPU, the paper's elsewhere."""
+    kinds: Names = None
+    """Kinds to compare with dense. None: all trainable ones; on accelerators also other implementations."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Data type of the activations. None: float32 on a CPU, otherwise bfloat16."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the parameters."""
+    rounds: RoundsOrNone = None
+    """Number of rounds, in each of which all programs run. None: 20."""
+    counts: Flag = False
+    """Print FLOPs, least bytes and lower bounds; nothing is run."""
+    topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
+    """Target device, as `v5p:2x2x1`: compile for it and count bytes; nothing is timed."""
+    plot: FileOrNone = None
+    """File for a picture of the ratios to dense, a PNG."""
+    profile: DirectoryOrNone = None
+    """Directory for a trace for XProf, which slows the rounds down."""
 
 
 def _layers(arguments: list[str]) -> None:
-    parser = Parser(prog="mot bench layers", allow_abbrev=False)
-    shapes = "default: cpu_e32,cpu_e128 on a CPU, the paper's elsewhere"
-    parser.add_argument("--shapes", metavar="NAME,...", help=f"names of shapes in cost/layers.py ({shapes})")
-    parser.add_argument(
-        "--kinds",
-        metavar="KIND,...",
-        help="kinds to compare with dense (default: all trainable ones; on accelerators also other implementations)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="data type of activations (default: float32 on a CPU, else bfloat16)",
-    )
-    parser.add_argument(
-        "--param-dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="data type of the parameters (float32)",
-    )
-    parser.add_argument("--rounds", metavar="N", help="number of rounds, in each of which all programs run (20)")
-    parser.add_argument(
-        "--counts", action="store_true", help="print FLOPs, least bytes and lower bounds; nothing is run"
-    )
-    parser.add_argument("--topology", metavar="v5p:2x2x1", help="compile for a target device and count bytes")
-    parser.add_argument("--json", metavar="FILE", help="file for the results as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="file for a PNG of the ratios to dense")
-    parser.add_argument("--profile", metavar="DIR", help="directory for a trace for XProf, which slows the rounds down")
-    options = parser.parse_args(arguments)
-    rounds = positive("--rounds", options.rounds or "20", least=3)
+    """Time one layer of each kind in comparison with the dense one."""
+    options = parse("mot bench layers", LayersOptions, arguments)
+    if options.topology:
+        _refuse_timing(options, "kinds", "rounds", "plot", "profile")
+    rounds = options.rounds or 20
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
 
-    chosen = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
+    shapes = [shape_of(name) for name in options.shapes.split(",")] if options.shapes else None
     if options.counts:
         from mot_jax.benchmark.layers import COUNT_COLUMNS
 
         dtype = options.dtype or "bfloat16"
-        rows = count_rows(chosen or [s for s in SHAPES.values() if s.name != "tiny"], dtype, options.param_dtype)
-        about = {"dtype": dtype, "parameters in": options.param_dtype}
-        _tell(options.json, about, rows, COUNT_COLUMNS, dtype=dtype, param_dtype=options.param_dtype)
+        rows = count_rows(shapes or [s for s in SHAPES.values() if s.name != "tiny"], dtype, options.param_dtype)
+        about: dict[str, str] = {"dtype": dtype, "parameters in": options.param_dtype}
+        _report(options.json, about, rows, COUNT_COLUMNS, dtype=dtype, param_dtype=options.param_dtype)
         return
     if options.topology:
-        _refuse_timing(options, "kinds", "rounds", "plot", "profile")
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
         dtype = options.dtype or "bfloat16"
-        wanted = chosen or paper_shapes(on_cpu=False)
-        rows = ahead_of_time.bytes_of_layers(wanted, options.topology, dtype, options.param_dtype, _progress)
-        about = {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype} | versions()
-        _tell(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
+        shapes = shapes or paper_shapes(on_cpu=False)
+        rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress)
+        about = versions() | {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype}
+        _report(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
         return
     import jax
 
@@ -99,13 +96,13 @@ def _layers(arguments: list[str]) -> None:
     on_cpu = jax.default_backend() == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     kinds = options.kinds.split(",") if options.kinds else None
-    found, rate = layers.bench_layers(
-        chosen or paper_shapes(on_cpu), kinds, dtype, rounds, _progress, options.param_dtype, options.profile
+    rows, bandwidth = layers.bench_layers(
+        shapes or paper_shapes(on_cpu), kinds, dtype, rounds, _progress, options.param_dtype, options.profile
     )
-    about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s", "dtype": dtype, "rounds": str(rounds)}
-    _tell(options.json, about, found, layers.COLUMNS, machine=about, bandwidth=rate)
+    about = machine() | {"memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s", "dtype": dtype, "rounds": str(rounds)}
+    _report(options.json, about, rows, layers.COLUMNS, machine=about, bandwidth=bandwidth)
     if options.plot:
-        _write("--plot", options.plot, layers.plot(found))
+        _write("--plot", options.plot, layers.plot(rows))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +122,7 @@ class StepOptions(JsonOptions):
 
 
 def _step(arguments: list[str]) -> None:
+    """Time the training step of a config in comparison with another one."""
     options, config = parse_with_config("mot bench step", StepOptions, arguments)
     if options.topology:
         _refuse_timing(options, "rounds", "profile")
@@ -135,27 +133,28 @@ def _step(arguments: list[str]) -> None:
 
     name = Path(default_workdir(options.config)).name
     if options.against:
-        other, twin = Path(default_workdir(options.against)).name, load_config(options.against)
-        check(twin)
+        baseline_name, baseline = Path(default_workdir(options.against)).name, load_config(options.against)
+        check(baseline)
     else:
-        other, twin = f"{name}, dense", dense_of_equal_width(config)
-    if other == name:
-        other = options.against or name
+        baseline_name, baseline = f"{name}, dense", dense_of_equal_width(config)
+    if baseline_name == name:
+        baseline_name = options.against or name
+    configs = {name: config, baseline_name: baseline}
     if options.topology:
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
-        rows = ahead_of_time.memory_of_steps({name: config, other: twin}, options.topology, _progress)
+        rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress)
         about = {"topology": options.topology, "chips": "1"} | versions()
-        _tell(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
+        _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
         return
-    rows, reached = bench_step({name: config, other: twin}, rounds, _progress, options.profile)
+    rows, rates = bench_step(configs, rounds, _progress, options.profile)
     about = machine() | {
-        "matrix products": f"{reached['peak'] / 1e9:,.1f} GFLOP/s",
-        "memory bandwidth": f"{reached['bandwidth'] / 1e9:.1f} GB/s",
+        "matrix products": f"{rates['peak'] / 1e9:,.1f} GFLOP/s",
+        "memory bandwidth": f"{rates['bandwidth'] / 1e9:.1f} GB/s",
         "rounds": str(rounds),
     }
-    _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about, **reached)
+    _report(options.json, about, rows, COLUMNS, config=options.config, machine=about, **rates)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,13 +168,14 @@ class InputOptions(JsonOptions):
 
 
 def _input(arguments: list[str]) -> None:
+    """Time the input pipeline of a config."""
     options, config = parse_with_config("mot bench input", InputOptions, arguments)
     from mot_jax.benchmark.input import COLUMNS, bench_input
     from mot_jax.benchmark.timing import machine
 
     about = machine()
     row = bench_input(config, _progress, options.batches)
-    _tell(options.json, about, [row], COLUMNS, config=options.config, machine=about)
+    _report(options.json, about, [row], COLUMNS, config=options.config, machine=about)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,57 +191,80 @@ class DecodingOptions(JsonOptions):
 
 
 def _decoding(arguments: list[str]) -> None:
+    """Time the generation of texts in each inference mode."""
     options, config = parse_with_config("mot bench decoding", DecodingOptions, arguments)
-    batches = [positive("--batch", number) for number in options.batch.split(",")]
+    batches = _batch_sizes(options.batch)
     from mot_jax.benchmark.decoding import COLUMNS, bench_decoding
     from mot_jax.benchmark.timing import machine
 
     rows, rate = bench_decoding(config, batches, options.rounds, _progress)
     about = machine() | {"memory bandwidth": f"{rate / 1e9:.1f} GB/s"}
-    _tell(options.json, about, rows, COLUMNS, config=options.config, machine=about)
+    _report(options.json, about, rows, COLUMNS, config=options.config, machine=about)
+
+
+def _batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--batch = {text!r}: must be whole numbers, at least 1, with commas between them; try 1,8,32")
+    return [int(size) for size in sizes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AcceleratorOptions:
+    """Compare the numbers of one attached accelerator with those of the CPU, then time layers, steps and decoding."""
+
+    out: Directory = "benchmarks/results"
+    """Directory for the results as JSON and Markdown."""
+    parts: Annotated[str, tyro.conf.arg(metavar="PART,...")] = "numerics,layers,step,decoding"
+    """Parts to run, in this order. Further ones are `step_base_32e` and `step_d2048`."""
+    minutes: Positive = 7
+    """Minutes after which no part starts and a training run stops."""
+    small: Flag = False
+    """Use tiny sizes, to test that all parts run."""
+    small_headline: Flag = False
+    """Instead of the parts, train v1's two models for 4,000 steps each; another call resumes."""
 
 
 def _accelerator(arguments: list[str]) -> None:
-    parser = Parser(prog="mot bench accelerator", allow_abbrev=False)
-    parts = "numerics,layers,step,decoding"
-    parser.add_argument(
-        "--out", default="benchmarks/results", metavar="DIR", help="directory for results as JSON and Markdown"
-    )
-    parser.add_argument(
-        "--parts", default=parts, metavar="PART,...", help=f"in their order ({parts}; step_base_32e, step_d2048)"
-    )
-    parser.add_argument(
-        "--minutes", default="7", metavar="N", help="minutes after which no part starts and a run stops (7)"
-    )
-    parser.add_argument("--small", action="store_true", help="use tiny sizes, to test that all parts run")
-    headline = "instead: train v1's models, vocabulary 8,192, 4,000 steps each; a second call resumes"
-    parser.add_argument("--small-headline", action="store_true", help=headline)
-    options = parser.parse_args(arguments)
-    minutes = positive("--minutes", options.minutes)
+    """Run all benchmarks on one attached accelerator, after a comparison of its numbers with the CPU's."""
+    options = parse("mot bench accelerator", AcceleratorOptions, arguments)
     # The float64 reference needs a CPU device in addition; JAX is not initialized yet.
-    named = os.environ.get("JAX_PLATFORMS")
+    platforms = os.environ.get("JAX_PLATFORMS")
     import jax
 
-    if named and "cpu" not in named.split(","):
-        jax.config.update("jax_platforms", f"{named},cpu")
+    if platforms and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
     from mot_jax.benchmark.accelerator import bench_accelerator
 
-    chosen = ["headline"] if options.small_headline else options.parts.split(",")
-    failed = bench_accelerator(options.out, chosen, options.small, 60.0 * minutes, _progress)
-    if failed:
+    parts = ["headline"] if options.small_headline else options.parts.split(",")
+    if bench_accelerator(options.out, parts, options.small, 60.0 * options.minutes, _progress):
         sys.exit(1)
 
 
+COMMANDS = {
+    "layers": _layers,
+    "step": _step,
+    "input": _input,
+    "decoding": _decoding,
+    "accelerator": _accelerator,
+}
+
+
+def bench(arguments: list[str]) -> None:
+    """Measure layers, training steps, input or decoding."""
+    dispatch("mot bench", COMMANDS, arguments)
+
+
 def _refuse_timing(options: object, *names: str) -> None:
-    """Raises UserError with every one of these options that is given, since nothing is run under --topology."""
+    """Raise UserError for each of these options that is given: with `--topology` nothing is run."""
     given = [(name, value) for name in names if (value := getattr(options, name)) is not None]
     rule = "has no part in --topology, which compiles and runs nothing"
     if given:
         raise UserError(*(f"--{name} = {value}: {rule}; try without --{name}" for name, value in given))
 
 
-def _tell(json: str | None, about: dict[str, str], rows: list[dict], columns: Sequence[Any], **content: Any) -> None:
-    """Prints the table; writes `content` and the rows into the file `json`, if there is one to be."""
+def _report(json: str | None, about: dict[str, str], rows: list[dict], columns: Sequence[Any], **content: Any) -> None:
+    """Print the table, and write `content` and the rows to the file `json`, unless it is None."""
     from mot_jax.benchmark.report import markdown
 
     print("\n".join(markdown(about, rows, columns)))

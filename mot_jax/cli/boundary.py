@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -164,7 +165,8 @@ def _lenient_streams() -> Iterator[None]:
     """Standard streams that replace characters outside of their encoding, and outlive the reader of a pipe."""
     for stream in (sys.stdin, sys.stdout):  # standard error escapes such characters by default
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):  # it was read before, by a program that calls `main`
+                stream.reconfigure(errors="replace")
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (None if stream is None else _Output(stream) for stream in before)
     try:

@@ -1,10 +1,9 @@
-"""Shared by all commands: a config with changes by flags, errors in one line, JSON output."""
+"""Options that several commands share: JSON output, and the place of this process among others."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import tyro
 
@@ -13,19 +12,6 @@ from mot_jax.config import Config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are reported like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def positive(name: str, text: str, least: int = 1) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f"{name} = {text!r}: must be a whole number, at least {least}; try 32")
-    return int(text)
 
 
 def write_json(path: str, content: dict) -> None:
@@ -60,10 +46,7 @@ class ProcessOptions:
     """Index of this process, from 0. None: from the cluster's environment."""
 
 
-PROCESS = ["--coordinator", "--num-processes", "--process-id"]
-
-
-def process(options: argparse.Namespace | ProcessOptions, config: Config) -> distributed.Process | None:
+def process(options: ProcessOptions, config: Config) -> distributed.Process | None:
     """This process, of several, by the flags or else by the cluster."""
     named = distributed.from_flags(options.coordinator, options.num_processes, options.process_id)
     return named or distributed.detect(config.mesh.wait_seconds)

@@ -22,7 +22,12 @@ from mot_jax.errors import ReportedError, UserError, nearest
 
 Options = TypeVar("Options")
 HELP = ("-h", "--help")
-_EXAMPLES = {"CONFIG": "configs/demo.py", "WORKDIR": "runs/demo"}  # values that work, by metavar
+ABOUT_DEBUG = "--debug, at any place, prints the traceback of a reported error as well."
+_EXAMPLES = {
+    "CONFIG": "configs/demo.py",
+    "WORKDIR": "runs/demo",
+    "KIND": "token_choice",
+}  # values that work, by metavar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +94,24 @@ def _unwrap(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if typing.get_origin(hint) is Annotated else [hint]
 
 
+def flags_of(command: type) -> list[str]:
+    """The flags of a command's own options."""
+    return [flag for option in options_of(command) for flag in option.flags]
+
+
 def parse(prog: str, command: type[Options], arguments: Sequence[str]) -> Options:
     """Parse the arguments of a command without a config. Prints the help and exits for `--help`.
 
     Raises UserError with every error of the arguments.
     """
-    own = options_of(command)
-    values, chunks = _separate(arguments, _own_arities(own))
+    own_options = options_of(command)
+    values, chunks = _separate(arguments, _arities(own_options))
     if _asks_for_help(chunks):
         _show_help(prog, command)
-    known = [flag for option in own for flag in option.flags]
+    known = flags_of(command)
     unknown = [chunk[0] for chunk in chunks if _flag(chunk) not in known]
     faults = [f"{flag}: no such flag{nearest(flag.partition('=')[0], known)}" for flag in unknown]
-    faults += _own_faults(prog, own, values, chunks)
+    faults += _own_faults(prog, own_options, values, chunks)
     if faults:
         raise UserError(*faults)
     return _build(prog, command, [*values, *_joined(chunks)])
@@ -125,30 +135,71 @@ def parse_with_config(
     Raises:
         UserError: with every error of the arguments.
     """
-    own = options_of(command)
-    arities = _own_arities(own)
+    target, own_arguments, config_flags, faults = _split(prog, command, arguments)
+    loaded = load(target)
+    check(loaded)
+    config = override(prog, loaded, config_flags, flags_of(command), faults)
+    options = _build(prog, command, own_arguments)
+    check(config)
+    if load is not load_config and (changes := identity_changes(loaded, config)):
+        raise UserError(*changes)
+    return options, config
+
+
+def parse_with_config_flags(prog: str, command: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Parse as `parse_with_config`, and return the `--group.field VALUE` flags: their config depends on the options.
+
+    Raises UserError with every error of the command's own arguments.
+    """
+    _, own_arguments, config_flags, faults = _split(prog, command, arguments)
+    if faults:
+        raise UserError(*faults)
+    return _build(prog, command, own_arguments), config_flags
+
+
+def _split(prog: str, command: type, arguments: Sequence[str]) -> tuple[str, list[str], list[str], list[str]]:
+    """Split the arguments of a command with a config. Prints the help and exits for `--help`.
+
+    Returns:
+        The config or directory, the command's own arguments, the flags of config fields, and the errors of the former.
+    """
+    own_options = options_of(command)
+    arities = _arities(own_options)
     values, chunks = _separate(arguments, _config_arities() | arities)
     target = next((value for value in values if is_target(value)), values[0] if values else None)
     if _asks_for_help(chunks):
         _show_help(prog, command, _config_for_help(target))
     own_chunks = [chunk for chunk in chunks if _flag(chunk) in arities]
+    config_flags = [part for chunk in chunks if _flag(chunk) not in arities for part in chunk]
     if target is None:
-        default = next(f.default for f in dataclasses.fields(command) if f.name == _positional(own).field)  # type: ignore[arg-type]
-        if not isinstance(default, str):
-            raise UserError(f"{_positional(own).metavar} is missing; try {_example(prog, own)}")
-        target, values = default, [default]
-    loaded = load(target)
-    check(loaded)
+        positional = next(option for option in own_options if not option.flags)
+        if positional.required:
+            raise UserError(f"{positional.metavar} is missing; try {_example(prog, own_options)}")
+        target, values = positional.default, [positional.default]
     values.remove(target)
     faults = [f"{value}: not understood; flags are --group.field VALUE, as --training.steps 100" for value in values]
-    faults += _own_faults(prog, own, [target], own_chunks)
-    config_flags = [part for chunk in chunks if _flag(chunk) not in arities for part in chunk]
-    config = override(prog, loaded, config_flags, [*arities], faults)
-    options = _build(prog, command, [target, *_joined(own_chunks)])
-    check(config)
-    if load is not load_config and (changes := identity_changes(loaded, config)):
-        raise UserError(*changes)
-    return options, config
+    faults += _own_faults(prog, own_options, [target], own_chunks)
+    return target, [target, *_joined(own_chunks)], config_flags, faults
+
+
+def dispatch(prog: str, commands: Mapping[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
+    """Call the subcommand that the first argument names, with the others; its docstring is its line in the help.
+
+    Raises UserError if there is none.
+    """
+    if arguments[:1] and arguments[0] in HELP:
+        width = max(map(len, commands))
+        print(f"usage: {prog} COMMAND [arguments]\n")
+        for name, command in commands.items():
+            print(f"  {name:{width}}  {command.__doc__}")
+        print(f"\n`{prog} COMMAND --help` explains a command and its flags.\n{ABOUT_DEBUG}")
+        raise SystemExit(0)
+    if not arguments:
+        raise UserError(f"COMMAND is missing; try {prog} {next(iter(commands))}, or one of {', '.join(commands)}")
+    name, *rest = arguments
+    if name not in commands:
+        raise UserError(f"{name}: no such command{nearest(name, commands)}")
+    commands[name](rest)
 
 
 def load_run(workdir: str) -> Config:
@@ -159,7 +210,7 @@ def load_run(workdir: str) -> Config:
 
 
 def override(
-    prog: str, config: Config, flags: list[str], own: Sequence[str] = (), faults: Sequence[str] = ()
+    prog: str, config: Config, flags: list[str], own_flags: Sequence[str] = (), faults: Sequence[str] = ()
 ) -> Config:
     """Change the fields of a config that `--group.field VALUE` flags name.
 
@@ -167,14 +218,14 @@ def override(
         prog: the command as the user writes it.
         config: the config before the changes. Flags change fields of its feed-forward layer, never the kind.
         flags: the arguments.
-        own: flags of the command itself, among which the nearest one is looked for, too.
+        own_flags: flags of the command itself, among which the nearest one is looked for, too.
         faults: errors of other arguments, reported together with those of the flags.
 
     Raises:
         UserError: with every error.
     """
     hints = {name: hint for name, _, hint, _ in leaves(config)}
-    known = [*own, *map(_flag_of_field, hints)]
+    known = [*own_flags, *map(_flag_of_field, hints)]
     given, faults = chunks(flags), [*faults]
     unknown = False
     for chunk in given:
@@ -273,8 +324,8 @@ def _joined(chunks: list[list[str]]) -> list[str]:
     return ["=".join(chunk) for chunk in chunks]
 
 
-def _own_arities(own: list[Option]) -> dict[str, int | None]:
-    return {flag: 0 if option.hint is bool else 1 for option in own for flag in option.flags}
+def _arities(options: list[Option]) -> dict[str, int | None]:
+    return {flag: 0 if option.hint is bool else 1 for option in options for flag in option.flags}
 
 
 @functools.cache
@@ -293,16 +344,12 @@ def _config_arities() -> dict[str, int | None]:
     return arities
 
 
-def _positional(own: list[Option]) -> Option:
-    return next(option for option in own if not option.flags)
-
-
 # --- a command's own options ------------------------------------------------------------------------------------------
 
 
-def _own_faults(prog: str, own: list[Option], values: list[str], chunks: list[list[str]]) -> list[str]:
+def _own_faults(prog: str, options: list[Option], values: list[str], chunks: list[list[str]]) -> list[str]:
     """The errors of a command's own arguments: missing ones, and values of another type."""
-    by_flag = {flag: option for option in own for flag in option.flags}
+    by_flag = {flag: option for option in options for flag in option.flags}
     given: dict[str, list[str]] = {}
     faults = []
     for chunk in chunks:
@@ -319,17 +366,19 @@ def _own_faults(prog: str, own: list[Option], values: list[str], chunks: list[li
             rule = _type_fault(option, value)
         if rule:
             faults.append(f"{_flag(chunk)}{'' if value is None else f' = {value!r}'}: {rule}")
-    positional = [option for option in own if not option.flags]
+    positional = [option for option in options if not option.flags]
     missing = [option for option in positional if option.required][len(values) :]
-    missing += [option for option in own if option.flags and option.required and option.name not in given]
-    faults += [f"{option.name} is missing; try {_example(prog, own)}" for option in missing]
+    missing += [option for option in options if option.flags and option.required and option.name not in given]
+    faults += [f"{option.name} is missing; try {_example(prog, options)}" for option in missing]
     if positional and typing.get_origin(positional[-1].hint) is not tuple:
-        faults += [f"{value}: not understood; try {_example(prog, own)}" for value in values[len(positional) :]]
+        faults += [f"{value}: not understood; try {_example(prog, options)}" for value in values[len(positional) :]]
     return faults
 
 
 def _type_fault(option: Option, value: str) -> str | None:
     """The rule that a value of a command's own option breaks, with a value that works."""
+    if option.metavar in ("FILE", "DIR") and not value:
+        return f"must be a path; try {option.name} {_value_that_works(option)}"
     members = [member for member in union_members(option.hint) if member is not type(None)]
     choices = [
         choice for member in members if typing.get_origin(member) is Literal for choice in typing.get_args(member)
@@ -357,13 +406,13 @@ def _value_that_works(option: Option) -> str:
     return "32" if int in members else "0.5" if float in members else _EXAMPLES.get(option.metavar, option.metavar)
 
 
-def _example(prog: str, own: list[Option]) -> str:
+def _example(prog: str, options: list[Option]) -> str:
     """The shortest command with all required arguments."""
     words = [prog]
-    for option in own:
+    for option in options:
         value = _EXAMPLES.get(option.metavar, option.metavar)
         if not option.flags:
-            words.insert(1 + sum(not o.flags for o in own[: own.index(option)]), value)
+            words.insert(1 + sum(not o.flags for o in options[: options.index(option)]), value)
         elif option.required:
             words += [option.name, value]
     return " ".join(words)
@@ -402,14 +451,17 @@ def _config_for_help(target: str | None) -> Config:
 
 def _show_help(prog: str, command: type, config: Config | None = None) -> NoReturn:
     """Print the help of a command, with the flags of the config's fields if it has a config, and exit."""
-    if config is None:
-        tyro.cli(command, prog=prog, args=["--help"])
-    own = {option.field: tyro.MISSING if option.required else option.default for option in options_of(command)}
-    annotations = {
-        "own": Annotated[command, tyro.conf.arg(name="")],
-        "config": Annotated[tyro.conf.AvoidSubcommands[Config], tyro.conf.arg(name="")],
-    }
-    both = dataclasses.make_dataclass("both", annotations.items())
-    both.__doc__ = command.__doc__
-    tyro.cli(both, prog=prog, default=both(command(**own), config), args=["--help"])
+    shown, default = command, None
+    if config is not None:
+        defaults = {option.field: tyro.MISSING if option.required else option.default for option in options_of(command)}
+        annotations = {
+            "options": Annotated[command, tyro.conf.arg(name="")],
+            "config": Annotated[tyro.conf.AvoidSubcommands[Config], tyro.conf.arg(name="")],
+        }
+        shown = dataclasses.make_dataclass("shown", annotations.items())
+        shown.__doc__ = command.__doc__
+        default = shown(command(**defaults), config)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(shown, prog=prog, default=default, args=["--help"])
+    print(ABOUT_DEBUG)
     raise SystemExit(0)

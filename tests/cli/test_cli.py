@@ -6,13 +6,14 @@ import dataclasses
 import errno
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from mot_jax import cli, interop, training
-from mot_jax.config import Config, load_config
+from mot_jax.config import Config, leaves, load_config
 from mot_jax.data import tokenizers
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs import restore
@@ -172,14 +173,6 @@ def test_describe_prints_and_writes(capsys, tmp_path):
     assert f"{total:,}" in text
 
 
-def test_help_lists_every_field(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", DEMO, "--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    assert "--workdir" in text and "--model.feed-forward.group-size" in text
-
-
 @pytest.mark.parametrize("position", [0, 2, 4])
 def test_the_config_may_stand_at_any_place(started, position):
     arguments = ["--training.steps", "7", "--workdir", "somewhere"]
@@ -193,18 +186,91 @@ HELPED = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHE
 HELPED += [["data", name] for name in ("build", "inspect", "train-tokenizer")]
 
 
-@pytest.mark.parametrize("command", HELPED, ids=" ".join)
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_has_a_sentence_for_every_flag_without_a_config(capsys, monkeypatch, tmp_path, command, flag):
-    monkeypatch.chdir(tmp_path)
+def helps(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
-        cli.main([*command, flag])
+        cli.main(arguments)
     out, err = capsys.readouterr()
     assert exit_.value.code == 0 and not err
-    lines = [line.strip("│| ") for line in out.splitlines()]
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if re.match(r"--?[a-z]", line) and "  " not in line and not line.endswith(","):
-            assert following and following[0] not in "-╰+", f"{line}: has no help"
+    return out
+
+
+def texts_of_flags(page: str) -> dict[str, str]:
+    """The text of each argument of a help page; a flag with its metavar is one key."""
+    texts: dict[str, list[str]] = {}
+    name = ""
+    page = re.sub(r",\s*[│|]?\n[│| ]\s*(?=\w+[,}]|--)", ",", page)  # choices or names in two lines
+    for line in re.findall(r"^[│| ] (.*?) *[│|]?$", page, re.M):
+        if argument := re.match(r"(-{1,2}[a-z].*?|[A-Z]+)(?:  +(.*))?$", line):
+            name, text = argument.groups()
+            texts[name] = [text or ""]
+        elif name and line.startswith("  "):
+            texts[name].append(line.strip())
+        else:
+            name = ""  # the description of a group
+    return {name: " ".join(lines).strip() for name, lines in texts.items()}
+
+
+@pytest.mark.parametrize("command", HELPED, ids=" ".join)
+def test_help_has_a_sentence_for_every_flag_without_a_config(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    page = helps(capsys, *command, "--help")
+    assert helps(capsys, *command, "-h") == page and "--debug" in page
+    texts = texts_of_flags(page)
+    texts.pop("-h, --help", None)
+    if command not in (["data"], ["bench"]):
+        assert len(texts) >= 2
+    for flag, text in texts.items():
+        sentence = re.sub(r" \((default: .*|required|repeatable)\)$", "", text)
+        assert re.fullmatch(r"[A-Z`].*\.", sentence) and sentence.count(" ") > 1, f"{flag}: {text}"
+
+
+def test_help_of_training_has_every_field(capsys):
+    texts = texts_of_flags(helps(capsys, "train", "--help"))
+    flags = {re.split("[ ,]", flag)[0] for flag in texts}
+    fields = {f"--{name.replace('_', '-')}" for name, *_ in leaves(load_config(DEMO))}
+    assert fields <= flags
+
+
+def test_help_and_mistakes_do_not_import_jax(tmp_path):
+    """They end within the time of a few imports."""
+    script = """
+import sys
+from mot_jax import cli
+for line in sys.stdin:
+    try:
+        cli.main(line.split())
+    except SystemExit:
+        pass
+    assert "jax" not in sys.modules, line
+"""
+    commands = [*([*command, "-h"] for command in HELPED), [], ["trian"], ["data", "biuld"], ["bench"]]
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input="\n".join(map(" ".join, commands)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", DEMO, "--workdir", ""],
+        ["transition", "runs/x", "--to", "token_choice", "--steps", "1", "--output", ""],
+        ["describe", DEMO, "--json="],
+        ["data", "inspect", "mine", "--directory", ""],
+        ["data", "train-tokenizer", "mine", "--output", ""],
+        ["bench", "layers", "--plot", ""],
+        ["bench", "accelerator", "--out", ""],
+        ["export", "runs/x", "--output", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_refused(capsys, monkeypatch, arguments):
+    (line,) = fails(capsys, *arguments)
+    assert re.match(r"error: --(workdir|output|json|directory|plot|out) = '': must be a path; try --", line)
 
 
 def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
@@ -295,13 +361,22 @@ def test_data_builds_inspects_and_trains_a_tokenizer(capsys, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
-        ([], "error: the following arguments are required: build | inspect | train-tokenizer"),
-        (["buidl"], "error: argument build | inspect | train-tokenizer: invalid choice: 'buidl'"),
-        (["build", "mine"], "error: the following arguments are required: FILE; see mot data build --help"),
+        ([], "error: COMMAND is missing; try mot data build, or one of build, inspect, train-tokenizer"),
+        (["buidl"], "error: buidl: no such command; did you mean 'build'?"),
+        (["build", "mine"], "error: FILE is missing; try mot data build NAME FILE"),
         (["build", "mine", "/no/such/*.txt"], "error: FILE = '/no/such/*.txt': no such file"),
-        (["build", "mine", "x.txt", "--documents", "word"], "error: argument --documents: invalid choice: 'word'"),
-        (["build", "mine", "x.txt", "--workers", "0"], "error: --workers = 0: must be at least 1; try 1"),
-        (["train-tokenizer", "mine"], "error: the following arguments are required: --output"),
+        (
+            ["build", "mine", "x.txt", "--documents", "word"],
+            "error: --documents = 'word': must be 'file' or 'line' or 'paragraph'",
+        ),
+        (
+            ["build", "mine", "x.txt", "--workers", "0"],
+            "error: --workers = '0': must be a whole number, at least 1; try 32",
+        ),
+        (
+            ["train-tokenizer", "mine"],
+            "error: --output is missing; try mot data train-tokenizer NAME --output FILE",
+        ),
         (
             ["train-tokenizer", "mine", "--output", "t.txt"],
             "error: --output = 't.txt': must end in .json for a tokenizer of kind bpe; try 't.json'",
