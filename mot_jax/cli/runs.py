@@ -15,6 +15,7 @@ from mot_jax.cli.parsing import (
     ConfigFile,
     DirectoryOrNone,
     File,
+    Flag,
     NumberOrNone,
     Positive,
     PositiveOrNone,
@@ -40,6 +41,8 @@ class TrainOptions(ProcessOptions):
     """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
     workdir: DirectoryOrNone = None
     """Directory of the run. None: `runs/FILE`, or `runs/FILE_VARIANT` for a variant other than the default."""
+    take_over: Flag = False
+    """End a run that is in progress in the directory, in place of waiting for it."""
 
 
 def train(arguments: list[str]) -> None:
@@ -51,7 +54,7 @@ def train(arguments: list[str]) -> None:
     from mot_jax.inference.sample import SampleHook
 
     workdir = default_workdir(options.config) if options.workdir is None else user_path("workdir", options.workdir)
-    training.train(config, workdir, [SampleHook()])
+    training.train(config, workdir, [SampleHook()], options.take_over)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
