@@ -34,7 +34,7 @@ def mot() -> Config:
             feed_forward=MixtureOfTokensConfig(group_size=32, num_experts=512),  # width 64, by the default rule
             init=InitConfig(distribution="uniform", scale=1.0, cut=None),
             dtype="bfloat16",
-            scan_layers=False,  # a scan over blocks moves far more bytes (docs/performance.md)
+            scan_layers=False,  # a scan over blocks moves far more bytes (docs/notes/2026-11-26-step.md)
         ),
         data=DataConfig(corpus=("c4/en",), tokenizer="tokenizers/gpt2.json", validation_windows=16_384),
         training=TrainingConfig(

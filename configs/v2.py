@@ -34,7 +34,7 @@ def _medium(feed_forward: FeedForwardConfig, shuffle_group_size: int | None = No
             feed_forward=feed_forward,
             moe_blocks="last_half",
             dtype="bfloat16",
-            scan_layers=False,  # a scan over blocks moves far more bytes (docs/performance.md)
+            scan_layers=False,  # a scan over blocks moves far more bytes (docs/notes/2026-11-26-step.md)
         ),
         data=DataConfig(
             corpus=("c4/en",),
@@ -201,7 +201,7 @@ def base_masked_dense() -> Config:
 
 
 def base_masked_within() -> Config:
-    """A masked language model with the sizes of MoT-Base/32E that mixes 32 neighbours within each sequence.
+    """A masked language model with the sizes of MoT-Base/32E that mixes 32 neighbors within each sequence.
 
     The batches are those of base_masked.
 

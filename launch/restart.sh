@@ -1,8 +1,8 @@
 #!/bin/bash
-# Runs a command repeatedly until it finishes (exit code 0), has bad input (2), or this script receives a signal to stop:
-#   launch/restart.sh mot train configs/demo.py
+# Runs a command again while it ends with an exit code that a restart can remedy (launch/README.md has the table), until
+# this script receives a signal to stop: launch/restart.sh mot train configs/demo.py
 # Gives up after MOST_FAILURES (5) consecutive runs of less than SHORT (600) seconds. This is longer than processes wait
-# for each other, so that hosts do not wait forever for one that ended because of bad input.
+# for each other, so that hosts do not wait forever for one that is not restarted.
 
 set -uo pipefail
 
@@ -26,9 +26,15 @@ while true; do
     wait "$child"
     code=$?
   done
-  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || $stopped; then
-    exit "$code"
-  fi
+  if $stopped; then exit "$code"; fi
+  case $code in
+    0) exit 0 ;;
+    75 | 134 | 135 | 137 | 139 | 143) ;;
+    *)
+      echo "ended with code $code: not restarted" >&2
+      exit "$code"
+      ;;
+  esac
   if [ $((SECONDS - start)) -lt "$short" ]; then failures=$((failures + 1)); else failures=0; fi
   if [ "$failures" -ge "$most" ]; then
     echo "ended with code $code, after $failures consecutive runs of less than $short s: given up" >&2

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Trains on GPU nodes of a Slurm cluster: sbatch launch/slurm.sh [CONFIG] [--training.steps N ...]
-# Replace the words in capitals and the sizes. launch/README.md explains the flags.
+# Replace the sizes. The environment variable WORKDIR sets the workdir; without it, it is that of `mot train` below the
+# directory of sbatch, which must then be on a shared file system. launch/README.md explains the flags.
 #SBATCH --job-name=mot
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -17,8 +18,6 @@ set -uo pipefail
 
 config=${1:-configs/v2.py:medium_32e}
 shift || true
-name=$(basename "${config/.py:/_}" .py) # configs/v2.py:medium_32e -> v2_medium_32e
-workdir=${WORKDIR:-/SHARED/runs/$name}
 most_restarts=${MOST_RESTARTS:-100}
 
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \
@@ -29,20 +28,18 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # When a task is lost the others end on their own; a task that still runs two minutes after the first has ended is stuck.
-# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with a higher
-# code, so 2 is mapped to 255, the highest. The trap makes a task's shell wait for the checkpoint.
+# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with 75 or
+# 134, so 200 is added to small codes, which must not restart the run. The trap makes a task's shell wait for the
+# checkpoint.
 # shellcheck disable=SC2016
-task='trap : TERM; "$@"; code=$?; if [ $code -eq 2 ]; then exit 255; fi; exit $code'
-srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" --workdir "$workdir" "$@"
+task='trap : TERM; "$@"; code=$?; if [ $code -gt 0 ] && [ $code -lt 50 ]; then exit $((200 + code)); fi; exit $code'
+srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" ${WORKDIR:+--workdir "$WORKDIR"} "$@"
 code=$?
+if [ $code -gt 200 ]; then code=$((code - 200)); fi
 
-case $code in
+case $code in # launch/README.md has the table of exit codes
   0) echo "finished" ;;
-  255)
-    code=2
-    echo "bad input or a full disk: not restarted"
-    ;;
-  *)
+  75 | 134 | 135 | 137 | 139 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
       echo "ended with code $code: restarting from the last checkpoint"
       scontrol requeue "$SLURM_JOB_ID"
@@ -50,5 +47,6 @@ case $code in
       echo "ended with code $code after $most_restarts restarts: given up"
     fi
     ;;
+  *) echo "ended with code $code: not restarted" ;;
 esac
 exit $code

@@ -88,9 +88,33 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md")), ids=lambda p: p.name)
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+def prose(page: Path) -> str:
+    """The text of a page outside of fenced code."""
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_have_no_placeholders_and_no_broken_links(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    text = prose(page)
     assert "@@" not in text
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+SOURCES = [path for folder in ("mot_jax", "configs", "tests", "launch") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_code_names_pages_that_exist():
+    named = {page for path in SOURCES for page in re.findall(r"docs/[\w./-]+\.md", path.read_text())}
+    assert named and not [page for page in named if not (ROOT / page).exists()]

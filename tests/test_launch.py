@@ -24,6 +24,25 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 MANIFESTS = sorted((ROOT / "launch").glob("*.yaml"))
 README = (ROOT / "launch" / "README.md").read_text()
+KILLED = 128  # plus the number of the signal: a shell's exit code of a process that a signal killed
+RESTARTED = {exit_codes.RETRYABLE, exit_codes.PREEMPTED} | {
+    KILLED + number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
+}
+NODE_RESTARTED = 255  # containerd's exit code of a container that did not survive a restart of its node
+NOT_RESTARTED = {exit_codes.FINISHED, exit_codes.USER_ERROR, exit_codes.DIVERGED, exit_codes.INTERRUPTED, 1, 126, 127}
+
+
+@pytest.mark.parametrize("page", ["docs/pods.md", "launch/README.md"])
+def test_the_tables_of_exit_codes_are_complete(page):
+    text = (ROOT / page).read_text()
+    rows = re.findall(
+        r"^\| (\d+(?:, \d+)*)(?: \([^|]*\))? \|[^|]*\| (yes|no|restarted|not restarted|done) \|$", text, re.MULTILINE
+    )
+    verdicts = {int(code): verdict for codes, verdict in rows for code in codes.split(", ")}
+    assert {code for code, verdict in verdicts.items() if verdict in ("yes", "restarted")} == RESTARTED
+    assert {code for code, verdict in verdicts.items() if verdict not in ("yes", "restarted")} == (
+        NOT_RESTARTED - {126}
+    )
 
 
 def test_shellcheck_reports_nothing():
@@ -116,13 +135,13 @@ def job_set(request: pytest.FixtureRequest) -> dict:
     return manifest
 
 
-def test_a_misspelt_field_is_refused(job_set):
+def test_a_misspelled_field_is_refused(job_set):
     job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 0
     with pytest.raises(jsonschema.ValidationError, match="backofLimit"):
         jsonschema.validate(job_set, JOB_SET)
 
 
-def test_only_bad_input_ends_a_job_set(job_set):
+def test_a_job_set_restarts_the_documented_codes_only(job_set):
     policy = job_set["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 10
     assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
@@ -131,7 +150,7 @@ def test_only_bad_input_ends_a_job_set(job_set):
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    expected = {"containerName": container["name"], "operator": "In", "values": [exit_codes.USER_ERROR]}
+    expected = {"containerName": container["name"], "operator": "NotIn", "values": sorted(RESTARTED | {NODE_RESTARTED})}
     assert rule == {"action": "FailJob", "onExitCodes": expected}
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
 
@@ -149,14 +168,14 @@ def test_hosts_and_chips_are_those_of_the_topology(job_set):
 def test_mot_accepts_the_command_of_a_manifest(job_set):
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
+    assert container["args"][:1] == ["--workdir"]
     check_command([*container["command"], *container["args"]])
 
 
 def check_command(command: list[str]) -> None:
     """Assert that `mot train` parses and accepts a command."""
     assert command[:2] == ["mot", "train"]
-    parsed, _ = parse_with_config("mot train", TrainOptions, [str(ROOT / command[2]), *command[3:]])
-    assert parsed.workdir
+    parse_with_config("mot train", TrainOptions, [str(ROOT / command[2]), *command[3:]])
 
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -240,31 +259,24 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("codes", "code"),
     [
-        *((str(code), code) for code in (0, 2, 143, 75, 134, 137, 1)),
-        *(("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)),
+        *((str(code), code) for code in sorted(RESTARTED | NOT_RESTARTED)),
+        *(("2 75 134", 2), ("137 2", 2), ("1 134", 1), ("75 3", 3), ("75 127", 127), ("75 134", 134), ("0 143", 143)),
     ],
 )
-def test_slurm_requeues_a_run_unless_it_has_finished_or_a_task_has_bad_input(run, codes, code):
+def test_slurm_requeues_a_run_after_the_documented_codes_only(run, codes, code):
     exit_code, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
     assert exit_code == code
     assert shlex.split(calls[0])[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=120", "bash"]
     tasks, after = calls[1 : 1 + len(codes.split())], calls[1 + len(codes.split()) :]
     for task in tasks:
         check_command(shlex.split(task))
-    assert after == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+    assert after == (["scontrol requeue 17 "] if code in RESTARTED else [])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "workdir"),
-    [
-        ([], "/SHARED/runs/v2_medium_32e"),
-        (["configs/demo.py"], "/SHARED/runs/demo"),
-        (["configs/v2.py:base_32e"], "/SHARED/runs/v2_base_32e"),
-    ],
-)
-def test_slurm_names_the_workdir_after_file_and_variant(run, arguments, workdir):
-    _, (_, call), _ = run("slurm.sh", *arguments, SLURM_JOB_ID="17")
-    assert shlex.split(call)[3:5] == ["--workdir", workdir]
+@pytest.mark.parametrize(("environment", "flags"), [({}, []), ({"WORKDIR": "/w x"}, ["--workdir", "/w x"])])
+def test_slurm_leaves_the_default_workdir_to_mot(run, environment, flags):
+    _, (_, call), _ = run("slurm.sh", "configs/demo.py:mot", SLURM_JOB_ID="17", **environment)
+    assert shlex.split(call) == ["mot", "train", "configs/demo.py:mot", *flags]
 
 
 def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
@@ -283,7 +295,7 @@ def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
 def test_slurm_passes_config_and_flags_on_and_gives_up_in_the_end(run):
     arguments = ["configs/v1.py:dense", "--training.steps", "7", "--data.corpus", "a b"]
     _, calls, output = run(
-        "slurm.sh", *arguments, CODES="1", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w"
+        "slurm.sh", *arguments, CODES="75", SLURM_JOB_ID="17", SLURM_RESTART_COUNT="100", WORKDIR="/w"
     )
     _, call = calls
     assert shlex.split(call) == ["mot", "train", arguments[0], "--workdir", "/w", *arguments[1:]]
@@ -297,8 +309,16 @@ def test_slurm_signals_the_tasks_in_time_and_can_requeue():
     assert options["ntasks-per-node"] == options["gpus-per-node"]
 
 
-@pytest.mark.parametrize(("codes", "runs"), [("0", 1), ("2", 1), ("143 0", 2), ("75 134 137 2", 4), ("143 1", 5)])
-def test_restart_repeats_a_command_unless_it_has_finished_or_has_bad_input(run, codes, runs):
+@pytest.mark.parametrize(
+    ("codes", "runs"),
+    [
+        *((str(code), 1) for code in sorted(NOT_RESTARTED)),
+        *((f"{code} 0", 2) for code in sorted(RESTARTED)),
+        ("75 134 137 2", 4),
+        ("143 75", 5),
+    ],
+)
+def test_restart_repeats_a_command_after_the_documented_codes_only(run, codes, runs):
     code, calls, output = run("restart.sh", "mot", "train", "a b", CODES=codes)
     assert code == int(codes.split()[-1])
     assert calls == [r"mot train a\ b "] * runs

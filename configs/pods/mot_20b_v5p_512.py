@@ -3,7 +3,7 @@
 Command:    mot train configs/pods/mot_20b_v5p_512.py --workdir gs://BUCKET/runs/mot_20b   (launch/: on every host)
 Parameters: 20.1 B (1.31 B active)
 Plan:       mot plan configs/pods/mot_20b_v5p_512.py --topology v5p:8x8x8
-            30.5 of 95.7 GiB a chip, 238 ms a step without overlap, 167 with (docs/pods.md)
+            30.5 of 95.7 GiB a chip, 238 ms a step without overlap, 167 with (docs/notes/2026-11-26-pods-planned.md)
 Here:       not run.
 """
 
@@ -30,5 +30,5 @@ def get_config() -> Config:
     )
     optimizer = dataclasses.replace(base.training.optimizer, learning_rate=1e-4)
     training = dataclasses.replace(base.training, steps=100_000, batch_size=2048, optimizer=optimizer)
-    mesh = MeshConfig(data=-1, expert=32)  # less to move than with fsdp: docs/pods.md
+    mesh = MeshConfig(data=-1, expert=32)  # less to move than with fsdp: docs/notes/2026-11-26-pods-planned.md
     return dataclasses.replace(base, model=model, training=training, mesh=mesh)

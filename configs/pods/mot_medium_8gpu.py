@@ -3,7 +3,7 @@
 Command:    python train.py configs/pods/mot_medium_8gpu.py   (prepare the dataset first: docs/reproduce.md)
 Parameters: 337.4 M (51.4 M active)
 Plan:       mot plan configs/pods/mot_medium_8gpu.py --topology local:8
-            7.9 GiB a device, compiled for CPUs (docs/pods.md)
+            7.9 GiB a device, compiled for CPUs (docs/notes/2026-11-26-pods-planned.md)
 Here:       not run.
 """
 

@@ -34,7 +34,7 @@ def mixing_curves(rows: list[Row], title: str) -> bytes:
         for block, points in series.items():
             color = colormaps["viridis"](block / max(last_block, 1) * 0.9)
             axes.plot(*zip(*points, strict=True), style, color=color, label=label.format(block))
-    left.set(title="normalised entropy of the mixing weights; 1: uniform", ylim=(-0.02, 1.02))
+    left.set(title="normalized entropy of the mixing weights; 1: uniform", ylim=(-0.02, 1.02))
     right.set(title="RMS of the layer's update / RMS of the residual stream", yscale="log")
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter("{x:g}")

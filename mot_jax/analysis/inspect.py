@@ -42,7 +42,7 @@ _LABEL_CHARACTERS = 20  # of the text before a token
 def inspect(
     workdir: epath.PathLike, output: epath.PathLike | None = None, group: int = 0, position: int | None = None
 ) -> list[str]:
-    """Analyse a trained Mixture-of-Tokens model on validation text, and write pictures and tables.
+    """Analyze a trained Mixture-of-Tokens model on validation text, and write pictures and tables.
 
     entropy.png: entropies of the mixing weights and update/residual ratios over the steps, from metrics.jsonl.
     weights.png (and weights_emit.png if emit has weights of its own): the shares of one group's tokens at `position`.

@@ -252,7 +252,7 @@ class ModelConfig:
     scan_layers: bool = True
     """Scan over equal consecutive blocks with stacked parameters, so that compile time does not grow with depth.
     False: unrolled blocks with the same initial values.
-    A step then moves far fewer bytes and compiles for longer (`docs/performance.md`)."""
+    A step then moves far fewer bytes and compiles for longer (`docs/notes/2026-11-26-step.md`)."""
 
     def block_kinds(self) -> list[FeedForwardConfig]:
         """The feed-forward layer of each block."""

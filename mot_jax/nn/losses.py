@@ -16,7 +16,7 @@ class LossSums(NamedTuple):
     """Sums over targets, scalars. Only `loss` has a gradient.
 
     Attributes:
-        loss: the objective to minimise, nats + head_z x (log Z)^2, where Z is the sum of the exponentials of a target's
+        loss: the objective to minimize, nats + head_z x (log Z)^2, where Z is the sum of the exponentials of a target's
             logits. In promote_types(dtype, float32).
         nats: -log p(target). In promote_types(dtype, float32).
         correct: int32, the number of targets with the largest logit.

@@ -64,19 +64,19 @@ def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "
     """
     chex.assert_scalar_positive(group_size)
     batch, length = x.shape[:2]
-    positions: Axes = ()
+    position_axes: Axes = ()
     if groups == "within":
         words = f"sequence S = {length}, group size G = {group_size}"
         chex.assert_is_divisible(length, group_size, custom_message=words)
         shape = (batch * length // group_size, group_size, 1, *x.shape[2:])
-        rows = DIMENSIONS["sequences"]
+        batch_axes = DIMENSIONS["sequences"]
     else:
         chex.assert_is_divisible(batch, group_size, custom_message=f"batch B = {batch}, group size G = {group_size}")
         shape = (batch // group_size, group_size, *x.shape[1:])
-        rows, positions = whole_group_axes(x, group_size)
+        batch_axes, position_axes = whole_group_axes(x, group_size)
     rest = [None] * (x.ndim - 2)
-    x = reshard(x, rows, positions, *rest)
-    return jnp.reshape(x, shape, out_sharding=spec(rows, None, positions, *rest))
+    x = reshard(x, batch_axes, position_axes, *rest)
+    return jnp.reshape(x, shape, out_sharding=spec(batch_axes, None, position_axes, *rest))
 
 
 def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
@@ -88,11 +88,11 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
         raise AssertionError(f"x is [N, G, S, ...]: groups, group size, sequence; its rank is {x.ndim}")
     length = x.shape[2] if length is None else length
     shape = (x.shape[0] * x.shape[1] * x.shape[2] // length, length, *x.shape[3:])
-    rows, _, positions, *_ = axes_of(x)
+    group_axes, _, position_axes, *_ = axes_of(x)
     rest = [None] * (x.ndim - 3)
-    x = jnp.reshape(x, shape, out_sharding=spec(rows, positions, *rest))
-    moved = tuple(axis for axis in positions if axis in DIMENSIONS["sequences"])
-    return reshard(x, rows + moved, tuple(axis for axis in positions if axis not in moved), *rest)
+    x = jnp.reshape(x, shape, out_sharding=spec(group_axes, position_axes, *rest))
+    moved = tuple(axis for axis in position_axes if axis in DIMENSIONS["sequences"])
+    return reshard(x, group_axes + moved, tuple(axis for axis in position_axes if axis not in moved), *rest)
 
 
 # --- mixing weights ---------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def emit_weights(
     token_mask: jax.Array | None = None,
     temperature: float | jax.Array | None = None,
 ) -> jax.Array | None:
-    """Compute the emit weights Q, or return None if they are the merge weights (the paper's default).
+    """Compute the emit weights Q, Y = Q O; None if they are the merge weights M (the paper's default).
 
     Args:
         merge_weights: M, [N, G, S, E].

@@ -343,7 +343,7 @@ def sum_experts(
     Returns:
         [B, S, D], sharded over the batch.
     """
-    rows, hidden, expert_devices = spec("sequences"), spec("hidden"), axis_size("expert")
+    batch_spec, hidden, expert_devices = spec("sequences"), spec("hidden"), axis_size("expert")
 
     def apply_local(
         inputs: jax.Array, experts: jax.Array, weights: jax.Array, params: dict[str, jax.Array]
@@ -365,12 +365,12 @@ def sum_experts(
 
     def on_mesh(inputs: jax.Array, experts: jax.Array, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
         params = {name: w.astype(inputs.dtype) for name, w in params.items()}
-        if rows is None:
+        if batch_spec is None:
             return apply_local(inputs, experts, weights, params)
         params = {name: reshard(w, *_WEIGHTS[name]) for name, w in params.items()}
         partitions = {name: spec(*_WEIGHTS[name]) for name in params}
         inputs, experts, weights = (reshard(a, "sequences", *[None] * (a.ndim - 1)) for a in (inputs, experts, weights))
-        mapped = jax.shard_map(on_device, in_specs=(rows, rows, rows, partitions), out_specs=rows)
+        mapped = jax.shard_map(on_device, in_specs=(*[batch_spec] * 3, partitions), out_specs=batch_spec)
         return mapped(inputs, experts, weights, params)
 
     params = {"w_in": w_in, "w_out": w_out} | ({} if w_gate is None else {"w_gate": w_gate})

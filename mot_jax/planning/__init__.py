@@ -1,1 +1,1 @@
-"""Memory, collectives and modelled time of a training step, compiled ahead of time for a target topology."""
+"""Memory, collectives and modeled time of a training step, compiled ahead of time for a target topology."""

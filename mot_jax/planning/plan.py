@@ -42,7 +42,7 @@ class Plan:
 
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
-    times also if the device's figures are not known. efficiency: modelled MFU without and with overlap; None if the
+    times also if the device's figures are not known. efficiency: modeled MFU without and with overlap; None if the
     times lack a part of the program that was not understood.
     """
 
@@ -107,13 +107,13 @@ class Plan:
 
     def _time_lines(self) -> list[str]:
         if not (self.times and self.program):
-            return ["No modelled time: the peak, memory bandwidth or network of these devices is not known."]
+            return ["No modeled time: the peak, memory bandwidth or network of these devices is not known."]
         t, at_least = self.times, "at least " if self.program.unknown else ""
         serial, overlapped = (f", MFU {share:.1%}" for share in self.efficiency) if self.efficiency else ("", "")
         parts = {"computation bound by FLOPs": t.compute, "computation bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
         return [
-            *table("Modelled milliseconds", rows),
+            *table("Modeled milliseconds", rows),
             f"  without overlap  {at_least}{1e3 * t.serial:,.2f} ms{serial}; largest part: {t.bound}",
             f"  full overlap     {at_least}{1e3 * t.overlapped:,.2f} ms{overlapped}; bound by: {t.overlapped_bound}",
         ]
@@ -136,7 +136,7 @@ def plan_training(
         chips: Use only so many of the chips, the first ones; None uses all.
 
     Returns:
-        Memory, collectives and modelled times.
+        Memory, collectives and modeled times.
 
     Raises:
         UserError: For an impossible topology or mesh, before anything is compiled.

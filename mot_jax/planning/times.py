@@ -1,4 +1,4 @@
-"""Modelled time of a step, from the work of its program (`program.py`) and the device's figures (`cost/hardware.py`).
+"""Modeled time of a step, from the work of its program (`program.py`) and the device's figures (`cost/hardware.py`).
 
 A body takes the larger of FLOPs / peak and HBM bytes / bandwidth. A collective of B bytes over n chips:
 
@@ -13,13 +13,13 @@ Chips at a distance of `stride` share their links with the groups between them, 
 Gathers and reductions use the links of all dimensions at once. An all-to-all sends B / n from each chip to each: in a
 ring of n, a message travels n / 4 links on average, so n chips x B x n / 4 pass over 2 n links; on a line, the middle
 link carries n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry
-their own share at the same time. A group whose coordinates do not form a box is modelled with one link for each chip.
+their own share at the same time. A group whose coordinates do not form a box is modeled with one link for each chip.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
 network; an all-to-all sends (n - 1) / n of its bytes there.
 
-Latency and contention between collectives are not modelled: on hundreds of chips, small collectives take longer.
+Latency and contention between collectives are not modeled: on hundreds of chips, small collectives take longer.
 """
 
 from __future__ import annotations

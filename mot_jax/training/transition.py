@@ -37,7 +37,8 @@ from mot_jax.training.evaluation import evaluate_run
 
 TARGETS = ("token_choice",)
 
-# The best in short trials (docs/inference.md): fractions of the peak learning rate and of the warm-up steps of the run.
+# Fractions of the run's peak learning rate and warm-up steps, the best in short trials
+# (docs/notes/2026-11-26-inference-modes.md).
 _LEARNING_RATE, _WARMUP = 0.4, 0.1
 
 

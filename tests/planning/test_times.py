@@ -1,4 +1,4 @@
-"""Modelled seconds of collectives on tori, against hand-computed values."""
+"""Modeled seconds of collectives on tori, against hand-computed values."""
 
 from __future__ import annotations
 
