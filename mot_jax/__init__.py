@@ -62,7 +62,9 @@ _LAZY = {
 }
 
 
-def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -> dict[str, Any]:
+def train(
+    config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), take_over: bool = False
+) -> dict[str, Any]:
     """Train a model, or resume the run in `workdir`, as `mot train` does.
 
     This is `mot_jax.training.train` with a `SampleHook`: at the end of the run it writes `sample.txt`, a text of
@@ -72,17 +74,19 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
         config: the experiment.
         workdir: the directory of the run: new, empty, or that of the same experiment.
         hooks: called in each step, in addition to those that log, validate and save checkpoints.
+        take_over: do not wait for another run that is in progress in `workdir`, but end it.
 
     Returns:
         The last validation row: loss in nats per token, bits_per_byte, ...
 
     Raises:
         UserError: before the workdir is touched, for every error in the config, the workdir or the data.
+        RetryableError: if another run is in progress in the workdir, or a store fails.
     """
     from mot_jax import training
     from mot_jax.inference.sample import SampleHook
 
-    return training.train(config, workdir, [*hooks, SampleHook()])
+    return training.train(config, workdir, [*hooks, SampleHook()], take_over)
 
 
 def __getattr__(name: str) -> Any:

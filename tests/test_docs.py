@@ -76,7 +76,7 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
     """Every config of the paper has a command, and no two commands share a workdir."""
     started: list[tuple[str, Config]] = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(training, "train", lambda config, workdir, hooks: started.append((workdir, config)))
+    monkeypatch.setattr(training, "train", lambda config, workdir, *_: started.append((workdir, config)))
     commands = re.findall(r"`python train\.py (.*?)`", REPRODUCE.read_text())
     for command in commands:
         cli.main(["train", *command.split()])

@@ -30,8 +30,8 @@ COMMANDS = {
 } | {"import": convert.import_}
 DEBUG = "--debug"  # accepted by every command, anywhere among the arguments
 MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
-# Commands that retain freed memory: they allocate and free large arrays in every step. Generation does not, and is slower
-# with this setting (docs/notes/2026-11-28-allocator.md).
+# Commands that retain freed memory, since every step allocates and frees large arrays. Generation does not, and is
+# slower with this setting (docs/notes/2026-11-28-allocator.md).
 LARGE_ARRAYS = ("train", "transition", "evaluate", "bench layers", "bench step")
 
 
@@ -48,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()
     with distributed.ending(), boundary(debug, program):
-        if arguments[:1] and arguments[0] not in MEASURING:
+        if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()
-        dispatch("mot", COMMANDS, arguments)
+        about = "Train, run and benchmark Mixture-of-Tokens language models in JAX."
+        dispatch("mot", about, COMMANDS, arguments)
 
 
 def train() -> None:

@@ -64,7 +64,7 @@ class LayersOptions(JsonOptions):
 def _layers(arguments: list[str]) -> None:
     """Time one layer of each kind in comparison with the dense one."""
     options = parse("mot bench layers", LayersOptions, arguments)
-    if options.topology:
+    if options.topology and not options.counts:
         _refuse_timing(options, "kinds", "rounds", "plot", "profile")
     rounds = options.rounds or 20
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
@@ -85,7 +85,7 @@ def _layers(arguments: list[str]) -> None:
         dtype = options.dtype or "bfloat16"
         shapes = shapes or paper_shapes(on_cpu=False)
         rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress)
-        about = versions() | {"topology": options.topology, "dtype": dtype, "parameters in": options.param_dtype}
+        about = {"topology": options.topology, "dtype": str(dtype), "parameters in": options.param_dtype} | versions()
         _report(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
         return
     import jax
@@ -252,7 +252,7 @@ COMMANDS = {
 
 def bench(arguments: list[str]) -> None:
     """Measure layers, training steps, input or decoding."""
-    dispatch("mot bench", COMMANDS, arguments)
+    dispatch("mot bench", "Measure costs on this machine, or compile for a target device.", COMMANDS, arguments)
 
 
 def _refuse_timing(options: object, *names: str) -> None:

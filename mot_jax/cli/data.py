@@ -111,4 +111,4 @@ COMMANDS = {"build": build, "inspect": inspect, "train-tokenizer": train_tokeniz
 
 def data(arguments: list[str]) -> None:
     """Build or inspect a corpus, or train a tokenizer on one."""
-    dispatch("mot data", COMMANDS, arguments)
+    dispatch("mot data", "Prepare text for training.", COMMANDS, arguments)

@@ -70,9 +70,9 @@ def generate(arguments: list[str]) -> None:
     prompts, model = _texts("mot generate", options, "prompt"), _model(options, config)
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     shown = 0
-    found: list[Any] = []
+    continuations: list[Any] = []
     first = distributed.is_first()
-    for found in model.stream(
+    for continuations in model.stream(
         prompts,
         max_tokens=options.tokens,
         temperature=options.temperature,
@@ -82,14 +82,14 @@ def generate(arguments: list[str]) -> None:
         seed=options.seed,
     ):
         if len(prompts) == 1 and first:  # while it is generated, except for a possibly incomplete character
-            text = prompts[0] + found[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
+            text = prompts[0] + continuations[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
             print(text[shown:], end="", flush=True)
             shown = len(text)
     if not first:
         return
     if len(prompts) == 1:
-        print((prompts[0] + found[0].text)[shown:])
-    for prompt, continuation in zip(prompts, found, strict=True):
+        print((prompts[0] + continuations[0].text)[shown:])
+    for prompt, continuation in zip(prompts, continuations, strict=True):
         if len(prompts) > 1:
             print(f"--- prompt\n{prompt}\n--- continued\n{continuation.text}\n")
     if options.json:
@@ -101,7 +101,7 @@ def generate(arguments: list[str]) -> None:
                 "log_probs": f.log_probs.tolist(),
                 "finished": f.finished,
             }
-            for prompt, f in zip(prompts, found, strict=True)
+            for prompt, f in zip(prompts, continuations, strict=True)
         ]
         write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
 

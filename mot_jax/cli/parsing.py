@@ -26,7 +26,9 @@ ABOUT_DEBUG = "--debug, at any place, prints the traceback of a reported error a
 _EXAMPLES = {
     "CONFIG": "configs/demo.py",
     "WORKDIR": "runs/demo",
+    "DIR": "runs/mine",
     "KIND": "token_choice",
+    "N": "100",
 }  # values that work, by metavar
 
 
@@ -182,14 +184,21 @@ def _split(prog: str, command: type, arguments: Sequence[str]) -> tuple[str, lis
     return target, [target, *_joined(own_chunks)], config_flags, faults
 
 
-def dispatch(prog: str, commands: Mapping[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
-    """Call the subcommand that the first argument names, with the others; its docstring is its line in the help.
+def dispatch(prog: str, about: str, commands: Mapping[str, Callable[[list[str]], None]], arguments: list[str]) -> None:
+    """Call the subcommand that the first argument names, with the others.
 
-    Raises UserError if there is none.
+    Args:
+        prog: the command as the user writes it.
+        about: sentence for the help.
+        commands: functions by name; the docstring of each is its line in the help.
+        arguments: those after `prog`.
+
+    Raises:
+        UserError: if there is no such subcommand.
     """
     if arguments[:1] and arguments[0] in HELP:
         width = max(map(len, commands))
-        print(f"usage: {prog} COMMAND [arguments]\n")
+        print(f"usage: {prog} COMMAND [arguments]\n\n{about}\n")
         for name, command in commands.items():
             print(f"  {name:{width}}  {command.__doc__}")
         print(f"\n`{prog} COMMAND --help` explains a command and its flags.\n{ABOUT_DEBUG}")
@@ -377,9 +386,10 @@ def _own_faults(prog: str, options: list[Option], values: list[str], chunks: lis
 
 def _type_fault(option: Option, value: str) -> str | None:
     """The rule that a value of a command's own option breaks, with a value that works."""
-    if option.metavar in ("FILE", "DIR") and not value:
-        return f"must be a path; try {option.name} {_value_that_works(option)}"
     members = [member for member in union_members(option.hint) if member is not type(None)]
+    if not value and str in members and option.metavar != "TEXT":
+        rule = "be a path" if option.metavar in ("FILE", "DIR") else "not be empty"
+        return f"must {rule}; try {option.name} {_value_that_works(option)}"
     choices = [
         choice for member in members if typing.get_origin(member) is Literal for choice in typing.get_args(member)
     ]

@@ -15,6 +15,7 @@ from mot_jax.cli.parsing import (
     ConfigFile,
     DirectoryOrNone,
     File,
+    Flag,
     NumberOrNone,
     Positive,
     PositiveOrNone,
@@ -40,6 +41,8 @@ class TrainOptions(ProcessOptions):
     """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
     workdir: DirectoryOrNone = None
     """Directory of the run. None: `runs/FILE`, or `runs/FILE_VARIANT` for a variant other than the default."""
+    take_over: Flag = False
+    """End a run that is in progress in the directory, in place of waiting for it."""
 
 
 def train(arguments: list[str]) -> None:
@@ -51,7 +54,7 @@ def train(arguments: list[str]) -> None:
     from mot_jax.inference.sample import SampleHook
 
     workdir = default_workdir(options.config) if options.workdir is None else user_path("workdir", options.workdir)
-    training.train(config, workdir, [SampleHook()])
+    training.train(config, workdir, [SampleHook()], options.take_over)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,25 +135,25 @@ def evaluate(arguments: list[str]) -> None:
         config = regrouped(config, options.group_size)
     mode, split = options.mode or trained_mode(config), options.split or config.data.validation_split
     if mode != "all":
-        mode_of(mode, also=["all"]).change(config)  # or say why not
+        mode_of(mode, also=["all"]).change(config)  # raises UserError if the config has no such mode
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.modes.companions import load_companions
     from mot_jax.runs import scores
     from mot_jax.training import evaluation
 
-    faults = {}
+    reasons = {}  # why a mode is left out
     if mode == "all":
         companions = load_companions(options.workdir)
-        faults = {name: fault for name in MODES if (fault := lacking(name, config, companions))}
-    modes = [name for name in MODES if name not in faults] if mode == "all" else [mode]
-    found = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes)
+        reasons = {name: reason for name in MODES if (reason := lacking(name, config, companions))}
+    modes = [name for name in MODES if name not in reasons] if mode == "all" else [mode]
+    results = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes)
     if not distributed.is_first():
         return
-    scores.show(config, found)
-    for name, fault in faults.items():
-        print(f"{name} is left out: {fault}")
+    scores.show(config, results)
+    for name, reason in reasons.items():
+        print(f"{name} is left out: {reason}")
     if options.json:
-        about = found[0] if len(found) == 1 else {"split": split, "modes": found}
+        about = results[0] if len(results) == 1 else {"split": split, "modes": results}
         write_json(options.json, {"workdir": options.workdir, **about})
 
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+import traceback
 from collections.abc import Sequence
 
+import jax
 from etils import epath
 
 from mot_jax.config import Config
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.order import filled_share
+from mot_jax.errors import ReportedError
+from mot_jax.runs import owner
+from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
 from mot_jax.training.hooks import default_hooks
-from mot_jax.training.run import Run, begin, finish, is_finished, last_validation, prepare, write_workdir
+from mot_jax.training.run import Run, begin, finish, is_finished, last_validation, prepare
 from mot_jax.training.trainer import Hook, Trainer
 
 _FILLED = 0.5  # the share of filled places in validation groups below which a warning is printed
 _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those of the whole group
 
 
-def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -> Row:
+def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), take_over: bool = False) -> Row:
     """Train a model, or resume the run in `workdir`.
 
     With several processes, each calls this with the same arguments. A SIGTERM saves a checkpoint and raises SystemExit.
+    The traceback of an error is also written to `error.txt` in the workdir.
 
     Args:
         config: the experiment.
         workdir: the directory of the run: new, empty, or that of the same experiment.
         hooks: called in each step, in addition to those that log, validate and save checkpoints. No text sample is
             written without `mot_jax.inference.sample.SampleHook`, which `mot_jax.train` adds.
+        take_over: do not wait for another run that is in progress in `workdir`, but end it.
 
     Returns:
         The last validation row: loss in nats per token, bits_per_byte, ...; that of an earlier step if a hook stopped
@@ -36,14 +46,27 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
 
     Raises:
         UserError: before the workdir is touched, for every error in the config, the workdir or the data.
+        RetryableError: if another run is in progress in the workdir, or a store fails.
     """
     run = prepare(config, workdir)
+    try:
+        return _train(run, hooks, take_over)
+    except Exception as error:
+        # Not into the directory of another run, for which this one has waited.
+        if owner.is_held(run.workdir) or not (distributed.is_first() or isinstance(error, ReportedError)):
+            _write_traceback(run)
+        raise
+    finally:
+        owner.release(run.workdir)
+
+
+def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
+    config = run.config
     steps, console = config.training.steps, Console(config.training.steps, quiet=not distributed.is_first())
     if is_finished(run):
-        write_workdir(run)  # its free fields may have changed
         console.line(f"{run.workdir} has its {steps} steps: nothing left to train")
         return _report(run, console)
-    start = begin(run)
+    start = begin(run, take_over)
     for line in start.notes:
         console.line(line)
     console.line(f"{run.workdir}: {f'resuming from step {start.step}' if start.step else 'a new run'}, {steps} steps")
@@ -56,6 +79,14 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -
         return last_validation(run)
     finish(run)
     return _report(run, console)
+
+
+def _write_traceback(run: Run) -> None:
+    """Write the current error to `error.txt` of the workdir, or `error_I.txt` if process I is one of several."""
+    name = "error.txt" if jax.process_count() == 1 else f"error_{jax.process_index()}.txt"
+    about = [time.strftime("%Y-%m-%d %H:%M:%S %Z"), " ".join(sys.argv), *(f"{k} {v}" for k, v in versions().items())]
+    with contextlib.suppress(Exception):  # the disk may be full; the error itself is reported in any case
+        (run.workdir / name).write_text("\n".join([*about, "", traceback.format_exc()]))
 
 
 def _summary(run: Run) -> list[str]:

@@ -24,6 +24,7 @@ from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
 from mot_jax.modes.companions import choose, load_companions, save_companions
 from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.restore import check_data, newest_step
@@ -35,6 +36,7 @@ from mot_jax.training.transition import check_transition, transition_state
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
 RESULT = "result.json"  # the last file that a run writes: the mark of a finished one
+_BEFORE_CONFIG = ("config.json.new", owner.FILE, f"{owner.FILE}.new")  # files of a run that was killed at its start
 _VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
 
 
@@ -108,15 +110,25 @@ def is_finished(run: Run) -> bool:
     return distributed.gather(finished)[0]
 
 
-def begin(run: Run) -> Start:
+def begin(run: Run, take_over: bool = False) -> Start:
     """Create the workdir, and the state of a new run or that of the newest checkpoint.
 
-    With several processes, each calls this.
+    With several processes, each calls this. Process 0 becomes the owner of the workdir (`runs/owner.py`), until
+    `finish`, or until it ends.
+
+    Args:
+        take_over: become the owner at once, even if another run is in progress in this workdir.
 
     Raises:
         UserError: if the workdir cannot be written, is not shared by all processes, or has a damaged checkpoint.
-        RetryableError: if a checkpoint cannot be read now.
+        RetryableError: if a checkpoint cannot be read now, or another run is in progress in the workdir.
     """
+    with distributed.together():
+        if distributed.is_first():
+            owner.acquire(run.workdir, jax.process_count(), take_over)
+            # Another run may have begun or continued there since `prepare`.
+            _check_workdir(run.config, run.workdir)
+            check_data(run.fingerprints, run.config, run.workdir)
     write_workdir(run)
     # Opening the checkpoints also removes the remains of interrupted saves.
     with Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.max_to_keep) as checkpoints:
@@ -171,6 +183,7 @@ def finish(run: Run) -> Row:
             replace_file(run.workdir / "loss.png", plot_curves({run.workdir.name: rows}))
             content = strict_json.dumps(result, indent=1)
             replace_file(run.workdir / RESULT, (content + "\n").encode())
+            owner.release(run.workdir)
     return last_validation(run)
 
 
@@ -266,7 +279,7 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
             raise UserError(*(f"workdir = {workdir} has another run: {c}; try a new --workdir" for c in changes))
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
-    elif workdir.exists() and any(child.name != "config.json.new" for child in workdir.iterdir()):
+    elif workdir.exists() and any(child.name not in _BEFORE_CONFIG for child in workdir.iterdir()):
         raise UserError(f"workdir = {workdir}: has files, but no run (no config.json); try {workdir / 'run'}")
 
 

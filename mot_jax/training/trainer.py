@@ -13,6 +13,7 @@ import jax
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import train_batches
 from mot_jax.nn.sharding import local_sequences, place_microbatches
+from mot_jax.runs import owner
 from mot_jax.runtime import distributed
 from mot_jax.training.evaluation import Result, evaluated_config, make_evaluation
 from mot_jax.training.run import Run, Start
@@ -91,7 +92,10 @@ class Trainer:
 
         Returns its metrics, scalars: those of `make_train_step`, on the devices, which may still be computing them;
         and shared_document_share, the share of the batch's groups with two sequences of one document.
+
+        Raises UserError if another run has taken over the workdir.
         """
+        owner.check(self.run.workdir)
         begin = time.perf_counter()
         batch = next(self._batches)
         self.data_wait += time.perf_counter() - begin

@@ -154,7 +154,7 @@ def test_an_empty_workdir_is_refused(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.main(["train", DEMO, "--workdir", ""])
     assert ended.value.code == exit_codes.USER_ERROR
-    assert capsys.readouterr().err == "error: workdir = '': must be a path; try runs/demo\n"
+    assert capsys.readouterr().err == "error: --workdir = '': must be a path; try --workdir runs/mine\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,7 +36,7 @@ def fails(capsys, *arguments: str) -> list[str]:
 def started(monkeypatch) -> list[tuple[Config, str]]:
     """The arguments with which `mot train` calls the training loop."""
     calls: list[tuple[Config, str]] = []
-    monkeypatch.setattr(training, "train", lambda config, workdir, hooks: calls.append((config, str(workdir))))
+    monkeypatch.setattr(training, "train", lambda config, workdir, *_: calls.append((config, str(workdir))))
     return calls
 
 
@@ -307,7 +307,7 @@ def test_a_config_tells_all_its_faults(capsys):
 @pytest.mark.parametrize(
     ("arguments", "start"),
     [
-        (["train", "--workdir"], "error: --workdir: a value is missing; try --workdir DIR"),
+        (["train", "--workdir"], "error: --workdir: a value is missing; try --workdir runs/mine"),
         (
             ["describe", DEMO, "--json", "/no/such/place/x.json"],
             "error: --json = /no/such/place/x.json: cannot be written",
@@ -317,13 +317,16 @@ def test_a_config_tells_all_its_faults(capsys):
         (["inspect", "a", "--gruop", "1"], "error: --gruop: no such flag; did you mean '--group'?"),
         (["inspect", "a", "--group", "x"], "error: --group = 'x': must be a whole number; try 0"),
         (["inspect", "a", "--group"], "error: --group: a value is missing; try --group 0"),
-        (["export", "a"], "error: --output is missing; try mot export runs/demo --output DIR"),
+        (["export", "a"], "error: --output is missing; try mot export runs/demo --output runs/mine"),
         (
             ["export", "a", "--output", "b", "--overwrite=1"],
             "error: --overwrite = '1': takes no value; try --overwrite",
         ),
         (["inspect", "/no/such/run"], "error: workdir = /no/such/run: no such directory; try the --workdir of"),
         (["trian"], "error: trian: no such command; did you mean 'train'?"),
+        (["bench", "layer"], "error: layer: no such command; did you mean 'layers'?"),
+        (["bench", "layers", "--topology", ""], "error: --topology = '': must not be empty; try --topology"),
+        (["bench", "step", DEMO, "--against="], "error: --against = '': must not be empty; try --against configs"),
     ],
 )
 def test_mistakes_beside_the_config_are_one_line_too(capsys, arguments, start):

@@ -26,6 +26,7 @@ from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import metrics as log
+from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import abstract_state, create_state
@@ -77,6 +78,25 @@ def _amazon(patch: pytest.MonkeyPatch):
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     boto3.client("s3").create_bucket(Bucket="bucket")
     return None, server.stop
+
+
+def test_owner_is_created_exclusively(bucket, monkeypatch, capfd):
+    workdir = bucket / "owned"
+    owner.acquire(workdir)
+    first = owner.read(workdir)
+    assert first is not None and first["host"]
+    assert not owner._create(workdir / owner.FILE, first)
+    # Another machine's start.
+    ownership = owner._held.pop(str(workdir))
+    for name in ("_POLL_SECONDS", "_SETTLE_SECONDS", "STALE_SECONDS"):
+        monkeypatch.setattr(owner, name, 0.1)
+    owner.acquire(workdir)
+    assert "taken over from process" in capfd.readouterr().err
+    owner.check(workdir)
+    ownership.end()  # finds its successor, and removes nothing
+    assert ownership.successor == owner.read(workdir)
+    owner.release(workdir)
+    assert owner.read(workdir) is None
 
 
 def write(workdir: epath.Path, done: int, steps: range) -> None:

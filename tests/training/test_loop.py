@@ -22,7 +22,7 @@ from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
 from mot_jax.runs.metrics import read_rows
-from mot_jax.training import train
+from mot_jax.training import Hook, train
 
 
 def test_a_run_writes_all_files_that_the_readme_names(finished, tiny):
@@ -160,3 +160,21 @@ def test_a_masked_model_learns_more_than_the_most_frequent_token(tiny, tmp_path)
     training = dataclasses.replace(tiny.training, optimizer=optimizer, **steps)
     row = train(dataclasses.replace(tiny, model=model, training=training), tmp_path / "run")
     assert row["accuracy"] > row["most_frequent"] + 0.05
+
+
+class BugAt(Hook):
+    def after_step(self, trainer, metrics):
+        if trainer.step == 2:
+            raise ZeroDivisionError("a bug in a hook")
+
+
+def test_the_traceback_of_an_error_is_in_the_workdir(tiny, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train(tiny, tmp_path / "run", [BugAt()])
+    text = (tmp_path / "run" / "error.txt").read_text()
+    assert "ZeroDivisionError: a bug in a hook" in text and "jax 0." in text and "in after_step" in text
+    (changed := tmp_path / "other").mkdir()
+    (changed / "notes.txt").write_text("")
+    with pytest.raises(UserError, match="has files, but no run"):
+        train(tiny, changed, [BugAt()])
+    assert [path.name for path in changed.iterdir()] == ["notes.txt"]
