@@ -203,7 +203,8 @@ def three_steps(config: Config, state: TrainState) -> tuple[list[float], TrainSt
 
     def step(state: TrainState, gradients) -> TrainState:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state)
 
     mesh, losses = mesh_of(config), []
     with jax.set_mesh(mesh):
