@@ -56,8 +56,8 @@ def _default(field: dataclasses.Field) -> str:
 # (minimum, maximum) by the last part of a field's name. All other numbers must be finite and not negative.
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
-    "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_to_keep "
-    "validation_windows top_k routing_group_tokens".split(),
+    "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_skipped "
+    "max_to_keep validation_windows top_k routing_group_tokens".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}

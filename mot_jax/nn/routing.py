@@ -120,9 +120,7 @@ def expert_load(experts: jax.Array, num_experts: int) -> jax.Array:
     return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
 
 
-def load_balancing(
-    choices: Choices, token_mask: jax.Array | None = None, count: jax.Array | None = None
-) -> jax.Array:
+def load_balancing(choices: Choices, token_mask: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
     """Load-balancing loss E sum_e f_e p_e, mean over groups: 1 if all experts are even, E if one has all. Scalar.
 
     f is the experts' load and p their mean probability; only p has a gradient (Switch Transformer, GShard).
@@ -182,7 +180,7 @@ def _token_mean(values: jax.Array, valid: jax.Array, count: jax.Array | None = N
 
 
 def _group_mean(values: jax.Array, valid: jax.Array, count: jax.Array | None = None) -> jax.Array:
-    """Sum of values [N] over the groups with valid tokens, divided by `count`, or else by the number of these groups."""
+    """Mean of values [N] over the groups with valid tokens, or their sum divided by `count`."""
     count = group_count(valid) if count is None else count
     return jnp.where(valid.any(axis=1), values, 0).sum() / jnp.maximum(count, 1)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,16 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(partial(_create, config), out_shardings=shardings)(jax.random.key(config.training.seed))
+
+
+COUNTERS = ("skipped", "skipped_in_a_row")
+
+
+def state_of(content: dict[str, Any]) -> TrainState:
+    """The state of a checkpoint, from its fields; counters that an earlier version did not save are 0."""
+    sharding = content["step"].sharding
+    zeros = {name: spread(np.zeros((), np.int32), sharding) for name in COUNTERS if name not in content}
+    return TrainState(**(content | zeros))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

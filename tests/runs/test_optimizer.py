@@ -235,7 +235,7 @@ def test_on_eight_devices_and_restored(name, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state, 3 * B, config)
         checkpoints.wait()
-        restored, _, _ = checkpoints.restore(3, single, mesh_of(single))
+        restored = checkpoints.restore(3, single, mesh_of(single)).state
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
     chex.assert_trees_all_equal_structs(restored, state)
 

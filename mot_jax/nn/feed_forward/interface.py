@@ -64,8 +64,9 @@ class FeedForwardOutput:
     """The update [B, S, D], which the block adds to the residual stream."""
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    """Auxiliary losses by name: scalars, means over the batch, not yet multiplied by their weights. A microbatch returns
-    its sum divided by the count of the whole batch, so that the losses of all microbatches add up to that mean."""
+    """Auxiliary losses by name: scalars, means over the batch, not yet multiplied by their weights.
+    That of a microbatch is its sum divided by the count of the whole batch: those of all microbatches add up to the
+    mean."""
 
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Scalars to be logged, with the same keys in every block of a kind."""

@@ -182,7 +182,7 @@ class MixtureOfTokens(ExpertFeedForward):
     ) -> dict[str, jax.Array]:
         """The normalized entropies by name: means over x, or sums divided by these `counts`."""
         mask, counts = self._group_mask(context), counts or {}
-        weights_of = {"mixing_entropy": weights, "emit_entropy": emit_weights}
+        weights_of = {"mixing_entropy": weights, "emit_entropy": weights if emit_weights is None else emit_weights}
         return {
             name: mixing.normalised_entropy(weights_of[name], mask, axis, counts.get(name))
             for name, axis in self._entropy_axes().items()

@@ -63,7 +63,7 @@ class TokenChoice(ExpertFeedForward):
         if self.shared is not None:
             y += self.shared(x, context).y
         counts = context.loss_counts or {}
-        losses = {
+        functions = {
             "load_balancing": lambda count: routing.load_balancing(choices, mask, count),
             "router_z": lambda count: routing.router_z(logits, mask, count),
         }
@@ -72,7 +72,7 @@ class TokenChoice(ExpertFeedForward):
             "load_max": routing.largest_load(choices, mask),
             "router_entropy": routing.router_entropy(choices.probabilities, mask),
         }
-        losses = {n: loss(counts.get(n)) for n, loss in losses.items() if n in context.losses}
+        losses = {n: loss(counts.get(n)) for n, loss in functions.items() if n in context.losses}
         return FeedForwardOutput(y, losses, metrics)
 
     def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
