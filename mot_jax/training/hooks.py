@@ -189,8 +189,8 @@ class CheckpointHook(Hook):
         self._due = self._due or trainer.step % t.checkpoint_every == 0
         due = self._due or trainer.stopping
         with self._log.pause(trainer) if due else contextlib.nullcontext():  # reads the metrics of this step
-            if watch.skipped_in_a_row >= t.max_skipped:
-                problem = f"the updates of {watch.skipped_in_a_row} steps in a row were skipped, since their loss or"
+            if watch.most_in_a_row >= t.max_skipped:
+                problem = f"the updates of {watch.most_in_a_row} steps in a row were skipped, since their loss or"
                 raise self._diverged(trainer, f"{problem} gradient was not finite")
             if trainer.stopping and not watch.usable:
                 raise self._diverged(trainer, f"the norm of the parameters is not finite after step {trainer.step}")
