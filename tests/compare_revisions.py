@@ -46,6 +46,9 @@ def main(base: str, revision: str | None = None) -> int:
                     subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
     before, after = results
     for old, new in zip(before, after, strict=True):
+        if other := old.keys() ^ new.keys():
+            print(f"step {old['step']} ({old['split']}): only one revision logs {', '.join(sorted(other))}")
+        old, new = ({name: row[name] for name in row if name not in other} for row in (old, new))
         if old != new:
             print(f"differ at step {old['step']} ({old['split']}): {old} before, {new} after")
             return 1

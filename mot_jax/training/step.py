@@ -100,14 +100,10 @@ def make_train_step(
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[-1])
         gradient_rms = _rms(gradients)
         finite = _all_finite(total, gradient_rms)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        # A select and no `jax.lax.cond`: XLA fuses it with the update, which then still reads and writes each array
-        # once. A conditional is a barrier to fusion, and would copy the state.
-        params, opt_state = jax.tree.map(
-            partial(jnp.where, finite),
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
-        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+        # Selects, which XLA fuses with the update. A conditional would make the host wait on a GPU.
+        new_params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(partial(jnp.where, finite), new_params, state.params)
         # Not from `updates`: XLA fuses this form with the optimizer, which then reads and writes each array once.
         changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
         skipped = state.skipped + ~finite
