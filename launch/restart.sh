@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs a command repeatedly until it finishes (exit code 0), has bad input (2), or this script receives a signal to stop:
+# Runs a command repeatedly until it finishes (exit code 0), has bad input (2), has diverged (3), or this script receives a
+# signal to stop:
 #   launch/restart.sh mot train configs/demo.py
 # Gives up after MOST_FAILURES (5) consecutive runs of less than SHORT (600) seconds. This is longer than processes wait
 # for each other, so that hosts do not wait forever for one that ended because of bad input.
@@ -26,7 +27,7 @@ while true; do
     wait "$child"
     code=$?
   done
-  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || $stopped; then
+  if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ "$code" -eq 3 ] || $stopped; then
     exit "$code"
   fi
   if [ $((SECONDS - start)) -lt "$short" ]; then failures=$((failures + 1)); else failures=0; fi

@@ -29,10 +29,11 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # When a task is lost the others end on their own; a task that still runs two minutes after the first has ended is stuck.
-# srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with a higher
-# code, so 2 is mapped to 255, the highest. The trap makes a task's shell wait for the checkpoint.
+# srun exits with the highest code of all tasks. If one exits with 2 (bad input) or 3 (diverged), the others lose it and
+# exit with a higher code, so these are mapped to 255 and 254, the highest. The trap makes a task's shell wait for the
+# checkpoint.
 # shellcheck disable=SC2016
-task='trap : TERM; "$@"; code=$?; if [ $code -eq 2 ]; then exit 255; fi; exit $code'
+task='trap : TERM; "$@"; code=$?; case $code in 2 | 3) exit $((257 - code)) ;; esac; exit $code'
 srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" --workdir "$workdir" "$@"
 code=$?
 
@@ -41,6 +42,10 @@ case $code in
   255)
     code=2
     echo "bad input or a full disk: not restarted"
+    ;;
+  254)
+    code=3
+    echo "has diverged: not restarted"
     ;;
   *)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then

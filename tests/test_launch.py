@@ -122,7 +122,7 @@ def test_a_misspelt_field_is_refused(job_set):
         jsonschema.validate(job_set, JOB_SET)
 
 
-def test_only_bad_input_ends_a_job_set(job_set):
+def test_only_bad_input_and_divergence_end_a_job_set(job_set):
     policy = job_set["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 10
     assert [(rule["action"], rule["onJobFailureReasons"]) for rule in policy["rules"]] == [
@@ -131,7 +131,11 @@ def test_only_bad_input_ends_a_job_set(job_set):
     job = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     (container,) = job["template"]["spec"]["containers"]
-    expected = {"containerName": container["name"], "operator": "In", "values": [exit_codes.USER_ERROR]}
+    expected = {
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [exit_codes.USER_ERROR, exit_codes.DIVERGED],
+    }
     assert rule == {"action": "FailJob", "onExitCodes": expected}
     assert job["backoffLimit"] == 0 and job["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
 
@@ -240,18 +244,18 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("codes", "code"),
     [
-        *((str(code), code) for code in (0, 2, 143, 75, 134, 137, 1)),
-        *(("2 75 134", 2), ("137 2", 2), ("75 134", 134), ("0 143", 143)),
+        *((str(code), code) for code in (0, 2, 3, 143, 75, 134, 137, 1)),
+        *(("2 75 134", 2), ("137 2", 2), ("3 75 134", 3), ("2 3", 2), ("75 134", 134), ("0 143", 143)),
     ],
 )
-def test_slurm_requeues_a_run_unless_it_has_finished_or_a_task_has_bad_input(run, codes, code):
+def test_slurm_requeues_a_run_unless_it_has_finished_diverged_or_bad_input(run, codes, code):
     exit_code, calls, _ = run("slurm.sh", CODES=codes, SLURM_JOB_ID="17")
     assert exit_code == code
     assert shlex.split(calls[0])[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=120", "bash"]
     tasks, after = calls[1 : 1 + len(codes.split())], calls[1 + len(codes.split()) :]
     for task in tasks:
         check_command(shlex.split(task))
-    assert after == ([] if code in (0, 2) else ["scontrol requeue 17 "])
+    assert after == ([] if code in (0, 2, 3) else ["scontrol requeue 17 "])
 
 
 @pytest.mark.parametrize(
@@ -297,8 +301,10 @@ def test_slurm_signals_the_tasks_in_time_and_can_requeue():
     assert options["ntasks-per-node"] == options["gpus-per-node"]
 
 
-@pytest.mark.parametrize(("codes", "runs"), [("0", 1), ("2", 1), ("143 0", 2), ("75 134 137 2", 4), ("143 1", 5)])
-def test_restart_repeats_a_command_unless_it_has_finished_or_has_bad_input(run, codes, runs):
+@pytest.mark.parametrize(
+    ("codes", "runs"), [("0", 1), ("2", 1), ("3", 1), ("143 0", 2), ("75 134 137 2", 4), ("143 1", 5)]
+)
+def test_restart_repeats_a_command_unless_it_has_finished_diverged_or_bad_input(run, codes, runs):
     code, calls, output = run("restart.sh", "mot", "train", "a b", CODES=codes)
     assert code == int(codes.split()[-1])
     assert calls == [r"mot train a\ b "] * runs

@@ -86,7 +86,7 @@ class Checkpoints:
             saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
             abstract = abstract_state(config, mesh)._asdict()
             for name in COUNTERS:
-                if name not in metadata.metadata:  # a checkpoint of an earlier version
+                if metadata.metadata and name not in metadata.metadata:  # a checkpoint of an earlier version
                     del abstract[name]
             state = state_of(self._checkpointer.load(step, abstract))
         except jax.errors.JaxRuntimeError:  # for example a lost process
