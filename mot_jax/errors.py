@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ReportedError(Exception):
-    """An error that is reported in lines, without a traceback: the base of the two below.
+    """An error that is reported in lines, without a traceback: the base of the three below.
 
     faults: the lines; each names the field, the value, the rule and a value that works.
     """
@@ -23,6 +23,10 @@ class UserError(ReportedError, ValueError):
 
 class RetryableError(ReportedError):
     """A failure that may be temporary: the same command may succeed later. Exit code 75."""
+
+
+class DivergedError(ReportedError):
+    """A training run whose loss or parameters have become infinite or NaN: resuming would repeat it. Exit code 3."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -45,6 +45,10 @@ def main(base: str, revision: str | None = None) -> int:
                 if name is not None:
                     subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
     before, after = results
+    if other := {name for old, new in zip(before, after, strict=True) for name in old.keys() ^ new.keys()}:
+        print(f"not compared, logged by one revision only: {', '.join(sorted(other))}")
+    for rows in results:
+        rows[:] = [{name: value for name, value in row.items() if name not in other} for row in rows]
     for old, new in zip(before, after, strict=True):
         if old != new:
             print(f"differ at step {old['step']} ({old['split']}): {old} before, {new} after")

@@ -122,7 +122,7 @@ class _TrainingRun:
 
         def update(gradients: Any, state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            return TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+            return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
         with jax.set_mesh(self.mesh):
             start = time.perf_counter()

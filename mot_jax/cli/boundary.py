@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from mot_jax.errors import ReportedError, RetryableError, error_words
+from mot_jax.errors import DivergedError, ReportedError, RetryableError, error_words
 from mot_jax.runtime import distributed, exit_codes
 
 _FREE_SPACE = "free some and run the same command, which resumes from the last checkpoint"
@@ -56,8 +56,8 @@ def boundary(debug: bool = False, program: bool = False) -> Iterator[None]:
             lines = ["interrupted; a training run resumes from its last checkpoint with the same command"]
             _exit(lines, exit_codes.INTERRUPTED, debug, program)
         except ReportedError as error:
-            temporary = isinstance(error, RetryableError)
-            _exit(error.faults, exit_codes.RETRYABLE if temporary else exit_codes.USER_ERROR, debug, program)
+            codes = {RetryableError: exit_codes.RETRYABLE, DivergedError: exit_codes.DIVERGED}
+            _exit(error.faults, codes.get(type(error), exit_codes.USER_ERROR), debug, program)
         except Exception as error:
             line = _system_error(error) or _platform_error(error)
             if line is None:

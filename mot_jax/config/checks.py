@@ -53,19 +53,20 @@ def _default(field: dataclasses.Field) -> str:
     return type(default).__name__ + "()" if dataclasses.is_dataclass(default) else repr(default)
 
 
-# (minimum, maximum) by the last part of a field's name. All other numbers must be finite and not negative.
+_LARGEST = 3.4028234e38  # of float32
+
+# (minimum, maximum) by the last part of a field's name. All other numbers must be finite in float32 and not
+# negative.
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
-    "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_to_keep "
-    "validation_windows top_k routing_group_tokens".split(),
+    "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_skipped "
+    "max_to_keep validation_windows top_k routing_group_tokens".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
 _RANGES |= {"preempted_exit_code": (3, 255), "wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
-_RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, sys.float_info.max)}
-_RANGES |= dict.fromkeys(
-    ["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, sys.float_info.max)
-)
+_RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
+_RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
 
 
 def _range_errors(config: Config) -> Iterator[str]:
@@ -74,7 +75,7 @@ def _range_errors(config: Config) -> Iterator[str]:
             yield from _tuple_errors(name, value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        minimum, maximum = _RANGES.get(name.rpartition(".")[2], (0, sys.float_info.max))
+        minimum, maximum = _RANGES.get(name.rpartition(".")[2], (0, _LARGEST))
         if name.startswith("mesh.") and not name.endswith("_seconds"):
             if value < 1 and value != -1:
                 yield f"{name} = {value}: must be at least 1, or -1 for all remaining devices; try 1"
@@ -92,7 +93,7 @@ def _tuple_errors(name: str, items: tuple) -> Iterator[str]:
     minimum = 1e-30 if name == "data.weights" else 0
     for item in items:
         number = item[-1] if isinstance(item, tuple) else item
-        if not isinstance(number, str) and not minimum <= number <= sys.float_info.max:
+        if not isinstance(number, str) and not minimum <= number <= _LARGEST:
             valid = tuple(i for i in items if i != item)
             limit = "above 0" if minimum else "at least 0"
             yield f"{name} = {items}: {number} must be finite and {limit}; try {valid}"

@@ -388,6 +388,9 @@ class TrainingConfig:
     """Number of steps between validations."""
     checkpoint_every: int = _free(100)
     """Number of steps between checkpoints."""
+    max_skipped: int = _free(10)
+    """Number of consecutive steps after which a run whose loss or gradient is not finite ends, with exit code 3.
+    The updates of such steps are skipped."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -254,7 +254,12 @@ def _straight_through(value: jax.Array, surrogate: jax.Array) -> jax.Array:
 _straight_through.defvjp(lambda value, surrogate: (value, None), lambda _, cotangent: (None, cotangent))
 
 
-def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, axis: int = OVER_GROUP) -> jax.Array:
+def normalised_entropy(
+    weights: jax.Array,
+    token_mask: jax.Array | None = None,
+    axis: int = OVER_GROUP,
+    count: jax.Array | None = None,
+) -> jax.Array:
     """Mean entropy of mixing weights, divided by that of uniform ones: 1 is uniform, 0 is one-hot. Scalar.
 
     Args:
@@ -262,19 +267,28 @@ def normalised_entropy(weights: jax.Array, token_mask: jax.Array | None = None, 
         token_mask: bool [N, G, S], True = non-padding.
         axis: the normalized dimension. With `OVER_GROUP`, groups with fewer than two non-padding tokens at a position
             are left out of the mean; with `OVER_EXPERTS`, padding tokens are.
+        count: the divisor of the mean: `entropy_count` of a batch of which `weights` are a part. None: their own.
     """
     n, g, s, e = weights.shape
+    token_mask = jnp.ones((n, g, s), bool) if token_mask is None else token_mask
     positive = weights > jnp.finfo(weights.dtype).tiny  # elsewhere, as for padding tokens, the slope would be infinite
     logs = jnp.log(jnp.where(positive, weights, 1))
     entropy = -(weights * logs).sum(axis=axis)
     if axis == OVER_EXPERTS:
-        counts = jnp.ones((n, g, s), bool) if token_mask is None else token_mask
         entropy = entropy / jnp.log(max(e, 2))
     else:
-        num_tokens = jnp.full((n, s), g) if token_mask is None else token_mask.sum(axis=1)
-        counts = num_tokens > 1
-        entropy = entropy.mean(axis=-1) / jnp.log(jnp.maximum(num_tokens, 2))
-    return jnp.where(counts, entropy, 0).sum() / jnp.maximum(counts.sum(), 1)
+        entropy = entropy.mean(axis=-1) / jnp.log(jnp.maximum(token_mask.sum(axis=1), 2))
+    count = entropy_count(token_mask, axis) if count is None else count
+    return jnp.where(_has_entropy(token_mask, axis), entropy, 0).sum() / jnp.maximum(count, 1)
+
+
+def entropy_count(token_mask: jax.Array, axis: int = OVER_GROUP) -> jax.Array:
+    """The number of entropies that `normalised_entropy` averages, for a token mask [N, G, S]."""
+    return _has_entropy(token_mask, axis).sum()
+
+
+def _has_entropy(token_mask: jax.Array, axis: int) -> jax.Array:
+    return token_mask if axis == OVER_EXPERTS else token_mask.sum(axis=1) > 1
 
 
 # --- merge, experts, emit ---------------------------------------------------------------------------------------------

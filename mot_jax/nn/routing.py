@@ -120,16 +120,17 @@ def expert_load(experts: jax.Array, num_experts: int) -> jax.Array:
     return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
 
 
-def load_balancing(choices: Choices, token_mask: jax.Array | None = None) -> jax.Array:
+def load_balancing(choices: Choices, token_mask: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
     """Load-balancing loss E sum_e f_e p_e, mean over groups: 1 if all experts are even, E if one has all. Scalar.
 
     f is the experts' load and p their mean probability; only p has a gradient (Switch Transformer, GShard).
+    count: the divisor of the mean: `group_count` of a batch of which these groups are a part. None: their own.
     """
     num_experts = choices.probabilities.shape[-1]
     valid = _valid_tokens(choices.probabilities, token_mask)
     p = jnp.where(valid[..., None], choices.probabilities, 0).sum(axis=1)
     p = p / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
-    return _group_mean(num_experts * (expert_load(choices.experts, num_experts) * p).sum(axis=-1), valid)
+    return _group_mean(num_experts * (expert_load(choices.experts, num_experts) * p).sum(axis=-1), valid, count)
 
 
 def largest_load(choices: Choices, token_mask: jax.Array | None = None) -> jax.Array:
@@ -139,13 +140,13 @@ def largest_load(choices: Choices, token_mask: jax.Array | None = None) -> jax.A
     return _group_mean(loads, _valid_tokens(choices.probabilities, token_mask))
 
 
-def router_z(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
+def router_z(logits: jax.Array, token_mask: jax.Array | None = None, count: jax.Array | None = None) -> jax.Array:
     """Router z-loss (log sum exp logits)², mean over a group's non-padding tokens, then over groups.
 
-    logits [N, T, E] -> scalar.
+    logits [N, T, E] -> scalar. count: as in `load_balancing`.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return _token_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, _valid_tokens(logits, token_mask))
+    return _token_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, _valid_tokens(logits, token_mask), count)
 
 
 def router_entropy(probabilities: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
@@ -153,6 +154,11 @@ def router_entropy(probabilities: jax.Array, token_mask: jax.Array | None = None
     p = jax.lax.stop_gradient(probabilities)
     entropy = -(p * jnp.log(jnp.where(p > 0, p, 1))).sum(axis=-1) / math.log(max(p.shape[-1], 2))
     return _token_mean(entropy, _valid_tokens(p, token_mask))
+
+
+def group_count(token_mask: jax.Array) -> jax.Array:
+    """The number of routing groups with non-padding tokens, for a token mask [N, T]: the divisor of means over them."""
+    return token_mask.any(axis=1).sum()
 
 
 def _multi_hot(experts: jax.Array, num_experts: int) -> jax.Array:
@@ -168,15 +174,15 @@ def _valid_tokens(of_experts: jax.Array, token_mask: jax.Array | None) -> jax.Ar
     return jnp.ones_like(of_experts[..., 0], bool)
 
 
-def _token_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
+def _token_mean(values: jax.Array, valid: jax.Array, count: jax.Array | None = None) -> jax.Array:
     """Mean of values [N, T] over the valid tokens of each group, then over the groups that have any."""
-    return _group_mean(jnp.where(valid, values, 0).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1), valid)
+    return _group_mean(jnp.where(valid, values, 0).sum(axis=1) / jnp.maximum(valid.sum(axis=1), 1), valid, count)
 
 
-def _group_mean(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Mean of values [N] over the groups with valid tokens."""
-    has_tokens = valid.any(axis=1)
-    return jnp.where(has_tokens, values, 0).sum() / jnp.maximum(has_tokens.sum(), 1)
+def _group_mean(values: jax.Array, valid: jax.Array, count: jax.Array | None = None) -> jax.Array:
+    """Mean of values [N] over the groups with valid tokens, or their sum divided by `count`."""
+    count = group_count(valid) if count is None else count
+    return jnp.where(valid.any(axis=1), values, 0).sum() / jnp.maximum(count, 1)
 
 
 # --- with a capacity --------------------------------------------------------------------------------------------------

@@ -201,6 +201,14 @@ class Transformer(nnx.Module):
             cache = dataclasses.replace(cache, layers=layers, step=cache.step + tokens.shape[1])
         return ModelOutput(x, losses, metrics, cache)
 
+    def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
+        """The number of terms in each mean of the layers' losses, by name, for a token mask [B, S].
+
+        Equal in all blocks that have a loss, since they have one config.
+        """
+        layers = [block.feed_forward for stack in self.stacks for block in stack]
+        return {name: count for layer in layers for name, count in layer.loss_counts(token_mask).items()}
+
     def logits(self, hidden: jax.Array, vocab_size: int | None = None) -> jax.Array:
         """The logits [..., V], in float32 or wider, of hidden [..., D].
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -13,10 +14,23 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, to_json
-from mot_jax.runs.state import TrainState, abstract_state
+from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, state_of
 from mot_jax.runs.stores import orbax_path, quieten, unreadable
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was loaded.
+
+    next_example: index of the next training example. config: that of the run when it saved the checkpoint, as in
+    `config.json`. changes: a line for each package version that has changed since.
+    """
+
+    state: TrainState
+    next_example: int
+    config: dict[str, Any]
+    changes: list[str]
 
 
 class Checkpoints:
@@ -54,12 +68,10 @@ class Checkpoints:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def restore(self, step: int, config: Config, mesh: Mesh) -> tuple[TrainState, int, list[str]]:
+    def restore(self, step: int, config: Config, mesh: Mesh) -> Restored:
         """Load a checkpoint onto a mesh, which may differ from the one it was saved from.
 
-        Returns:
-            The state, the index of the next training example, and a line for each package version that has changed
-            since: numbers may then differ in their last bits.
+        Numbers may differ in their last bits if versions of packages have changed since.
 
         Raises:
             UserError: for a checkpoint of another state, or a damaged one.
@@ -67,18 +79,23 @@ class Checkpoints:
         """
         current = versions()
         try:
-            metadata = self._checkpointer.metadata(step).custom_metadata
-            if not metadata:
+            metadata = self._checkpointer.metadata(step)
+            custom = metadata.custom_metadata
+            if not custom:
                 raise ValueError("its metadata is missing or damaged")
-            saved, next_example = dict(metadata["versions"]), int(metadata["next_example"])
-            state = self._checkpointer.load(step, abstract_state(config, mesh)._asdict())
+            saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
+            abstract = abstract_state(config, mesh)._asdict()
+            for name in COUNTERS:
+                if metadata.metadata and name not in metadata.metadata:  # a checkpoint of an earlier version
+                    del abstract[name]
+            state = state_of(self._checkpointer.load(step, abstract))
         except jax.errors.JaxRuntimeError:  # for example a lost process
             raise
         except Exception as error:  # Orbax passes on all errors of the libraries below it
             problem = f"cannot be read into this config's state by mot_jax {current['mot_jax']}"
             raise unreadable(self._directory / str(step), error, problem) from error
         changes = [f"{k}: {v} then, {current.get(k)} now" for k, v in saved.items() if v != current.get(k)]
-        return TrainState(**state), next_example, changes
+        return Restored(state, next_example, saved_config, changes)
 
     def __enter__(self) -> Checkpoints:
         return self

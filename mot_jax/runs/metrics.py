@@ -246,6 +246,8 @@ def train_line(row: Row, steps: int) -> str:
             parts.append(f"{label} " + " ".join(f"{value:.2f}" for value in values))
     if row["shared_document_share"]:
         parts.append(f"groups with two windows of one document {row['shared_document_share']:.1%}")
+    if row.get("skipped"):
+        parts.append(f"skipped {row['skipped']:.0f}")
     return " | ".join(parts)
 
 

@@ -33,7 +33,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by the global norm, the optimizer, weight decay, the learning rate and its multipliers.
 
     For parameters in a flat dictionary by name. A *matrix* is a parameter with two or more dimensions in addition to
@@ -47,32 +47,83 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     muon: the matrices of the blocks have Nesterov momentum, orthogonalized and scaled to an RMS of 0.2, about that of
         AdamW's updates; all other parameters have AdamW. Keys and values are two matrices, each of all heads.
 
-    Its `init` raises UserError for a multiplier that matches no parameter.
+    Its `init` raises UserError for a multiplier that matches no parameter. Its `update` has a keyword `finite`, a bool
+    scalar: if it is False, the state keeps its values, and the caller must not apply the updates.
     """
     return _on_any_mesh(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}[config.name](config),
+            {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[config.name](config),
             optax.add_decayed_weights(config.weight_decay, None if config.decay == "all" else _decayed),
             _multiply(config.multipliers),
-            optax.scale_by_learning_rate(learning_rate(config, steps)),
+            _keep(optax.scale_by_learning_rate(learning_rate(config, steps))),
         )
     )
 
 
-def _on_any_mesh(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def _on_any_mesh(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """Run an optimizer with automatic axes, since Optax does not support Explicit ones.
 
     Updates and state have the shardings of the gradients and of the old state.
     """
 
-    def update(*arguments: Any) -> tuple[Params, optax.OptState]:
-        if spec() is None:
-            return optimizer.update(*arguments)
-        out = jax.tree.map(lambda x: spec(*axes_of(x)), arguments[:2])
-        return jax.sharding.auto_axes(optimizer.update, out_sharding=out)(*arguments)
+    def update(
+        updates: Params, state: optax.OptState, params: Params, *, finite: jax.Array | None = None
+    ) -> tuple[Params, optax.OptState]:
+        def update_if(finite: jax.Array | None, *arguments: Any) -> tuple[Params, optax.OptState]:
+            return optimizer.update(*arguments, finite=finite)
 
-    return optax.GradientTransformation(optimizer.init, update)
+        arguments = finite, updates, state, params
+        if spec() is None:
+            return update_if(*arguments)
+        out = jax.tree.map(lambda x: spec(*axes_of(x)), (updates, state))
+        return jax.sharding.auto_axes(update_if, out_sharding=out)(*arguments)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _select(finite: jax.Array | None, new: Any, old: Any) -> Any:
+    """The tree `new`, or `old` if `finite` is False."""
+    return new if finite is None else jax.tree.map(lambda n, o: jnp.where(finite, n, o.astype(n.dtype)), new, old)
+
+
+def _keep(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with the keyword `finite` of `make_optimizer`."""
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None, *, finite: jax.Array | None = None
+    ) -> tuple[Params, optax.OptState]:
+        updates, new_state = optimizer.update(updates, state, params)
+        return updates, _select(finite, new_state, state)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """`_adam`, with the keyword `finite` of `make_optimizer`.
+
+    As `optax.scale_by_adam`, but the update is computed from the moments that are kept. Computed before the select, as
+    in `_keep`, XLA for CPU would copy both moments and compute each twice.
+    """
+
+    def update(
+        updates: Params,
+        state: optax.ScaleByAdamState,
+        params: Params | None = None,
+        *,
+        finite: jax.Array | None = None,
+    ) -> tuple[Params, optax.OptState]:
+        mu = _select(finite, optax.tree.update_moment(updates, state.mu, config.beta1, 1), state.mu)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, config.beta2, 2)
+        nu = _select(finite, nu, state.nu)
+        count = optax.safe_increment(state.count)
+        mu_hat = optax.tree.bias_correction(mu, config.beta1, count)
+        nu_hat = optax.tree.bias_correction(nu, config.beta2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.epsilon), mu_hat, nu_hat)
+        mu, nu = optax.tree.cast(mu, config.mu_dtype), optax.tree.cast_like(nu, state.nu)
+        return updates, optax.ScaleByAdamState(_select(finite, count, state.count), mu, nu)
+
+    return optax.GradientTransformationExtraArgs(_adam(config).init, update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -84,7 +135,7 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.beta1:
         parts.append(optax.ema(config.beta1, debias=False, accumulator_dtype=config.mu_dtype))
     adafactor = optax.chain(*parts)
-    return _per_matrix(lambda name, shape: adafactor)
+    return _keep(_per_matrix(lambda name, shape: adafactor))
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -102,7 +153,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         sides = (math.prod(shape[axis] for axis in side) for side in axes)
         return optax.chain(muon, optax.scale(0.2 * max(sides) ** 0.5))
 
-    return _per_matrix(choose)
+    return _keep(_per_matrix(choose))
 
 
 # The input and output dimensions of matrices that have more than two.

@@ -18,7 +18,7 @@ from mot_jax.config import Config, ModelConfig, from_json
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
-from mot_jax.runs.state import TrainState, abstract_state, spread
+from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
 from mot_jax.runs.stores import orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
 from mot_jax.runtime import distributed
@@ -36,7 +36,7 @@ class TrainedModel(NamedTuple):
 
 
 class SavedTraining(NamedTuple):
-    """All that another run needs to continue a run: config, state, and index of the next training example."""
+    """All that another run needs to continue a run: config, state without counters, index of the next example."""
 
     config: Config
     state: TrainState
@@ -113,13 +113,15 @@ def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
     with distributed.together():
         config = load_run_config(workdir)
         abstract = abstract_state(config, mesh)._asdict()
+        for name in COUNTERS:  # of the other run
+            del abstract[name]
     checkpoint, content = _load_newest(workdir, abstract)
     with distributed.together():
         try:
             next_example = int(ocp.metadata(checkpoint).custom_metadata["next_example"])
         except Exception as error:  # Orbax passes on all errors of the libraries below it
             raise unreadable(checkpoint, error, "has no readable metadata") from error
-    return SavedTraining(config, TrainState(**content), next_example)
+    return SavedTraining(config, state_of(content), next_example)
 
 
 def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epath.Path, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,21 @@ from mot_jax.runs.optimizer import make_optimizer, stacked
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar, updates made so far. params: by name. opt_state: that of optax."""
+    """The state of a run.
+
+    Attributes:
+        step: int32 scalar, steps made so far.
+        params: parameters by name.
+        opt_state: that of optax; its counts are of updates, and so do not count skipped steps.
+        skipped: int32 scalar, steps so far whose update was skipped, because the loss or its gradient was not finite.
+        skipped_in_a_row: int32 scalar, the latest steps that were all skipped.
+    """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
@@ -30,6 +40,16 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(partial(_create, config), out_shardings=shardings)(jax.random.key(config.training.seed))
+
+
+COUNTERS = ("skipped", "skipped_in_a_row")
+
+
+def state_of(content: dict[str, Any]) -> TrainState:
+    """The state of a checkpoint, from its fields; counters that an earlier version did not save are 0."""
+    sharding = content["step"].sharding
+    zeros = {name: spread(np.zeros((), np.int32), sharding) for name in COUNTERS if name not in content}
+    return TrainState(**(content | zeros))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -52,7 +72,8 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 def _create(config: Config, key: jax.Array) -> TrainState:
     params = init_params(config.model, key)
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row)
 
 
 def fetch(value: jax.Array) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,9 +17,11 @@ from jax.sharding import Mesh
 from mot_jax.config import Config
 from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.hardware import peak_flops
+from mot_jax.errors import DivergedError
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
 from mot_jax.runtime import distributed
+from mot_jax.training.divergence import WATCHED, DivergenceWatch
 from mot_jax.training.trainer import Hook, StepMetrics, Trainer
 
 
@@ -29,17 +32,29 @@ def default_hooks(config: Config, console: Console, hooks: Sequence[Hook] = ()) 
     return [log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
 
 
+class _Pending(NamedTuple):
+    """A step whose metrics have not been fetched. next_example: index of the first example after those of the step."""
+
+    step: int
+    next_example: int
+    metrics: StepMetrics
+
+
 class LogHook(Hook):
-    """Writes a row of metrics every `training.log_every` steps.
+    """Writes a row of metrics every `training.log_every` steps, and for every skipped step and spike of the loss.
 
     The metrics of a step are fetched one step later, while the devices compute the next one: a fetch waits for the
     device, which must not wait for the host.
+
+    Attributes:
+        watch: the state of the latest step whose metrics have been fetched.
     """
 
     def __init__(self, console: Console):
         self._console = console
         self._metrics_log: MetricsLog | None = None  # only in process 0
-        self._pending: tuple[int, StepMetrics] | None = None
+        self._pending: _Pending | None = None
+        self.watch = DivergenceWatch()
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
@@ -52,24 +67,31 @@ class LogHook(Hook):
         self._meter.restart(trainer)
         try:
             yield
-            self.write_pending(trainer)
+            self.read_pending(trainer)
         finally:
             if self._metrics_log is not None:
                 self._metrics_log.close()
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        self.write_pending(trainer)
-        if trainer.step % trainer.run.config.training.log_every == 0 or trainer.at_last_step:
-            self._pending = trainer.step, metrics
+        self.read_pending(trainer)
+        self._pending = _Pending(trainer.step, trainer.next_example, metrics)
 
-    def write_pending(self, trainer: Trainer) -> None:
-        """Write the row of the last logged step, if it is not written yet."""
-        if self._pending is not None:
-            (step, metrics), self._pending = self._pending, None
-            row: Row = {"step": step, "split": "train"}
+    def read_pending(self, trainer: Trainer) -> None:
+        """Fetch the metrics of the last step, if they are not fetched yet, and write its row, if it has one."""
+        if self._pending is None:
+            return
+        (step, next_example, metrics), self._pending = self._pending, None
+        t = trainer.run.config.training
+        row: Row = {"step": step, "split": "train"}
+        remark = self.watch.read(jax.device_get({name: metrics[name] for name in WATCHED}))
+        if remark:
+            row |= {"first_example": next_example - t.batch_size, "last_example": next_example - 1}
+            examples = f"examples {row['first_example']:,} to {row['last_example']:,} of the training order"
+            self._console.line(f"step {step}: {remark}; {examples}")
+        if remark or step % t.log_every == 0 or step == t.steps:
             row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
             row |= self._meter.read(trainer, step)
-            self.write(row, train_line(row, trainer.run.config.training.steps))
+            self.write(row, train_line(row, t.steps))
 
     def write(self, row: Row, line: str) -> None:
         """Write a row to the log, and its line to the console."""
@@ -85,7 +107,7 @@ class LogHook(Hook):
     @contextlib.contextmanager
     def pause(self, trainer: Trainer) -> Iterator[None]:
         """Around work between two steps, whose time does not count as that of training: first writes the last row."""
-        self.write_pending(trainer)
+        self.read_pending(trainer)
         yield
         self._meter.restart(trainer)
 
@@ -147,10 +169,14 @@ class CheckpointHook(Hook):
     """Saves a checkpoint every `training.checkpoint_every` steps and in the step in which training ends.
 
     All rows are written before. Saving continues in the background; leaving the context waits for it.
+
+    A checkpoint is not to replace a better one: it is postponed while steps are skipped, since parameters of which
+    every loss is infinite or NaN are of no use, and none is saved of parameters whose norm is not finite. After
+    `training.max_skipped` skipped steps in a row, or with such parameters at the end, the run ends with DivergedError.
     """
 
     def __init__(self, log: LogHook):
-        self._log = log
+        self._log, self._due = log, False
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
@@ -159,10 +185,29 @@ class CheckpointHook(Hook):
             yield
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if trainer.step % trainer.run.config.training.checkpoint_every == 0 or trainer.stopping:
-            with self._log.pause(trainer):
+        t, watch = trainer.run.config.training, self._log.watch
+        self._due = self._due or trainer.step % t.checkpoint_every == 0
+        due = self._due or trainer.stopping
+        with self._log.pause(trainer) if due else contextlib.nullcontext():  # reads the metrics of this step
+            if watch.most_in_a_row >= t.max_skipped:
+                problem = f"the updates of {watch.most_in_a_row} steps in a row were skipped, since their loss or"
+                raise self._diverged(trainer, f"{problem} gradient was not finite")
+            if trainer.stopping and not watch.usable:
+                raise self._diverged(trainer, f"the norm of the parameters is not finite after step {trainer.step}")
+            if due and watch.usable and (trainer.stopping or not watch.skipped_in_a_row):
                 self._log.flush()
                 self._checkpoints.save(trainer.step, trainer.state, trainer.next_example, trainer.run.config)
+                self._due = False
+
+    def _diverged(self, trainer: Trainer, problem: str) -> DivergedError:
+        self._checkpoints.wait()
+        step, workdir = self._checkpoints.latest(), trainer.run.workdir
+        last = f"its last checkpoint, {workdir / 'checkpoints' / str(step)}, is that of step {step}"
+        rate = trainer.run.config.training.optimizer.learning_rate
+        return DivergedError(
+            f"workdir = {workdir}: has diverged: {problem}; {last if step else 'it has no checkpoint'}; try a "
+            f"training.optimizer.learning_rate below {rate:g} and a new --workdir"
+        )
 
 
 class WatchHook(Hook):

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import Config, check, from_json, identity_changes, to_json
+from mot_jax.config import Config, TrainingConfig, check, from_json, identity_changes, to_json
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
@@ -25,8 +26,9 @@ from mot_jax.errors import UserError
 from mot_jax.modes.companions import choose, load_companions, save_companions
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import owner
-from mot_jax.runs.checkpoint import Checkpoints
+from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
+from mot_jax.runs.optimizer import learning_rate
 from mot_jax.runs.restore import check_data, newest_step
 from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.runs.tensor_files import holds_tensors
@@ -120,7 +122,8 @@ def begin(run: Run, take_over: bool = False) -> Start:
         take_over: become the owner at once, even if another run is in progress in this workdir.
 
     Raises:
-        UserError: if the workdir cannot be written, is not shared by all processes, or has a damaged checkpoint.
+        UserError: if the workdir cannot be written, is not shared by all processes, or has a damaged checkpoint, or if
+            a value of the state is NaN or infinite.
         RetryableError: if a checkpoint cannot be read now, or another run is in progress in the workdir.
     """
     with distributed.together():
@@ -137,6 +140,7 @@ def begin(run: Run, take_over: bool = False) -> Start:
         origin = _RESUMED if step else _origin_of(run.config)
         with jax.set_mesh(run.mesh):
             start = origin.begin(run, checkpoints, step)
+            _check_finite(run, start)
     with distributed.together():
         if distributed.is_first() and start.step < run.config.training.steps:
             (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
@@ -211,9 +215,26 @@ class _Origin(NamedTuple):
 
 def _restore(run: Run, checkpoints: Checkpoints, step: int) -> Start:
     with distributed.together():
-        state, next_example, changes = checkpoints.restore(step, run.config, run.mesh)
-    notes = [f"warning: another version, so last bits may differ: {change}" for change in changes]
-    return Start(state, step, next_example, notes)
+        restored = checkpoints.restore(step, run.config, run.mesh)
+    notes = [f"warning: another version, so last bits may differ: {change}" for change in restored.changes]
+    notes += _extension(run.config.training, restored)
+    return Start(restored.state, step, restored.next_example, notes)
+
+
+def _extension(training: TrainingConfig, restored: Restored) -> list[str]:
+    """A line about the learning rate if the run has more steps than when the checkpoint was saved, since it changes."""
+    before, now = restored.config["training"]["steps"], training.steps
+    if before == now:
+        return []
+    updates = int(restored.state.step) - int(restored.state.skipped)
+    last, planned, new = (
+        float(learning_rate(training.optimizer, steps)(update))
+        for steps, update in ((before, updates - 1), (before, updates), (now, updates))
+    )
+    return [
+        f"training.steps = {now}, was {before}: the cosine of the learning rate now ends at step {now}, so the next "
+        f"rate is {new:.3g} instead of {planned:.3g}; the last one was {last:.3g}"
+    ]
 
 
 def _initialize(run: Run, checkpoints: Checkpoints, step: int) -> Start:
@@ -281,6 +302,30 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
         raise UserError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
     elif workdir.exists() and any(child.name not in _BEFORE_CONFIG for child in workdir.iterdir()):
         raise UserError(f"workdir = {workdir}: has files, but no run (no config.json); try {workdir / 'run'}")
+
+
+@jax.jit
+def _finite(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def _check_finite(run: Run, start: Start) -> None:
+    """Raise UserError if a parameter in which the run is to start, or its optimizer state, is NaN or infinite."""
+    state, t = {"parameters": start.state.params, "optimizer state": start.state.opt_state}, run.config.training
+    faulty = [
+        path for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(state))) if not finite
+    ]
+    if not faulty:
+        return
+    name = jax.tree_util.keystr(faulty[0], simple=True, separator=" ")
+    checkpoint = run.workdir / "checkpoints" / str(start.step)
+    if start.step:
+        place, advice = f"checkpoint {checkpoint}", f"remove {checkpoint}, and the one before is used"
+    elif source := t.transition_from or t.upcycle_from:
+        place, advice = f"{source}", "try a run whose last checkpoint is finite"
+    else:
+        place, advice = "the initial state", "try model.init.scale = 0.1"
+    raise UserError(f"workdir = {run.workdir}: {place} has NaN or infinite values, in its {name}; {advice}")
 
 
 def _check_shared(config: Config, workdir: epath.Path) -> None:

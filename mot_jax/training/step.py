@@ -52,56 +52,73 @@ def make_train_step(
 
     Returns:
         A function (state, batch of global arrays [A, B / A, S]) -> (state, metrics), which makes one update by the
-        gradient of the mean loss per target. Metrics, scalars: loss, the cross-entropy in nats per target, without the
-        added losses; learning_rate; gradient_rms, before clipping; parameter_rms; update_rms, of the change of the
-        parameters, as rounded to their dtype; those of the layers, averaged over microbatches.
+        gradient of the mean loss per target. All losses are means over the whole batch, whatever A is. If the loss or
+        the norm of its gradient is not finite, the update is skipped: parameters and optimizer state keep their values.
+        Metrics, scalars: loss, the cross-entropy in nats per target, without the added losses; learning_rate;
+        gradient_rms, before clipping; parameter_rms; update_rms, of the change of the parameters, as rounded to their
+        dtype; skipped and skipped_in_a_row, as in the new state; those of the layers, averaged over microbatches.
     """
     optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
     layer_weights = losses.of_layers()
 
-    def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array):
-        model = bind(model_config, params)
-        context = FeedForwardContext(batch.token_mask, batch.inputs, step=step, losses=tuple(layer_weights), train=True)
+    def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array, counts: dict[str, jax.Array] | None):
+        model, names = bind(model_config, params), tuple(layer_weights)
+        context = FeedForwardContext(
+            batch.token_mask, batch.inputs, step=step, losses=names, train=True, loss_counts=counts
+        )
         out = model(batch.inputs, context, batch.segments)
         sums = model.loss_sum(out.hidden, batch.targets, batch.target_mask, losses.head_z)
         total = sums.loss / targets
         for name, weight in layer_weights.items():
             values = [value for key, value in out.losses.items() if key.startswith(name + "/")]
-            total += weight * sum(values) / max(len(values), 1) / gradient_accumulation_steps
+            total += weight * sum(values) / max(len(values), 1)
         return total, (sums.nats / targets, out.metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum(batch.target_mask.sum(), 1).astype(jnp.float32)
+        counts = None
+        if gradient_accumulation_steps > 1 and layer_weights:
+            model = bind(model_config, state.params)
+            counts = jax.tree.map(lambda c: c.sum(axis=0), jax.lax.map(model.loss_counts, batch.token_mask))
 
-        def microbatch(batch: Batch) -> tuple[jax.Array, Metrics, Params]:
-            gradients, (value, metrics) = jax.grad(loss, has_aux=True)(state.params, batch, state.step, targets)
-            return value, jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics), gradients
+        def microbatch(batch: Batch) -> tuple[jax.Array, jax.Array, Metrics, Params]:
+            gradient = jax.value_and_grad(loss, has_aux=True)
+            (total, (value, metrics)), gradients = gradient(state.params, batch, state.step, targets, counts)
+            return total, value, jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics), gradients
 
         first = jax.tree.map(lambda x: x[0], batch)
         if gradient_accumulation_steps == 1:
-            value, metrics, gradients = microbatch(first)
+            total, value, metrics, gradients = microbatch(first)
         else:
             shapes = jax.eval_shape(microbatch, first)
             # Sums in float32, also of bfloat16 gradients.
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
             add = partial(jax.tree.map, jnp.add)
-            (value, metrics, gradients), _ = jax.lax.scan(
+            (total, value, metrics, gradients), _ = jax.lax.scan(
                 lambda sum, part: (add(sum, microbatch(part)), None), zeros, batch
             )
-            gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[2])
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[-1])
+        gradient_rms = _rms(gradients)
+        finite = _all_finite(total, gradient_rms)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+        # Selects, which XLA fuses with the update. A conditional would make the host wait on a GPU.
+        new_params = optax.apply_updates(state.params, updates)
+        params = jax.tree.map(partial(jnp.where, finite), new_params, state.params)
         # Not from `updates`: XLA fuses this form with the optimizer, which then reads and writes each array once.
         changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
+        skipped = state.skipped + ~finite
+        skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": value,
-            "learning_rate": schedule(state.step),
-            "gradient_rms": _rms(gradients),
+            "learning_rate": schedule(state.step - state.skipped),  # the optimizer counts only updates
+            "gradient_rms": gradient_rms,
             "update_rms": _rms(changes),
             "parameter_rms": _rms(params),
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
             **metrics,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped, skipped_in_a_row), metrics
 
     return train_step
 
@@ -132,6 +149,11 @@ def make_eval_step(
         return Evaluation(sums.nats.astype(jnp.float32), *(count.astype(jnp.float32) for count in counts))
 
     return eval_step
+
+
+def _all_finite(*values: jax.Array) -> jax.Array:
+    """Whether no scalar is NaN or infinite: a bool scalar."""
+    return jnp.isfinite(jnp.stack(values)).all()
 
 
 def _rms(tree: Params) -> jax.Array:

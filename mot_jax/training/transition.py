@@ -190,7 +190,8 @@ def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[
         is_leaf=lambda part: isinstance(part, schedule),
     )
     batches = -(-example // t.batch_size)
-    return TrainState(jnp.zeros_like(state.step), params, opt_state), batches * t.batch_size, notes
+    step, skipped, skipped_in_a_row = (jnp.zeros_like(state.step) for _ in range(3))
+    return TrainState(step, params, opt_state, skipped, skipped_in_a_row), batches * t.batch_size, notes
 
 
 # --- the losses before and after --------------------------------------------------------------------------------------

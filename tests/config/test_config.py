@@ -412,7 +412,7 @@ FREE = {
     "model.feed_forward.save_for_backward",
 }
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
-FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every")}
+FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "max_skipped")}
 FREE |= {"mesh.wait_seconds", "mesh.heartbeat_seconds", "checkpoint.preempted_exit_code"}
 
 

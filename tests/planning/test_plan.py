@@ -17,7 +17,15 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mot_jax.cli import main
-from mot_jax.config import Config, DenseConfig, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from mot_jax.cost.hardware import HARDWARE, parse_topology, peak_flops
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
@@ -26,6 +34,7 @@ from mot_jax.planning import plan as module
 from mot_jax.planning.plan import Plan, plan_training
 from mot_jax.planning.program import Program, read_program
 from mot_jax.planning.times import StepTimes, model_times
+from mot_jax.training import step as step_module
 
 LIBTPU = ("0.0.42", "0.0.50")  # other versions may compile the same program to other collectives
 INSTALLED = ""
@@ -173,6 +182,21 @@ def test_a_data_parallel_step_on_a_tpu():
     assert result.times.collectives["all-reduce over data"] == pytest.approx(expected, rel=1e-3)
     assert result.memory["HBM limit"] == 15.75 * 2**30
     assert 0 < result.efficiency[0] < result.efficiency[1] < 1
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_skipping_steps_adds_no_pass_over_the_state_on_a_tpu(monkeypatch, optimizer):
+    """The step reads and writes as many bytes as one without the check that loss and gradient are finite."""
+    config = small_config(MixtureOfTokensConfig(group_size=4, num_experts=8), data=4)
+    training = dataclasses.replace(config.training, optimizer=OptimizerConfig(name=optimizer))
+    config = dataclasses.replace(config, training=training)
+    checked = plan_training(config, "v5e:2x2").program.hbm_bytes
+    monkeypatch.setattr(step_module, "_all_finite", lambda *values: jnp.array(True))
+    without = plan_training(config, "v5e:2x2").program.hbm_bytes
+    assert abs(checked - without) < 2000  # scalars; one pass over the parameters would be 4 bytes for each
+    assert 4 * sum(count_parameters(config.model).values()) > 100_000
 
 
 DEPTH, WIDTH, ROWS = 4, 512, 256  # rows of the input on each chip

@@ -177,7 +177,7 @@ def test_only_complete_checkpoints_count(bucket, tiny):
         np.testing.assert_array_equal(value, state.params[name])
     with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
         assert checkpoints.latest() == 8
-        assert checkpoints.restore(8, tiny, mesh)[1] == 256
+        assert checkpoints.restore(8, tiny, mesh).next_example == 256
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8"}
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import restore
 from mot_jax.runs.checkpoint import Checkpoints
-from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
+from mot_jax.runs.restore import load_run, load_run_config, load_training, tensor_faults
 from mot_jax.runs.state import TrainState, abstract_state
 from mot_jax.runs.tensor_files import open_tensors
 from mot_jax.runtime import distributed
@@ -99,7 +100,7 @@ from mot_jax.errors import ReportedError, UserError
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs.tensor_files import open_tensors
 from mot_jax.runs.checkpoint import Checkpoints
-from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
+from mot_jax.runs.restore import load_run, load_run_config, load_training, tensor_faults
 
 def restore_state(workdir):
     config = load_run_config(workdir)
@@ -145,6 +146,28 @@ def test_a_damaged_checkpoint_is_one_short_line(saved, tiny, tmp_path):
         assert line.startswith(f"UserError workdir = {workdir}: its checkpoint 12 cannot be read")
         assert "(ValueError: OUT_OF_RANGE: " in line and f"if it is damaged, remove {checkpoint}, and" in line
         assert len(line) < 800
+
+
+class OlderState(NamedTuple):
+    """The state as it was saved before skipped steps were counted."""
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    opt_state: optax.OptState
+
+
+def test_a_checkpoint_without_counters_of_skipped_steps_has_none(saved, tiny, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(tiny))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(12, OlderState(*saved[1][:3]), 384, tiny)
+        checkpoints.wait()
+        mesh = make_mesh(tiny, jax.devices()[:1])
+        restored = checkpoints.restore(12, tiny, mesh)
+    assert (restored.state.skipped, restored.state.skipped_in_a_row, restored.next_example) == (0, 0, 384)
+    assert restored.state.skipped.dtype == "int32"
+    jax.tree.map(np.testing.assert_array_equal, restored.state[:3], saved[1][:3])
+    jax.tree.map(lambda leaf, kind: None, restored.state, abstract_state(tiny, mesh))
+    assert load_training(tmp_path, mesh).state.skipped == 0
 
 
 def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypatch):

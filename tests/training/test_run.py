@@ -15,6 +15,7 @@ from mot_jax.config import Config, to_json
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
+from mot_jax.runs.optimizer import learning_rate
 from mot_jax.training import Hook, begin, is_finished, prepare, train
 from mot_jax.training import run as run_module
 
@@ -103,8 +104,22 @@ def test_begin_initializes_or_restores(finished, tiny, tmp_path):
     begin(prepare(tiny, workdir))
     assert (workdir / "result.json").exists()  # still that of this run
     restored = begin(prepare(with_steps(tiny, 20), workdir))
-    assert (restored.step, restored.next_example, int(restored.state.step), restored.notes) == (12, 12 * 32, 12, [])
+    assert (restored.step, restored.next_example, int(restored.state.step)) == (12, 12 * 32, 12)
     assert not (workdir / "result.json").exists()  # that of the shorter run
+
+
+def test_the_rates_of_an_extended_run_are_printed(finished, tiny, tmp_path):
+    """The cosine is rescaled, so that the learning rate jumps."""
+    workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    optimizer = tiny.training.optimizer
+    last, planned = (float(learning_rate(optimizer, 12)(update)) for update in (11, 12))
+    new = float(learning_rate(optimizer, 24)(12))
+    assert new > 2 * planned
+    (note,) = begin(prepare(with_steps(tiny, 24), workdir)).notes
+    assert note == (
+        "training.steps = 24, was 12: the cosine of the learning rate now ends at step 24, so the next rate is "
+        f"{new:.3g} instead of {planned:.3g}; the last one was {last:.3g}"
+    )
 
 
 # --- finish -----------------------------------------------------------------------------------------------------------

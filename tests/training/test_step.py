@@ -9,28 +9,34 @@ import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from variants import VARIANTS
 
 from mot_jax.config import (
+    CompanionsConfig,
     Config,
     DenseConfig,
     LossWeights,
     MeshConfig,
     MixingConfig,
+    MixtureOfTokensConfig,
     OptimizerConfig,
     TokenChoiceConfig,
 )
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
-from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext
 from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches, place_sequences
-from mot_jax.nn.transformer import bind
+from mot_jax.nn.transformer import Transformer, bind
+from mot_jax.planning import hlo
+from mot_jax.planning.program import read_program
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState, abstract_state, create_state
+from mot_jax.training import step as step_module
 from mot_jax.training.step import make_eval_step, make_train_step
 
 COLLECTIVES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute")
@@ -268,6 +274,131 @@ def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
     assert float(metrics["loss"]) == pytest.approx(float(nats), rel=1e-5)
     expected = np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)]) ** 2))
     assert float(metrics["gradient_rms"]) == pytest.approx(expected, rel=1e-4)
+
+
+# --- skipped steps ----------------------------------------------------------------------------------------------------
+
+POISON = 255  # a target of the microbatches whose loss or gradient is not finite
+
+
+def poison_loss(monkeypatch, kind: str) -> None:
+    """Make the loss of every microbatch with the target POISON NaN, or its gradient infinite."""
+    loss_sum = Transformer.loss_sum
+
+    def poisoned(self, hidden, targets, *rest):
+        sums, bad = loss_sum(self, hidden, targets, *rest), (targets == POISON).any()
+        if kind == "loss":
+            factor = jnp.where(bad, jnp.nan, 1)
+            return sums._replace(loss=sums.loss * factor, nats=sums.nats * factor)
+        zero = jnp.where(bad, sums.loss - jax.lax.stop_gradient(sums.loss), 1)  # with the slope 1, or the constant 1
+        return sums._replace(loss=sums.loss + jnp.where(bad, jnp.sqrt(zero), 0))
+
+    monkeypatch.setattr(Transformer, "loss_sum", poisoned)
+
+
+@pytest.mark.parametrize("kind, microbatches", [("loss", 1), ("gradient", 4)])
+def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind, microbatches):
+    """The run is that in which this update is left out, bit for bit. One bad microbatch of several is enough."""
+    poison_loss(monkeypatch, kind)
+    training = dataclasses.replace(tiny.training, gradient_accumulation_steps=microbatches)
+    config = dataclasses.replace(tiny, training=training)
+    mesh, initial_state, step = compiled_step(config)
+    bad, sequences = 2, batches(config, 5, values=128)
+    targets = sequences[bad].targets.copy()
+    targets[-1, 3] = POISON
+    shardings, initial = jax.tree.map(lambda leaf: leaf.sharding, initial_state), jax.device_get(initial_state)
+
+    def trained(apply_all: bool) -> tuple[TrainState, list[dict[str, float]]]:
+        state, rows = jax.device_put(initial, shardings), []
+        for number, batch in enumerate(sequences):
+            if number == bad and not apply_all:
+                state = state._replace(step=state.step + 1)
+                continue
+            batch = batch._replace(targets=targets) if number == bad else batch
+            state, metrics = step(state, place(mesh, config, batch))
+            rows.append({name: float(value) for name, value in metrics.items()})
+        return jax.device_get(state), rows
+
+    (state, rows), (expected, expected_rows) = trained(True), trained(False)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 1, 0)
+    jax.tree.map(np.testing.assert_array_equal, state[:3], expected[:3])
+    skipped_row = rows.pop(bad)
+    assert np.isnan(skipped_row["loss"]) == (kind == "loss") and not np.isfinite(skipped_row["gradient_rms"])
+    assert (skipped_row["update_rms"], skipped_row["skipped"], skipped_row["skipped_in_a_row"]) == (0, 1, 1)
+    assert skipped_row["parameter_rms"] == rows[bad - 1]["parameter_rms"]
+    # The schedule counts updates; the compared run has no skipped steps, so that its metric is of the next step.
+    without = [{n: v for n, v in row.items() if n not in ("skipped", "learning_rate")} for row in rows]
+    assert without == [{n: row[n] for n in without[0]} for row in expected_rows]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [float(learning_rate(training.optimizer, training.steps)(update)) for update in range(4)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", pytest.param("mixture_of_tokens", marks=pytest.mark.slow)])
+def test_skipping_adds_no_pass_over_the_state(tiny, monkeypatch, optimized, kind):
+    """The compiled step reads and writes as many bytes as one without the check, up to a few scalars.
+
+    `tests/planning/test_plan.py` has the same for a TPU.
+    """
+    config = tiny
+    if kind == "dense":
+        config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, feed_forward=DenseConfig()))
+
+    def memory_traffic() -> float:
+        return read_program(hlo.parse(compiled_step(config)[2].as_text()), {"data": 1}).hbm_bytes
+
+    checked = memory_traffic()
+    monkeypatch.setattr(step_module, "_all_finite", lambda *values: jnp.array(True))
+    assert 0 <= checked - memory_traffic() < 500
+
+
+# --- losses of microbatches -------------------------------------------------------------------------------------------
+
+ALL_LOSSES = LossWeights(mixing_entropy=1.0, head_z=1.0, load_balancing=1.0, router_z=1.0)
+MIXTURE = MixtureOfTokensConfig(group_size=4, num_experts=8, controller_init_scale=3.0)
+KINDS_WITH_LOSSES = {
+    "dense": DenseConfig(),
+    "token_choice": TokenChoiceConfig(8, None, 2, 8, 2.0, routing_group_tokens=32, controller_init_scale=3.0),
+    "mixture_of_tokens": MIXTURE,
+    "emit over the group": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax", controllers="separate")),
+    "emit over experts": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax_over_experts")),
+}
+
+
+def test_the_losses_of_every_kind_are_tested():
+    kinds = {type(kind) for kind in KINDS_WITH_LOSSES.values()}
+    assert kinds == set(KINDS) - {CompanionsConfig}  # an inference mode, without losses
+    assert LossWeights(**dict.fromkeys(vars(LossWeights()), 1.0)) == ALL_LOSSES
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("token_choice", "mixture_of_tokens") else [pytest.mark.slow])
+        for name in KINDS_WITH_LOSSES
+    ],
+)
+def test_losses_are_means_over_the_batch_for_any_number_of_microbatches(tiny, name):
+    """The gradient of all losses is the same with 1 and 4 microbatches, half of whose sequences are short or empty."""
+    mask = np.ones((32, 16), bool)
+    mask[:12, 3:], mask[12:16] = False, False  # the first microbatch has few tokens, the second has less than half
+    tokens = np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32)
+    gradients, rows = [], []
+    for microbatches in (1, 4):
+        optimizer = dataclasses.replace(tiny.training.optimizer, clip_norm=1e9)
+        training = dataclasses.replace(
+            tiny.training, losses=ALL_LOSSES, gradient_accumulation_steps=microbatches, optimizer=optimizer
+        )
+        model = dataclasses.replace(tiny.model, feed_forward=KINDS_WITH_LOSSES[name])
+        config = dataclasses.replace(tiny, model=model, training=training)
+        mesh, state, step = compiled_step(config)
+        state, metrics = step(state, place(mesh, config, batch_of(config, tokens, 0, mask)))
+        gradients.append(jax.device_get(optax.tree.get(state.opt_state, "mu")))
+        rows.append(jax.device_get(metrics))
+    assert rows[1]["gradient_rms"] == pytest.approx(rows[0]["gradient_rms"], rel=1e-5)
+    for parameter, gradient in gradients[0].items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(gradients[1][parameter], gradient, rtol=0, atol=1e-5 * scale, err_msg=parameter)
 
 
 # --- token choice -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from flax import nnx
 from mot_jax.config import InitConfig
 from mot_jax.nn.initializers import draw
 
-_ARRAYS = ["token_mask", "token_ids", "positions", "step", "key"]
+_ARRAYS = ["token_mask", "token_ids", "positions", "step", "key", "loss_counts"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=["losses", "train"])
@@ -48,6 +48,9 @@ class FeedForwardContext:
     losses: tuple[str, ...] = ()
     """Static: names of the losses with a weight in training. A layer returns those of them that it defines."""
 
+    loss_counts: dict[str, jax.Array] | None = None
+    """`FeedForward.loss_counts` summed over all microbatches of the batch; None: x is the whole batch."""
+
     train: bool = False
     """Static: whether this is a training step, in which padding is at the ends of sequences only."""
 
@@ -61,7 +64,9 @@ class FeedForwardOutput:
     """The update [B, S, D], which the block adds to the residual stream."""
 
     losses: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-    """Auxiliary losses by name: scalars, not yet multiplied by their weights."""
+    """Auxiliary losses by name: scalars, means over the batch, not yet multiplied by their weights.
+    That of a microbatch is its sum divided by the count of the whole batch: those of all microbatches add up to the
+    mean."""
 
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Scalars to be logged, with the same keys in every block of a kind."""
@@ -137,6 +142,13 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D], after the layer norm -> update [B, S, D] in `self.dtype`, losses and metrics."""
         raise NotImplementedError
+
+    def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
+        """The number of terms in each mean of the losses, by name, for sequences with this `token_mask` [B, S].
+
+        A kind with losses divides by these counts, or by those of the whole batch in `context.loss_counts`.
+        """
+        return {}
 
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}

@@ -94,8 +94,16 @@ class MixtureOfTokens(ExpertFeedForward):
         if not has_loss:  # then nothing is saved for the backward pass of the entropies
             weights, emit_weights = jax.lax.stop_gradient((weights, emit_weights))
         entropies = self._entropies(weights, emit_weights, context)
-        losses = {"mixing_entropy": jnp.stack([*entropies.values()]).mean()} if has_loss and entropies else {}
+        losses = {}
+        if has_loss and entropies:
+            terms = self._entropies(weights, emit_weights, context, context.loss_counts)
+            losses["mixing_entropy"] = jnp.stack([*terms.values()]).mean()
         return FeedForwardOutput(y, losses, jax.lax.stop_gradient(entropies))
+
+    def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
+        """The number of entropies in the means `mixing_entropy` and `emit_entropy`, whose mean is the loss."""
+        mask = self._group(token_mask)
+        return {name: mixing.entropy_count(mask, axis) for name, axis in self._entropy_axes().items()}
 
     def _merge_experts_emit(self, grouped: jax.Array, weights: jax.Array, emit_weights: jax.Array | None) -> jax.Array:
         """[N, G, S, D] -> update [N, G, S, D]."""
@@ -166,17 +174,29 @@ class MixtureOfTokens(ExpertFeedForward):
         return mixing.group(x, self.config.group_size, self.config.mixing.groups)
 
     def _entropies(
-        self, weights: jax.Array, emit_weights: jax.Array | None, context: FeedForwardContext
+        self,
+        weights: jax.Array,
+        emit_weights: jax.Array | None,
+        context: FeedForwardContext,
+        counts: dict[str, jax.Array] | None = None,
     ) -> dict[str, jax.Array]:
-        config, mask = self.config.mixing, self._group_mask(context)
-        entropies = {}
+        """The normalized entropies by name: means over x, or sums divided by these `counts`."""
+        mask, counts = self._group_mask(context), counts or {}
+        weights_of = {"mixing_entropy": weights, "emit_entropy": weights if emit_weights is None else emit_weights}
+        return {
+            name: mixing.normalised_entropy(weights_of[name], mask, axis, counts.get(name))
+            for name, axis in self._entropy_axes().items()
+        }
+
+    def _entropy_axes(self) -> dict[str, int]:
+        """The normalized dimension of the weights whose entropy is measured, by the name of the entropy."""
+        config, axes = self.config.mixing, {}
         if config.merge != "logits":
-            entropies["mixing_entropy"] = mixing.normalised_entropy(weights, mask)
+            axes["mixing_entropy"] = mixing.OVER_GROUP
         if config.emit_has_own_softmax:
-            assert emit_weights is not None
-            axis = mixing.OVER_EXPERTS if config.emit == "softmax_over_experts" else mixing.OVER_GROUP
-            entropies["emit_entropy"] = mixing.normalised_entropy(emit_weights, mask, axis)
-        return entropies
+            over_experts = config.emit == "softmax_over_experts"
+            axes["emit_entropy"] = mixing.OVER_EXPERTS if over_experts else mixing.OVER_GROUP
+        return axes
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:

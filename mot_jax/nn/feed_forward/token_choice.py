@@ -62,16 +62,23 @@ class TokenChoice(ExpertFeedForward):
         y = reshard(y, *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
-        losses = {
-            "load_balancing": lambda: routing.load_balancing(choices, mask),
-            "router_z": lambda: routing.router_z(logits, mask),
+        counts = context.loss_counts or {}
+        functions = {
+            "load_balancing": lambda count: routing.load_balancing(choices, mask, count),
+            "router_z": lambda count: routing.router_z(logits, mask, count),
         }
         metrics = {
             "dropped": dropped,
             "load_max": routing.largest_load(choices, mask),
             "router_entropy": routing.router_entropy(choices.probabilities, mask),
         }
-        return FeedForwardOutput(y, {n: loss() for n, loss in losses.items() if n in context.losses}, metrics)
+        losses = {n: loss(counts.get(n)) for n, loss in functions.items() if n in context.losses}
+        return FeedForwardOutput(y, losses, metrics)
+
+    def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
+        """The number of routing groups with non-padding tokens, for both losses."""
+        count = routing.group_count(routing.group_tokens(token_mask, self._tokens_per_group(token_mask)))
+        return {"load_balancing": count, "router_z": count}
 
     def _tokens_per_group(self, x: jax.Array) -> int:
         """T. Without a capacity, routing groups serve measurement only.
