@@ -34,9 +34,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mot_jax.data import pool
+from mot_jax.data.build import disk_errors, sync
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batch_by_size
-from mot_jax.errors import UserError
+from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
 
 FORMAT_VERSION = 1  # increase it if the same text gives other windows; the next three constants affect the windows, too
@@ -85,6 +86,7 @@ class Windows:
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
         self.fingerprint = directory.name
+        self._directory = directory
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -98,10 +100,19 @@ class Windows:
         """Read the windows `ids` [k]. An id of -1 gives an empty sequence: all end-of-text tokens, no targets.
 
         Raises:
-            RuntimeError: The checksum of a record is wrong, or an id is out of range.
+            UserError: The checksum of a record is wrong.
+            IndexError: An id is out of range.
         """
         ids = np.asarray(ids)
-        records = self._records.read(ids[ids >= 0].tolist())
+        if ids.size and ids.max() >= len(self):
+            raise IndexError(f"window {ids.max()} of {len(self)}")
+        try:
+            records = self._records.read(ids[ids >= 0].tolist())
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._directory / 'tokens.array_record'}: is damaged ({error_words(error)}); try rm -r "
+                f"{self._directory}, and the same command tokenizes the text again"
+            ) from error
         lengths = np.zeros(len(ids), int)
         lengths[ids >= 0] = [len(record) // self._dtype.itemsize for record in records]
         non_padding = np.arange(self.context_length + 1) < lengths[:, None]
@@ -186,9 +197,10 @@ def open_windows(
         # In random order, so that processes on one file system that build the same windows share the work.
         random.Random().shuffle(missing)
         documents = sum(part.stop - part.start for part in missing)
-        pool.run_in_processes(
-            _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {split}, documents", documents
-        )
+        with disk_errors(directory):
+            pool.run_in_processes(
+                _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {split}, documents", documents
+            )
     opened = [Windows(part) for part in directories]
     return opened[0] if count == 1 else JoinedWindows(opened, fingerprint)
 
@@ -293,6 +305,8 @@ def _temporary_directory(final: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
         (temporary / "lock").unlink()
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         try:
             temporary.rename(final)
         except OSError:  # it exists

@@ -139,12 +139,14 @@ def test_skipped_documents_are_counted_in_log_and_metadata(tmp_path: Path) -> No
     path = build(spec_from_files("mine", [str(tmp_path / "source")]), tmp_path, 1, logged.append)
     counted = {"other_files": 1, "not_json": 1, "no_feature": 1, "empty": 1, "damaged_utf8": 1}
     assert metadata(path)["skipped"] == counted
-    assert logged[-7:-1] == [
+    assert logged[-9:-1] == [
         "1 files of other types skipped",
         "1 lines skipped that are not valid JSON",
         "1 lines or rows skipped that have no text in the field --text-feature",
         "1 empty documents skipped",
         "1 documents with invalid UTF-8, replaced by U+FFFD",
+        "no documents in empty.txt: 1 empty documents skipped",
+        "no documents in picture.png: another type by its suffix; try it as an argument of its own",
         "no document was assigned to validation; try a larger --validation and another name",
     ]
     assert list(metadata(path)["counts"]) == ["train"], "a split without documents is omitted"
@@ -155,14 +157,15 @@ def test_no_documents_and_unwritable_directories_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
         UserError,
-        match=r"NAME = 'mine': no document in the files \(3 lines .*\) with --text-feature 'text' and --documents",
+        match=r"^NAME = 'mine': no document in the files; a.jsonl: no field 'text'; it has 'title' \(string\); "
+        r"try --text-feature title$",
     ):
         build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "full").write_text("a file, not a directory")
     with pytest.raises(UserError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
         build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
-    with pytest.raises(UserError, match="which are empty"):
+    with pytest.raises(UserError, match="the files; b.jsonl: empty$"):
         build(spec_from_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
 
