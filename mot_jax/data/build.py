@@ -40,6 +40,7 @@ from mot_jax.runtime import strict_json
 
 FORMAT_VERSION = 2
 VERSION = "1.0.0"
+DESCRIPTION = "Text corpus built by mot_jax."
 PIECE_BYTES = 1 << 24  # of text, approximately
 _MAX_PIECES = 256  # readers keep every shard of a split open, and systems allow about 1,000 open files
 _NAMED = 10  # names of files in one line; left_out.jsonl has all of them
@@ -128,17 +129,23 @@ def build(
     with _lock(directory.parent / ".lock", log) as exclusive, disk_errors(corpora.parent):
         if not exclusive:  # without locks, a build shares its directory with no other
             building = building.with_name(f"{building.name}.{uuid.uuid4().hex}")
-        if directory.exists():
-            if read_metadata(directory).get("plan") != spec.identity():
-                raise UserError(
-                    f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that "
-                    f"have changed since, or by another version; try another name, or delete that directory"
-                )
-            log(f"{spec.name} exists already, built from the same files")
-        else:
+        exists = directory.exists()
+        if not exists:
             _build_in(building, spec, workers, log)
-            building.rename(directory)
+            try:
+                building.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+                shutil.rmtree(building)  # without locks, another process has built it in the meantime
             sync(directory.parent)
+        if read_metadata(directory).get("plan") != spec.identity():
+            raise UserError(
+                f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that have "
+                "changed since, or by another version; try another name, or delete that directory"
+            )
+        if exists:
+            log(f"{spec.name} exists already, built from the same files")
     metadata = read_metadata(directory)
     for line in summary_lines(metadata):
         log(line)
@@ -400,7 +407,7 @@ def _write_tfds_metadata(
     dataset, _, config = spec.name.partition("/")
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(dataset, tfds.core.Version(VERSION), os.fspath(directory), "", config),
-        description="Text corpus built by mot_jax.",
+        description=DESCRIPTION,
         features=_features(),
         metadata=tfds.core.MetadataDict(metadata),
         disable_shuffling=True,  # documents are stored in the order of the files

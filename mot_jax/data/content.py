@@ -156,12 +156,12 @@ def _read_head(stream: BinaryIO) -> bytes:
 
 def _not_text(text: str, encoding: str | None) -> str:
     """The reason why a decoded sample is not text; empty if it is."""
+    if sum(map(text.count, _CONTROL_CHARACTERS)) > _CONTROL * len(text):
+        return "not text (NUL or control characters), or UTF-16 without a mark; try iconv -f UTF-16LE -t UTF-8"
     if text.count(_DAMAGED_CHARACTER) > _UNDECODABLE * len(text):
         if encoding:
             return f"not text in {encoding.upper()}, although it begins with the mark of this encoding"
         return "not UTF-8, and without a mark of another encoding; try iconv -t UTF-8"
-    if sum(map(text.count, _CONTROL_CHARACTERS)) > _CONTROL * len(text):
-        return "not text (NUL or control characters), or UTF-16 without a mark; try iconv -f UTF-16LE -t UTF-8"
     return ""
 
 
@@ -197,7 +197,7 @@ def open_content(path: str, content: Content) -> Iterator[BinaryIO]:
     with contextlib.ExitStack() as stack:
         stream: Any = stack.enter_context(open(path, "rb", 1 << 20))  # large buffers, because lines can be long
         for codec in content.compressions:
-            stream = stack.enter_context(io.BufferedReader(_decompressed(stream, codec), 1 << 16))
+            stream = stack.enter_context(_decompressed(stream, codec))
         if content.mark:
             stream.read(len(_MARKS[content.encoding]))
         if content.encoding != "utf-8":
@@ -212,12 +212,33 @@ def is_damage(error: Exception) -> bool:
     return isinstance(error, (EOFError, zlib.error, lzma.LZMAError))
 
 
-def _decompressed(stream: BinaryIO, codec: str) -> Any:
+def _decompressed(stream: BinaryIO, codec: str) -> BinaryIO:
     if codec in ("zstd", "lz4"):
         import pyarrow as pa
 
-        return pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec)
-    return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[codec](stream)  # type: ignore[operator]
+        # Before damage, the last buffer is lost: hence a small one.
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), 1 << 13)
+    opened = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[codec](stream)  # type: ignore[operator]
+    return io.BufferedReader(_Chunks(opened), 1 << 16)
+
+
+class _Chunks(io.RawIOBase):
+    """A stream that returns the data before damage: `read` of the decompressing streams raises instead."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._stream.read1(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 class _Recoded(io.RawIOBase):
@@ -232,7 +253,7 @@ class _Recoded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._pending and not self._ended:
-            chunk = self._stream.read(1 << 16)
+            chunk = self._stream.read1(1 << 16)  # type: ignore[attr-defined]
             self._ended = not chunk
             self._pending = self._decoder.decode(chunk, final=self._ended).encode("utf-8", "surrogateescape")
         size = min(len(buffer), len(self._pending))

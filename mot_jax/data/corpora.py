@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mot_jax.data import python_source
-from mot_jax.data.build import build, built_directory, damaged_corpus, read_metadata
+from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, read_metadata
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
@@ -69,7 +69,7 @@ class Corpus:
             try:
                 record = self.records[i]
             except RuntimeError as error:  # of array_record
-                shards = f"*-{self.split}.array_record-*"
+                shards = "*.array_record-*"
                 raise damaged_corpus(Path(self.directory), shards, f"document {i}: {error_words(error)}") from error
             name = record.get("name")
             yield (
@@ -100,6 +100,8 @@ def open_corpus(
     except Exception as error:
         raise UserError(f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another") from error
     info = builder.info
+    if info.description == DESCRIPTION:
+        read_metadata(Path(path))  # a corpus whose metadata is missing
     _check_format(name, info, path)
     _check_feature(name, info, feature)
     _check_split(name, info, split, field)

@@ -78,7 +78,7 @@ def find_files(arguments: Iterable[str]) -> list[SourceFile]:
     files: dict[str, SourceFile] = {}
     for argument in arguments:
         expanded = os.path.expanduser(argument)
-        paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        paths = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not paths:
             raise UserError(f"FILE = {argument!r}: no such file, and as a pattern it matches no file")
         for path in map(os.path.abspath, paths):
@@ -88,7 +88,7 @@ def find_files(arguments: Iterable[str]) -> list[SourceFile]:
             else:
                 files.setdefault(path, file := _examine(path, os.path.basename(path), by_suffix=False))
                 reason = file.content.excluded
-                if reason and os.path.exists(expanded) and (family_of(path) is None or reason[0] == "special_files"):
+                if reason and os.path.lexists(expanded) and (family_of(path) is None or reason[0] == "special_files"):
                     rule = "must be a file of text, JSON, CSV or Parquet"
                     raise UserError(f"FILE = {path!r}: {reason[1]}; {rule}")
     return list(files.values())

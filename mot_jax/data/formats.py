@@ -59,7 +59,7 @@ class ReadReport:
     def why_no_documents(self) -> str:
         """The reason why there are no documents, in words."""
         counts = [f"{count:,} {REASONS[key]}" for key, count in self.skipped.items()]
-        return self.reason or "; ".join(counts) or "empty"
+        return self.reason or ("empty" if set(self.skipped) <= {"empty"} else "; ".join(counts))
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import json
+import lzma
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -152,14 +155,32 @@ def test_a_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert peak < 10e6
 
 
-def test_damaged_files_are_read_up_to_the_damage(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    write_json(tmp_path / "a.jsonl", [f"text {i} {'x' * (i % 97)}" for i in range(5000)])
-    path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes())[:-2000])
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damaged_files_are_read_up_to_the_damage(suffix: str, tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    write_json(lines, [f"text {i} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in range(20_000)])
+    complete = read(lines)[0]
+    content = COMPRESS[suffix](lines.read_bytes())
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(content[:-2000])
     documents_read, skipped = read(path)
-    assert len(documents_read) > 100 and skipped["damaged_files"] == 1
-    path.write_bytes(gzip.compress(b"cut")[:12])
+    assert (
+        documents_read == [(name.replace("a.jsonl", path.name), text) for name, text in complete][: len(documents_read)]
+    )
+    assert 5000 < len(documents_read) < len(complete) and skipped == Counter(damaged_files=1)
+    path.write_bytes(content[:12])
     assert read(path) == ([], Counter(damaged_files=1))
+
+
+def test_damaged_parquet_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
     assert read(tmp_path / "a.parquet") == ([], Counter(damaged_files=1))
 
