@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mot_jax.data import pool
@@ -37,6 +38,7 @@ from mot_jax.data.files import FilePart, find_files, read_part, split_file
 from mot_jax.data.formats import REASONS, DocumentUnit, ReadReport
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
+from mot_jax.runtime.paths import replace_file, sync
 
 FORMAT_VERSION = 2
 VERSION = "1.0.0"
@@ -261,7 +263,7 @@ def _write_piece(directory: Path, piece: BuildPiece, advance: pool.Advance) -> N
     for path in paths.values():
         sync(path)
     finished = {"digest": digest.hexdigest(), "counts": counts, "files": files, "shards": shards}
-    _write_synced(directory / piece.marker, strict_json.dumps(finished))
+    replace_file(epath.Path(directory / piece.marker), strict_json.dumps(finished).encode())
 
 
 def _finished(directory: Path, piece: BuildPiece) -> dict[str, Any] | None:
@@ -272,23 +274,6 @@ def _finished(directory: Path, piece: BuildPiece) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return result if complete else None
-
-
-def sync(path: Path) -> None:
-    """Write a file or a directory from memory to the disk: its content survives a power loss."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_synced(path: Path, content: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(content)
-    sync(temporary)
-    temporary.rename(path)
 
 
 def _record(features: dict[str, bytes]) -> bytes:
@@ -314,7 +299,7 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
     if directory.exists() and not (plan.exists() and plan.read_text() == identity):
         shutil.rmtree(directory)
     directory.mkdir(exist_ok=True)
-    _write_synced(plan, identity)
+    replace_file(epath.Path(plan), identity.encode())
     pieces = _split_into_pieces(spec)
     missing = [piece for piece in pieces if _finished(directory, piece) is None]
     if len(missing) < len(pieces):
@@ -337,7 +322,8 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
         raise UserError(f"NAME = {spec.name!r}: no document in the files; " + "; ".join(reasons[:_NAMED]))
     left_out = [{"file": path, "reason": r.why_no_documents()} for path, r in reports.items() if not r.documents]
     if left_out:
-        _write_synced(directory / "left_out.jsonl", "".join(f"{strict_json.dumps(entry)}\n" for entry in left_out))
+        lines = "".join(f"{strict_json.dumps(entry)}\n" for entry in left_out)
+        replace_file(epath.Path(directory / "left_out.jsonl"), lines.encode())
     _write_tfds_metadata(directory, spec, results, metadata)
     for name in ["plan", *(piece.marker for piece in pieces)]:
         (directory / name).unlink()

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal
 Format = Literal["text", "json_lines", "json", "table", "parquet"]
 
 _SAMPLE = 1 << 16  # bytes of a file that are examined
-_MAX_LAYERS = 3  # of compression: servers compress again what is compressed
+_MAX_LAYERS = 3  # of compression: some servers compress compressed files again
 _UNDECODABLE = 0.1  # a larger share of invalid bytes: another encoding, or no text; Latin-1 text has about 0.04
 _CONTROL = 0.02  # a larger share of control characters: no text; UTF-16 without a mark has 0.5
 
@@ -73,7 +73,7 @@ codecs.register_error(_DAMAGED, lambda error: (_DAMAGED_CHARACTER, error.end))  
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Content:
-    """What `detect` finds in a file. The default is uncompressed text in UTF-8.
+    """Format, compression and encoding of a file. The default is uncompressed text in UTF-8.
 
     Attributes:
         compressions: Codecs, the outermost first.

@@ -34,11 +34,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mot_jax.data import pool
-from mot_jax.data.build import disk_errors, sync
+from mot_jax.data.build import disk_errors
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batch_by_size
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
+from mot_jax.runtime.paths import sync
 
 FORMAT_VERSION = 1  # increase it if the same text gives other windows; the next three constants affect the windows, too
 PACKING = "concatenate"

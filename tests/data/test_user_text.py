@@ -1,7 +1,7 @@
 """The files that users have, through `mot data build`: each document is read once, or its file is named with a reason.
 
 A case is the content of one file, built next to a good file, and the documents that it must give, or the words of its
-line in the report. Alone, a file without documents fails the build with the same words.
+line in the report. A build of nothing but a file without documents fails with the same words.
 """
 
 from __future__ import annotations
