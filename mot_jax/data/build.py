@@ -24,7 +24,7 @@ import shutil
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class CorpusSpec:
 
 
 def spec_from_files(
-    name: str, files: Iterable[str], documents: DocumentUnit = "file", feature: str = "text", validation: float = 0.01
+    name: str, files: Sequence[str], documents: DocumentUnit = "file", feature: str = "text", validation: float = 0.01
 ) -> CorpusSpec:
     """The spec of a corpus of the user's files, glob patterns and directories.
 

@@ -12,7 +12,7 @@ import glob
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mot_jax.data import formats
@@ -63,7 +63,7 @@ class FilePart:
 # --- finding files ----------------------------------------------------------------------------------------------------
 
 
-def find_files(arguments: Iterable[str]) -> list[SourceFile]:
+def find_files(arguments: Sequence[str]) -> list[SourceFile]:
     """Expand files, glob patterns and directories, and examine the files.
 
     Directories are searched recursively, through links as well; hidden files are ignored. Of a directory, files with
@@ -91,6 +91,8 @@ def find_files(arguments: Iterable[str]) -> list[SourceFile]:
                 if reason and os.path.lexists(expanded) and (family_of(path) is None or reason[0] == "special_files"):
                     rule = "must be a file of text, JSON, CSV or Parquet"
                     raise UserError(f"FILE = {path!r}: {reason[1]}; {rule}")
+    if not files:
+        raise UserError(f"FILE = {', '.join(map(repr, arguments))}: no files in it; hidden files are ignored")
     return list(files.values())
 
 

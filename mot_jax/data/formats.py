@@ -214,14 +214,19 @@ def table_documents(
         delimiters: Between fields: that with which the first row has this column, or the most columns.
     """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    lines = _table_lines(stream, report)
+    lines = itertools.dropwhile(str.isspace, _table_lines(stream, report))
     first = next(lines, "")
-    columns = {d: [name.strip() for name in next(csv.reader([first], delimiter=d), [])] for d in delimiters}
-    delimiter = max(columns, key=lambda d: (feature in columns[d], len(columns[d])))
+    columns = {d: next(_table_rows(csv.reader([first], delimiter=d)), []) or [] for d in delimiters}
+    delimiter = max(columns, key=lambda d: (feature in map(str.strip, columns[d]), len(columns[d])))
     rows = _table_rows(csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True))
-    header = [name.strip() for name in next(rows, None) or []]
+    header = next(rows, [])
+    if header is None:
+        report.skipped["bad_rows"] += 1
+        report.reason = "its first row, the header, is not valid CSV"
+        return
+    header = [name.strip() for name in header]
     if header.count(feature) != 1:
-        if any(header):
+        if header:
             report.skipped["no_feature"] += 1
             report.reason = _no_text("column", feature, dict.fromkeys(header, ""), "")
         if feature in header:
@@ -353,4 +358,5 @@ def _no_text(noun: str, feature: str, types: Mapping[str, str], text: str) -> st
     more = f" and {len(types) - _SHOWN_FIELDS} more" if len(types) > _SHOWN_FIELDS else ""
     texts = [name for name, kind in types.items() if kind == text and name != feature]
     close = difflib.get_close_matches(feature, texts, 1, 0) if texts else []
-    return f"{problem}; it has {listed}{more}" + (f"; try --text-feature {close[0]}" if close else "")
+    advice = f"try --text-feature {close[0]}" if close else f"no other {noun} has text"
+    return f"{problem}; it has {listed}{more}; {advice}"

@@ -128,6 +128,7 @@ READ: dict[str, tuple[bytes, list[str]]] = {
     "tab.tsv": (b"text\tlabel\none, two\t1\n", ["one, two"]),
     "one_column.tsv": (b"text\none, two\n", ["one, two"]),
     "quoted_header.csv": (b'"a\nname","text"\n1,one\n', ["one"]),
+    "blank_lines.csv": (b"\n\nlabel,text\n\n1,one\n", ["one"]),
     "short_rows.csv": (b"text,label\none\n", ["one"]),
     # Parquet
     "string.parquet": (text_column(pa.string()), TEXTS),
@@ -223,12 +224,16 @@ LEFT_OUT: dict[str, tuple[bytes, str]] = {
     "other_column.csv": (b"body,label\none,1\n", "no column 'text'; it has 'body', 'label'"),
     "no_header.csv": (b"some words,1\nothers,2\n", "no column 'text'; it has 'some words', '1'"),
     "twice.csv": (b"text,text\none,two\n", "2 columns have the name 'text'"),
+    "macintosh.csv": (b"label,text\r1,one\r", "its first row, the header, is not valid CSV"),
     "header.csv": (b"label,text\n", "a header without rows"),
     "other_column.parquet": (
         parquet(body=pa.array(["one"]), id=pa.array([1])),
         "no column 'text'; it has 'body' (text), 'id' (int64); try --text-feature body",
     ),
-    "list.parquet": (parquet(text=pa.array([["one"]])), "its column 'text' has the type list<element: string>"),
+    "list.parquet": (
+        parquet(text=pa.array([["one"]])),
+        "its column 'text' has the type list<element: string>; it has 'text' (list<element: string>); no other column",
+    ),
     "number.parquet": (parquet(text=pa.array([1.5])), "its column 'text' has the type double"),
     "struct.parquet": (parquet(text=pa.array([{"text": "one"}])), "its column 'text' has the type struct"),
     "null.parquet": (parquet(text=pa.nulls(2)), "its column 'text' has the type null"),
@@ -341,6 +346,12 @@ def test_any_file_name(name: str | bytes, tmp_path: Path) -> None:
     with open(path, "wb"):
         pass
     assert "empty" in refusal(tmp_path / "c", str(source))
+
+
+def test_a_directory_without_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "source/.git").mkdir(parents=True)
+    (tmp_path / "source/.git/config.txt").write_text("hidden")
+    assert "source': no files in it; hidden files are ignored" in refusal(tmp_path, str(tmp_path / "source"))
 
 
 def test_many_files_without_documents_are_named_in_a_file(tmp_path: Path) -> None:
