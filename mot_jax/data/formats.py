@@ -216,10 +216,17 @@ def table_documents(
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     lines = itertools.dropwhile(str.isspace, _table_lines(stream, report))
     first = next(lines, "")
-    columns = {d: next(_table_rows(csv.reader([first], delimiter=d)), []) or [] for d in delimiters}
-    delimiter = max(columns, key=lambda d: (feature in map(str.strip, columns[d]), len(columns[d])))
+    if not first:
+        return
+
+    def fitness(delimiter: str) -> tuple[bool, int]:
+        row = next(_table_rows(csv.reader([first], delimiter=delimiter)))
+        names = [name.strip() for name in row or ()]
+        return feature in names, len(names)
+
+    delimiter = max(delimiters, key=fitness)
     rows = _table_rows(csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True))
-    header = next(rows, [])
+    header = next(rows)
     if header is None:
         report.skipped["bad_rows"] += 1
         report.reason = "its first row, the header, is not valid CSV"
