@@ -175,7 +175,7 @@ def _json_format(text: str) -> Format:
     objects = (line for line in lines if line.startswith("{") or line is lines[0])
     if not first.startswith("{") or any(isinstance(_parse(line), dict) for line in objects):
         return "json_lines"
-    return "json" if first.endswith(("{", "[", ",")) else "json_lines"
+    return "json" if len(lines) > 1 and first.endswith(("{", "[", ",")) else "json_lines"
 
 
 def _parse(line: str) -> Any:

@@ -165,7 +165,7 @@ def read_part(part: FilePart, documents: DocumentUnit, feature: str, report: Rea
         report: Is updated with counts and reasons.
 
     Raises:
-        UserError: The file cannot be read any more.
+        UserError: The file cannot be read any more, or has changed since it was examined.
     """
     if part.content.excluded:
         reason, report.reason = part.content.excluded
@@ -173,6 +173,8 @@ def read_part(part: FilePart, documents: DocumentUnit, feature: str, report: Rea
         return
     whole_file = part.content.format == "text" and documents == "file"
     try:
+        if part.modified and os.stat(part.path).st_mtime_ns != part.modified:
+            raise UserError(f"FILE = {part.path!r}: has changed since the build began; try the same command again")
         for offset, value in _texts(part, documents, feature, report):
             text, repaired = _encode(value if isinstance(value, str) else value.decode("utf-8", "surrogateescape"))
             if len(text) > formats.MAX_DOCUMENT_BYTES:

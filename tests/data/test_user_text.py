@@ -9,12 +9,15 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
 import socket
+import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mot_jax.cli import main
+from mot_jax.data import files
+from mot_jax.data.build import build as build_corpus
+from mot_jax.data.build import spec_from_files
+from mot_jax.data.files import find_files, read_part, split_file
+from mot_jax.data.formats import ReadReport
+from mot_jax.errors import UserError
 
 TEXTS = ["one", "zweites: äöü €, 漢字", 'a "quoted"\nline, and\n\na gap']
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -34,6 +43,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
 ARCHIVE = io.BytesIO()
 with zipfile.ZipFile(ARCHIVE, "w") as archive:
     archive.writestr("a.txt", "text in the archive")
+TAR = io.BytesIO()
+with tarfile.open(fileobj=TAR, mode="w") as archive_of_one:
+    archive_of_one.addfile(tarfile.TarInfo("a.txt"))
 
 
 def arrow_compressed(content: bytes, codec: str) -> bytes:
@@ -87,6 +99,8 @@ READ: dict[str, tuple[bytes, list[str]]] = {
     "upper.JSONL": (LINES, TEXTS),
     "mark.jsonl": (codecs.BOM_UTF8 + LINES, TEXTS),
     "crlf.jsonl": (LINES.replace(b"\n", b"\r\n"), TEXTS),
+    "long_lines.jsonl": (b'{"list": [%s], "text": "one"}\n' % b",".join([b"1"] * 50_000), ["one"]),
+    "commas.jsonl": (b'{"text": "one"},\n{"text": "two"},\n', ["one", "two"]),
     "one_object.json": (b'{"text": "one"}', ["one"]),
     "array.json": (json.dumps(ARRAY).encode(), TEXTS),
     "array.jsonl": (json.dumps(ARRAY).encode(), TEXTS),
@@ -203,6 +217,8 @@ LEFT_OUT: dict[str, tuple[bytes, str]] = {
     "zeros.txt": (bytes(5000), "not text"),
     "picture.txt": (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" + bytes(range(256)) * 9, "not text"),
     "archive.jsonl": (ARCHIVE.getvalue(), "a zip archive; try the files in it (unzip)"),
+    "tar.jsonl.gz": (gzip.compress(TAR.getvalue()), "a tar archive; try the files in it (tar -xf)"),
+    "paper.txt": (b"%PDF-1.7\n1 0 obj << >>", "a PDF document; try pdftotext"),
     "pointer.jsonl": (POINTER, "a Git LFS pointer, not the file itself; try git lfs pull"),
     "pointer.parquet": (POINTER, "try git lfs pull"),
     "pointer.txt": (POINTER, "try git lfs pull"),
@@ -367,22 +383,30 @@ def test_many_files_without_documents_are_named_in_a_file(tmp_path: Path) -> Non
     assert [json.loads(entry)["file"] for entry in entries] == [str(source / f"{i:02}.txt") for i in range(15)]
 
 
-def test_a_file_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mot_jax.data import build as module
+def test_a_file_that_vanishes_or_changes_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    spec = spec_from_files("mine", [str(path)])
+    os.utime(path, (1, 1))
+    with pytest.raises(UserError, match=r"a.txt': has changed since the build began; try the same command again"):
+        build_corpus(spec, tmp_path / "corpora", 1)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a.txt': cannot be read \(No such file or directory\)"):
+        build_corpus(spec, tmp_path / "corpora", 1)
+
+
+def test_a_file_without_permission_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root, the tests may read every file."""
+
+    def refuse(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
     (tmp_path / "a.txt").write_text("text")
-    spec = module.spec_from_files("mine", [str(tmp_path / "a.txt")])
-    (tmp_path / "a.txt").unlink()
-    with pytest.raises(module.UserError, match=r"a.txt': cannot be read \(No such file or directory\)"):
-        module.build(spec, tmp_path / "corpora", 1)
+    monkeypatch.setattr(files, "detect", refuse)
+    assert "a.txt': cannot be read (Permission denied); try chmod +r" in refusal(tmp_path, str(tmp_path))
 
 
 def test_an_array_is_parsed_while_it_is_read(tmp_path: Path) -> None:
-    import tracemalloc
-
-    from mot_jax.data.files import find_files, read_part, split_file
-    from mot_jax.data.formats import ReadReport
-
     with open(tmp_path / "a.json", "w") as file:
         file.write("[\n" + ",\n".join(json.dumps({"text": "x" * 1000, "i": i}) for i in range(30_000)) + "\n]")
     (source,) = find_files([str(tmp_path / "a.json")])
