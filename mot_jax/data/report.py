@@ -34,7 +34,7 @@ def describe_corpus(corpus: Corpus, tokenizer: Tokenizer | None = None, shown: i
         f"the longest document has {longest:,} bytes, {longest / max(nbytes, 1):.2%} of the corpus: "
         f"the sequences of a group can come from different documents for group sizes up to {nbytes // longest:,}"
     )
-    yield from summary_lines({"counts": {}, "skipped": corpus.metadata.get("skipped", {})})
+    yield from summary_lines({"skipped": {}, **corpus.metadata, "counts": {}})
     if tokenizer is not None:
         texts = list(sample_texts(corpus, _ENCODED_BYTES))
         tokens = sum(len(tokenizer.encode(text)) for text in texts)
