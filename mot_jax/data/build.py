@@ -164,7 +164,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
             content = json.loads((directory / name).read_text())
             if not isinstance(content, dict):
                 raise ValueError("no JSON object")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise damaged_corpus(directory, name, error_words(error)) from None
     for name, size in content.get("shard_bytes", {}).items():
         path = directory / name

@@ -93,15 +93,16 @@ def open_corpus(
             array_record format, or the split is empty.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
-    if "://" not in str(path) and (path / "metadata.json").exists():
+    is_local = "://" not in str(path)
+    if has_metadata := is_local and (path / "metadata.json").exists():
         read_metadata(Path(path))
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
         raise UserError(f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another") from error
     info = builder.info
-    if info.description == DESCRIPTION:
-        read_metadata(Path(path))  # a corpus whose metadata is missing
+    if info.description == DESCRIPTION and is_local and not has_metadata:
+        read_metadata(Path(path))  # raises an error that names the missing file
     _check_format(name, info, path)
     _check_feature(name, info, feature)
     _check_split(name, info, split, field)
