@@ -280,7 +280,7 @@ def row_group_sizes(path: str) -> list[int]:
 
     try:
         metadata = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return [0]  # the damage is counted when the file is read
     return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
@@ -317,7 +317,7 @@ def parquet_documents(
                     else:
                         yield row, value
                     row += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         report.skipped["damaged_files"] += 1
