@@ -42,6 +42,7 @@ from mot_jax.runtime.paths import replace_file, sync
 
 FORMAT_VERSION = 2
 VERSION = "1.0.0"
+_CONTENTS = "contents.json"  # of a corpus: the sizes of its shards, and digests of its metadata
 DESCRIPTION = "Text corpus built by mot_jax."
 PIECE_BYTES = 1 << 24  # of text, approximately
 _MAX_PIECES = 256  # readers keep every shard of a split open, and systems allow about 1,000 open files
@@ -159,18 +160,28 @@ def build(
 
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus."""
-    for name in ("dataset_info.json", "features.json", "metadata.json"):
+
+    def read(name: str) -> dict[str, Any]:
         try:
             content = json.loads((directory / name).read_text())
             if not isinstance(content, dict):
                 raise ValueError("no JSON object")
         except (FileNotFoundError, ValueError) as error:
             raise damaged_corpus(directory, name, error_words(error)) from None
-    for name, size in content.get("shard_bytes", {}).items():
-        path = directory / name
-        if not path.exists() or path.stat().st_size != size:
-            raise damaged_corpus(directory, name, f"must have {size:,} bytes")
-    return content
+        return content
+
+    _, _, metadata = map(read, ("dataset_info.json", "features.json", "metadata.json"))
+    if metadata.get("format", 1) > 1 or (directory / _CONTENTS).exists():  # corpora of version 1 have no such file
+        for name, expected in read(_CONTENTS).items():
+            path = directory / name
+            if not path.exists() or _state_of(path) != expected:
+                raise damaged_corpus(directory, name, "it is not as it was built" if path.exists() else "missing")
+    return metadata
+
+
+def _state_of(path: Path) -> int | str:
+    """The digest of a file of metadata; the size of a shard, whose records have checksums of their own."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else path.stat().st_size
 
 
 def damaged_corpus(directory: Path, file: str, words: str) -> UserError:
@@ -327,6 +338,8 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
     _write_tfds_metadata(directory, spec, results, metadata)
     for name in ["plan", *(piece.marker for piece in pieces)]:
         (directory / name).unlink()
+    states = {path.name: _state_of(path) for path in sorted(directory.iterdir())}
+    replace_file(epath.Path(directory / _CONTENTS), strict_json.dumps(states, indent=1).encode())
     for path in directory.iterdir():
         sync(path)
     sync(directory)
@@ -358,18 +371,12 @@ def _combined_metadata(
         total = {field: sum(count[field] for count in split_counts) for field in ("documents", "bytes")}
         if total["documents"]:
             counts[split] = total | {"longest": max(count["longest"] for count in split_counts)}
-    stored = {
-        name: size
-        for result in results
-        for name, size in result["shards"].items()
-        if any(f"-{split}.array_record" in name for split in counts)
-    }
     return {
         "fingerprint": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "counts": counts,
         "skipped": {reason: skipped[reason] for reason in REASONS if skipped[reason]},
         "left_out": {reason: [len(of_reason), of_reason[:_NAMED]] for reason, of_reason in left_out.items()},
-        "shard_bytes": stored,
+        "format": FORMAT_VERSION,
     }
 
 

@@ -26,6 +26,7 @@ import os
 import random
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -75,14 +76,16 @@ class Windows:
 
     def __init__(self, directory: Path):
         try:
-            self.info: dict[str, Any] = json.loads((directory / "windows.json").read_text())
+            self.info: dict[str, Any] = _read_info(directory / "windows.json")
             self.documents: np.ndarray = np.load(directory / "documents.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise DamagedError(directory) from error
         # No read-ahead, since access is random.
         self._records = ArrayRecordReader(str(directory / "tokens.array_record"), options="readahead_buffer_size:0")
         counts = {self.info.get("windows"), len(self.documents), self._records.num_records()}
-        if len(counts) > 1 or not self.info.keys() >= set(_COUNTS):
+        if len(counts) > 1 or not self.info.keys() >= {*_COUNTS, "dtype", "context_length", "end_of_text"}:
+            raise DamagedError(directory)
+        if self.info.get("documents_crc32", crc := zlib.crc32(self.documents)) != crc:
             raise DamagedError(directory)
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
@@ -120,6 +123,19 @@ class Windows:
         tokens = np.full(non_padding.shape, self.info["end_of_text"], np.int32)
         tokens[non_padding] = np.frombuffer(b"".join(records), self._dtype)
         return WindowBatch(tokens, non_padding[:, 1:])
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """The content of windows.json. Raises ValueError if it is not as it was written."""
+    info = json.loads(path.read_text())
+    checksum = info.pop("checksum", None)  # windows of earlier versions have none
+    if checksum not in (None, _checksum(info)):
+        raise ValueError(f"{path}: wrong checksum")
+    return info
+
+
+def _checksum(info: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
 
 
 class JoinedWindows(Windows):
@@ -283,6 +299,8 @@ def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) ->
             f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"
         )
     info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
+    info["documents_crc32"] = zlib.crc32(np.load(directory / "documents.npy", mmap_mode="r"))
+    info["checksum"] = _checksum(info)
     (directory / "windows.json").write_text(strict_json.dumps(info, indent=1) + "\n")
 
 

@@ -58,7 +58,7 @@ def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, smal
     logged: list[str] = []
     path = build(spec_from_files("mine", [str(source)], validation=0.2), tmp_path, 1, logged.append)
     assert path == tmp_path / "mine" / "1.0.0"
-    assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 3
+    assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 4
     splits = contents(path)
     assert len(splits["train"] + splits["validation"]) == 300
     assert [name for name, _ in splits["train"] if name.endswith(b".txt")] == sorted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -151,15 +152,23 @@ def test_damaged_data_sets_and_buckets(directory: Path, tfds_directory: Path, tm
     assert "only local files and gs:// can be read" in error_line("s3://bucket/mine", "train", directory)
 
 
-FILES = ["dataset_info.json", "features.json", "metadata.json", "mine-train.array_record-00000-of-00001"]
+METADATA = ("dataset_info.json", "features.json", "metadata.json", "contents.json")
+SHARD = "mine-train.array_record-00000-of-00001"
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product([*METADATA, SHARD], ["empty", "cut", "missing"]),
+        *((name, "changed") for name in METADATA[:3]),
+    ],
+)
 def test_a_damaged_file_of_a_corpus_is_named(directory: Path, tmp_path: Path, name: str, damage: str) -> None:
     corpus = shutil.copytree(directory / "corpora/mine", tmp_path / "corpora/mine") / "1.0.0"
     if damage == "missing":
         (corpus / name).unlink()
+    elif damage == "changed":
+        (corpus / name).write_text((corpus / name).read_text() + " ")
     else:
         os.truncate(corpus / name, 0 if damage == "empty" else 50)
     line = error_line("mine", "train", tmp_path)

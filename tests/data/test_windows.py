@@ -210,6 +210,19 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, toy_corpus: Callable[..., Cor
         damaged.read(range(len(damaged)))
 
 
+@pytest.mark.parametrize("name", ["windows.json", "documents.npy"])
+def test_a_changed_byte_of_the_metadata_is_rebuilt(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], name: str
+) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    file = tmp_path / "windows" / windows.fingerprint / name
+    content = file.read_bytes()
+    at = content.index(b'"end_of_text": 256') + 15 if name == "windows.json" else len(content) - 4
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    again = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    assert file.read_bytes() == content and again.info["end_of_text"] == 256
+
+
 def test_a_full_disk_is_one_line(
     tmp_path: Path, toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
