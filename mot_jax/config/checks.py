@@ -91,10 +91,18 @@ def _range_errors(config: Config) -> Iterator[str]:
 def _tuple_errors(name: str, items: tuple) -> Iterator[str]:
     """Numbers in tuples and in pairs must be finite and not negative; weights must not be 0 either."""
     minimum = 1e-30 if name == "data.weights" else 0
-    for item in items:
+
+    def is_valid(item: Any) -> bool:
         number = item[-1] if isinstance(item, tuple) else item
-        if not isinstance(number, str) and not minimum <= number <= _LARGEST:
-            valid = tuple(i for i in items if i != item)
+        return isinstance(number, str) or minimum <= number <= _LARGEST
+
+    for item in items:
+        if not is_valid(item):
+            number = item[-1] if isinstance(item, tuple) else item
+            if name == "data.weights":  # one for each corpus
+                valid = tuple(i if is_valid(i) else 1.0 for i in items)
+            else:
+                valid = tuple(i for i in items if is_valid(i))
             limit = "above 0" if minimum else "at least 0"
             yield f"{name} = {items}: {number} must be finite and {limit}; try {valid}"
 

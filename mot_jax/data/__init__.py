@@ -3,7 +3,9 @@
 To train on your own files: `mot data build NAME FILES...` (`build`) makes a corpus of them, and `data.corpus = NAME`
 in a config trains on it.
 
-    files           documents in the user's .jsonl, .parquet and text files
+    content         compression, encoding and format of a file, detected from its first bytes
+    formats         documents in text, JSON, tables and Parquet
+    files           the user's files, and the parts of them that are read independently
     build           a corpus (a TFDS data set) from these documents, by several processes, resumable
     corpora         open a corpus by name: one that was built, the source of Python, or a prepared TFDS data set
     python_source   the source of the running Python as corpora that need no download

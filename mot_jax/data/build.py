@@ -1,17 +1,19 @@
 """Build a corpus, which is a TFDS data set, from files; several processes work on it, and an interrupted build resumes.
 
 The input is divided into pieces. One process writes each piece, to one shard of every split, and then a marker file; a
-piece with a marker is not written again. The documents of a piece depend on the files only, so the result is the same
-for any number of processes and interruptions.
+piece with a marker and complete shards is not written again. The documents of a piece depend on the files only, so the
+result is the same for any number of processes and interruptions. Everything is on disk before the directory is renamed.
 
     <directory>/corpora/NAME/1.0.0.building/    plan (identity of the spec), piece-00003.json (marker), shards
-    <directory>/corpora/NAME/1.0.0/             the same directory renamed, with TFDS's metadata: the data set
+    <directory>/corpora/NAME/1.0.0/             the same directory renamed, with TFDS's metadata: the data set;
+                                                left_out.jsonl names files without documents, with the reasons
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -20,33 +22,31 @@ import os
 import re
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from mot_jax.data import pool
-from mot_jax.data.files import DocumentUnit, FilePart, find_files, read_part, split_file
-from mot_jax.errors import UserError
+from mot_jax.data.files import FilePart, find_files, read_part, split_file
+from mot_jax.data.formats import REASONS, DocumentUnit, ReadReport
+from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
+from mot_jax.runtime.paths import replace_file, sync
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VERSION = "1.0.0"
+_CONTENTS = "contents.json"  # of a corpus: the sizes of its shards, and digests of its metadata
+DESCRIPTION = "Text corpus built by mot_jax."
 PIECE_BYTES = 1 << 24  # of text, approximately
 _MAX_PIECES = 256  # readers keep every shard of a split open, and systems allow about 1,000 open files
-_REASONS = {
-    "other_files": "files of other types skipped",
-    "damaged_files": "damaged files, read up to the damage",
-    "too_long": "documents or lines of more than 64 MiB skipped",
-    "not_json": "lines skipped that are not valid JSON",
-    "no_feature": "lines or rows skipped that have no text in the field --text-feature",
-    "empty": "empty documents skipped",
-    "damaged_utf8": "documents with invalid UTF-8, replaced by U+FFFD",
-}
+_NAMED = 10  # names of files in one line; left_out.jsonl has all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,6 @@ class CorpusSpec:
         splits: Names. Documents of a file part without a split are assigned by their hash: to the second split with
             probability `validation`, otherwise to the first.
         salt: Included in the fingerprint.
-        other_files: Number of files that were skipped because of their type.
     """
 
     name: str
@@ -67,7 +66,6 @@ class CorpusSpec:
     feature: str = "text"
     validation: float = 0.0
     salt: str = ""
-    other_files: int = 0
 
     def identity(self) -> str:
         """A hex digest of all fields. The corpus stores it, to detect a build from other files."""
@@ -81,7 +79,7 @@ class CorpusSpec:
 
 
 def spec_from_files(
-    name: str, files: Iterable[str], documents: DocumentUnit = "file", feature: str = "text", validation: float = 0.01
+    name: str, files: Sequence[str], documents: DocumentUnit = "file", feature: str = "text", validation: float = 0.01
 ) -> CorpusSpec:
     """The spec of a corpus of the user's files, glob patterns and directories.
 
@@ -96,16 +94,16 @@ def spec_from_files(
         )
     if not 0 <= validation < 1:
         raise UserError(f"--validation = {validation:g}: must be at least 0 and below 1; try 0.01")
-    names, other_files = find_files(files)
-    size = _piece_bytes(sum(map(os.path.getsize, names)))
-    parts = tuple(part for path, label in names.items() for part in split_file(path, label, documents, size))
-    return CorpusSpec(name, parts, documents=documents, feature=feature, validation=validation, other_files=other_files)
+    sources = find_files(files)
+    size = _piece_bytes(sum(file.size for file in sources))
+    parts = tuple(part for file in sources for part in split_file(file, documents, size))
+    return CorpusSpec(name, parts, documents=documents, feature=feature, validation=validation)
 
 
 def built_directory(corpora: Path, name: str) -> Path | None:
-    """The directory of the corpus `name` under `corpora`, or None if it is not completely built."""
+    """The directory of the corpus `name` under `corpora`, or None if it is not built."""
     directory = corpora / name / VERSION
-    return directory if (directory / "dataset_info.json").exists() else None
+    return directory if directory.exists() else None
 
 
 def build(
@@ -131,26 +129,66 @@ def build(
         raise UserError(
             f"data.directory = {corpora.parent}: cannot be written ({error.strerror}); try one that can"
         ) from error
-    with _lock(directory.parent / ".lock", log):
-        if built_directory(corpora, spec.name):
-            if json.loads((directory / "metadata.json").read_text()).get("plan") != spec.identity():
-                raise UserError(
-                    f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that "
-                    f"have changed since; try another name, or delete that directory"
-                )
+    with _lock(directory.parent / ".lock", log) as exclusive, disk_errors(corpora.parent):
+        if not exclusive:  # without locks, a build shares its directory with no other
+            building = building.with_name(f"{building.name}.{uuid.uuid4().hex}")
+        exists = directory.exists()
+        if not exists:
+            _build_in(building, spec, workers, log)
+            try:
+                building.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+                shutil.rmtree(building)  # without locks, another process has built it in the meantime
+            sync(directory.parent)
+        if read_metadata(directory).get("plan") != spec.identity():
+            raise UserError(
+                f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that have "
+                "changed since, or by another version; try another name, or delete that directory"
+            )
+        if exists:
             log(f"{spec.name} exists already, built from the same files")
-        else:
-            pieces = _build_in(building, spec, workers, log)
-            building.rename(directory)
-            for name in ["plan", *(piece.marker for piece in pieces)]:
-                (directory / name).unlink()
-    metadata = json.loads((directory / "metadata.json").read_text())
+    metadata = read_metadata(directory)
     for line in summary_lines(metadata):
         log(line)
     if spec.validation and spec.splits[1] not in metadata["counts"]:
         log(f"no document was assigned to {spec.splits[1]}; try a larger --validation and another name")
     log(f"corpus directory: {directory}")
     return directory
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus."""
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((directory / name).read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+        except (FileNotFoundError, ValueError) as error:
+            raise damaged_corpus(directory, name, error_words(error)) from None
+        return content
+
+    _, _, metadata = map(read, ("dataset_info.json", "features.json", "metadata.json"))
+    if metadata.get("format", 1) > 1 or (directory / _CONTENTS).exists():  # corpora of version 1 have no such file
+        for name, expected in read(_CONTENTS).items():
+            path = directory / name
+            if not path.exists() or _state_of(path) != expected:
+                raise damaged_corpus(directory, name, "it is not as it was built" if path.exists() else "missing")
+    return metadata
+
+
+def _state_of(path: Path) -> int | str:
+    """The digest of a file of metadata; the size of a shard, whose records have checksums of their own."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else path.stat().st_size
+
+
+def damaged_corpus(directory: Path, file: str, words: str) -> UserError:
+    """The error for a damaged file of a corpus, with the commands that build it again."""
+    name = directory.parent.name
+    command = f"mot data build {name} FILES" if directory.parent.parent.name == "corpora" else "this command"
+    return UserError(f"{directory / file}: is damaged ({words}); try rm -r {directory}, then {command} again")
 
 
 def summary_lines(metadata: dict[str, Any]) -> list[str]:
@@ -160,7 +198,11 @@ def summary_lines(metadata: dict[str, Any]) -> list[str]:
         f"the longest {counts['longest']:,} ({counts['longest'] / counts['bytes']:.2%})"
         for split, counts in metadata["counts"].items()
     ]
-    return lines + [f"{count:,} {_REASONS[reason]}" for reason, count in metadata["skipped"].items()]
+    lines += [f"{count:,} {REASONS[reason]}" for reason, count in metadata["skipped"].items()]
+    for reason, (count, names) in metadata.get("left_out", {}).items():
+        more = f" and {count - len(names):,} more (left_out.jsonl)" if count > len(names) else ""
+        lines.append(f"no documents in {', '.join(names)}{more}: {reason}")
+    return lines
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
@@ -206,14 +248,14 @@ def _features() -> tfds.features.FeaturesDict:
 def _write_piece(directory: Path, piece: BuildPiece, advance: pool.Advance) -> None:
     """Write the shards of a piece, then its marker."""
     spec = piece.spec
-    writers = {}
-    for split in spec.splits:
-        shard = _shard_files(spec, directory, split).sharded_filepath(shard_index=piece.number, num_shards=piece.total)
-        writers[split] = ArrayRecordWriter(os.fspath(shard), "group_size:1,zstd:1")
-    digest, skipped = hashlib.sha256(spec.salt.encode()), Counter[str]()
+    place = {"shard_index": piece.number, "num_shards": piece.total}
+    paths = {split: Path(_shard_files(spec, directory, split).sharded_filepath(**place)) for split in spec.splits}
+    writers = {split: ArrayRecordWriter(os.fspath(path), "group_size:1,zstd:1") for split, path in paths.items()}
+    digest, reports = hashlib.sha256(spec.salt.encode()), defaultdict[str, ReadReport](ReadReport)
     counts = {split: Counter(documents=0, bytes=0, longest=0, stored=0) for split in spec.splits}
     for part in spec.parts:
-        for name, text in read_part(part, spec.documents, spec.feature, skipped):
+        report = ReadReport()
+        for name, text in read_part(part, spec.documents, spec.feature, report):
             label = name.encode(errors="replace")  # file names need not be UTF-8
             split = part.split or spec.splits[_hash_fraction(text) < spec.validation]
             record = _record({"name": label, "text": text})
@@ -223,13 +265,26 @@ def _write_piece(directory: Path, piece: BuildPiece, advance: pool.Advance) -> N
             count = counts[split]
             count.update(documents=1, bytes=len(text), stored=len(record))
             count["longest"] = max(count["longest"], len(text))
+        reports[part.path] += report
         advance(part.size)
     for writer in writers.values():
         writer.close()
-    finished = strict_json.dumps({"digest": digest.hexdigest(), "counts": counts, "skipped": skipped})
-    temporary = directory / f"{piece.marker}.writing"
-    temporary.write_text(finished)
-    temporary.rename(directory / piece.marker)
+    files = {path: (report.documents, report.skipped, report.reason) for path, report in reports.items()}
+    shards = {path.name: path.stat().st_size for path in paths.values()}
+    for path in paths.values():
+        sync(path)
+    finished = {"digest": digest.hexdigest(), "counts": counts, "files": files, "shards": shards}
+    replace_file(epath.Path(directory / piece.marker), strict_json.dumps(finished).encode())
+
+
+def _finished(directory: Path, piece: BuildPiece) -> dict[str, Any] | None:
+    """The content of a piece's marker; None without a marker, or if a shard is not complete."""
+    try:
+        result = json.loads((directory / piece.marker).read_text())
+        complete = all((directory / name).stat().st_size == size for name, size in result["shards"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return result if complete else None
 
 
 def _record(features: dict[str, bytes]) -> bytes:
@@ -248,16 +303,16 @@ def _hash_fraction(text: bytes) -> float:
 # --- the data set -----------------------------------------------------------------------------------------------------
 
 
-def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Callable[[str], None]) -> list[BuildPiece]:
-    """Build the data set in `directory`, starting from its finished pieces. Returns all pieces."""
+def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Callable[[str], None]) -> None:
+    """Build the data set in `directory`, starting from its finished pieces."""
     identity = spec.identity()
-    with contextlib.suppress(FileNotFoundError):
-        if (directory / "plan").read_text() != identity:
-            shutil.rmtree(directory)
+    plan = directory / "plan"
+    if directory.exists() and not (plan.exists() and plan.read_text() == identity):
+        shutil.rmtree(directory)
     directory.mkdir(exist_ok=True)
-    (directory / "plan").write_text(identity)
+    replace_file(epath.Path(plan), identity.encode())
     pieces = _split_into_pieces(spec)
-    missing = [piece for piece in pieces if not (directory / piece.marker).exists()]
+    missing = [piece for piece in pieces if _finished(directory, piece) is None]
     if len(missing) < len(pieces):
         log(f"{spec.name}: {len(pieces) - len(missing)} of {len(pieces)} pieces were finished by an earlier build")
     size = sum(piece.spec.total_bytes for piece in missing)
@@ -270,21 +325,45 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
     results = [json.loads((directory / piece.marker).read_text()) for piece in pieces]
     new = sum(c["bytes"] for piece in missing for c in results[piece.number]["counts"].values())
     log(f"{spec.name}: {new / 1e6:,.1f} MB of text in {seconds:.1f} s, {new / seconds / 1e6:.1f} MB/s")
-    metadata = _combined_metadata(spec, results) | {"plan": identity}
+    reports = _combined_reports(spec, results)
+    metadata = _combined_metadata(spec, results, reports) | {"plan": identity}
     if not metadata["counts"]:
         shutil.rmtree(directory)
-        counted = "; ".join(f"{count:,} {_REASONS[reason]}" for reason, count in metadata["skipped"].items())
-        raise UserError(
-            f"NAME = {spec.name!r}: no document in the files ({counted or 'which are empty'}) with --text-feature "
-            f"{spec.feature!r} and --documents {spec.documents!r}; try another field or other files"
-        )
+        reasons = [f"{', '.join(names)}: {reason}" for reason, (_, names) in metadata["left_out"].items()]
+        raise UserError(f"NAME = {spec.name!r}: no document in the files; " + "; ".join(reasons[:_NAMED]))
+    left_out = [{"file": path, "reason": r.why_no_documents()} for path, r in reports.items() if not r.documents]
+    if left_out:
+        lines = "".join(f"{strict_json.dumps(entry)}\n" for entry in left_out)
+        replace_file(epath.Path(directory / "left_out.jsonl"), lines.encode())
     _write_tfds_metadata(directory, spec, results, metadata)
-    return pieces
+    for name in ["plan", *(piece.marker for piece in pieces)]:
+        (directory / name).unlink()
+    states = {path.name: _state_of(path) for path in sorted(directory.iterdir())}
+    replace_file(epath.Path(directory / _CONTENTS), strict_json.dumps(states, indent=1).encode())
+    for path in directory.iterdir():
+        sync(path)
+    sync(directory)
 
 
-def _combined_metadata(spec: CorpusSpec, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _combined_reports(spec: CorpusSpec, results: list[dict[str, Any]]) -> dict[str, ReadReport]:
+    """The report on each file, by its path."""
+    reports = {part.path: ReadReport() for part in spec.parts}
+    for result in results:
+        for path, (documents, skipped, reason) in result["files"].items():
+            reports[path] += ReadReport(documents, Counter(skipped), reason)
+    return reports
+
+
+def _combined_metadata(
+    spec: CorpusSpec, results: list[dict[str, Any]], reports: dict[str, ReadReport]
+) -> dict[str, Any]:
     """Fingerprint and counts of the whole corpus; splits without documents are omitted."""
-    skipped = sum((Counter(result["skipped"]) for result in results), Counter(other_files=spec.other_files))
+    skipped = sum((report.skipped for report in reports.values()), Counter[str]())
+    names = {part.path: part.name for part in spec.parts}
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for path, report in reports.items():
+        if not report.documents:
+            left_out[report.why_no_documents()].append(_printable(names[path]))
     digests = [result["digest"] for result in results]
     counts = {}
     for split in spec.splits:
@@ -295,8 +374,14 @@ def _combined_metadata(spec: CorpusSpec, results: list[dict[str, Any]]) -> dict[
     return {
         "fingerprint": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "counts": counts,
-        "skipped": {reason: skipped[reason] for reason in _REASONS if skipped[reason]},
+        "skipped": {reason: skipped[reason] for reason in REASONS if skipped[reason]},
+        "left_out": {reason: [len(of_reason), of_reason[:_NAMED]] for reason, of_reason in left_out.items()},
+        "format": FORMAT_VERSION,
     }
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _write_tfds_metadata(
@@ -315,7 +400,7 @@ def _write_tfds_metadata(
     dataset, _, config = spec.name.partition("/")
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(dataset, tfds.core.Version(VERSION), os.fspath(directory), "", config),
-        description="Text corpus built by mot_jax.",
+        description=DESCRIPTION,
         features=_features(),
         metadata=tfds.core.MetadataDict(metadata),
         disable_shuffling=True,  # documents are stored in the order of the files
@@ -326,14 +411,30 @@ def _write_tfds_metadata(
 
 
 @contextlib.contextmanager
-def _lock(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Hold an exclusive lock, on file systems that support locks."""
+def _lock(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
+    """Hold an exclusive lock. Yields False on file systems without locks."""
     with open(path, "wb") as file:
+        exclusive = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log(f"waiting for another process that is building {path.parent}")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass
+            exclusive = False
+        yield exclusive
+
+
+@contextlib.contextmanager
+def disk_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Report a full disk in one line; libraries raise it as errors of their own, with its text."""
+    try:
         yield
+    except (OSError, RuntimeError) as error:
+        words = next((os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT) if os.strerror(n) in str(error)), None)
+        if words is None:
+            raise
+        raise UserError(
+            f"data.directory = {directory}: {words}; free some, and the same command resumes with the finished "
+            "parts; or try another directory (--directory, --data.directory)"
+        ) from error

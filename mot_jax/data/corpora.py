@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mot_jax.data import python_source
-from mot_jax.data.build import build, built_directory
+from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, read_metadata
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
@@ -40,6 +40,7 @@ class Corpus:
         num_bytes: Approximate size of the split.
         feature: The feature with the text.
         metadata: Counts of the build, if `mot data build` built the corpus.
+        directory: Of its files.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Corpus:
     num_bytes: int = 0
     feature: str = "text"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    directory: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -58,9 +60,17 @@ class Corpus:
         return self.read(0, len(self))
 
     def read(self, start: int, stop: int) -> Iterator[tuple[str, bytes]]:
-        """Yield (name, text) of documents start .. stop - 1; documents without names are numbered."""
+        """Yield (name, text) of documents start .. stop - 1; documents without names are numbered.
+
+        Raises:
+            UserError: A file is damaged.
+        """
         for i in range(start, stop):
-            record = self.records[i]
+            try:
+                record = self.records[i]
+            except RuntimeError as error:  # of array_record
+                shards = "*.array_record-*"
+                raise damaged_corpus(Path(self.directory), shards, f"document {i}: {error_words(error)}") from error
             name = record.get("name")
             yield (
                 name.decode(errors="replace") if isinstance(name, bytes) else f"{self.split}/{i}",
@@ -79,15 +89,20 @@ def open_corpus(
         field: The config field or flag that sets `split`, for error messages.
 
     Raises:
-        UserError: The name, split or feature does not exist, the data set is not prepared or not in array_record
-            format, or the split is empty.
+        UserError: The name, split or feature does not exist, the data set is not prepared, damaged or not in
+            array_record format, or the split is empty.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
+    is_local = "://" not in str(path)
+    if has_metadata := is_local and (path / "metadata.json").exists():
+        read_metadata(Path(path))
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
         raise UserError(f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another") from error
     info = builder.info
+    if info.description == DESCRIPTION and is_local and not has_metadata:
+        read_metadata(Path(path))  # raises an error that names the missing file
     _check_format(name, info, path)
     _check_feature(name, info, feature)
     _check_split(name, info, split, field)
@@ -98,7 +113,25 @@ def open_corpus(
     records = builder.as_data_source(split, file_format="array_record")
     size = int(info.splits[split].num_bytes)  # 0 for slices of splits: then estimated in proportion
     num_bytes = size or int(info.dataset_size) * len(records) // sum(i.num_examples for i in info.splits.values())
-    return Corpus(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata)
+    return Corpus(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata, str(path))
+
+
+def shared_documents(name: str, splits: Sequence[str], directory: str | os.PathLike[str]) -> int:
+    """The number of documents that two splits of a corpus have in common, such as `train` and `train[90%:]`."""
+    info = tfds.builder_from_directory(_find(name, Path(directory).expanduser().absolute() / "corpora")).info
+
+    def ranges(split: str) -> Iterator[tuple[str, int, int]]:
+        """Shard, first document and last of each part of a split."""
+        for part in info.splits[split].file_instructions:
+            yield part.filename, part.skip, part.skip + part.take if part.take >= 0 else part.examples_in_shard
+
+    first, second = (list(ranges(split)) for split in splits)
+    return sum(
+        max(0, min(stop, other_stop) - max(start, other_start))
+        for shard, start, stop in first
+        for other_shard, other_start, other_stop in second
+        if shard == other_shard
+    )
 
 
 def _fingerprint(info: tfds.core.DatasetInfo) -> str:
@@ -172,7 +205,7 @@ def _find(name: str, corpora: Path) -> epath.Path:
         for root in [epath.Path()] if is_path else roots:
             base = root / epath.Path(path).expanduser()
             for directory in [base / version] if version else [base, *reversed(_versions(base))]:
-                if (directory / "dataset_info.json").exists():
+                if any((directory / name).exists() for name in ("dataset_info.json", "metadata.json")):
                     return directory
         if is_path:
             raise UserError(

@@ -1,35 +1,41 @@
-"""Read documents from the user's files: .jsonl, .parquet and text, plain or compressed with gzip.
+"""Find the user's files, split them into parts that can be read independently, and read their documents.
 
-Files are split into parts that can be read independently: byte ranges of text and JSON lines files, row groups of
-parquet files, compressed files as a whole. Texts are returned as valid UTF-8: invalid bytes become U+FFFD, and are
-counted. Memory is bounded by the longest document (at most `MAX_DOCUMENT_BYTES`); for parquet, by the text of one row
-group.
+A part is a byte range of text or JSON lines, a row group of Parquet, or a whole file, as compressed ones are. Texts are
+valid UTF-8: invalid bytes become U+FFFD, and are counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
-import gzip
-import io
-import json
 import os
+import stat
 import sys
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import IO, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from mot_jax.data import formats
+from mot_jax.data.content import Content, detect, family_of, is_damage, open_content
+from mot_jax.data.formats import DocumentUnit, ReadReport
 from mot_jax.errors import UserError
 
-MAX_DOCUMENT_BYTES = 1 << 26  # longer lines and documents are skipped
-DocumentUnit = Literal["file", "line", "paragraph"]
+_NUL = 0.1  # documents with a larger share of NULs are no text: the end of a file after a power loss, for example
 
-_JSON = frozenset([".jsonl", ".ndjson", ".json"])
-_TEXT = frozenset(
-    ".c .cc .cpp .css .csv .cu .go .h .hpp .htm .html .java .js .kt .log .lua .md .org .php .py .pyi .r .rb .rs .rst "
-    ".scala .sh .sql .swift .tex .text .toml .ts .tsv .txt .xml .yaml .yml".split()
-)
+
+class SourceFile(NamedTuple):
+    """A file of the user.
+
+    Attributes:
+        name: Prefix of the names of its documents.
+        size: In bytes; modified: time of modification, in ns.
+    """
+
+    path: str
+    name: str
+    content: Content
+    size: int = 0
+    modified: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class FilePart:
 
     Attributes:
         name: Of the file; prefix of the names of its documents.
-        start, stop: In bytes, or row groups of a parquet file.
+        start, stop: In bytes, or row groups of a Parquet file.
         size: Approximate bytes of text.
         modified: Modification time of the file, in ns.
         split: Of its documents; None assigns each by its hash.
@@ -51,119 +57,165 @@ class FilePart:
     size: int
     modified: int = 0
     split: str | None = None
-
-    @property
-    def kind(self) -> str | None:
-        return kind_of(self.path)
+    content: Content = Content()
 
 
-def kind_of(path: str) -> str | None:
-    """`text`, `json` (lines of JSON) or `parquet`, by the file's suffix before any `.gz`; None for other types."""
-    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
-    if suffix == ".parquet":
-        return None if path.endswith(".gz") else "parquet"
-    return "json" if suffix in _JSON else "text" if suffix in _TEXT else None
+# --- finding files ----------------------------------------------------------------------------------------------------
 
 
-def find_files(arguments: Iterable[str]) -> tuple[dict[str, str], int]:
-    """Expand files, glob patterns and directories.
+def find_files(arguments: Sequence[str]) -> list[SourceFile]:
+    """Expand files, glob patterns and directories, and examine the files.
 
-    Directories are searched recursively; hidden files are ignored.
+    Directories are searched recursively, through links as well; hidden files are ignored. Of a directory, files with
+    the suffix of another type are excluded; the type of a file that is an argument is detected whatever its suffix.
 
     Returns:
-        {path: name} of the readable files, in order, and the number of files of other types that were skipped.
+        The files in order, those from which nothing can be read included: `content.excluded` has the reason.
 
     Raises:
-        UserError: An argument matches no file, or a file cannot be read.
+        UserError: An argument matches no file, or is not a file of documents; or a file cannot be read.
     """
-    names: dict[str, str] = {}
-    other_files = 0
+    files: dict[str, SourceFile] = {}
     for argument in arguments:
         expanded = os.path.expanduser(argument)
-        paths = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        paths = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if not paths:
             raise UserError(f"FILE = {argument!r}: no such file, and as a pattern it matches no file")
         for path in map(os.path.abspath, paths):
             if os.path.isdir(path):
-                inside = {file: os.path.relpath(file, path) for file in _walk(path)}
-                readable = {file: name for file, name in inside.items() if kind_of(file)}
-                other_files += len(inside) - len(readable)
-                names |= readable
-            elif kind_of(path):
-                names[path] = os.path.basename(path)
+                for inside in _walk(path):
+                    files.setdefault(inside, _examine(inside, os.path.relpath(inside, path), by_suffix=True))
             else:
-                raise UserError(
-                    f"FILE = {path!r}: unsupported file type; must be .parquet, or end, before any .gz, in "
-                    f"one of {' '.join(sorted(_JSON | _TEXT))}; try renaming it to .txt or .jsonl"
-                )
-    unreadable = next((path for path in names if not os.access(path, os.R_OK)), None)
-    if unreadable is not None:
-        raise UserError(f"FILE = {unreadable!r}: permission to read is missing; try chmod +r")
-    return names, other_files
+                files.setdefault(path, file := _examine(path, os.path.basename(path), by_suffix=False))
+                reason = file.content.excluded
+                if reason and os.path.lexists(expanded) and (family_of(path) is None or reason[0] == "special_files"):
+                    rule = "must be a file of text, JSON, CSV or Parquet"
+                    raise UserError(f"FILE = {path!r}: {reason[1]}; {rule}")
+    if not files:
+        raise UserError(f"FILE = {', '.join(map(repr, arguments))}: no files in it; hidden files are ignored")
+    return list(files.values())
 
 
 def _walk(directory: str) -> Iterator[str]:
-    for root, directories, files in os.walk(directory):
+    """The files below a directory, which is entered once, however many links lead to it."""
+    visited = set()
+
+    def fail(error: OSError) -> None:
+        raise _cannot_be_read(error.filename, error)
+
+    for root, directories, files in os.walk(directory, onerror=fail, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in visited:
+            directories.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         directories[:] = sorted(d for d in directories if not d.startswith("."))
         for file in sorted(files):
             if not file.startswith("."):
                 yield os.path.join(root, file)
 
 
-def split_file(path: str, name: str, documents: DocumentUnit, size: int) -> Iterator[FilePart]:
-    """Split a file into parts of about `size` bytes, where its type allows it."""
-    stat = os.stat(path)
-    kind, end = kind_of(path), stat.st_size
-    compressed = path.endswith(".gz")
-    if kind == "parquet":
-        for group, nbytes in enumerate(_row_group_sizes(path)):
-            yield FilePart(path, name, group, group + 1, nbytes, stat.st_mtime_ns)
-    elif compressed or (kind == "text" and documents == "file"):
-        yield FilePart(path, name, 0, sys.maxsize, end * (4 if compressed else 1), stat.st_mtime_ns)
-    else:
-        for start in range(0, end, size):
-            stop = min(start + size, end)
-            yield FilePart(path, name, start, stop, stop - start, stat.st_mtime_ns)
-
-
-def _row_group_sizes(path: str) -> list[int]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _examine(path: str, name: str, by_suffix: bool) -> SourceFile:
+    """Detect the content of a file, or exclude it if `by_suffix` it is of another type. Raises UserError."""
     try:
-        metadata = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return [0]  # the damage is counted when the file is read
-    return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            content = Content(excluded=("special_files", "a pipe, socket or device"))
+        elif by_suffix and family_of(path) is None:
+            content = Content(excluded=("other_files", "another type by its suffix; try it as an argument of its own"))
+        else:
+            content = detect(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise _cannot_be_read(path, error) from None
+        content, status = Content(excluded=("special_files", "a broken link")), os.lstat(path)
+    return SourceFile(path, name, content, 0 if content.excluded else status.st_size, status.st_mtime_ns)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+def _cannot_be_read(path: str, error: OSError) -> UserError:
+    advice = "try chmod +r" if isinstance(error, PermissionError) else "try other files"
+    return UserError(f"FILE = {path!r}: cannot be read ({error.strerror}); {advice}")
 
 
-def read_part(
-    part: FilePart, documents: DocumentUnit, feature: str, skipped: Counter[str]
-) -> Iterator[tuple[str, bytes]]:
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def split_file(file: SourceFile, documents: DocumentUnit, size: int) -> Iterator[FilePart]:
+    """Split a file into parts of about `size` bytes, where its content allows it."""
+    content = file.content
+    by_line = content.format == "json_lines" or (content.format == "text" and documents != "file")
+    bounds: list[tuple[int, int, int]]  # start, stop, bytes
+    if content.excluded:
+        bounds = []
+    elif content.format == "parquet":
+        bounds = [(group, group + 1, nbytes) for group, nbytes in enumerate(formats.row_group_sizes(file.path))]
+    elif content.is_plain and by_line:
+        stops = [min(start + size, file.size) for start in range(0, file.size, size)]
+        bounds = [(start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
+    else:
+        bounds = [(0, sys.maxsize, file.size * (4 if content.compressions else 1))]
+    for start, stop, nbytes in bounds or [(0, sys.maxsize, 0)]:  # a file without content is reported, too
+        yield FilePart(file.path, file.name, start, stop, nbytes, file.modified, content=content)
+
+
+def read_part(part: FilePart, documents: DocumentUnit, feature: str, report: ReadReport) -> Iterator[tuple[str, bytes]]:
     """Yield (name, text as UTF-8) of each document of a part. The name is that of the file, with the document's offset.
 
     Args:
-        skipped: Is updated with the counts of `too_long`, `empty`, `damaged_utf8` (repaired, not skipped), `not_json`,
-            `no_feature` (lines or rows without text in that field) and `damaged_files` (read up to the damage).
+        report: Is updated with counts and reasons.
+
+    Raises:
+        UserError: The file cannot be read any more, or has changed since it was examined.
     """
-    texts = (
-        _parquet_texts(part, feature, skipped)
-        if part.kind == "parquet"
-        else _texts_in_bytes(part, documents, feature, skipped)
-    )
-    whole_file = part.kind == "text" and documents == "file"
-    for offset, value in texts:
-        text, repaired = _encode(value if isinstance(value, str) else value.decode("utf-8", "surrogateescape"))
-        if len(text) > MAX_DOCUMENT_BYTES:
-            skipped["too_long"] += 1
-        elif not text or text.isspace():
-            skipped["empty"] += 1
+    if part.content.excluded:
+        reason, report.reason = part.content.excluded
+        report.skipped[reason] += 1
+        return
+    whole_file = part.content.format == "text" and documents == "file"
+    try:
+        # Network file systems may round the time of a file just written.
+        if part.modified and abs(os.stat(part.path).st_mtime_ns - part.modified) > 10**9:
+            raise UserError(f"FILE = {part.path!r}: has changed since the build began; try the same command again")
+        for offset, value in _texts(part, documents, feature, report):
+            text, repaired = _encode(value if isinstance(value, str) else value.decode("utf-8", "surrogateescape"))
+            if len(text) > formats.MAX_DOCUMENT_BYTES:
+                report.skipped["too_long"] += 1
+            elif not text or text.isspace():
+                report.skipped["empty"] += 1
+            elif text.count(0) > _NUL * len(text):
+                report.skipped["not_text"] += 1
+            else:
+                report.documents += 1
+                report.skipped["damaged_utf8"] += repaired
+                yield part.name if whole_file else f"{part.name}@{offset}", text
+    except Exception as error:
+        if is_damage(error):
+            report.skipped["damaged_files"] += 1
+            report.reason = f"damaged: {error}"
+        elif isinstance(error, OSError):
+            raise _cannot_be_read(part.path, error) from error
         else:
-            skipped["damaged_utf8"] += repaired
-            yield part.name if whole_file else f"{part.name}@{offset}", text
+            raise
+
+
+def _texts(
+    part: FilePart, documents: DocumentUnit, feature: str, report: ReadReport
+) -> Iterator[tuple[int, str | bytes]]:
+    """Yield (offset, text) of the documents of a part. Offsets count bytes of decompressed text, values or rows."""
+    if part.content.format == "parquet":
+        yield from formats.parquet_documents(part.path, part.start, part.stop, feature, report)
+        return
+    with open_content(part.path, part.content) as stream:
+        if part.content.format == "json_lines":
+            records = formats.json_lines(stream, part.start, part.stop, report)
+            yield from formats.json_documents(records, feature, report)
+        elif part.content.format == "json":
+            yield from formats.json_documents(formats.json_values(stream, report), feature, report)
+        elif part.content.format == "table":
+            delimiters = "\t,;|" if ".tsv" in part.path.lower() else ",;\t|"
+            yield from formats.table_documents(stream, feature, report, delimiters)
+        else:
+            yield from formats.text_documents(stream, documents, part.start, part.stop, report)
 
 
 def _encode(text: str) -> tuple[bytes, bool]:
@@ -172,127 +224,3 @@ def _encode(text: str) -> tuple[bytes, bool]:
         return text.encode(), False
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
-
-
-def _texts_in_bytes(
-    part: FilePart, documents: DocumentUnit, feature: str, skipped: Counter[str]
-) -> Iterator[tuple[int, Any]]:
-    """Yield (offset, text) of the documents of a text or JSON lines file. Offsets count decompressed bytes."""
-    try:
-        with _open(part.path) as file:
-            if part.kind == "json":
-                yield from _json_values(_lines(file, part.start, part.stop), feature, skipped)
-            elif documents == "line":
-                for offset, line in _lines(file, part.start, part.stop):
-                    if line:
-                        yield offset, line.rstrip(b"\r\n")
-                    else:
-                        skipped["too_long"] += 1
-            elif documents == "paragraph":
-                yield from _paragraphs(file, part.start, part.stop, skipped)
-            else:
-                yield 0, file.read(MAX_DOCUMENT_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        skipped["damaged_files"] += 1
-
-
-def _open(path: str) -> Any:
-    """Open a file for reading bytes, with large buffers because lines can be long."""
-    return io.BufferedReader(gzip.open(path), 1 << 16) if path.endswith(".gz") else open(path, "rb", 1 << 20)
-
-
-def _lines(file: IO[bytes], start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, line) of every line that starts in start .. stop - 1; b"" replaces a line that is too long."""
-    offset = start
-    if start:  # skip the line that started before
-        file.seek(start - 1)
-        offset = start - 1 + _skip_line(file, stop - start + 1)
-    while offset < stop and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
-        if len(line) <= MAX_DOCUMENT_BYTES or line.endswith(b"\n"):
-            yield offset, line
-            offset += len(line)
-        else:
-            yield offset, b""
-            offset += len(line) + _skip_line(file, stop - offset - len(line))
-
-
-def _skip_line(file: IO[bytes], limit: int) -> int:
-    """Read to the end of a line, or just past `limit` bytes. Returns the number of bytes read."""
-    length = 0
-    while length <= limit and (chunk := file.readline(1 << 20)):
-        length += len(chunk)
-        if chunk.endswith(b"\n"):
-            break
-    return length
-
-
-def _paragraphs(file: IO[bytes], start: int, stop: int, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, text) of the paragraphs, which blank lines separate.
-
-    A paragraph belongs to the part in which the blank line before it starts.
-    """
-    lines: list[bytes] = []
-    first, size, in_part = 0, 0, start == 0
-    for offset, line in _lines(file, start, sys.maxsize):
-        if line.isspace():
-            if lines:
-                yield first, b"".join(lines).rstrip(b"\r\n")
-            lines, size, in_part = [], 0, True
-        if offset >= stop and (line.isspace() or not in_part):
-            return
-        if in_part and not line.isspace():
-            first = first if size else offset
-            size += len(line)
-            lines.append(line)
-            if not line or size > MAX_DOCUMENT_BYTES >= size - len(line):
-                skipped["too_long"] += 1
-            if size > MAX_DOCUMENT_BYTES:
-                lines.clear()
-    if lines:
-        yield first, b"".join(lines).rstrip(b"\r\n")
-
-
-def _json_values(lines: Iterator[tuple[int, bytes]], feature: str, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
-    for offset, line in lines:
-        if line.isspace():
-            continue
-        if not line:
-            skipped["too_long"] += 1
-            continue
-        try:
-            record = json.loads(line.decode("utf-8", "surrogateescape").lstrip("\ufeff"))
-        except (ValueError, RecursionError):
-            skipped["not_json"] += 1
-            continue
-        value = record.get(feature) if isinstance(record, dict) else None
-        if isinstance(value, str):
-            yield offset, value
-        else:
-            skipped["no_feature"] += 1
-
-
-def _parquet_texts(part: FilePart, feature: str, skipped: Counter[str]) -> Iterator[tuple[int, bytes]]:
-    """Yield (row number, text) of the row groups of a part."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(part.path, buffer_size=1 << 20, pre_buffer=False) as file:
-            row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-            if feature not in file.schema_arrow.names:
-                skipped["no_feature"] += sum(file.metadata.row_group(g).num_rows for g in range(part.start, part.stop))
-                return
-            for batch in file.iter_batches(64, row_groups=range(part.start, part.stop), columns=[feature]):
-                column = batch.column(0)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-                    column = pa.nulls(len(column), pa.string())
-                for value in column.cast(pa.large_binary()).to_pylist():
-                    if value is None:
-                        skipped["no_feature"] += 1
-                    else:
-                        yield row, value
-                    row += 1
-    except (OSError, pa.ArrowException):
-        skipped["damaged_files"] += 1

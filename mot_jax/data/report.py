@@ -8,7 +8,7 @@ from mot_jax.data.build import summary_lines
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.errors import UserError
-from mot_jax.runtime.paths import user_path
+from mot_jax.runtime.paths import replace_file, user_path
 
 _DOCUMENTS = 10_000  # read to estimate the size, if the corpus has no counts from a build
 _ENCODED_BYTES = 1 << 20
@@ -34,7 +34,7 @@ def describe_corpus(corpus: Corpus, tokenizer: Tokenizer | None = None, shown: i
         f"the longest document has {longest:,} bytes, {longest / max(nbytes, 1):.2%} of the corpus: "
         f"the sequences of a group can come from different documents for group sizes up to {nbytes // longest:,}"
     )
-    yield from summary_lines({"counts": {}, "skipped": corpus.metadata.get("skipped", {})})
+    yield from summary_lines({"skipped": {}, **corpus.metadata, "counts": {}})
     if tokenizer is not None:
         texts = list(sample_texts(corpus, _ENCODED_BYTES))
         tokens = sum(len(tokenizer.encode(text)) for text in texts)
@@ -70,7 +70,7 @@ def write_tokenizer(corpus: Corpus, train: Callable[[Iterable[bytes]], bytes], o
             size += len(text)
             yield text
 
-    path.write_bytes(train(texts()))
+    replace_file(path, train(texts()))
     return f"{output}: trained on {size:,} bytes of {corpus.name}"
 
 

@@ -7,12 +7,15 @@ import json
 from typing import NamedTuple
 
 from mot_jax.config import Config
-from mot_jax.data.corpora import open_corpus
+from mot_jax.data.corpora import open_corpus, shared_documents
 from mot_jax.data.order import ORDER_VERSION, MixtureOrder, Order, TrainingOrder
-from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mot_jax.data.report import sample_texts
+from mot_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
 from mot_jax.errors import UserError
 from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
+
+_ROUND_TRIP_BYTES = 1 << 16  # of text that is encoded and decoded to detect a lossy tokenizer
 
 
 class ExperimentText(NamedTuple):
@@ -52,6 +55,32 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> ExperimentT
     else:
         order = TrainingOrder(train.documents, config.group_size, seed)
     return ExperimentText(tokenizer, train, validation, order, fingerprints | {"tokenizer": tokenizer.fingerprint})
+
+
+def text_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Warnings about losses that would look better than they are: of text trained on, or of a lossy tokenizer."""
+    data, warnings = config.data, []
+    directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
+    for name in data.corpus:
+        shared = shared_documents(name, (data.train_split, data.validation_split), directory)
+        if shared:
+            warnings.append(
+                f"warning: data.validation_split = {data.validation_split!r} has {shared:,} documents of "
+                f"data.train_split = {data.train_split!r} of {name}: the validation loss is that of text trained on; "
+                "try data.train_split = 'train[:90%]', data.validation_split = 'train[90%:]'"
+            )
+        if tokenizer.fingerprint == ByteTokenizer.fingerprint:
+            continue
+        corpus = open_corpus(name, data.validation_split, directory, data.text_feature)
+        texts = [text.decode(errors="replace").encode() for text in sample_texts(corpus, _ROUND_TRIP_BYTES)]
+        lost = sum(tokenizer.decode(tokenizer.encode(text)).strip() != text.strip() for text in texts)
+        if lost:
+            warnings.append(
+                f"warning: data.tokenizer = {data.tokenizer!r} is lossy: of {len(texts)} documents of {name}, {lost} "
+                "differ after encoding and decoding; bits per byte look better than those of a lossless tokenizer, "
+                "such as 'bytes' or one of mot data train-tokenizer"
+            )
+    return warnings
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Protocol, TypeVar
@@ -282,13 +283,20 @@ def check_suffix(output: str, kind: str) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[bytes], vocab_size: int, kind: str = "bpe") -> bytes:
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def train_tokenizer(
+    texts: Iterable[bytes], vocab_size: int, kind: str = "bpe", warn: Callable[[str], None] = _warn
+) -> bytes:
     """Train a tokenizer with the end-of-text token `<|endoftext|>`, lossless for any UTF-8 text.
 
     Args:
         texts: Read once.
         vocab_size: V; the result has fewer tokens if there is little text.
         kind: `bpe`, byte-level, for a `tokenizer.json`; `sentencepiece`, unigram with byte fallback, for a `.model`.
+        warn: Called with a line if the result has fewer tokens than `vocab_size`.
 
     Returns:
         The content of the tokenizer's file.
@@ -305,7 +313,11 @@ def train_tokenizer(texts: Iterable[bytes], vocab_size: int, kind: str = "bpe") 
         )
     no_match = re.compile(_NO_MATCH)
     pieces = itertools.chain.from_iterable(_split_text(text.decode(errors="replace"), no_match) for text in texts)
-    return kinds[kind](pieces, vocab_size)
+    content = kinds[kind](pieces, vocab_size)
+    size = {"bpe": _TokenizersFile, "sentencepiece": _SentencePieceFile}[kind](content).vocab_size
+    if size < vocab_size:
+        warn(f"vocab_size = {vocab_size}: the tokenizer has {size}, all that the text gives; try more text or {size}")
+    return content
 
 
 def _train_bpe(pieces: Iterator[str], vocab_size: int) -> bytes:

@@ -26,6 +26,7 @@ import os
 import random
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,10 +35,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mot_jax.data import pool
+from mot_jax.data.build import disk_errors
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batch_by_size
-from mot_jax.errors import UserError
+from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
+from mot_jax.runtime.paths import sync
 
 FORMAT_VERSION = 1  # increase it if the same text gives other windows; the next three constants affect the windows, too
 PACKING = "concatenate"
@@ -73,18 +76,21 @@ class Windows:
 
     def __init__(self, directory: Path):
         try:
-            self.info: dict[str, Any] = json.loads((directory / "windows.json").read_text())
+            self.info: dict[str, Any] = _read_info(directory / "windows.json")
             self.documents: np.ndarray = np.load(directory / "documents.npy", mmap_mode="r")
         except (OSError, ValueError) as error:
             raise DamagedError(directory) from error
         # No read-ahead, since access is random.
         self._records = ArrayRecordReader(str(directory / "tokens.array_record"), options="readahead_buffer_size:0")
         counts = {self.info.get("windows"), len(self.documents), self._records.num_records()}
-        if len(counts) > 1 or not self.info.keys() >= set(_COUNTS):
+        if len(counts) > 1 or not self.info.keys() >= {*_COUNTS, "dtype", "context_length", "end_of_text"}:
+            raise DamagedError(directory)
+        if self.info.get("documents_crc32", crc := zlib.crc32(self.documents)) != crc:
             raise DamagedError(directory)
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
         self.fingerprint = directory.name
+        self._directory = directory
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -98,16 +104,38 @@ class Windows:
         """Read the windows `ids` [k]. An id of -1 gives an empty sequence: all end-of-text tokens, no targets.
 
         Raises:
-            RuntimeError: The checksum of a record is wrong, or an id is out of range.
+            UserError: The checksum of a record is wrong.
+            IndexError: An id is out of range.
         """
         ids = np.asarray(ids)
-        records = self._records.read(ids[ids >= 0].tolist())
+        if ids.size and ids.max() >= len(self):
+            raise IndexError(f"window {ids.max()} of {len(self)}")
+        try:
+            records = self._records.read(ids[ids >= 0].tolist())
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._directory / 'tokens.array_record'}: is damaged ({error_words(error)}); try rm -r "
+                f"{self._directory}, and the same command tokenizes the text again"
+            ) from error
         lengths = np.zeros(len(ids), int)
         lengths[ids >= 0] = [len(record) // self._dtype.itemsize for record in records]
         non_padding = np.arange(self.context_length + 1) < lengths[:, None]
         tokens = np.full(non_padding.shape, self.info["end_of_text"], np.int32)
         tokens[non_padding] = np.frombuffer(b"".join(records), self._dtype)
         return WindowBatch(tokens, non_padding[:, 1:])
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """The content of windows.json. Raises ValueError if it is not as it was written."""
+    info = json.loads(path.read_text())
+    checksum = info.pop("checksum", None)  # windows of earlier versions have none
+    if checksum not in (None, _checksum(info)):
+        raise ValueError(f"{path}: wrong checksum")
+    return info
+
+
+def _checksum(info: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(info, sort_keys=True).encode())
 
 
 class JoinedWindows(Windows):
@@ -186,9 +214,10 @@ def open_windows(
         # In random order, so that processes on one file system that build the same windows share the work.
         random.Random().shuffle(missing)
         documents = sum(part.stop - part.start for part in missing)
-        pool.run_in_processes(
-            _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {split}, documents", documents
-        )
+        with disk_errors(directory):
+            pool.run_in_processes(
+                _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {split}, documents", documents
+            )
     opened = [Windows(part) for part in directories]
     return opened[0] if count == 1 else JoinedWindows(opened, fingerprint)
 
@@ -270,6 +299,8 @@ def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) ->
             f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"
         )
     info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
+    info["documents_crc32"] = zlib.crc32(np.load(directory / "documents.npy", mmap_mode="r"))
+    info["checksum"] = _checksum(info)
     (directory / "windows.json").write_text(strict_json.dumps(info, indent=1) + "\n")
 
 
@@ -293,6 +324,8 @@ def _temporary_directory(final: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield temporary
         (temporary / "lock").unlink()
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
         try:
             temporary.rename(final)
         except OSError:  # it exists

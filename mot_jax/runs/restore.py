@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, ModelConfig, from_json
-from mot_jax.errors import RetryableError, UserError
+from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
@@ -67,7 +67,15 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
     data: fingerprints by their names in `data.json`; those that it lacks are not compared.
     """
     path = epath.Path(workdir) / "data.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(saved, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: is damaged ({error_words(error)}); try rm {path}, and mot train with the same config writes it "
+            "again"
+        ) from None
     if "train" in saved:
         saved.setdefault("order", "1")  # runs from before the order had a version
     changes = {k: f"{k}: {saved[k]} in the run, now {data[k]}" for k in data if saved.get(k, data[k]) != data[k]}

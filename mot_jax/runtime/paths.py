@@ -113,13 +113,24 @@ def make_directory(name: str, path: epath.Path) -> None:
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:
-    """Write a file atomically: a kill leaves the old content or the new one."""
+    """Write a file atomically: a kill or a power loss leaves the old content or the new one."""
     if is_remote(path):
         path.write_bytes(content)
     else:
         new = path.with_name(path.name + ".new")
         new.write_bytes(content)
+        sync(new)
         new.replace(path)
+        sync(path.parent)
+
+
+def sync(path: os.PathLike[str]) -> None:
+    """Write a local file, or the names in a directory, from memory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _disable_listings_cache(scheme: str) -> None:

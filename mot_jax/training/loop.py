@@ -14,6 +14,7 @@ from etils import epath
 from mot_jax.config import Config
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.order import filled_share
+from mot_jax.data.text import text_warnings
 from mot_jax.errors import ReportedError
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import versions
@@ -100,6 +101,7 @@ def _summary(run: Run) -> list[str]:
         f"{t.batch_size * config.model.context_length:,} tokens a step | {len(run.windows):,} windows, "
         f"{epochs:.1f} epochs"
     ]
+    lines += text_warnings(config, run.tokenizer)
     filled = filled_share(run.validation_windows.documents, config.group_size)
     if filled < _FILLED:
         lines.append(

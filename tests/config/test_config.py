@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 from functools import reduce
 from typing import Any
@@ -309,6 +310,14 @@ def test_flop_matched(experts):
     assert line.startswith("model.feed_forward.expert_dim = 1000: breaks the rule")
     check(follow(broken, line))
     check(put(broken, "model.feed_forward.flop_matched", False))
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (0.0, 0.0), (1.0, math.nan), (-1.0, 2.0), (1.0, math.inf)])
+def test_the_advice_on_weights_has_one_for_each_corpus(weights):
+    broken = put(put(MIXTURE, "data.corpus", ("one", "two")), "data.weights", weights)
+    lines = errors_of(broken)
+    assert all(line.startswith(f"data.weights = {weights}: ") for line in lines)
+    check(follow(broken, lines[0]))
 
 
 def test_only_one_axis_takes_the_remaining_devices():

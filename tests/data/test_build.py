@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,7 +58,7 @@ def test_plain_tfds_reads_every_document_once(source: Path, tmp_path: Path, smal
     logged: list[str] = []
     path = build(spec_from_files("mine", [str(source)], validation=0.2), tmp_path, 1, logged.append)
     assert path == tmp_path / "mine" / "1.0.0"
-    assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 3
+    assert sorted(p.suffix for p in path.iterdir() if "array_record" not in p.name) == [".json"] * 4
     splits = contents(path)
     assert len(splits["train"] + splits["validation"]) == 300
     assert [name for name, _ in splits["train"] if name.endswith(b".txt")] == sorted(
@@ -139,12 +143,14 @@ def test_skipped_documents_are_counted_in_log_and_metadata(tmp_path: Path) -> No
     path = build(spec_from_files("mine", [str(tmp_path / "source")]), tmp_path, 1, logged.append)
     counted = {"other_files": 1, "not_json": 1, "no_feature": 1, "empty": 1, "damaged_utf8": 1}
     assert metadata(path)["skipped"] == counted
-    assert logged[-7:-1] == [
+    assert logged[-9:-1] == [
         "1 files of other types skipped",
         "1 lines skipped that are not valid JSON",
         "1 lines or rows skipped that have no text in the field --text-feature",
         "1 empty documents skipped",
         "1 documents with invalid UTF-8, replaced by U+FFFD",
+        "no documents in empty.txt: empty",
+        "no documents in picture.png: another type by its suffix; try it as an argument of its own",
         "no document was assigned to validation; try a larger --validation and another name",
     ]
     assert list(metadata(path)["counts"]) == ["train"], "a split without documents is omitted"
@@ -155,16 +161,111 @@ def test_no_documents_and_unwritable_directories_are_refused(tmp_path: Path) -> 
     (tmp_path / "a.jsonl").write_text('{"title": "x"}\n' * 3)
     with pytest.raises(
         UserError,
-        match=r"NAME = 'mine': no document in the files \(3 lines .*\) with --text-feature 'text' and --documents",
+        match=r"^NAME = 'mine': no document in the files; a.jsonl: no field 'text'; it has 'title' \(string\); "
+        r"try --text-feature title$",
     ):
         build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path, 1)
     (tmp_path / "b.jsonl").touch()
     (tmp_path / "full").write_text("a file, not a directory")
     with pytest.raises(UserError, match=r"data.directory = .*full: cannot be written \(Not a directory\)"):
         build(spec_from_files("mine", [str(tmp_path / "a.jsonl")]), tmp_path / "full/corpora", 1)
-    with pytest.raises(UserError, match="which are empty"):
+    with pytest.raises(UserError, match=r"the files; b.jsonl: empty$"):
         build(spec_from_files("mine", [str(tmp_path / "b.jsonl")]), tmp_path, 1)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("damage", ["empty marker", "cut shard", "no shard"])
+def test_a_piece_damaged_by_a_power_loss_is_written_again(
+    source: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    spec = spec_from_files("mine", [str(source)], validation=0.2)
+    expected = contents(build(spec, tmp_path / "at_once", 1))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(module, "_combined_reports", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        build(spec, tmp_path / "twice", 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "PIECE_BYTES", 2000)
+    building = tmp_path / "twice/mine/1.0.0.building"
+    (shard,) = building.glob("mine-train.array_record-00001-of-*")
+    if damage == "empty marker":
+        (building / "piece-00001.json").write_bytes(b"")
+    elif damage == "cut shard":
+        os.truncate(shard, 100)
+    else:
+        shard.unlink()
+    logged: list[str] = []
+    assert contents(build(spec, tmp_path / "twice", 1, logged.append)) == expected
+    pieces = len(list((tmp_path / "twice/mine/1.0.0").glob("*train*")))
+    assert logged[0] == f"mine: {pieces - 1} of {pieces} pieces were finished by an earlier build"
+
+
+def test_a_full_disk_is_one_line_and_the_build_resumes(source: Path, tmp_path: Path, small_pieces: None) -> None:
+    spec = spec_from_files("mine", [str(source)], validation=0.2)
+    expected = contents(build(spec, tmp_path / "at_once", 1))
+    pieces = len(list((tmp_path / "at_once/mine/1.0.0").glob("*train*")))
+    building = tmp_path / "full/mine/1.0.0.building"
+    building.mkdir(parents=True)
+    (building / "plan").write_text(spec.identity())
+    shard = building / f"mine-train.array_record-00002-of-{pieces:05d}"
+    shard.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"^data.directory = .*: No space left on device; free some, and") as error:
+        build(spec, tmp_path / "full", 1)
+    assert "\n" not in str(error.value)
+    shard.unlink()
+    logged: list[str] = []
+    assert contents(build(spec, tmp_path / "full", 1, logged.append)) == expected
+    assert logged[0] == f"mine: 2 of {pieces} pieces were finished by an earlier build"
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_two_builds_at_once_never_mix(
+    source: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch, locks: bool, same: bool
+) -> None:
+    """With locks the second build waits for the first; without, the first to finish wins."""
+    specs = [spec_from_files("mine", [str(source)], validation=share) for share in (0.2, 0.2 if same else 0.5)]
+    expected = [contents(build(spec, tmp_path / f"alone{i}", 1)) for i, spec in enumerate(specs)]
+    if not locks:
+        monkeypatch.setattr(module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    started, waiting, write = threading.Event(), threading.Event(), module._write_piece
+    slow = threading.local()
+
+    def write_slowly(directory: Path, piece: module.BuildPiece, advance: pool.Advance) -> None:
+        if getattr(slow, "first", False) and piece.number == 1:
+            started.set()
+            assert waiting.wait(20)
+        write(directory, piece, advance)
+
+    monkeypatch.setattr(module, "_write_piece", write_slowly)
+
+    def first() -> object:
+        slow.first = True
+        return outcome(specs[0], lambda line: None)
+
+    def second() -> object:
+        assert started.wait(20)
+        result = outcome(specs[1], lambda line: waiting.set() if line.startswith("waiting for another") else None)
+        waiting.set()
+        return result
+
+    def outcome(spec: module.CorpusSpec, log: Callable[[str], None]) -> object:
+        try:
+            return build(spec, tmp_path / "both", 1, log)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as executor:
+        outcomes = [future.result(30) for future in [executor.submit(first), executor.submit(second)]]
+    path = tmp_path / "both/mine/1.0.0"
+    winner = 0 if locks else 1
+    assert contents(path) == expected[winner]
+    assert outcomes[winner] == path
+    assert outcomes[1 - winner] == path if same else "was built from other files" in str(outcomes[1 - winner])
+    assert not list(path.parent.glob("*building*"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mot_jax.data.build import build, spec_from_files
-from mot_jax.data.corpora import open_corpus
+from mot_jax.data.corpora import open_corpus, shared_documents
 from mot_jax.errors import UserError
 
 
@@ -99,7 +100,7 @@ def test_a_public_data_set_that_is_not_prepared(name: str, directory: Path) -> N
 def test_an_unknown_name_imports_no_tensorflow(tmp_path: Path) -> None:
     code = f"""
 import sys
-from mot_jax.data.corpora import open_corpus
+from mot_jax.data.corpora import open_corpus, shared_documents
 from mot_jax.errors import UserError
 try:
     open_corpus("c4/en", "train", {str(tmp_path)!r})
@@ -149,3 +150,49 @@ def test_damaged_data_sets_and_buckets(directory: Path, tfds_directory: Path, tm
     info.write_text("{")
     assert "cannot be read" in error_line(str(info.parent), "train", directory)
     assert "only local files and gs:// can be read" in error_line("s3://bucket/mine", "train", directory)
+
+
+METADATA = ("dataset_info.json", "features.json", "metadata.json", "contents.json")
+SHARD = "mine-train.array_record-00000-of-00001"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product([*METADATA, SHARD], ["empty", "cut", "missing"]),
+        *((name, "changed") for name in METADATA[:3]),
+    ],
+)
+def test_a_damaged_file_of_a_corpus_is_named(directory: Path, tmp_path: Path, name: str, damage: str) -> None:
+    corpus = shutil.copytree(directory / "corpora/mine", tmp_path / "corpora/mine") / "1.0.0"
+    if damage == "missing":
+        (corpus / name).unlink()
+    elif damage == "changed":
+        (corpus / name).write_text((corpus / name).read_text() + " ")
+    else:
+        os.truncate(corpus / name, 0 if damage == "empty" else 50)
+    line = error_line("mine", "train", tmp_path)
+    assert line.startswith(f"{corpus / name}: is damaged (")
+    assert line.endswith(f"; try rm -r {corpus}, then mot data build mine FILES again")
+    with pytest.raises(UserError, match="is damaged"):
+        build(spec_from_files("mine", [str(directory / "a.jsonl")], validation=0.2), tmp_path / "corpora", 1)
+
+
+def test_a_flipped_bit_in_a_corpus_is_named(directory: Path, tmp_path: Path) -> None:
+    corpus = shutil.copytree(directory / "corpora/mine", tmp_path / "corpora/mine") / "1.0.0"
+    (shard,) = corpus.glob("mine-train.array_record-*")
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"line 3") if b"line 3" in content else 200] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"\*.array_record-\*: is damaged .*; try rm -r .* mot data build mine"):
+        list(open_corpus("mine", "train", tmp_path))
+
+
+def test_the_documents_that_two_splits_share(directory: Path) -> None:
+    def shared(*splits: str) -> int:
+        return shared_documents("articles/en", splits, directory)
+
+    assert shared("train", "train") == 20
+    assert shared("train", "train[90%:]") == 2
+    assert shared("train[:50%]+test", "train[25%:75%]") == 5
+    assert shared("train[:90%]", "train[90%:]") == shared("train", "test") == 0

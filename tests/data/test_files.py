@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import json
+import lzma
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -15,17 +18,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.data import files
-from mot_jax.data.files import FilePart, find_files, read_part, split_file
+from mot_jax.data import formats
+from mot_jax.data.files import FilePart, SourceFile, find_files, read_part, split_file
+from mot_jax.data.formats import ReadReport
 from mot_jax.errors import UserError
 
 TEXTS = ["first\nwith two lines", "zweites: äöü €", "\ttabs and 'quotes' \"\n\nand a gap"]
 
 
 def read(path: Path, documents="file", feature="text", size=1 << 20) -> tuple[list[tuple[str, bytes]], Counter]:
-    skipped: Counter[str] = Counter()
-    parts = split_file(str(path), path.name, documents, size)
-    return [document for part in parts for document in read_part(part, documents, feature, skipped)], +skipped
+    report = ReadReport()
+    parts = split_file(source(path), documents, size)
+    return [document for part in parts for document in read_part(part, documents, feature, report)], +report.skipped
+
+
+def source(path: Path) -> SourceFile:
+    (file,) = find_files([str(path)])
+    return file
 
 
 def write_json(path: Path, texts: list[str]) -> None:
@@ -72,7 +81,7 @@ def test_plain_text_by_file_and_by_line(tmp_path: Path) -> None:
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, TEXTS)
-    assert [(part.start, part.stop) for part in split_file(str(path), "a.parquet", "file", 1)] == [(0, 1), (1, 2)]
+    assert [(part.start, part.stop) for part in split_file(source(path), "file", 1)] == [(0, 1), (1, 2)]
     documents_read, skipped = read(path)
     assert documents_read == [(f"a.parquet@{row}", text.encode()) for row, text in enumerate(TEXTS)] and not skipped
 
@@ -113,7 +122,7 @@ def test_invalid_lines_are_counted(tmp_path: Path) -> None:
 
 
 def test_documents_that_are_too_long_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 20)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 20)
     path = tmp_path / "a.txt"
     path.write_bytes(b"short\n\n" + b"x" * 100 + b"\n\n" + b"a line\n" * 4 + b"\n" + b"y" * 20 + b"\nlast")
     for size in (1000, 1, 7):
@@ -132,11 +141,11 @@ def test_documents_that_are_too_long_are_counted(tmp_path: Path, monkeypatch: py
 
 
 def test_a_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     with open(path, "wb") as file:
-        file.truncate(100_000_000)
-        file.seek(0, 2)
+        for _ in range(100):
+            file.write(b"x" * 10**6)
         file.write(b'\n{"text": "kept"}\n')
     tracemalloc.start()
     documents_read, skipped = read(path, size=1 << 24)
@@ -146,14 +155,32 @@ def test_a_long_line_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.M
     assert peak < 10e6
 
 
-def test_damaged_files_are_read_up_to_the_damage(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    write_json(tmp_path / "a.jsonl", [f"text {i} {'x' * (i % 97)}" for i in range(5000)])
-    path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes())[:-2000])
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damaged_files_are_read_up_to_the_damage(suffix: str, tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    write_json(lines, [f"text {i} {hashlib.sha256(b'%d' % i).hexdigest()}" for i in range(20_000)])
+    complete = read(lines)[0]
+    content = COMPRESS[suffix](lines.read_bytes())
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(content[:-2000])
     documents_read, skipped = read(path)
-    assert len(documents_read) > 100 and skipped["damaged_files"] == 1
-    path.write_bytes(b"no gzip")
+    assert (
+        documents_read == [(name.replace("a.jsonl", path.name), text) for name, text in complete][: len(documents_read)]
+    )
+    assert 5000 < len(documents_read) < len(complete) and skipped == Counter(damaged_files=1)
+    path.write_bytes(content[:12])
     assert read(path) == ([], Counter(damaged_files=1))
+
+
+def test_damaged_parquet_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
     assert read(tmp_path / "a.parquet") == ([], Counter(damaged_files=1))
 
@@ -162,24 +189,23 @@ def test_finding_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.txt", "a.jsonl.gz", "deep/c.md", "deep/picture.png", ".git/config.txt", "deep/.hidden.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    names = {str(tmp_path / name): name for name in ("a.jsonl.gz", "b.txt", "deep/c.md")}
-    names_found, other_files = find_files([str(tmp_path)])
-    assert names_found == names and list(names_found) == list(names) and other_files == 1
+    files = find_files([str(tmp_path)])
+    assert [file.name for file in files] == ["a.jsonl.gz", "b.txt", "deep/c.md", "deep/picture.png"]
+    assert [file.content.excluded and file.content.excluded[0] for file in files] == [None, None, None, "other_files"]
     monkeypatch.chdir(tmp_path)
-    assert find_files(["*.txt", "b.txt", "**/*.md"])[0] == {
-        str(tmp_path / "b.txt"): "b.txt",
-        str(tmp_path / "deep/c.md"): "c.md",
-    }
+    paths = [(file.path, file.name) for file in find_files(["*.txt", "b.txt", "**/*.md"])]
+    assert paths == [(str(tmp_path / "b.txt"), "b.txt"), (str(tmp_path / "deep/c.md"), "c.md")]
     with pytest.raises(UserError, match=r"FILE = 'nothing\*': no such file"):
         find_files(["nothing*"])
-    with pytest.raises(UserError, match=r"picture.png': unsupported file type.*\.jsonl"):
+    (tmp_path / "deep/picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    with pytest.raises(UserError, match=r"picture.png': not text .* must be a file of text, JSON, CSV or Parquet"):
         find_files(["deep/picture.png"])
 
 
 def test_parts_have_the_given_size(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * 25)
-    parts = list(split_file(str(path), "a", "file", 10))
+    parts = list(split_file(source(path), "file", 10))
     assert [(part.start, part.stop, part.size) for part in parts] == [(0, 10, 10), (10, 20, 10), (20, 25, 5)]
-    (whole,) = split_file(str(path.rename(tmp_path / "a.txt")), "a", "file", 10)
+    (whole,) = split_file(source(path.rename(tmp_path / "a.txt")), "file", 10)
     assert isinstance(whole, FilePart) and whole.size == 25

@@ -22,16 +22,17 @@ def test_a_built_corpus(tmp_path: Path) -> None:
     corpus = open_corpus("mine", "train", tmp_path)
     lines = list(report.describe_corpus(corpus, load_tokenizer("bytes"), 2))
     nbytes = 20 * 18 + 10 * sum(range(20))
-    assert lines[:5] == [
+    assert lines[:6] == [
         f"mine, train: mine/1.0.0, fingerprint {corpus.fingerprint[:12]}",
         f"20 documents, {nbytes:,} bytes",
         f"the longest document has 208 bytes, {208 / nbytes:.2%} of the corpus: "
         f"the sequences of a group can come from different documents for group sizes up to {nbytes // 208}",
         "1 empty documents skipped",
+        "no documents in empty.txt: empty",
         f"1.00 bytes per token, measured on {nbytes:,} bytes",
     ]
     start = ["  first line", "  second"]
-    assert lines[5:] == ["\n00.txt (18 bytes)", *start, "\n10.txt (118 bytes)", *start, "  " + "x" * 100]
+    assert lines[6:] == ["\n00.txt (18 bytes)", *start, "\n10.txt (118 bytes)", *start, "  " + "x" * 100]
 
 
 def test_a_corpus_without_counts(toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:

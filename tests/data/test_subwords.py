@@ -141,3 +141,15 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
 def test_invalid_training_options_are_refused(size, kind, words):
     with pytest.raises(UserError, match=words):
         train_tokenizer(TEXT, size, kind)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_fewer_tokens_than_requested_are_reported(kind):
+    warnings: list[str] = []
+    train_tokenizer(TEXT, 100_000, kind, warnings.append)
+    (line,) = warnings
+    size = int(line.split("; try more text or ")[1])
+    assert line.startswith(f"vocab_size = 100000: the tokenizer has {size}, all that the text gives")
+    assert 257 < size < 2000
+    train_tokenizer(TEXT, size, kind, warnings.append)
+    assert len(warnings) == 1

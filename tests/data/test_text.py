@@ -15,7 +15,8 @@ from mot_jax.data import text as module
 from mot_jax.data import windows as windows_module
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.order import MixtureOrder, TrainingOrder
-from mot_jax.data.text import open_split, open_text, open_tokenizer
+from mot_jax.data.text import open_split, open_text, open_tokenizer, text_warnings
+from mot_jax.data.tokenizers import train_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
 from mot_jax.errors import UserError
 from mot_jax.runs.restore import check_data
@@ -81,6 +82,55 @@ def test_the_bytes_dropped_by_a_lossy_tokenizer_are_counted(corpora, tmp_path):
     )
     assert windows.info["bytes"] == total and windows.info["token_bytes"] == encoded
     assert windows.bytes_per_token_byte == pytest.approx(total / encoded)
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A config of a corpus of 50 documents on disk; its fields can be replaced."""
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {i}, of Words" for i in range(50)))
+    build(spec_from_files("mine", [str(tmp_path / "a.txt")], "line", validation=0.2), tmp_path / "corpora", 1)
+    return lambda **data: config_of(tmp_path, "mine", **data)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "shared"),
+    [
+        ("train", "validation", False),
+        ("train[:90%]", "train[90%:]", False),
+        ("train", "train", True),
+        ("train", "train[90%:]", True),
+        ("train+validation", "validation", True),
+    ],
+)
+def test_training_on_the_validation_split_is_reported(built, train, validation, shared):
+    config = built(train_split=train, validation_split=validation)
+    lines = text_warnings(config, open_tokenizer(config))
+    assert len(lines) == shared
+    assert all("the validation loss is that of text trained on" in line for line in lines)
+
+
+def lowercase(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+
+
+def words_alone(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+
+
+@pytest.mark.parametrize("change", [lowercase, words_alone])
+def test_a_lossy_tokenizer_is_reported(built, tmp_path, change):
+    def warnings() -> list[str]:
+        config = built(tokenizer=str(tmp_path / "t.json"))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=1000))
+        return text_warnings(config, open_tokenizer(config))
+
+    (tmp_path / "t.json").write_bytes(train_tokenizer([b"Line 1, of Words"] * 9, 300, warn=lambda line: None))
+    assert warnings() == []
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    change(tokenizer)
+    tokenizer.save(str(tmp_path / "t.json"))
+    (line,) = warnings()
+    assert "is lossy: of " in line and "differ after encoding and decoding" in line
 
 
 @pytest.mark.parametrize(("objective", "size", "good"), [("causal", 256, 257), ("masked", 257, 258)])

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,7 +83,7 @@ def test_reading(tmp_path: Path, toy_corpus: Callable[..., Corpus]) -> None:
     assert (tokens[1] == EOT).all() and not mask[1].any()
     assert mask[0].all() and not mask[2].all()
     assert windows.read([-1]).tokens.tolist() == [[EOT] * 17]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(IndexError):
         windows.read([len(windows)])
 
 
@@ -202,9 +203,35 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, toy_corpus: Callable[..., Cor
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(RuntimeError):
-        damaged = Windows(file.parent)
+    damaged = Windows(file.parent)
+    with pytest.raises(
+        UserError, match=r"tokens.array_record: is damaged \(.*\); try rm -r .* tokenizes the text again"
+    ):
         damaged.read(range(len(damaged)))
+
+
+@pytest.mark.parametrize("name", ["windows.json", "documents.npy"])
+def test_a_changed_byte_of_the_metadata_is_rebuilt(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], name: str
+) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    file = tmp_path / "windows" / windows.fingerprint / name
+    content = file.read_bytes()
+    at = content.index(b'"end_of_text": 256') + 15 if name == "windows.json" else len(content) - 4
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    again = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    assert file.read_bytes() == content and again.info["end_of_text"] == 256
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        windows_module, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options)
+    )
+    with pytest.raises(UserError, match=r"^data.directory = .*: No space left on device; free some") as error:
+        open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    assert "\n" not in str(error.value) and directories(tmp_path) == []
 
 
 SLOW_BUILD = """

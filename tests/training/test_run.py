@@ -86,6 +86,21 @@ def test_a_run_on_other_text_is_not_resumed(finished, tiny, tmp_path):
     assert (workdir / "config.json").read_text() == to_json(tiny)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"train": '])
+def test_damaged_fingerprints_are_named_and_written_again(finished, tiny, tmp_path, content):
+    workdir = epath.Path(shutil.copytree(finished, tmp_path / "copy"))
+    fingerprints = (workdir / "data.json").read_text()
+    (workdir / "data.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"copy/data.json: is damaged \(.*\); try rm .*data.json, and mot train"
+    ) as error:
+        train(tiny, workdir)
+    assert "\n" not in str(error.value)
+    (workdir / "data.json").unlink()
+    train(tiny, workdir)
+    assert (workdir / "data.json").read_text() == fingerprints
+
+
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):
     small = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=256))
     with pytest.raises(UserError, match=r"model.vocab_size = 256: must be at least the 257 .* try 257"):
