@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import check, mixing_errors
+from mot_jax.config.checks import check, check_part, mixing_errors
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "TrainingConfig",
     "attention_error",
     "check",
+    "check_part",
     "default_workdir",
     "from_json",
     "identity_changes",

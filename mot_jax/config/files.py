@@ -224,8 +224,10 @@ def identity_changes(old: Config, new: Config) -> list[str]:
         rule = field.metadata.get("resume", "identity")
         if name not in old_values or value == old_values[name] or rule == "free":
             continue
+        if rule == "content" and None not in (value, old_values[name]):
+            continue
         change = f"{name}: {old_values[name]!r} in the run, now {value!r}"
-        if rule == "identity":
+        if rule in ("identity", "content"):
             changes.append(f"{change}; it is part of a run's identity")
         elif value < old_values[name]:
             changes.append(f"{change}; a run can be extended, not shortened")

@@ -167,7 +167,7 @@ def _find(name: str, corpora: Path) -> epath.Path:
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     if re.match(r"(?!gs:)\w+://", path):
         raise UserError(f"data.corpus = {name!r}: only local files and gs:// can be read; try a local copy")
-    is_path = "://" in path or path.startswith(("/", "~", "."))
+    is_path = is_corpus_path(path)
     try:
         for root in [epath.Path()] if is_path else roots:
             base = root / epath.Path(path).expanduser()
@@ -185,6 +185,11 @@ def _find(name: str, corpora: Path) -> epath.Path:
         raise UserError(
             f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a local copy"
         ) from error
+
+
+def is_corpus_path(name: str) -> bool:
+    """Whether the name of a corpus is the path of its directory."""
+    return "://" in name or name.startswith(("/", "~", "."))
 
 
 def _versions(base: epath.Path) -> list[epath.Path]:

@@ -167,7 +167,6 @@ def open_windows(
     count = min(max(1, -(-corpus.num_bytes // PART_BYTES)), _MAX_PARTS, len(corpus))
     inputs = {
         "format": FORMAT_VERSION,
-        "corpus": corpus.name,
         "corpus_fingerprint": corpus.fingerprint,
         "split": split,
         "tokenizer_fingerprint": tokenizer.fingerprint,
