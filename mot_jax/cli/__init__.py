@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HELP.format(commands="\n".join(f"  {name:11}{c.__doc__}" for name, c in COMMANDS.items())), end="")
         return
     allocator.retain_freed_memory()
+    compilation.ignore_tracing_variables()
     with distributed.ending(), boundary(debug, program):
         if not arguments:
             raise UserError(f"COMMAND is missing; try mot train, or one of {', '.join(COMMANDS)}")

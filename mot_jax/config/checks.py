@@ -126,6 +126,8 @@ def _tuple_errors(name: str, items: tuple) -> Iterator[str]:
 
 def _consistency_errors(config: Config) -> Iterator[str]:
     yield from _model_errors(config.model)
+    length = config.model.context_length
+    yield from _divisor_errors("model.loss_chunk", config.model.loss_chunk, "model.context_length", length)
     yield from _training_errors(config.training, config.model)
     yield from _data_errors(config.data)
     model, data = config.model, config.data
@@ -149,7 +151,6 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
     head_dim = model.d_model // max(model.num_heads, 1)
     if error := attention_error(model.attention_kernel, model.context_length, head_dim, model.dtype):
         yield f"model.{error}"
-    yield from _divisor_errors("model.loss_chunk", model.loss_chunk, "model.context_length", model.context_length)
     if isinstance(model.moe_blocks, tuple):
         valid = tuple(i for i in model.moe_blocks if 0 <= i < model.num_blocks)
         if valid != model.moe_blocks:

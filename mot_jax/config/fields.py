@@ -21,10 +21,7 @@ def _extendable(default: Any) -> Any:
 
 
 def _by_content(default: Any) -> Any:
-    """The path of an input. A run may be resumed with another path to the same content, whose fingerprint is compared.
-
-    None and a path are different values.
-    """
+    """The path of an input. A run can be resumed with another path to the same content, by its fingerprint."""
     return dataclasses.field(default=default, metadata={"resume": "content"})
 
 

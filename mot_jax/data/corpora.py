@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from mot_jax.config import is_corpus_path
 from mot_jax.data import python_source
 from mot_jax.data.build import build, built_directory
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
@@ -185,11 +186,6 @@ def _find(name: str, corpora: Path) -> epath.Path:
         raise UserError(
             f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a local copy"
         ) from error
-
-
-def is_corpus_path(name: str) -> bool:
-    """Whether the name of a corpus is the path of its directory."""
-    return "://" in name or name.startswith(("/", "~", "."))
 
 
 def _versions(base: epath.Path) -> list[epath.Path]:

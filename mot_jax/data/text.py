@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from mot_jax.config import Config
-from mot_jax.data.corpora import is_corpus_path, open_corpus
+from mot_jax.config import Config, is_corpus_path
+from mot_jax.data.corpora import open_corpus
 from mot_jax.data.order import ORDER_VERSION, MixtureOrder, Order, TrainingOrder
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows

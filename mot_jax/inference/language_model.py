@@ -28,7 +28,7 @@ from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.scores import measured
-from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
+from mot_jax.runtime.compilation import default_tracing, disable_cache_for_cpu_mesh
 
 _DECODE_STEPS = 8  # between two outputs of `stream`
 _MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
@@ -312,8 +312,10 @@ class LanguageModel:
         """The config without `data.shuffle_group_size`, which concerns the order of the dataset only."""
         return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, shuffle_group_size=None))
 
-    def _on_mesh(self) -> Any:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        with default_tracing(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
 
     def _check_numbers(self, log_probs: np.ndarray) -> None:
         """Raise UserError if outputs of the model are NaN, which no token follows from; names the cause."""
@@ -362,6 +364,7 @@ class LanguageModel:
             raise UserError(*errors)
 
 
+@default_tracing()
 def load(
     workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None, unroll: bool = False
 ) -> LanguageModel:

@@ -11,6 +11,7 @@ from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.order import filled_share
 from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
+from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.hooks import default_hooks
 from mot_jax.training.run import Run, begin, finish, is_finished, last_validation, prepare, write_workdir
 from mot_jax.training.trainer import Hook, Trainer
@@ -19,6 +20,7 @@ _FILLED = 0.5  # the share of filled places in validation groups below which a w
 _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those of the whole group
 
 
+@default_tracing()
 def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = ()) -> Row:
     """Train a model, or resume the run in `workdir`.
 
