@@ -124,8 +124,8 @@ class _Generation:
             columns=width + self.decode_steps + 1,
             **sizes,
         )
-        self._end = np.int32(width + self.decode_steps + 1)
-        arguments = (jax.eval_shape(self._prefill), self._sampler, self._end)
+        self._end, self._stopped = np.int32(width + self.decode_steps + 1), np.zeros(padded_batch, bool)
+        arguments = (jax.eval_shape(self._prefill), self._sampler, self._end, self._stopped)
         compiled = decode.lower(model, params, np.int32(0), *arguments, **sizes).compile()
         self.temporaries = temporaries(compiled)
         self._decode = partial(compiled, params, np.int32(0))
@@ -137,7 +137,7 @@ class _Generation:
     def decode(self) -> Callable[[], Any]:
         """The function that generates `decode_steps` further tokens of each sequence."""
         state = jax.block_until_ready(self._prefill())
-        return lambda: self._decode(state, self._sampler, self._end)
+        return lambda: self._decode(state, self._sampler, self._end, self._stopped)
 
 
 def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:

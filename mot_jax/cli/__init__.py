@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     platforms.skip_absent_tpu()
     if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()
+    compilation.ignore_tracing_variables()
     with distributed.ending(), boundary(debug, program):
         if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()

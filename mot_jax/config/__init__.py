@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import check, mixing_errors
+from mot_jax.config.checks import check, check_part, mixing_errors
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
@@ -24,6 +24,7 @@ from mot_jax.config.files import (
     default_workdir,
     from_json,
     identity_changes,
+    is_corpus_path,
     load_config,
     select,
     to_json,
@@ -57,9 +58,11 @@ __all__ = [
     "TrainingConfig",
     "attention_error",
     "check",
+    "check_part",
     "default_workdir",
     "from_json",
     "identity_changes",
+    "is_corpus_path",
     "kernel_errors",
     "kernel_runs_on",
     "leaves",

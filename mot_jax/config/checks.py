@@ -12,6 +12,7 @@ from mot_jax.config.fields import (
     Config,
     DataConfig,
     DenseConfig,
+    MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -28,7 +29,26 @@ def check(config: Config) -> None:
     """Raise `UserError` with one line for each error of `config`: field, value, rule, and a value that works."""
     errors = list(_type_errors(config, ""))
     if not errors:
-        errors = [*_range_errors(config), *_consistency_errors(config)]
+        errors = [*_range_errors(config), *_mesh_errors(config.mesh), *_consistency_errors(config)]
+    if errors:
+        raise UserError(*errors)
+
+
+def check_part(part: Any, path: str = "") -> None:
+    """Raise `UserError` if a field of a config object that is used by itself has a wrong type or value.
+
+    For constructors and functions that take a part of a config from Python: a misspelt word would otherwise select the
+    last branch of a layer. Of a `ModelConfig`, combinations of its fields are checked as well.
+
+    Args:
+        part: a config dataclass. Unlike that of an experiment, its dtypes may be float64, for tests of the numerics.
+        path: the name of `part` in messages, with a dot at the end.
+    """
+    dtypes = {name: "float32" for name in ("dtype", "param_dtype") if getattr(part, name, None) == "float64"}
+    part = dataclasses.replace(part, **dtypes)
+    errors = list(_type_errors(part, path)) or list(_range_errors(part, path))
+    if isinstance(part, ModelConfig):
+        errors = errors or list(_model_errors(part))
     if errors:
         raise UserError(*errors)
 
@@ -69,9 +89,9 @@ _RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
 
 
-def _range_errors(config: Config) -> Iterator[str]:
-    for name, _, _, value in leaves(config):
-        if isinstance(value, tuple) and name != "model.moe_blocks":
+def _range_errors(group: Any, path: str = "") -> Iterator[str]:
+    for name, _, _, value in leaves(group, path):
+        if isinstance(value, tuple) and not name.endswith("moe_blocks"):
             yield from _tuple_errors(name, value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -82,7 +102,10 @@ def _range_errors(config: Config) -> Iterator[str]:
         elif not minimum <= value <= maximum:
             limit = f"at least {minimum}" if not value >= minimum else f"at most {maximum}"
             yield f"{name} = {value}: must be {limit}; try {min(max(minimum, 1), maximum)}"
-    remaining = [name for name, size in vars(config.mesh).items() if size == -1 and not name.endswith("_seconds")]
+
+
+def _mesh_errors(mesh: MeshConfig) -> Iterator[str]:
+    remaining = [name for name, size in vars(mesh).items() if size == -1 and not name.endswith("_seconds")]
     if len(remaining) > 1:
         assignments = ", ".join(f"mesh.{name} = -1" for name in remaining)
         yield f"{assignments}: only one axis may take all remaining devices; try mesh.{remaining[-1]} = 1"
@@ -112,6 +135,8 @@ def _tuple_errors(name: str, items: tuple) -> Iterator[str]:
 
 def _consistency_errors(config: Config) -> Iterator[str]:
     yield from _model_errors(config.model)
+    length = config.model.context_length
+    yield from _divisor_errors("model.loss_chunk", config.model.loss_chunk, "model.context_length", length)
     yield from _training_errors(config.training, config.model)
     yield from _data_errors(config.data)
     model, data = config.model, config.data
@@ -135,7 +160,6 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
     head_dim = model.d_model // max(model.num_heads, 1)
     if error := attention_error(model.attention_kernel, model.context_length, head_dim, model.dtype):
         yield f"model.{error}"
-    yield from _divisor_errors("model.loss_chunk", model.loss_chunk, "model.context_length", model.context_length)
     if isinstance(model.moe_blocks, tuple):
         valid = tuple(i for i in model.moe_blocks if 0 <= i < model.num_blocks)
         if valid != model.moe_blocks:

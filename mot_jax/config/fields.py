@@ -1,7 +1,7 @@
 """The fields of an experiment: frozen dataclasses of plain data.
 
 The docstring under each field is its text in `--help`. A field is part of a run's identity, so that a run cannot be
-resumed with another value, unless it is declared with `_free` or `_extendable`.
+resumed with another value, unless it is declared with `_free`, `_extendable` or `_by_content`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ def _free(default: Any) -> Any:
 def _extendable(default: Any) -> Any:
     """A field that may grow when a run is resumed."""
     return dataclasses.field(default=default, metadata={"resume": "extendable"})
+
+
+def _by_content(default: Any) -> Any:
+    """The path of an input. A run can be resumed with another path to the same content, by its fingerprint."""
+    return dataclasses.field(default=default, metadata={"resume": "content"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +291,7 @@ class ModelConfig:
 class DataConfig:
     """The datasets and their preparation."""
 
-    corpus: tuple[str, ...] = ("python_source/stdlib",)
+    corpus: tuple[str, ...] = _by_content(("python_source/stdlib",))
     """Names of text corpora, see `mot_jax.data.corpora`. More than one are mixed."""
     weights: tuple[float, ...] = ()
     """Share of each corpus in a batch, in any unit. Empty: in proportion to their sizes."""
@@ -296,7 +301,7 @@ class DataConfig:
     """Name of the validation split, as in TFDS."""
     text_feature: str = "text"
     """Name of the feature that holds the text, as in TFDS."""
-    tokenizer: str = "bytes"
+    tokenizer: str = _by_content("bytes")
     """Tokenizer: `bytes`, a `tokenizer.json` of the tokenizers library, or a SentencePiece `.model`."""
     shuffle_group_size: int | None = None
     """Number of consecutive sequences that the shuffle takes from different documents.
@@ -370,9 +375,9 @@ class TrainingConfig:
     """Number of microbatches into which a batch is split."""
     seed: int = 0
     """Seed of the initial values, the order of the data, and masking."""
-    upcycle_from: str | None = None
+    upcycle_from: str | None = _by_content(None)
     """Workdir of a dense model of the same sizes, whose feed-forward layers initialize the experts."""
-    transition_from: str | None = None
+    transition_from: str | None = _by_content(None)
     """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4).
     Weights, optimizer state and position in the data are that run's.
     Steps and the learning rate schedule start from 0."""

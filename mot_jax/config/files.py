@@ -213,6 +213,19 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
     return classes[0](**{k: _decode(v, hints[k], ".".join(filter(None, [path, k]))) for k, v in data.items()})
 
 
+def is_corpus_path(name: str) -> bool:
+    """Whether the name of a corpus is the path of its directory."""
+    return "://" in name or name.startswith(("/", "~", "."))
+
+
+def _are_paths(name: str, old: Any, new: Any) -> bool:
+    """Whether two values of a field by content differ in paths only, whose content is compared elsewhere."""
+    if name != "data.corpus":
+        return not {None, "bytes"} & {old, new}
+    pairs = zip(old, new, strict=True) if len(old) == len(new) else [("", "")]
+    return all(a == b != "" or (is_corpus_path(a) and is_corpus_path(b)) for a, b in pairs)
+
+
 def identity_changes(old: Config, new: Config) -> list[str]:
     """One line for each field whose value in `new` does not allow to resume a run of `old`."""
     old_values = {name: value for name, _, _, value in leaves(old)}
@@ -224,8 +237,10 @@ def identity_changes(old: Config, new: Config) -> list[str]:
         rule = field.metadata.get("resume", "identity")
         if name not in old_values or value == old_values[name] or rule == "free":
             continue
+        if rule == "content" and _are_paths(name, old_values[name], value):
+            continue
         change = f"{name}: {old_values[name]!r} in the run, now {value!r}"
-        if rule == "identity":
+        if rule in ("identity", "content"):
             changes.append(f"{change}; it is part of a run's identity")
         elif value < old_values[name]:
             changes.append(f"{change}; a run can be extended, not shortened")

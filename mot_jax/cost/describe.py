@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mot_jax.config import Config
+from mot_jax.config import Config, check
 from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import flops_per_token, forward_flops, recomputed_flops
 from mot_jax.cost.memory import memory_bytes, saved_bytes
@@ -70,7 +70,8 @@ class Description:
 
 
 def describe(config: Config) -> Description:
-    """Compute the figures of an experiment, in a second or two. `config` must be valid (`config.check`)."""
+    """Compute the figures of an experiment, in a second or two. Raises UserError for an invalid config."""
+    check(config)
     m, t = config.model, config.training
     counts, flops, tokens = count_parameters(m), forward_flops(m), t.batch_size * m.context_length
     microbatch_size, cost = t.batch_size // t.gradient_accumulation_steps, feed_forward_cost(m, m.feed_forward)

@@ -19,6 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from mot_jax.config import is_corpus_path
 from mot_jax.data import python_source
 from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, read_metadata
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
@@ -200,7 +201,7 @@ def _find(name: str, corpora: Path) -> epath.Path:
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     if re.match(r"(?!gs:)\w+://", path):
         raise UserError(f"data.corpus = {name!r}: only local files and gs:// can be read; try a local copy")
-    is_path = "://" in path or path.startswith(("/", "~", "."))
+    is_path = is_corpus_path(path)
     try:
         for root in [epath.Path()] if is_path else roots:
             base = root / epath.Path(path).expanduser()

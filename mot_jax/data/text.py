@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import NamedTuple
 
-from mot_jax.config import Config
+from mot_jax.config import Config, is_corpus_path
 from mot_jax.data.corpora import open_corpus, shared_documents
 from mot_jax.data.order import ORDER_VERSION, MixtureOrder, Order, TrainingOrder
 from mot_jax.data.report import sample_texts
 from mot_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows
 from mot_jax.errors import UserError
-from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
+from mot_jax.runtime.paths import DATA_DIRECTORY, is_remote, local_path
 
 _ROUND_TRIP_BYTES = 1 << 16  # of text that is encoded and decoded to detect a lossy tokenizer
 
@@ -81,6 +83,23 @@ def text_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
                 "such as 'bytes' or one of mot data train-tokenizer"
             )
     return warnings
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return `config` with absolute paths of its inputs, so that its run can be read from any directory."""
+    data, training = config.data, config.training
+    corpus = tuple(_absolute(name) if is_corpus_path(name) else name for name in data.corpus)
+    tokenizer = data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer)
+    sources = {
+        name: path if path is None else _absolute(path)
+        for name, path in (("upcycle_from", training.upcycle_from), ("transition_from", training.transition_from))
+    }
+    data = dataclasses.replace(data, corpus=corpus, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data, training=dataclasses.replace(training, **sources))
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) or not path else str(Path(path).expanduser().absolute())
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import sentencepiece
 import tokenizers
+from etils import epath
 
 from mot_jax.errors import UserError, error_words, nearest
 from mot_jax.runtime.paths import user_path
@@ -23,6 +24,7 @@ from mot_jax.runtime.paths import user_path
 # Names of the end-of-text and mask tokens in published tokenizers; the first name in the vocabulary is used.
 _END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 _MASK = ("[MASK]", "<mask>", "<|mask|>")
+COPIES = ("tokenizer.json", "tokenizer.model")  # file names of a tokenizer's copy in a workdir or an export
 _BATCH = 2**20  # bytes or characters encoded in one call: the libraries need about 100 bytes of memory for each
 _NO_MATCH = "(?!)"
 _LINE = 1000  # characters: SentencePiece trains on lines of up to 4192 bytes
@@ -37,6 +39,9 @@ class Tokenizer(Protocol):
         mask_token: The id of the mask of masked language models; V if the vocabulary has none.
         token_bytes: int32 [V], the number of bytes of text of each token, for losses in bits per byte.
         fingerprint: Changes whenever the encoding of any text changes.
+        content: Of the tokenizer's file; None without one.
+        byte_token: The id of the token of byte 0xFF, which is in no character, if the decoder replaces a whole run of
+            such tokens at once when the run is not UTF-8; else None.
     """
 
     vocab_size: int
@@ -44,6 +49,8 @@ class Tokenizer(Protocol):
     mask_token: int
     token_bytes: np.ndarray
     fingerprint: str
+    content: bytes | None
+    byte_token: int | None
 
     def encode(self, text: bytes) -> np.ndarray:
         """The tokens of `text`: uint16 or int32 [n], without end_of_text."""
@@ -63,6 +70,8 @@ class ByteTokenizer:
     mask_token = 257
     token_bytes = np.array([1] * 256 + [0], np.int32)
     fingerprint = "bytes/1"
+    content = None
+    byte_token = None
 
     def encode(self, text: bytes) -> np.ndarray:
         """The tokens of `text`: uint16 [len(text)]."""
@@ -105,6 +114,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_copy(folder: epath.Path, name: str) -> epath.Path | None:
+    """The path in `folder` of a copy of the tokenizer called `name`; None if it is that of bytes, without a file."""
+    copy = f"tokenizer{PurePosixPath(name).suffix}"
+    return folder / copy if copy in COPIES else None
+
+
 class _SubwordTokenizer:
     """A tokenizer of a library that processes str: bytes that are not UTF-8 become U+FFFD.
 
@@ -118,13 +133,14 @@ class _SubwordTokenizer:
     end_of_text: int
     mask_token: int
     token_bytes: np.ndarray
+    byte_token: int | None = None
 
     def __init__(self, content: bytes):
-        self._content = content
+        self.content = content  # of the file
         self.fingerprint = f"{self.kind}/1/{hashlib.sha256(content).hexdigest()}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_once, (type(self), self._content)
+        return _load_once, (type(self), self.content)
 
     def _set_special_tokens(self, ids: dict[str, int], others: Iterable[str] = ()) -> None:
         """Set the special tokens from the vocabulary `ids`. `others` are the names of additional ones."""
@@ -178,7 +194,10 @@ class _TokenizersFile(_SubwordTokenizer):
         added = self._library.get_added_tokens_decoder()
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        size_of = _size_by_spelling(json.loads(self._library.to_str()))
+        file = json.loads(self._library.to_str())
+        if '"ByteFallback"' in json.dumps(file["decoder"]):
+            self.byte_token = ids.get("<0xFF>")
+        size_of = _size_by_spelling(file)
         for token, i in ids.items():
             self.token_bytes[i] = size_of(token)
         for i, added_token in added.items():  # these are spelled as in the text

@@ -34,6 +34,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from mot_jax.config import is_corpus_path
 from mot_jax.data import pool
 from mot_jax.data.build import disk_errors
 from mot_jax.data.corpora import Corpus, open_corpus
@@ -195,7 +196,8 @@ def open_windows(
     count = min(max(1, -(-corpus.num_bytes // PART_BYTES)), _MAX_PARTS, len(corpus))
     inputs = {
         "format": FORMAT_VERSION,
-        "corpus": corpus.name,
+        # Of a path, the name of the data set there: windows do not depend on the spelling of a path.
+        "corpus": corpus.version.rpartition("/")[0] if is_corpus_path(corpus.name) else corpus.name,
         "corpus_fingerprint": corpus.fingerprint,
         "split": split,
         "tokenizer_fingerprint": tokenizer.fingerprint,

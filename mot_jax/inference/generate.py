@@ -121,12 +121,17 @@ def decode(
     state: Decoding,
     sampler: Sampler,
     until: jax.Array,
+    stopped: jax.Array,
     *,
     vocab_size: int,
     end_of_text: int,
     filtered: bool,
 ) -> Decoding:
-    """Run decode steps to fill the columns before `until` (int32 scalar, at most T), or until all are finished."""
+    """Run decode steps to fill the columns before `until` (int32 scalar, at most T), or until all are finished.
+
+    stopped: bool [B], sequences that are finished for another reason than their tokens: a stop in their text.
+    """
+    state = state._replace(finished=state.finished | stopped)
 
     def body(state: Decoding) -> Decoding:
         previous = state.column - 1

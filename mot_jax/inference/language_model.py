@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -27,7 +28,7 @@ from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.scores import measured
-from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
+from mot_jax.runtime.compilation import default_tracing, disable_cache_for_cpu_mesh
 
 _DECODE_STEPS = 8  # between two outputs of `stream`
 _MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
@@ -79,6 +80,9 @@ class LanguageModel:
     ) -> Iterator[list[Continuation]]:
         """Yield the continuations of all prompts generated so far, repeatedly, every few decode steps.
 
+        The text of a continuation is a prefix of all later ones: an incomplete character, or an end that may begin a
+        stop, is held back.
+
         A sequence that outgrows the context (prompt included) continues from its last half context, on which the model
         runs a new prefill; this does not depend on the other sequences.
 
@@ -88,8 +92,9 @@ class LanguageModel:
             temperature: 0 selects the most likely token.
             top_k: sample from this many most likely tokens only, see `Sampler`.
             top_p: sample from the most likely tokens with this total probability only, see `Sampler`.
-            stop: texts that end a sequence. The sequence leaves its group at the next token if the stop is tokenized
-                as the tokenizer encodes it, otherwise a few tokens later.
+            stop: texts that end a sequence: the one that is complete first does, and is not part of the text. The
+                sequence leaves its group at the next token if the stop is tokenized as the tokenizer encodes it,
+                otherwise a few tokens later.
             ends: whether the end-of-text token also ends a sequence.
             seed: of the sampling.
 
@@ -98,9 +103,19 @@ class LanguageModel:
         """
         if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
             raise UserError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
-        sequences = [GeneratedSequence(self._encode(prompt)) for prompt in prompts]
+        stops = [_bytes(text) for text in stop]
+        sequences = [
+            GeneratedSequence(
+                self.tokenizer,
+                self._encode(prompt),
+                None if isinstance(prompt, np.ndarray) else _bytes(prompt),
+                stops,
+            )
+            for prompt in prompts
+        ]
         self._check_options(prompts, sequences, stop, max_tokens, temperature, top_k, top_p, seed)
-        stop_tokens, stop_bytes = [self._encode(text) for text in stop], [_bytes(text) for text in stop]
+        # On the device, only tokens whose text ends in the stop: normalizers may change it, or leave none of it.
+        stop_tokens = [ids for text in stops if self.tokenizer.decode(ids := self._encode(text)).endswith(text)]
         if ends:
             stop_tokens.append(np.array([self.tokenizer.end_of_text]))
         sampler = Sampler(
@@ -114,21 +129,30 @@ class LanguageModel:
         drawn = 0
         while drawn < max_tokens and not all(sequence.finished for sequence in sequences):
             texts = [sequence.window(self.config.model.context_length) for sequence in sequences]
-            for state, new in self._decode_window(texts, max_tokens, drawn, sampler, filtered):
+            for state, new in self._decode_window(sequences, texts, max_tokens, drawn, sampler, filtered):
                 arrays = jax.device_get((state.tokens, state.token_mask, state.log_probs, state.finished))
+                self._check_numbers(arrays[2])
                 # Not strict: the arrays end with the absent sequences of incomplete groups.
                 for sequence, *(tokens, token_mask, log_probs, finished) in zip(sequences, *arrays, strict=False):
                     sequence.append(tokens[new][token_mask[new]], log_probs[new][token_mask[new]], finished)
-                    sequence.cut_at_stop(stop_bytes, self.tokenizer)
                 drawn += new.stop - new.start
-                yield [sequence.continuation(self.tokenizer) for sequence in sequences]
+                yield [sequence.continuation(is_last=drawn >= max_tokens) for sequence in sequences]
                 if all(sequence.finished for sequence in sequences):
                     return
 
     def _decode_window(
-        self, texts: list[np.ndarray], max_tokens: int, drawn: int, sampler: Sampler, filtered: bool
+        self,
+        sequences: list[GeneratedSequence],
+        texts: list[np.ndarray],
+        max_tokens: int,
+        drawn: int,
+        sampler: Sampler,
+        filtered: bool,
     ) -> Iterator[tuple[Decoding, slice]]:
-        """Generate until the longest text fills the context: yield the state and its new columns, repeatedly."""
+        """Generate until the longest text fills the context: yield the state and its new columns, repeatedly.
+
+        texts: the windows of the sequences. A sequence that the caller finishes in between leaves its group.
+        """
         longest, model = max(map(len, texts)), self.config.model
         room = min(max_tokens, model.context_length - longest + 1)
         width = self._round(max(longest, _MIN_PROMPT_WIDTH))
@@ -149,7 +173,9 @@ class LanguageModel:
                 return
             with self._on_mesh():
                 until = np.int32(min(column + _DECODE_STEPS, end))
-                state = decode(model, self.params, np.int32(self.step), state, sampler, until, **sizes)
+                stopped = np.ones(len(state.finished), bool)  # the absent sequences of incomplete groups included
+                stopped[: len(sequences)] = [sequence.finished for sequence in sequences]
+                state = decode(model, self.params, np.int32(self.step), state, sampler, until, stopped, **sizes)
 
     def log_likelihoods(self, pairs: Sequence[tuple[Prompt, Prompt]], batch_size: int = 8) -> list[Likelihood]:
         """Return the likelihood of the continuation in each pair (context, continuation).
@@ -190,7 +216,9 @@ class LanguageModel:
                         vocab_size=self.tokenizer.vocab_size,
                         end_of_text=self.tokenizer.end_of_text,
                     )
-                for index, log_probs, likeliest in zip(indices, *jax.device_get(scores), strict=False):
+                log_probs_and_likeliest = jax.device_get(scores)
+                self._check_numbers(log_probs_and_likeliest[0])
+                for index, log_probs, likeliest in zip(indices, *log_probs_and_likeliest, strict=False):
                     sums[index] += float(log_probs.sum(dtype=np.float64))
                     greedy[index] &= bool(likeliest.all())
         return [Likelihood(*values) for values in zip(sums, greedy, strict=True)]
@@ -249,8 +277,9 @@ class LanguageModel:
         def text_of(tokens: np.ndarray) -> str:
             return tokenizer.decode(tokens).decode(errors="replace")
 
-        filled = []
-        for sequence, likeliest, log_probs in zip(sequences, *jax.device_get(predictions), strict=False):
+        filled, predictions = [], jax.device_get(predictions)
+        self._check_numbers(predictions[1][: len(sequences)])
+        for sequence, likeliest, log_probs in zip(sequences, *predictions, strict=False):
             gaps = np.flatnonzero(sequence == tokenizer.mask_token)
             sequence[gaps] = likeliest[gaps]
             guesses = [(text_of(sequence[i : i + 1]), float(np.exp(log_probs[i]))) for i in gaps]
@@ -283,8 +312,22 @@ class LanguageModel:
         """The config without `data.shuffle_group_size`, which concerns the order of the dataset only."""
         return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, shuffle_group_size=None))
 
-    def _on_mesh(self) -> Any:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def _on_mesh(self) -> Iterator[None]:
+        with default_tracing(), contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            yield
+
+    def _check_numbers(self, log_probs: np.ndarray) -> None:
+        """Raise UserError if outputs of the model are NaN, which no token follows from; names the cause."""
+        if not np.isnan(log_probs).any():
+            return
+        with self._on_mesh():
+            bad = [name for name, value in self.params.items() if not bool(jnp.isfinite(value).all())]
+        reason = f"as {len(bad)} of its {len(self.params)} parameters have, {bad[0]} first" if bad else "by overflow"
+        raise UserError(
+            f"model after {self.step} steps, mode {self.mode}: its outputs have values that are not finite, {reason}; "
+            "try an earlier checkpoint"
+        )
 
     def _encode(self, text: Prompt) -> np.ndarray:
         if isinstance(text, np.ndarray):
@@ -321,6 +364,7 @@ class LanguageModel:
             raise UserError(*errors)
 
 
+@default_tracing()
 def load(
     workdir: epath.PathLike, mode: str | None = None, mesh: Mesh | None = None, unroll: bool = False
 ) -> LanguageModel:

@@ -10,6 +10,7 @@ from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
+from mot_jax.errors import UserError
 from mot_jax.inference.language_model import GAP, LanguageModel
 from mot_jax.modes import trained_mode
 from mot_jax.nn.transformer import Params
@@ -27,7 +28,10 @@ class SampleHook(Hook):
         if not run.config.logging.sample_tokens:
             return
         config, params = evaluated_config(run.config), trainer.state.params
-        sample = sample_text(config, run.mesh, params, run.validation_windows, run.tokenizer)
+        try:
+            sample = sample_text(config, run.mesh, params, run.validation_windows, run.tokenizer)
+        except UserError as error:  # the outputs of a diverged model are not finite
+            sample = f"no sample: {error}\n"
         with distributed.together():
             if distributed.is_first():
                 replace_file(run.workdir / "sample.txt", sample.encode())

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,9 @@ from etils import epath
 
 from mot_jax.config import Config, to_json
 from mot_jax.data.text import open_tokenizer
+from mot_jax.data.tokenizers import COPIES, tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words, nearest
-from mot_jax.runs.restore import EXPORTED_TOKENIZERS, check_data, load_run, load_run_config
+from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.state import fetch
 from mot_jax.runs.tensor_files import INDEX, MODEL, SHARD_BYTES, write_tensors
 from mot_jax.runtime import distributed
@@ -28,7 +28,7 @@ from mot_jax.runtime.paths import is_passing, make_directory, replace_file, user
 
 DTYPES = ("float32", "bfloat16")
 _COPIED = ("data.json", "companions.npy")
-_FILES = ("config.json", "modes.json", MODEL, INDEX, *EXPORTED_TOKENIZERS, *_COPIED)
+_FILES = ("config.json", "modes.json", MODEL, INDEX, *COPIES, *_COPIED)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 ParameterKinds = Mapping[str, jax.ShapeDtypeStruct]  # shapes and dtypes by name
@@ -77,8 +77,12 @@ def export_model(
         for name in kinds:
             read(name)
         return []
-    copies = {name: (source / name).read_bytes() for name in _COPIED if (source / name).exists()}
-    return write_export(folder, config, kinds, read, run.step, copies, shard_bytes)
+    return write_export(folder, config, kinds, read, run.step, copies_of(source), shard_bytes)
+
+
+def copies_of(source: epath.Path) -> dict[str, bytes]:
+    """The contents, by name, of the files of a workdir or an export that an export has as well."""
+    return {name: (source / name).read_bytes() for name in _COPIED if (source / name).exists()}
 
 
 def open_output(output: epath.PathLike, overwrite: bool, source: epath.Path) -> epath.Path:
@@ -137,10 +141,10 @@ def write_export(
             lines.append(f"warning: {name}: {non_finite} of {value.size} values are infinite or NaN")
         return value
 
-    tokenizer, name = config.data.tokenizer, f"tokenizer{PurePosixPath(config.data.tokenizer).suffix}"
-    if name in EXPORTED_TOKENIZERS:
-        copies = copies | {name: user_path("data.tokenizer", tokenizer).read_bytes()}
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=name))
+    tokenizer = config.data.tokenizer
+    if (copy := tokenizer_copy(folder, tokenizer)) is not None:
+        copies = copies | {copy.name: user_path("data.tokenizer", tokenizer).read_bytes()}
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=copy.name))
     try:
         (folder / "config.json").unlink(missing_ok=True)
         written = write_tensors(folder, kinds, read_checked, {"step": str(step)}, shard_bytes)

@@ -18,9 +18,9 @@ from etils import epath
 from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.text import open_tokenizer
 from mot_jax.errors import UserError
-from mot_jax.interop.export import ParameterKinds, open_output, write_export
+from mot_jax.interop.export import ParameterKinds, copies_of, open_output, write_export
 from mot_jax.nn.transformer import block_places
-from mot_jax.runs.restore import load_run_config, parameter_kinds, tensor_faults
+from mot_jax.runs.restore import check_data, load_run_config, parameter_kinds, tensor_faults
 from mot_jax.runs.tensor_files import SHARD_BYTES, Tensor, Tensors, open_tensors
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import user_path
@@ -168,12 +168,13 @@ def import_model(
         UserError: with one line for each tensor that is not used exactly once, and each parameter without a tensor.
     """
     path = user_path("FILE", source)
+    directory = path if path.is_dir() else path.parent
     tensors = open_tensors(path)
     naming = _identify(tensors)
     if config is None:
         if naming is not None:
             raise UserError(f"--config is missing: {path} is of {naming.title}; try --config configs/v2.py:medium_32e")
-        config = load_run_config(path if path.is_dir() else path.parent)
+        config = load_run_config(directory)
     tokenizer = open_tokenizer(config)
     kinds = parameter_kinds(config.model)
     if naming is None:
@@ -185,6 +186,9 @@ def import_model(
     folder = open_output(output, overwrite, path)
     step = int(tensors.metadata["step"]) if tensors.metadata.get("step", "").isdecimal() else 0
     copies = {"data.json": (strict_json.dumps({"tokenizer": tokenizer.fingerprint}) + "\n").encode()}
+    if naming is None:
+        check_data({"tokenizer": tokenizer.fingerprint}, config, directory)
+        copies |= copies_of(directory)
     return write_export(
         folder, config, kinds, lambda name: readers[name]().astype(kinds[name].dtype), step, copies, SHARD_BYTES
     )

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from lm_eval import simple_evaluate
@@ -25,9 +26,12 @@ from tqdm import tqdm
 from mot_jax.errors import UserError, error_words, nearest
 from mot_jax.inference.language_model import LanguageModel, about_mode, load
 from mot_jax.inference.types import Likelihood, Prompt
+from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs.restore import load_run_config
 from mot_jax.runtime import distributed
 
 _LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_AUTO_BATCH_SIZE = 8
 _PROGRESS_BATCHES = 64  # between updates of the progress bar
 
 
@@ -36,10 +40,16 @@ class HarnessModel(TemplateLM):
 
     max_gen_toks = 256  # default for tasks that set no length
 
-    def __init__(self, model: LanguageModel, batch_size: int | str = 8):
-        """Wrap `model`. batch_size: sequences, rounded up to whole groups; `auto` is 8."""
+    def __init__(self, model: LanguageModel, batch_size: int | str = 8, max_batch_size: int | str | None = None):
+        """Wrap `model`.
+
+        Args:
+            model: in its mode.
+            batch_size: sequences, rounded up to whole groups; `auto`, also `auto:N`, is 8.
+            max_batch_size: of `auto`.
+        """
         super().__init__()
-        self.model, self.batch_size = model, 8 if batch_size == "auto" else int(batch_size)
+        self.model, self.batch_size = model, _batch_size(batch_size, max_batch_size)
         if not model.independent and distributed.is_first():
             rule = "a score depends on the requests that share its batch"
             print(f"warning: in mode {model.mode} {rule}; try mode companions", file=sys.stderr)
@@ -113,11 +123,50 @@ class HarnessModel(TemplateLM):
 class MotJax(HarnessModel):
     """The newest checkpoint of a run, by default in a mode in which no sequence depends on another."""
 
-    def __init__(self, workdir: epath.PathLike, mode: str | None = None, batch_size: int | str = 8):
-        model = load(workdir, mode)
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        mode: str | None = None,
+        batch_size: int | str = 8,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+    ):
+        """Load the model.
+
+        Args:
+            workdir: of a run, or an export.
+            mode: as in `load`.
+            batch_size, max_batch_size: as in `HarnessModel`.
+            device: a platform of JAX, such as `cpu` or `gpu:1`, or PyTorch's `cuda:1`; None is JAX's default device.
+        """
+        mesh = None if device is None else make_mesh(load_run_config(workdir), [_device(device)], trains=False)
+        model = load(workdir, mode, mesh)
         for line in about_mode(model, workdir, chosen=mode is not None):
             print(line, file=sys.stderr)
-        super().__init__(model, batch_size)
+        super().__init__(model, batch_size, max_batch_size)
+
+
+def _batch_size(batch_size: int | str, largest: int | str | None) -> int:
+    """Convert the harness' batch size into a number; UserError for anything but one above 0, `auto` and `auto:N`."""
+    is_auto = str(batch_size).partition(":")[0] == "auto"
+    size = _positive("batch_size", _AUTO_BATCH_SIZE if is_auto else batch_size)
+    return size if largest is None or not is_auto else min(size, _positive("max_batch_size", largest))
+
+
+def _positive(name: str, number: int | str) -> int:
+    if not str(number).isdecimal() or int(number) < 1:
+        raise UserError(f"{name} = {number!r}: must be a number above 0; try 8")
+    return int(number)
+
+
+def _device(name: str) -> jax.Device:
+    """Return the device of the harness' argument `device`."""
+    platform, _, index = str(name).partition(":")
+    try:
+        return jax.devices({"cuda": "gpu"}.get(platform, platform))[int(index or 0)]
+    except (RuntimeError, ValueError, IndexError):
+        words = ", ".join(f"{device.platform}:{device.id}" for device in jax.devices())
+        raise UserError(f"device = {name!r}: there is no such device; there is {words}") from None
 
 
 def _generation_options(kwargs: dict[str, Any], max_tokens: int) -> dict[str, Any]:

@@ -40,7 +40,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mot_jax.config import MixingConfig
+from mot_jax.config import MixingConfig, check_part
+from mot_jax.errors import UserError, nearest
 from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, reshard, spec, whole_group_axes
 
 SaveForBackward = Literal["nothing", "pre_activations", "all"]
@@ -63,6 +64,10 @@ def group(x: jax.Array, group_size: int, groups: Literal["across", "within"] = "
         AssertionError: G does not divide B (`across`) or S (`within`).
     """
     chex.assert_scalar_positive(group_size)
+    if groups not in ("across", "within"):
+        raise UserError(
+            f"groups = {groups!r}: must be 'across' or 'within'{nearest(str(groups), ['across', 'within'])}"
+        )
     batch, length = x.shape[:2]
     position_axes: Axes = ()
     if groups == "within":
@@ -112,6 +117,7 @@ def temperature_at_step(
     Returns:
         A scalar, or [E] if each expert learns its own.
     """
+    check_part(config)
     if config.annealing != "none":
         if step is None:
             return config.final_temperature
@@ -146,6 +152,7 @@ def mixing_weights(
         [N, G, S, E] in promote_types(logits.dtype, float32). Sums to 1 over G, or to 0 where the group has padding
         only. With `merge="logits"` there is no normalization.
     """
+    check_part(config)
     logits, valid = _prepare(logits, token_mask)
     if config.merge == "uniform":
         weights = jnp.where(valid, jnp.ones_like(logits), 0)
@@ -173,6 +180,7 @@ def emit_weights(
         [N, G, S, E], 0 for padding tokens. Sums to 1 over G with `emit="softmax"`, and over E with
         `emit="softmax_over_experts"`.
     """
+    check_part(config)
     if config.emit == "merge":
         return None
     logits, valid = _prepare(logits, token_mask)

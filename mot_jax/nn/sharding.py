@@ -20,6 +20,7 @@ models.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -92,13 +93,16 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     Args:
         config: its `mesh` has the sizes of the axes.
         devices: all of JAX's by default.
-        trains: whether the mesh must also suit the batch size of training and the kernels that training uses.
+        trains: whether the mesh must also suit the batch size of training and the kernels that training uses. If not,
+            a mesh for more or other devices than there are is replaced by one for these, see `_fitting_mesh`.
 
     Raises:
         UserError: if the sizes do not multiply to the number of devices; if an axis does not divide a dimension that it
             shards (experts, heads, widths, sequences); or if it shards experts that a kernel needs unsharded.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if not trains:
+        config = dataclasses.replace(config, mesh=_fitting_mesh(config, len(devices)))
     sizes = _axis_sizes(config.mesh, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
@@ -120,6 +124,28 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
         raise UserError(f"{requested}: JAX cannot map these axes to this network; {advice}") from error
     mesh = Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     disable_cache_for_cpu_mesh(mesh)
+    return mesh
+
+
+def _fitting_mesh(config: Config, num_devices: int) -> MeshConfig:
+    """The mesh of `config`, or one over the devices at hand, which need not be those of the training.
+
+    Every axis but `data` keeps the largest size that divides its own and the number of devices that are left, and
+    `data` takes the rest; if the model does not allow that, `data` takes all. A model computes the same on every mesh.
+    """
+    mesh = config.mesh
+    sizes = {name: getattr(mesh, name) for name in AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    fits = num_devices % known == 0 if -1 in sizes.values() else known <= num_devices
+    uses_all = known == num_devices or -1 in sizes.values() or jax.process_count() == 1
+    if not (fits and uses_all):
+        remaining = num_devices
+        for name in AXES[1:]:
+            sizes[name] = math.gcd(remaining, max(sizes[name], 1))
+            remaining //= sizes[name]
+        mesh = dataclasses.replace(mesh, **sizes | {"data": remaining})
+    if any(_model_faults(config, *_axis_sizes(mesh, num_devices), 1)):
+        mesh = dataclasses.replace(mesh, **dict.fromkeys(AXES, 1) | {"data": num_devices})
     return mesh
 
 

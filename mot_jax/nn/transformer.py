@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import FeedForwardConfig, ModelConfig
+from mot_jax.config import FeedForwardConfig, ModelConfig, check_part
 from mot_jax.nn.attention import Attention, LayerCache
 from mot_jax.nn.feed_forward import FeedForwardContext, make_feed_forward
 from mot_jax.nn.initializers import draw
@@ -122,9 +122,12 @@ class Transformer(nnx.Module):
     Parameters: `token_embedding` [V, D]; `position_embedding` [S, D] unless positions are rotary; `stacks/i/j/…`, those
     of the j-th block in the period of the i-th scan, with a leading dimension over the repeats of the period;
     `final_norm`, if the config has one; and `head` [D, V], unless the embeddings are tied.
+
+    Raises UserError for an invalid config.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        check_part(config, "model.")
         self.config = config
         d, init, dtype = config.d_model, config.init, config.param_dtype
         self.token_embedding = nnx.Param(draw(rngs.params(), (config.vocab_size, d), 1, init, dtype))

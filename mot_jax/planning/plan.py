@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from mot_jax.config import Config, MixtureOfTokensConfig
+from mot_jax.config import Config, MixtureOfTokensConfig, check
 from mot_jax.cost.describe import table
 from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
@@ -139,8 +139,9 @@ def plan_training(
         Memory, collectives and modeled times.
 
     Raises:
-        UserError: For an impossible topology or mesh, before anything is compiled.
+        UserError: For an invalid config, or an impossible topology or mesh, before anything is compiled.
     """
+    check(config)
     target = parse_topology(topology, slices)
     devices = devices_of(target)[:chips]
     mesh = _mesh(config, devices)

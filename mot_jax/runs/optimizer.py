@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mot_jax.config import OptimizerConfig
+from mot_jax.config import OptimizerConfig, check_part
 from mot_jax.errors import UserError, nearest
 from mot_jax.nn.sharding import PARAMETERS, axes_of, spec
 from mot_jax.nn.transformer import Params
@@ -50,6 +50,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     Its `init` raises UserError for a multiplier that matches no parameter. Its `update` has a keyword `finite`, a bool
     scalar: if it is False, the state keeps its values, and the caller must not apply the updates.
     """
+    check_part(config, "training.optimizer.")
     return _on_any_mesh(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, ModelConfig, from_json
+from mot_jax.data.tokenizers import tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
@@ -23,8 +24,6 @@ from mot_jax.runs.stores import orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
 from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import user_path
-
-EXPORTED_TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # file names of the tokenizer in an export
 
 
 class TrainedModel(NamedTuple):
@@ -44,7 +43,7 @@ class SavedTraining(NamedTuple):
 
 
 def load_run_config(workdir: epath.PathLike) -> Config:
-    """The config of the run or export in `workdir`; an export has its own copy of the tokenizer.
+    """The config of the run or export in `workdir`, with its own copy of the tokenizer, if it has one.
 
     Raises UserError if there is neither.
     """
@@ -55,10 +54,15 @@ def load_run_config(workdir: epath.PathLike) -> Config:
     if not path.exists():
         raise UserError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
     config = from_json(path.read_text())
-    exported_tokenizer = workdir / config.data.tokenizer
-    if config.data.tokenizer in EXPORTED_TOKENIZERS and exported_tokenizer.exists():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(exported_tokenizer)))
-    return config
+    return with_tokenizer_copy(config, workdir)
+
+
+def with_tokenizer_copy(config: Config, workdir: epath.Path) -> Config:
+    """Return `config` with the copy of its tokenizer that the run or export in `workdir` has, if it has one."""
+    copy = tokenizer_copy(workdir, config.data.tokenizer)
+    if copy is None or not copy.exists():
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(copy)))
 
 
 def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) -> None:

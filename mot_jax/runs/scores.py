@@ -32,7 +32,15 @@ def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
     mode_entry = mode_of(mode)
     independent = mode_entry.independent or mode_entry.change(config).model.group_size == 1
     settings = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
-    return {**settings, **result, "perplexity": math.exp(result["loss"])}
+    return {**settings, **result, "perplexity": perplexity(result["loss"])}
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss, infinite if it exceeds a float, as that of a diverged run may."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def record_score(workdir: epath.PathLike, score: Score) -> None:

@@ -1,9 +1,10 @@
-"""The persistent cache of compiled programs."""
+"""The persistent cache of compiled programs, and the options of JAX under which programs are traced."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,27 @@ def enable_cache() -> None:
     if os.access(directory, os.W_OK):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
         _evict(directory)
+
+
+_TRACING = ("JAX_ENABLE_X64", "JAX_NUMPY_RANK_PROMOTION", "JAX_NUMPY_DTYPE_PROMOTION")
+
+
+def ignore_tracing_variables() -> None:
+    """Remove the variables that change dtypes and promotion from this process's environment, before JAX reads them.
+
+    For commands, whose numbers then do not depend on the user's environment. Optax and Flax promote, too.
+    """
+    for name in _TRACING:
+        os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def default_tracing() -> Iterator[None]:
+    """Trace with JAX's default dtypes and promotion, whatever the options of the program that uses this library."""
+    import jax
+
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def disable_cache_for_cpu_mesh(mesh: Mesh) -> None:

@@ -34,6 +34,7 @@ from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run
 from mot_jax.runs.scores import Score, check_scores, record_score, score_of
 from mot_jax.runtime import distributed
+from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -86,6 +87,7 @@ def make_evaluation(
     return evaluate
 
 
+@default_tracing()
 def evaluate_run(
     workdir: epath.PathLike, config: Config, split: str, limit: int | None, modes: Sequence[str] = ("grouped",)
 ) -> list[Score]:

@@ -20,6 +20,7 @@ from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
+from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.hooks import default_hooks
 from mot_jax.training.run import Run, begin, finish, is_finished, last_validation, prepare
 from mot_jax.training.trainer import Hook, Trainer
@@ -28,6 +29,7 @@ _FILLED = 0.5  # the share of filled places in validation groups below which a w
 _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those of the whole group
 
 
+@default_tracing()
 def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), take_over: bool = False) -> Row:
     """Train a model, or resume the run in `workdir`.
 

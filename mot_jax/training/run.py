@@ -19,8 +19,8 @@ from mot_jax.config import Config, TrainingConfig, check, from_json, identity_ch
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
-from mot_jax.data.text import open_text, open_tokenizer
-from mot_jax.data.tokenizers import Tokenizer
+from mot_jax.data.text import open_text, open_tokenizer, with_absolute_paths
+from mot_jax.data.tokenizers import Tokenizer, tokenizer_copy
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
 from mot_jax.modes.companions import choose, load_companions, save_companions
@@ -29,7 +29,7 @@ from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.optimizer import learning_rate
-from mot_jax.runs.restore import check_data, newest_step
+from mot_jax.runs.restore import check_data, newest_step, with_tokenizer_copy
 from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime import distributed, strict_json
@@ -90,12 +90,14 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         check(config)
         check_logging(config.logging)
         workdir = user_path("workdir", workdir)
+        config = with_absolute_paths(config)
         mesh = make_mesh(config)
         _check_workdir(config, workdir)
         origin = _RESUMED if (workdir / "checkpoints").exists() else _origin_of(config)
         origin.check(config)
         _check_disk_space(abstract_state(config, mesh), config, workdir)
-        tokenizer = open_tokenizer(config)
+        named = config.data.tokenizer == "bytes" or user_path("data.tokenizer", config.data.tokenizer).exists()
+        tokenizer = open_tokenizer(config if named else with_tokenizer_copy(config, workdir))
         # First only the tokenizer: tokenizing the text can take hours.
         check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
         _, windows, validation_windows, order, fingerprints = open_text(config, tokenizer)
@@ -158,6 +160,9 @@ def write_workdir(run: Run) -> None:
             make_directory("workdir", workdir)
             replace_file(workdir / "config.json", to_json(config).encode())
             replace_file(workdir / "data.json", strict_json.dumps(run.fingerprints, indent=1).encode())
+            copy = tokenizer_copy(workdir, config.data.tokenizer)
+            if copy is not None and run.tokenizer.content is not None:
+                replace_file(copy, run.tokenizer.content)
             source = config.training.transition_from
             if config.model.group_size > 1:
                 objective = Objective.of(config, run.tokenizer)

@@ -131,7 +131,7 @@ def check_transition(config: Config) -> None:
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
         ("training", source.training, t, ["seed"]),
         ("training.optimizer", source.training.optimizer, t.optimizer, ["name", "beta1", "decay", "mu_dtype"]),
-        ("data", source.data, config.data, ["corpus", "weights", "train_split", "text_feature", "tokenizer"]),
+        ("data", source.data, config.data, ["weights", "train_split", "text_feature"]),
     ]
     rule = f"must be as in training.transition_from = {workdir!r}"
     faults = [

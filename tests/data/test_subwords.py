@@ -2,68 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_files import EOT, FILES, TEXT, library, tokenizer_of
 
 from mot_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from mot_jax.errors import UserError
 
-TEXT = [f"def f(x):\n    return x + {i}  # größer, ein Satz, 漢字\n".encode() * 3 for i in range(40)]
-EOT = "<|endoftext|>"
-
-
-def sentence_pieces(**changes) -> bytes:
-    model = io.BytesIO()
-    options = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 2, "eos_piece": EOT, "model_type": "bpe"}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(t.decode() for t in TEXT), model_writer=model, **options | changes
-    )
-    return model.getvalue()
-
-
-def library(model, trainer, **parts) -> bytes:
-    """A tokenizer.json of the tokenizers library, trained on the texts."""
-    tokenizer = tokenizers.Tokenizer(model)
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    tokenizer.train_from_iterator((t.decode() for t in TEXT), trainer)
-    return tokenizer.to_str().encode()
-
-
-def word_pieces() -> bytes:
-    trainer = tokenizers.trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=["[UNK]", "[SEP]", "[MASK]"], show_progress=False
-    )
-    return library(
-        tokenizers.models.WordPiece(unk_token="[UNK]"),
-        trainer,
-        pre_tokenizer=tokenizers.pre_tokenizers.BertPreTokenizer(),
-        decoder=tokenizers.decoders.WordPiece(),
-    )
-
-
-FILES = {
-    "bpe.json": lambda: train_tokenizer(TEXT, 300),
-    "unigram.model": lambda: train_tokenizer(TEXT, 360, "sentencepiece"),
-    "pieces.model": sentence_pieces,
-    "words.json": word_pieces,
-}
+NAMES = ("bpe.json", "unigram.model", "pieces.model", "words.json")
 LOSSLESS = ("bpe.json", "unigram.model")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Tokenizer]:
     directory: Path = tmp_path_factory.mktemp("tokenizers")
-    for name, make in FILES.items():
-        (directory / name).write_bytes(make())
-    return {name: load_tokenizer(str(directory / name)) for name in FILES}
+    return {name: tokenizer_of(name, directory) for name in NAMES}
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -76,7 +34,7 @@ def test_trained_tokenizers_are_lossless_and_count_every_byte(files, name, text)
     assert tokenizer.end_of_text not in ids
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_text_is_fewer_tokens_and_ids_are_in_the_vocabulary(files, name):
     tokenizer = files[name]
     for text, ids in zip(TEXT, tokenizer.encode_batch(TEXT), strict=True):
@@ -86,7 +44,7 @@ def test_text_is_fewer_tokens_and_ids_are_in_the_vocabulary(files, name):
         assert tokenizer.token_bytes[ids].sum() == pytest.approx(len(text), rel=0.4)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_special_token_in_a_text_is_text(files, name):
     tokenizer = files[name]
     special = "[SEP]" if name == "words.json" else EOT
@@ -109,7 +67,7 @@ def test_invalid_utf8_is_replaced(files):
 def test_fingerprints_depend_on_the_content(files, tmp_path):
     (tmp_path / "again.json").write_bytes(FILES["bpe.json"]())
     assert load_tokenizer(str(tmp_path / "again.json")).fingerprint == files["bpe.json"].fingerprint
-    assert len({tokenizer.fingerprint for tokenizer in files.values()}) == len(FILES)
+    assert len({tokenizer.fingerprint for tokenizer in files.values()}) == len(NAMES)
 
 
 BROKEN = {

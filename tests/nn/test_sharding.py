@@ -338,6 +338,23 @@ def test_mesh_sizes(requested, sizes):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Explicit}
 
 
+@pytest.mark.parametrize(
+    "trained, devices, sizes",
+    [
+        ((2, 1, 1, 1), 1, (1, 1, 1, 1)),
+        ((2, 4, 4, 2), 8, (1, 4, 2, 1)),
+        ((1, 1, 16, 1), 8, (1, 1, 8, 1)),
+        ((3, 1, 2, 1), 4, (2, 1, 2, 1)),
+        ((2, 1, -1, 1), 3, (3, 1, 1, 1)),
+        ((1, 1, 2, 1), 8, (1, 1, 2, 1)),  # as the run was trained, though there are more devices
+        ((1, 1, 1, -1), 3, (3, 1, 1, 1)),  # 3 divides no dimension
+    ],
+)
+def test_a_trained_model_is_read_on_the_devices_at_hand(trained, devices, sizes):
+    mesh = sharding.make_mesh(config_of(trained), jax.devices()[:devices], trains=False)
+    assert tuple(mesh.shape.values()) == sizes
+
+
 def training(config: Config, batch_size: int, steps: int = 1) -> Config:
     return dataclasses.replace(
         config, training=TrainingConfig(batch_size=batch_size, gradient_accumulation_steps=steps)

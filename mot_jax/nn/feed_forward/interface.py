@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import InitConfig
+from mot_jax.config import DenseConfig, InitConfig, ModelConfig, check_part
+from mot_jax.errors import UserError
 from mot_jax.nn.initializers import draw
 
 _ARRAYS = ["token_mask", "token_ids", "positions", "step", "key", "loss_counts"]
@@ -98,6 +99,9 @@ class LayerOptions:
         return {name: getattr(self, name) for name in ("activation", "gated", "init", "dtype", "param_dtype", "rngs")}
 
 
+_MODEL = ModelConfig(num_heads=1, feed_forward=DenseConfig())  # with which the other arguments of a layer are checked
+
+
 class FeedForward(nnx.Module):
     """Base class of the feed-forward kinds: the constructor that they share.
 
@@ -111,6 +115,8 @@ class FeedForward(nnx.Module):
         dtype: of activations and products.
         param_dtype: of parameters.
         rngs: the stream `params` is used, in the order in which parameters are created.
+
+    Raises UserError for an argument, or a field of the config, that has no such value.
     """
 
     config_type: ClassVar[type]
@@ -132,6 +138,12 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = self.config_type() if config is None else config
+        if not isinstance(self.config, self.config_type):
+            name, type_name = type(self).__name__, self.config_type.__name__
+            raise UserError(f"config = {config!r}: must be a {type_name} for {name}; try {type_name}()")
+        check_part(self.config)
+        fields = {"activation": activation, "gated": gated, "init": init, "dtype": dtype, "param_dtype": param_dtype}
+        check_part(dataclasses.replace(_MODEL, d_model=d_model, d_ff=d_ff, **fields))
         self.activation, self.dtype = activation, dtype
         self._create_parameters(LayerOptions(d_model, d_ff, activation, gated, init, dtype, param_dtype, rngs))
 
