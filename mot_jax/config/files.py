@@ -26,7 +26,7 @@ FORMAT_VERSION = 3
 
 
 def load_config(name: str | os.PathLike[str]) -> Config:
-    """Load the config of `FILE.py` or `FILE.py:VARIANT`.
+    """Load the config of `FILE.py` or `FILE.py:VARIANT`, or of a run: its directory or the `config.json` in it.
 
     The file defines `get_config() -> Config`, or `VARIANTS: dict[str, Callable[[], Config]]` and
     `get_config(variant: str | None = None) -> Config`, see `select`.
@@ -35,6 +35,9 @@ def load_config(name: str | os.PathLike[str]) -> Config:
         UserError: the file is missing or broken, or has no such variant.
     """
     path, variant = _split(name)
+    path = path / "config.json" if (path / "config.json").is_file() else path
+    if path.suffix == ".json" and path.is_file():
+        return from_json(path.read_text())
     module = _load_module(path)
     if variant is not None and not hasattr(module, "VARIANTS"):
         raise UserError(f"config = {name}: the file has no VARIANTS; try {path}")

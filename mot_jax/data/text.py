@@ -90,12 +90,12 @@ def with_absolute_paths(config: Config) -> Config:
     data, training = config.data, config.training
     corpus = tuple(_absolute(name) if is_corpus_path(name) else name for name in data.corpus)
     tokenizer = data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer)
-    sources = {
-        name: path if path is None else _absolute(path)
-        for name, path in (("upcycle_from", training.upcycle_from), ("transition_from", training.transition_from))
-    }
+    upcycle_from, transition_from = (
+        path if path is None else _absolute(path) for path in (training.upcycle_from, training.transition_from)
+    )
     data = dataclasses.replace(data, corpus=corpus, tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data, training=dataclasses.replace(training, **sources))
+    training = dataclasses.replace(training, upcycle_from=upcycle_from, transition_from=transition_from)
+    return dataclasses.replace(config, data=data, training=training)
 
 
 def _absolute(path: str) -> str:

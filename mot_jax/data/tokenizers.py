@@ -70,8 +70,8 @@ class ByteTokenizer:
     mask_token = 257
     token_bytes = np.array([1] * 256 + [0], np.int32)
     fingerprint = "bytes/1"
-    content = None
-    byte_token = None
+    content: bytes | None = None
+    byte_token: int | None = None
 
     def encode(self, text: bytes) -> np.ndarray:
         """The tokens of `text`: uint16 [len(text)]."""
@@ -136,7 +136,7 @@ class _SubwordTokenizer:
     byte_token: int | None = None
 
     def __init__(self, content: bytes):
-        self.content = content  # of the file
+        self.content: bytes | None = content
         self.fingerprint = f"{self.kind}/1/{hashlib.sha256(content).hexdigest()}"
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -109,7 +109,8 @@ class GeneratedSequence:
         """
         self.tokens, self.finished = prompt, False
         self._prompt_length, self._log_probs = len(prompt), np.zeros(0, np.float32)
-        self._text, self._stops, self._bytes_before_stop = GeneratedText(tokenizer, prompt, prompt_text), stops, None
+        self._text, self._stops = GeneratedText(tokenizer, prompt, prompt_text), stops
+        self._bytes_before_stop: int | None = None
         self._window_start = 0  # index of the first token in the model's context
 
     def window(self, length: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mot_jax.nn.sharding import axes_of, num_shards, replicate, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 
 class LossSums(NamedTuple):
@@ -81,6 +82,7 @@ def _forward(hidden, head, targets, mask, chunk, head_z, accuracy):
     return total, (d_hidden, _sum_over_devices(d_head, head).astype(head.dtype))
 
 
+@default_promotion()
 def _backward(chunk, head_z, accuracy, residuals, cotangents):
     (d_hidden, d_head), scale = residuals, cotangents.loss
     return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None

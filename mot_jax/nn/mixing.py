@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from mot_jax.config import MixingConfig, check_part
 from mot_jax.errors import UserError, nearest
 from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, reshard, spec, whole_group_axes
+from mot_jax.runtime.compilation import default_promotion
 
 SaveForBackward = Literal["nothing", "pre_activations", "all"]
 Projection = Callable[[Any, Any], Any]  # (input, parameters) -> output: one half of the experts
@@ -105,6 +106,7 @@ def ungroup(x: jax.Array, length: int | None = None) -> jax.Array:
 OVER_GROUP, OVER_EXPERTS = 1, 3  # the dimension of [N, G, S, E] that a softmax normalizes
 
 
+@default_promotion()
 def temperature_at_step(
     config: MixingConfig, step: jax.Array | None, learned: jax.Array | None = None
 ) -> float | jax.Array:
@@ -134,6 +136,7 @@ def temperature_at_step(
     return jnp.maximum(config.temperature * factor, 1e-6)  # never a division by 0, whatever value is learned
 
 
+@default_promotion()
 def mixing_weights(
     logits: jax.Array,
     config: MixingConfig = MixingConfig(),
@@ -162,6 +165,7 @@ def mixing_weights(
     return _softmax(logits, valid, config, temperature, OVER_GROUP)
 
 
+@default_promotion()
 def emit_weights(
     merge_weights: jax.Array,
     logits: jax.Array,
@@ -244,6 +248,7 @@ def _masked_softmax_forward(logits, valid, temperature, axis):
     return weights, (weights, temperature)
 
 
+@default_promotion()
 def _masked_softmax_backward(axis, residuals, cotangent):
     weights, temperature = residuals
     product = weights * cotangent
@@ -262,6 +267,7 @@ def _straight_through(value: jax.Array, surrogate: jax.Array) -> jax.Array:
 _straight_through.defvjp(lambda value, surrogate: (value, None), lambda _, cotangent: (None, cotangent))
 
 
+@default_promotion()
 def normalised_entropy(
     weights: jax.Array,
     token_mask: jax.Array | None = None,
@@ -358,7 +364,7 @@ def merge_experts_emit(
         emit_weights: [N, G, S, E], if different from `weights`.
 
     Returns:
-        The update [N, G, S, D] in x's dtype. Supports first-order reverse-mode derivatives only.
+        The update [N, G, S, D] in x's dtype. Has reverse-mode derivatives of any order, and none of forward mode.
     """
     return _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights)[0]
 
@@ -373,6 +379,7 @@ def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out
     return y, (x, weights, w_in, w_out, emit_weights, saved)
 
 
+@default_promotion()
 def _backward(project_in, project_out, save_for_backward, residuals, dy):
     """Gradients of x, the weights, w_in, w_out and the emit weights; `dy` [N, G, S, D] is the update's cotangent."""
     # Without the barrier the compiler finds the same expressions in the forward pass and saves their values, which

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mot_jax.nn.sharding import axes_of, axis_size, num_shards, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or None) -> hidden layer, of h's shape
 
@@ -268,6 +269,7 @@ def _take_rows_forward(x, indices, positions_of_row):
     return _take_rows(x, indices, positions_of_row), positions_of_row
 
 
+@default_promotion()
 def _take_rows_backward(positions_of_row, cotangent):
     return jnp.take(cotangent, positions_of_row, axis=0, mode="fill", fill_value=0).sum(axis=1), None, None
 

@@ -35,7 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
-from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
+from mot_jax.runtime.compilation import default_promotion, disable_cache_for_cpu_mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
@@ -380,6 +380,7 @@ def _product_forward(equation, out, dtype, fenced, x, weight):
     return _product(equation, out, dtype, fenced, x, weight), (x, weight)
 
 
+@default_promotion()
 def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
     operands = (*residuals, cotangent.astype(residuals[0].dtype))
     x, weight, cotangent = jax.lax.optimization_barrier(operands) if fenced else operands

@@ -21,6 +21,7 @@ from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels.fused_attention import same_document
 from mot_jax.nn.losses import LossSums, cross_entropy_sum
 from mot_jax.nn.sharding import pin_cotangent_sharding, positions_dimension, replicate, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 Params = dict[str, jax.Array]
 # Keys and values of the blocks of one period of a scan with R repeats, each [R, B, T, H_kv, K].
@@ -149,6 +150,7 @@ class Transformer(nnx.Module):
             None if config.tie_embeddings else nnx.Param(draw(rngs.params(), (d, config.vocab_size), d, init, dtype))
         )
 
+    @default_promotion()
     def __call__(
         self,
         tokens: jax.Array,
@@ -212,6 +214,7 @@ class Transformer(nnx.Module):
         layers = [block.feed_forward for stack in self.stacks for block in stack]
         return {name: count for layer in layers for name, count in layer.loss_counts(token_mask).items()}
 
+    @default_promotion()
     def logits(self, hidden: jax.Array, vocab_size: int | None = None) -> jax.Array:
         """The logits [..., V], in float32 or wider, of hidden [..., D].
 
@@ -221,6 +224,7 @@ class Transformer(nnx.Module):
         logits = jnp.matmul(hidden, replicate(self._head().astype(hidden.dtype)), preferred_element_type=wide)
         return logits if vocab_size is None else jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
+    @default_promotion()
     def loss_sum(
         self, hidden: jax.Array, targets: jax.Array, mask: jax.Array, head_z: float = 0.0, accuracy: bool = False
     ) -> LossSums:

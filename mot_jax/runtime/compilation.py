@@ -54,7 +54,19 @@ def default_tracing() -> Iterator[None]:
     """Trace with JAX's default dtypes and promotion, whatever the options of the program that uses this library."""
     import jax
 
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with jax.enable_x64(False), default_promotion():
+        yield
+
+
+@contextlib.contextmanager
+def default_promotion() -> Iterator[None]:
+    """Trace with JAX's default promotion of ranks and dtypes: for layers in a program that refuses it in its own code.
+
+    Backward passes need it as well: JAX traces them after the layer has returned.
+    """
+    import jax
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
 

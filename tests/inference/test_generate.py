@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
+from tokenizer_files import tokenizer_of
 
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.tokenizers import ByteTokenizer
@@ -179,6 +180,64 @@ def test_generation_on_a_mesh_equals_generation_on_one_device(axes, mesh_of):
     assert [c.tokens.tolist() for c in continuations] == [c.tokens.tolist() for c in expected]
     for a, b in zip(continuations, expected, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-3)
+
+
+# --- other tokenizers -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model_of(tokenizer) -> LanguageModel:
+    """A dense model of the tokenizer's vocabulary."""
+    model = dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, feed_forward=DenseConfig())
+    params = {name: 4.0 * v for name, v in initial_params(model).items()}
+    return LanguageModel(Config(model=model), params, tokenizer, "grouped", 0)
+
+
+@pytest.mark.parametrize("name", ["pieces.model", "metaspace.json"])
+def test_prompt_and_text_are_the_text_of_all_tokens(name, tmp_path):
+    """Also where a stop is normalized to nothing, and one of several sequences ends early."""
+    tokenizer = tokenizer_of(name, tmp_path)
+    lm, prompts = model_of(tokenizer), ["def f", "return x", "ein Satz"]
+    ids = [tokenizer.encode(prompt.encode()) for prompt in prompts]
+    options = {"max_tokens": 14, "seed": 1, "temperature": 2.0, "ends": False}
+    continuations = lm.generate(prompts, **options)
+    whole = [tokenizer.decode(np.append(i, c.tokens)).decode() for i, c in zip(ids, continuations, strict=True)]
+    for prompt, c, text in zip(prompts, continuations, whole, strict=True):
+        assert prompt + c.text == text and len(c.tokens) == 14
+    if not len(tokenizer.encode(b"\n")):
+        assert [c.text for c in lm.generate(prompts, stop=["\n"], **options)] == [c.text for c in continuations]
+    free = continuations[0].text
+    stop = free[len(free) // 2 :][:3]
+    stopped, *others = lm.generate(prompts, stop=[stop], **options)
+    assert stopped.finished and stopped.text == free[: free.index(stop)]
+    for other, before in zip(others, continuations[1:], strict=True):
+        assert other.text == (before.text.split(stop)[0] if other.finished else before.text)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_that_are_not_finite_are_refused_in_one_line():
+    lm = language_model(MODEL)
+    bad = dataclasses.replace(lm, params=lm.params | {"head": lm.params["head"].at[0, 5].set(np.nan)})
+    huge = dataclasses.replace(lm, params={name: 1e30 * value for name, value in lm.params.items()})
+    for model, words in ((bad, "1 of its .* parameters have, head first"), (huge, "by overflow")):
+        for use in (lambda model=model: model.generate(["x"]), lambda model=model: model.log_likelihoods([("x", "y")])):
+            with pytest.raises(UserError, match=f"not finite, .*{words}.*; try an earlier checkpoint") as error:
+                use()
+            assert len(error.value.faults) == 1
+
+
+def test_the_options_of_the_program_do_not_matter():
+    """64-bit types, and no promotion of ranks and dtypes."""
+    lm = language_model(MODEL)
+    (expected,) = lm.generate(["import os"], max_tokens=10, seed=2, top_k=5)
+    scored = lm.log_likelihoods([("import", " os")])
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        (text,) = lm.generate(["import os"], max_tokens=10, seed=2, top_k=5)
+        assert lm.log_likelihoods([("import", " os")]) == scored
+    np.testing.assert_array_equal(text.tokens, expected.tokens)
+    np.testing.assert_array_equal(text.log_probs, expected.log_probs)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

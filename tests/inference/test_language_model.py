@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -165,3 +166,20 @@ def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     assert expected.text in capsys.readouterr().out
     with pytest.raises(UserError, match="has no gap"):
         mot_jax.load(tmp_path / "masked").fill(["def"])
+
+
+def test_a_run_of_more_devices_is_read_on_those_at_hand(workdir, tmp_path, capsys):
+    shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["mesh"] |= {"data": 4, "expert": 16}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    expected = mot_jax.load(workdir).generate(["import os"], max_tokens=5)[0]
+    mot("generate", tmp_path / "run", "--prompt", "import os", "--tokens", 5, "--json", tmp_path / "text.json")
+    (text,) = json.loads((tmp_path / "text.json").read_text())["texts"]
+    assert text["tokens"] == expected.tokens.tolist()
+
+
+def test_the_config_of_a_run_is_described(workdir, capsys):
+    for target in (workdir, workdir / "config.json"):
+        mot("describe", target)
+        assert "mixture of tokens blocks" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from mot_jax.config import ModelConfig
 from mot_jax.errors import UserError
+from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
 from mot_jax.nn.transformer import bind, unroll
 from mot_jax.runs.restore import load_run
@@ -134,3 +135,12 @@ def test_unknown_tensor_names_and_a_missing_config(tmp_path):
     file = save(tmp_path / "theirs.safetensors", authors_tensors())
     with pytest.raises(UserError, match=r"--config is missing: .* is of the authors' PyTorch code"):
         import_model(file, tmp_path / "new")
+
+
+def test_the_import_of_an_export_is_the_same_export(finished, tmp_path):
+    export_model(finished, tmp_path / "exported")
+    import_model(tmp_path / "exported", tmp_path / "imported")
+    names = sorted(path.name for path in (tmp_path / "exported").iterdir())
+    assert "companions.npy" in names and names == sorted(path.name for path in (tmp_path / "imported").iterdir())
+    for name in names:
+        assert (tmp_path / "imported" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes()

@@ -135,6 +135,21 @@ def test_scores_follow_the_conventions_of_the_harness(model):
     assert harness.loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True) == [tuple(x) for x in expected]
 
 
+def test_the_arguments_of_the_harness_for_batches_and_devices(finished):
+    arguments = {"workdir": str(finished), "mode": "companions"}
+    harness = lm_eval.MotJax.create_from_arg_obj(
+        arguments, {"batch_size": "auto:4", "max_batch_size": 2, "device": "cpu:1"}
+    )
+    assert harness.batch_size == 2 and harness.model.params["head"].devices() == {jax.devices()[1]}
+    text = harness.generate_until([Request("import", {"max_gen_toks": 3})], disable_tqdm=True)
+    assert text == lm_eval.MotJax(**arguments).generate_until(
+        [Request("import", {"max_gen_toks": 3})], disable_tqdm=True
+    )
+    for wrong, words in (({"batch_size": "many"}, "batch_size = 'many'"), ({"device": "cuda:0"}, "no such device")):
+        with pytest.raises(UserError, match=words):
+            lm_eval.MotJax(**arguments, **wrong)
+
+
 def test_invalid_tasks_and_options_are_errors_of_one_line(directory, model, tmp_path):
     definition = (
         "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: /no/such.jsonl}}\ntest_split: test"

@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 from etils import epath
 from tiny_run import numbers
+from tokenizer_files import FILES, TEXT
 
+import mot_jax
+from mot_jax import cli
 from mot_jax.config import Config, to_json
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
 from mot_jax.runs.optimizer import learning_rate
+from mot_jax.runs.restore import load_run_config, newest_step
 from mot_jax.training import Hook, begin, is_finished, prepare, train
 from mot_jax.training import run as run_module
+from mot_jax.training.evaluation import evaluate_run
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -193,3 +198,39 @@ def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, t
     assert not (workdir / "result.json").exists()  # the mark of a finished run, which was that of the shorter one
     train(with_steps(tiny, 14), workdir)
     assert json.loads((workdir / "result.json").read_text())["steps"] == 14
+
+
+def test_a_run_has_its_tokenizer_and_paths_are_compared_by_content(tiny, tmp_path, monkeypatch):
+    """A tokenizer and a corpus by relative paths: read and resumed from other directories, under other names."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(project)
+    (project / "t.json").write_bytes(FILES["bpe.json"]())
+    (project / "text.txt").write_text("\n\n".join(f"{text.decode()} {i}" for i, text in enumerate(TEXT * 20)))
+    cli.main(["data", "build", "mine", "text.txt", "--documents", "paragraph", "--directory", "."])
+    data = dataclasses.replace(
+        tiny.data,
+        tokenizer="t.json",
+        corpus=("./corpora/mine",),
+        validation_split="validation",
+        directory=str(tmp_path),
+    )
+    model = dataclasses.replace(tiny.model, vocab_size=300)
+    config = dataclasses.replace(tiny, data=data, model=model)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=4))
+    train(config, project / "run")
+    monkeypatch.chdir(elsewhere)
+    text = mot_jax.load(project / "run").generate(["return x"], max_tokens=4)[0]
+    evaluated = evaluate_run(project / "run", load_run_config(project / "run"), "validation", 8)
+    (project / "t.json").rename(elsewhere / "moved.json")
+    (project / "corpora").rename(elsewhere / "texts")
+    assert mot_jax.load(project / "run").generate(["return x"], max_tokens=4)[0].text == text.text
+    moved = dataclasses.replace(data, tokenizer="./moved.json", corpus=("../elsewhere/texts/mine",))
+    longer = dataclasses.replace(config.training, steps=8)
+    train(dataclasses.replace(config, data=moved, training=longer), project / "run")
+    assert evaluated and newest_step(project / "run" / "checkpoints") == 8
+    (elsewhere / "other.json").write_bytes(FILES["words.json"]())
+    other = dataclasses.replace(moved, tokenizer="other.json")
+    with pytest.raises(UserError, match="another tokenizer"):
+        prepare(dataclasses.replace(config, data=other, training=longer), project / "run")

@@ -32,6 +32,7 @@ from mot_jax.nn import mixing, routing
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.sharding import axes_of, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 
 class Summary(nnx.Variable):
@@ -74,6 +75,7 @@ class Companions(MixtureOfTokens):
         self.companion_emit_logits = logits(mixing_config.emit == "softmax")
         self.companion_top = logits(mixing_config.emit == "top_token")
 
+    @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype. S is at most P, unless `context.positions` or P = 1."""
         apply = self._apply_all_experts if self.config.experts_per_token is None else self._apply_top_experts

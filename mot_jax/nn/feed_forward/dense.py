@@ -16,6 +16,7 @@ from mot_jax.nn.feed_forward.interface import (
     activate,
 )
 from mot_jax.nn.sharding import axes_of, product, spec
+from mot_jax.runtime.compilation import default_promotion
 
 
 class Dense(FeedForward):
@@ -41,6 +42,7 @@ class Dense(FeedForward):
         self.bias_out = bias(d) if self.config.bias else None
         self.bias_gate = bias(f) if self.config.bias and gated else None
 
+    @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype."""
         del context

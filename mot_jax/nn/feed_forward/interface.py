@@ -142,7 +142,13 @@ class FeedForward(nnx.Module):
             name, type_name = type(self).__name__, self.config_type.__name__
             raise UserError(f"config = {config!r}: must be a {type_name} for {name}; try {type_name}()")
         check_part(self.config)
-        fields = {"activation": activation, "gated": gated, "init": init, "dtype": dtype, "param_dtype": param_dtype}
+        fields: dict[str, Any] = {
+            "activation": activation,
+            "gated": gated,
+            "init": init,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+        }
         check_part(dataclasses.replace(_MODEL, d_model=d_model, d_ff=d_ff, **fields))
         self.activation, self.dtype = activation, dtype
         self._create_parameters(LayerOptions(d_model, d_ff, activation, gated, init, dtype, param_dtype, rngs))

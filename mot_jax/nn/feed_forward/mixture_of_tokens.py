@@ -33,6 +33,7 @@ from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
 from mot_jax.nn.kernels.fused_mixture_tpu import fused_mixture
 from mot_jax.nn.kernels.pallas_tpu import TILE, Activation
 from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 
 class MixtureOfTokens(ExpertFeedForward):
@@ -78,6 +79,7 @@ class MixtureOfTokens(ExpertFeedForward):
         self.mixture_norm = nnx.Param(unit) if mixing_config.layer_norm else None
         self.output_norm = nnx.Param(unit) if mixing_config.layer_norm else None
 
+    @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype; B is a multiple of the group size.
 
@@ -126,6 +128,7 @@ class MixtureOfTokens(ExpertFeedForward):
         w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
         return (_project_in, w_in), (_project_out(self.activation), w_out)
 
+    @default_promotion()
     def weights(
         self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()
     ) -> tuple[jax.Array, jax.Array | None]:

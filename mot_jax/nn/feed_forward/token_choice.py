@@ -15,6 +15,7 @@ from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
+from mot_jax.runtime.compilation import default_promotion
 
 
 class TokenChoice(ExpertFeedForward):
@@ -35,6 +36,7 @@ class TokenChoice(ExpertFeedForward):
     def _create_parameters(self, options: LayerOptions) -> None:
         self._create_expert_parameters(options, options.d_model)
 
+    @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype. With a capacity, x consists of whole routing groups.
 

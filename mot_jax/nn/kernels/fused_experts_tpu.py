@@ -29,6 +29,7 @@ from mot_jax.errors import UserError
 from mot_jax.nn.kernels.pallas_tpu import TILE, VMEM_BYTES, Activation, KernelBlocks, dot, map_devices
 from mot_jax.nn.kernels.tiles_tpu import emit, for_each, from_tiles, merge, mixing_backward, passes_bytes, to_tiles
 from mot_jax.nn.sharding import axes_of, replicate, reshard
+from mot_jax.runtime.compilation import default_promotion
 
 LANES = 128
 MAX_ROWS = 256  # of an expert's input in one product
@@ -112,6 +113,7 @@ def _forward_kernel(activation, u, w_in, w_out, o, sums):
     pl.when(pl.program_id(1) == pl.num_programs(1) - 1)(store)
 
 
+@default_promotion()
 def _backward_kernel(activation, u, do, w_in, w_out, du, dw_in, dw_out, sums, sum_in, sum_out):
     set_zero, store = _accumulator(sums, du)
     pl.when(pl.program_id(1) == 0)(set_zero)

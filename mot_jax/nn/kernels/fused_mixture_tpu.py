@@ -38,6 +38,7 @@ from mot_jax.nn.kernels.tiles_tpu import (
     to_tiles,
 )
 from mot_jax.nn.sharding import axes_of, replicate, reshard
+from mot_jax.runtime.compilation import default_promotion
 
 MIN_POSITIONS = 64  # of a block: the rows of an expert's products, enough to fill the matrix unit
 
@@ -147,6 +148,7 @@ def _forward_kernel(activation, x, weights, w_in, w_out, y, mixtures, sums):
     pl.when(pl.program_id(2) == pl.num_programs(2) - 1)(lambda: _store_sums(sums, y))
 
 
+@default_promotion()
 def _backward_kernel(activation, x, dy, weights, w_in, w_out, dx, d_weights, mixtures, cotangents, sums):
     pl.when(pl.program_id(2) == 0)(lambda: _set_zero(sums))
     _merge_into(weights, x, mixtures)

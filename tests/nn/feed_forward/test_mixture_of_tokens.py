@@ -341,3 +341,28 @@ def test_dense_equals_its_formula(bias):
     expected = np.maximum(x @ layer.kernel_in[...] + biases[0], 0) @ layer.kernel_out[...] + biases[1]
     np.testing.assert_allclose(layer(x).y, expected, rtol=1e-5, atol=1e-5)
     assert (layer.bias_in is None) != bias
+
+
+def test_derivatives_are_of_reverse_mode_to_any_order():
+    """The Hessian-vector product is that of a layer without its own backward pass; forward mode is JAX's TypeError."""
+    layer = MixtureOfTokens(D, F, MixtureOfTokensConfig(G, E), activation="gelu", rngs=nnx.Rngs(params=1))
+    x, v = (jax.random.normal(jax.random.key(seed), (2 * G, 1, D)) for seed in (0, 1))
+
+    def plain(x):
+        grouped = x.reshape(2, G, 1, D)
+        weights = jax.nn.softmax(jnp.einsum("ngsd,de->ngse", grouped, layer.controller[...]), axis=1)
+        u = jnp.einsum("ngse,ngsd->nsed", weights, grouped)
+        h = jax.nn.gelu(jnp.einsum("nsed,edf->nsef", u, layer.w_in[...]))
+        o = jnp.einsum("nsef,efd->nsed", h, layer.w_out[...])
+        return (jnp.einsum("ngse,nsed->ngsd", weights, o) ** 2).sum()
+
+    def with_layer(x):
+        return (layer(x).y ** 2).sum()
+
+    def product(f):
+        return jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v)))(x)
+
+    expected = product(plain)
+    np.testing.assert_allclose(product(with_layer), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(with_layer, (x,), (v,))
