@@ -35,6 +35,7 @@ REASONS = {  # for skipped files and documents, with the words of the report
 _SHOWN_FIELDS = 20
 _TEXT_TYPES = "string large_string string_view binary large_binary binary_view fixed_size_binary".split()
 _SEPARATORS = re.compile(r"[\s,]*")  # between JSON values
+_REST_OF_NUMBER = re.compile(r"[-+.eE\d]*")
 _JSON_TYPES = {str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object"}
 
 
@@ -188,7 +189,8 @@ def json_values(stream: IO[bytes], report: ReadReport) -> Iterator[tuple[int, An
                 value, end = scan(text, at)
             except (ValueError, RecursionError):
                 end = at
-        if end == at or end == len(text):  # nothing yet, or perhaps the beginning of a longer value
+        # Nothing yet, or perhaps the beginning of a longer value, as in 1e of 1e9.
+        if end == at or _REST_OF_NUMBER.match(text, end).end() == len(text):  # type: ignore[union-attr]
             if not ended and len(text) - at <= MAX_DOCUMENT_BYTES:
                 chunk = stream.read(max(len(text) - at, 1 << 16))
                 text, at, ended = text[at:] + decode(chunk, final=not chunk), 0, not chunk
