@@ -1,7 +1,7 @@
 """The exit codes of all commands.
 
 Any other is 1, for a bug, with a traceback, and for a negative result of `mot plan` (the step does not fit) and
-`mot bench accelerator` (a part failed); or 134, an abort by JAX's runtime.
+`mot bench accelerator` (a part failed or a number was wrong); or 134, an abort by JAX's runtime.
 """
 
 FINISHED = 0
