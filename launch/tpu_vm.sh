@@ -1,6 +1,7 @@
 #!/bin/bash
 # Trains on all hosts of a TPU VM slice: launch/tpu_vm.sh NAME ZONE CONFIG WORKDIR [--training.steps N ...]
-# Requires this repository in ~/mot_jax on every host, with pip install '.[tpu,gcs]'. Each host logs to ~/mot.log.
+# Requires this repository in ~/mot_jax on every host, with pip install -c requirements.lock '.[tpu,gcs]'. Each host
+# logs to ~/mot.log.
 # The command can be repeated: it does nothing on a host where it runs already. launch/README.md explains the flags.
 
 set -euo pipefail

@@ -65,6 +65,15 @@ def test_linen_and_bare_jax_give_the_output_of_the_nnx_layer(programs, config):
             np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_linen_and_bare_jax_refuse_variants_that_they_do_not_implement(programs):
+    _, linen, bare = programs
+    x, config = jnp.ones((8, 5, 16)), MixingConfig(layer_norm=True)
+    with pytest.raises(AssertionError, match="layer_norm=True"):
+        linen["MixtureOfTokens"](group_size=4, num_experts=8, expert_dim=16, config=config).init(jax.random.key(0), x)
+    with pytest.raises(AssertionError, match="layer_norm=True"):
+        bare["mixture_of_tokens"](bare["init"](jax.random.key(0), 16, 8, 16), x, 4, config)
+
+
 def test_the_variants_of_the_table_are_valid():
     configs = [eval(text) for text in re.findall(r"`(MixingConfig\(.*?\))`", LAYER.read_text())]
     assert len(configs) == len(set(configs)) >= 14

@@ -27,7 +27,7 @@ def _by_content(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MixingConfig:
-    """How the tokens of a group are mixed: all variants of the authors' code (`docs/paper.md`, sections 2 and 3)."""
+    """How the tokens of a group are mixed: the variants of `docs/paper.md`, sections 2 and 3."""
 
     merge: Literal["softmax", "uniform", "logits"] = "softmax"
     """Merge weights, which average tokens into mixtures.

@@ -22,7 +22,7 @@ from mot_jax.errors import UserError, nearest
 MIXTURE = MixtureOfTokensConfig.kind
 # Further implementations of the mixture, by name: fields of its config.
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "all_kept": {"save_for_backward": "all"},
+    "all_saved": {"save_for_backward": "all"},
     "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
     "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
 }

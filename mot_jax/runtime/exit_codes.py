@@ -1,4 +1,8 @@
-"""The exit codes of all commands. Any other code is a bug, with a traceback (1), or an abort of JAX's runtime (134)."""
+"""The exit codes of all commands.
+
+Any other is 1, for a bug, with a traceback, and for a negative result of `mot plan` (the step does not fit) and
+`mot bench accelerator` (a part failed or a number was wrong); or 134, an abort by JAX's runtime.
+"""
 
 FINISHED = 0
 USER_ERROR = 2  # the same command would fail again

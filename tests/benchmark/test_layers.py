@@ -170,7 +170,7 @@ def replace_device(monkeypatch, platform: str, kind: str) -> None:
 def test_implementations_of_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
     kinds = list(TINY.kinds())
     assert layers.select_implementations([TINY], None) == kinds
-    kernels = ["all_kept", "fused_mixture", "fused_experts"]
+    kernels = ["all_saved", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         replace_device(monkeypatch, *device)
         assert layers.select_implementations([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]

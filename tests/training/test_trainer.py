@@ -42,12 +42,27 @@ def test_a_trainer_resumes_from_a_checkpoint(finished, tiny, tmp_path):
     assert losses == [row["loss"] for row in rows[8:]]
 
 
-def test_the_custom_loop_of_the_examples_trains(finished, tiny, tmp_path, capsys):
+def test_the_custom_loop_of_the_examples_resumes_and_ends_like_an_undisturbed_run(
+    finished, tiny, tmp_path, monkeypatch, capsys
+):
     spec = importlib.util.spec_from_file_location("custom_loop", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+
+    def train_step(trainer: Trainer) -> dict:
+        if trainer.step == 9:
+            raise StoppedError
+        return make_step(trainer)
+
+    make_step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(StoppedError):
+            module.main(tiny, str(tmp_path / "run"))
     assert module.main(tiny, str(tmp_path / "run")) == numbers(finished)[-1]["bits_per_byte"]
-    assert capsys.readouterr().out.startswith("step 10: loss ")
+    losses = {row["step"]: row["loss"] for row in numbers(finished) if row["split"] == "train"}
+    # Steps 4 and 8 were made once: the second call began after the checkpoint of step 8.
+    assert capsys.readouterr().out.splitlines() == [f"step {step}: loss {losses[step]:.4f}" for step in (4, 8, 12)]
 
 
 class Recorder(Hook):

@@ -1,6 +1,6 @@
 """The feed-forward layers, one kind per file, and the table from the config class of a kind to its layer.
 
-To add a kind, write its config, one file with its layer, and one line in `KINDS`: see `interface.py`.
+`CONTRIBUTING.md` has the steps that add a kind.
 """
 
 from __future__ import annotations

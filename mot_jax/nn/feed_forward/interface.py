@@ -1,12 +1,7 @@
 """The interface of the feed-forward kinds: `layer(x, context) -> FeedForwardOutput`.
 
-The transformer depends on nothing else of a kind. A new kind needs
-
-1. its config: a frozen dataclass with a `kind` string in `mot_jax/config/fields.py`, a member of `FeedForwardConfig`;
-2. a file in this package with a subclass of `FeedForward` that defines `_create_parameters` and `__call__`;
-3. a line in `KINDS`, in `mot_jax/nn/feed_forward/__init__.py`.
-
-A parameter with a new name is replicated on every device unless `PARAMETERS` in `mot_jax/nn/sharding.py` shards it.
+The transformer depends on nothing else of a kind. `CONTRIBUTING.md` has the steps that add one: config, inference mode,
+layer, cost, tests.
 """
 
 from __future__ import annotations
