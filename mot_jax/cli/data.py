@@ -36,7 +36,7 @@ class BuildOptions(CorpusOptions):
     """Build a corpus from files."""
 
     files: Files
-    """Files, patterns or directories; gzip-compressed or not."""
+    """Files, patterns or directories of text, JSON, CSV or Parquet, compressed or not."""
     documents: Literal["file", "line", "paragraph"] = "file"
     """Unit of plain text that is one document."""
     validation: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.01
