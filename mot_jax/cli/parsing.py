@@ -394,7 +394,7 @@ def _type_fault(option: Option, value: str) -> str | None:
         choice for member in members if typing.get_origin(member) is Literal for choice in typing.get_args(member)
     ]
     if choices:
-        return None if value in choices else f"must be {type_words(option.hint)}{nearest(value, choices)}"
+        return None if value in choices else f"must be {' or '.join(map(repr, choices))}{nearest(value, choices)}"
     if int in members:
         least = option.least
         number = re.fullmatch(r"-?[0-9]+", value)

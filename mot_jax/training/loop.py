@@ -22,7 +22,7 @@ from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.hooks import default_hooks
-from mot_jax.training.run import Run, begin, finish, is_finished, last_validation, prepare
+from mot_jax.training.run import Run, begin, finish, is_finished, lacks_files, last_validation, prepare, write_workdir
 from mot_jax.training.trainer import Hook, Trainer
 
 _FILLED = 0.5  # the share of filled places in validation groups below which a warning is printed
@@ -67,6 +67,8 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
     config = run.config
     steps, console = config.training.steps, Console(config.training.steps, quiet=not distributed.is_first())
     if is_finished(run):
+        if lacks_files(run):
+            write_workdir(run)
         console.line(f"{run.workdir} has its {steps} steps: nothing left to train")
         return _report(run, console)
     start = begin(run, take_over)

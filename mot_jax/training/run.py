@@ -23,7 +23,7 @@ from mot_jax.data.text import open_text, open_tokenizer, with_absolute_paths
 from mot_jax.data.tokenizers import Tokenizer, tokenizer_copy
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
-from mot_jax.modes.companions import choose, load_companions, save_companions
+from mot_jax.modes import companions
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints, Restored
@@ -166,11 +166,23 @@ def write_workdir(run: Run) -> None:
             source = config.training.transition_from
             if config.model.group_size > 1:
                 objective = Objective.of(config, run.tokenizer)
-                save_companions(workdir, choose(run.windows, run.order, objective, config.model.group_size))
-            elif source is not None and (companions := load_companions(source)) is not None:
-                save_companions(workdir, companions)
+                companions.save_companions(
+                    workdir, companions.choose(run.windows, run.order, objective, config.model.group_size)
+                )
+            elif source is not None and (of_source := companions.load_companions(source)) is not None:
+                companions.save_companions(workdir, of_source)
     with distributed.together():
         _check_shared(config, workdir)
+
+
+def lacks_files(run: Run) -> bool:
+    """Whether a file of `write_workdir` is missing, as process 0 sees it."""
+    files = [run.workdir / "config.json", run.workdir / "data.json"]
+    if run.config.model.group_size > 1:
+        files.append(run.workdir / companions.FILE)
+    if (copy := tokenizer_copy(run.workdir, run.config.data.tokenizer)) is not None:
+        files.append(copy)
+    return distributed.gather(not all(file.exists() for file in files))[0]
 
 
 # --- after the steps --------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def test_the_commands_export_and_import(saved, exported, tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "theirs.bin").write_bytes(b"")
     for arguments, words in {
-        ("export", str(workdir)): "--output is missing; try mot export runs/demo --output DIR",
+        ("export", str(workdir)): "--output is missing; try mot export runs/demo --output runs/mine",
         ("export", str(tmp_path / "none"), "--output", "x"): "no such directory",
         ("import", str(tmp_path / "theirs.bin"), "--output", "x"): "is a pickle, which can run code",
         ("import", "x", "--config", str(tmp_path / "none.py"), "--output", "x"): "no such file",

@@ -199,9 +199,9 @@ def test_a_source_without_a_checkpoint_or_of_other_text_is_refused_before_the_st
         (["--to", "token_choice", "--steps", "0"], "--steps = '0': must be a whole number, at least 1"),
         (["--to", "token_choice", "--steps", "4", "--anneal", "-1"], "--anneal = '-1': must be a whole number"),
         (["--to", "token_choice", "--steps", "4", "--top-k", "9"], "top_k = 9: must be at most"),
-        (["--to", "token_choice", "--steps", "4", "--router", "best"], "training.transition_router = 'best': must be"),
+        (["--to", "token_choice", "--steps", "4", "--router", "best"], "--router = 'best': must be 'controller' or"),
         (["--to", "dense", "--steps", "4"], "--to = 'dense': no such kind"),
-        (["--steps", "4"], "the following arguments are required: --to"),
+        (["--steps", "4"], "--to is missing; try mot transition runs/demo --to token_choice --steps 100"),
         (
             ["--to", "token_choice", "--steps", "4", "--model.topk", "1"],
             "--model.topk: no such flag; did you mean '--model.",
