@@ -82,6 +82,7 @@ def train(
     Raises:
         UserError: before the workdir is touched, for every error in the config, the workdir or the data.
         RetryableError: if another run is in progress in the workdir, or a store fails.
+        DivergedError: if the loss or gradient is not finite for `training.max_skipped` steps in a row.
     """
     from mot_jax import training
     from mot_jax.inference.sample import SampleHook

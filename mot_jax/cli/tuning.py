@@ -10,6 +10,7 @@ import tyro
 from mot_jax.cli.options import ProcessOptions, process
 from mot_jax.cli.parsing import (
     DirectoryOrNone,
+    Flag,
     Positive,
     PositiveOrNone,
     Workdir,
@@ -44,6 +45,8 @@ class TransitionOptions(ProcessOptions):
     """Capacity of an expert in multiples of its even share, as `--model.feed-forward.capacity-factor`."""
     router: Literal["controller", "random"] | None = None
     """Initial router, as `--training.transition-router`."""
+    take_over: Flag = False
+    """End a run that is in progress in the directory, in place of waiting for it."""
 
 
 def transition(arguments: list[str]) -> None:
@@ -76,6 +79,6 @@ def transition(arguments: list[str]) -> None:
     from mot_jax.inference.sample import SampleHook
 
     for config, place in runs:
-        training.train(config, place, [SampleHook()])
+        training.train(config, place, [SampleHook()], options.take_over)
     for line in tuning.report(*runs[-1], options.workdir, options.windows):
         print(line)

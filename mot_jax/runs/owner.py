@@ -24,7 +24,7 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import is_remote, make_directory, replace_file
+from mot_jax.runtime.paths import is_remote, make_directory
 
 FILE = "owner.json"
 BEAT_SECONDS = 60.0  # between two writes of the file by a run in progress
@@ -33,6 +33,8 @@ _SETTLE_SECONDS = 2.0  # after a takeover without a lock, until all starts see w
 _POLL_SECONDS = 1.0
 
 Owner = dict[str, Any]  # the content of the file
+# The types of the values that are compared.
+_TYPES: dict[str, type | tuple[type, ...]] = {"pid": int, "restarts": int, "beat": (int, float), "token": str}
 
 _held: dict[str, _Ownership] = {}  # by directory
 
@@ -59,6 +61,7 @@ def acquire(workdir: epath.Path, processes: int = 1, take_over: bool = False) ->
     current, silent = _this_process(processes), None
     while True:
         with _lock(workdir) as locked:
+            current |= {"beat": time.time()}  # waiting takes minutes
             if _create(workdir / FILE, current):
                 break
             other = read(workdir)
@@ -70,7 +73,7 @@ def acquire(workdir: epath.Path, processes: int = 1, take_over: bool = False) ->
             elif _beat(other) == silent:
                 reason = f"no sign of life for {STALE_SECONDS:.0f} s"
             if reason is not None:
-                replace_file(workdir / FILE, _encode(current))
+                _write(workdir, current)
         if reason is None:
             _report(f"{_in_use(workdir, other)}; waiting until it has shown no sign of life for {STALE_SECONDS:.0f} s")
             _wait(workdir, other)
@@ -93,27 +96,35 @@ def is_held(workdir: epath.Path) -> bool:
     return str(workdir) in _held
 
 
-def check(workdir: epath.Path) -> None:
-    """Raise UserError if another process has replaced this one as the owner. Costs nothing between two beats."""
+def check(workdir: epath.Path, now: bool = False) -> None:
+    """Raise UserError if another process has replaced this one as the owner.
+
+    now: read the file. Without it, the result is that of the last beat, and costs nothing.
+    """
     ownership = _held.get(str(workdir))
-    if ownership is not None and ownership.successor is not None:
+    if ownership is None:
+        return
+    if now:
+        with contextlib.suppress(OSError):  # a store that fails now is no sign of another owner
+            ownership.is_owner()
+    if ownership.successor is not None:
         _held.pop(str(workdir))
         raise UserError(
-            f"workdir = {workdir}: {describe(ownership.successor)} has taken it over; this run stops without a further "
-            "checkpoint; try another --workdir"
+            f"workdir = {workdir}: {describe(ownership.successor)} has taken it over, so this run stops without a "
+            "further checkpoint; try another workdir"
         )
 
 
 def read(workdir: epath.Path) -> Owner | None:
-    """The owner of a directory; None without one, and an empty one for a file that is not readable as JSON."""
+    """The owner of a directory; None without one, and an empty one for a damaged file."""
     for attempt in (1, 2):
         try:
             owner = json.loads((workdir / FILE).read_text())
         except FileNotFoundError:
             return None
         except ValueError:  # it is being created, or its process was killed while doing so
-            owner = None
-        if isinstance(owner, dict):
+            owner = {}
+        if isinstance(owner, dict) and all(isinstance(owner.get(key), kind) for key, kind in _TYPES.items()):
             return owner
         if attempt == 1:
             time.sleep(_SETTLE_SECONDS)
@@ -147,24 +158,25 @@ class _Ownership:
         self._thread.start()
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while self.successor is None and not self._ended.wait(BEAT_SECONDS):
             # A disk or store that fails for a minute does not end the run.
             with contextlib.suppress(Exception), _lock(self.workdir):
-                if self._is_owner():
-                    replace_file(self.workdir / FILE, _encode(self._owner | {"beat": time.time()}))
+                if self.is_owner():
+                    _write(self.workdir, self._owner | {"beat": time.time()})
 
-    def _is_owner(self) -> bool:
+    def is_owner(self) -> bool:
+        """Read the file. A missing one has been removed by a successor that has ended."""
         owner = read(self.workdir)
-        if owner is None or owner.get("token") == self._owner["token"]:
+        if owner is not None and owner.get("token") == self._owner["token"]:
             return True
-        self.successor = owner
+        self.successor = owner or {}
         return False
 
     def end(self) -> None:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(Exception), _lock(self.workdir):
-            if self._is_owner():
+            if self.is_owner():
                 (self.workdir / FILE).unlink(missing_ok=True)
 
 
@@ -189,6 +201,17 @@ def _create(path: epath.Path, owner: Owner) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _write(workdir: epath.Path, owner: Owner) -> None:
+    """Replace the file as a whole."""
+    path = workdir / FILE
+    if is_remote(path):
+        path.write_bytes(_encode(owner))
+    else:
+        new = path.with_name(f"{FILE}.{owner['token'][:8]}.new")  # without locks, two starts may write at one time
+        new.write_bytes(_encode(owner))
+        new.replace(path)
 
 
 def _encode(owner: Owner) -> bytes:
@@ -227,12 +250,26 @@ def _reason_to_replace(other: Owner, current: Owner) -> str | None:
     if not other:
         return "its file is damaged"
     same_system = all(other.get(key) and other.get(key) == current[key] for key in ("boot_id", "pid_namespace"))
-    if same_system and _start_time(other.get("pid")) != other.get("process_start"):
+    if same_system and _has_ended(other):
         return "that process has ended"
     if other.get("job") and other.get("job") == current["job"] and current["restarts"] > (other.get("restarts") or 0):
         return "an earlier start of the same job"
     age = time.time() - float(other.get("beat") or 0)
     return f"its last sign of life is {age:,.0f} s old" if age >= STALE_SECONDS else None
+
+
+def _has_ended(owner: Owner) -> bool:
+    """Whether the process of this id has ended, or is another process; for a process of this system."""
+    start = _start_time(owner["pid"])
+    if start is not None:
+        return start != owner.get("process_start")
+    try:
+        os.kill(owner["pid"], 0)
+    except PermissionError:  # of another user, whose processes are hidden
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _wait(workdir: epath.Path, other: Owner) -> None:
@@ -247,7 +284,7 @@ def _wait(workdir: epath.Path, other: Owner) -> None:
         if now is None or _reason_to_replace(now, current) is not None:
             return
         if _beat(now) != _beat(other):
-            raise RetryableError(f"{_in_use(workdir, now)}; try another --workdir, or --take-over to replace it")
+            raise RetryableError(f"{_in_use(workdir, now)}; try another directory, or --take-over to end that run")
 
 
 def _beat(owner: Owner) -> tuple[str | None, float | None]:
@@ -259,7 +296,7 @@ def _report(line: str) -> None:
 
 
 def _in_use(workdir: epath.Path, owner: Owner) -> str:
-    return f"workdir = {workdir}: {describe(owner)} trains there"
+    return f"workdir = {workdir}: is in use by {describe(owner)}"
 
 
 # --- this process -----------------------------------------------------------------------------------------------------

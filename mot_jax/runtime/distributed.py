@@ -309,7 +309,12 @@ def _end_with_failure(code: int) -> NoReturn:
     state = _coordination()
     with contextlib.suppress(Exception):  # another process failed before, or process 0 is lost
         state.client.key_value_set(_FAILURE, json.dumps([state.process_id, code]))
-    if state.service is not None:  # in process 0, with which the service ends
+    _end_after_peers(code)
+
+
+def _end_after_peers(code: int) -> NoReturn:
+    """End this process; process 0, with which the coordination service ends, when all peers have queried it."""
+    if _coordination().service is not None:
         time.sleep(3 * _WATCH_SECONDS)
     end_now(code)
 
@@ -322,8 +327,9 @@ def _end_if_peer_failed() -> None:
         return
     if not _failing.is_set():
         index, code = json.loads(failure)
+        _failing.set()
         print(f"error: process {index} ended with exit code {code}; its output has the reason", file=sys.stderr)
-        end_now(code)
+        _end_after_peers(code)
 
 
 def _watch_peers() -> None:

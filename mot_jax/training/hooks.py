@@ -18,6 +18,7 @@ from mot_jax.config import Config
 from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.hardware import peak_flops
 from mot_jax.errors import DivergedError
+from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
 from mot_jax.runtime import distributed
@@ -195,6 +196,7 @@ class CheckpointHook(Hook):
             if trainer.stopping and not watch.usable:
                 raise self._diverged(trainer, f"the norm of the parameters is not finite after step {trainer.step}")
             if due and watch.usable and (trainer.stopping or not watch.skipped_in_a_row):
+                owner.check(trainer.run.workdir, now=True)
                 self._log.flush()
                 self._checkpoints.save(trainer.step, trainer.state, trainer.next_example, trainer.run.config)
                 self._due = False

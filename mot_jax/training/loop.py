@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from etils import epath
@@ -15,14 +15,13 @@ from mot_jax.config import Config
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.order import filled_share
 from mot_jax.data.text import text_warnings
-from mot_jax.errors import ReportedError
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import Console, Row, validation_line
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.hooks import default_hooks
-from mot_jax.training.run import Run, begin, finish, is_finished, lacks_files, last_validation, prepare, write_workdir
+from mot_jax.training.run import Run, begin, finish, is_finished, is_outdated, last_validation, prepare, write_workdir
 from mot_jax.training.trainer import Hook, Trainer
 
 _FILLED = 0.5  # the share of filled places in validation groups below which a warning is printed
@@ -50,15 +49,11 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), t
     Raises:
         UserError: before the workdir is touched, for every error in the config, the workdir or the data.
         RetryableError: if another run is in progress in the workdir, or a store fails.
+        DivergedError: if the loss or gradient is not finite for `training.max_skipped` steps in a row.
     """
     run = prepare(config, workdir)
     try:
         return _train(run, hooks, take_over)
-    except Exception as error:
-        # Not into the directory of another run, for which this one has waited.
-        if owner.is_held(run.workdir) or not (distributed.is_first() or isinstance(error, ReportedError)):
-            _write_traceback(run)
-        raise
     finally:
         owner.release(run.workdir)
 
@@ -67,7 +62,7 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
     config = run.config
     steps, console = config.training.steps, Console(config.training.steps, quiet=not distributed.is_first())
     if is_finished(run):
-        if lacks_files(run):
+        if is_outdated(run):
             write_workdir(run)
         console.line(f"{run.workdir} has its {steps} steps: nothing left to train")
         return _report(run, console)
@@ -75,23 +70,30 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
     for line in start.notes:
         console.line(line)
     console.line(f"{run.workdir}: {f'resuming from step {start.step}' if start.step else 'a new run'}, {steps} steps")
-    for line in _summary(run):
-        console.line(line)
-    with Trainer(run, start) as trainer:
-        console.line(f"compiled the training step in {trainer.compile_seconds:.1f} s")
-        trainer.train(default_hooks(config, console, hooks))
-    if not trainer.at_last_step:
-        return last_validation(run)
-    finish(run)
+    with _traceback_in_workdir(run):
+        for line in _summary(run):
+            console.line(line)
+        with Trainer(run, start) as trainer:
+            console.line(f"compiled the training step in {trainer.compile_seconds:.1f} s")
+            trainer.train(default_hooks(config, console, hooks))
+        if not trainer.at_last_step:
+            return last_validation(run)
+        finish(run)
     return _report(run, console)
 
 
-def _write_traceback(run: Run) -> None:
-    """Write the current error to `error.txt` of the workdir, or `error_I.txt` if process I is one of several."""
-    name = "error.txt" if jax.process_count() == 1 else f"error_{jax.process_index()}.txt"
-    about = [time.strftime("%Y-%m-%d %H:%M:%S %Z"), " ".join(sys.argv), *(f"{k} {v}" for k, v in versions().items())]
-    with contextlib.suppress(Exception):  # the disk may be full; the error itself is reported in any case
-        (run.workdir / name).write_text("\n".join([*about, "", traceback.format_exc()]))
+@contextlib.contextmanager
+def _traceback_in_workdir(run: Run) -> Iterator[None]:
+    """Around the steps: write an error to `error.txt` of the workdir, `error_I.txt` for process I of several."""
+    try:
+        yield
+    except Exception:
+        name = "error.txt" if jax.process_count() == 1 else f"error_{jax.process_index()}.txt"
+        about = [time.strftime("%Y-%m-%d %H:%M:%S %Z"), " ".join(sys.argv)]
+        about += [f"{package} {version}" for package, version in versions().items()]
+        with contextlib.suppress(Exception):  # the disk may be full; the error itself is reported in any case
+            (run.workdir / name).write_text("\n".join([*about, "", traceback.format_exc()]))
+        raise
 
 
 def _summary(run: Run) -> list[str]:

@@ -38,7 +38,7 @@ from mot_jax.training.transition import check_transition, transition_state
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
 RESULT = "result.json"  # the last file that a run writes: the mark of a finished one
-_BEFORE_CONFIG = ("config.json.new", owner.FILE, f"{owner.FILE}.new")  # files of a run that was killed at its start
+_BEFORE_CONFIG = ("config.json.new", owner.FILE)  # how files of a run begin that was killed at its start
 _VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
 
 
@@ -134,6 +134,8 @@ def begin(run: Run, take_over: bool = False) -> Start:
             # Another run may have begun or continued there since `prepare`.
             _check_workdir(run.config, run.workdir)
             check_data(run.fingerprints, run.config, run.workdir)
+            for path in run.workdir.glob("error*.txt"):  # of an earlier start
+                path.unlink(missing_ok=True)
     write_workdir(run)
     # Opening the checkpoints also removes the remains of interrupted saves.
     with Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.max_to_keep) as checkpoints:
@@ -175,14 +177,16 @@ def write_workdir(run: Run) -> None:
         _check_shared(config, workdir)
 
 
-def lacks_files(run: Run) -> bool:
-    """Whether a file of `write_workdir` is missing, as process 0 sees it."""
-    files = [run.workdir / "config.json", run.workdir / "data.json"]
+def is_outdated(run: Run) -> bool:
+    """Whether a file of `write_workdir` is missing, or the config has another one, as process 0 sees it."""
+    path = run.workdir / "config.json"
+    files = [path, run.workdir / "data.json"]
     if run.config.model.group_size > 1:
         files.append(run.workdir / companions.FILE)
     if (copy := tokenizer_copy(run.workdir, run.config.data.tokenizer)) is not None:
         files.append(copy)
-    return distributed.gather(not all(file.exists() for file in files))[0]
+    current = all(file.exists() for file in files) and path.read_text() == to_json(run.config)
+    return distributed.gather(not current)[0]
 
 
 # --- after the steps --------------------------------------------------------------------------------------------------
@@ -195,6 +199,7 @@ def finish(run: Run) -> Row:
     """
     with distributed.together():
         if distributed.is_first():
+            owner.check(run.workdir, now=True)
             rows = read_rows(run.workdir)
             result = {
                 "steps": run.config.training.steps,
@@ -317,7 +322,7 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
             raise UserError(*(f"workdir = {workdir} has another run: {c}; try a new --workdir" for c in changes))
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir = {workdir}: must be a directory, and is a file; try {workdir}-run")
-    elif workdir.exists() and any(child.name not in _BEFORE_CONFIG for child in workdir.iterdir()):
+    elif workdir.exists() and not all(child.name.startswith(_BEFORE_CONFIG) for child in workdir.iterdir()):
         raise UserError(f"workdir = {workdir}: has files, but no run (no config.json); try {workdir / 'run'}")
 
 

@@ -28,14 +28,14 @@ from etils import epath
 from mot_jax.errors import ReportedError
 from mot_jax.runs import owner
 workdir, owner.BEAT_SECONDS, owner.STALE_SECONDS = epath.Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-owner._POLL_SECONDS = 0.05
+owner._POLL_SECONDS, owner._SETTLE_SECONDS = 0.05, 0.1
 try:
     owner.acquire(workdir)
 except ReportedError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print("owner", flush=True)
 sys.stdin.read()
-owner.check(workdir)
+owner.check(workdir, now=True)
 """
 
 
@@ -85,13 +85,19 @@ def other_system(workdir: epath.Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"boot_id": "of another machine", **changes}))
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_file_exists_while_a_run_is_in_progress(workdir):
     owner.acquire(workdir, processes=4)
     content = json.loads((workdir / owner.FILE).read_text())
     assert content["pid"] == os.getpid() and content["processes"] == 4 and content["host"]
     assert owner.describe(content).startswith(f"process {os.getpid()} of 4 on ")
-    time.sleep(0.5)
-    assert json.loads((workdir / owner.FILE).read_text())["beat"] > content["beat"]
+    wait_until(lambda: owner.read(workdir)["beat"] > content["beat"])
     owner.acquire(workdir)  # the same process
     owner.release(workdir)
     assert not list(workdir.iterdir())
@@ -100,7 +106,9 @@ def test_file_exists_while_a_run_is_in_progress(workdir):
 def test_a_second_start_ends_while_the_first_run_is_in_progress(workdir, start, capfd):
     first = start(workdir)
     wait_for_owner(first)
-    with pytest.raises(RetryableError, match=rf"process {first.pid} on .* trains there; try another --workdir"):
+    with pytest.raises(
+        RetryableError, match=rf"is in use by process {first.pid} on .*; try another directory, or --take-over"
+    ):
         owner.acquire(workdir)
     assert f"process {first.pid}" in capfd.readouterr().err  # before the wait
     first.communicate("")
@@ -111,7 +119,7 @@ def test_a_second_start_takes_over_when_the_first_run_ends(workdir, start):
     first = start(workdir, beat=60, stale=60)
     wait_for_owner(first)
     second = start(workdir, beat=60, stale=60)
-    time.sleep(1)
+    assert second.stderr.readline().startswith(f"workdir = {workdir}: is in use by process {first.pid} ")
     assert second.poll() is None
     first.communicate("")
     wait_for_owner(second)
@@ -167,14 +175,38 @@ def test_take_over_ends_the_former_owner(workdir, start):
     first = start(workdir)
     wait_for_owner(first)
     owner.acquire(workdir, take_over=True)
-    time.sleep(0.6)  # its next beats
     _, errors = first.communicate("")
     assert first.returncode == 1 and f"process {os.getpid()} on" in errors and "has taken it over" in errors
     assert owner.read(workdir)["pid"] == os.getpid()  # not removed by the former owner
     owner.release(workdir)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"host": "a', b"[]"])
+def test_the_former_owner_stops_even_if_its_successor_has_ended(workdir, start):
+    first = start(workdir)
+    wait_for_owner(first)
+    owner.acquire(workdir, take_over=True)
+    owner.release(workdir)
+    _, errors = first.communicate("")
+    assert first.returncode == 1 and "has taken it over" in errors
+    assert not (workdir / owner.FILE).exists()  # nor written again
+
+
+def test_one_of_two_waiting_starts_replaces_a_silent_owner(workdir, start):
+    """The winner's first beat is its own, not one from before it waited."""
+    silent = start(workdir, beat=600)
+    wait_for_owner(silent)
+    other_system(workdir, beat=time.time() + 3600)  # its clock is ahead
+    silent.kill()
+    starts = [start(workdir, beat=0.5, stale=3) for _ in range(2)]
+    winners = [process.stdout.readline() == "owner\n" for process in starts]
+    assert sum(winners) == 1
+    assert "RetryableError" in starts[winners.index(False)].communicate("")[1]
+    assert starts[winners.index(True)].communicate("")[1].count("taken over") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"host": "a', b"[]", b'{"pid": 1, "restarts": 0, "beat": "x", "token": ""}']
+)
 def test_a_damaged_file_is_replaced(workdir, content):
     workdir.mkdir()
     (workdir / owner.FILE).write_bytes(content)
@@ -211,7 +243,7 @@ def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path):
 def test_a_run_in_progress_is_not_touched_by_a_second_start(workdir, start, tiny):
     first = start(workdir)
     wait_for_owner(first)
-    with pytest.raises(RetryableError, match="trains there"):
+    with pytest.raises(RetryableError, match="is in use by"):
         train(tiny, workdir)
     assert [path.name for path in workdir.iterdir()] == [owner.FILE]
     first.kill()
