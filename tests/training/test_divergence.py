@@ -226,14 +226,17 @@ def test_a_loss_far_above_the_median_of_those_before_is_a_spike():
     assert watch.read(watched(9.0)) is None  # too few before
     assert watch.read(watched(4.4)) is None
     assert watch.read(watched(4.6)) == "loss 4.6000 is over 1.5 times 3.0000, the median of the 21 steps before"
-    remarks = [watch.read(watched(6.0)) for _ in range(100)]
-    assert remarks[0] and not remarks[-1]  # a new level is no spike
+    assert not any(watch.read(watched(6.0)) for _ in range(100))  # the same spike, then a new level
+    assert watch.read(watched(9.1)) is not None
+    unusable = watched(3.0) | {"parameter_rms": math.inf}
+    assert "no checkpoint is saved" in watch.read(unusable) and not watch.usable
+    assert watch.read(unusable) is None
 
 
 def test_the_examples_of_a_spike_are_logged(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mot_jax.training.divergence._ENOUGH", 2)
-    monkeypatch.setattr("mot_jax.training.divergence._FACTOR", 0.5)  # every loss from the third step on
+    monkeypatch.setattr("mot_jax.training.divergence._FACTOR", 0.5)  # the loss of the third step
     train(changed(tiny, steps=4, log_every=4), tmp_path / "run")
     rows = train_rows(tmp_path / "run")
-    assert [(s, r["first_example"], r["last_example"]) for s, r in rows.items()] == [(3, 64, 95), (4, 96, 127)]
+    assert list(rows) == [3, 4] and (rows[3]["first_example"], rows[3]["last_example"]) == (64, 95)
     assert "the 2 steps before; examples 64 to 95 of the training order" in capsys.readouterr().out
