@@ -131,9 +131,9 @@ def _step(arguments: list[str]) -> None:
     from mot_jax.benchmark.timing import machine
     from mot_jax.benchmark.workloads import dense_of_equal_width
 
-    name = Path(default_workdir(options.config)).name
+    name = Path(default_workdir(options.config)).absolute().name
     if options.against:
-        baseline_name, baseline = Path(default_workdir(options.against)).name, load_config(options.against)
+        baseline_name, baseline = Path(default_workdir(options.against)).absolute().name, load_config(options.against)
         check(baseline)
     else:
         baseline_name, baseline = f"{name}, dense", dense_of_equal_width(config)

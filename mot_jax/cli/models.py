@@ -81,8 +81,8 @@ def generate(arguments: list[str]) -> None:
         stop=list(options.stop),
         seed=options.seed,
     ):
-        if len(prompts) == 1 and first:  # while it is generated, except for a possibly incomplete character
-            text = prompts[0] + continuations[0].text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if len(prompts) == 1 and first:  # while it is generated
+            text = prompts[0] + continuations[0].text
             print(text[shown:], end="", flush=True)
             shown = len(text)
     if not first:

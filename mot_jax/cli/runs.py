@@ -38,9 +38,10 @@ class TrainOptions(ProcessOptions):
     """Train a model, or resume the run in its directory."""
 
     config: ConfigFile = "configs/demo.py"
-    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`; or the directory of a run, to resume it."""
     workdir: DirectoryOrNone = None
-    """Directory of the run. None: `runs/FILE`, or `runs/FILE_VARIANT` for a variant other than the default."""
+    """Directory of the run. None: `runs/FILE`, or `runs/FILE_VARIANT` for a variant other than the default.
+    If CONFIG is the directory of a run: that directory."""
     take_over: Flag = False
     """End a run that is in progress in the directory, in place of waiting for it."""
 
@@ -62,7 +63,7 @@ class DescribeOptions(JsonOptions):
     """Print the parameters, FLOPs and memory of a config."""
 
     config: ConfigFile
-    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`; or the directory of a run."""
 
 
 def describe(arguments: list[str]) -> None:
@@ -85,7 +86,7 @@ class PlanOptions(JsonOptions):
     """
 
     config: ConfigFile
-    """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
+    """Config file: `FILE.py`, or `FILE.py:VARIANT`; or the directory of a run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
     """Target machine, for example `v5p:8x8x8`. Required; without it, the known ones are listed."""
     slices: Positive = 1

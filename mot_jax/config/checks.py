@@ -63,7 +63,7 @@ def _type_errors(group: Any, path: str) -> Iterator[str]:
         if value_now := new_value(name, value):
             yield f"{name} = {value!r}: is now {value_now!r}; try {value_now!r}"
         elif not matches(value, hints[field.name]):
-            yield f"{name} = {value!r}: must be {type_words(hints[field.name])}; the default is {_default(field)}"
+            yield f"{name} = {value!r}: must be {type_words(hints[field.name])}; try {_default(field)}"
         elif dataclasses.is_dataclass(value):
             yield from _type_errors(value, name + ".")
 
@@ -84,7 +84,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
-_RANGES |= {"preempted_exit_code": (3, 255), "wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
+_RANGES |= {"wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
 
@@ -99,6 +99,10 @@ def _range_errors(group: Any, path: str = "") -> Iterator[str]:
         if name.startswith("mesh.") and not name.endswith("_seconds"):
             if value < 1 and value != -1:
                 yield f"{name} = {value}: must be at least 1, or -1 for all remaining devices; try 1"
+        elif name.endswith("preempted_exit_code"):
+            if not 4 <= value <= 255 or value in (127, 130):
+                rule = "must be from 4 to 255, but not 127 or 130"
+                yield f"{name} = {value}: {rule}, since launch/ restarts no run after 0 to 3, 127 and 130; try 143"
         elif not minimum <= value <= maximum:
             limit = f"at least {minimum}" if not value >= minimum else f"at most {maximum}"
             yield f"{name} = {value}: must be {limit}; try {min(max(minimum, 1), maximum)}"

@@ -1,12 +1,14 @@
 """The fields of an experiment: frozen dataclasses of plain data.
 
 The docstring under each field is its text in `--help`. A field is part of a run's identity, so that a run cannot be
-resumed with another value, unless it is declared with `_free`, `_extendable` or `_by_content`.
+resumed with another value, unless it is declared with `_free`, `_extendable`, `_by_content` or `_directory`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import operator
 from typing import Any, ClassVar, Literal
 
 
@@ -25,8 +27,47 @@ def _by_content(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"resume": "content"})
 
 
+def _directory(default: Any) -> Any:
+    """The directory of another run. It is part of a run's identity, but its path may be spelled in another way."""
+    return dataclasses.field(default=default, metadata={"resume": "directory"})
+
+
+class _PlainData:
+    """Base of all groups of fields: converts NumPy numbers to Python's, and data types to their names.
+
+    Users of JAX pass `jnp.bfloat16` or an `np.int64` from Python; a config must be equal, hashed and stored as the same
+    one from a file or a flag. Other values are left to `check`.
+    """
+
+    def __post_init__(self) -> None:
+        for name, value in [*vars(self).items()]:
+            plain = _dtype_name(value) if name.endswith("dtype") else _plain_number(value)
+            object.__setattr__(self, name, plain)
+
+
+def _plain_number(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain_number, value))
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _dtype_name(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    import numpy as np  # here, since configs of files and flags have names, and the command line starts sooner without
+
+    try:
+        return np.dtype(value).name
+    except (TypeError, ValueError):
+        return value
+
+
 @dataclasses.dataclass(frozen=True)
-class MixingConfig:
+class MixingConfig(_PlainData):
     """How the tokens of a group are mixed: the variants of `docs/paper.md`, sections 2 and 3."""
 
     merge: Literal["softmax", "uniform", "logits"] = "softmax"
@@ -80,7 +121,7 @@ class MixingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(_PlainData):
     """A dense feed-forward layer of width `d_ff`."""
 
     kind: ClassVar[str] = "dense"
@@ -89,7 +130,7 @@ class DenseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureOfTokensConfig:
+class MixtureOfTokensConfig(_PlainData):
     """A Mixture-of-Tokens layer (`docs/paper.md`, section 2)."""
 
     kind: ClassVar[str] = "mixture_of_tokens"
@@ -143,7 +184,7 @@ class CompanionsConfig(MixtureOfTokensConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenChoiceConfig:
+class TokenChoiceConfig(_PlainData):
     """A token-choice (top-k routed) mixture of experts (`docs/paper.md`, section 4)."""
 
     kind: ClassVar[str] = "token_choice"
@@ -179,7 +220,7 @@ FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
+class InitConfig(_PlainData):
     """Initial values of the matrices, with standard deviation sqrt(scale / fan_in) (`docs/paper.md`, section 5)."""
 
     distribution: Literal["truncated_normal", "normal", "uniform"] = "truncated_normal"
@@ -191,7 +232,7 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_PlainData):
     """A pre-norm transformer. The defaults are the paper's."""
 
     num_blocks: int = 4
@@ -288,7 +329,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_PlainData):
     """The datasets and their preparation."""
 
     corpus: tuple[str, ...] = _by_content(("python_source/stdlib",))
@@ -316,7 +357,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(_PlainData):
     """Optimizer, gradient clipping and schedule: linear warm-up, then cosine decay of the learning rate."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -346,7 +387,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossWeights:
+class LossWeights(_PlainData):
     """Weights of the losses that are added to the cross-entropy. Those of layers are averaged over the layers."""
 
     mixing_entropy: float = 0.0
@@ -364,7 +405,7 @@ class LossWeights:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(_PlainData):
     """The training run."""
 
     steps: int = _extendable(1000)
@@ -375,9 +416,9 @@ class TrainingConfig:
     """Number of microbatches into which a batch is split."""
     seed: int = 0
     """Seed of the initial values, the order of the data, and masking."""
-    upcycle_from: str | None = _by_content(None)
+    upcycle_from: str | None = _directory(None)
     """Workdir of a dense model of the same sizes, whose feed-forward layers initialize the experts."""
-    transition_from: str | None = _by_content(None)
+    transition_from: str | None = _directory(None)
     """Workdir of a Mixture-of-Tokens run from which to start transition tuning (`docs/paper.md`, section 4).
     Weights, optimizer state and position in the data are that run's.
     Steps and the learning rate schedule start from 0."""
@@ -399,7 +440,7 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_PlainData):
     """Sizes of the mesh axes, one of which may be -1 (all remaining devices), and time limits of its processes."""
 
     data: int = _free(-1)
@@ -417,7 +458,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_PlainData):
     """Checkpoints and preemption."""
 
     max_to_keep: int = _free(2)
@@ -427,7 +468,7 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(_PlainData):
     """Logging in addition to `metrics.jsonl`, and the sample at the end."""
 
     tensorboard: bool = _free(True)
@@ -441,7 +482,7 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_PlainData):
     """One experiment."""
 
     model: ModelConfig = ModelConfig()

@@ -35,9 +35,8 @@ def load_config(name: str | os.PathLike[str]) -> Config:
         UserError: the file is missing or broken, or has no such variant.
     """
     path, variant = _split(name)
-    path = path / "config.json" if (path / "config.json").is_file() else path
-    if path.suffix == ".json" and path.is_file():
-        return from_json(path.read_text())
+    if (stored := _stored_config(path)) is not None:
+        return from_json(stored.read_text())
     module = _load_module(path)
     if variant is not None and not hasattr(module, "VARIANTS"):
         raise UserError(f"config = {name}: the file has no VARIANTS; try {path}")
@@ -89,8 +88,14 @@ def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]
 
 
 def default_workdir(name: str | os.PathLike[str]) -> str:
-    """The directory of a run of this config: `runs/FILE` for the default variant, else `runs/FILE_VARIANT`."""
+    """The directory of a run of this config.
+
+    That is `runs/FILE` for the default variant of a file, `runs/FILE_VARIANT` for the others, and for the config of a
+    run the directory of this run.
+    """
     path, variant = _split(name)
+    if (stored := _stored_config(path)) is not None and stored.name == "config.json":
+        return str(stored.parent)
     is_default = variant is None or (variant == next(iter(variants_of(path)), None) and _has_default(path))
     return f"runs/{path.stem}" if is_default else f"runs/{path.stem}_{variant}"
 
@@ -101,6 +106,12 @@ def _has_default(path: Path) -> bool:
     except Exception:  # of a function that requires a variant
         return False
     return True
+
+
+def _stored_config(path: Path) -> Path | None:
+    """The JSON file that `path` names: the `config.json` of a run's directory, or the file itself."""
+    files = (path / "config.json", path)
+    return next((file for file in files if file.suffix == ".json" and file.is_file()), None)
 
 
 def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
@@ -223,10 +234,18 @@ def is_corpus_path(name: str) -> bool:
 
 def _are_paths(name: str, old: Any, new: Any) -> bool:
     """Whether two values of a field by content differ in paths only, whose content is compared elsewhere."""
-    if name != "data.corpus":
-        return not {None, "bytes"} & {old, new}
-    pairs = zip(old, new, strict=True) if len(old) == len(new) else [("", "")]
-    return all(a == b != "" or (is_corpus_path(a) and is_corpus_path(b)) for a, b in pairs)
+    if name == "data.tokenizer":
+        return "bytes" not in (old, new)
+    if len(old) != len(new):
+        return False
+    return all(a == b or (is_corpus_path(a) and is_corpus_path(b)) for a, b in zip(old, new, strict=True))
+
+
+def _are_one_directory(old: str | None, new: str | None) -> bool:
+    """Whether two paths name the same directory, which need not exist any more; of a store, the same URL."""
+    if old is None or new is None:
+        return old == new
+    return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
 
 
 def identity_changes(old: Config, new: Config) -> list[str]:
@@ -242,8 +261,10 @@ def identity_changes(old: Config, new: Config) -> list[str]:
             continue
         if rule == "content" and _are_paths(name, old_values[name], value):
             continue
+        if rule == "directory" and _are_one_directory(old_values[name], value):
+            continue
         change = f"{name}: {old_values[name]!r} in the run, now {value!r}"
-        if rule in ("identity", "content"):
+        if rule != "extendable":
             changes.append(f"{change}; it is part of a run's identity")
         elif value < old_values[name]:
             changes.append(f"{change}; a run can be extended, not shortened")

@@ -34,6 +34,10 @@ _DECODE_STEPS = 8  # between two outputs of `stream`
 _MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
 
 
+class NotFiniteError(UserError):
+    """A model whose outputs are NaN, as those of a diverged one are."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A trained model in an inference mode. `load` makes one from a workdir.
@@ -318,13 +322,13 @@ class LanguageModel:
             yield
 
     def _check_numbers(self, log_probs: np.ndarray) -> None:
-        """Raise UserError if outputs of the model are NaN, which no token follows from; names the cause."""
+        """Raise NotFiniteError if outputs of the model are NaN, which no token follows from; names the cause."""
         if not np.isnan(log_probs).any():
             return
         with self._on_mesh():
             bad = [name for name, value in self.params.items() if not bool(jnp.isfinite(value).all())]
         reason = f"as {len(bad)} of its {len(self.params)} parameters have, {bad[0]} first" if bad else "by overflow"
-        raise UserError(
+        raise NotFiniteError(
             f"model after {self.step} steps, mode {self.mode}: its outputs have values that are not finite, {reason}; "
             "try an earlier checkpoint"
         )

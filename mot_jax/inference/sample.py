@@ -10,8 +10,7 @@ from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.errors import UserError
-from mot_jax.inference.language_model import GAP, LanguageModel
+from mot_jax.inference.language_model import GAP, LanguageModel, NotFiniteError
 from mot_jax.modes import trained_mode
 from mot_jax.nn.transformer import Params
 from mot_jax.runtime import distributed
@@ -30,7 +29,7 @@ class SampleHook(Hook):
         config, params = evaluated_config(run.config), trainer.state.params
         try:
             sample = sample_text(config, run.mesh, params, run.validation_windows, run.tokenizer)
-        except UserError as error:  # the outputs of a diverged model are not finite
+        except NotFiniteError as error:  # of a diverged model, whose run ends all the same
             sample = f"no sample: {error}\n"
         with distributed.together():
             if distributed.is_first():
@@ -58,7 +57,7 @@ def sample_text(config: Config, mesh: Mesh, params: Params, windows: Windows, to
         return "\n".join(
             f"--- prompt\n{gap}\n--- filled\n{text.text}\n" for gap, text in zip(gaps, filled, strict=True)
         )
-    prompts = group.inputs[present, : config.model.context_length // 2]
+    prompts = group.inputs[present, : max(config.model.context_length // 2, 1)]
     continuations = model.generate(
         list(prompts), max_tokens=config.logging.sample_tokens, ends=False, seed=config.training.seed
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mot_jax import cli, interop, training
-from mot_jax.config import Config, leaves, load_config
+from mot_jax.config import Config, leaves, load_config, to_json
 from mot_jax.data import tokenizers
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runs import restore
@@ -58,6 +58,18 @@ def test_flags_change_fields(started):
     assert workdir == "/tmp/somewhere"
     assert (config.training.steps, config.training.log_every, config.model.feed_forward.num_experts) == (7, 3, 64)
     assert config.model.final_norm is False and config.data.shuffle_group_size is None
+
+
+@pytest.mark.parametrize("config", ["real/foo", "real/foo/config.json"])
+def test_training_the_config_of_a_run_resumes_this_run(started, monkeypatch, tmp_path, config):
+    (run := tmp_path / "real" / "foo").mkdir(parents=True)
+    (run / "config.json").write_text(to_json(load_config(DEMO)))
+    monkeypatch.chdir(tmp_path)
+    cli.main(["train", config, "--training.steps", "2000"])
+    cli.main(["train", config, "--workdir", "other"])
+    (longer, workdir), (same, other) = started
+    assert (workdir, longer.training.steps) == ("real/foo", 2000)
+    assert (other, same) == ("other", load_config(DEMO))
 
 
 def test_without_a_config_it_is_the_demo(started, monkeypatch):
@@ -122,7 +134,7 @@ def test_every_mistake_on_the_command_line_is_one_line(capsys, flags, lines):
         ),
         (
             "from mot_jax.config import *\nget_config = lambda: Config(training=TrainingConfig(steps='9'))\n",
-            "training.steps = '9': must be int; the default is 1000",
+            "training.steps = '9': must be int; try 1000",
         ),
     ],
 )

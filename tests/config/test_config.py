@@ -59,7 +59,7 @@ def errors_of(config: Config) -> tuple[str, ...]:
     return ()
 
 
-SUGGESTION = re.compile(r"^(?P<field>[\w.]+) = .*(?:; try|; the default is) (?P<advice>.*)$")
+SUGGESTION = re.compile(r"^(?P<field>[\w.]+) = .*; try (?P<advice>.*)$")
 
 
 def follow(config: Config, line: str) -> Config:
@@ -239,6 +239,16 @@ def test_each_error_is_one_line_with_field_value_rule_and_a_value_that_works(nam
     check(follow(broken, line))
 
 
+@pytest.mark.parametrize("code", [-1, 0, 1, 2, 3, 127, 130, 256])
+def test_an_exit_code_after_which_no_run_is_restarted_is_not_that_of_a_preempted_one(code):
+    broken = put(MIXTURE, "checkpoint.preempted_exit_code", code)
+    (line,) = errors_of(broken)
+    assert line.startswith(f"checkpoint.preempted_exit_code = {code}: must be from 4 to 255") and line.endswith(
+        "; try 143"
+    )
+    check(follow(broken, line))
+
+
 @pytest.mark.parametrize(("mixing", "name", "value"), COMBINED)
 def test_mixing_without_a_meaning_is_refused(mixing, name, value):
     broken = put(MIXTURE, "model.feed_forward.mixing", dataclasses.replace(mixing, **{name: value}))
@@ -388,7 +398,7 @@ EDITS = {
         edited("model.feed_forward.kind", "dens"),
         "model.feed_forward.kind = 'dens': no such kind; did you mean 'dense'?",
     ),
-    "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; the default is 256"),
+    "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; try 256"),
     "not a group": (edited("model", 3), "model = 3: must be a group of fields"),
     "bad value": (edited("model.num_heads", 3), "model.num_heads = 3: must divide model.d_model = 256; try 2"),
     "other version": (edited("version", 99), "version = 99: this mot_jax reads version 3"),
@@ -443,6 +453,37 @@ def test_every_field_is_identity_extendable_or_free(name):
 @given(configs())
 def test_a_config_has_no_identity_changes_after_a_round_trip(config):
     assert identity_changes(config, from_json(to_json(config))) == []
+
+
+@pytest.mark.parametrize("name", ["training.upcycle_from", "training.transition_from"])
+def test_a_source_run_is_part_of_the_identity_however_its_path_is_spelled(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    run = put(MIXTURE, name, f"{tmp_path}/runs/a")
+    for spelling in ("runs/a", "./runs/../runs/a/", "~/runs/a", f"{tmp_path}/link/a"):
+        assert identity_changes(run, put(MIXTURE, name, spelling)) == []
+    for other in ("runs/b", "/runs/a", "gs://runs/a", None):
+        for old, new in ((run, put(MIXTURE, name, other)), (put(MIXTURE, name, other), run)):
+            (line,) = identity_changes(old, new)
+            assert (
+                line == f"{name}: {get(old, name)!r} in the run, now {get(new, name)!r}; it is part of a run's identity"
+            )
+    (line,) = identity_changes(put(MIXTURE, name, "gs://runs/a"), put(MIXTURE, name, "gs://runs/b"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        (("/a", "c4"), ("/b", "c4"), 0),
+        (("/a", "c4"), ("/b", "wiki"), 1),
+        (("/a", "c4"), ("/b",), 1),
+        (("/a",), (), 1),
+        (("/a",), ("a",), 1),
+    ],
+)
+def test_paths_of_corpora_are_compared_by_content_and_names_are_not(old, new, changes):
+    assert len(identity_changes(put(MIXTURE, "data.corpus", old), put(MIXTURE, "data.corpus", new))) == changes
 
 
 def test_all_changes_are_reported_at_once():

@@ -16,6 +16,7 @@ from mot_jax.config import (
     check,
     default_workdir,
     load_config,
+    to_json,
 )
 from mot_jax.config.files import variants_of
 from mot_jax.cost.parameters import active_parameters, count_parameters
@@ -72,6 +73,19 @@ def test_the_default_workdir_names_file_and_variant():
     assert default_workdir(CONFIGS / "v2.py:medium_dense") == "runs/v2_medium_dense"
     assert default_workdir(CONFIGS / "pods" / "mot_medium_8gpu.py") == "runs/mot_medium_8gpu"
     assert len({default_workdir(CONFIGS.parent / name) for name in NAMES}) == len(NAMES)
+
+
+def test_the_config_of_a_run_belongs_to_its_directory(tmp_path, monkeypatch):
+    (run := tmp_path / "real" / "foo").mkdir(parents=True)
+    (run / "config.json").write_text(to_json(load_config(CONFIGS / "demo.py")))
+    (tmp_path / "copy.json").write_text(to_json(Config()))
+    monkeypatch.chdir(tmp_path)
+    for name in ("real/foo", "real/foo/config.json"):
+        assert load_config(name) == load_config(CONFIGS / "demo.py") and default_workdir(name) == "real/foo"
+    assert default_workdir(run) == str(run)
+    assert load_config("copy.json") == Config() and default_workdir("copy.json") == "runs/copy"
+    monkeypatch.chdir(run)
+    assert default_workdir(".") == default_workdir("config.json") == "."
 
 
 def error_of(name: Path | str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -19,6 +20,7 @@ from mot_jax.config import (
     ModelConfig,
     OptimizerConfig,
     TokenChoiceConfig,
+    to_json,
 )
 from mot_jax.cost.describe import describe
 from mot_jax.errors import UserError
@@ -86,6 +88,13 @@ def test_a_model_is_checked(field):
     [
         (lambda: Dense(8, 16, activation="rellu", rngs=rngs()), "activation = 'rellu': must be 'relu' or"),
         (lambda: TokenChoice(8, 16, dtype="float", rngs=rngs()), "dtype = 'float': must be"),
+        (
+            lambda: Dense(8, 16, dtype=jnp.float16, rngs=rngs()),
+            "dtype = 'float16': must be 'float32' or 'bfloat16'; try ",
+        ),
+        (lambda: Dense(8, 16, dtype=jnp, rngs=rngs()), "must be 'float32' or 'bfloat16'; try 'float32'"),
+        (lambda: Dense(np.int64(0), 16, rngs=rngs()), "d_model = 0: must be at least 1; try 1"),
+        (lambda: Dense(8.0, 16, rngs=rngs()), "d_model = 8.0: must be int; try 256"),
         (lambda: Dense(0, 16, rngs=rngs()), "d_model = 0: must be at least 1"),
         (lambda: Dense(8, 16, init=InitConfig("guassian"), rngs=rngs()), "init.distribution = 'guassian'"),
         (lambda: MixtureOfTokens(8, 16, MixingConfig(), rngs=rngs()), "must be a MixtureOfTokensConfig"),
@@ -104,6 +113,21 @@ def test_other_arguments_are_checked(make, words):
     with pytest.raises(UserError) as error:
         make()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("bfloat16", [jnp.bfloat16, jnp.dtype("bfloat16"), jnp.zeros((), jnp.bfloat16).dtype])
+def test_data_types_and_numpy_numbers_are_those_of_a_config_file(bfloat16):
+    plain = Dense(8, 16, dtype="bfloat16", param_dtype="bfloat16", rngs=rngs())
+    layer = Dense(np.int64(8), np.int32(16), dtype=bfloat16, param_dtype=bfloat16, rngs=rngs())
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(layer), nnx.state(plain))
+    assert layer(jnp.ones((2, 2, 8))).y.dtype == jnp.bfloat16
+    kind = MixtureOfTokensConfig(np.int64(2), np.int64(4), mixing=MixingConfig(temperature=np.float32(0.5)))
+    model = dataclasses.replace(SMALL, d_model=np.int64(8), feed_forward=kind, dtype=bfloat16, param_dtype=np.float32)
+    written = dataclasses.replace(
+        SMALL, feed_forward=MixtureOfTokensConfig(2, 4, mixing=MixingConfig(temperature=0.5)), dtype="bfloat16"
+    )
+    assert to_json(Config(model=model)) == to_json(Config(model=written)) and hash(model) == hash(written)
+    assert Transformer(model, rngs=rngs()).config == written
 
 
 def test_valid_parts_are_accepted():

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mot_jax.config import DenseConfig, InitConfig, ModelConfig, check_part
 from mot_jax.errors import UserError
@@ -107,8 +108,8 @@ class FeedForward(nnx.Module):
         activation: `relu`, `gelu` (tanh approximation) or `silu`.
         gated: multiply the hidden layer by an activated gate (SwiGLU and the like).
         init: distribution and scale of the initial values.
-        dtype: of activations and products.
-        param_dtype: of parameters.
+        dtype: of activations and products: a name such as `bfloat16`, or `jnp.bfloat16`.
+        param_dtype: of parameters, in the same way.
         rngs: the stream `params` is used, in the order in which parameters are created.
 
     Raises UserError for an argument, or a field of the config, that has no such value.
@@ -121,15 +122,15 @@ class FeedForward(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
-        d_ff: int,
+        d_model: SupportsIndex,
+        d_ff: SupportsIndex,
         config: Any = None,
         *,
         activation: str = "relu",
         gated: bool = False,
         init: InitConfig = InitConfig(),
-        dtype: str = "float32",
-        param_dtype: str = "float32",
+        dtype: DTypeLike = "float32",
+        param_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs,
     ):
         self.config = self.config_type() if config is None else config
@@ -138,15 +139,18 @@ class FeedForward(nnx.Module):
             raise UserError(f"config = {config!r}: must be a {type_name} for {name}; try {type_name}()")
         check_part(self.config)
         fields: dict[str, Any] = {
+            "d_model": d_model,
+            "d_ff": d_ff,
             "activation": activation,
             "gated": gated,
             "init": init,
             "dtype": dtype,
             "param_dtype": param_dtype,
         }
-        check_part(dataclasses.replace(_MODEL, d_model=d_model, d_ff=d_ff, **fields))
-        self.activation, self.dtype = activation, dtype
-        self._create_parameters(LayerOptions(d_model, d_ff, activation, gated, init, dtype, param_dtype, rngs))
+        model = dataclasses.replace(_MODEL, **fields)  # which converts NumPy numbers and data types
+        check_part(model)
+        self.activation, self.dtype = model.activation, model.dtype
+        self._create_parameters(LayerOptions(**{name: getattr(model, name) for name in fields}, rngs=rngs))
 
     def _create_parameters(self, options: LayerOptions) -> None:
         """Assign the `nnx.Param`s of the layer; a parameter that the config does not need is None."""
