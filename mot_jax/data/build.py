@@ -6,7 +6,8 @@ result is the same for any number of processes and interruptions. Everything is 
 
     <directory>/corpora/NAME/1.0.0.building/    plan (identity of the spec), piece-00003.json (marker), shards
     <directory>/corpora/NAME/1.0.0/             the same directory renamed, with TFDS's metadata: the data set;
-                                                left_out.jsonl names files without documents, with the reasons
+                                                left_out.jsonl names files that were not read, or not completely,
+                                                with the reasons
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _CONTENTS = "contents.json"  # of a corpus: the sizes of its shards, and digests
 DESCRIPTION = "Text corpus built by mot_jax."
 PIECE_BYTES = 1 << 24  # of text, approximately
 _MAX_PIECES = 256  # readers keep every shard of a split open, and systems allow about 1,000 open files
-_NAMED = 10  # names of files in one line; left_out.jsonl has all of them
+_NAMED = 10  # names of files in one line, and such lines; left_out.jsonl has all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,10 @@ def build(
         if not exclusive:  # without locks, a build shares its directory with no other
             building = building.with_name(f"{building.name}.{uuid.uuid4().hex}")
         exists = directory.exists()
+        if exists and not is_built(directory):
+            raise UserError(
+                f"NAME = {spec.name!r}: {directory} exists, and mot data build did not write it; try another name"
+            )
         if not exists:
             _build_in(building, spec, workers, log)
             try:
@@ -158,6 +163,14 @@ def build(
     return directory
 
 
+def is_built(directory: Path) -> bool:
+    """Whether `build` wrote the data set in a directory, even if it is damaged now; TFDS and others write some, too."""
+    try:
+        return bool(json.loads((directory / "dataset_info.json").read_text())["description"] == DESCRIPTION)
+    except (OSError, ValueError, KeyError, TypeError):
+        return (directory / _CONTENTS).exists()
+
+
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus."""
 
@@ -171,7 +184,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         return content
 
     _, _, metadata = map(read, ("dataset_info.json", "features.json", "metadata.json"))
-    if metadata.get("format", 1) > 1 or (directory / _CONTENTS).exists():  # corpora of version 1 have no such file
+    if metadata.get("format", 1) != 1 or (directory / _CONTENTS).exists():  # corpora of version 1 have no such file
         for name, expected in read(_CONTENTS).items():
             path = directory / name
             if not path.exists() or _state_of(path) != expected:
@@ -199,9 +212,13 @@ def summary_lines(metadata: dict[str, Any]) -> list[str]:
         for split, counts in metadata["counts"].items()
     ]
     lines += [f"{count:,} {REASONS[reason]}" for reason, count in metadata["skipped"].items()]
-    for reason, (count, names) in metadata.get("left_out", {}).items():
-        more = f" and {count - len(names):,} more (left_out.jsonl)" if count > len(names) else ""
-        lines.append(f"no documents in {', '.join(names)}{more}: {reason}")
+    for words, key in (("no documents in", "left_out"), ("documents missing from", "incomplete")):
+        reasons = list(metadata.get(key, {}).items())
+        for reason, (count, names) in reasons[:_NAMED]:
+            more = f" and {count - len(names):,} more (left_out.jsonl)" if count > len(names) else ""
+            lines.append(f"{words} {', '.join(names)}{more}: {reason}")
+        if others := sum(count for _, (count, _) in reasons[_NAMED:]):
+            lines.append(f"{words} {others:,} more, for other reasons (left_out.jsonl)")
     return lines
 
 
@@ -331,7 +348,11 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
         shutil.rmtree(directory)
         reasons = [f"{', '.join(names)}: {reason}" for reason, (_, names) in metadata["left_out"].items()]
         raise UserError(f"NAME = {spec.name!r}: no document in the files; " + "; ".join(reasons[:_NAMED]))
-    left_out = [{"file": path, "reason": r.why_no_documents()} for path, r in reports.items() if not r.documents]
+    left_out = [
+        {"file": path, "documents": report.documents, "reason": report.why_incomplete()}
+        for path, report in reports.items()
+        if report.incomplete
+    ]
     if left_out:
         lines = "".join(f"{strict_json.dumps(entry)}\n" for entry in left_out)
         replace_file(epath.Path(directory / "left_out.jsonl"), lines.encode())
@@ -360,10 +381,11 @@ def _combined_metadata(
     """Fingerprint and counts of the whole corpus; splits without documents are omitted."""
     skipped = sum((report.skipped for report in reports.values()), Counter[str]())
     names = {part.path: part.name for part in spec.parts}
-    left_out: dict[str, list[str]] = defaultdict(list)
+    by_reason: dict[str, dict[str, list[str]]] = {"left_out": defaultdict(list), "incomplete": defaultdict(list)}
     for path, report in reports.items():
-        if not report.documents:
-            left_out[report.why_no_documents()].append(_printable(names[path]))
+        if report.incomplete:
+            key = "incomplete" if report.documents else "left_out"
+            by_reason[key][report.why_incomplete()].append(_printable(names[path]))
     digests = [result["digest"] for result in results]
     counts = {}
     for split in spec.splits:
@@ -375,7 +397,10 @@ def _combined_metadata(
         "fingerprint": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "counts": counts,
         "skipped": {reason: skipped[reason] for reason in REASONS if skipped[reason]},
-        "left_out": {reason: [len(of_reason), of_reason[:_NAMED]] for reason, of_reason in left_out.items()},
+        **{
+            key: {reason: [len(of_reason), of_reason[:_NAMED]] for reason, of_reason in reasons.items()}
+            for key, reasons in by_reason.items()
+        },
         "format": FORMAT_VERSION,
     }
 

@@ -1,7 +1,7 @@
 """The content of a user's file: compression, encoding and format, as its first bytes show them.
 
 `detect` examines a file, and `open_content` opens it as a stream of UTF-8. The suffix of a file matters only where its
-bytes leave a choice: a .txt file is text, whatever it contains, and a .csv file a table.
+bytes leave a choice: JSON or a table in a .txt file is text, and a .csv file is a table.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _MARKS = {  # UTF-32 first: its mark in little-endian order begins with that of 
     "utf-16-be": codecs.BOM_UTF16_BE,
     "utf-8": codecs.BOM_UTF8,
 }
-_OTHER_FORMATS = {
-    rb"PK\x03\x04": "a zip archive; try the files in it (unzip)",
+_OTHER_FORMATS = {  # with enough of each to exclude text that begins with the same characters
+    rb"(?s)PK\x03\x04.\0": "a zip archive; try the files in it (unzip)",
     rb"7z\xbc\xaf": "a 7z archive; try the files in it",
-    rb"(?s).{257}ustar": "a tar archive; try the files in it (tar -xf)",
+    rb"(?s).{257}ustar(\0|  \0)": "a tar archive; try the files in it (tar -xf)",
     rb"\x1f\x9d": "compressed by compress; try uncompress",
-    rb"%PDF-": "a PDF document; try pdftotext",
+    rb"(?s)%PDF-\d\.\d\s.{,2000}?\d \d+ obj\b": "a PDF document; try pdftotext",
     rb"ARROW1\0\0": "an Arrow file; try Parquet",
-    rb"Obj\x01": "an Avro file; try Parquet",
+    rb"(?s)Obj\x01.{,99}avro\.": "an Avro file; try Parquet",
     rb"SQLite format 3\0": "an SQLite database; try an export as CSV",
 }
 _CONTROL_CHARACTERS = "".join(map(chr, {*range(32), 127} - set(b"\t\n\v\f\r\x1b")))
-_GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_GIT_LFS = rb"version https://git-lfs\.github\.com/spec/\S+\s+(ext-.*\n)*oid \w+:"
 
 _COMPRESSED = frozenset([".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4"])
 _SUFFIXES = {
@@ -124,7 +124,7 @@ def detect(path: str) -> Content:
     def exclude(reason: str, words: str) -> Content:
         return dataclasses.replace(content, excluded=(reason, words))
 
-    if head.startswith(_GIT_LFS):
+    if re.match(_GIT_LFS, head):
         return exclude("git_lfs", "a Git LFS pointer, not the file itself; try git lfs pull")
     if head.startswith(b"PAR1") and (family == "parquet" or problem):
         if compressions:
@@ -166,11 +166,16 @@ def _not_text(text: str, encoding: str | None) -> str:
 
 
 def _json_format(text: str) -> Format:
-    """`json_lines` if each line is a value of its own, `json` for an array or indented values; from a sample."""
+    """`json_lines` if each line is a value of its own, `json` for an array or indented values; from a sample.
+
+    Each line is a value if the first of several lines is an array of anything but objects, such as ["id", "text"].
+    """
     lines = [line for line in text.split("\n") if line.strip()]
     first = lines[0].strip() if lines else ""
     if first.startswith("["):
-        return "json"
+        array = _parse(first) if len(lines) > 1 else None
+        is_value = isinstance(array, list) and not all(isinstance(element, dict) for element in array)
+        return "json_lines" if is_value else "json"
     # A line of an indented document can be an object, but not at the start of the line.
     objects = (line for line in lines if line.startswith("{") or line is lines[0])
     if not first.startswith("{") or any(isinstance(_parse(line), dict) for line in objects):

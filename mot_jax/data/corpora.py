@@ -21,7 +21,7 @@ from etils import epath
 
 from mot_jax.config import is_corpus_path
 from mot_jax.data import python_source
-from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, read_metadata
+from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, is_built, read_metadata
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
@@ -94,20 +94,17 @@ def open_corpus(
             array_record format, or the split is empty.
     """
     path = _find(name, Path(directory).expanduser().absolute() / "corpora")
-    is_local = "://" not in str(path)
-    if has_metadata := is_local and (path / "metadata.json").exists():
-        read_metadata(Path(path))
+    if "://" not in str(path) and is_built(Path(path)):
+        read_metadata(Path(path))  # raises an error that names a damaged file
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
         raise UserError(f"data.corpus = {name!r}: {path} cannot be read: {error_words(error)}; try another") from error
     info = builder.info
-    if info.description == DESCRIPTION and is_local and not has_metadata:
-        read_metadata(Path(path))  # raises an error that names the missing file
     _check_format(name, info, path)
     _check_feature(name, info, feature)
     _check_split(name, info, split, field)
-    metadata = dict(info.metadata or {})
+    metadata = dict(info.metadata or {}) if info.description == DESCRIPTION else {}
     fingerprint = metadata.get("fingerprint") or _fingerprint(info)
     if feature != "text":
         fingerprint = hashlib.sha256(f"{fingerprint} {feature}".encode()).hexdigest()

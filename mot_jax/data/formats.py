@@ -27,11 +27,12 @@ REASONS = {  # for skipped files and documents, with the words of the report
     "damaged_files": "damaged files, read up to the damage",
     "too_long": "documents or lines of more than 64 MiB skipped",
     "not_json": "lines skipped that are not valid JSON",
-    "bad_rows": "rows skipped that are not valid CSV, or have more fields than the header",
+    "bad_rows": "lines of tables skipped, in rows that are not valid CSV or have more fields than the header",
     "no_feature": "lines or rows skipped that have no text in the field --text-feature",
     "empty": "empty documents skipped",
     "damaged_utf8": "documents with invalid UTF-8, replaced by U+FFFD",
 }
+_LOSSES = ("damaged_files", "bad_rows")  # an unknown amount of text: such files are named
 _SHOWN_FIELDS = 20
 _TEXT_TYPES = "string large_string string_view binary large_binary binary_view fixed_size_binary".split()
 _SEPARATORS = re.compile(r"[\s,]*")  # between JSON values
@@ -46,7 +47,7 @@ class ReadReport:
     Attributes:
         documents: How many were read.
         skipped: Counts, by the keys of `REASONS`.
-        reason: Why there are none, if the counts do not explain it.
+        reason: Why there are none, or not all, if the counts do not explain it.
     """
 
     documents: int = 0
@@ -57,8 +58,13 @@ class ReadReport:
         skipped = self.skipped + other.skipped
         return ReadReport(self.documents + other.documents, skipped, self.reason or other.reason)
 
-    def why_no_documents(self) -> str:
-        """The reason why there are no documents, in words."""
+    @property
+    def incomplete(self) -> bool:
+        """Whether there are no documents, or damage has hidden an unknown number of them."""
+        return not self.documents or any(self.skipped[key] for key in _LOSSES)
+
+    def why_incomplete(self) -> str:
+        """The reason why there are no documents, or not all, in words."""
         counts = [f"{count:,} {REASONS[key]}" for key, count in self.skipped.items()]
         return self.reason or ("empty" if set(self.skipped) <= {"empty"} else "; ".join(counts))
 
@@ -216,21 +222,24 @@ def table_documents(
         delimiters: Between fields: that with which the first row has this column, or the most columns.
     """
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    lines = itertools.dropwhile(str.isspace, _table_lines(stream, report))
-    first = next(lines, "")
-    if not first:
+    lines, line = _table_lines(stream, report), 1
+    for first in lines:
+        if not first.isspace():
+            break
+        line += 1
+    else:
         return
 
     def fitness(delimiter: str) -> tuple[bool, int]:
-        row = next(_table_rows(csv.reader([first], delimiter=delimiter)))
-        names = [name.strip() for name in row or ()]
+        row, _ = next(_table_rows([first], delimiter, strict=False))
+        names = [] if isinstance(row, str) else [name.strip() for name in row]
         return feature in names, len(names)
 
     delimiter = max(delimiters, key=fitness)
-    rows = _table_rows(csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True))
-    header = next(rows)
-    if header is None:
-        report.skipped["bad_rows"] += 1
+    rows = _table_rows(itertools.chain([first], lines), delimiter)
+    header, header_lines = next(rows)
+    if isinstance(header, str):
+        report.skipped["bad_rows"] += len(header_lines)
         report.reason = "its first row, the header, is not valid CSV"
         return
     header = [name.strip() for name in header]
@@ -241,35 +250,83 @@ def table_documents(
         if feature in header:
             report.reason = f"{header.count(feature)} columns have the name {feature!r}"
         return
+    if delimiter == "\t" and '"' not in first:
+        rows = _rows_with_literal_quotes(rows, len(header))
     column, number = header.index(feature), -1
-    for number, row in enumerate(rows):
-        if row is None or len(row) > len(header):
-            report.skipped["bad_rows"] += 1
+    line += len(header_lines)
+    for number, (row, row_lines) in enumerate(rows):
+        if isinstance(row, str) or len(row) > len(header):
+            report.skipped["bad_rows"] += len(row_lines)
+            place = f"line {line}" if len(row_lines) == 1 else f"lines {line} to {line + len(row_lines) - 1}"
+            words = row if isinstance(row, str) else f"{len(row)} fields, the header has {len(header)}"
+            report.reason = report.reason or f"bad rows, the first in {place} ({words})"
         elif column < len(row):
             yield number, row[column]
         elif row:
             report.skipped["no_feature"] += 1
+        line += len(row_lines)
     if number < 0:
         report.reason = "a header without rows"
 
 
-def _table_rows(reader: Iterator[list[str]]) -> Iterator[list[str] | None]:
-    """The rows of a reader of the csv library; None for one that is not valid."""
+_Row = tuple[list[str] | str, list[str]]  # its fields, or why it is not valid, and its lines
+
+
+def _table_rows(lines: Iterable[str], delimiter: str, strict: bool = True) -> Iterator[_Row]:
+    """The rows of a table in CSV."""
+    row_lines: list[str] = []
+
+    def recorded() -> Iterator[str]:
+        for line in lines:
+            row_lines.append(line)
+            yield line
+
+    reader = csv.reader(recorded(), delimiter=delimiter, strict=strict)
     while True:
         try:
-            yield next(reader)
-        except csv.Error:
-            yield None
+            row: list[str] | str = next(reader)
+        except csv.Error as error:
+            row = str(error)
         except StopIteration:
             return
+        yield row, row_lines.copy()
+        row_lines.clear()
+
+
+def _rows_with_literal_quotes(rows: Iterable[_Row], width: int) -> Iterator[_Row]:
+    """The rows of a table with tabs, in which quotes can be text: then each line of a row is a row of its own.
+
+    Most programs that write tabs quote nothing, so that a text may begin with a quote and never close it. A row has
+    such a text if it is not valid with quotes, or if each of its lines is a complete row without them.
+
+    Args:
+        width: Number of columns.
+    """
+
+    def fields_of(line: str) -> list[str]:
+        text = line.rstrip("\r\n")
+        return text.split("\t") if text else []
+
+    def is_row(line: str) -> bool:
+        return len(fields_of(line)) == width and not line.startswith("\t")  # lines of indented text begin with a tab
+
+    for row, lines in rows:
+        is_valid = not isinstance(row, str) and len(row) <= width
+        if is_valid and (len(lines) == 1 or width == 1 or not all(map(is_row, lines))):
+            yield row, lines
+            continue
+        for line in lines:
+            fields = fields_of(line)
+            is_complete = not fields or len(fields) == width
+            yield fields if is_complete else f"{len(fields)} fields, the header has {width}", [line]
 
 
 def _table_lines(stream: IO[bytes], report: ReadReport) -> Iterator[str]:
+    """The lines of a table; "" replaces a line that is too long."""
     for _, line in lines_between(stream, 0, sys.maxsize):
-        if line:
-            yield line.decode("utf-8", "surrogateescape")
-        else:
+        if not line:
             report.skipped["too_long"] += 1
+        yield line.decode("utf-8", "surrogateescape")
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------

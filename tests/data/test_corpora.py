@@ -145,6 +145,21 @@ def test_a_data_set_converted_in_place_is_read(directory: Path, tfds_directory: 
     assert len(open_corpus(str(info.parent), "train", directory)) == 20
 
 
+@pytest.mark.parametrize("format_version", ["jsonl", 2])
+def test_metadata_of_other_programs_is_not_read(
+    directory: Path, tfds_directory: Path, tmp_path: Path, format_version: object
+) -> None:
+    articles = shutil.copytree(tfds_directory / "articles/en/2.1.0", tmp_path / "corpora/theirs/1.0.0")
+    expected = open_corpus("articles/en", "train", directory)
+    foreign = {"format": format_version, "fingerprint": 1, "counts": "20"}
+    (articles / "metadata.json").write_text(json.dumps(foreign))
+    for name in ("theirs", str(articles)):
+        corpus = open_corpus(name, "train", tmp_path)
+        assert list(corpus) == list(expected) and corpus.fingerprint == expected.fingerprint and not corpus.metadata
+    with pytest.raises(UserError, match=r"1.0.0 exists, and mot data build did not write it; try another name"):
+        build(spec_from_files("theirs", [str(directory / "a.jsonl")]), tmp_path / "corpora", 1)
+
+
 def test_damaged_data_sets_and_buckets(directory: Path, tfds_directory: Path, tmp_path: Path) -> None:
     info = shutil.copytree(tfds_directory / "articles", tmp_path / "broken") / "en/2.1.0/dataset_info.json"
     info.write_text("{")

@@ -66,3 +66,13 @@ def test_tables_as_the_csv_library_writes_them(rows: list[tuple[str, str]], deli
     documents = list(table_documents(io.BytesIO(output.getvalue().encode()), "text", report))
     assert documents == [(i, text) for i, (_, text) in enumerate(rows)]
     assert not report.skipped
+
+
+@given(st.lists(st.text('a"', max_size=4), min_size=1))
+def test_tables_with_tabs_whose_quotes_are_text(texts: list[str]) -> None:
+    content = "id\ttext\n" + "".join(f"{i}\t{text}\n" for i, text in enumerate(texts))
+    report = ReadReport()
+    documents = list(table_documents(io.BytesIO(content.encode()), "text", report, "\t,;|"))
+    letters = [(i, text.replace('"', "")) for i, text in documents]
+    assert letters == [(i, text.replace('"', "")) for i, text in enumerate(texts)]
+    assert not report.skipped

@@ -40,6 +40,7 @@ LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumer
 ARRAY = [{"text": text, "meta": {"nested": [1, {"text": "no"}]}} for text in TEXTS]
 CSV = 'label,text\r\n1,one\r\n2,"zweites: äöü €, 漢字"\r\n3,"a ""quoted""\nline, and\n\na gap"\r\n'.encode()
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+OPEN_QUOTE = b'label\ttext\n0\t"Hello you\n' + b"".join(b"%d\ttext %d\n" % (i, i) for i in range(1, 999))
 ARCHIVE = io.BytesIO()
 with zipfile.ZipFile(ARCHIVE, "w") as archive:
     archive.writestr("a.txt", "text in the archive")
@@ -140,6 +141,17 @@ READ: dict[str, tuple[bytes, list[str]]] = {
     "utf16.csv": (CSV.decode().encode("utf-16"), TEXTS),
     "semicolon.csv": (b"label;text\n1;one, two\n", ["one, two"]),
     "tab.tsv": (b"text\tlabel\none, two\t1\n", ["one, two"]),
+    "quoted.tsv": (CSV.replace(b",", b"\t", 2).replace(b"3,", b"3\t").replace(b"2,", b"2\t"), TEXTS),
+    "indented.tsv": (b'label\ttext\n1\t"all:\n\tmake"\n', ["all:\n\tmake"]),
+    "quoted_header.tsv": (b'"label"\t"text"\n"1"\t"a\n2\tb"\n', ["a\n2\tb"]),
+    # quotes that are text: never closed, closed in a later row, in the middle of the field
+    "open_quote.tsv": (OPEN_QUOTE, ['"Hello you', *(f"text {i}" for i in range(1, 999))]),
+    "open_column.tsv": (b'text\n"Hello you\none\n\ntwo\n', ['"Hello you', "one", "two"]),
+    "closed_quote.tsv": (
+        b'label\ttext\n1\tone\n2\t"Hello\n3\tthree\n4\tgoodbye"\n5\tfive\n',
+        ["one", '"Hello', "three", 'goodbye"', "five"],
+    ),
+    "inner_quote.tsv": (b'label\ttext\n1\t"Bye" for now\n2\t"two"\n', ['"Bye" for now', "two"]),
     "one_column.tsv": (b"text\none, two\n", ["one, two"]),
     "quoted_header.csv": (b'"a\nname","text"\n1,one\n', ["one"]),
     "blank_lines.csv": (b"\n\nlabel,text\n\n1,one\n", ["one"]),
@@ -153,6 +165,14 @@ READ: dict[str, tuple[bytes, list[str]]] = {
     "dictionary.parquet": (text_column(pa.dictionary(pa.int32(), pa.string())), TEXTS),
     "parquet_as.txt": (text_column(pa.string()), TEXTS),
     # text that begins like other formats, and long ASCII with colors
+    "pdf.txt": (b"%PDF- begins a PDF, as in %PDF-1.7", ["%PDF- begins a PDF, as in %PDF-1.7"]),
+    "pdf_version.txt": (b"%PDF-1.7 is newer than 1.4", ["%PDF-1.7 is newer than 1.4"]),
+    "zip.md": (
+        b"PK\3\4 begins a zip archive" + b", and text" * 20,
+        ["PK\3\4 begins a zip archive" + ", and text" * 20],
+    ),
+    "tar.txt": (b"x" * 257 + b"ustar is at byte 257", ["x" * 257 + "ustar is at byte 257"]),
+    "pointers.md": (POINTER[:43] + b" begins a pointer", [POINTER[:43].decode() + " begins a pointer"]),
     "orc.txt": (b"PAR12 is a code; ORC too", ["PAR12 is a code; ORC too"]),
     "json_as.txt": (LINES, [LINES.decode()]),
     "colors.log": (b"\x1b[31mred\x1b[0m text " * 10, ["\x1b[31mred\x1b[0m text " * 10]),
@@ -173,6 +193,7 @@ PARTLY: dict[str, tuple[bytes, list[str], str]] = {
     "cut.jsonl.gz": (gzip.compress(LINES)[:-12], TEXTS[:2], "1 damaged files, read up to the damage"),
     "cut.json": (json.dumps(ARRAY).encode()[:-9], TEXTS[:2], "1 damaged files, read up to the damage"),
     "broken.json": (b'[{"text": "one"}, {"text": oops}]', ["one"], "1 damaged files"),
+    "arrays.jsonl": (b'{"text": "one"}\n["id1", "t1"]\n', ["one"], "1 lines or rows skipped that have no text"),
     "some.jsonl": (
         b'{"text": "one"}\n{"other": 1}\n{"text": null}\n{"text": 5}\n[1]\n{"text": "two"}\n',
         ["one", "two"],
@@ -180,8 +201,9 @@ PARTLY: dict[str, tuple[bytes, list[str], str]] = {
     ),
     "some_broken.jsonl": (b'{"text": "one"}\n{"text": "tw\n', ["one"], "1 lines skipped that are not valid JSON"),
     "blank.csv": (b"text,label\none,1\n,2\n\n", ["one"], "1 empty documents skipped"),
-    "ragged.csv": (b"label,text\n1,one\n2,two, three\n", ["one"], "1 rows skipped that are not valid CSV"),
-    "open_quote.csv": (b'label,text\n1,one\n2,"two\n', ["one"], "1 rows skipped that are not valid CSV"),
+    "ragged.csv": (b"label,text\n1,one\n2,two, three\n", ["one"], "1 lines of tables skipped, in rows that"),
+    "open_quote.csv": (b"label,text\n1,one\n" + OPEN_QUOTE.replace(b"\t", b",")[11:], ["one"], "999 lines of tables"),
+    "ragged.tsv": (b'label\ttext\n1\t"one\n2\ttwo\t3\n3\tthree\n', ['"one', "three"], "1 lines of tables skipped"),
     "nulls.parquet": (parquet(text=pa.array(["one", None, "two"])), ["one", "two"], "1 lines or rows skipped"),
     "bytes.parquet": (parquet(text=pa.array([b"one", b"\xff\xd8\xff"])), ["one"], "1 files or documents skipped"),
     "latin1.txt": ("es war einmal ein Käfer".encode("latin-1"), ["es war einmal ein K\ufffdfer"], "invalid UTF-8"),
@@ -196,6 +218,45 @@ def test_skipped_content_is_counted(name: str, tmp_path: Path) -> None:
     documents, lines = build(tmp_path, str(tmp_path / name))
     assert documents == expected
     assert any(words in line for line in lines), lines
+
+
+# Of these files, those with an unknown number of missing documents, with words of the reason.
+INCOMPLETE = {
+    "cut.jsonl.gz": "damaged: Compressed file ended before the end-of-stream marker was reached",
+    "cut.json": "no valid JSON after 2 values",
+    "broken.json": "no valid JSON after 1 values",
+    "ragged.csv": "bad rows, the first in line 3 (3 fields, the header has 2)",
+    "open_quote.csv": "bad rows, the first in lines 3 to 1001 (unexpected end of data)",
+    "ragged.tsv": "bad rows, the first in line 3 (3 fields, the header has 2)",
+}
+
+
+def test_files_with_missing_documents_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in PARTLY:
+        (source / name).write_bytes(PARTLY[name][0])
+    _, lines = build(tmp_path, str(source))
+    words = "documents missing from "
+    assert {line.removeprefix(words) for line in lines if line.startswith(words)} == {
+        *(f"{name}: {reason}" for name, reason in INCOMPLETE.items() if "line 3" not in reason),
+        f"ragged.csv, ragged.tsv: {INCOMPLETE['ragged.csv']}",
+    }
+    entries = map(json.loads, (tmp_path / "corpora/mine/1.0.0/left_out.jsonl").read_text().splitlines())
+    assert sorted((entry["file"], entry["documents"], entry["reason"]) for entry in entries) == sorted(
+        (str(source / name), len(PARTLY[name][1]), reason) for name, reason in INCOMPLETE.items()
+    )
+
+
+def test_many_reasons_are_listed_in_a_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(15):
+        (source / f"{i:02}.csv").write_text("text\n" + "good\n" * i + "one, two\n" + "good\n")
+    _, lines = build(tmp_path, str(source))
+    named = [line for line in lines if line.startswith("documents missing from ")]
+    assert len(named) == 11 and named[-1] == "documents missing from 5 more, for other reasons (left_out.jsonl)"
+    assert len((tmp_path / "corpora/mine/1.0.0/left_out.jsonl").read_text().splitlines()) == 15
 
 
 LEFT_OUT: dict[str, tuple[bytes, str]] = {
@@ -236,6 +297,8 @@ LEFT_OUT: dict[str, tuple[bytes, str]] = {
     "list.jsonl": (b'{"text": ["one", "two"]}\n', "its field 'text' has the type array"),
     "nested.json": (b'{"data": [{"text": "one"}]}', "no field 'text'; it has 'data' (array)"),
     "deep.jsonl": (b'{"meta": {"text": "one"}}\n', "no field 'text'; it has 'meta' (object)"),
+    "arrays.jsonl": (b'["id1", "t1"]\n["id2", "t2"]\n', "values of the type array, not objects"),
+    "mixed.jsonl": (b'["id1", {"text": "t1"}]\n{"body": 1}\n', "no field 'text'; it has 'body' (number)"),
     "numbers.json": (b"[1, 2, 3]", "values of the type number, not objects"),
     "other_column.csv": (b"body,label\none,1\n", "no column 'text'; it has 'body', 'label'"),
     "no_header.csv": (b"some words,1\nothers,2\n", "no column 'text'; it has 'some words', '1'"),
