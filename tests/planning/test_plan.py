@@ -259,11 +259,12 @@ def test_a_fully_sharded_model_on_a_tpu():
     # Blocks in bfloat16 forward and backward; the head once, and the embeddings in float32.
     gathered = 2 * 2 * blocks + 2 * parameters["head"] + 4 * parameters["embeddings"]
     assert collective_bytes(result, "all-gather", "fsdp") == gathered
-    # Gradients once, in the dtype of the products; those of the head are summed in float32.
-    scattered = 2 * blocks + 4 * parameters["head"] + 4 * parameters["embeddings"]
+    # Gradients once, in the dtype of the products; those of the head are summed in float32. The gradient of these small
+    # embeddings fits into the core's memory, where libtpu sums it whole, and then slices it.
+    scattered = 2 * blocks + 4 * parameters["head"]
     assert collective_bytes(result, "reduce-scatter", "fsdp") == scattered
-    replicated = 4 * parameters["norms"] + 2 * biases
-    assert collective_bytes(result, "all-reduce", "fsdp") == pytest.approx(replicated, abs=1000)
+    whole = 4 * parameters["norms"] + 2 * biases + 4 * parameters["embeddings"]
+    assert collective_bytes(result, "all-reduce", "fsdp") == pytest.approx(whole, abs=1000)
     # 2 x 2 chips, no rings: two links of 45 GB/s, over which each receives, or sends, three quarters.
     assert result.times.collectives["all-gather over fsdp"] == pytest.approx(3 / 4 * gathered / (2 * 4.5e10))
     assert result.times.collectives["reduce-scatter over fsdp"] == pytest.approx(3 / 4 * scattered / (2 * 4.5e10))
