@@ -56,7 +56,7 @@ def _plain_number(value: Any) -> Any:
 
 
 def _dtype_name(value: Any) -> Any:
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, (str, dict, list, tuple)):  # NumPy would read these as structured types
         return value
     import numpy as np  # here, since configs of files and flags have names, and the command line starts sooner without
 

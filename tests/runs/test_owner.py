@@ -240,6 +240,7 @@ def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path):
         owner.acquire(epath.Path(tmp_path / "file" / "run"))
 
 
+@pytest.mark.slow
 def test_a_run_in_progress_is_not_touched_by_a_second_start(workdir, start, tiny):
     first = start(workdir)
     wait_for_owner(first)

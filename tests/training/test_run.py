@@ -200,6 +200,7 @@ def test_an_extended_run_that_is_killed_at_its_end_is_finished_again(finished, t
     assert json.loads((workdir / "result.json").read_text())["steps"] == 14
 
 
+@pytest.mark.slow
 def test_a_run_has_its_tokenizer_and_paths_are_compared_by_content(tiny, tmp_path, monkeypatch):
     """A tokenizer and a corpus by relative paths: read and resumed from other directories, under other names."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"

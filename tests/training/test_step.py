@@ -334,7 +334,8 @@ def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind
     )
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("mixture_of_tokens", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "mixture_of_tokens"])
 def test_skipping_adds_no_pass_over_the_state(tiny, monkeypatch, optimized, kind):
     """The compiled step reads and writes as many bytes as one without the check, up to a few scalars.
 
@@ -373,10 +374,7 @@ def test_the_losses_of_every_kind_are_tested():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in ("token_choice", "mixture_of_tokens") else [pytest.mark.slow])
-        for name in KINDS_WITH_LOSSES
-    ],
+    [pytest.param(name, marks=[] if name == "token_choice" else [pytest.mark.slow]) for name in KINDS_WITH_LOSSES],
 )
 def test_losses_are_means_over_the_batch_for_any_number_of_microbatches(tiny, name):
     """The gradient of all losses is the same with 1 and 4 microbatches, half of whose sequences are short or empty."""
