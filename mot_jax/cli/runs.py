@@ -208,3 +208,35 @@ def inspect(arguments: list[str]) -> None:
 
     for line in inspect(options.workdir, options.output, options.group, options.position):
         print(line)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Read all files of all checkpoints of a run, and compare them with the checksums that were saved with them.
+
+    The exit code is 2 if a checkpoint is damaged. Nothing is written.
+    """
+
+    workdir: Workdir
+    """Directory of a run."""
+
+
+def verify(arguments: list[str]) -> None:
+    """Compare all checkpoints of a run with their checksums."""
+    options = parse("mot verify", VerifyOptions, arguments)
+    from mot_jax.runs import manifest
+
+    folder = user_path("WORKDIR", options.workdir) / "checkpoints"
+    names = (
+        sorted((path.name for path in folder.iterdir() if path.name.isdecimal()), key=int) if folder.exists() else []
+    )
+    if not names:
+        raise UserError(f"WORKDIR = {options.workdir}: has no checkpoints; try the --workdir of a training run")
+    damages = {name: manifest.damage(folder / name, contents=True) for name in names}
+    for name, problem in damages.items():
+        if problem is None:
+            sizes = [size for size, _ in manifest.read(folder / name).files.values()]
+            print(f"checkpoint {name}: intact, {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files")
+    faults = manifest.left_out_lines(folder, {int(name): problem for name, problem in damages.items() if problem})
+    if faults:
+        raise UserError(*faults)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mot_jax.config.fields import (
+    CheckpointConfig,
     Config,
     DataConfig,
     DenseConfig,
@@ -142,6 +143,7 @@ def _consistency_errors(config: Config) -> Iterator[str]:
     length = config.model.context_length
     yield from _divisor_errors("model.loss_chunk", config.model.loss_chunk, "model.context_length", length)
     yield from _training_errors(config.training, config.model)
+    yield from _checkpoint_errors(config.checkpoint, config.training)
     yield from _data_errors(config.data)
     model, data = config.model, config.data
     sequences, source = max(
@@ -177,6 +179,20 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _mixture_errors(model, kind)
     if isinstance(kind, TokenChoiceConfig):
         yield from _token_choice_errors(model, kind)
+
+
+def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
+    every = training.checkpoint_every
+    if checkpoint.keep_every % every:
+        rule = f"must be a multiple of training.checkpoint_every = {every}"
+        multiple = -(-checkpoint.keep_every // every) * every
+        yield f"checkpoint.keep_every = {checkpoint.keep_every}: {rule}; try {multiple}"
+    if checkpoint.keep_best and every % training.validate_every:
+        rule = (
+            f"requires a validation with each checkpoint, and training.validate_every = {training.validate_every} is no"
+        )
+        advice = f"try training.validate_every = {every}"
+        yield f"checkpoint.keep_best = {checkpoint.keep_best}: {rule} divisor of {every}; {advice}"
 
 
 def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[str]:

@@ -462,7 +462,14 @@ class CheckpointConfig(_PlainData):
     """Checkpoints and preemption."""
 
     max_to_keep: int = _free(2)
-    """Number of the newest checkpoints that are kept."""
+    """Number of the newest checkpoints to retain."""
+    keep_every: int = _free(0)
+    """Number of steps of whose multiples all checkpoints are retained too. 0: none."""
+    keep_best: int = _free(0)
+    """Number of checkpoints with the lowest validation losses to retain too."""
+    verify: Literal["checksums", "contents"] = _free("checksums")
+    """Check of a checkpoint on an object store before it is restored: the store's `checksums`, or reading all
+    `contents`. On a file system contents are always read."""
     preempted_exit_code: int = _free(143)
     """Exit code of a run that ended on SIGTERM, after a checkpoint."""
 

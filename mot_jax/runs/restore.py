@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from mot_jax.data.tokenizers import tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
+from mot_jax.runs.manifest import left_out_lines, newest_intact, steps_of
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
-from mot_jax.runs.stores import orbax_path, quieten, unreadable
+from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
 from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import user_path
@@ -142,11 +144,15 @@ def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epa
     with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     while True:
-        step = newest_step(folder)
+        step, left_out = newest_intact(folder)
+        problems = left_out_lines(folder, left_out)
         if step is None:
-            raise UserError(f"workdir = {workdir}: has no checkpoint yet; try again after the run has saved one")
+            advice = "try again after the run has saved one"
+            raise UserError(*problems or [f"workdir = {workdir}: has no checkpoint yet; {advice}"])
         content, read_error = _load(folder / str(step), abstract)
         if not any(distributed.gather(read_error is not None)):
+            for problem in problems if distributed.is_first() else ():
+                print(f"warning: {problem}; step {step} is used instead", file=sys.stderr)
             return folder / str(step), content
         if newest_step(folder) == step:  # else the run has saved a newer one, and may have deleted this one
             with distributed.together():
@@ -190,11 +196,8 @@ def tensor_faults(file: Tensors, parameters: Mapping[str, jax.ShapeDtypeStruct],
 
 def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], UserError | RetryableError | None]:
     """Load parts of a checkpoint. Returns them, or the error to raise."""
-    context = ocp.Context()
+    context = by_itself()
     context.pytree.loading.partial_load = True
-    # Each process by itself: one that cannot read would leave the others at a barrier of Orbax for five minutes.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
     try:
         with context:
             content = ocp.load(checkpoint, abstract)
@@ -214,13 +217,7 @@ def newest_step(folder: epath.Path) -> int | None:
 
     On a shared file system, other hosts may still see an older state. With several processes, each calls this.
     """
-    newest = None
-    with distributed.together():
-        if distributed.is_first():
-            folder = orbax_path(folder)
-            checkpoints = ocp.path.step.standard_name_format().find_all(folder) if folder.exists() else ()
-            newest = max((checkpoint.step for checkpoint in checkpoints), default=None)
-    return distributed.gather(newest)[0]
+    return distributed.from_first(lambda: max(steps_of(folder), default=None))
 
 
 @lru_cache

@@ -11,7 +11,9 @@ import logging
 import os
 from typing import Any
 
+import jax
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -34,6 +36,17 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def by_itself() -> ocp.Context:
+    """A context in which Orbax reads in this process alone.
+
+    A process that cannot read would leave the others at a barrier of Orbax for five minutes.
+    """
+    context = ocp.Context()
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
 def unreadable(checkpoint: epath.Path, error: Exception, problem: str) -> UserError | RetryableError:
     """The error to raise for a checkpoint that Orbax cannot read: a RetryableError if its disk or store failed.
 
@@ -46,7 +59,7 @@ def unreadable(checkpoint: epath.Path, error: Exception, problem: str) -> UserEr
     place = f"workdir = {checkpoint.parent.parent}: its checkpoint {checkpoint.name}"
     if is_passing(error):
         return RetryableError(f"{place} could not be read ({reason}); the same command may work later")
-    return UserError(f"{place} {problem} ({reason}); if it is damaged, remove {checkpoint}, and the one before is used")
+    return UserError(f"{place} {problem} ({reason}); `mot verify {checkpoint.parent.parent}` checks its files")
 
 
 def orbax_path(path: epath.Path) -> epath.Path:

@@ -95,6 +95,13 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def place() -> tuple[int, int]:
+    """The index of this process, and the number of processes."""
+    import jax
+
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
 def is_connected() -> bool:
     """Whether this is one of several processes that `connect` has connected. JAX need not be imported."""
     return _connected
@@ -196,14 +203,27 @@ def _united(reports: list[dict[str, Any]]) -> list[str]:
     return united
 
 
-def gather(value: Any) -> list[Any]:
-    """All-gather a JSON value: the values of all processes in their order. Waits for the last process."""
+def from_first(compute: Callable[[], Any]) -> Any:
+    """Compute a JSON value in process 0, and return it in all processes; an error of process 0 is raised in all."""
+    value = None
+    with together():
+        if is_first():
+            value = compute()
+    return gather(value)[0]
+
+
+def gather(value: Any, name: str | None = None) -> list[Any]:
+    """All-gather a JSON value: the values of all processes in their order. Waits for the last process.
+
+    Without a name, all processes make their calls in the same order, from one thread. Other threads give each call a
+    name of its own.
+    """
     import jax
 
     if not jax.distributed.is_initialized():
         return [value]
     count, index = jax.process_count(), jax.process_index()
-    client, key = _coordination().client, f"mot_jax/{next(_rounds)}"
+    client, key = _coordination().client, f"mot_jax/{next(_rounds) if name is None else name}"
     client.key_value_set(f"{key}/{index}", json.dumps(value))
     if index == 0:
         texts = [client.blocking_key_value_get(f"{key}/{i}", _FOREVER) for i in range(count)]

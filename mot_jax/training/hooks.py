@@ -21,6 +21,7 @@ from mot_jax.errors import DivergedError
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
+from mot_jax.runs.restore import newest_step
 from mot_jax.runtime import distributed
 from mot_jax.training.divergence import WATCHED, DivergenceWatch
 from mot_jax.training.trainer import Hook, StepMetrics, Trainer
@@ -49,6 +50,7 @@ class LogHook(Hook):
 
     Attributes:
         watch: the state of the latest step whose metrics have been fetched.
+        last_validation: the latest validation row; empty if there is none since the start.
     """
 
     def __init__(self, console: Console):
@@ -56,6 +58,7 @@ class LogHook(Hook):
         self._metrics_log: MetricsLog | None = None  # only in process 0
         self._pending: _Pending | None = None
         self.watch = DivergenceWatch()
+        self.last_validation: Row = {}
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
@@ -96,6 +99,8 @@ class LogHook(Hook):
 
     def write(self, row: Row, line: str) -> None:
         """Write a row to the log, and its line to the console."""
+        if row["split"] == "validation":
+            self.last_validation = row
         if self._metrics_log is not None:
             self._metrics_log.write(row)
         self._console.line(line)
@@ -181,8 +186,7 @@ class CheckpointHook(Hook):
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
-        directory, max_to_keep = trainer.run.workdir / "checkpoints", trainer.run.config.checkpoint.max_to_keep
-        with Checkpoints(directory, max_to_keep) as self._checkpoints:
+        with Checkpoints(trainer.run.workdir / "checkpoints", trainer.run.config.checkpoint) as self._checkpoints:
             yield
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -198,12 +202,15 @@ class CheckpointHook(Hook):
             if due and watch.usable and (trainer.stopping or not watch.skipped_in_a_row):
                 owner.check(trainer.run.workdir, now=True)
                 self._log.flush()
-                self._checkpoints.save(trainer.step, trainer.state, trainer.next_example, trainer.run.config)
+                row = self._log.last_validation
+                loss = row["loss"] if row.get("step") == trainer.step else None
+                self._checkpoints.save(trainer.step, trainer.state, trainer.next_example, trainer.run.config, loss)
                 self._due = False
 
     def _diverged(self, trainer: Trainer, problem: str) -> DivergedError:
         self._checkpoints.wait()
-        step, workdir = self._checkpoints.latest(), trainer.run.workdir
+        workdir = trainer.run.workdir
+        step = newest_step(workdir / "checkpoints")
         last = f"its last checkpoint, {workdir / 'checkpoints' / str(step)}, is that of step {step}"
         rate = trainer.run.config.training.optimizer.learning_rate
         return DivergedError(

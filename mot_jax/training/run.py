@@ -5,6 +5,7 @@ writes its result.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from mot_jax.modes import companions
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints, Restored
+from mot_jax.runs.manifest import left_out_lines, steps_of
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.optimizer import learning_rate
 from mot_jax.runs.restore import check_data, newest_step, with_tokenizer_copy
@@ -90,6 +92,7 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         check(config)
         check_logging(config.logging)
         workdir = user_path("workdir", workdir)
+        _check_name(workdir)
         config = with_absolute_paths(config)
         mesh = make_mesh(config)
         _check_workdir(config, workdir)
@@ -137,14 +140,20 @@ def begin(run: Run, take_over: bool = False) -> Start:
             for path in run.workdir.glob("error*.txt"):  # of an earlier start
                 path.unlink(missing_ok=True)
     write_workdir(run)
-    # Opening the checkpoints also removes the remains of interrupted saves.
-    with Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.max_to_keep) as checkpoints:
-        # As process 0 sees them: other hosts of a shared file system may still see an older state.
-        step = distributed.gather(checkpoints.latest() or 0)[0]
+    folder = run.workdir / "checkpoints"
+    with Checkpoints(folder, run.config.checkpoint) as checkpoints:
+        newest, left_out = checkpoints.newest_intact()
+        problems, step = left_out_lines(folder, left_out), newest or 0
+        if problems and newest is None:
+            raise UserError(*(f"{line}; try another workdir, or rm -r {folder} to begin again" for line in problems))
+        with distributed.together():
+            if distributed.is_first():
+                checkpoints.tidy(step, left_out)
         origin = _RESUMED if step else _origin_of(run.config)
         with jax.set_mesh(run.mesh):
             start = origin.begin(run, checkpoints, step)
             _check_finite(run, start)
+        start = start._replace(notes=[f"warning: {line}" for line in problems] + start.notes)
     with distributed.together():
         if distributed.is_first() and start.step < run.config.training.steps:
             (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
@@ -350,6 +359,14 @@ def _check_finite(run: Run, start: Start) -> None:
     raise UserError(f"workdir = {run.workdir}: {place} has NaN or infinite values, in its {name}; {advice}")
 
 
+def _check_name(workdir: epath.Path) -> None:
+    """Raise UserError for a path that Orbax, which takes it for a pattern, would write to but not read from."""
+    path = str(workdir if is_remote(workdir) else workdir.absolute())
+    if re.search(r"[\[*?]", path):
+        rule = "must not contain [, * or ?, since no checkpoint could be read"
+        raise UserError(f"workdir = {path}: {rule}; try {re.sub(r'[][*?]', '_', path)}")
+
+
 def _check_shared(config: Config, workdir: epath.Path) -> None:
     """Raise UserError if this process does not see the config that process 0 has just written."""
     path, deadline = workdir / "config.json", time.monotonic() + _VISIBLE_WITHIN
@@ -366,12 +383,13 @@ def _check_disk_space(state: TrainState, config: Config, workdir: epath.Path) ->
     """Raise UserError if the disk cannot hold the checkpoints to come: those retained, and one being written."""
     if is_remote(workdir):
         return
-    folder, max_to_keep = workdir / "checkpoints", config.checkpoint.max_to_keep
-    saved_steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    if max(saved_steps, default=0) >= config.training.steps:
+    steps, c = config.training.steps, config.checkpoint
+    saved_steps = steps_of(workdir / "checkpoints")
+    if max(saved_steps, default=0) >= steps:
         return
+    retained = c.max_to_keep + c.keep_best + (steps // c.keep_every if c.keep_every else 0)
     checkpoint_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    needed = max(max_to_keep + 1 - len(saved_steps), 1) * checkpoint_bytes
+    needed = max(retained + 1 - len(saved_steps), 1) * checkpoint_bytes
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

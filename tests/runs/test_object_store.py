@@ -19,7 +19,7 @@ from object_store import ObjectStore
 from tiny_run import StopAt, StoppedError, numbers
 
 from mot_jax import cli
-from mot_jax.config import Config, LoggingConfig, to_json
+from mot_jax.config import CheckpointConfig, Config, LoggingConfig, to_json
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
 from mot_jax.interop.export import export_model
@@ -165,7 +165,7 @@ def test_only_complete_checkpoints_count(bucket, tiny):
         lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
         abstract_state(tiny, mesh),
     )
-    with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig(max_to_keep=1)) as checkpoints:
         checkpoints.save(4, state, 128, tiny)
         checkpoints.save(8, state, 256, tiny)
     for path in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"):  # of a save that was killed
@@ -175,8 +175,9 @@ def test_only_complete_checkpoints_count(bucket, tiny):
     assert run.step == 8
     for name, value in run.params.items():
         np.testing.assert_array_equal(value, state.params[name])
-    with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
-        assert checkpoints.latest() == 8
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig(max_to_keep=1)) as checkpoints:
+        assert checkpoints.newest_intact() == (8, {})
+        checkpoints.tidy(8, {})
         assert checkpoints.restore(8, tiny, mesh).next_example == 256
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"8"}
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +20,9 @@ from safetensors.numpy import save_file
 from mot_jax.config import Config, MeshConfig, to_json
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import make_mesh
-from mot_jax.runs import restore
+from mot_jax.runs import checkpoint, restore
 from mot_jax.runs.checkpoint import Checkpoints
-from mot_jax.runs.restore import load_run, load_run_config, load_training, tensor_faults
+from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
 from mot_jax.runs.state import TrainState, abstract_state
 from mot_jax.runs.tensor_files import open_tensors
 from mot_jax.runtime import distributed
@@ -86,10 +84,14 @@ def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_read(saved, tmp_path
         path.rename(path.with_name("16"))
         raise FileNotFoundError(path)
 
+    def overtaken_by_nothing(path, *arguments):
+        raise FileNotFoundError(path)
+
     monkeypatch.setattr(restore.ocp, "load", overtaken)
     assert load_run(workdir).step == 16
-    shutil.rmtree(workdir / "checkpoints" / "16" / "state")  # nothing newer: damage is an error
-    with pytest.raises(UserError, match=r"its checkpoint 16 cannot be read \(.*; if it is damaged, remove"):
+    # Nothing newer, and all its files are as they were saved: an error.
+    monkeypatch.setattr(restore.ocp, "load", overtaken_by_nothing)
+    with pytest.raises(UserError, match=r"its checkpoint 16 cannot be read \(.*; `mot verify .*/run` checks its files"):
         load_run(workdir)
 
 
@@ -130,46 +132,6 @@ def restore_state(workdir: Path, config: Config) -> None:
         checkpoints.restore(12, config, make_mesh(config, jax.devices()[:1]))
 
 
-def test_a_damaged_checkpoint_is_one_short_line(saved, tiny, tmp_path):
-    workdir = Path(shutil.copytree(saved[0], tmp_path / "run"))
-    checkpoint = workdir / "checkpoints" / "12"
-    metadata = (checkpoint / "_CHECKPOINT_METADATA").read_text()
-    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata[: len(metadata) // 2])
-    load_run(workdir)  # which does not read the metadata
-    with pytest.raises(UserError, match=r"its checkpoint 12 .* \(ValueError: its metadata is missing or damaged\)"):
-        restore_state(workdir, tiny)
-    (checkpoint / "_CHECKPOINT_METADATA").write_text(metadata)
-    restore_state(workdir, tiny)
-    for path in (checkpoint / "state" / "d").iterdir():
-        os.truncate(path, path.stat().st_size // 2)
-    for line in read_errors(workdir):
-        assert line.startswith(f"UserError workdir = {workdir}: its checkpoint 12 cannot be read")
-        assert "(ValueError: OUT_OF_RANGE: " in line and f"if it is damaged, remove {checkpoint}, and" in line
-        assert len(line) < 800
-
-
-class OlderState(NamedTuple):
-    """The state as it was saved before skipped steps were counted."""
-
-    step: jax.Array
-    params: dict[str, jax.Array]
-    opt_state: optax.OptState
-
-
-def test_a_checkpoint_without_counters_of_skipped_steps_has_none(saved, tiny, tmp_path):
-    (tmp_path / "config.json").write_text(to_json(tiny))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(12, OlderState(*saved[1][:3]), 384, tiny)
-        checkpoints.wait()
-        mesh = make_mesh(tiny, jax.devices()[:1])
-        restored = checkpoints.restore(12, tiny, mesh)
-    assert (restored.state.skipped, restored.state.skipped_in_a_row, restored.next_example) == (0, 0, 384)
-    assert restored.state.skipped.dtype == "int32"
-    jax.tree.map(np.testing.assert_array_equal, restored.state[:3], saved[1][:3])
-    jax.tree.map(lambda leaf, kind: None, restored.state, abstract_state(tiny, mesh))
-    assert load_training(tmp_path, mesh).state.skipped == 0
-
-
 def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypatch):
     def silent(*_: object) -> None:
         try:
@@ -178,7 +140,7 @@ def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypa
             raise ValueError("Orbax's own words\nin lines") from error
 
     monkeypatch.setattr(restore.ocp, "load", silent)
-    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.load", silent)
+    monkeypatch.setattr(checkpoint.ocp, "load", silent)
     for read in (load_run, lambda workdir: restore_state(workdir, tiny)):
         with pytest.raises(RetryableError, match=r"12 could not be read \(OSError: .*Input/output error\); the same"):
             read(saved[0])
@@ -187,24 +149,23 @@ def test_a_disk_or_store_that_does_not_answer_is_no_damage(saved, tiny, monkeypa
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_processes_read_one_checkpoint_and_try_again_together(saved, monkeypatch, faulty):
     """Two processes as one of them sees it: process 0 sees an older checkpoint, which one of them finds deleted."""
-    seen = iter([4, 12, 12])
-    monkeypatch.setattr(distributed, "gather", lambda value: of_both(value))
-    load, asked = restore.ocp.load, []
+    newest, load, read = iter([4, 12, 12]), restore.ocp.load, []
 
-    def of_both(value: object) -> list:
-        if isinstance(value, bool):  # whether there was a fault
-            return [value or (faulty == 0 and len(asked) == 1), value]
-        return [next(seen), value]
+    def gathered(value: object) -> list:
+        return [value or (faulty == 0 and len(read) == 1), value] if isinstance(value, bool) else [value, value]
 
     def loaded(path, *arguments):
-        asked.append(path.name)
-        if faulty == 1 and len(asked) == 1:
+        read.append(path.name)
+        if faulty == 1 and len(read) == 1:
             raise FileNotFoundError(path)
         return load(path, *arguments)
 
+    monkeypatch.setattr(distributed, "gather", gathered)
+    monkeypatch.setattr(restore, "newest_intact", lambda folder: (next(newest), {}))
+    monkeypatch.setattr(restore, "newest_step", lambda folder: 12)
     monkeypatch.setattr(restore.ocp, "load", loaded)
     assert load_run(saved[0]).step == 12
-    assert asked == ["4", "12"]
+    assert read == ["4", "12"]
 
 
 def test_a_directory_without_a_run_is_one_line(saved, tiny, tmp_path):
