@@ -211,7 +211,7 @@ def inspect(arguments: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
+class VerifyOptions(JsonOptions):
     """Read all files of all checkpoints of a run, and compare them with the checksums that were saved with them.
 
     The exit code is 2 if a checkpoint is damaged. Nothing is written.
@@ -227,16 +227,16 @@ def verify(arguments: list[str]) -> None:
     from mot_jax.runs import manifest
 
     folder = user_path("WORKDIR", options.workdir) / "checkpoints"
-    names = (
-        sorted((path.name for path in folder.iterdir() if path.name.isdecimal()), key=int) if folder.exists() else []
-    )
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     if not names:
         raise UserError(f"WORKDIR = {options.workdir}: has no checkpoints; try the --workdir of a training run")
-    damages = {name: manifest.damage(folder / name, contents=True) for name in names}
+    damages = {name: manifest.damage(folder / name, contents=True) for name in sorted(names, key=int)}
     for name, problem in damages.items():
         if problem is None:
             sizes = [size for size, _ in manifest.read(folder / name).files.values()]
             print(f"checkpoint {name}: intact, {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files")
     faults = manifest.left_out_lines(folder, {int(name): problem for name, problem in damages.items() if problem})
+    if options.json:
+        write_json(options.json, {"workdir": options.workdir, "checkpoints": damages})
     if faults:
         raise UserError(*faults)

@@ -188,11 +188,8 @@ def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -
         multiple = -(-checkpoint.keep_every // every) * every
         yield f"checkpoint.keep_every = {checkpoint.keep_every}: {rule}; try {multiple}"
     if checkpoint.keep_best and every % training.validate_every:
-        rule = (
-            f"requires a validation with each checkpoint, and training.validate_every = {training.validate_every} is no"
-        )
-        advice = f"try training.validate_every = {every}"
-        yield f"checkpoint.keep_best = {checkpoint.keep_best}: {rule} divisor of {every}; {advice}"
+        rule = f"requires that training.validate_every = {training.validate_every} divides training.checkpoint_every"
+        yield f"checkpoint.keep_best = {checkpoint.keep_best}: {rule}; try training.validate_every = {every}"
 
 
 def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[str]:

@@ -468,8 +468,8 @@ class CheckpointConfig(_PlainData):
     keep_best: int = _free(0)
     """Number of checkpoints with the lowest validation losses to retain too."""
     verify: Literal["checksums", "contents"] = _free("checksums")
-    """Check of a checkpoint on an object store before it is restored: the store's `checksums`, or reading all
-    `contents`. On a file system contents are always read."""
+    """Check of a checkpoint on an object store before training resumes: the store's `checksums`, or all `contents`.
+    On a file system all contents are read."""
     preempted_exit_code: int = _free(143)
     """Exit code of a run that ended on SIGTERM, after a checkpoint."""
 

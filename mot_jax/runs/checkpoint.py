@@ -114,9 +114,8 @@ class Checkpoints:
         if c.keep_every:
             retained |= {step for step in steps if step % c.keep_every == 0}
         if c.keep_best:
-            losses = {step: self._validation_loss(step) for step in steps}
-            validated = [step for step in reversed(steps) if losses[step] is not None]
-            retained |= set(sorted(validated, key=losses.__getitem__)[: c.keep_best])
+            losses = [(loss, -step) for step in steps if (loss := self._validation_loss(step)) is not None]
+            retained |= {-step for _, step in sorted(losses)[: c.keep_best]}
         for step in set(steps) - retained:
             (self._directory / str(step) / manifest.FILE).unlink()  # first, since it is no checkpoint without it
             (self._directory / str(step)).rmtree()
@@ -128,15 +127,18 @@ class Checkpoints:
             return None
 
     def tidy(self, start: int, left_out: dict[int, str]) -> None:
-        """Remove the remains of interrupted saves, and set aside the checkpoints that are left out; before steps.
+        """Prepare the directory for saves: create it, and remove the remains of interrupted ones. Process 0 calls this.
 
-        On file systems, those left out are renamed, so that no later one replaces them. Process 0 calls this.
+        On a file system, checkpoints that are left out are renamed, so that no later one replaces them.
+
+        Args:
+            start: the step of the checkpoint in which the run resumes; 0 for none.
+            left_out: the keys are the steps of newer checkpoints, as `newest_intact` returns them.
 
         Raises:
             UserError: if there is nothing but checkpoints of an earlier version, which had no manifests.
         """
-        if not self._directory.exists():
-            return
+        self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if ".orbax-checkpoint-tmp" in path.name or (
                 is_remote(path) and path.name.isdecimal() and not (path / "commit_success.txt").exists()

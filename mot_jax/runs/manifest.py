@@ -226,7 +226,7 @@ def _checksums(checkpoint: epath.Path, kinds: dict[str, str], durable: bool = Fa
 def _checksum(path: epath.Path, like: str, durable: bool) -> str:
     kind = like.partition(":")[0]
     # An S3 tag cannot be computed: that the file can be read is all there is to check.
-    digest = {"xxh3": xxhash.xxh3_64, "md5": hashlib.md5}.get(kind, xxhash.xxh3_64)()
+    digest = hashlib.md5(usedforsecurity=False) if kind == "md5" else xxhash.xxh3_64()
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):

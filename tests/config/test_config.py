@@ -433,6 +433,7 @@ FREE = {
 FREE |= {"logging.tensorboard", "logging.wandb", "logging.wandb_project", "logging.sample_tokens"}
 FREE |= {f"training.{name}" for name in ("log_every", "validate_every", "checkpoint_every", "max_skipped")}
 FREE |= {"mesh.wait_seconds", "mesh.heartbeat_seconds", "checkpoint.preempted_exit_code"}
+FREE |= {"checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.verify"}
 
 
 @pytest.mark.parametrize("name", leaves(MIXTURE))
