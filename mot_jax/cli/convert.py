@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from mot_jax.cli.options import ProcessOptions, process
-from mot_jax.cli.parsing import Directory, File, Flag, Workdir, parse
+from mot_jax.cli.parsing import Directory, File, Flag, NumberOrNone, Workdir, parse
 from mot_jax.config import check, load_config
 from mot_jax.runtime import distributed
 
@@ -32,6 +32,8 @@ class ExportOptions(OutputOptions, ProcessOptions):
     """Directory of a run."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="DTYPE")] = None
     """Data type of the tensors, `float32` or `bfloat16`. None: that of the parameters."""
+    step: NumberOrNone = None
+    """Step of the checkpoint. None: the newest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def export(arguments: list[str]) -> None:
 
     several = jax.process_count() > 1  # else this process's memory must hold the model, and its devices need not
     with jax.set_mesh(make_mesh(config, trains=False)) if several else contextlib.nullcontext():
-        lines = export_model(options.workdir, options.output, options.dtype, options.overwrite)
+        lines = export_model(options.workdir, options.output, options.dtype, options.overwrite, step=options.step)
     for line in lines:
         print(line)
 

@@ -127,6 +127,8 @@ class EvaluateOptions(JsonOptions, ProcessOptions):
     """Number of sequences in a group. None: as in training."""
     windows: PositiveOrNone = None
     """Number of windows to score. None: all of the split."""
+    step: NumberOrNone = None
+    """Step of the checkpoint. None: the newest."""
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -147,7 +149,7 @@ def evaluate(arguments: list[str]) -> None:
         companions = load_companions(options.workdir)
         reasons = {name: reason for name in MODES if (reason := lacking(name, config, companions))}
     modes = [name for name in MODES if name not in reasons] if mode == "all" else [mode]
-    results = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes)
+    results = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes, options.step)
     if not distributed.is_first():
         return
     scores.show(config, results)

@@ -40,8 +40,9 @@ def export_model(
     dtype: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    step: int | None = None,
 ) -> list[str]:
-    """Write the newest checkpoint of the run in `workdir`, or another export, to the directory `output`.
+    """Write a checkpoint of the run in `workdir`, or another export, to the directory `output`.
 
     The parameters are sharded over the mesh that is set while they are read. With several processes, each calls this,
     and process 0 writes.
@@ -52,6 +53,7 @@ def export_model(
         dtype: of the tensors, one of DTYPES; None keeps that of the parameters.
         overwrite: replace the export in `output`.
         shard_bytes: the maximum size of a file that holds several tensors.
+        step: that of the checkpoint; None for the newest.
 
     Returns:
         Lines for the user: warnings, and a summary of the files.
@@ -66,7 +68,7 @@ def export_model(
         check_data({"tokenizer": open_tokenizer(config).fingerprint}, config, workdir)
         source = user_path("workdir", workdir)
         folder = open_output(output, overwrite, source)
-    run = load_run(workdir)
+    run = load_run(workdir, step=step)
 
     def read(name: str) -> np.ndarray:
         value = fetch(run.params[name])

@@ -58,12 +58,15 @@ def steps_of(folder: epath.Path) -> list[int]:
     return sorted(step for step in steps if (folder / str(step) / FILE).exists())
 
 
-def newest_intact(folder: epath.Path, contents: bool = False) -> tuple[int | None, dict[int, str]]:
+def newest_intact(
+    folder: epath.Path, contents: bool = False, step: int | None = None
+) -> tuple[int | None, dict[int, str]]:
     """Find the newest checkpoint that is as it was written. With several processes, each calls this.
 
     Args:
         folder: the directory of checkpoints.
         contents: read all files on an object store too, instead of comparing the store's checksums.
+        step: consider only the checkpoint of this step; None for all.
 
     Returns:
         Its step, None if there is none; and, for each newer step, the reason for which it is left out.
@@ -72,7 +75,11 @@ def newest_intact(folder: epath.Path, contents: bool = False) -> tuple[int | Non
         UserError, RetryableError: if a file cannot be read.
     """
     left_out: dict[int, str] = {}
-    while steps := distributed.from_first(lambda: [step for step in steps_of(folder) if step not in left_out]):
+
+    def candidates() -> list[int]:
+        return [one for one in steps_of(folder) if one not in left_out and step in (None, one)]
+
+    while steps := distributed.from_first(candidates):
         newest = steps[-1]
         with distributed.together():
             problem = damage(folder / str(newest), contents, *distributed.place())

@@ -102,14 +102,17 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
         )
 
 
-def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedModel:
-    """Load the parameters of an export, or of the newest complete checkpoint of the run in `workdir`.
+def load_run(workdir: epath.PathLike, mesh: Mesh | None = None, step: int | None = None) -> TrainedModel:
+    """Load the parameters of an export, or of a checkpoint of the run in `workdir`.
 
     They are placed on `mesh`; if it is None, on the mesh that is set; if there is none, on the first device. The mesh
     of the training does not matter. With several processes, each calls this.
 
+    Args:
+        step: that of the checkpoint; None for the newest one that is intact, or for an export.
+
     Raises:
-        UserError: if there is no run, no checkpoint yet or a damaged one.
+        UserError: if there is no run, no such checkpoint yet, or no intact one.
         RetryableError: if it cannot be read now.
     """
     with distributed.together():
@@ -117,8 +120,12 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedModel:
         abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
         path = user_path("workdir", workdir)
         if holds_tensors(path):
+            if step is not None:
+                raise UserError(
+                    f"--step = {step}: {workdir} is an export, which has no checkpoints; try without --step"
+                )
             return _load_export(path, config, abstract)
-    checkpoint, content = _load_newest(workdir, {"params": abstract})
+    checkpoint, content = _load_checkpoint(workdir, {"params": abstract}, step)
     return TrainedModel(config, content["params"], int(checkpoint.name))
 
 
@@ -129,7 +136,7 @@ def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
         abstract = abstract_state(config, mesh)._asdict()
         for name in COUNTERS:  # of the other run
             del abstract[name]
-    checkpoint, content = _load_newest(workdir, abstract)
+    checkpoint, content = _load_checkpoint(workdir, abstract)
     with distributed.together():
         try:
             next_example = int(ocp.metadata(checkpoint).custom_metadata["next_example"])
@@ -138,14 +145,21 @@ def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
     return SavedTraining(config, state_of(content), next_example)
 
 
-def _load_newest(workdir: epath.PathLike, abstract: dict[str, Any]) -> tuple[epath.Path, dict[str, Any]]:
-    """Load parts of the newest complete checkpoint. Returns its path and these parts."""
+def _load_checkpoint(
+    workdir: epath.PathLike, abstract: dict[str, Any], wanted: int | None = None
+) -> tuple[epath.Path, dict[str, Any]]:
+    """Load parts of a checkpoint, the newest that is intact if none is wanted. Returns its path and these parts."""
     quieten()
     with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
     while True:
-        step, left_out = newest_intact(folder)
+        step, left_out = newest_intact(folder, step=wanted)
         problems = left_out_lines(folder, left_out)
+        if step is None and not problems and wanted is not None:
+            steps = distributed.from_first(lambda: steps_of(folder))
+            raise UserError(
+                f"--step = {wanted}: {workdir} has no such checkpoint; try one of {steps}, or without --step"
+            )
         if step is None:
             advice = "try again after the run has saved one"
             raise UserError(*problems or [f"workdir = {workdir}: has no checkpoint yet; {advice}"])

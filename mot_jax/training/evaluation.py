@@ -89,15 +89,21 @@ def make_evaluation(
 
 @default_tracing()
 def evaluate_run(
-    workdir: epath.PathLike, config: Config, split: str, limit: int | None, modes: Sequence[str] = ("grouped",)
+    workdir: epath.PathLike,
+    config: Config,
+    split: str,
+    limit: int | None,
+    modes: Sequence[str] = ("grouped",),
+    step: int | None = None,
 ) -> list[Score]:
-    """Score the newest checkpoint of the run in `workdir` on a split of its dataset, in each of the inference modes.
+    """Score a checkpoint of the run in `workdir` on a split of its dataset, in each of the inference modes.
 
     Scores are also recorded in the workdir, if it is writable.
 
     Args:
         config: that of the run; its mesh and its groups may differ.
         limit: windows to score, about; None: all.
+        step: that of the checkpoint; None for the newest.
 
     Raises:
         UserError: if the tokenizer or the validation text of the run has changed, or the model lacks a mode.
@@ -114,7 +120,7 @@ def evaluate_run(
         check_scores(workdir)
     scores = []
     with jax.set_mesh(mesh):
-        run = load_run(workdir, mesh)
+        run = load_run(workdir, mesh, step)
         for mode in modes:
             changed, params = enter(mode, config, run.params, run.step, companions)
             evaluate = make_evaluation(changed, mesh, windows, tokenizer)

@@ -249,3 +249,21 @@ def test_a_run_of_a_version_without_manifests_is_refused_and_keeps_its_rows(save
     with pytest.raises(UserError, match="is of an earlier version of mot_jax, which wrote no manifest"):
         train(small(tiny), workdir)
     assert numbers(workdir) == rows
+
+
+def test_commands_read_the_checkpoint_of_a_step(finished, tmp_path, capsys):
+    """Of the steps 8 and 12 of a run."""
+    finished, scores = shutil.copytree(finished, tmp_path / "run"), []  # scores are recorded in it
+    for flags in ([], ["--step", "8"], ["--step", "12"]):
+        cli.main(["evaluate", str(finished), "--windows", "16", "--json", str(tmp_path / "score.json"), *flags])
+        scores.append(json.loads((tmp_path / "score.json").read_text()))
+    assert [score["step"] for score in scores] == [12, 8, 12]
+    assert scores[1]["loss"] != scores[2]["loss"] == scores[0]["loss"]
+    cli.main(["export", str(finished), "--output", str(tmp_path / "export"), "--step", "8"])
+    assert load_run(tmp_path / "export").step == 8
+    for workdir, words in (
+        (finished, r"no such checkpoint; try one of \[8, 12\]"),
+        (tmp_path / "export", "is an export"),
+    ):
+        with pytest.raises(UserError, match=rf"--step = 9: .*{words}"):
+            load_run(workdir, step=9)
