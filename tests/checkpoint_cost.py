@@ -1,4 +1,4 @@
-"""Time what manifests add to saving and restoring a checkpoint.
+"""Time manifests next to saving and restoring a checkpoint.
 
     python tests/checkpoint_cost.py DIRECTORY MEGABYTES [ROUNDS]     # 10 000 MB need 12 GB of memory and of disk
 

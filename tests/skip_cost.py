@@ -41,9 +41,8 @@ def main(path: str = "configs/demo.py", rounds: str = "200") -> None:
     draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     print(machine())
-    print(
-        f"{path}, {len(ratios)} pairs: {1e3 * np.median(with_skips):.2f} ms with, {1e3 * np.median(without):.2f} without"
-    )
+    medians = f"{1e3 * np.median(with_skips):.2f} ms with, {1e3 * np.median(without):.2f} ms without"
+    print(f"{path}, {len(ratios)} pairs: {medians}")
     print(f"median ratio {np.median(ratios):.4f}, 95 % interval {low:.4f} to {high:.4f}")
 
 

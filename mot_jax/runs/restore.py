@@ -121,9 +121,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None, step: int | None
         path = user_path("workdir", workdir)
         if holds_tensors(path):
             if step is not None:
-                raise UserError(
-                    f"--step = {step}: {workdir} is an export, which has no checkpoints; try without --step"
-                )
+                raise UserError(f"--step = {step}: {workdir} is an export, without checkpoints; try it without --step")
             return _load_export(path, config, abstract)
     checkpoint, content = _load_checkpoint(workdir, {"params": abstract}, step)
     return TrainedModel(config, content["params"], int(checkpoint.name))
@@ -157,9 +155,7 @@ def _load_checkpoint(
         problems = left_out_lines(folder, left_out)
         if step is None and not problems and wanted is not None:
             steps = distributed.from_first(lambda: steps_of(folder))
-            raise UserError(
-                f"--step = {wanted}: {workdir} has no such checkpoint; try one of {steps}, or without --step"
-            )
+            raise UserError(f"--step = {wanted}: {workdir} has no such checkpoint; try one of {steps}, or no --step")
         if step is None:
             advice = "try again after the run has saved one"
             raise UserError(*problems or [f"workdir = {workdir}: has no checkpoint yet; {advice}"])
