@@ -10,6 +10,15 @@ if [ $# -lt 4 ]; then
   echo "usage: $0 NAME ZONE CONFIG WORKDIR [--group.field VALUE ...]" >&2
   exit 2
 fi
+for argument in "$1" "$2" "$3" "$4"; do
+  case $argument in
+    NAME | ZONE | CONFIG | WORKDIR | *FILE.py* | *:VARIANT | *://BUCKET*)
+      echo "error: $argument: replace the word in capitals by a value of yours, as in $0 pod us-east5-a" \
+        "configs/v2.py:base_32e gs://my-bucket/run" >&2
+      exit 2
+      ;;
+  esac
+done
 name=$1 zone=$2
 shift 2
 

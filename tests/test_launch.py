@@ -364,6 +364,18 @@ def test_tpu_vm_starts_every_host(run):
     assert shlex.split(inner[1])[-1] == "a b"
 
 
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize(
+    "words", [("NAME", "ZONE", "CONFIG", "WORKDIR"), ("NAME", "ZONE", "FILE.py:x", "gs://BUCKET/r")]
+)
+def test_tpu_vm_refuses_its_placeholders(run, index, words):
+    arguments = ["pod", "us-east5-a", "configs/v2.py:base_32e", "gs://b/run"]
+    arguments[index] = words[index]
+    code, calls, output = run("tpu_vm.sh", *arguments)
+    assert (code, calls) == (2, [])
+    assert output.startswith(f"error: {words[index]}: replace the word in capitals") and output.count("\n") == 1
+
+
 def test_tpu_vm_without_arguments_prints_its_usage(run):
     code, calls, output = run("tpu_vm.sh", "pod")
     assert (code, calls) == (2, []) and "usage" in output

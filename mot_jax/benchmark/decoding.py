@@ -18,6 +18,7 @@ from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking
 from mot_jax.nn.transformer import Params, init_params, unroll
+from mot_jax.runtime.progress import progress as bar
 
 _MAX_DECODE_STEPS = 32  # of one timing
 
@@ -49,6 +50,7 @@ def bench_decoding(
     """
     if config.model.objective != "causal":
         raise UserError(f"model.objective = {config.model.objective!r}: generates no text; try a causal model")
+    progress("measuring the bandwidth of the memory")
     rate, length = bandwidth(), config.model.context_length
     params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
     group = config.model.group_size
@@ -56,19 +58,26 @@ def bench_decoding(
     companions[1] = 0  # each sequence is one document
     dense = dense_of_equal_active_parameters(config)
     models = {"dense": (dense.model, jax.jit(partial(init_params, dense.model))(jax.random.key(0)))}
-    for mode in MODES:
-        if mode != "without" and lacking(mode, config, companions) is None:
+    modes = [mode for mode in MODES if mode != "without" and lacking(mode, config, companions) is None]
+    with bar("preparing the parameters of the modes", len(modes)) as advance:
+        for mode in modes:
             mode_config, mode_params = enter(mode, config, params, 0, companions)
             models[mode] = (mode_config.model, mode_params)
+            advance(1)
     rows = []
     for batch in batches:
         progress(f"{batch} texts: compiling {len(models)} models")
-        runs = {name: _Generation(*model, batch) for name, model in models.items()}
+        runs = {}
+        with bar(f"{batch} texts: compiling models", len(models)) as advance:
+            for name, model in models.items():
+                runs[name] = _Generation(*model, batch)
+                advance(1)
         progress(f"{batch} texts: {rounds} rounds")
-        prefill_timings = in_turns({name: run.prefill for name, run in runs.items()}, rounds)
-        decode_timings = in_turns({name: run.decode for name, run in runs.items()}, rounds)
-        for name, (model, mode_params) in models.items():
-            size = step_bytes(model, mode_params, batch)
+        with bar(f"{batch} texts: rounds", 2 * (rounds + 1)) as advance:
+            prefill_timings = in_turns({name: run.prefill for name, run in runs.items()}, rounds, advance)
+            decode_timings = in_turns({name: run.decode for name, run in runs.items()}, rounds, advance)
+        for name, (mode_model, mode_params) in models.items():
+            size = step_bytes(mode_model, mode_params, batch)
             rows.append(
                 {
                     "mode": name,

@@ -17,6 +17,7 @@ from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import read_program
 from mot_jax.runs.checkpoint import versions
+from mot_jax.runtime.progress import Advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Timings:
         return (third - first) / self.median
 
 
-def in_turns(programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10) -> dict[str, Timings]:
+def in_turns(
+    programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10, advance: Advance = lambda units: None
+) -> dict[str, Timings]:
     """Time each program once per round, in a different order every round, so that disturbances affect all of them.
 
     A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
-    first time of each program, which may include compilation, is discarded.
+    first time of each program, which may include compilation, is discarded. After each round, `advance` is called.
     """
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -53,6 +56,7 @@ def in_turns(programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: in
             jax.block_until_ready(timed())
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
+        advance(1)
     return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
 

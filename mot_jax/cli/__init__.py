@@ -34,6 +34,7 @@ MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
 # Commands that retain freed memory, since every step allocates and frees large arrays. Generation does not, and is
 # slower with this setting (docs/notes/2026-11-28-allocator.md).
 LARGE_ARRAYS = ("train", "transition", "evaluate", "bench layers", "bench step")
+TRAINING = ("train", "transition")  # commands that do not wait for the reader of their output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()
     compilation.ignore_tracing_variables()
-    with distributed.ending(), boundary(debug, program):
+    with distributed.ending(), boundary(debug, program, never_block=not {*arguments[:1]}.isdisjoint(TRAINING)):
         if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()
         about = "Train, run and benchmark Mixture-of-Tokens language models in JAX."

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from mot_jax.errors import DivergedError, ReportedError, RetryableError, error_words
-from mot_jax.runtime import distributed, exit_codes
+from mot_jax.runtime import distributed, exit_codes, interrupts, output
 
 _FREE_SPACE = "free some and run the same command, which resumes from the last checkpoint"
 
@@ -27,13 +27,16 @@ _REMEDIES = {
     errno.ENOENT: "try a path that exists",
     errno.ENOTDIR: "a part of the path is not a directory; try another path",
     errno.EISDIR: "try the path of a file",
+    errno.EEXIST: "another file has this name; try another path",
     errno.ENAMETOOLONG: "try a shorter name",
 }
 _LONGEST_PATH = 200
+_INTERRUPTED = "interrupted; a training run resumes from its last checkpoint with the same command"
+_ending = threading.Lock()  # held by the thread that ends the process after Ctrl-C
 
 
 @contextlib.contextmanager
-def boundary(debug: bool = False, program: bool = False) -> Iterator[None]:
+def boundary(debug: bool = False, program: bool = False, never_block: bool = False) -> Iterator[None]:
     """Around a command: report the errors of the user and of the system in one line each, and exit.
 
     The exit codes are those of `exit_codes`. Any other exception is a bug and passes, with its traceback.
@@ -43,18 +46,19 @@ def boundary(debug: bool = False, program: bool = False) -> Iterator[None]:
         program: the command is the whole process, which then ends at once after a reported error: threads of a library,
             such as that of a failed save, could keep it alive. Otherwise, and with several processes, SystemExit is
             raised.
+        never_block: the command continues while nothing reads its output, and drops text.
     """
-    with _lenient_streams():
+    with output.lenient_streams(never_block):
         try:
-            yield
-            for stream in (sys.stdout, sys.stderr):
-                if stream is not None:
-                    stream.flush()  # an error of the last write is reported here, not by the interpreter at its exit
+            with interrupts.watch(_end_interrupted) if program else contextlib.nullcontext():
+                yield
+            output.drain()  # an error of the last write is reported here, not by the interpreter at its exit
         except KeyboardInterrupt:
+            if program:
+                _ending.acquire()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-            lines = ["interrupted; a training run resumes from its last checkpoint with the same command"]
-            _exit(lines, exit_codes.INTERRUPTED, debug, program)
+            _exit([_INTERRUPTED], exit_codes.INTERRUPTED, debug, program)
         except ReportedError as error:
             codes = {RetryableError: exit_codes.RETRYABLE, DivergedError: exit_codes.DIVERGED}
             _exit(error.faults, codes.get(type(error), exit_codes.USER_ERROR), debug, program)
@@ -63,6 +67,13 @@ def boundary(debug: bool = False, program: bool = False) -> Iterator[None]:
             if line is None:
                 raise
             _exit([line], exit_codes.USER_ERROR, debug, program)
+
+
+def _end_interrupted() -> None:
+    """End the process, called in a thread, unless the main thread does so."""
+    if _ending.acquire(blocking=False):
+        print(f"error: {_INTERRUPTED}", file=sys.stderr)
+        distributed.end_now(exit_codes.INTERRUPTED)
 
 
 def _exit(lines: tuple[str, ...] | list[str], code: int, debug: bool, program: bool) -> NoReturn:
@@ -121,55 +132,3 @@ def _platform_error(error: Exception) -> str | None:
     else:
         return None
     return f"JAX_PLATFORMS = {platforms}: {reason}; try JAX_PLATFORMS=cpu, or install JAX for this platform"
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-class _Output:
-    """A text stream that discards all output once the reader of its pipe has gone, so that the command continues."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._until_closed():
-            self._stream.write(text)
-        return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        with self._until_closed():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _until_closed(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            # Either way the stream still holds the text, and would fail again when the interpreter exits.
-            with open(os.devnull, "wb") as null:
-                os.dup2(null.fileno(), self._stream.fileno())
-            if not isinstance(error, BrokenPipeError):
-                raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextlib.contextmanager
-def _lenient_streams() -> Iterator[None]:
-    """Standard streams that replace characters outside of their encoding, and outlive the reader of a pipe."""
-    for stream in (sys.stdin, sys.stdout):  # standard error escapes such characters by default
-        if hasattr(stream, "reconfigure"):
-            with contextlib.suppress(io.UnsupportedOperation):  # it was read before, by a program that calls `main`
-                stream.reconfigure(errors="replace")
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (None if stream is None else _Output(stream) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before

@@ -145,8 +145,8 @@ class LmEvalOptions(ModelOptions):
     """Number of examples before each question. None: as the task defines it."""
     limit: PositiveOrNone = None
     """Number of examples of each task, from its first. None: all."""
-    batch_size: Positive = 8
-    """Number of sequences in a batch, rounded up to whole groups."""
+    batch_size: Annotated[str, tyro.conf.arg(metavar="N")] = "8"
+    """Number of sequences in a batch, rounded up to whole groups. `auto`, also `auto:N`: 8."""
 
 
 def lm_eval(arguments: list[str]) -> None:
@@ -155,7 +155,7 @@ def lm_eval(arguments: list[str]) -> None:
     if not options.tasks:
         raise UserError(f"--tasks is missing; try mot lm-eval {options.workdir} --tasks arc_easy")
     numbers: dict[str, Any] = {
-        "batch_size": options.batch_size,
+        "batch_size": int(options.batch_size) if options.batch_size.isdecimal() else options.batch_size,
         "limit": options.limit,
         "num_fewshot": options.num_fewshot,
     }
@@ -165,6 +165,7 @@ def lm_eval(arguments: list[str]) -> None:
         from mot_jax.interop import lm_eval
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; try pip install lm-eval") from None
+    lm_eval.parse_batch_size("--batch-size", options.batch_size)  # before the model is loaded
     model = _model(options, config)
     results = lm_eval.evaluate(model, options.tasks.split(","), include_path=options.include_path, **numbers)
     if not distributed.is_first():

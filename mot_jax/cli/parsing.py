@@ -454,7 +454,7 @@ def _config_for_help(target: str | None) -> Config:
     if target is not None:
         with contextlib.suppress(ReportedError, OSError):
             if is_target(target) and ".py" not in Path(target).name:
-                return from_json((Path(target).expanduser() / "config.json").read_text())
+                return from_json((Path(target).expanduser() / "config.json").read_bytes())
             return load_config(target)
     return Config()
 

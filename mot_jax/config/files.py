@@ -36,7 +36,10 @@ def load_config(name: str | os.PathLike[str]) -> Config:
     """
     path, variant = _split(name)
     if (stored := _stored_config(path)) is not None:
-        return from_json(stored.read_text())
+        try:
+            return from_json(stored.read_bytes(), os.fspath(stored))
+        except OSError as error:
+            raise UserError(f"config = {stored}: cannot be read ({error.strerror}); use another one") from None
     module = _load_module(path)
     if variant is not None and not hasattr(module, "VARIANTS"):
         raise UserError(f"config = {name}: the file has no VARIANTS; try {path}")
@@ -184,8 +187,8 @@ def _encode(value: Any) -> Any:
     return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 
-def from_json(text: str) -> Config:
-    """The config of a text that `to_json` wrote.
+def from_json(text: str | bytes, name: str = "config.json") -> Config:
+    """The config of a text that `to_json` wrote; `name` is that of its file in errors.
 
     Raises:
         UserError: the text is not JSON or of another format version, or a field is unknown or has a wrong value.
@@ -193,11 +196,13 @@ def from_json(text: str) -> Config:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"config.json, line {error.lineno}: not JSON ({error.msg}); use another workdir") from None
+        raise UserError(f"{name}, line {error.lineno}: not JSON ({error.msg}); use another workdir") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not JSON ({error_words(error)}); use another workdir") from None
     version = data.pop("version", None) if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         advice = "use the mot_jax that wrote the run, or try a new workdir"
-        raise UserError(f"version = {version}: this mot_jax reads version {FORMAT_VERSION} of config.json; {advice}")
+        raise UserError(f"{name}: version = {version}: this mot_jax reads version {FORMAT_VERSION}; {advice}")
     config = _decode(data, Config, "")
     check(config)
     return config

@@ -8,22 +8,16 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from mot_jax.errors import UserError
+from mot_jax.runtime.progress import Advance, progress
 
-Advance = Callable[[int], None]  # called with the number of units finished since the last call
 Task = TypeVar("Task")
-
-_LINE_INTERVAL = 10.0  # seconds between progress lines where stderr is not a terminal
 
 
 def run_in_processes(
@@ -38,7 +32,7 @@ def run_in_processes(
         Exception: Any exception that a task raises.
     """
     workers = min(workers or _cores(), len(tasks))
-    with _progress(title, total) as advance:
+    with progress(title, total) as advance:
         if workers <= 1:
             for task in tasks:
                 function(task, advance)
@@ -110,24 +104,3 @@ def _no_main_module() -> Iterator[None]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Advance]:
-    """A progress bar on a terminal, a line every 10 seconds elsewhere."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task(title, total=total)
-        done, last_line = 0, time.monotonic()
-
-        def advance(units: int) -> None:
-            nonlocal done, last_line
-            done += units
-            bar.advance(task, units)
-            if not console.is_terminal and time.monotonic() - last_line >= _LINE_INTERVAL:
-                last_line = time.monotonic()
-                print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-        yield advance

@@ -20,11 +20,12 @@ from mot_jax.config import Config, to_json
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import COPIES, tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words, nearest
+from mot_jax.modes.companions import load_companions
 from mot_jax.runs.restore import check_data, load_run, load_run_config
 from mot_jax.runs.state import fetch
 from mot_jax.runs.tensor_files import INDEX, MODEL, SHARD_BYTES, write_tensors
 from mot_jax.runtime import distributed
-from mot_jax.runtime.paths import is_passing, make_directory, replace_file, user_path
+from mot_jax.runtime.paths import is_passing, make_directory, read_file, replace_file, user_path
 
 DTYPES = ("float32", "bfloat16")
 _COPIED = ("data.json", "companions.npy")
@@ -83,8 +84,13 @@ def export_model(
 
 
 def copies_of(source: epath.Path) -> dict[str, bytes]:
-    """The contents, by name, of the files of a workdir or an export that an export has as well."""
-    return {name: (source / name).read_bytes() for name in _COPIED if (source / name).exists()}
+    """The contents, by name, of the files of a workdir or an export that an export has as well.
+
+    Raises UserError if one of them is damaged or cannot be read.
+    """
+    load_companions(source)
+    advice = "try another copy of this run"
+    return {name: read_file(source / name, advice) for name in _COPIED if (source / name).exists()}
 
 
 def open_output(output: epath.PathLike, overwrite: bool, source: epath.Path) -> epath.Path:

@@ -49,7 +49,7 @@ class HarnessModel(TemplateLM):
             max_batch_size: of `auto`.
         """
         super().__init__()
-        self.model, self.batch_size = model, _batch_size(batch_size, max_batch_size)
+        self.model, self.batch_size = model, parse_batch_size("batch_size", batch_size, max_batch_size)
         if not model.independent and distributed.is_first():
             rule = "a score depends on the requests that share its batch"
             print(f"warning: in mode {model.mode} {rule}; try mode companions", file=sys.stderr)
@@ -146,10 +146,11 @@ class MotJax(HarnessModel):
         super().__init__(model, batch_size, max_batch_size)
 
 
-def _batch_size(batch_size: int | str, largest: int | str | None) -> int:
+def parse_batch_size(name: str, batch_size: int | str, largest: int | str | None = None) -> int:
     """Convert the harness' batch size into a number; UserError for anything but one above 0, `auto` and `auto:N`."""
-    is_auto = str(batch_size).partition(":")[0] == "auto"
-    size = _positive("batch_size", _AUTO_BATCH_SIZE if is_auto else batch_size)
+    auto, _, times = str(batch_size).partition(":")
+    is_auto = auto == "auto" and times.strip("0123456789.") == ""
+    size = _positive(name, _AUTO_BATCH_SIZE if is_auto else batch_size)
     return size if largest is None or not is_auto else min(size, _positive("max_batch_size", largest))
 
 
@@ -192,7 +193,7 @@ def evaluate(
     include_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of the harness.
 
@@ -202,7 +203,7 @@ def evaluate(
         include_path: a directory with further tasks, in YAML.
         num_fewshot: examples before each question; None is the default of each task.
         limit: only the first examples of each task.
-        batch_size: sequences, rounded up to whole groups.
+        batch_size: as in `HarnessModel`.
 
     Returns:
         The results as the harness returns them.

@@ -32,7 +32,7 @@ from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.feed_forward.companions import summarise
 from mot_jax.nn.sharding import axis_size, parameter_spec, replicate, reshard
 from mot_jax.nn.transformer import Params, block_places
-from mot_jax.runtime.paths import replace_file, user_path
+from mot_jax.runtime.paths import read_file, replace_file, user_path
 
 FILE = "companions.npy"
 _REMEDY = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
@@ -63,13 +63,14 @@ def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
     """Read the companions of the run in `workdir`, int32 [2, G, S]; None if it has none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged or cannot be read.
     """
     path = user_path("workdir", workdir) / FILE
     if not path.exists():
         return None
+    content = read_file(path, f"delete it: {_REMEDY}")
     try:
-        return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        return np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is damaged ({error_words(error)}); delete it: {_REMEDY}") from None
 

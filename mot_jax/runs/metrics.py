@@ -10,11 +10,14 @@ import contextlib
 import importlib.util
 import io
 import json
+import netrc
+import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import rich.console
 import rich.progress
@@ -23,12 +26,15 @@ from matplotlib.figure import Figure
 
 from mot_jax.config import LoggingConfig
 from mot_jax.errors import UserError
-from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import is_remote, replace_file
+from mot_jax.runtime import distributed, strict_json
+from mot_jax.runtime.paths import is_remote, read_file, replace_file
+from mot_jax.runtime.progress import duration
 
 Row = dict[str, Any]
 
 _PART_BYTES = 1 << 19  # bytes of rows after which a new part begins
+_LOGIN = "try `wandb login`, or WANDB_MODE=offline"
+_NAMED = 5  # damaged lines of which a warning has the numbers
 _SECONDS = 60.0  # between writes of a part; a checkpoint causes further ones
 # How often the TensorBoard file is flushed, by whether it is on an object store, where it is sent as a whole each time.
 _BOARD_SECONDS = {False: 10, True: 300}
@@ -123,9 +129,30 @@ class _Parts:
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """Raise UserError if W&B is enabled and not installed."""
-    if config.wandb and importlib.util.find_spec("wandb") is None:
+    """Raise UserError if W&B is enabled and not installed, or if this process writes to it and is not logged in."""
+    if not config.wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb = True: wandb is not installed; try pip install wandb")
+    if distributed.is_first() and not _is_logged_in():
+        raise UserError(f"logging.wandb = True: no API key of W&B is configured; {_LOGIN}")
+
+
+def _is_logged_in() -> bool:
+    """Whether W&B has credentials, or sends nothing. Whether they are valid is known only to its server."""
+    import wandb
+
+    settings = wandb.setup().settings
+    if settings.mode in ("offline", "disabled", "dryrun"):
+        return True
+    if settings.api_key or getattr(settings, "identity_token_file", None):
+        return True
+    hosts = {urlsplit(settings.base_url).netloc, "api.wandb.ai"}  # versions differ in the host of one login
+    for path in filter(None, [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if not hosts.isdisjoint(netrc.netrc(os.path.expanduser(path)).hosts):
+                return True
+    return False
 
 
 def _open_wandb(workdir: epath.Path, project: str) -> Any:
@@ -133,7 +160,7 @@ def _open_wandb(workdir: epath.Path, project: str) -> Any:
     import wandb
 
     path = workdir / "wandb_id"
-    if not path.exists():
+    if not (path.exists() and path.read_text().strip()):
         path.write_text(uuid.uuid4().hex[:12])
     try:
         run = wandb.init(
@@ -148,7 +175,7 @@ def _open_wandb(workdir: epath.Path, project: str) -> Any:
         )
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"logging.wandb = True: {reason}; try `wandb login`, or WANDB_MODE=offline") from None
+        raise UserError(f"logging.wandb = True: {reason}; {_LOGIN}") from None
     # W&B drops rows of earlier steps by its own step count, and a resumed run sends some again.
     run.define_metric("*", step_metric="step")
     return run
@@ -160,7 +187,10 @@ def _line(row: Row) -> str:
 
 
 def read_rows(workdir: epath.Path) -> list[Row]:
-    """The rows of a run so far, ordered by step, without a last line that a kill left incomplete."""
+    """The rows of a run so far, ordered by step, without damaged lines, which are reported on standard error.
+
+    Raises UserError for a file that cannot be read.
+    """
     rows = [row for path in _row_files(workdir) for row in _rows_of(path)]
     return sorted(rows, key=lambda row: row["step"])  # a run that moved to or from an object store has both forms
 
@@ -172,13 +202,29 @@ def _row_files(workdir: epath.Path) -> list[epath.Path]:
 
 
 def _rows_of(path: epath.Path) -> list[Row]:
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The rows of a file. Damaged lines are left out and reported, except for the last one, which a kill may cut."""
+    rows, damaged = [], []
+    lines = read_file(path, f"try mv {path} {path}.old").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        row = _row_in(line)
+        if row is not None:
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            damaged.append(str(number))
+    if damaged:
+        more = f" and {len(damaged) - _NAMED:,} more" if len(damaged) > _NAMED else ""
+        words = f"damaged lines are left out: {', '.join(damaged[:_NAMED])}{more}"
+        print(f"warning: {path}: {words}", file=sys.stderr)
     return rows
+
+
+def _row_in(line: bytes) -> Row | None:
+    """The row of a line; None for a damaged line."""
+    try:
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) and isinstance(row["split"], str) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _remove_rows_after(workdir: epath.Path, step: int) -> None:
@@ -262,13 +308,6 @@ def validation_line(row: Row) -> str:
     return " | ".join([*parts, f"loss {row['loss']:.4f}", f"{row['windows']:,} windows"])
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as `1:02:03` or `4:05`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def plot_curves(runs: dict[str, list[Row]]) -> bytes:
     """A PNG of the loss curves of runs by name: training as a thin line, validation as dots on a thick one."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -276,7 +315,9 @@ def plot_curves(runs: dict[str, list[Row]]) -> bytes:
     for index, (name, rows) in enumerate(runs.items()):
         color = f"C{index}"
         for split, style in (("train", {"linewidth": 0.7, "alpha": 0.5}), ("validation", {"marker": "o"})):
-            points = [(row["step"], row["loss"]) for row in rows if row["split"] == split and row["loss"] is not None]
+            points = [
+                (row["step"], row["loss"]) for row in rows if row["split"] == split and row.get("loss") is not None
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, label=f"{name}, {split}", **style)
     axes.set(xlabel="step", ylabel="loss in nats per token")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -17,15 +16,15 @@ from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import Config, ModelConfig, from_json
 from mot_jax.data.tokenizers import tokenizer_copy
-from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import Params, init_params
 from mot_jax.runs.manifest import left_out_lines, newest_intact, steps_of
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
 from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
-from mot_jax.runtime import distributed
-from mot_jax.runtime.paths import user_path
+from mot_jax.runtime import distributed, strict_json
+from mot_jax.runtime.paths import read_file, user_path
 
 
 class TrainedModel(NamedTuple):
@@ -55,8 +54,12 @@ def load_run_config(workdir: epath.PathLike) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         raise UserError(f"workdir = {workdir}: holds no run (no config.json); try the --workdir of a training run")
-    config = from_json(path.read_text())
-    return with_tokenizer_copy(config, workdir)
+    return with_tokenizer_copy(read_config(path), workdir)
+
+
+def read_config(path: epath.Path) -> Config:
+    """The config in the `config.json` of a run or an export. Raises UserError or RetryableError if it is unreadable."""
+    return from_json(read_file(path, "use another workdir"), str(path))
 
 
 def with_tokenizer_copy(config: Config, workdir: epath.Path) -> Config:
@@ -73,15 +76,8 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
     data: fingerprints by their names in `data.json`; those that it lacks are not compared.
     """
     path = epath.Path(workdir) / "data.json"
-    try:
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        if not isinstance(saved, dict):
-            raise ValueError("no JSON object")
-    except ValueError as error:
-        raise UserError(
-            f"{path}: is damaged ({error_words(error)}); try rm {path}, and mot train with the same config writes it "
-            "again"
-        ) from None
+    advice = f"try rm -r {path}, and mot train with the same config writes it again"
+    saved = strict_json.load(path, dict, advice) if path.exists() else {}
     if "train" in saved:
         saved.setdefault("order", "1")  # runs from before the order had a version
     changes = {k: f"{k}: {saved[k]} in the run, now {data[k]}" for k in data if saved.get(k, data[k]) != data[k]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -76,13 +75,11 @@ def check_scores(workdir: epath.PathLike) -> None:
 
 
 def _read(path: epath.Path) -> list[Score]:
-    try:
-        scores = json.loads(path.read_text()) if path.exists() else []
-        if not all(score.keys() >= {*_KEY} for score in scores):
-            raise ValueError(f"a score must have {', '.join(_KEY)}")
-        return scores
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); delete it, and mot evaluate writes it again") from None
+    advice = "delete it, and mot evaluate writes it again"
+    scores = strict_json.load(path, list, advice) if path.exists() else []
+    if not all(isinstance(score, dict) and score.keys() >= {*_KEY} for score in scores):
+        raise UserError(f"{path}: is damaged (a score must have {', '.join(_KEY)}); {advice}")
+    return scores
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from mot_jax.config import MeshConfig
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
-from mot_jax.runtime import exit_codes
+from mot_jax.runtime import exit_codes, output
 from mot_jax.runtime.rendezvous import Process, listed, meet
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
@@ -244,32 +244,67 @@ def _coordination() -> Any:
 # --- ending -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yield `requested(step)`, to be called in each step: whether to save and stop after it, the same in all processes.
+class StopRequest:
+    """A request to stop training, by SIGTERM or Ctrl-C."""
 
-    Any of several processes may receive the SIGTERM: JAX's service lets all stop after the same step. A single process
-    ends at once on a second SIGTERM.
-    """
-    import jax
-    from jax.experimental import multihost_utils
+    def __init__(self) -> None:
+        self._requested = self._interrupted = False
 
-    if jax.distributed.is_initialized():
-        yield multihost_utils.reached_preemption_sync_point
-    elif threading.current_thread() is not threading.main_thread():  # Python allows no signal handler there
-        yield lambda step: False
-    else:
-        requested = threading.Event()
+    def is_due(self, step: int) -> bool:
+        """Whether to save and stop after this step, the same in all processes. Must be called in each step."""
+        import jax
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        return reached_preemption_sync_point(step) if jax.distributed.is_initialized() else self._requested
+
+    def is_interrupt(self) -> bool:
+        """Whether any process was asked to stop by Ctrl-C. All processes call this."""
+        return any(gather(self._interrupted))
+
+    @contextlib.contextmanager
+    def handled(self, number: signal.Signals, handler: Callable[[], None]) -> Iterator[None]:
+        """Around training: call `handler` at the first signal; a second one has the effect that it had before."""
+        previous = signal.getsignal(number) or signal.SIG_DFL  # None: a handler that is not Python's
+        if previous is signal.SIG_IGN:  # such as SIGINT in the background jobs of a shell
+            yield
+            return
 
         def on_signal(*_: object) -> None:
-            requested.set()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(number, previous)
+            handler()
 
-        previous = signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(number, on_signal)
         try:
-            yield lambda step: requested.is_set()
+            yield
         finally:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+            signal.signal(number, previous)
+
+    def terminate(self) -> None:
+        self._requested = True
+
+    def interrupt(self) -> None:
+        import jax
+
+        self._requested = self._interrupted = True
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's service lets all processes stop after the same step
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[StopRequest]:
+    """Around training: a SIGTERM or Ctrl-C requests it to stop. A second one ends the process at once.
+
+    Any of several processes may receive the signal.
+    """
+    import jax
+
+    request = StopRequest()
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():  # Python allows no signal handler elsewhere
+            stack.enter_context(request.handled(signal.SIGINT, request.interrupt))
+            if not jax.distributed.is_initialized():  # else JAX's service handles SIGTERM
+                stack.enter_context(request.handled(signal.SIGTERM, request.terminate))
+        yield request
 
 
 def stop(code: int) -> NoReturn:
@@ -360,7 +395,5 @@ def _watch_peers() -> None:
 
 def end_now(code: int) -> NoReturn:
     """End this process with an exit code, whatever its threads do."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+    output.drain()
     os._exit(code)

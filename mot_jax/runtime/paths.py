@@ -54,6 +54,8 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     if scheme not in _STORES:
         known = [f"{store}://" for store in _STORES]
         raise UserError(f"{name} = {text}: must be local, gs:// or s3://{nearest(f'{scheme}://', known)}")
+    if text.split("/")[2] == "BUCKET":  # as in the documentation and in launch/
+        raise UserError(f"{name} = {text}: BUCKET stands for the name of a bucket; try that of yours")
     packages = _STORES[scheme]
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
@@ -110,6 +112,22 @@ def make_directory(name: str, path: epath.Path) -> None:
     except Exception as error:
         kind = RetryableError if is_passing(error) else UserError
         raise kind(f"{name} = {path}: cannot be written to ({error_words(error)}); try another") from None
+
+
+def read_file(path: epath.Path, advice: str) -> bytes:
+    """The content of a file of a run or an export.
+
+    Raises:
+        UserError: the file cannot be read, for example for lack of permission, or since it is a directory; `advice` is
+            the end of the line.
+        RetryableError: the disk or store does not respond.
+    """
+    try:
+        return path.read_bytes()
+    except Exception as error:  # a store raises errors of its libraries
+        kind = RetryableError if is_passing(error) else UserError
+        reason = getattr(error, "strerror", None) or error_words(error)
+        raise kind(f"{path}: cannot be read ({reason}); {advice}") from None
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:

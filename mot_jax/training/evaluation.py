@@ -35,6 +35,7 @@ from mot_jax.runs.restore import check_data, load_run
 from mot_jax.runs.scores import Score, check_scores, record_score, score_of
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
+from mot_jax.runtime.progress import Advance, progress
 from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
@@ -46,9 +47,12 @@ def evaluated_config(config: Config) -> Config:
 
 
 def make_evaluation(
-    config: Config, mesh: Mesh, windows: Windows, tokenizer: Tokenizer
+    config: Config, mesh: Mesh, windows: Windows, tokenizer: Tokenizer, advance: Advance = lambda units: None
 ) -> Callable[[Params, jax.Array, int | None], Result]:
     """Build the evaluation of a model on `windows`.
+
+    Args:
+        advance: receives the number of windows of each batch that is scored.
 
     Returns:
         A function (params, step, limit) -> result, which scores about `limit` windows, or all of them if it is None.
@@ -66,9 +70,9 @@ def make_evaluation(
         batches = validation_batches(windows, objective, config.group_size, batch_size, rows, limit)
         sums, target_counts = np.zeros(5), np.zeros(config.model.vocab_size, np.int64)
         for batch in batches:
-            sums += np.array(
-                jax.device_get(eval_step(params, step, place_sequences(mesh, batch, batch_size))), np.float64
-            )
+            batch_sums = jax.device_get(eval_step(params, step, place_sequences(mesh, batch, batch_size)))
+            sums += np.array(batch_sums, np.float64)
+            advance(int(batch_sums[-1]))
             if objective.masked:
                 target_counts += np.bincount(batch.targets[batch.target_mask], minlength=len(target_counts))
         nats, tokens, correct, token_bytes, num_windows = map(float, sums)
@@ -118,12 +122,13 @@ def evaluate_run(
         same |= {f"text of the {split} split": windows.fingerprint}
         companions = load_companions(workdir)
         check_scores(workdir)
-    scores = []
-    with jax.set_mesh(mesh):
+    scores, title = [], f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows"
+    total = len(modes) * min(len(windows), len(windows) if limit is None else limit)
+    with jax.set_mesh(mesh), progress(title, total, quiet=not distributed.is_first()) as advance:
         run = load_run(workdir, mesh, step)
         for mode in modes:
             changed, params = enter(mode, config, run.params, run.step, companions)
-            evaluate = make_evaluation(changed, mesh, windows, tokenizer)
+            evaluate = make_evaluation(changed, mesh, windows, tokenizer, advance)
             result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
             scores.append(score_of(mode, split, config, result))
             if distributed.is_first():

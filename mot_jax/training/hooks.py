@@ -22,7 +22,7 @@ from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
 from mot_jax.runs.restore import newest_step
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, exit_codes
 from mot_jax.training.divergence import WATCHED, DivergenceWatch
 from mot_jax.training.trainer import Hook, StepMetrics, Trainer
 
@@ -146,9 +146,10 @@ class ValidateHook(Hook):
 
 
 class PreemptHook(Hook):
-    """Stops training after a SIGTERM, in the same step of all processes, and then ends them with an exit code.
+    """Stops training after a SIGTERM or Ctrl-C, in the same step of all processes, and then ends them.
 
-    Must come before the `CheckpointHook`, which saves the state of that step.
+    The exit code is `checkpoint.preempted_exit_code`, or 130 after Ctrl-C. Must come before the `CheckpointHook`, which
+    saves the state of that step.
     """
 
     def __init__(self, console: Console):
@@ -157,16 +158,19 @@ class PreemptHook(Hook):
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
         self._preempted = False
-        with distributed.preemption() as self._requested:
+        with distributed.preemption() as self._request:
             yield
         if self._preempted:  # here the checkpoint is complete: its hook's context has been left
+            interrupted = self._request.is_interrupt()
+            cause = "Ctrl-C" if interrupted else "SIGTERM"
             self._console.line(
-                f"SIGTERM: stopped after step {trainer.step}, with a checkpoint; the same command resumes the run"
+                f"{cause}: stopped after step {trainer.step}, with a checkpoint; the same command resumes the run"
             )
-            distributed.stop(trainer.run.config.checkpoint.preempted_exit_code)
+            preempted_code = trainer.run.config.checkpoint.preempted_exit_code
+            distributed.stop(exit_codes.INTERRUPTED if interrupted else preempted_code)
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if self._requested(trainer.step) and not trainer.at_last_step:
+        if self._request.is_due(trainer.step) and not trainer.at_last_step:
             self._preempted = True
             trainer.stop()
 

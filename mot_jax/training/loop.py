@@ -124,8 +124,8 @@ def _report(run: Run, console: Console) -> Row:
     row = last_validation(run)
     if row and row.get("loss") is not None:  # null after a loss that was not finite
         console.line(validation_line(row))
-    sample = run.workdir / "sample.txt"
-    if sample.exists():
-        console.line("\n--- prompt\n".join(sample.read_text().split("\n--- prompt\n")[:_SHOWN]))
+    with contextlib.suppress(OSError):  # no sample, or an unreadable one
+        sample = (run.workdir / "sample.txt").read_bytes().decode(errors="replace")
+        console.line("\n--- prompt\n".join(sample.split("\n--- prompt\n")[:_SHOWN]))
     console.line(f"in {run.workdir}: {', '.join(sorted(child.name for child in run.workdir.iterdir()))}")
     return row

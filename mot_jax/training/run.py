@@ -5,6 +5,7 @@ writes its result.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import time
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import Config, TrainingConfig, check, from_json, identity_changes, to_json
+from mot_jax.config import Config, TrainingConfig, check, identity_changes, to_json
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
@@ -31,7 +32,7 @@ from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.manifest import left_out_lines, steps_of
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.optimizer import learning_rate
-from mot_jax.runs.restore import check_data, newest_step, with_tokenizer_copy
+from mot_jax.runs.restore import check_data, newest_step, read_config, with_tokenizer_copy
 from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime import distributed, strict_json
@@ -187,7 +188,10 @@ def write_workdir(run: Run) -> None:
 
 
 def is_outdated(run: Run) -> bool:
-    """Whether a file of `write_workdir` is missing, or the config has another one, as process 0 sees it."""
+    """Whether a file of `write_workdir` is missing, or the config has another one, as process 0 sees it.
+
+    False for a workdir that cannot be written, such as the finished run of another user.
+    """
     path = run.workdir / "config.json"
     files = [path, run.workdir / "data.json"]
     if run.config.model.group_size > 1:
@@ -195,7 +199,8 @@ def is_outdated(run: Run) -> bool:
     if (copy := tokenizer_copy(run.workdir, run.config.data.tokenizer)) is not None:
         files.append(copy)
     current = all(file.exists() for file in files) and path.read_text() == to_json(run.config)
-    return distributed.gather(not current)[0]
+    writable = is_remote(run.workdir) or os.access(run.workdir, os.W_OK)
+    return distributed.gather(writable and not current)[0]
 
 
 # --- after the steps --------------------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def _check_workdir(config: Config, workdir: epath.Path) -> None:
     if holds_tensors(workdir):
         raise UserError(f"workdir = {workdir}: has an export, which cannot be trained; try a new --workdir")
     if path.exists():
-        changes = identity_changes(from_json(path.read_text()), config)
+        changes = identity_changes(read_config(path), config)
         if changes:
             raise UserError(*(f"workdir = {workdir} has another run: {c}; try a new --workdir" for c in changes))
     elif workdir.exists() and not workdir.is_dir():

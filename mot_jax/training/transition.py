@@ -6,7 +6,6 @@ See `docs/paper.md`, section 4.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
@@ -216,7 +215,8 @@ def report(config: Config, workdir: epath.PathLike, source: str, limit: int | No
     workdir = user_path("workdir", workdir)
     path, steps = workdir / "transition.json", config.training.steps
     settings = {"from": source, "tuned": str(workdir), "steps": steps, "limit": limit}
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    with distributed.together():
+        result = _read_report(path)
     if not distributed.gather(result.items() >= settings.items())[0]:
         source_config = dataclasses.replace(load_run_config(source), mesh=config.mesh)
         result = {**settings, "router": config.training.transition_router}
@@ -231,6 +231,17 @@ def report(config: Config, workdir: epath.PathLike, source: str, limit: int | No
             replace_file(workdir / "transition.png", _picture(result))
             replace_file(path, (strict_json.dumps(result, indent=1) + "\n").encode())
     return _lines(result) if distributed.is_first() else []
+
+
+def _read_report(path: epath.Path) -> dict[str, Any]:
+    """The content of `transition.json`; empty if there is none. Raises UserError if it is damaged."""
+    if not path.exists():
+        return {}
+    advice = f"try rm -r {path}, and the same command writes it again"
+    result: dict[str, Any] = strict_json.load(path, dict, advice)
+    if missing := [key for key in ("from", "before", "after", "grouped", "curve") if key not in result]:
+        raise UserError(f"{path}: is damaged (without {missing[0]}); {advice}")
+    return result
 
 
 def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[str, Score]:

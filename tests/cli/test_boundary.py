@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -67,6 +67,7 @@ def fails_in_training(monkeypatch, capsys, error: BaseException, *flags: str) ->
         (errno.ENOENT, "try a path that exists"),
         (errno.ENOTDIR, "a part of the path is not a directory; try another path"),
         (errno.EISDIR, "try the path of a file"),
+        (errno.EEXIST, "another file has this name; try another path"),
         (errno.ENAMETOOLONG, "try a shorter name"),
     ],
 )
@@ -290,20 +291,32 @@ def wait_for_rows(process: subprocess.Popen[str], workdir: epath.Path, rows: int
     assert process.poll() is None, "has ended"
 
 
-def test_training_survives_a_closed_pipe_and_ends_at_ctrl_c_in_one_line(run):
+def steps_of(workdir: epath.Path) -> list[int]:
+    """The last step that is logged, and the last one that is saved."""
+    saved = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    return [read_rows(workdir)[-1]["step"], max(saved)]
+
+
+def test_training_survives_a_closed_pipe_and_saves_a_checkpoint_at_ctrl_c(run):
     process, workdir = run
     process.stdout.readline()
     process.stdout.close()
     wait_for_rows(process, workdir, 20)
-    for _ in range(4):  # Python drops a KeyboardInterrupt that is raised in a callback; a user presses Ctrl-C again
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-            break
-    assert process.returncode == exit_codes.INTERRUPTED
-    lines = (workdir.parent / "stderr").read_text().splitlines()
-    assert lines == ["error: interrupted; a training run resumes from its last checkpoint with the same command"]
-    assert len(read_rows(workdir)) >= 20
+    process.send_signal(signal.SIGINT)
+    assert process.wait(100) == exit_codes.INTERRUPTED
+    assert (workdir.parent / "stderr").read_text() == ""
+    logged, saved = steps_of(workdir)
+    assert logged == saved >= 20
+
+
+def test_training_does_not_wait_for_a_reader_of_its_output(run):
+    process, workdir = run
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after some of the lines of the steps below
+    wait_for_rows(process, workdir, 100)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == exit_codes.PREEMPTED
+    logged, saved = steps_of(workdir)
+    assert logged == saved >= 100
 
 
 def test_a_save_that_fails_ends_the_process_in_one_line(run):

@@ -401,9 +401,9 @@ EDITS = {
     "wrong type": (edited("model.d_model", "256"), "model.d_model = '256': must be int; try 256"),
     "not a group": (edited("model", 3), "model = 3: must be a group of fields"),
     "bad value": (edited("model.num_heads", 3), "model.num_heads = 3: must divide model.d_model = 256; try 2"),
-    "other version": (edited("version", 99), "version = 99: this mot_jax reads version 3"),
-    "no version": ("{}", "version = None: this mot_jax reads version 3"),
-    "no object": ("[]", "version = None"),
+    "other version": (edited("version", 99), "config.json: version = 99: this mot_jax reads version 3"),
+    "no version": ("{}", "config.json: version = None: this mot_jax reads version 3"),
+    "no object": ("[]", "config.json: version = None"),
     "no JSON": ('{"version": 3,\n"model"', "config.json, line 2: not JSON"),
 }
 

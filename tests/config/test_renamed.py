@@ -65,7 +65,7 @@ def test_an_old_name_in_json(cls, old, new):
 def test_json_of_an_older_format():
     with pytest.raises(UserError) as error:
         from_json('{"version": 2, "model": {"stacked": true}}')
-    assert line_of(error).startswith("version = 2: this mot_jax reads version 3 of config.json; use the mot_jax that")
+    assert line_of(error).startswith("config.json: version = 2: this mot_jax reads version 3; use the mot_jax that")
 
 
 @pytest.mark.parametrize(("cls", "old", "new"), RENAMED)

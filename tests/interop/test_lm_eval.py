@@ -174,10 +174,21 @@ def test_the_command(directory, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(restore, "load_run_config", lambda workdir: model.config)
     monkeypatch.setattr(cli.models, "_model", lambda options, config: model)
     file = tmp_path / "results.json"
-    options = ["--include-path", directory, "--limit", "2", "--batch-size", "3", "--json", str(file)]
+    options = ["--include-path", directory, "--limit", "2", "--batch-size", "auto:4", "--json", str(file)]
     cli.main(["lm-eval", "runs/x", "--tasks", "choos*,rolling", *options])
     output = capsys.readouterr().out
     assert all(f"|{word}" in output for word in ("choosing", "rolling", "bits_per_byte"))
     results = json.loads(file.read_text())
     assert set(results["results"]) == {"choosing", "rolling"} and results["n-samples"]["choosing"]["effective"] == 2
+    assert results["batch_size"] == "auto:4"
     assert (results["workdir"], results["mode"], results["step"], results["limit"]) == ("runs/x", "grouped", 0, 2)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "2.5", "auto4", "auto:many", ""])
+def test_the_command_refuses_other_batch_sizes(size, model, monkeypatch, capsys):
+    monkeypatch.setattr(restore, "load_run_config", lambda workdir: model.config)
+    monkeypatch.setattr(cli.models, "_model", lambda options, config: pytest.fail("the model is loaded"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lm-eval", "runs/x", "--tasks", "choosing", f"--batch-size={size}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: --batch-size = ") and line.endswith("try 8")

@@ -187,14 +187,27 @@ def test_one_of_many_that_fails_alone_ends_at_once(monkeypatch, capsys, error, c
     assert stopped.value.code == 143  # all of them, in the usual way
 
 
-def test_a_second_sigterm_ends_a_single_process(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    with distributed.preemption() as asked:
-        assert not asked(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked(2) and asked(3)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_has_the_effect_that_it_has_without_training(number):
+    before = signal.getsignal(number)
+    with distributed.preemption() as request:
+        assert not request.is_due(1)
+        os.kill(os.getpid(), number)
+        assert request.is_due(2) and request.is_due(3)
+        assert request.is_interrupt() == (number == signal.SIGINT)
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_interrupt_remains_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with distributed.preemption() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not request.is_due(1)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- real processes ---------------------------------------------------------------------------------------------------

@@ -14,17 +14,21 @@ from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.training import Hook, train
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("number", "words", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny, tmp_path, capsys, number, words, code):
     class Signal(Hook):
         def after_step(self, trainer, metrics):
             if trainer.step == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
-    workdir, before = epath.Path(tmp_path / "run"), signal.getsignal(signal.SIGTERM)
+    workdir, before = epath.Path(tmp_path / "run"), signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
         train(tiny, workdir, [Signal()])
-    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
-    assert "SIGTERM: stopped after step 5, with a checkpoint" in capsys.readouterr().out
+    assert stopped.value.code == code and signal.getsignal(number) == before
+    line = f"{words}: stopped after step 5, with a checkpoint; the same command resumes the run"
+    assert line in capsys.readouterr().out.splitlines()
     assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {4, 5}
     assert [row["step"] for row in numbers(workdir)] == [1, 2, 3, 4, 5]
     train(tiny, workdir)

@@ -1,0 +1,67 @@
+"""Ctrl-C ends a command within seconds, whatever its main thread does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mot_jax.runtime import exit_codes
+
+ROOT = Path(__file__).parents[2]
+LINE = "error: interrupted; a training run resumes from its last checkpoint with the same command"
+BEGIN = """
+import hashlib, signal, time
+from mot_jax.cli.boundary import boundary
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with boundary(program=True):
+"""
+WAITING = """
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+COMPILING = """  # as in a compiler: Python's handler runs when the call returns
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 31 - 1)
+"""
+CALLBACK = """  # as in a library that drops exceptions of its callbacks
+    print("ready", flush=True)
+    for _ in range(600):
+        try:
+            time.sleep(0.1)
+        except KeyboardInterrupt:
+            pass
+"""
+SAVING = """
+    signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))
+    print("ready", flush=True)
+    while True:
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "presses"),
+    [(WAITING, 1), (COMPILING, 1), (COMPILING, 2), (CALLBACK, 1), (SAVING, 2)],
+    ids=["waiting", "compiling", "compiling, twice", "callback", "saving, twice"],
+)
+def test_ctrl_c_ends_the_process_with_one_line(program, presses):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", BEGIN + program]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            if program == SAVING:
+                assert process.stdout.readline() == "saving\n"
+            if presses == 2:
+                process.send_signal(signal.SIGINT)
+            assert process.wait(30) == exit_codes.INTERRUPTED
+            assert process.stderr.read().splitlines() == [LINE]
+        finally:
+            process.kill()
