@@ -1,4 +1,4 @@
-"""Hooks of the training loop: log, validate, stop when preempted, save checkpoints, show progress.
+"""Hooks of the training loop: log, validate, stop when preempted, save checkpoints, show progress, write the status.
 
 Their order is the order of effects: a row is written before the checkpoint that follows it, and a checkpoint is saved
 in the step in which training stops. `default_hooks` has them in this order.
@@ -23,14 +23,16 @@ from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validation_line
 from mot_jax.runtime import distributed
 from mot_jax.training.divergence import WATCHED, DivergenceWatch
+from mot_jax.training.status_hook import StatusHook
 from mot_jax.training.trainer import Hook, StepMetrics, Trainer
 
 
 def default_hooks(config: Config, console: Console, hooks: Sequence[Hook] = ()) -> list[Hook]:
     """The hooks of a run, with further `hooks` in the place where they may log rows and stop the training."""
     log = LogHook(console)
+    status = StatusHook(console, lambda: log.latest)
     validate = ValidateHook(log, console, early=config.training.transition_from is not None)
-    return [log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
+    return [status, log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
 
 
 class _Pending(NamedTuple):
@@ -49,6 +51,7 @@ class LogHook(Hook):
 
     Attributes:
         watch: the state of the latest step whose metrics have been fetched.
+        latest: step and loss of that step, and the other values of the last row.
     """
 
     def __init__(self, console: Console):
@@ -56,6 +59,7 @@ class LogHook(Hook):
         self._metrics_log: MetricsLog | None = None  # only in process 0
         self._pending: _Pending | None = None
         self.watch = DivergenceWatch()
+        self.latest: Row = {}
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
@@ -84,7 +88,10 @@ class LogHook(Hook):
         (step, next_example, metrics), self._pending = self._pending, None
         t = trainer.run.config.training
         row: Row = {"step": step, "split": "train"}
-        remark = self.watch.read(jax.device_get({name: metrics[name] for name in WATCHED}))
+        with trainer.waits.on("device"):
+            watched = jax.device_get({name: metrics[name] for name in WATCHED})
+        remark = self.watch.read(watched)
+        self.latest = self.latest | {"step": step, "loss": float(watched["loss"])}
         if remark:
             row |= {"first_example": next_example - t.batch_size, "last_example": next_example - 1}
             examples = f"examples {row['first_example']:,} to {row['last_example']:,} of the training order"
@@ -92,6 +99,7 @@ class LogHook(Hook):
         if remark or step % t.log_every == 0 or step == t.steps:
             row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
             row |= self._meter.read(trainer, step)
+            self.latest = row
             self.write(row, train_line(row, t.steps))
 
     def write(self, row: Row, line: str) -> None:
@@ -118,6 +126,8 @@ class ValidateHook(Hook):
 
     early: also before the first step and after steps 1, 2, 4, 8, ...: the loss of a transition rises only briefly.
     """
+
+    state = "validating"
 
     def __init__(self, log: LogHook, console: Console, early: bool = False):
         self._log, self._console, self._early = log, console, early
@@ -175,6 +185,8 @@ class CheckpointHook(Hook):
     every loss is infinite or NaN are of no use, and none is saved of parameters whose norm is not finite. After
     `training.max_skipped` skipped steps in a row, or with such parameters at the end, the run ends with DivergedError.
     """
+
+    state = "saving"
 
     def __init__(self, log: LogHook):
         self._log, self._due = log, False
@@ -242,7 +254,7 @@ class Meter:
         self._restart(trainer, trainer.step)
 
     def _restart(self, trainer: Trainer, step: int) -> None:
-        self._begin, self._first_step, self._data_wait = time.perf_counter(), step, trainer.data_wait
+        self._begin, self._first_step, self._data_wait = time.perf_counter(), step, trainer.waits.seconds("data")
 
     def read(self, trainer: Trainer, step: int) -> dict[str, float]:
         """The speed up to `step`, and begin to measure again.
@@ -257,7 +269,7 @@ class Meter:
         speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": flops_per_second}
         if self._peak_flops is not None:
             speed["mfu"] = flops_per_second / self._peak_flops
-        speed["data_wait"] = (trainer.data_wait - self._data_wait) / seconds
+        speed["data_wait"] = (trainer.waits.seconds("data") - self._data_wait) / seconds
         speed["seconds_left"] = (self._steps - step) * seconds / steps
         self._restart(trainer, step)
         return speed
