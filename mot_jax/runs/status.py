@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
+import rich.markup
 import rich.table
 from etils import epath
 
@@ -122,8 +123,11 @@ def _workdirs(directory: epath.Path) -> Iterator[epath.Path]:
         yield directory
         return
     for child in children:
+        # A store may have an object with the name of the directory.
+        if child == directory or child.name.startswith("."):
+            continue
         with contextlib.suppress(PermissionError):
-            if child == directory or not child.is_dir():  # a store may have an object with the directory's name
+            if not child.is_dir():
                 continue
             if not os.path.islink(child):
                 yield from _workdirs(child)

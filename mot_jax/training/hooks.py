@@ -254,7 +254,7 @@ class Meter:
         self._restart(trainer, trainer.step)
 
     def _restart(self, trainer: Trainer, step: int) -> None:
-        self._begin, self._first_step, self._data_wait = time.perf_counter(), step, trainer.waits.seconds("data")
+        self._begin, self._first_step, self._data_wait = time.perf_counter(), step, trainer.data_wait
 
     def read(self, trainer: Trainer, step: int) -> dict[str, float]:
         """The speed up to `step`, and begin to measure again.
@@ -269,7 +269,7 @@ class Meter:
         speed = {"tokens_per_second": tokens_per_second, "model_flops_per_second": flops_per_second}
         if self._peak_flops is not None:
             speed["mfu"] = flops_per_second / self._peak_flops
-        speed["data_wait"] = (trainer.waits.seconds("data") - self._data_wait) / seconds
+        speed["data_wait"] = (trainer.data_wait - self._data_wait) / seconds
         speed["seconds_left"] = (self._steps - step) * seconds / steps
         self._restart(trainer, step)
         return speed

@@ -78,7 +78,7 @@ class Trainer:
         step: updates made so far, in this process and before.
         next_example: index of the next training example in the global order.
         begun: number of the last step whose batch has been read, which may still be dispatched.
-        waits: time spent waiting for batches and devices so far.
+        waits: time spent waiting for batches and the device so far.
         hook: the hook that is being called, if any.
         compile_seconds: time that compiling the step took.
     """
@@ -102,6 +102,11 @@ class Trainer:
         self._evaluate = make_evaluation(evaluated, run.mesh, run.validation_windows, run.tokenizer)
         # Last, so that an error above leaves no reader open.
         self._batches = train_batches(run.windows, run.order, objective, t.batch_size, rows, start.next_example)
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds that steps have waited for batches so far."""
+        return self.waits.seconds("data")
 
     @property
     def at_last_step(self) -> bool:

@@ -165,6 +165,21 @@ def test_a_status_that_cannot_be_written_does_not_stop_a_run(tiny, workdir, repo
     assert (report["state"], report["step"], report["steps"]) == ("failed", 1, 8)
 
 
+def test_only_the_owner_writes(workdir, monkeypatch):
+    monkeypatch.setattr(owner, "_SETTLE_SECONDS", 0.0)
+    owner.acquire(workdir)
+    status.write(workdir, {"state": "training", "loss": float("nan")})
+    content = json.loads((workdir / status.FILE).read_text())
+    assert (content["state"], content["loss"], content["pid"]) == ("training", None, os.getpid())
+    (workdir / owner.FILE).write_text(json.dumps(owned_by(1, token="of another process")))
+    status.write(workdir, {"state": "saving"})
+    status.note(workdir, {"state": "finished"}, update=True)
+    assert json.loads((workdir / status.FILE).read_text()) == content
+    owner.release(workdir)
+    status.write(workdir, {"state": "saving"})
+    assert json.loads((workdir / status.FILE).read_text()) == content
+
+
 def test_a_killed_run(workdir, reports, ended_process):
     process = owned_by(ended_process, process_start=1, beat=time.time() - 100)
     of_process = {"host": process["host"], "pid": process["pid"], "time": time.time() - 40}
