@@ -24,6 +24,7 @@ COMMANDS = {
         models.lm_eval,
         runs.inspect,
         runs.curves,
+        runs.status,
         runs.verify,
         bench.bench,
         convert.export,

@@ -25,9 +25,9 @@ from mot_jax.cli.parsing import (
     parse_with_config,
 )
 from mot_jax.config import default_workdir
-from mot_jax.errors import UserError, error_words
+from mot_jax.errors import ReportedError, UserError, error_words
 from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
 
 DOES_NOT_FIT = 1
@@ -158,6 +158,35 @@ def evaluate(arguments: list[str]) -> None:
     if options.json:
         about = results[0] if len(results) == 1 else {"split": split, "modes": results}
         write_json(options.json, {"workdir": options.workdir, **about})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Print the state of runs: in progress, finished, killed, failed; with step, loss, speed and time left."""
+
+    workdirs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORKDIR")]]
+    """Directories of runs, or directories that contain some, one or more."""
+    json: Flag = False
+    """Print a list as JSON in place of a table."""
+
+
+def status(arguments: list[str]) -> None:
+    """Print the state of runs, in progress or not."""
+    options = parse("mot status", StatusOptions, arguments)
+    from mot_jax.runs import status
+
+    reports, errors = [], []
+    for directory in options.workdirs:
+        try:
+            reports += status.reports("WORKDIR", user_path("WORKDIR", directory))
+        except ReportedError as error:  # the others are reported nevertheless
+            errors.append(error)
+    if options.json:
+        print(strict_json.dumps(reports, indent=1))
+    elif reports:
+        status.show(reports)
+    if errors:
+        raise type(errors[0])(*(fault for error in errors for fault in error.faults))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

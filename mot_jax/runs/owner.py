@@ -91,9 +91,10 @@ def release(workdir: epath.Path) -> None:
         ownership.end()
 
 
-def is_held(workdir: epath.Path) -> bool:
-    """Whether this process is the owner."""
-    return str(workdir) in _held
+def is_owner(workdir: epath.Path) -> bool:
+    """Whether this process is the owner, by the file."""
+    ownership = _held.get(str(workdir))
+    return ownership is not None and ownership.is_owner()
 
 
 def check(workdir: epath.Path, now: bool = False) -> None:
@@ -139,6 +140,17 @@ def describe(owner: Owner | None) -> str:
     group = f" of {count}" if count > 1 else ""
     job = f", job {owner['job']}" if owner.get("job") else ""
     return f"process {owner.get('pid')}{group} on {owner.get('host')}{job}, since {owner.get('since')}"
+
+
+def reason_gone(owner: Owner) -> str | None:
+    """The reason for which an owner is certainly gone; None if its run may be in progress."""
+    return _reason_gone(owner, _this_process(1))
+
+
+def silence(owner: Owner) -> str | None:
+    """The age of an owner's last sign of life, in words, if it is too old for a run in progress."""
+    age = time.time() - float(owner.get("beat") or 0)
+    return f"its last sign of life is {age:,.0f} s old" if age >= STALE_SECONDS else None
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -247,6 +259,10 @@ def _is_owner_after_settling(workdir: epath.Path, current: Owner) -> bool:
 
 def _reason_to_replace(other: Owner, current: Owner) -> str | None:
     """The reason for which the other owner is certainly gone, or counts as gone; None if it may be in progress."""
+    return _reason_gone(other, current) or silence(other)
+
+
+def _reason_gone(other: Owner, current: Owner) -> str | None:
     if not other:
         return "its file is damaged"
     same_system = all(other.get(key) and other.get(key) == current[key] for key in ("boot_id", "pid_namespace"))
@@ -254,8 +270,7 @@ def _reason_to_replace(other: Owner, current: Owner) -> str | None:
         return "that process has ended"
     if other.get("job") and other.get("job") == current["job"] and current["restarts"] > (other.get("restarts") or 0):
         return "an earlier start of the same job"
-    age = time.time() - float(other.get("beat") or 0)
-    return f"its last sign of life is {age:,.0f} s old" if age >= STALE_SECONDS else None
+    return None
 
 
 def _has_ended(owner: Owner) -> bool:

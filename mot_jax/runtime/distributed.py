@@ -231,6 +231,34 @@ def gather(value: Any, name: str | None = None) -> list[Any]:
     return json.loads(client.blocking_key_value_get(key + "/all", _FOREVER))
 
 
+class Board:
+    """A JSON value of each process that all of them can read at any time, without waiting for one another.
+
+    With several processes, each creates it, as often as the others.
+    """
+
+    def __init__(self) -> None:
+        self._folder = f"mot_jax/{next(_rounds)}/board/"
+
+    def publish(self, value: Any) -> None:
+        """Replace the value of this process."""
+        import jax
+
+        if jax.distributed.is_initialized():
+            state = _coordination()
+            state.client.key_value_set(f"{self._folder}{state.process_id}", json.dumps(value), allow_overwrite=True)
+
+    def read(self) -> list[Any]:
+        """The values of all processes in their order; None for each that has none yet, and for a single process."""
+        import jax
+
+        if not jax.distributed.is_initialized():
+            return [None]
+        values = dict(_coordination().client.key_value_dir_get(self._folder))
+        names = {key.rpartition("/")[2]: json.loads(value) for key, value in values.items()}
+        return [names.get(str(index)) for index in range(jax.process_count())]
+
+
 def _coordination() -> Any:
     """JAX's coordination service, which has no public name: process_id, client, and in process 0 service.
 

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: log, validate, stop when preempted, save checkpoints, show progress.
+"""Hooks of the training loop: log, validate, stop when preempted, save checkpoints, show progress, write the status.
 
 Their order is the order of effects: a row is written before the checkpoint that follows it, and a checkpoint is saved
 in the step in which training stops. `default_hooks` has them in this order.
@@ -24,14 +24,16 @@ from mot_jax.runs.metrics import Console, MetricsLog, Row, train_line, validatio
 from mot_jax.runs.restore import newest_step
 from mot_jax.runtime import distributed, exit_codes
 from mot_jax.training.divergence import WATCHED, DivergenceWatch
+from mot_jax.training.status_hook import StatusHook
 from mot_jax.training.trainer import Hook, StepMetrics, Trainer
 
 
 def default_hooks(config: Config, console: Console, hooks: Sequence[Hook] = ()) -> list[Hook]:
     """The hooks of a run, with further `hooks` in the place where they may log rows and stop the training."""
     log = LogHook(console)
+    status = StatusHook(console, lambda: log.latest)
     validate = ValidateHook(log, console, early=config.training.transition_from is not None)
-    return [log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
+    return [status, log, validate, PreemptHook(console), *hooks, CheckpointHook(log), WatchHook(console)]
 
 
 class _Pending(NamedTuple):
@@ -51,6 +53,7 @@ class LogHook(Hook):
     Attributes:
         watch: the state of the latest step whose metrics have been fetched.
         last_validation: the latest validation row; empty if there is none since the start.
+        latest: step and loss of that step, and the other values of the last row.
     """
 
     def __init__(self, console: Console):
@@ -59,6 +62,7 @@ class LogHook(Hook):
         self._pending: _Pending | None = None
         self.watch = DivergenceWatch()
         self.last_validation: Row = {}
+        self.latest: Row = {}
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
@@ -87,7 +91,10 @@ class LogHook(Hook):
         (step, next_example, metrics), self._pending = self._pending, None
         t = trainer.run.config.training
         row: Row = {"step": step, "split": "train"}
-        remark = self.watch.read(jax.device_get({name: metrics[name] for name in WATCHED}))
+        with trainer.waits.on("device"):
+            watched = jax.device_get({name: metrics[name] for name in WATCHED})
+        remark = self.watch.read(watched)
+        self.latest = self.latest | {"step": step, "loss": float(watched["loss"])}
         if remark:
             row |= {"first_example": next_example - t.batch_size, "last_example": next_example - 1}
             examples = f"examples {row['first_example']:,} to {row['last_example']:,} of the training order"
@@ -95,6 +102,7 @@ class LogHook(Hook):
         if remark or step % t.log_every == 0 or step == t.steps:
             row |= {name: float(value) for name, value in jax.device_get(metrics).items()}
             row |= self._meter.read(trainer, step)
+            self.latest = row
             self.write(row, train_line(row, t.steps))
 
     def write(self, row: Row, line: str) -> None:
@@ -123,6 +131,8 @@ class ValidateHook(Hook):
 
     early: also before the first step and after steps 1, 2, 4, 8, ...: the loss of a transition rises only briefly.
     """
+
+    state = "validating"
 
     def __init__(self, log: LogHook, console: Console, early: bool = False):
         self._log, self._console, self._early = log, console, early
@@ -184,6 +194,8 @@ class CheckpointHook(Hook):
     every loss is infinite or NaN are of no use, and none is saved of parameters whose norm is not finite. After
     `training.max_skipped` skipped steps in a row, or with such parameters at the end, the run ends with DivergedError.
     """
+
+    state = "saving"
 
     def __init__(self, log: LogHook):
         self._log, self._due = log, False

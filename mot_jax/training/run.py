@@ -27,20 +27,20 @@ from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
 from mot_jax.modes import companions
 from mot_jax.nn.sharding import make_mesh
-from mot_jax.runs import owner
+from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.manifest import left_out_lines, steps_of
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.optimizer import learning_rate
 from mot_jax.runs.restore import check_data, newest_step, read_config, with_tokenizer_copy
 from mot_jax.runs.state import TrainState, abstract_state, create_state
+from mot_jax.runs.status import RESULT
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import is_remote, make_directory, replace_file, user_path
 from mot_jax.training.transition import check_transition, transition_state
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
-RESULT = "result.json"  # the last file that a run writes: the mark of a finished one
 _BEFORE_CONFIG = ("config.json.new", owner.FILE)  # how files of a run begin that was killed at its start
 _VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
 
@@ -141,6 +141,7 @@ def begin(run: Run, take_over: bool = False) -> Start:
             for path in run.workdir.glob("error*.txt"):  # of an earlier start
                 path.unlink(missing_ok=True)
     write_workdir(run)
+    status.note(run.workdir, {"state": "starting"})
     folder = run.workdir / "checkpoints"
     with Checkpoints(folder, run.config.checkpoint) as checkpoints:
         newest, left_out = checkpoints.newest_intact()
@@ -158,6 +159,7 @@ def begin(run: Run, take_over: bool = False) -> Start:
     with distributed.together():
         if distributed.is_first() and start.step < run.config.training.steps:
             (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
+    status.note(run.workdir, {"state": "compiling", "step": start.step, "steps": run.config.training.steps})
     return start
 
 
@@ -221,6 +223,7 @@ def finish(run: Run) -> Row:
                 "validation": last_validation(run) or None,
             }
             replace_file(run.workdir / "loss.png", plot_curves({run.workdir.name: rows}))
+            status.note(run.workdir, {"state": "finished"}, update=True)
             content = strict_json.dumps(result, indent=1)
             replace_file(run.workdir / RESULT, (content + "\n").encode())
             owner.release(run.workdir)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -22,11 +22,41 @@ from mot_jax.training.step import make_train_step
 StepMetrics = dict[str, Any]
 
 
+class Waits:
+    """Times for which the training loop has waited, by cause; other threads may read them.
+
+    current: cause of the wait in progress, if any.
+    """
+
+    def __init__(self) -> None:
+        self._seconds, self._since = {"data": 0.0, "device": 0.0}, 0.0
+        self.current: str | None = None
+
+    @contextlib.contextmanager
+    def on(self, cause: Literal["data", "device"]) -> Iterator[None]:
+        """Around a wait."""
+        self._since, self.current = time.perf_counter(), cause
+        try:
+            yield
+        finally:
+            self.current = None
+            self._seconds[cause] += time.perf_counter() - self._since
+
+    def seconds(self, cause: str) -> float:
+        """The sum of all waits, with that in progress."""
+        return self._seconds[cause] + (time.perf_counter() - self._since if self.current == cause else 0.0)
+
+
 class Hook:
     """Something that happens during training: a subclass overrides the methods that it needs.
 
     Hooks are called in the order in which they are given; their contexts are left in the opposite order.
+
+    Attributes:
+        state: the state of the run while a method of the hook is executed, for `status.json`.
     """
+
+    state: ClassVar[str] = "training"
 
     def around(self, trainer: Trainer) -> contextlib.AbstractContextManager[Any]:
         """A context that is entered before the first step and left after the last one, or after an error."""
@@ -47,14 +77,17 @@ class Trainer:
         state: parameters and optimizer state after `step` updates. The step donates its buffers: keep no reference.
         step: updates made so far, in this process and before.
         next_example: index of the next training example in the global order.
-        data_wait: seconds that steps have waited for batches so far.
+        begun: number of the last step whose batch has been read, which may still be dispatched.
+        waits: time spent waiting for batches and the device so far.
+        hook: the hook that is being called, if any.
         compile_seconds: time that compiling the step took.
     """
 
     def __init__(self, run: Run, start: Start):
         t = run.config.training
         self.run, self.state, self.step, self.next_example = run, start.state, start.step, start.next_example
-        self.data_wait, self._stop_requested = 0.0, False
+        self.begun, self.waits, self._stop_requested = start.step, Waits(), False
+        self.hook: Hook | None = None
         rows = local_sequences(run.mesh, t.batch_size, t.gradient_accumulation_steps)
         objective = Objective.of(run.config, run.tokenizer)
         begin = time.perf_counter()
@@ -69,6 +102,11 @@ class Trainer:
         self._evaluate = make_evaluation(evaluated, run.mesh, run.validation_windows, run.tokenizer)
         # Last, so that an error above leaves no reader open.
         self._batches = train_batches(run.windows, run.order, objective, t.batch_size, rows, start.next_example)
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds that steps have waited for batches so far."""
+        return self.waits.seconds("data")
 
     @property
     def at_last_step(self) -> bool:
@@ -96,11 +134,12 @@ class Trainer:
         Raises UserError if another run has taken over the workdir.
         """
         owner.check(self.run.workdir)
-        begin = time.perf_counter()
-        batch = next(self._batches)
-        self.data_wait += time.perf_counter() - begin
-        self.state, metrics = self._train_step(self.state, self._place(batch.sequences))
-        self.step += 1
+        with self.waits.on("data"):
+            batch = next(self._batches)
+        self.begun = self.step + 1
+        with self.waits.on("device"):  # where programs are not executed asynchronously
+            self.state, metrics = self._train_step(self.state, self._place(batch.sequences))
+        self.step = self.begun
         self.next_example += self.run.config.training.batch_size
         return {**metrics, "shared_document_share": batch.shared_document_share}
 
@@ -113,12 +152,16 @@ class Trainer:
         self._stop_requested = False
         with contextlib.ExitStack() as stack:
             for hook in hooks:
+                self.hook = hook
                 stack.enter_context(hook.around(self))
+            self.hook = None
             try:
                 while not self.stopping:
                     metrics = self.train_step()
                     for hook in hooks:
+                        self.hook = hook
                         hook.after_step(self, metrics)
+                    self.hook = None
             except Exception as error:
                 # Before any context is left: closing could wait for the lost process.
                 distributed.end_if_peer_lost(error, f"at step {self.step}")

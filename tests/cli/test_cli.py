@@ -255,7 +255,7 @@ for line in sys.stdin:
         pass
     assert "jax" not in sys.modules, line
 """
-    commands = [*([*command, "-h"] for command in HELPED), [], ["trian"], ["data", "biuld"], ["bench"]]
+    commands = [*([*command, "-h"] for command in HELPED), [], ["trian"], ["data", "biuld"], ["bench"], ["status", "."]]
     result = subprocess.run(
         [sys.executable, "-c", script],
         input="\n".join(map(" ".join, commands)),

@@ -26,7 +26,7 @@ from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
 from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import metrics as log
-from mot_jax.runs import owner
+from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import abstract_state, create_state
@@ -66,7 +66,12 @@ def _google(patch: pytest.MonkeyPatch):
     patch.setenv("STORAGE_EMULATOR_HOST", store.url)
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
     patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    return store, store.shutdown
+
+    def stop() -> None:
+        store.shutdown()
+        store.server_close()
+
+    return store, stop
 
 
 def _amazon(patch: pytest.MonkeyPatch):
@@ -97,6 +102,25 @@ def test_owner_is_created_exclusively(bucket, monkeypatch, capfd):
     assert ownership.successor == owner.read(workdir)
     owner.release(workdir)
     assert owner.read(workdir) is None
+
+
+def test_status_of_runs_on_a_store(bucket, capsys):
+    workdir = bucket / "studies" / "of_two" / "mine"
+    (workdir / "config.json").write_text(json.dumps({"training": {"steps": 9}}))
+    write(bucket / "studies" / "of_two" / "mine", 0, range(1, 4))
+    (bucket / "studies" / "notes.txt").write_text("")
+    cli.main(["status", str(bucket / "studies"), "--json"])
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["workdir"], report["state"], report["step"], report["steps"]) == (str(workdir), "unfinished", 3, 9)
+    owner.acquire(workdir)
+    status.write(workdir, {"state": "training", "step": 5})
+    cli.main(["status", str(workdir), "--json"])
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["state"], report["step"], report["loss"]) == ("training", 5, 1 / 3)
+    owner.release(workdir)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["status", str(bucket / "nothing")])
+    assert "nothing: no such directory" in capsys.readouterr().err
 
 
 def write(workdir: epath.Path, done: int, steps: range) -> None:
@@ -227,8 +251,10 @@ def test_a_run_stops_is_resumed_and_read_by_commands(bucket, tiny: Config, tmp_p
         train(tiny, str(workdir), [StopAt(7)])
     assert seen == [(4, 4)]  # the checkpoint does not outlive its rows
     assert steps(workdir)[-1] == 5 + 1  # the row of step 7 was never fetched
+    assert status.report(workdir)["state"] == "failed"
     train(tiny, str(workdir), [SampleHook()])
     assert numbers(workdir) == numbers(local)
+    assert status.report(workdir)["state"] == "finished" and status.report(workdir)["checkpoint"] == 12
     assert {path.name for path in workdir.iterdir()} == {path.name for path in local.iterdir()} - {"metrics.jsonl"} | {
         "metrics"
     }

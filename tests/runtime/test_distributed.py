@@ -22,6 +22,7 @@ from mot_jax.config import Config, to_json
 from mot_jax.config import fields as f
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.errors import ReportedError, RetryableError, UserError
+from mot_jax.runs import status
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import distributed, exit_codes
 from mot_jax.runtime.rendezvous import Process
@@ -376,6 +377,59 @@ def test_two_processes_evaluate_as_one_does(experiment, tmp_path):
     of_two, of_one = results
     assert of_two["loss"] == pytest.approx(of_one["loss"], rel=1e-5) and of_two["windows"] > 32
     assert of_two | {"loss": 0, "bits_per_byte": 0} == of_one | {"loss": 0, "bits_per_byte": 0}
+
+
+SLEEPS = """
+import dataclasses, os, sys, time
+from mot_jax.config import MeshConfig, load_config
+from mot_jax.runtime import distributed
+from mot_jax.runtime.rendezvous import Process
+from mot_jax.training import Hook, status_hook, train
+
+number, coordinator, file, workdir = int(sys.argv[1]), *sys.argv[2:]
+status_hook.STALL_SECONDS, status_hook.PUBLISH_SECONDS = 3.0, 0.1
+
+class Sleep(Hook):
+    def after_step(self, trainer, metrics):
+        while number == 1 and trainer.step == 5 and not os.path.exists(workdir + ".continue"):
+            time.sleep(0.1)
+
+config = load_config(file)
+training = dataclasses.replace(config.training, steps=20, validate_every=20, checkpoint_every=20)
+config = dataclasses.replace(config, training=training, mesh=MeshConfig(data=2))
+with distributed.ending():
+    distributed.connect(Process(number, 2, coordinator), MeshConfig(wait_seconds=60))
+    train(config, workdir, [Sleep()])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_for_which_the_other_waits_is_named(experiment, tmp_path):
+    workdir, coordinator = epath.Path(tmp_path / "run"), f"localhost:{free_port()}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    arguments = [coordinator, str(experiment / "tiny.py"), str(workdir)]
+    calls = [[sys.executable, "-c", SLEEPS, str(number), *arguments] for number in (0, 1)]
+    processes = [
+        subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for call in calls
+    ]
+    try:
+        output, line = "", r"step 6 has waited \d+ s for process 1, which is at step 5 \(waiting for hook Sleep\)"
+        while not re.search(line + "\n", output):
+            output += (text := processes[0].stdout.readline())
+            assert text, output
+        report = status.report(workdir)
+        while report["behind"] is None:  # the line is printed before the file is written
+            report = status.report(workdir)
+        assert re.fullmatch(line, report["remark"]) and re.fullmatch(line, report["behind"])
+        assert (report["state"], report["waiting_for"]) == ("training", "peers") and report["step"] in (4, 5)
+        assert " of 2 on " in report["owner"]
+    finally:
+        epath.Path(f"{workdir}.continue").write_text("")
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert ends(processes) == [0, 0], outputs
+    assert "has waited" not in outputs[0] and "has waited" not in outputs[1]  # once
+    assert status.report(workdir)["state"] == "finished"
 
 
 def errors(record: Path, count: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from tiny_run import numbers
 
+from mot_jax.runs import status
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.training import Hook, train
 
@@ -31,6 +32,8 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny,
     assert line in capsys.readouterr().out.splitlines()
     assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {4, 5}
     assert [row["step"] for row in numbers(workdir)] == [1, 2, 3, 4, 5]
+    content = status.read(workdir)
+    assert content is not None and (content["state"], content["step"], content["checkpoint"]) == ("preempted", 5, 5)
     train(tiny, workdir)
     assert numbers(workdir) == numbers(finished)
 
