@@ -38,7 +38,7 @@ def run_in_processes(
         Exception: Any exception that a task raises.
     """
     workers = min(workers or _cores(), len(tasks))
-    with _progress(title, total) as advance:
+    with progress(title, total) as advance:
         if workers <= 1:
             for task in tasks:
                 function(task, advance)
@@ -113,7 +113,7 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Advance]:
+def progress(title: str, total: int) -> Iterator[Advance]:
     """A progress bar on a terminal, a line every 10 seconds elsewhere."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
