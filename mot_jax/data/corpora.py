@@ -250,6 +250,11 @@ def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
             for directory in [base / version] if version else [base, *reversed(_versions(base))]:
                 if any((directory / name).exists() for name in ("dataset_info.json", "metadata.json")):
                     return directory
+                if (directory / "plan").exists():  # on a store
+                    raise UserError(
+                        f"data.corpus = {name!r}: {directory} is incomplete, its build is in progress or was "
+                        "interrupted; try the same mot data build again"
+                    )
         if is_path:
             raise UserError(
                 f"data.corpus = {name!r}: no prepared data set; must be a directory with dataset_info.json; try another"

@@ -113,7 +113,7 @@ def one_process_at_a_time(target: Path, words: str) -> Iterator[bool]:
     lock = target.with_name(f".{target.name}.lock")
     with exclusive_lock(lock, lambda: print(f"waiting for another process that {words}", file=sys.stderr)) as locked:
         if locked:
-            for part in target.rglob("*.part"):
+            for part in target.parent.glob(f"{target.name}*/**/*.part"):
                 part.unlink()
         yield locked
 

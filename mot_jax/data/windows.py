@@ -297,6 +297,9 @@ def _copy(parts: Sequence[_WindowPart]) -> None:
     with stores.one_process_at_a_time(root, f"copies {stored.path}") as locked:
         missing = [part for part in parts if not part.is_complete()]
         staged = root.with_name(f"{root.name}.{stored.digest if locked else uuid.uuid4().hex}.copying")
+        for other in root.parent.glob(f"{root.name}.*.copying") if locked else ():  # copies of files since replaced
+            if other != staged:
+                shutil.rmtree(other, ignore_errors=True)
         stored.copy([os.path.join(part.name, file) for part in missing for file in FILES], staged)
         for part in missing:
             copy = staged / part.name

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import importlib.util
+import logging
 import os
 import re
 import tempfile
@@ -63,7 +64,7 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{name} = {text}: {missing[0]} is not installed; try pip install {' '.join(packages)}")
-    _disable_listings_cache(scheme)
+    _configure_store(scheme)
     remote = epath.Path(text)
     with store_errors(name, text):
         remote.exists()
@@ -200,8 +201,12 @@ def sync(path: os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def _disable_listings_cache(scheme: str) -> None:
-    """Disable fsspec's cache of directory listings: Orbax and other processes write to the same directories."""
+def _configure_store(scheme: str) -> None:
+    """Disable fsspec's cache of directory listings: Orbax and other processes write to the same directories.
+
+    Also disable gcsfs's tracebacks on stderr: the error is reported where it is raised.
+    """
     import fsspec.config
 
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())
