@@ -7,14 +7,80 @@ It has the limits of an object store: no request appends, and requests that copy
 from __future__ import annotations
 
 import base64
+import contextlib
 import email
 import hashlib
 import json
 import threading
 import urllib.parse
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NoReturn
+
+import pytest
+from etils import epath
 
 BUCKET = "bucket"
+
+
+@contextlib.contextmanager
+def open_bucket(scheme: str) -> Iterator[tuple[epath.Path, ObjectStore | None]]:
+    """A bucket behind the protocol of `gs` or `s3`, on this machine; to append or rename is an error.
+
+    Yields its path, and the store of `gs`.
+    """
+    import gcsfs
+    import s3fs
+    from etils.epath import backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        store, stop = {"gs": _google, "s3": _amazon}[scheme](patch)
+        opens = backend.fsspec_backend.open
+
+        def refuse(*_: object) -> NoReturn:
+            raise AssertionError("an object store cannot do this")
+
+        def whole(path: str, mode: str):
+            return refuse() if "a" in mode else opens(path, mode)
+
+        patch.setattr(backend.fsspec_backend, "open", whole)
+        patch.setattr(backend.fsspec_backend, "rename", refuse)
+        patch.setattr(backend.fsspec_backend, "replace", refuse)
+        yield epath.Path(f"{scheme}://{BUCKET}"), store
+        assert store is None or store.refused == []
+        stop()
+        for cache in (gcsfs.GCSFileSystem, s3fs.S3FileSystem):
+            cache.clear_instance_cache()
+        type(backend.fsspec_backend)._get_filesystem.cache_clear()
+
+
+def _google(patch: pytest.MonkeyPatch) -> tuple[ObjectStore, Callable[[], None]]:
+    import fsspec.config
+
+    store = ObjectStore()
+    patch.setenv("STORAGE_EMULATOR_HOST", store.url)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
+    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+
+    def stop() -> None:
+        store.shutdown()
+        store.server_close()
+
+    return store, stop
+
+
+def _amazon(patch: pytest.MonkeyPatch) -> tuple[None, Callable[[], None]]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        patch.setenv(name, "none")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    return None, server.stop
 
 
 class ObjectStore(ThreadingHTTPServer):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from mot_jax.cli.parsing import DirectoryOrNone, File, PositiveOrNone, dispatch, parse
-from mot_jax.runtime.paths import DATA_DIRECTORY, local_path
+from mot_jax.runtime.paths import DATA_DIRECTORY, is_remote, user_path
 
 Name = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
 Files = tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE")]]
@@ -25,10 +25,11 @@ class CorpusOptions:
     text_feature: Annotated[str, tyro.conf.arg(metavar="NAME")] = "text"
     """Field of JSON lines, or column of a table, that holds the text."""
     directory: DirectoryOrNone = None
-    """Directory of prepared text, as `data.directory`. None: its default."""
+    """Directory of prepared text, as `data.directory`: local, `gs://` or `s3://`. None: its default."""
 
-    def data_directory(self) -> Path:
-        return Path(local_path("--directory", self.directory or DATA_DIRECTORY)).absolute()
+    def data_directory(self) -> epath.Path:
+        directory = user_path("--directory", self.directory or DATA_DIRECTORY)
+        return directory if is_remote(directory) else directory.absolute()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -351,7 +351,8 @@ class DataConfig(_PlainData):
     mask_rate: float = 0.15
     """Fraction of the tokens that the masked objective masks."""
     directory: str | None = _free(None)
-    """Directory of the prepared datasets. None: `~/.cache/mot_jax`."""
+    """Directory of the prepared datasets: local, or `gs://` or `s3://`, of which each host copies the windows.
+    None: `~/.cache/mot_jax`."""
     validation_windows: int | None = _free(None)
     """Maximum number of windows (sequences) of the validation split to evaluate on. None: all."""
 

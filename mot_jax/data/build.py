@@ -8,14 +8,14 @@ result is the same for any number of processes and interruptions. Everything is 
     <directory>/corpora/NAME/1.0.0/             the same directory renamed, with TFDS's metadata: the data set;
                                                 left_out.jsonl names files that were not read, or not completely,
                                                 with the reasons
+
+On an object store, `directory` being gs:// or s3://, the corpus is built on the local disk and uploaded, its
+`dataset_info.json` last. Until then it has the file `plan` there, created exclusively.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,21 +25,32 @@ import shutil
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from mot_jax.data import pool
+from mot_jax.data import pool, stores
 from mot_jax.data.files import FilePart, find_files, read_part, split_file
 from mot_jax.data.formats import REASONS, DocumentUnit, ReadReport
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import replace_file, sync
+from mot_jax.runtime.paths import (
+    create_file,
+    disk_errors,
+    exclusive_lock,
+    is_remote,
+    make_directory,
+    replace_file,
+    store_errors,
+    sync,
+)
+
+AnyPath: TypeAlias = Path | epath.Path
 
 FORMAT_VERSION = 2
 VERSION = "1.0.0"
@@ -101,18 +112,20 @@ def spec_from_files(
     return CorpusSpec(name, parts, documents=documents, feature=feature, validation=validation)
 
 
-def built_directory(corpora: Path, name: str) -> Path | None:
+def built_directory(corpora: AnyPath, name: str) -> AnyPath | None:
     """The directory of the corpus `name` under `corpora`, or None if it is not built."""
     directory = corpora / name / VERSION
-    return directory if directory.exists() else None
+    complete = directory / "dataset_info.json" if is_remote(directory) else directory  # which is renamed when complete
+    return directory if complete.exists() else None
 
 
 def build(
-    spec: CorpusSpec, corpora: Path, workers: int | None = None, log: Callable[[str], None] | None = None
-) -> Path:
+    spec: CorpusSpec, corpora: AnyPath, workers: int | None = None, log: Callable[[str], None] | None = None
+) -> AnyPath:
     """Build a corpus under the directory `corpora`, unless it exists.
 
     Args:
+        corpora: Local, or on an object store.
         workers: Maximum number of processes; None for the number of cores.
         log: Called with lines that report the progress and the result.
 
@@ -120,9 +133,14 @@ def build(
         The directory of the corpus.
 
     Raises:
-        UserError: Another corpus has this name, or the files contain no document.
+        UserError: Another corpus has this name, the files contain no document, or `corpora` cannot be written.
+        RetryableError: A store does not respond.
     """
     log = log or (lambda line: None)
+    if is_remote(corpora):
+        with store_errors("data.directory", corpora):
+            return _build_on_store(spec, epath.Path(corpora), workers, log)
+    corpora = Path(corpora)
     directory, building = corpora / spec.name / VERSION, corpora / spec.name / f"{VERSION}.building"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -130,14 +148,13 @@ def build(
         raise UserError(
             f"data.directory = {corpora.parent}: cannot be written ({error.strerror}); try one that can"
         ) from error
-    with _lock(directory.parent / ".lock", log) as exclusive, disk_errors(corpora.parent):
+    lock = exclusive_lock(
+        directory.parent / ".lock", lambda: log(f"waiting for another process that is building {directory.parent}")
+    )
+    with lock as exclusive, disk_errors(corpora.parent):
         if not exclusive:  # without locks, a build shares its directory with no other
             building = building.with_name(f"{building.name}.{uuid.uuid4().hex}")
         exists = directory.exists()
-        if exists and not is_built(directory):
-            raise UserError(
-                f"NAME = {spec.name!r}: {directory} exists, and mot data build did not write it; try another name"
-            )
         if not exists:
             _build_in(building, spec, workers, log)
             try:
@@ -147,23 +164,67 @@ def build(
                     raise
                 shutil.rmtree(building)  # without locks, another process has built it in the meantime
             sync(directory.parent)
-        if read_metadata(directory).get("plan") != spec.identity():
-            raise UserError(
-                f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that have "
-                "changed since, or by another version; try another name, or delete that directory"
-            )
+        metadata = _check_identity(directory, spec)
         if exists:
             log(f"{spec.name} exists already, built from the same files")
+    _log_summary(spec, directory, metadata, log)
+    return directory
+
+
+def _check_identity(directory: AnyPath, spec: CorpusSpec) -> dict[str, Any]:
+    """The metadata of a complete corpus. Raises UserError if it is not that of `spec`."""
+    if not is_built(directory):
+        raise UserError(
+            f"NAME = {spec.name!r}: {directory} exists, and mot data build did not write it; try another name"
+        )
     metadata = read_metadata(directory)
+    if metadata.get("plan") != spec.identity():
+        raise UserError(
+            f"NAME = {spec.name!r}: {directory} was built from other files or options, or from files that have "
+            "changed since, or by another version; try another name, or delete that directory"
+        )
+    return metadata
+
+
+def _log_summary(spec: CorpusSpec, directory: AnyPath, metadata: dict[str, Any], log: Callable[[str], None]) -> None:
     for line in summary_lines(metadata):
         log(line)
     if spec.validation and spec.splits[1] not in metadata["counts"]:
         log(f"no document was assigned to {spec.splits[1]}; try a larger --validation and another name")
     log(f"corpus directory: {directory}")
+
+
+def _build_on_store(
+    spec: CorpusSpec, corpora: epath.Path, workers: int | None, log: Callable[[str], None]
+) -> epath.Path:
+    """Build a corpus on the local disk, upload it, and remove it from the local disk."""
+    directory, place = corpora / spec.name / VERSION, stores.local_copy(corpora.parent) / "building"
+    exists = built_directory(corpora, spec.name) is not None
+    if not exists:
+        make_directory("data.directory", corpora)  # fails now rather than after the build
+        with stores.one_process_at_a_time(place / spec.name, f"is building {directory}"):
+            plan, identity = directory / "plan", spec.identity()
+            if not create_file(plan, identity.encode()) and plan.read_text() != identity:
+                raise UserError(
+                    f"NAME = {spec.name!r}: {directory} is being written, or was left incomplete, by a build from "
+                    f"other files or options; try another name, or {stores.removal(directory)}"
+                )
+            exists = built_directory(corpora, spec.name) is not None  # in the meantime
+            if not exists:
+                local = build(spec, place, workers)
+                names = sorted(path.name for path in local.iterdir())
+                last = [_CONTENTS, "features.json", "metadata.json", "dataset_info.json"]
+                stores.upload(local, directory, names, last)
+                shutil.rmtree(local)
+            plan.unlink(missing_ok=True)
+    metadata = _check_identity(directory, spec)
+    if exists:
+        log(f"{spec.name} exists already, built from the same files")
+    _log_summary(spec, directory, metadata, log)
     return directory
 
 
-def is_built(directory: Path) -> bool:
+def is_built(directory: AnyPath) -> bool:
     """Whether `build` wrote the data set in a directory, even if it is damaged now; TFDS and others write some, too."""
     try:
         return bool(json.loads((directory / "dataset_info.json").read_text())["description"] == DESCRIPTION)
@@ -171,8 +232,9 @@ def is_built(directory: Path) -> bool:
         return (directory / _CONTENTS).exists()
 
 
-def read_metadata(directory: Path) -> dict[str, Any]:
+def read_metadata(directory: AnyPath) -> dict[str, Any]:
     """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus."""
+    stored = stores.StoredDirectory(directory).files if is_remote(directory) else None
 
     def read(name: str) -> dict[str, Any]:
         try:
@@ -187,21 +249,26 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     if metadata.get("format", 1) != 1 or (directory / _CONTENTS).exists():  # corpora of version 1 have no such file
         for name, expected in read(_CONTENTS).items():
             path = directory / name
-            if not path.exists() or _state_of(path) != expected:
-                raise damaged_corpus(directory, name, "it is not as it was built" if path.exists() else "missing")
+            exists = path.exists() if stored is None else name in stored
+            if not exists:
+                raise damaged_corpus(directory, name, "missing")
+            if (_state_of(path) if stored is None or path.suffix == ".json" else stored[name].size) != expected:
+                raise damaged_corpus(directory, name, "it is not as it was built")
     return metadata
 
 
-def _state_of(path: Path) -> int | str:
+def _state_of(path: AnyPath) -> int | str:
     """The digest of a file of metadata; the size of a shard, whose records have checksums of their own."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else path.stat().st_size
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else os.stat(path).st_size
 
 
-def damaged_corpus(directory: Path, file: str, words: str) -> UserError:
+def damaged_corpus(directory: AnyPath, file: str, words: str) -> UserError:
     """The error for a damaged file of a corpus, with the commands that build it again."""
-    name = directory.parent.name
-    command = f"mot data build {name} FILES" if directory.parent.parent.name == "corpora" else "this command"
-    return UserError(f"{directory / file}: is damaged ({words}); try rm -r {directory}, then {command} again")
+    name, place = directory.parent.name, directory.parent.parent
+    command = f"mot data build {name} FILES" if place.name == "corpora" else "this command"
+    if command != "this command" and is_remote(directory):
+        command += f" --directory {place.parent}"
+    return UserError(f"{directory / file}: is damaged ({words}); try {stores.removal(directory)}, then {command} again")
 
 
 def summary_lines(metadata: dict[str, Any]) -> list[str]:
@@ -433,33 +500,3 @@ def _write_tfds_metadata(
     info.set_file_format("array_record")
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(directory)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, log: Callable[[str], None]) -> Iterator[bool]:
-    """Hold an exclusive lock. Yields False on file systems without locks."""
-    with open(path, "wb") as file:
-        exclusive = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another process that is building {path.parent}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            exclusive = False
-        yield exclusive
-
-
-@contextlib.contextmanager
-def disk_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Report a full disk in one line; libraries raise it as errors of their own, with its text."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        words = next((os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT) if os.strerror(n) in str(error)), None)
-        if words is None:
-            raise
-        raise UserError(
-            f"data.directory = {directory}: {words}; free some, and the same command resumes with the finished "
-            "parts; or try another directory (--directory, --data.directory)"
-        ) from error

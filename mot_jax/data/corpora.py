@@ -2,11 +2,12 @@
 
 All are TFDS data sets in array_record files, and are read without TensorFlow. A name is looked up in
 `<directory>/corpora`, then in TFDS's directory (`TFDS_DATA_DIR`, or ~/tensorflow_datasets); a path is the directory of
-a data set.
+a data set. Any of these may be on an object store: then the files that are read are copied to the local disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -20,10 +21,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mot_jax.config import is_corpus_path
-from mot_jax.data import python_source
+from mot_jax.data import python_source, stores
 from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, is_built, read_metadata
-from mot_jax.errors import ReportedError, UserError, error_words, nearest
+from mot_jax.errors import ReportedError, RetryableError, UserError, error_words, nearest
+from mot_jax.runtime.paths import is_passing, is_remote, store_errors, user_path
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 CORPORA = ("python_source/stdlib", "python_source/site_packages")
 
 
@@ -41,7 +44,9 @@ class Corpus:
         num_bytes: Approximate size of the split.
         feature: The feature with the text.
         metadata: Counts of the build, if `mot data build` built the corpus.
-        directory: Of its files.
+        directory: Of its files, on the local disk.
+        shards: Names of the files of the split.
+        stored: The same directory on an object store; shards are copied before they are read.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Corpus:
     feature: str = "text"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     directory: str = ""
+    shards: tuple[str, ...] = ()
+    stored: stores.StoredDirectory | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -66,6 +73,7 @@ class Corpus:
         Raises:
             UserError: A file is damaged.
         """
+        self.copy_shards()
         for i in range(start, stop):
             try:
                 record = self.records[i]
@@ -78,6 +86,18 @@ class Corpus:
                 record[self.feature],
             )
 
+    def copy_shards(self) -> None:
+        """Copy the shards of the split from the object store to the local disk, if they are on one."""
+        if self.stored is not None:
+            _copy(self.stored, self.shards, Path(self.directory))
+
+    def shard_sizes(self) -> dict[str, int]:
+        """The sizes in bytes of the shards of the split that exist."""
+        if self.stored is not None:
+            return {name: self.stored.files[name].size for name in self.shards if name in self.stored.files}
+        paths = [Path(self.directory, name) for name in self.shards]
+        return {path.name: path.stat().st_size for path in paths if path.exists()}
+
 
 def open_corpus(
     name: str, split: str, directory: str | os.PathLike[str], feature: str = "text", field: str = "--split"
@@ -86,16 +106,20 @@ def open_corpus(
 
     Args:
         split: In the notation of TFDS, for example `train[:90%]`.
+        directory: Local, or on an object store.
         feature: The feature with the text.
         field: The config field or flag that sets `split`, for error messages.
 
     Raises:
         UserError: The name, split or feature does not exist, the data set is not prepared, damaged or not in
             array_record format, or the split is empty.
+        RetryableError: A store does not respond.
     """
-    path = _find(name, Path(directory).expanduser().absolute() / "corpora")
-    if "://" not in str(path) and is_built(Path(path)):
-        read_metadata(Path(path))  # raises an error that names a damaged file
+    place = _find(name, directory)
+    with store_errors("data.corpus", place) if is_remote(place) else contextlib.nullcontext():
+        if is_built(place):
+            read_metadata(place)  # raises an error that names a damaged file
+    path, stored = _local_metadata(place)
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
@@ -111,12 +135,31 @@ def open_corpus(
     records = builder.as_data_source(split, file_format="array_record")
     size = int(info.splits[split].num_bytes)  # 0 for slices of splits: then estimated in proportion
     num_bytes = size or int(info.dataset_size) * len(records) // sum(i.num_examples for i in info.splits.values())
-    return Corpus(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata, str(path))
+    shards = tuple(dict.fromkeys(Path(part.filename).name for part in info.splits[split].file_instructions))
+    return Corpus(
+        *(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata, str(path), shards, stored)
+    )
+
+
+def _local_metadata(place: epath.Path) -> tuple[Path, stores.StoredDirectory | None]:
+    """The local directory with the metadata of a data set, which is copied from a store, and the directory there."""
+    if not is_remote(place):
+        return Path(place), None
+    stored = stores.StoredDirectory(place)
+    path = stores.local_copy(place) / stored.digest
+    _copy(stored, [file for file in stored.files if not _SHARD.search(file)], path)
+    return path, stored
+
+
+def _copy(stored: stores.StoredDirectory, names: Sequence[str], target: Path) -> None:
+    if not all((target / name).exists() for name in names):
+        with stores.one_process_at_a_time(target, f"copies {stored.path}"):
+            stored.copy(names, target)
 
 
 def shared_documents(name: str, splits: Sequence[str], directory: str | os.PathLike[str]) -> int:
     """The number of documents that two splits of a corpus have in common, such as `train` and `train[90%:]`."""
-    info = tfds.builder_from_directory(_find(name, Path(directory).expanduser().absolute() / "corpora")).info
+    info = tfds.builder_from_directory(_local_metadata(_find(name, directory))[0]).info
 
     def ranges(split: str) -> Iterator[tuple[str, int, int]]:
         """Shard, first document and last of each part of a split."""
@@ -185,8 +228,10 @@ def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str)
 # --- the directory of a data set --------------------------------------------------------------------------------------
 
 
-def _find(name: str, corpora: Path) -> epath.Path:
+def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
     """The version directory of a data set. The source of Python is built first. Raises UserError."""
+    data = epath.Path(directory)
+    corpora = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
     if name == "python_source/stdlib":
         return epath.Path(
             built_directory(corpora, python_source.stdlib_name()) or build(python_source.stdlib_spec(), corpora)
@@ -194,17 +239,22 @@ def _find(name: str, corpora: Path) -> epath.Path:
     if name == "python_source/site_packages":
         spec = python_source.site_packages_spec()
         return epath.Path(built_directory(corpora, spec.name) or build(spec, corpora))
-    roots = [epath.Path(corpora), epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
+    roots = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
-    if re.match(r"(?!gs:)\w+://", path):
-        raise UserError(f"data.corpus = {name!r}: only local files and gs:// can be read; try a local copy")
     is_path = is_corpus_path(path)
+    if is_remote(path):
+        user_path("data.corpus", path)  # raises an error for a store that is not supported or refuses
     try:
         for root in [epath.Path()] if is_path else roots:
             base = root / epath.Path(path).expanduser()
             for directory in [base / version] if version else [base, *reversed(_versions(base))]:
                 if any((directory / name).exists() for name in ("dataset_info.json", "metadata.json")):
                     return directory
+                if (directory / "plan").exists():  # on a store
+                    raise UserError(
+                        f"data.corpus = {name!r}: {directory} is incomplete, its build is in progress or was "
+                        "interrupted; try the same mot data build again"
+                    )
         if is_path:
             raise UserError(
                 f"data.corpus = {name!r}: no prepared data set; must be a directory with dataset_info.json; try another"
@@ -213,6 +263,8 @@ def _find(name: str, corpora: Path) -> epath.Path:
     except ReportedError:
         raise
     except Exception as error:  # from object stores, or for lack of permission
+        if is_passing(error):
+            raise RetryableError(f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}") from error
         raise UserError(
             f"data.corpus = {name!r}: cannot be looked up: {error_words(error)}; try a local copy"
         ) from error

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+from etils import epath
+
 from mot_jax.config import Config, is_corpus_path
-from mot_jax.data.corpora import open_corpus, shared_documents
+from mot_jax.data.corpora import Corpus, open_corpus, shared_documents
 from mot_jax.data.order import ORDER_VERSION, MixtureOrder, Order, TrainingOrder
 from mot_jax.data.report import sample_texts
 from mot_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from mot_jax.data.windows import JoinedWindows, Windows, open_windows
+from mot_jax.data.windows import JoinedWindows, Windows, open_windows, store_windows
 from mot_jax.errors import UserError
-from mot_jax.runtime.paths import DATA_DIRECTORY, is_remote, local_path
+from mot_jax.runtime.paths import DATA_DIRECTORY, is_remote, user_path
 
 _ROUND_TRIP_BYTES = 1 << 16  # of text that is encoded and decoded to detect a lossy tokenizer
 
@@ -59,10 +62,30 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> ExperimentT
     return ExperimentText(tokenizer, train, validation, order, fingerprints | {"tokenizer": tokenizer.fingerprint})
 
 
+def store_text(config: Config, tokenizer: Tokenizer) -> None:
+    """Build, tokenize and upload the text that a `data.directory` on an object store lacks; `open_text` copies it.
+
+    Of several processes, one calls this before all call `open_text`.
+
+    Raises:
+        UserError: As `open_text`.
+        RetryableError: The store does not respond.
+    """
+    data, directory = config.data, data_directory(config)
+    for split, name in itertools.product((data.train_split, data.validation_split), data.corpus):
+        corpus = _open_corpus(config, name, split)
+        store_windows(corpus, split, tokenizer, config.model.context_length, directory)
+
+
+def data_directory(config: Config) -> epath.Path:
+    """The path of `data.directory`. Raises UserError or RetryableError for a store that refuses or does not respond."""
+    return user_path("data.directory", config.data.directory or DATA_DIRECTORY)
+
+
 def text_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Warnings about losses that would look better than they are: of text trained on, or of a lossy tokenizer."""
     data, warnings = config.data, []
-    directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
+    directory = data_directory(config)
     for name in data.corpus:
         shared = shared_documents(name, (data.train_split, data.validation_split), directory)
         if shared:
@@ -118,14 +141,18 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 def open_split(config: Config, split: str, tokenizer: Tokenizer) -> Windows:
     """The windows of one split of every corpus of `config`, concatenated. Raises UserError."""
-    data, length = config.data, config.model.context_length
-    directory = local_path("data.directory", data.directory or DATA_DIRECTORY)
-    fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}
-    parts = []
-    for name in data.corpus:
-        corpus = open_corpus(name, split, directory, data.text_feature, fields.get(split, "--split"))
-        parts.append(open_windows(corpus, split, tokenizer, length, directory))
+    length, directory = config.model.context_length, data_directory(config)
+    parts = [
+        open_windows(_open_corpus(config, name, split), split, tokenizer, length, directory)
+        for name in config.data.corpus
+    ]
     return parts[0] if len(parts) == 1 else JoinedWindows(parts, _digest([part.fingerprint for part in parts]))
+
+
+def _open_corpus(config: Config, name: str, split: str) -> Corpus:
+    data = config.data
+    fields = {data.validation_split: "data.validation_split", data.train_split: "data.train_split"}
+    return open_corpus(name, split, data_directory(config), data.text_feature, fields.get(split, "--split"))
 
 
 def _digest(content: object) -> str:

@@ -14,6 +14,9 @@ On disk, in `<directory>/windows/<fingerprint>/`:
 A split of more than 64 MiB is divided into parts at document boundaries; the number of parts depends only on its size.
 Each part is a separate stream in its own directory, `<fingerprint>/00003-of-00016/`: several processes build the parts,
 and an interrupted build resumes with the missing ones.
+
+If `<directory>` is on an object store, parts are copied from there to the local disk. Parts that it lacks are tokenized
+on the local disk and uploaded, each with its `windows.json` last.
 """
 
 from __future__ import annotations
@@ -33,15 +36,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from mot_jax.config import is_corpus_path
-from mot_jax.data import pool
-from mot_jax.data.build import disk_errors
+from mot_jax.data import pool, stores
 from mot_jax.data.corpora import Corpus, open_corpus
 from mot_jax.data.tokenizers import Tokenizer, batch_by_size
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import sync
+from mot_jax.runtime.paths import disk_errors, is_remote, make_directory, sync
 
 FORMAT_VERSION = 1  # increase it if the same text gives other windows; the next three constants affect the windows, too
 PACKING = "concatenate"
@@ -51,8 +54,15 @@ _BATCH = 2**20  # bytes of text that are tokenized in one call
 _COUNTS = ("documents", "bytes", "token_bytes", "tokens", "windows")
 
 
+FILES = ("tokens.array_record", "documents.npy", "windows.json")
+
+
 class DamagedError(Exception):
     """A directory of windows is incomplete or damaged."""
+
+    def __init__(self, directory: Path, file: str):
+        super().__init__(str(directory / file))
+        self.file = file
 
 
 class WindowBatch(NamedTuple):
@@ -76,22 +86,26 @@ class Windows:
     """
 
     def __init__(self, directory: Path):
+        file = "windows.json"
         try:
-            self.info: dict[str, Any] = _read_info(directory / "windows.json")
-            self.documents: np.ndarray = np.load(directory / "documents.npy", mmap_mode="r")
+            self.info: dict[str, Any] = _read_info(directory / file)
+            file = "documents.npy"
+            self.documents: np.ndarray = np.load(directory / file, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise DamagedError(directory) from error
+            raise DamagedError(directory, file) from error
         # No read-ahead, since access is random.
         self._records = ArrayRecordReader(str(directory / "tokens.array_record"), options="readahead_buffer_size:0")
-        counts = {self.info.get("windows"), len(self.documents), self._records.num_records()}
-        if len(counts) > 1 or not self.info.keys() >= {*_COUNTS, "dtype", "context_length", "end_of_text"}:
-            raise DamagedError(directory)
-        if self.info.get("documents_crc32", crc := zlib.crc32(self.documents)) != crc:
-            raise DamagedError(directory)
+        if not self.info.keys() >= {*_COUNTS, "dtype", "context_length", "end_of_text"}:
+            raise DamagedError(directory, "windows.json")
+        if self.info["windows"] != self._records.num_records():
+            raise DamagedError(directory, "tokens.array_record")
+        crc = zlib.crc32(self.documents)
+        if self.info["windows"] != len(self.documents) or self.info.get("documents_crc32", crc) != crc:
+            raise DamagedError(directory, "documents.npy")
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
         self.fingerprint = directory.name
-        self._directory = directory
+        self.directory = directory
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -115,8 +129,8 @@ class Windows:
             records = self._records.read(ids[ids >= 0].tolist())
         except RuntimeError as error:
             raise UserError(
-                f"{self._directory / 'tokens.array_record'}: is damaged ({error_words(error)}); try rm -r "
-                f"{self._directory}, and the same command tokenizes the text again"
+                f"{self.directory / 'tokens.array_record'}: is damaged ({error_words(error)}); try rm -r "
+                f"{self.directory}, and the same command tokenizes the text again"
             ) from error
         lengths = np.zeros(len(ids), int)
         lengths[ids >= 0] = [len(record) // self._dtype.itemsize for record in records]
@@ -133,6 +147,14 @@ def _read_info(path: Path) -> dict[str, Any]:
     if checksum not in (None, _checksum(info)):
         raise ValueError(f"{path}: wrong checksum")
     return info
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _checksum(info: dict[str, Any]) -> int:
@@ -180,15 +202,49 @@ def open_windows(
 
     Args:
         corpus: Name, or the split of the corpus if it is open already.
-        directory: On a local or shared file system; windows are memory-mapped and renamed, which object stores do not
-            support.
+        directory: Local, or on an object store, of which windows are copied to the local disk.
         workers: Number of processes that build parts; None for one per core. Corpus and tokenizer are pickled for them.
 
     Raises:
-        UserError: Unknown corpus or split, or a split that is empty or shorter than a window.
+        UserError: Unknown corpus or split, or a split that is empty or shorter than a window; a corpus that has changed
+            since it was tokenized; damaged windows on a store.
+        RetryableError: A store does not respond.
     """
     if isinstance(corpus, str):
         corpus = open_corpus(corpus, split, directory)
+    fingerprint, parts = _divide(corpus, split, tokenizer, context_length, directory)
+    missing = [part for part in parts if not part.is_complete()]
+    if missing and is_remote(directory):
+        _tokenize(parts, _absent_from_store(parts), workers)
+        _copy(parts)
+    elif missing:
+        _tokenize(parts, missing, workers)
+    opened = [Windows(part.directory) for part in parts]
+    for windows in opened:
+        _check_shards(windows, corpus)
+    return opened[0] if len(opened) == 1 else JoinedWindows(opened, fingerprint)
+
+
+def store_windows(
+    corpus: Corpus,
+    split: str,
+    tokenizer: Tokenizer,
+    context_length: int,
+    directory: str | os.PathLike[str],
+    workers: int | None = None,
+) -> None:
+    """Tokenize and upload the windows that a directory on an object store lacks, so that other hosts can copy them.
+
+    Arguments and errors are those of `open_windows`.
+    """
+    _, parts = _divide(corpus, split, tokenizer, context_length, directory)
+    _tokenize(parts, _absent_from_store(parts), workers)
+
+
+def _divide(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, context_length: int, directory: str | os.PathLike[str]
+) -> tuple[str, list[_WindowPart]]:
+    """The fingerprint and the parts of the windows of a split."""
     if not len(corpus):
         raise UserError(
             f"data.corpus = {corpus.name!r}: its {split} split has no documents; try another split or corpus"
@@ -205,23 +261,66 @@ def open_windows(
         "context_length": context_length,
     } | ({"parts": count} if count > 1 else {})
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    root = Path(directory) / "windows" / fingerprint
-    directories = [root] if count == 1 else [root / f"{i:05d}-of-{count:05d}" for i in range(count)]
+    root = Path(stores.local_copy(directory) if is_remote(directory) else directory) / "windows" / fingerprint
+    stored = f"{os.fspath(directory).rstrip('/')}/windows/{fingerprint}" if is_remote(directory) else ""
+    names = [""] if count == 1 else [f"{i:05d}-of-{count:05d}" for i in range(count)]
     bounds = [i * len(corpus) // count for i in range(count + 1)]
-    parts = [
-        _WindowPart(corpus, tokenizer, inputs, *part) for part in zip(bounds, bounds[1:], directories, strict=False)
+    return fingerprint, [
+        _WindowPart(corpus, tokenizer, inputs, start, stop, root, stored, name)
+        for start, stop, name in zip(bounds, bounds[1:], names, strict=False)
     ]
-    missing = [part for part in parts if not part.is_complete()]
-    if missing:
-        # In random order, so that processes on one file system that build the same windows share the work.
-        random.Random().shuffle(missing)
-        documents = sum(part.stop - part.start for part in missing)
-        with disk_errors(directory):
-            pool.run_in_processes(
-                _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {split}, documents", documents
+
+
+def _check_shards(windows: Windows, corpus: Corpus) -> None:
+    """Raise UserError if a data set whose fingerprint is not that of its content has other files than it had."""
+    sizes = {} if corpus.metadata else corpus.shard_sizes()
+    for shard, size in windows.info.get("shards", {}).items():
+        if sizes.get(shard, size) != size:
+            raise UserError(
+                f"data.corpus = {corpus.name!r}: {shard} has {sizes[shard]:,} bytes, and had {size:,} when it was "
+                f"tokenized: the data set has changed, but not its version; try a new version of it, or rm -r "
+                f"{windows.directory} to tokenize it again"
             )
-    opened = [Windows(part) for part in directories]
-    return opened[0] if count == 1 else JoinedWindows(opened, fingerprint)
+
+
+# --- object stores ----------------------------------------------------------------------------------------------------
+
+
+def _absent_from_store(parts: Sequence[_WindowPart]) -> list[_WindowPart]:
+    files = stores.StoredDirectory(parts[0].stored_root).files
+    return [part for part in parts if os.path.join(part.name, "windows.json") not in files]
+
+
+def _copy(parts: Sequence[_WindowPart]) -> None:
+    """Copy the parts that are not complete on the local disk from the store, and verify them."""
+    root, stored = parts[0].root, stores.StoredDirectory(parts[0].stored_root)
+    with stores.one_process_at_a_time(root, f"copies {stored.path}") as locked:
+        missing = [part for part in parts if not part.is_complete()]
+        staged = root.with_name(f"{root.name}.{stored.digest if locked else uuid.uuid4().hex}.copying")
+        for other in root.parent.glob(f"{root.name}.*.copying") if locked else ():  # copies of files since replaced
+            if other != staged:
+                shutil.rmtree(other, ignore_errors=True)
+        stored.copy([os.path.join(part.name, file) for part in missing for file in FILES], staged)
+        for part in missing:
+            copy = staged / part.name
+            if damage := _damage(copy):
+                shutil.rmtree(staged)
+                raise UserError(
+                    f"{part.stored}/{damage}: is damaged; try {stores.removal(part.stored)}, and the same command "
+                    "tokenizes the text again"
+                )
+            _rename(copy, part.directory)
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _damage(directory: Path) -> str | None:
+    """The name of a damaged file of windows; None if there is none. All of their content is read."""
+    try:
+        info = Windows(directory).info
+    except DamagedError as error:
+        return error.file
+    damaged = info.get("tokens_crc32", crc := _crc32(directory / FILES[0])) != crc
+    return FILES[0] if damaged else None
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -245,14 +344,28 @@ def pack(texts: Iterable[np.ndarray], context_length: int, end_of_text: int) -> 
 
 
 class _WindowPart(NamedTuple):
-    """The windows of documents start .. stop - 1 of a corpus, and their directory."""
+    """The windows of documents start .. stop - 1 of a corpus.
+
+    root: the directory of all parts. stored_root: on a store; empty without. name: of the part's directory; empty if it
+    is the only one.
+    """
 
     corpus: Corpus
     tokenizer: Tokenizer
     inputs: dict[str, Any]
     start: int
     stop: int
-    directory: Path
+    root: Path
+    stored_root: str
+    name: str
+
+    @property
+    def directory(self) -> Path:
+        return self.root / self.name
+
+    @property
+    def stored(self) -> str:
+        return f"{self.stored_root}/{self.name}".rstrip("/")
 
     def is_complete(self) -> bool:
         with contextlib.suppress(DamagedError):
@@ -263,14 +376,33 @@ class _WindowPart(NamedTuple):
     def build(self, advance: pool.Advance) -> None:
         if self.is_complete():  # built by another process since
             advance(self.stop - self.start)
-            return
-        with _temporary_directory(self.directory) as temporary:
-            _write_windows(temporary, self, advance)
+        else:
+            with _temporary_directory(self.directory) as temporary:
+                _write_windows(temporary, self, advance)
+        if self.stored_root:
+            stores.upload(self.directory, self.stored, FILES, last=["windows.json"])
+
+
+def _tokenize(parts: Sequence[_WindowPart], missing: list[_WindowPart], workers: int | None) -> None:
+    """Build some of the parts; upload them if they belong on a store."""
+    if not missing:
+        return
+    corpus, store = parts[0].corpus, parts[0].stored_root
+    if store:
+        make_directory("data.directory", epath.Path(store))  # fails now rather than after the work
+    # In random order, so that processes on one file system that build the same windows share the work.
+    random.Random().shuffle(missing)
+    documents = sum(part.stop - part.start for part in missing)
+    with disk_errors(parts[0].root.parent.parent):
+        corpus.copy_shards()
+        pool.run_in_processes(
+            _WindowPart.build, missing, workers, f"tokenizing {corpus.name} {corpus.split}, documents", documents
+        )
 
 
 def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) -> None:
     """Write the files of a part. Memory is bounded by a small multiple of the largest document."""
-    corpus, tokenizer, inputs, start, stop, _ = part
+    corpus, tokenizer, inputs, start, stop, *_ = part
     context_length, end_of_text = inputs["context_length"], tokenizer.end_of_text
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<i4")
     counts = dict.fromkeys(_COUNTS, 0) | {"tokens": 1}
@@ -302,6 +434,9 @@ def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) ->
         )
     info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
     info["documents_crc32"] = zlib.crc32(np.load(directory / "documents.npy", mmap_mode="r"))
+    info["tokens_crc32"] = _crc32(directory / "tokens.array_record")
+    if not corpus.metadata:
+        info["shards"] = corpus.shard_sizes()
     info["checksum"] = _checksum(info)
     (directory / "windows.json").write_text(strict_json.dumps(info, indent=1) + "\n")
 
@@ -328,16 +463,22 @@ def _temporary_directory(final: Path) -> Iterator[Path]:
         (temporary / "lock").unlink()
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        try:
-            temporary.rename(final)
-        except OSError:  # it exists
-            try:
-                Windows(final)  # another process has built the same windows
-            except DamagedError:
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
+        _rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename(complete: Path, final: Path) -> None:
+    """Rename a directory of windows, unless another process has written the same ones."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        complete.rename(final)
+    except OSError:  # it exists
+        try:
+            Windows(final)
+        except DamagedError:
+            shutil.rmtree(final, ignore_errors=True)
+            complete.rename(final)
 
 
 def _remove_if_dead(leftover: Path) -> None:

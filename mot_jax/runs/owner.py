@@ -24,7 +24,7 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import is_remote, make_directory
+from mot_jax.runtime.paths import create_file, is_remote, make_directory
 
 FILE = "owner.json"
 BEAT_SECONDS = 60.0  # between two writes of the file by a run in progress
@@ -200,19 +200,7 @@ def _release_all() -> None:
 
 def _create(path: epath.Path, owner: Owner) -> bool:
     """Create the file exclusively. Returns whether it did not exist."""
-    content = _encode(owner)
-    try:
-        if is_remote(path):
-            import fsspec
-
-            filesystem, name = fsspec.core.url_to_fs(str(path))
-            filesystem.pipe_file(name, content, mode="create")
-        else:
-            with open(path, "xb") as file:
-                file.write(content)
-    except FileExistsError:
-        return False
-    return True
+    return create_file(path, _encode(owner))
 
 
 def _write(workdir: epath.Path, owner: Owner) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import importlib.util
+import logging
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from mot_jax.errors import RetryableError, UserError, error_words, nearest
+from mot_jax.errors import ReportedError, RetryableError, UserError, error_words, nearest
 
 DATA_DIRECTORY = "~/.cache/mot_jax"  # default of data.directory, and the place of compiled programs
 
@@ -24,6 +28,8 @@ _TRANSIENT = re.compile(
     r"too many requests|reduce your request|input/output error|stale file",
     re.IGNORECASE,
 )
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_passing(error: Exception) -> bool:
@@ -60,17 +66,63 @@ def user_path(name: str, path: epath.PathLike) -> epath.Path:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{name} = {text}: {missing[0]} is not installed; try pip install {' '.join(packages)}")
-    _disable_listings_cache(scheme)
+    _configure_store(scheme)
     remote = epath.Path(text)
-    try:
+    with store_errors(name, text):
         remote.exists()
-    except Exception as error:
-        login = "gcloud auth application-default login" if scheme == "gs" else "aws configure"
-        if is_passing(error):
-            raise RetryableError(f"{name} = {text}: the store does not respond ({error_words(error)})") from None
-        reason, advice = error_words(error), f"try a bucket that you may access, after {login}"
-        raise UserError(f"{name} = {text}: the store refuses ({reason}); {advice}") from None
     return remote
+
+
+@contextlib.contextmanager
+def store_errors(name: str, path: epath.PathLike) -> Iterator[None]:
+    """Around requests to an object store: report their errors in one line that has `name` and `path`.
+
+    Raises UserError if the store refuses, or RetryableError if it does not respond.
+    """
+    try:
+        yield
+    except ReportedError:
+        raise
+    except Exception as error:
+        text, reason = os.fspath(path), error_words(error)
+        if is_passing(error):
+            raise RetryableError(f"{name} = {text}: the store does not respond ({reason})") from None
+        login = "gcloud auth application-default login" if text.startswith("gs://") else "aws configure"
+        advice = f"try a bucket that you may access, after {login}"
+        raise UserError(f"{name} = {text}: the store refuses ({reason}); {advice}") from None
+
+
+@contextlib.contextmanager
+def disk_errors(directory: epath.PathLike) -> Iterator[None]:
+    """Report a full disk, quota or limit in one line; libraries raise it as errors of their own, with its text."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        words = next((os.strerror(n) for n in _FULL if os.strerror(n) in str(error)), None)
+        if words is None:
+            raise
+        raise UserError(
+            f"data.directory = {directory}: {words}; free some, and the same command resumes with the finished "
+            "parts; or try another directory (--directory, --data.directory)"
+        ) from error
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: epath.PathLike, wait: Callable[[], None]) -> Iterator[bool]:
+    """Hold a lock among the processes of a file system. Yields False on file systems without locks.
+
+    wait: called if another process holds the lock.
+    """
+    with open(path, "wb") as file:
+        exclusive = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            exclusive = False
+        yield exclusive
 
 
 def _expand_user(name: str, text: str) -> epath.Path:
@@ -142,6 +194,22 @@ def replace_file(path: epath.Path, content: bytes) -> None:
         sync(path.parent)
 
 
+def create_file(path: epath.Path, content: bytes) -> bool:
+    """Create a file exclusively. Returns whether it did not exist."""
+    try:
+        if is_remote(path):
+            import fsspec
+
+            filesystem, name = fsspec.core.url_to_fs(str(path))
+            filesystem.pipe_file(name, content, mode="create")
+        else:
+            with open(path, "xb") as file:
+                file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
 def sync(path: os.PathLike[str]) -> None:
     """Write a local file, or the names in a directory, from memory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -151,8 +219,12 @@ def sync(path: os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def _disable_listings_cache(scheme: str) -> None:
-    """Disable fsspec's cache of directory listings: Orbax and other processes write to the same directories."""
+def _configure_store(scheme: str) -> None:
+    """Disable fsspec's cache of directory listings: Orbax and other processes write to the same directories.
+
+    Also disable gcsfs's tracebacks on stderr: the error is reported where it is raised.
+    """
     import fsspec.config
 
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+    logging.getLogger("gcsfs").addHandler(logging.NullHandler())

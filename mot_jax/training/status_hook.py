@@ -58,7 +58,7 @@ class StatusHook(Hook):
 def _end_of(error: BaseException, preempted_exit_code: int) -> dict[str, str]:
     """The last state of a run that ends with an error."""
     if isinstance(error, SystemExit):
-        states = {preempted_exit_code: "preempted", exit_codes.INTERRUPTED: "interrupted"}
+        states: dict[object, str] = {preempted_exit_code: "preempted", exit_codes.INTERRUPTED: "interrupted"}
         return {"state": states.get(error.code, "stopped")}
     if isinstance(error, Exception):
         state = "diverged" if isinstance(error, DivergedError) else "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -230,7 +231,7 @@ def test_two_builds_at_once_never_mix(
     specs = [spec_from_files("mine", [str(source)], validation=share) for share in (0.2, 0.2 if same else 0.5)]
     expected = [contents(build(spec, tmp_path / f"alone{i}", 1)) for i, spec in enumerate(specs)]
     if not locks:
-        monkeypatch.setattr(module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
     started, waiting, write = threading.Event(), threading.Event(), module._write_piece
     slow = threading.local()
 

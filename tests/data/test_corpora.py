@@ -164,7 +164,7 @@ def test_damaged_data_sets_and_buckets(directory: Path, tfds_directory: Path, tm
     info = shutil.copytree(tfds_directory / "articles", tmp_path / "broken") / "en/2.1.0/dataset_info.json"
     info.write_text("{")
     assert "cannot be read" in error_line(str(info.parent), "train", directory)
-    assert "only local files and gs:// can be read" in error_line("s3://bucket/mine", "train", directory)
+    assert "must be local, gs:// or s3://" in error_line("hdfs://bucket/mine", "train", directory)
 
 
 METADATA = ("dataset_info.json", "features.json", "metadata.json", "contents.json")

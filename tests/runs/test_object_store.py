@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import NoReturn
 
-import boto3
-import fsspec.config
-import gcsfs
 import jax
 import numpy as np
 import pytest
-import s3fs
 from etils import epath
-from etils.epath import backend
-from moto.server import ThreadedMotoServer
-from object_store import ObjectStore
+from object_store import open_bucket
 from tiny_run import StopAt, StoppedError, numbers
 
 from mot_jax import cli
@@ -38,51 +31,8 @@ QUIET = LoggingConfig(tensorboard=False)
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def bucket(request: pytest.FixtureRequest):
-    """A bucket behind the protocol of its store, on this machine; to append or rename is an error."""
-    with pytest.MonkeyPatch.context() as patch:
-        start = {"gs": _google, "s3": _amazon}[request.param]
-        store, stop = start(patch)
-        opens = backend.fsspec_backend.open
-
-        def refuse(*_: object) -> NoReturn:
-            raise AssertionError("an object store cannot do this")
-
-        def whole(path: str, mode: str):
-            return refuse() if "a" in mode else opens(path, mode)
-
-        patch.setattr(backend.fsspec_backend, "open", whole)
-        patch.setattr(backend.fsspec_backend, "rename", refuse)
-        patch.setattr(backend.fsspec_backend, "replace", refuse)
-        yield epath.Path(f"{request.param}://bucket")
-        assert store is None or store.refused == []
-        stop()
-        for cache in (gcsfs.GCSFileSystem, s3fs.S3FileSystem):
-            cache.clear_instance_cache()
-        type(backend.fsspec_backend)._get_filesystem.cache_clear()
-
-
-def _google(patch: pytest.MonkeyPatch):
-    store = ObjectStore()
-    patch.setenv("STORAGE_EMULATOR_HOST", store.url)
-    patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
-    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-
-    def stop() -> None:
-        store.shutdown()
-        store.server_close()
-
-    return store, stop
-
-
-def _amazon(patch: pytest.MonkeyPatch):
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        patch.setenv(name, "none")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    return None, server.stop
+    with open_bucket(request.param) as (path, _):
+        yield path
 
 
 def test_owner_is_created_exclusively(bucket, monkeypatch, capfd):

@@ -52,14 +52,6 @@ def test_another_store_is_not_a_directory_of_that_name(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_windows_are_never_on_a_store(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        cli.main(["data", "inspect", "notes", "--directory", "gs://bucket/text"])
-    assert "error: --directory = gs://bucket/text: must be on a local or shared file" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
