@@ -117,8 +117,8 @@ class _Generation:
         width = length // 2
         self.decode_steps = min(_MAX_DECODE_STEPS, length - width)
         prompts = np.random.default_rng(1).integers(0, min(model.vocab_size, 256), (batch, width))
-        no_stop = np.full((1, 1), -2, np.int32)
-        self._sampler = Sampler(np.float32(0.7), np.int32(1), np.float32(1), np.uint32(0), no_stop)
+        no_stop, numbers = np.full((1, 1), -2, np.int32), np.arange(padded_batch, dtype=np.uint32)
+        self._sampler = Sampler(np.float32(0.7), np.int32(1), np.float32(1), np.uint32(0), numbers, no_stop)
         sizes = {"vocab_size": model.vocab_size, "end_of_text": model.vocab_size - 1, "filtered": False}
         tokens, token_mask = left_padded(list(prompts), padded_batch, width)
         self._prefill = partial(

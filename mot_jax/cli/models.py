@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +26,11 @@ from mot_jax.cli.parsing import (
     load_run,
     parse_with_config,
 )
+from mot_jax.cli.progress import Progress
 from mot_jax.config import Config
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, exit_codes
 from mot_jax.runtime.paths import user_path
 
 _MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
@@ -47,7 +52,11 @@ class GenerateOptions(ModelOptions):
     prompt: Texts = ()
     """Text to continue; may be repeated. `-` reads the standard input."""
     prompts: FileOrNone = None
-    """File with one prompt per line."""
+    """File with one prompt per line, or JSON with a field `prompt` and optionally `id`; it may be compressed."""
+    output: FileOrNone = None
+    """File for the answers to `--prompts`, one per line of JSON. If it exists, the same command continues it."""
+    batch_size: Positive = 32
+    """Number of sequences of `--prompts` in a batch, rounded up to whole groups."""
     tokens: Positive = 200
     """Number of tokens to generate after each prompt."""
     temperature: Annotated[float, tyro.conf.arg(metavar="T")] = 0.7
@@ -67,20 +76,16 @@ class GenerateOptions(ModelOptions):
 def generate(arguments: list[str]) -> None:
     """Continue texts with a trained model."""
     options, config = parse_with_config("mot generate", GenerateOptions, arguments, load_run)
+    if options.prompts is not None:
+        return _generate_file(options, config)
+    if options.output is not None:
+        raise UserError(f"--output = {options.output}: needs --prompts FILE; try --json {options.output}")
     prompts, model = _texts("mot generate", options, "prompt"), _model(options, config)
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     shown = 0
     continuations: list[Any] = []
     first = distributed.is_first()
-    for continuations in model.stream(
-        prompts,
-        max_tokens=options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=list(options.stop),
-        seed=options.seed,
-    ):
+    for continuations in model.stream(prompts, **_sampling(options)):
         if len(prompts) == 1 and first:  # while it is generated
             text = prompts[0] + continuations[0].text
             print(text[shown:], end="", flush=True)
@@ -91,7 +96,7 @@ def generate(arguments: list[str]) -> None:
         print((prompts[0] + continuations[0].text)[shown:])
     for prompt, continuation in zip(prompts, continuations, strict=True):
         if len(prompts) > 1:
-            print(f"--- prompt\n{prompt}\n--- continued\n{continuation.text}\n")
+            _print_continued(prompt, continuation.text)
     if options.json:
         rows = [
             {
@@ -104,6 +109,94 @@ def generate(arguments: list[str]) -> None:
             for prompt, f in zip(prompts, continuations, strict=True)
         ]
         write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
+
+
+def _generate_file(options: GenerateOptions, config: Config) -> None:
+    """Continue the prompts of a file, of which a bounded number is in memory at a time."""
+    if options.prompt:
+        raise UserError("--prompt: must be left out with --prompts; try a further line of the file")
+    if options.output and options.json:
+        raise UserError("--json: must be left out with --output, whose lines have the same fields; try one of them")
+    from mot_jax.inference.answers import AnswerFile, answers
+    from mot_jax.inference.prompt_files import open_prompts
+
+    assert options.prompts is not None
+    first, rows = distributed.is_first(), []
+    with contextlib.ExitStack() as stack:
+        prompts = stack.enter_context(open_prompts(options.prompts))
+        model, sampling = _model(options, config), _sampling(options)
+        model.check_options(**sampling)
+        first, total = distributed.is_first(), prompts.count * options.samples
+        batch = {"samples": options.samples, "batch_size": model.round_batch_size(min(options.batch_size, total))}
+        about = {"model": model.fingerprint(), "step": model.step, "mode": model.mode, "prompts": prompts.digest}
+        output, written = None, None
+        with distributed.together():
+            if options.output is not None and first:
+                output = AnswerFile(options.output, about | sampling | batch, prompts.lines, options.samples)
+                stack.callback(output.close)
+        if options.output is not None:
+            written = bytes.fromhex(distributed.gather(output and output.written.hex())[0])
+        answered, failed = (output.answered, output.failed) if output else (0, 0)
+        progress = Progress(total, sum(written or ()), options.output is not None and first)
+        stack.enter_context(progress)
+        stack.enter_context(_stopping(lambda: f"stopped after {answered + failed:,} of {total:,} prompts", options))
+        for rows_of_batch in answers(model, prompts, written=written, **sampling, **batch):
+            if not first:
+                continue
+            if output:
+                output.write(rows_of_batch)
+            for row in rows_of_batch:
+                if "error" in row:
+                    failed += 1
+                    progress.line(f"line {row['line']} of {options.prompts}: {row['error']}")
+                else:
+                    answered += 1
+                    if not output:
+                        _print_continued(row["prompt"], row["text"])
+            rows += rows_of_batch if options.json else []
+            progress.advance(sum(options.samples if "error" in row else 1 for row in rows_of_batch))
+    if not first:
+        return
+    if options.json:
+        write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
+    if not answered:
+        raise UserError(
+            f"--prompts = {options.prompts}: none of its {failed:,} prompts has an answer; see the lines above"
+        )
+    print(f"{answered:,} answers, {failed:,} lines failed", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stopping(state: Callable[[], str], options: GenerateOptions) -> Iterator[None]:
+    """End with one line after Ctrl-C or SIGTERM; answers are written as whole lines."""
+    signals: list[int] = []
+
+    def on_sigterm(number: int, _: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    handles = options.output is not None and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, on_sigterm) if handles else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if options.output is None:
+            raise
+        print(f"{state()}; the same command continues {options.output}", file=sys.stderr)
+        sys.exit(exit_codes.PREEMPTED if signals else exit_codes.INTERRUPTED)
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _sampling(options: GenerateOptions) -> dict[str, Any]:
+    names = ("temperature", "top_k", "top_p", "seed")
+    sampling = {name: getattr(options, name) for name in names}
+    return sampling | {"max_tokens": options.tokens, "stop": list(options.stop)}
+
+
+def _print_continued(prompt: str, text: str) -> None:
+    print(f"--- prompt\n{prompt}\n--- continued\n{text}\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

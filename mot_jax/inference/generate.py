@@ -30,8 +30,8 @@ class Sampler(NamedTuple):
         temperature: float32; 0 selects the most likely token.
         top_k: int32, the number of most likely tokens to sample from; V for all.
         top_p: float32; sample from the smallest set of most likely tokens whose probabilities add up to at least this.
-        seed: uint32; a sampled token depends on it, on the sequence's index in the batch and on the number of tokens
-            sampled before.
+        seed: uint32; a sampled token depends on it, on the sequence's number and on the count of tokens sampled before.
+        numbers: uint32 [B], of the sequences.
         stops: int32 [n, L], token sequences that end a sequence, padded on the left with -1. A row with -2 matches
             nothing.
     """
@@ -40,6 +40,7 @@ class Sampler(NamedTuple):
     top_k: Any
     top_p: Any
     seed: Any
+    numbers: Any
     stops: Any
 
 
@@ -202,7 +203,9 @@ def sample_tokens(logits: jax.Array, sampler: Sampler, drawn: jax.Array, filtere
         admitted = jnp.cumsum(probs, axis=-1) - probs < sampler.top_p
         threshold = jnp.where(admitted & (ranked > -jnp.inf), ranked, jnp.inf).min(axis=-1, keepdims=True)
         scaled = jnp.where(scaled >= threshold, scaled, -jnp.inf)
-    tokens = jax.random.categorical(jax.random.fold_in(jax.random.key(sampler.seed), drawn), scaled)
+    key = jax.random.fold_in(jax.random.key(sampler.seed), drawn)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(sampler.numbers)
+    tokens = jax.vmap(jax.random.categorical)(keys, scaled)
     return jnp.where(sampler.temperature > 0, tokens, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ class LanguageModel:
         stop: Sequence[str | bytes] = (),
         ends: bool = True,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[list[Continuation]]:
         """Yield the continuations of all prompts generated so far, repeatedly, every few decode steps.
 
@@ -101,6 +104,10 @@ class LanguageModel:
                 otherwise a few tokens later.
             ends: whether the end-of-text token also ends a sequence.
             seed: of the sampling.
+            numbers: one for each prompt, below 2^32: a sampled token depends on the seed, on the number of its prompt,
+                and on the count of tokens sampled before. None: 0, 1, ...
+            batch_size: sequences of the batch, absent ones included, so that few programs are compiled for many
+                batches; at least as many as prompts, and rounded up as by `round_batch_size`. None: as many as prompts.
 
         Raises:
             UserError: a prompt is empty or longer than the context, or an option is out of range.
@@ -111,15 +118,22 @@ class LanguageModel:
         sequences = [
             GeneratedSequence(
                 self.tokenizer,
-                self._encode(prompt),
+                self.encode(prompt),
                 None if isinstance(prompt, np.ndarray) else _bytes(prompt),
                 stops,
             )
             for prompt in prompts
         ]
-        self._check_options(prompts, sequences, stop, max_tokens, temperature, top_k, top_p, seed)
+        faults = [] if prompts else ["prompt: there must be at least one; try 'def '"]
+        for prompt, sequence in zip(prompts, sequences, strict=True):
+            if fault := self.prompt_fault(sequence.tokens):
+                faults.append(f"prompt = {_short(prompt) if len(prompt) else repr('')}: {fault}")
+        self.check_options(stop, max_tokens, temperature, top_k, top_p, seed, faults)
+        batch_size = self.round_batch_size(max(len(prompts), batch_size or 1))
+        all_numbers = np.zeros(batch_size, np.uint32)  # those of absent sequences do not matter
+        all_numbers[: len(prompts)] = np.arange(len(prompts)) if numbers is None else numbers
         # On the device, only tokens whose text ends in the stop: normalizers may change it, or leave none of it.
-        stop_tokens = [ids for text in stops if self.tokenizer.decode(ids := self._encode(text)).endswith(text)]
+        stop_tokens = [ids for text in stops if self.tokenizer.decode(ids := self.encode(text)).endswith(text)]
         if ends:
             stop_tokens.append(np.array([self.tokenizer.end_of_text]))
         sampler = Sampler(
@@ -127,6 +141,7 @@ class LanguageModel:
             top_k=np.int32(min(top_k or self.tokenizer.vocab_size, self.tokenizer.vocab_size)),
             top_p=np.float32(top_p),
             seed=np.uint32(seed),
+            numbers=all_numbers,
             stops=_stop_table(stop_tokens),
         )
         filtered = top_k is not None or top_p < 1
@@ -163,7 +178,7 @@ class LanguageModel:
         end = width + min(room, max_tokens - drawn)
         sizes = {"vocab_size": self.tokenizer.vocab_size, "end_of_text": self.tokenizer.end_of_text}
         sizes["filtered"] = filtered
-        batch = left_padded(texts, self._batch_size(len(texts)), width)
+        batch = left_padded(texts, len(sampler.numbers), width)
         with self._on_mesh():
             columns = width + self._round(room)
             state = prefill(
@@ -200,7 +215,7 @@ class LanguageModel:
             raise UserError("model.objective = 'masked': gives continuations no probability; try `mot evaluate`")
         if batch_size < 1:
             raise UserError(f"batch_size = {batch_size}: must be at least 1; try 8")
-        length, batch_size = model.context_length, self._batch_size(batch_size)
+        length, batch_size = model.context_length, self.round_batch_size(batch_size)
         short = min(self._round(-(-length // 4)), length)
         # The padded width of a window depends on its length only, so that its score depends on no other pair.
         by_width: dict[int, list] = {short: [], length: []}
@@ -232,10 +247,10 @@ class LanguageModel:
 
         An end-of-text token is put in front if there is no token before the continuation.
         """
-        before, after = self._encode(context), self._encode(continuation)
+        before, after = self.encode(context), self.encode(continuation)
         tokens, begin = np.concatenate([before, after]), len(before)
         if not isinstance(context, np.ndarray) and not isinstance(continuation, np.ndarray):
-            tokens = self._encode(_bytes(context) + _bytes(continuation))
+            tokens = self.encode(_bytes(context) + _bytes(continuation))
             common = min(len(before), len(tokens))
             begin = int(np.argmin([*(before[:common] == tokens[:common]), False]))
         if begin == 0:
@@ -268,7 +283,7 @@ class LanguageModel:
                 errors.append(f"text = {_short(text)}: {rule}")
         if errors:
             raise UserError(*errors)
-        batch_size = self._batch_size(len(sequences))
+        batch_size = self.round_batch_size(len(sequences))
         tokens, token_mask = np.zeros((2, batch_size, model.context_length), np.int32)
         for i, sequence in enumerate(sequences):
             tokens[i, : len(sequence)], token_mask[i, : len(sequence)] = sequence, 1
@@ -294,7 +309,7 @@ class LanguageModel:
         if isinstance(text, np.ndarray):
             return text.astype(np.int32)
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        first, *others = (self._encode(piece) for piece in text.split(gap))
+        first, *others = (self.encode(piece) for piece in text.split(gap))
         mask = np.array([self.tokenizer.mask_token], np.int32)
         return np.concatenate([first, *(part for other in others for part in (mask, other))])
 
@@ -305,11 +320,11 @@ class LanguageModel:
         power, devices = 1 << (size - 1).bit_length(), 1 if self.mesh is None else self.mesh.size
         return -(-power // devices) * devices
 
-    def _batch_size(self, texts: int) -> int:
-        """Round a number of texts up to whole groups, and to a multiple that the mesh can split."""
+    def round_batch_size(self, sequences: int) -> int:
+        """Round a number of sequences up to whole groups, and to a multiple that the mesh can split."""
         config = self._inference_config
         multiple = config.group_size if self.mesh is None else batch_multiple(config, self.mesh)
-        return -(-texts // multiple) * multiple
+        return -(-sequences // multiple) * multiple
 
     @property
     def _inference_config(self) -> Config:
@@ -333,23 +348,33 @@ class LanguageModel:
             "try an earlier checkpoint"
         )
 
-    def _encode(self, text: Prompt) -> np.ndarray:
+    def encode(self, text: Prompt) -> np.ndarray:
+        """Return the tokens of a text, int32 [n]."""
         if isinstance(text, np.ndarray):
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
-    def _check_options(self, prompts, sequences, stop, max_tokens, temperature, top_k, top_p, seed) -> None:
-        errors, context = [], self.config.model.context_length
+    def prompt_fault(self, prompt: Prompt) -> str:
+        """Return the rule that a prompt breaks, in words; empty if it can be continued."""
+        size, context = len(self.encode(prompt)), self.config.model.context_length
+        if not size:
+            return "is empty; try 'def '"
+        return f"has {size} tokens, and the context {context}; try its end" if size > context else ""
+
+    def check_options(
+        self,
+        stop: Sequence[str | bytes] = (),
+        max_tokens: int = 200,
+        temperature: float = 0.7,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        faults: Sequence[str] = (),
+    ) -> None:
+        """Raise UserError with `faults` and those of the options of `stream`, if there are any."""
+        errors = list(faults)
         if self.config.model.objective != "causal":
             errors.append("model.objective = 'masked': cannot continue a text; try `mot fill`")
-        if not len(prompts):
-            errors.append("prompt: there must be at least one; try 'def '")
-        for prompt, sequence in zip(prompts, sequences, strict=True):
-            size = len(sequence.tokens)
-            if not size:
-                errors.append("prompt = '': is empty; try 'def '")
-            elif size > context:
-                errors.append(f"prompt = {_short(prompt)}: has {size} tokens, and the context {context}; try its end")
         if not all(map(len, stop)):
             errors.append("stop = '': is empty; try a line end")
         rules = {
@@ -366,6 +391,25 @@ class LanguageModel:
         ]
         if errors:
             raise UserError(*errors)
+
+    def fingerprint(self) -> str:
+        """Return a digest of config, tokenizer, step and parameters, the same for any mesh and directory."""
+        trained = {name: value for name, value in self.params.items() if "/companion_" not in name}
+        with self._on_mesh():
+            sums = {name: int(value) for name, value in jax.device_get(_bit_sums(trained)).items()}
+        identity = (repr(self.config.model), self.mode, self.tokenizer.fingerprint, self.step, sorted(sums.items()))
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _bit_sums(params: Params) -> dict[str, jax.Array]:
+    """The sum of the bits of each parameter as whole numbers, modulo 2^32: independent of the order of summation."""
+
+    def bit_sum(value: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+        return bits.astype("uint32").sum(dtype="uint32")
+
+    return {name: bit_sum(value) for name, value in params.items()}
 
 
 @default_tracing()

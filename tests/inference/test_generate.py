@@ -248,6 +248,7 @@ def sampled_shares(logits: list[float], n: int = 2000, **options) -> np.ndarray:
     size = len(logits)
     options = {"temperature": 1.0, "top_k": size, "top_p": 1.0, "seed": 0, "stops": np.zeros((0, 1), int)} | options
     batch = np.tile(np.array(logits, np.float32), (n, 1))
+    options["numbers"] = np.arange(n, dtype=np.uint32)
     filtered = options["top_k"] < size or options["top_p"] < 1
     tokens = jax.jit(sample_tokens, static_argnums=3)(batch, Sampler(**options), np.int32(0), filtered)
     return np.bincount(np.asarray(tokens), minlength=size) / n

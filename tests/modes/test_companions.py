@@ -16,11 +16,14 @@ from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.objectives import Objective
 from mot_jax.data.windows import WindowBatch
 from mot_jax.errors import UserError
+from mot_jax.inference.generate import Sampler, likeliest_tokens, prefill
+from mot_jax.inference.scoring import score
 from mot_jax.modes import MODES, enter
 from mot_jax.modes.companions import choose, load_companions, save_companions
 from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.feed_forward import companions as companions_layer
 from mot_jax.nn.sharding import parameter_spec, place_sequences
-from mot_jax.nn.transformer import Block, Params, bind, init_params
+from mot_jax.nn.transformer import Block, Params, Transformer, bind, init_params
 
 G, S, V = 4, 8, 257
 KIND = MixtureOfTokensConfig(G, 8, controller_init_scale=20.0)
@@ -140,6 +143,67 @@ def test_modes_on_a_mesh_equal_modes_on_one_device(params, entered, mesh_of, sha
             config, params_of_mode = enter(mode, CONFIG, sharded, 3, COMPANIONS)
             on_mesh = logits(config.model, params_of_mode, place_sequences(mesh, tokens, 8))
             np.testing.assert_allclose(on_mesh, expected, rtol=1e-4, atol=1e-4)
+
+
+SLOW_PARTS = [("companions", {}), ("sparse", {}), ("companions", {"fsdp": 2, "tensor": 2}), ("sparse", {"expert": 4})]
+
+
+@pytest.mark.parametrize(
+    "mode, shape",
+    [("companions", {"data": 2, "expert": 2}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PARTS)],
+    ids=str,
+)
+def test_a_large_batch_is_processed_in_parts_with_the_same_result(entered, mesh_of, monkeypatch, mode, shape):
+    """Parts of one or two tokens of a device, with left padding and without."""
+    config, params_of_mode = entered(mode)
+    tokens = random_tokens(1, 8)
+    mask = np.arange(S) >= np.array([3, 0, 1, 0, 0, 5, 0, 2])[:, None]
+    padded = (mask, np.maximum(np.cumsum(mask, axis=1) - 1, 0).astype(np.int32))
+    expected = [logits(config.model, params_of_mode, tokens, *extra) for extra in ((), padded)]
+    monkeypatch.setattr(companions_layer, "TEMPORARY_BYTES", 4000)
+    in_parts = jax.jit(lambda *arguments: logits.__wrapped__(config.model, *arguments))
+    for extra, whole in zip(((), padded), expected, strict=True):
+        if not shape:  # without a mesh
+            split = in_parts(params_of_mode, tokens, *extra)
+        else:
+            mesh = mesh_of(**shape)
+            with jax.set_mesh(mesh):
+                sharded = {
+                    n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim)))
+                    for n, v in params_of_mode.items()
+                }
+                split = in_parts(sharded, *(place_sequences(mesh, a, 8) for a in (tokens, *extra)))
+        np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", some_slow(("companions", "sparse"), "companions"))
+def test_temporaries_of_mixtures_are_bounded(monkeypatch, mode):
+    """Prefill, fill and score of 64 sequences need the budget and some copies of the activations.
+
+    The mixtures of all tokens would be 64 times the activations, 32 times the budget.
+    """
+    batch_size, length, budget = 64, 128, 1 << 22
+    kind = MixtureOfTokensConfig(4, 64)
+    trained = ModelConfig(1, 64, 128, 2, context_length=length, loss_chunk=32, vocab_size=258, feed_forward=kind)
+    monkeypatch.setattr(companions_layer, "TEMPORARY_BYTES", budget)
+
+    def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    model = MODES[mode].change(Config(model=trained)).model
+    states = jax.eval_shape(lambda: nnx.to_flat_state(nnx.state(Transformer(model, rngs=nnx.Rngs(params=0)))))
+    params = {"/".join(map(str, path)): variable.get_value() for path, variable in states}
+    step, numbers, no_stop = np.int32(0), np.zeros(batch_size, np.uint32), np.full((1, 1), -2, np.int32)
+    sampler = Sampler(np.float32(0), np.int32(1), np.float32(1), np.uint32(0), numbers, no_stop)
+    prompts = shape(batch_size, length), shape(batch_size, length, dtype="bool")
+    sizes, count = {"vocab_size": 257, "end_of_text": 256}, shape(batch_size)
+    for program in (
+        prefill.lower(model, params, step, *prompts, sampler, step, **sizes, columns=length + 8, filtered=False),
+        likeliest_tokens.lower(model, params, step, *prompts, None, 257),
+        score.lower(model, params, step, shape(batch_size, length + 1), count, count, **sizes),
+    ):
+        activations = 4 * batch_size * length * model.d_model
+        assert program.compile().memory_analysis().temp_size_in_bytes < budget + 20 * activations
 
 
 # --- choosing and storing ---------------------------------------------------------------------------------------------

@@ -15,11 +15,17 @@ Running all E experts costs G times the FLOPs per token of a training group. But
 experts, and the input of the others is nearly the companions' mixture, for which their output is a constant as well.
 With `experts_per_token` = k, the k experts with the largest emit weights run, and for the others the constant outputs
 are used.
+
+The mixtures of a token are its own, one for each expert: E times the size of its activation. Tokens are therefore
+processed in parts, one after the other, whose temporaries take at most about `TEMPORARY_BYTES` on a device.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +37,10 @@ from mot_jax.errors import UserError
 from mot_jax.nn import mixing, routing
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
-from mot_jax.nn.sharding import axes_of, reshard, spec
+from mot_jax.nn.sharding import axes_of, num_shards, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
+
+TEMPORARY_BYTES = 1 << 28  # of mixtures, hidden layers and expert outputs on a device at one time
 
 
 class Summary(nnx.Variable):
@@ -79,10 +87,56 @@ class Companions(MixtureOfTokens):
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
         """x [B, S, D] -> update [B, S, D] in the layer's dtype. S is at most P, unless `context.positions` or P = 1."""
         apply = self._apply_all_experts if self.config.experts_per_token is None else self._apply_top_experts
-        y = apply(x.astype(self.dtype), context)
+        y = self._in_parts(apply, x.astype(self.dtype), context)
         if self.shared is not None:
             y += self.shared(x, context).y
         return FeedForwardOutput(y)
+
+    def _in_parts(
+        self,
+        apply: Callable[[jax.Array, FeedForwardContext], jax.Array],
+        x: jax.Array,
+        context: FeedForwardContext,
+    ) -> jax.Array:
+        """Return apply(x, context), computed for a part of the sequences and positions at a time if x is large.
+
+        A part has every k-th sequence and every m-th position, so that each device has an equal share of it.
+        """
+        (batch_axes, position_axes, _), (batch, length, _) = axes_of(x), x.shape
+        local_batch = batch // num_shards(batch_axes)
+        parts = -(-local_batch * length * self._temporary_bytes_per_token() // TEMPORARY_BYTES)
+        k, m = _divisors_for(parts, local_batch, length // num_shards(position_axes))
+        if k * m == 1:
+            return apply(x, context)
+        axes = (batch_axes, None, position_axes, None)
+
+        def split(a: jax.Array) -> jax.Array:
+            """[B, S, ...] -> [k, m, B / k, S / m, ...]."""
+            rest = a.shape[2:]
+            a = reshard(a, batch_axes, position_axes, *[None] * len(rest))
+            shape = (batch // k, k, length // m, m, *rest)
+            a = jnp.reshape(a, shape, out_sharding=spec(*axes, *[None] * len(rest)))
+            return jnp.moveaxis(a, (1, 3), (0, 1)).reshape(k * m, batch // k, length // m, *rest)
+
+        positions = jnp.arange(length)[None] if context.positions is None else context.positions
+        arrays = {"x": x, "positions": jnp.broadcast_to(positions, (batch, length))}
+        if context.token_mask is not None:
+            arrays["token_mask"] = context.token_mask
+
+        def apply_to_part(part: dict[str, jax.Array]) -> jax.Array:
+            return apply(part.pop("x"), FeedForwardContext(**part, step=context.step))
+
+        y = jax.lax.map(apply_to_part, jax.tree.map(split, arrays))
+        y = jnp.moveaxis(y.reshape(k, m, *y.shape[1:]), (0, 1), (1, 3))
+        return jnp.reshape(y, x.shape, out_sharding=spec(*axes_of(x)))
+
+    def _temporary_bytes_per_token(self) -> int:
+        """About the bytes of a token's temporaries: mixtures, hidden layers, outputs, summaries, weights."""
+        (e, d, f), k = self.w_in.shape, self.config.experts_per_token
+        values = (e if k is None else k) * (3 * d + 2 * f)
+        if k is not None:  # constant outputs, and the weights of blocks of `routing.block_size` tokens
+            values += e * d + 2 * k * d * f // 128
+        return values * jnp.dtype(self.dtype).itemsize + 32 * e
 
     def _apply_all_experts(self, x: jax.Array, context: FeedForwardContext) -> jax.Array:
         """Apply all E experts.
@@ -176,6 +230,13 @@ class Companions(MixtureOfTokens):
         at = summary[...].at[jnp.broadcast_to(indices[..., None], experts.shape), experts]
         # If P = 1, `clip` maps every position to the only entry.
         return at.get(mode="clip", out_sharding=spec(batch_axes, positions, None, None))
+
+
+def _divisors_for(parts: int, batch: int, length: int) -> tuple[int, int]:
+    """Return divisors of batch and length with the smallest product that is at least `parts`, or the largest."""
+    divisors = ([n for n in range(1, size + 1) if size % n == 0] for size in (batch, length))
+    pairs = [(k, m) for k, m in itertools.product(*divisors) if k * m >= parts]
+    return min(pairs, key=lambda pair: (math.prod(pair), pair), default=(batch, length))
 
 
 def _mix_pair(merge: jax.Array, x: jax.Array, rest: jax.Array, companions: jax.Array) -> jax.Array:

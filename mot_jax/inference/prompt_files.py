@@ -1,0 +1,169 @@
+"""Files of prompts: one per line of text, or JSON with a text and optionally an id; plain or compressed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mot_jax.data.content import Content, detect, family_of, is_damage, open_content
+from mot_jax.data.formats import ReadReport, json_values, lines_between
+from mot_jax.errors import UserError, error_words
+from mot_jax.runtime.paths import is_remote, user_path
+
+_FIELDS = ("prompt", "text")  # of JSON objects: the first one that an object has
+_SAMPLE = 1 << 16  # bytes at the beginning of a file from which the share of readable lines is estimated
+_EXAMPLE = 'try lines of JSON such as {"prompt": "def "}'
+
+
+class PromptLine(NamedTuple):
+    """A line of a file of prompts.
+
+    Attributes:
+        number: of the line, from 1; in an array of JSON, of the element.
+        prompt: the text to continue; empty if there is a fault.
+        id: the value of the field `id`; None without one.
+        fault: the reason why the line has no prompt; empty if it has one.
+    """
+
+    number: int
+    prompt: str = ""
+    id: Any = None
+    fault: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFile:
+    """A file whose prompts can be read repeatedly, in the memory of one line at a time.
+
+    Attributes:
+        name: the path as the user gave it.
+        path: on a local file system.
+        content: format, compression and encoding.
+        count: the number of prompts, lines with faults included.
+        lines: the number of the last one; blank lines of JSON have a number and no prompt.
+        digest: of all prompts and ids.
+    """
+
+    name: str
+    path: str
+    content: Content
+    count: int = 0
+    lines: int = 0
+    digest: str = ""
+
+    def __iter__(self) -> Iterator[PromptLine]:
+        number = 0
+        try:
+            with open_content(self.path, self.content) as stream:
+                if self.content.format == "json":
+                    report = ReadReport()
+                    for index, value in json_values(stream, report):
+                        number = index + 1
+                        yield _from_json(number, value)
+                    if report.reason:
+                        yield PromptLine(number + 1, fault=report.reason)
+                    return
+                is_json = self.content.format == "json_lines"
+                for number, (_, line) in enumerate(lines_between(stream, 0, sys.maxsize), 1):
+                    if not (is_json and line.isspace()):
+                        yield _from_line(number, line, is_json)
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            yield PromptLine(number + 1, fault=f"the file is damaged from here on ({error_words(error)})")
+
+
+@contextlib.contextmanager
+def open_prompts(name: str) -> Iterator[PromptFile]:
+    """Open a file of prompts, local or on an object store, and read it once to count them.
+
+    Raises:
+        UserError: the file cannot be read, is of another format, or has no prompts.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = user_path("--prompts", name)
+            if is_remote(path):
+                local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
+                with path.open("rb") as source, open(local, "wb") as target:
+                    shutil.copyfileobj(source, target)
+            elif path.exists() and not Path(path).is_file():
+                raise UserError(f"--prompts = {name}: must be a file, since it is read more than once; try prompts.txt")
+            else:
+                local = os.fspath(path)
+            file = PromptFile(name, local, _content(name, local))
+            digest, count, lines = hashlib.sha256(), 0, 0
+            for line in file:
+                digest.update(f"{line!r}\n".encode(errors="surrogatepass"))
+                count, lines = count + 1, line.number
+        except OSError as error:
+            raise UserError(f"--prompts = {name}: cannot be read ({error_words(error)}); try --prompt TEXT") from None
+        if not count:
+            raise UserError(f"--prompts = {name}: has no prompts; {_EXAMPLE}")
+        yield dataclasses.replace(file, count=count, lines=lines, digest=digest.hexdigest()[:16])
+
+
+def _content(name: str, path: str) -> Content:
+    """Examine a file. Unlike for documents, lines that are not text do not exclude the others."""
+    content = detect(path)
+    if content.excluded is None and content.format in ("text", "json_lines", "json"):
+        return content
+    reason, words = content.excluded or ("", f"is of the format {content.format}")
+    if reason == "not_text" and not content.mark:
+        with open_content(path, content) as stream:
+            lines = stream.read(_SAMPLE).split(b"\n")
+        if 2 * sum(map(_is_text, lines)) >= len(lines):
+            is_json = family_of(path) == "json" or lines[0].startswith(b"{")
+            return dataclasses.replace(content, format="json_lines" if is_json else "text", excluded=None)
+    raise UserError(f"--prompts = {name}: {words}" + ("" if "; try " in words else f"; {_EXAMPLE}"))
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in line
+
+
+def _from_line(number: int, line: bytes, is_json: bool) -> PromptLine:
+    if not line:
+        return PromptLine(number, fault="is longer than 64 MiB")
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return PromptLine(number, fault=f"is not UTF-8 at byte {error.start + 1}")
+    if not is_json:
+        return PromptLine(number, text)
+    try:
+        return _from_json(number, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return PromptLine(number, fault=f"is not valid JSON ({error_words(error)})")
+
+
+def _from_json(number: int, value: Any) -> PromptLine:
+    """The prompt of an object, or of a string."""
+    if not isinstance(value, (dict, str)):
+        return PromptLine(number, fault=f"is neither an object with the field {_FIELDS[0]!r} nor a text")
+    fields = value if isinstance(value, dict) else {_FIELDS[0]: value}
+    name = next((name for name in _FIELDS if name in fields), _FIELDS[0])
+    text, label = fields.get(name), fields.get("id")
+    if name not in fields:
+        listed = ", ".join(map(repr, list(fields)[:5])) or "none"
+        return PromptLine(number, id=label, fault=f"has no field {name!r}; its fields: {listed}")
+    if not isinstance(text, str):
+        return PromptLine(number, id=label, fault=f"has no text in the field {name!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a half of a surrogate pair, or invalid UTF-8 in an array
+        return PromptLine(number, id=label, fault=f"has invalid characters in the field {name!r}")
+    return PromptLine(number, text, label)
