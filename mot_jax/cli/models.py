@@ -26,12 +26,12 @@ from mot_jax.cli.parsing import (
     load_run,
     parse_with_config,
 )
-from mot_jax.cli.progress import Progress
 from mot_jax.config import Config
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES
 from mot_jax.runtime import distributed, exit_codes
 from mot_jax.runtime.paths import user_path
+from mot_jax.runtime.progress import progress
 
 _MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
 
@@ -137,8 +137,8 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
         if options.output is not None:
             written = bytes.fromhex(distributed.gather(output and output.written.hex())[0])
         answered, failed = (output.answered, output.failed) if output else (0, 0)
-        progress = Progress(total, sum(written or ()), options.output is not None and first)
-        stack.enter_context(progress)
+        quiet = options.output is None or not first
+        advance = stack.enter_context(progress(f"answering {options.prompts}", total, quiet, sum(written or ())))
         stack.enter_context(_stopping(lambda: f"stopped after {answered + failed:,} of {total:,} prompts", options))
         for rows_of_batch in answers(model, prompts, written=written, **sampling, **batch):
             if not first:
@@ -148,13 +148,13 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
             for row in rows_of_batch:
                 if "error" in row:
                     failed += 1
-                    progress.line(f"line {row['line']} of {options.prompts}: {row['error']}")
+                    print(f"line {row['line']} of {options.prompts}: {row['error']}", file=sys.stderr, flush=True)
                 else:
                     answered += 1
                     if not output:
                         _print_continued(row["prompt"], row["text"])
             rows += rows_of_batch if options.json else []
-            progress.advance(sum(options.samples if "error" in row else 1 for row in rows_of_batch))
+            advance(sum(options.samples if "error" in row else 1 for row in rows_of_batch))
     if not first:
         return
     if options.json:

@@ -231,7 +231,7 @@ def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str)
 def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
     """The version directory of a data set. The source of Python is built first. Raises UserError."""
     data = epath.Path(directory)
-    corpora = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
+    corpora: epath.Path = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
     if name == "python_source/stdlib":
         return epath.Path(
             built_directory(corpora, python_source.stdlib_name()) or build(python_source.stdlib_spec(), corpora)
@@ -239,7 +239,7 @@ def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
     if name == "python_source/site_packages":
         spec = python_source.site_packages_spec()
         return epath.Path(built_directory(corpora, spec.name) or build(spec, corpora))
-    roots = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
+    roots: list[epath.Path] = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     is_path = is_corpus_path(path)
     if is_remote(path):

@@ -16,14 +16,17 @@ _LINE_SECONDS = 10.0  # between lines
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
-    """Show the progress of work of `total` units; nothing if `quiet`. Yields the function that advances it."""
+def progress(title: str, total: int, quiet: bool = False, done: int = 0) -> Iterator[Advance]:
+    """Show the progress of work of `total` units; nothing if `quiet`. Yields the function that advances it.
+
+    done: units that an earlier command has finished.
+    """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     is_bar = console.is_terminal and not quiet
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not is_bar)
     begin = last_line = time.monotonic()
-    done = 0
+    begun_at = done
 
     def advance(units: int) -> None:
         nonlocal done, last_line
@@ -31,11 +34,11 @@ def progress(title: str, total: int, quiet: bool = False) -> Iterator[Advance]:
         bar.advance(task, units)
         now = time.monotonic()
         if 0 < done < total and not is_bar and not quiet and now - last_line >= _LINE_SECONDS:
-            last_line, left = now, (now - begin) * (total - done) / done
+            last_line, left = now, (now - begin) * (total - done) / max(done - begun_at, 1)
             print(f"{title}: {done:,} of {total:,}, {duration(left)} left", file=sys.stderr, flush=True)
 
     with bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total, completed=done)
         yield advance
 
 
