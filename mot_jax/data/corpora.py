@@ -239,7 +239,7 @@ def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
     if name == "python_source/site_packages":
         spec = python_source.site_packages_spec()
         return epath.Path(built_directory(corpora, spec.name) or build(spec, corpora))
-    roots: list[epath.Path] = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
+    roots = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     is_path = is_corpus_path(path)
     if is_remote(path):

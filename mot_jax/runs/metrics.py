@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from mot_jax.config import LoggingConfig
 from mot_jax.errors import UserError
 from mot_jax.runtime import distributed, strict_json
-from mot_jax.runtime.paths import is_remote, read_file, replace_file
+from mot_jax.runtime.paths import is_remote, read_file, replace_file, sync
 from mot_jax.runtime.progress import duration
 
 Row = dict[str, Any]
@@ -84,13 +84,14 @@ class _Lines:
 
     def __init__(self, workdir: epath.Path):
         self._file = (workdir / "metrics.jsonl").open("a")
+        sync(workdir)
 
     def write(self, line: str) -> None:
         self._file.write(line)
         self._file.flush()
 
     def flush(self) -> None:
-        pass  # `write` flushes every line
+        os.fsync(self._file.fileno())  # `write` hands every line to the system, which a power loss may still drop
 
     def close(self) -> None:
         self._file.close()
