@@ -43,16 +43,20 @@ class StatusHook(Hook):
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
-        self._reporter = _Reporter(trainer, self._console, self._latest)
+        reporter = _Reporter(trainer, self._console, self._latest)
+        self._step_made = reporter.step_made
         try:
             yield
         except BaseException as error:
-            self._reporter.end(_end_of(error, trainer.run.config.checkpoint.preempted_exit_code))
+            reporter.end(_end_of(error, trainer.run.config.checkpoint.preempted_exit_code))
             raise
-        self._reporter.end({"state": "finishing" if trainer.at_last_step else "stopped"})
+        else:
+            reporter.end({"state": "finishing" if trainer.at_last_step else "stopped"})
+        finally:
+            del self._step_made  # with its reference to the trainer, and to the state on the devices
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        self._reporter.last_step_at = time.monotonic()
+        self._step_made()
 
 
 def _end_of(error: BaseException, preempted_exit_code: int) -> dict[str, str]:
@@ -67,14 +71,14 @@ def _end_of(error: BaseException, preempted_exit_code: int) -> dict[str, str]:
 
 
 class _Reporter:
-    """The thread of a `StatusHook`. last_step_at: time at which the last step was made."""
+    """The thread of a `StatusHook`."""
 
     def __init__(self, trainer: Trainer, console: Console, latest: Callable[[], Row]):
         self._trainer, self._console, self._latest = trainer, console, latest
         self._board = distributed.Board()
         self._published: dict[str, Any] = {}
         self._first_step, self._begin = trainer.step, time.monotonic()
-        self.last_step_at = self._looked_at = self._wrote_at = self._begin
+        self._last_step_at = self._looked_at = self._wrote_at = self._begin
         self._behind: _Behind | None = None
         self._named_at_step = -1  # during the stall of this step a process has been named
         self._waited = self._waits()
@@ -84,6 +88,10 @@ class _Reporter:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
         self._thread.start()
+
+    def step_made(self) -> None:
+        """Note the time of a step."""
+        self._last_step_at = time.monotonic()
 
     def end(self, state: dict[str, str]) -> None:
         """Write a last status with this state."""
@@ -121,9 +129,9 @@ class _Reporter:
 
         Returns whether a process that is behind has been printed: once per stall.
         """
-        seconds, step = time.monotonic() - self.last_step_at, self._trainer.begun
+        seconds, step = time.monotonic() - self._last_step_at, self._trainer.begun
         steps = self._trainer.step - self._first_step
-        usual = (self.last_step_at - self._begin) / max(steps, 1)
+        usual = (self._last_step_at - self._begin) / max(steps, 1)
         self._behind = None
         if not distributed.is_first() or seconds < max(STALL_SECONDS, _STALL_STEPS * usual):
             return False
@@ -184,7 +192,7 @@ class _Reporter:
             "step": latest.get("step", self._first_step),
             "steps": self._trainer.run.config.training.steps,
             **{name: latest.get(name) for name in _REPORTED},
-            "seconds_since_step": now - self.last_step_at,
+            "seconds_since_step": now - self._last_step_at,
             "waiting_for": cause,
             "waits": waits,
             "behind": self._behind.line if self._behind else None,

@@ -166,6 +166,8 @@ class Trainer:
                 # Before any context is left: closing could wait for the lost process.
                 distributed.end_if_peer_lost(error, f"at step {self.step}")
                 raise
+            finally:
+                self.hook = None
         if self.at_last_step:
             for hook in hooks:
                 hook.at_end(self)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +89,7 @@ def test_a_run_that_waits_has_the_cause(tiny, workdir, reports, monkeypatch):
     for name in ("WRITE_SECONDS", "PUBLISH_SECONDS"):
         monkeypatch.setattr(status_hook, name, 0.02)
     monkeypatch.setattr(status, "_LONG_SECONDS", 0.1)
-    waiting = []
+    waiting, trainers = [], []
 
     def wait_for(cause: str) -> None:
         deadline = time.monotonic() + 60
@@ -106,13 +108,19 @@ def test_a_run_that_waits_has_the_cause(tiny, workdir, reports, monkeypatch):
     class Wait(Hook):
         def after_step(self, trainer: Trainer, metrics: dict) -> None:
             if trainer.step == 2:
+                trainers.append(weakref.ref(trainer))
                 assert reports(workdir)[0]["checkpoint"] is None
                 wait_for("hook Wait")
                 trainer._batches = Batches(trainer._batches)
             elif trainer.step == 3:
                 trainer.stop()
 
-    train(with_steps(tiny, 8), workdir, [Wait()])
+    gc.disable()
+    try:
+        train(with_steps(tiny, 8), workdir, [Wait()])
+        assert trainers[0]() is None  # nor is its state on the devices retained by a cycle of references
+    finally:
+        gc.enable()
     in_hook = next(report for report in waiting if report["waiting_for"] == "hook Wait" and report["remark"])
     for report, cause in ((in_hook, "hook Wait"), (waiting[-1], "data")):
         assert (report["state"], report["steps"]) == ("training", 8)
