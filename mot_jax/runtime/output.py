@@ -87,7 +87,7 @@ def lenient_streams(never_block: bool = False) -> Iterator[None]:
                 stream.reconfigure(errors="replace")
     before = sys.stdout, sys.stderr
     outputs = [None if stream is None else Output(stream, never_block) for stream in before]
-    sys.stdout, sys.stderr = outputs  # type: ignore[assignment]
+    sys.stdout, sys.stderr = outputs
     try:
         yield
     finally:

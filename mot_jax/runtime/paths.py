@@ -132,6 +132,8 @@ def read_file(path: epath.Path, advice: str) -> bytes:
 
 def replace_file(path: epath.Path, content: bytes) -> None:
     """Write a file atomically: a kill or a power loss leaves the old content or the new one."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if is_remote(path):
         path.write_bytes(content)
     else:

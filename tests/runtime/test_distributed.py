@@ -276,6 +276,7 @@ LIFE = [
     (2, "tensor 2", "SIGKILL of 1", LOST),
     (4, "expert 2", "SIGKILL of all", set()),
     (4, "fsdp 2", "SIGTERM to 3", {143}),
+    (2, "fsdp 2", "SIGINT to 1", {130}),
     (2, "data 4", "SIGKILL of all", set()),
     (1, "data 4", "SIGTERM to 0", {143}),
     (4, "expert 2", "SIGKILL of 0", LOST),
@@ -299,7 +300,7 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
             assert all(process.poll() is None for process in processes), Path(f"{record}.0.log").read_text()
         targets = {"all": processes, "": []}.get(end[11:]) or [processes[int(i)] for i in re.findall(r" (\d)$", end)]
         for process in targets:
-            process.send_signal(signal.SIGTERM if "TERM" in end else signal.SIGKILL)
+            process.send_signal(getattr(signal, end.split()[0]))
         signalled = time.monotonic()
         found = ends(processes)
         survivors = [code for code, process in zip(found, processes, strict=True) if code != -signal.SIGKILL]
@@ -307,8 +308,8 @@ def test_processes_are_killed_and_go_on_in_other_numbers(experiment):
         if end != "finished":
             assert time.monotonic() - signalled < 60
         text = Path(f"{record}.0.log").read_text()
-        if "TERM" in end:
-            assert "SIGTERM: stopped after step" in text
+        if "KILL" not in end and end != "finished":
+            assert f"{'Ctrl-C' if 'INT' in end else 'SIGTERM'}: stopped after step" in text
         if "SIGKILL of 1" in end and found[0] == exit_codes.RETRYABLE:
             assert "error: another process was lost at step" in text and "Traceback" not in text
         lives.append(reads(record, count))
