@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -90,7 +89,6 @@ def _record(path: str) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in processes of a shell's background job
     from mot_jax import cli
 
     connect = cli.distributed.connect

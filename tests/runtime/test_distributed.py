@@ -172,6 +172,7 @@ def test_one_of_many_that_fails_alone_ends_at_once(monkeypatch, capsys, error, c
         raise InterruptedError(code)
 
     monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(distributed, "_all_exiting", False)  # True after a test that stops a run
     with pytest.raises(type(error)), distributed.ending():
         raise error  # a single process: as ever
     assert capsys.readouterr().err == ""

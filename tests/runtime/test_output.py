@@ -1,4 +1,4 @@
-"""Output that nobody reads does not block a command, and is complete for a reader who is only slow."""
+"""Output that is not read does not block a command, and is complete for a reader who is only slow."""
 
 from __future__ import annotations
 
