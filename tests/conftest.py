@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 
 # Set before JAX is imported. A platform that is set in the environment takes precedence.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,8 @@ from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 
 pytest_plugins = ["tiny_run"]
 jax.config.update("jax_num_cpu_devices", 8)
+# A shell starts its background jobs with SIGINT ignored, which the processes of tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, so that failures are reproducible. No deadline: the first example includes compiling.
 settings.register_profile(

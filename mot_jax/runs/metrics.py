@@ -48,14 +48,14 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.Path, step: int, config: LoggingConfig):
         self._wandb = _open_wandb(workdir, config.wandb_project) if config.wandb else None  # first: it can fail
-        _remove_rows_after(workdir, step)
-        self._rows = _Parts(workdir) if is_remote(workdir) else _Lines(workdir)
         self._board = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
 
             seconds = _BOARD_SECONDS[is_remote(workdir)]
             self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=seconds)
+        _remove_rows_after(workdir, step)
+        self._rows = _Parts(workdir) if is_remote(workdir) else _Lines(workdir)
 
     def write(self, row: Row) -> None:
         """Write a row: a file has it when this returns, an object store after the next `flush`."""

@@ -170,8 +170,8 @@ def read_file(path: epath.Path, advice: str) -> bytes:
     """The content of a file of a run or an export.
 
     Raises:
-        UserError: the file cannot be read, for example for lack of permission, or since it is a directory; `advice` is
-            the end of the line.
+        UserError: the file cannot be read, for example since it is a directory. `advice` is the end of the line, unless
+            the permission is missing.
         RetryableError: the disk or store does not respond.
     """
     try:
@@ -179,11 +179,15 @@ def read_file(path: epath.Path, advice: str) -> bytes:
     except Exception as error:  # a store raises errors of its libraries
         kind = RetryableError if is_passing(error) else UserError
         reason = getattr(error, "strerror", None) or error_words(error)
+        if isinstance(error, PermissionError):  # removing a file that only others can read would lose it
+            advice = "try as a user who has access to it"
         raise kind(f"{path}: cannot be read ({reason}); {advice}") from None
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:
     """Write a file atomically: a kill or a power loss leaves the old content or the new one."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if is_remote(path):
         path.write_bytes(content)
     else:

@@ -32,7 +32,8 @@ _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those
 def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), take_over: bool = False) -> Row:
     """Train a model, or resume the run in `workdir`.
 
-    With several processes, each calls this with the same arguments. A SIGTERM saves a checkpoint and raises SystemExit.
+    With several processes, each calls this with the same arguments. A SIGTERM or Ctrl-C during the steps saves a
+    checkpoint and raises SystemExit.
     The traceback of an error is also written to `error.txt` in the workdir.
 
     Args:

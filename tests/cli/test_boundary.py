@@ -253,12 +253,6 @@ def test_a_user_without_a_home_has_the_data_in_the_temporary_directory(tmp_path)
     assert (result.returncode, result.stderr.splitlines()[-1]) == (exit_codes.USER_ERROR, expected)
 
 
-# A shell starts its background jobs, these tests for example, with SIGINT ignored, and children inherit that.
-WITH_SIGINT = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
 @pytest.fixture
 def run(tiny, tmp_path) -> Iterator[tuple[subprocess.Popen[str], epath.Path]]:
     """A process that trains a tiny model for hours, and its workdir."""
@@ -274,7 +268,7 @@ def run(tiny, tmp_path) -> Iterator[tuple[subprocess.Popen[str], epath.Path]]:
     file.write_text(
         f"from mot_jax.config import from_json\n\ndef get_config():\n    return from_json({to_json(config)!r})\n"
     )
-    command = [sys.executable, "-c", WITH_SIGINT, *MOT, "train", str(file), "--workdir", str(workdir)]
+    command = [*MOT, "train", str(file), "--workdir", str(workdir)]
     env = environment(XLA_FLAGS=None, JAX_PLATFORMS="cpu")
     with (
         open(tmp_path / "stderr", "w") as stderr,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import os
 import shutil
@@ -13,21 +16,19 @@ from mot_jax import cli
 from mot_jax.runs import owner
 from mot_jax.training import run as training_run
 
-# The commands that read or write a file, or list the directory.
-COMMANDS = {
-    "config.json": ["finished", "resume", "evaluate", "generate", "inspect", "export", "describe"],
-    "data.json": ["finished", "resume", "evaluate", "generate", "inspect", "export"],
-    "tokenizer.json": ["finished", "resume", "evaluate", "generate", "inspect", "export", "describe"],
+# The commands that read a file, or list a directory; a finished run is one that is started again.
+READ = {
+    "config.json": ["finished", "evaluate", "generate", "inspect", "export", "describe"],
+    "data.json": ["finished", "evaluate", "generate", "inspect", "export"],
+    "tokenizer.json": ["finished", "evaluate", "generate", "inspect", "export"],
     "checkpoints": ["finished", "evaluate", "generate", "inspect", "export"],
-    "metrics.jsonl": ["finished", "resume", "inspect", "curves"],
-    "companions.npy": ["finished", "resume", "evaluate", "generate", "export"],
-    "modes.json": ["evaluate", "generate"],
-    "result.json": ["finished", "resume"],
-    "sample.txt": ["finished", "resume"],
-    "loss.png": ["resume"],
-    "tensorboard": ["resume"],
-    "owner.json": ["resume"],
+    "companions.npy": ["finished", "evaluate", "generate", "export"],
+    "metrics.jsonl": ["finished", "curves"],
+    "modes.json": ["evaluate"],
+    "result.json": ["finished"],
+    "sample.txt": ["finished"],
 }
+WRITTEN = [*READ, "loss.png", "tensorboard", "owner.json"]  # by a run that is resumed
 WRITTEN_BY = {"evaluate": {"modes.json"}}  # by a reading command that succeeds
 DAMAGES = {
     "a directory": lambda path, content: path.mkdir(),
@@ -52,13 +53,6 @@ def workdir(finished, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def unfinish(workdir: Path) -> None:
-    """Remove all that the run wrote after its last checkpoint but one."""
-    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    shutil.rmtree(workdir / "checkpoints" / str(steps[-1]))
-    (workdir / "result.json").unlink()
-
-
 def call(command: str, workdir: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
     """Run a command; its exit code, and the lines of its errors. Any other exception is a traceback."""
     flags = {
@@ -78,39 +72,61 @@ def call(command: str, workdir: Path, output: Path, capsys: pytest.CaptureFixtur
     return 0, []
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_damaged_file_is_one_line_and_nothing_is_lost(workdir, tmp_path, capsys, name, damage):
-    path, commands = workdir / name, COMMANDS[name]
+def check(command: str, workdir: Path, name: str, damage: str, output: Path, capsys) -> None:
+    """Damage a file of `workdir`, then call a command: it works, or ends with one line, and loses nothing."""
+    path = workdir / name
+    content = path.read_bytes() if path.is_file() else b"{}{}"
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    DAMAGES[damage](path, content)
+    before = files(workdir)
+    code, lines = call(command, workdir, output, capsys)
+    after = files(workdir)
+    if code == 0 and command == "resume":
+        assert (workdir / "result.json").exists()
+    elif code == 0:
+        changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
+        assert changed <= WRITTEN_BY.get(command, set()), (command, changed)
+    else:
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (command, code, lines)
+        assert str(workdir) in lines[0], (command, lines)
+        retained = {file for file in before if file.startswith(("checkpoints/8/", name))}
+        assert {file for file in retained if before[file] != after.get(file, "removed")} == set(), command
+
+
+def use_a_lost_tokenizer(workdir: Path) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["tokenizer"] = "/moved/tokenizer.json"
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["a directory", "the first half", *(pytest.param(d, marks=pytest.mark.slow) for d in ("empty", "other content"))],
+)
+@pytest.mark.parametrize("name", READ)
+def test_a_damaged_file_that_is_read(workdir, tmp_path, capsys, name, damage):
+    if name == "checkpoints":
+        damage = "empty"  # a file in place of the directory
     if name == "tokenizer.json":
-        config = json.loads((workdir / "config.json").read_text())
-        config["data"]["tokenizer"] = "/moved/tokenizer.json"
-        (workdir / "config.json").write_text(json.dumps(config))
-    if path.is_dir():
-        if damage != "empty":
-            pytest.skip("it is a directory")
-        commands = [command for command in commands if command != "resume" or name == "tensorboard"]
-    for command in commands:
-        copy, output = Path(shutil.copytree(workdir, tmp_path / command)), tmp_path / f"{command} output"
+        use_a_lost_tokenizer(workdir)
+    for command in READ[name]:
+        output = tmp_path / f"{command} output"
         output.mkdir()
-        if command == "resume":
-            unfinish(copy)
-        damaged = copy / name
-        content = damaged.read_bytes() if damaged.is_file() else b"{}{}"
-        shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink(missing_ok=True)
-        DAMAGES[damage](damaged, content)
-        before = files(copy)
-        code, lines = call(command, copy, output, capsys)
-        after = files(copy)
-        if code == 0:
-            if command != "resume":
-                changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
-                assert changed <= WRITTEN_BY.get(command, set()), (command, changed)
-        else:
-            assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (command, code, lines)
-            assert str(copy) in lines[0], (command, lines)
-            kept = {file for file in before if file.startswith(("checkpoints/8/", name))}
-            assert {file for file in kept if before[file] != after.get(file, "removed")} == set(), command
+        copy = Path(shutil.copytree(workdir, tmp_path / command))
+        check(command, copy, name, damage, output, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["a directory", "empty"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_damaged_file_of_a_run_that_is_resumed(workdir, tmp_path, capsys, name, damage):
+    if name == "tokenizer.json":
+        use_a_lost_tokenizer(workdir)
+    if name != "result.json":
+        (workdir / "result.json").unlink()
+    if name != "checkpoints":
+        shutil.rmtree(workdir / "checkpoints" / "12")
+    check("resume", workdir, name, "empty" if name == "checkpoints" else damage, tmp_path, capsys)
 
 
 def test_a_finished_run_that_cannot_be_written_shows_its_result(workdir, capsys, monkeypatch):
@@ -123,16 +139,19 @@ def test_a_finished_run_that_cannot_be_written_shows_its_result(workdir, capsys,
     assert files(workdir) == before
 
 
-def test_permission_denied_is_one_line(workdir, tmp_path, capsys, monkeypatch):
-    """For any file of the run that a command opens."""
-    read_bytes = Path.read_bytes
-    for name, command in (("data.json", "evaluate"), ("companions.npy", "generate"), ("metrics.jsonl", "curves")):
+@pytest.mark.parametrize(
+    ("name", "command"), [("config.json", "describe"), ("data.json", "export"), ("metrics.jsonl", "curves")]
+)
+def test_permission_denied_is_one_line(workdir, tmp_path, capsys, monkeypatch, name, command):
+    """Root may read anywhere, so that the error of the system is simulated."""
+    system_open = open
 
-        def denied(path, name=name):
-            if path.name == name:
-                raise PermissionError(13, "Permission denied", str(path))
-            return read_bytes(path)
+    def denying(path, *rest, **options):
+        if str(path) == str(workdir / name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return system_open(path, *rest, **options)
 
-        monkeypatch.setattr(Path, "read_bytes", denied)
-        code, (line,) = call(command, workdir, tmp_path, capsys)
-        assert code == 2 and line.startswith(f"error: {workdir / name}: cannot be read (Permission denied); ")
+    for module in (io, builtins):  # for pathlib and etils
+        monkeypatch.setattr(module, "open", denying)
+    code, (line,) = call(command, workdir, tmp_path, capsys)
+    assert code == 2 and f"{workdir / name}: cannot be read (Permission denied); " in line and "rm -r" not in line

@@ -1,9 +1,11 @@
-"""Output that nobody reads does not block a command, and is complete for a reader who is only slow."""
+"""Output that is not read does not block a command, and is complete for a reader who is only slow."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import pty
+import sys
 import threading
 
 import pytest
@@ -65,9 +67,21 @@ def test_the_end_does_not_wait_for_a_reader(pipe, monkeypatch):
     assert readable.read1(10_000) == b"x" * 4096
 
 
-def test_a_closed_pipe_and_a_stream_without_a_file(pipe, capsys):
-    import sys
+def test_the_end_does_not_wait_for_a_terminal(monkeypatch):
+    """Such as that of a launcher that is ending; the thread may block in its last write."""
+    monkeypatch.setattr(output, "_DRAIN_SECONDS", 0.1)
+    screen, terminal = pty.openpty()
+    with open(terminal, "w") as stream:
+        written = Output(stream, never_blocks=True)
+        for _ in range(100):
+            written.write("x" * 1000)
+        assert written.isatty()
+        written.close()
+        assert os.read(screen, 1000) == b"x" * 1000
+        os.close(screen)  # the thread ends
 
+
+def test_a_closed_pipe_and_a_stream_without_a_file(pipe, capsys):
     readable, stream = pipe
     readable.close()
     for written in (Output(stream, never_blocks=True), Output(sys.stdout, never_blocks=True)):

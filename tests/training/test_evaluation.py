@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mot_jax.errors import UserError
 from mot_jax.modes import MODES
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.scores import measured, record_score
+from mot_jax.runtime import progress
 from mot_jax.training import evaluation, train
 from mot_jax.training.evaluation import evaluate_run
 from mot_jax.training.upcycling import check_upcycle
@@ -108,9 +110,17 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
     config, workdir, _ = run
     (workdir / "modes.json").unlink(missing_ok=True)
     monkeypatch.setattr(evaluation, "_MIXTURE_BYTES", 3 * 16 * 8 * 16 * 4)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
     cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30", "--json", str(tmp_path / "result.json")])
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
     scores = measured(workdir, 4)
+    total, counts = len(MODES) * 30, []
+    for line in output.err.splitlines():
+        words = rf"scoring {workdir} in {len(MODES)} modes, windows: (\d+) of {total}, \d+:\d\d left"
+        if match := re.fullmatch(words, line):
+            counts.append(int(match[1]))
+    assert len(counts) > len(MODES) and counts == sorted(set(counts)) and counts[0] <= 32
     assert list(scores) == list(MODES) and scores == {
         s["mode"]: s for s in json.loads((tmp_path / "result.json").read_text())["modes"]
     }

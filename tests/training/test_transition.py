@@ -255,6 +255,18 @@ def test_the_report_of_a_diverged_run_is_printed_again(source, tmp_path):
     assert transition._picture(result).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "JSONDecodeError"), ("[]", "no JSON object"), ("{}", "without from"), ('{"from": "x"}', "without before")],
+)
+def test_a_damaged_report_is_one_line_and_not_overwritten(source, tmp_path, content, words):
+    path = tmp_path / "transition.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=f"^{path}: is damaged .*{words}.*the same command writes it again$"):
+        transition.report(tuned(source), tmp_path, source[1])
+    assert path.read_text() == content
+
+
 @pytest.mark.slow
 def test_annealing_before_tuning(source, tmp_path, capsys):
     output = tmp_path / "tuned"
