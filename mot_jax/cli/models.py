@@ -118,7 +118,7 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
     if options.output and options.json:
         raise UserError("--json: must be left out with --output, whose lines have the same fields; try one of them")
     from mot_jax.inference.answers import AnswerFile, answers
-    from mot_jax.inference.prompt_files import open_prompts
+    from mot_jax.inference.prompt_files import EXAMPLE, open_prompts
 
     assert options.prompts is not None
     first, rows = distributed.is_first(), []
@@ -160,9 +160,8 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
     if options.json:
         write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
     if not answered:
-        raise UserError(
-            f"--prompts = {options.prompts}: none of its {failed:,} prompts has an answer; see the lines above"
-        )
+        rule = f"all {failed:,} prompts failed, for the reasons above"
+        raise UserError(f"--prompts = {options.prompts}: {rule}; {EXAMPLE}")
     print(f"{answered:,} answers, {failed:,} lines failed", file=sys.stderr)
 
 

@@ -126,7 +126,7 @@ class AnswerFile:
         if is_remote(name):
             raise UserError(f"--output = {name}: must be a local file, since lines are appended; try answers.jsonl")
         self._name, self._path = name, Path(user_path("--output", name))
-        self._about_path = self._path.with_name(self._path.name + ".meta.json")
+        self._about_path = Path(f"{self._path}.meta.json")
         self.written, self._samples = bytearray(lines * samples), samples
         self.answered = self.failed = 0
         try:

@@ -21,7 +21,7 @@ from mot_jax.runtime.paths import is_remote, user_path
 
 _FIELDS = ("prompt", "text")  # of JSON objects: the first one that an object has
 _SAMPLE = 1 << 16  # bytes at the beginning of a file from which the share of readable lines is estimated
-_EXAMPLE = 'try lines of JSON such as {"prompt": "def "}'
+EXAMPLE = 'try lines of JSON such as {"prompt": "def "}'
 
 
 class PromptLine(NamedTuple):
@@ -108,7 +108,7 @@ def open_prompts(name: str) -> Iterator[PromptFile]:
         except OSError as error:
             raise UserError(f"--prompts = {name}: cannot be read ({error_words(error)}); try --prompt TEXT") from None
         if not count:
-            raise UserError(f"--prompts = {name}: has no prompts; {_EXAMPLE}")
+            raise UserError(f"--prompts = {name}: has no prompts; {EXAMPLE}")
         yield dataclasses.replace(file, count=count, lines=lines, digest=digest.hexdigest()[:16])
 
 
@@ -124,7 +124,7 @@ def _content(name: str, path: str) -> Content:
         if 2 * sum(map(_is_text, lines)) >= len(lines):
             is_json = family_of(path) == "json" or lines[0].startswith(b"{")
             return dataclasses.replace(content, format="json_lines" if is_json else "text", excluded=None)
-    raise UserError(f"--prompts = {name}: {words}" + ("" if "; try " in words else f"; {_EXAMPLE}"))
+    raise UserError(f"--prompts = {name}: {words}" + ("" if "; try " in words else f"; {EXAMPLE}"))
 
 
 def _is_text(line: bytes) -> bool:

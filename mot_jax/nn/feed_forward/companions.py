@@ -22,6 +22,7 @@ processed in parts, one after the other, whose temporaries take at most about `T
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -111,22 +112,21 @@ class Companions(MixtureOfTokens):
         axes = (batch_axes, None, position_axes, None)
 
         def split(a: jax.Array) -> jax.Array:
-            """[B, S, ...] -> [k, m, B / k, S / m, ...]."""
+            """[B, S, ...] -> [k m, B / k, S / m, ...]."""
             rest = a.shape[2:]
             a = reshard(a, batch_axes, position_axes, *[None] * len(rest))
             shape = (batch // k, k, length // m, m, *rest)
             a = jnp.reshape(a, shape, out_sharding=spec(*axes, *[None] * len(rest)))
             return jnp.moveaxis(a, (1, 3), (0, 1)).reshape(k * m, batch // k, length // m, *rest)
 
-        positions = jnp.arange(length)[None] if context.positions is None else context.positions
-        arrays = {"x": x, "positions": jnp.broadcast_to(positions, (batch, length))}
-        if context.token_mask is not None:
-            arrays["token_mask"] = context.token_mask
+        positions = jnp.arange(length, dtype=jnp.int32)[None] if context.positions is None else context.positions
+        positions = jnp.broadcast_to(positions, (batch, length))
+        of_tokens = FeedForwardContext(token_mask=context.token_mask, positions=positions)
 
-        def apply_to_part(part: dict[str, jax.Array]) -> jax.Array:
-            return apply(part.pop("x"), FeedForwardContext(**part, step=context.step))
+        def apply_to_part(part: tuple[jax.Array, FeedForwardContext]) -> jax.Array:
+            return apply(part[0], dataclasses.replace(part[1], step=context.step))
 
-        y = jax.lax.map(apply_to_part, jax.tree.map(split, arrays))
+        y = jax.lax.map(apply_to_part, jax.tree.map(split, (x, of_tokens)))
         y = jnp.moveaxis(y.reshape(k, m, *y.shape[1:]), (0, 1), (1, 3))
         return jnp.reshape(y, x.shape, out_sharding=spec(*axes_of(x)))
 
