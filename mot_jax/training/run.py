@@ -146,7 +146,6 @@ def begin(run: Run, take_over: bool = False) -> Start:
             for path in run.workdir.glob("error*.txt"):  # of an earlier start
                 path.unlink(missing_ok=True)
     write_workdir(run)
-    status.note(run.workdir, {"state": "starting"})
     folder = run.workdir / "checkpoints"
     with Checkpoints(folder, run.config.checkpoint) as checkpoints:
         newest, left_out = checkpoints.newest_intact()
@@ -156,6 +155,7 @@ def begin(run: Run, take_over: bool = False) -> Start:
         with distributed.together():
             if distributed.is_first():
                 checkpoints.tidy(step, left_out)
+        status.note(run.workdir, {"state": "starting"})
         origin = _RESUMED if step else _origin_of(run.config)
         with jax.set_mesh(run.mesh):
             start = origin.begin(run, checkpoints, step)
