@@ -22,6 +22,9 @@ from typing import Any, BinaryIO, Literal
 
 Format = Literal["text", "json_lines", "json", "table", "parquet"]
 
+# No number is used, and Python's int refuses numbers of more than 4300 digits, which are valid JSON.
+JSON = json.JSONDecoder(parse_int=float)
+
 _SAMPLE = 1 << 16  # bytes of a file that are examined
 _MAX_LAYERS = 3  # of compression: some servers compress compressed files again
 _UNDECODABLE = 0.1  # a larger share of invalid bytes: another encoding, or no text; Latin-1 text has about 0.04
@@ -185,7 +188,7 @@ def _json_format(text: str) -> Format:
 
 def _parse(line: str) -> Any:
     try:
-        return json.loads(line)
+        return JSON.decode(line)
     except (ValueError, RecursionError):
         return None
 

@@ -10,12 +10,13 @@ import csv
 import dataclasses
 import difflib
 import itertools
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, Literal
+
+from mot_jax.data.content import JSON
 
 MAX_DOCUMENT_BYTES = 1 << 26  # longer lines and documents are skipped
 DocumentUnit = Literal["file", "line", "paragraph"]
@@ -172,7 +173,7 @@ def json_lines(stream: IO[bytes], start: int, stop: int, report: ReadReport) -> 
             report.skipped["too_long"] += 1
             continue
         try:
-            yield offset, json.loads(line.decode("utf-8", "surrogateescape").lstrip("\ufeff"))
+            yield offset, JSON.decode(line.decode("utf-8", "surrogateescape").lstrip("\ufeff"))
         except (ValueError, RecursionError):
             report.skipped["not_json"] += 1
 
@@ -182,7 +183,7 @@ def json_values(stream: IO[bytes], report: ReadReport) -> Iterator[tuple[int, An
 
     The text is parsed while it is read: an array of any length needs memory for its longest element.
     """
-    scan, decode = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    scan, decode = JSON.raw_decode, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     text, at, number, in_array, ended = "", 0, 0, False, False
     while True:
         at = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]

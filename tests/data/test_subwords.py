@@ -64,6 +64,16 @@ def test_invalid_utf8_is_replaced(files):
     assert files["bpe.json"].decode(files["bpe.json"].encode(b"ab\xffcd")).decode() == "ab\N{REPLACEMENT CHARACTER}cd"
 
 
+def test_truncation_and_padding_in_a_file_change_nothing(files, tmp_path):
+    limited = tokenizers.Tokenizer.from_str(FILES["bpe.json"]().decode())
+    limited.enable_truncation(4)
+    limited.enable_padding(length=4000)
+    limited.save(str(tmp_path / "limited.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "limited.json"))
+    for ids, expected in zip(tokenizer.encode_batch(TEXT), files["bpe.json"].encode_batch(TEXT), strict=True):
+        np.testing.assert_array_equal(ids, expected)
+
+
 def test_fingerprints_depend_on_the_content(files, tmp_path):
     (tmp_path / "again.json").write_bytes(FILES["bpe.json"]())
     assert load_tokenizer(str(tmp_path / "again.json")).fingerprint == files["bpe.json"].fingerprint
