@@ -241,10 +241,10 @@ def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str)
 # --- the directory of a data set --------------------------------------------------------------------------------------
 
 
-def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
+def _find(name: str, data_directory: str | os.PathLike[str]) -> epath.Path:
     """The version directory of a data set. The source of Python is built first. Raises UserError."""
-    data = epath.Path(directory)
-    corpora = epath.Path(data if is_remote(data) else data.expanduser().absolute()) / "corpora"
+    data = epath.Path(data_directory)
+    corpora = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
     if name == "python_source/stdlib":
         return epath.Path(
             built_directory(corpora, python_source.stdlib_name()) or build(python_source.stdlib_spec(), corpora)
@@ -252,8 +252,7 @@ def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
     if name == "python_source/site_packages":
         spec = python_source.site_packages_spec()
         return epath.Path(built_directory(corpora, spec.name) or build(spec, corpora))
-    tfds_directory: epath.Path = epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    roots: list[epath.Path] = [corpora, tfds_directory]
+    roots = [corpora, epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()]
     path, version = re.fullmatch(r"(.*?)(?::(\d+\.\d+\.\d+))?", name.rstrip("/")).groups()  # type: ignore[union-attr]
     is_path = is_corpus_path(path)
     if is_remote(path):
