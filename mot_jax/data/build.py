@@ -264,6 +264,11 @@ def _state_of(path: AnyPath) -> int | str:
 
 def damaged_corpus(directory: AnyPath, file: str, words: str) -> UserError:
     """The error for a damaged file of a corpus, with the commands that build it again."""
+    if not is_built(directory):
+        return UserError(
+            f"{directory / file}: is damaged ({words}); try another copy of it, or tfds build --overwrite "
+            "--file_format=array_record on a machine with TensorFlow"
+        )
     name, place = directory.parent.name, directory.parent.parent
     command = f"mot data build {name} FILES" if place.name == "corpora" else "this command"
     if command != "this command" and is_remote(directory):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ class Corpus:
         feature: The feature with the text.
         metadata: Counts of the build, if `mot data build` built the corpus.
         directory: Of its files, on the local disk.
-        shards: Names of the files of the split.
+        shards: Names of the files of the split, each with the number of its documents that are in the split.
         stored: The same directory on an object store; shards are copied before they are read.
     """
 
@@ -58,7 +59,7 @@ class Corpus:
     feature: str = "text"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     directory: str = ""
-    shards: tuple[str, ...] = ()
+    shards: tuple[tuple[str, int], ...] = ()
     stored: stores.StoredDirectory | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -77,25 +78,37 @@ class Corpus:
         for i in range(start, stop):
             try:
                 record = self.records[i]
-            except RuntimeError as error:  # of array_record
-                shards = "*.array_record-*"
-                raise damaged_corpus(Path(self.directory), shards, f"document {i}: {error_words(error)}") from error
-            name = record.get("name")
-            yield (
-                name.decode(errors="replace") if isinstance(name, bytes) else f"{self.split}/{i}",
-                record[self.feature],
-            )
+            except (RuntimeError, ValueError) as error:  # of array_record
+                raise self._damaged(i, error) from error
+            name, text = record.get("name"), record[self.feature]
+            if text is None:  # of a file that was cut
+                raise self._damaged(i, ValueError("no such record"))
+            yield name.decode(errors="replace") if isinstance(name, bytes) else f"{self.split}/{i}", text
+
+    def _damaged(self, document: int, error: Exception) -> UserError:
+        directory, stops = Path(self.directory), itertools.accumulate(count for _, count in self.shards)
+        shard = next(name for (name, _), stop in zip(self.shards, stops, strict=True) if document < stop)
+        words = f"document {document}: {error_words(error)}"
+        if self.stored is None:
+            return damaged_corpus(directory, shard, words)
+        return UserError(
+            f"{directory / shard}: is damaged ({words}); try rm -r {directory}, then this command again; if it is "
+            f"damaged again, so is {self.stored.path}/{shard}"
+        )
 
     def copy_shards(self) -> None:
         """Copy the shards of the split from the object store to the local disk, if they are on one."""
         if self.stored is not None:
-            _copy(self.stored, self.shards, Path(self.directory))
+            _copy(self.stored, self._shard_names(), Path(self.directory))
+
+    def _shard_names(self) -> list[str]:
+        return [name for name, _ in self.shards]
 
     def shard_sizes(self) -> dict[str, int]:
         """The sizes in bytes of the shards of the split that exist."""
         if self.stored is not None:
-            return {name: self.stored.files[name].size for name in self.shards if name in self.stored.files}
-        paths = [Path(self.directory, name) for name in self.shards]
+            return {name: self.stored.files[name].size for name in self._shard_names() if name in self.stored.files}
+        paths = [Path(self.directory, name) for name in self._shard_names()]
         return {path.name: path.stat().st_size for path in paths if path.exists()}
 
 
@@ -135,7 +148,7 @@ def open_corpus(
     records = builder.as_data_source(split, file_format="array_record")
     size = int(info.splits[split].num_bytes)  # 0 for slices of splits: then estimated in proportion
     num_bytes = size or int(info.dataset_size) * len(records) // sum(i.num_examples for i in info.splits.values())
-    shards = tuple(dict.fromkeys(Path(part.filename).name for part in info.splits[split].file_instructions))
+    shards = tuple((Path(part.filename).name, part.take) for part in info.splits[split].file_instructions)
     return Corpus(
         *(name, split, info.full_name, fingerprint, records, num_bytes, feature, metadata, str(path), shards, stored)
     )
@@ -228,10 +241,10 @@ def _check_split(name: str, info: tfds.core.DatasetInfo, split: str, field: str)
 # --- the directory of a data set --------------------------------------------------------------------------------------
 
 
-def _find(name: str, directory: str | os.PathLike[str]) -> epath.Path:
+def _find(name: str, data_directory: str | os.PathLike[str]) -> epath.Path:
     """The version directory of a data set. The source of Python is built first. Raises UserError."""
-    data = epath.Path(directory)
-    corpora: epath.Path = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
+    data = epath.Path(data_directory)
+    corpora = (data if is_remote(data) else data.expanduser().absolute()) / "corpora"
     if name == "python_source/stdlib":
         return epath.Path(
             built_directory(corpora, python_source.stdlib_name()) or build(python_source.stdlib_spec(), corpora)

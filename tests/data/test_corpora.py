@@ -15,6 +15,8 @@ import pytest
 
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.corpora import open_corpus, shared_documents
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.windows import open_windows
 from mot_jax.errors import UserError
 
 
@@ -101,6 +103,8 @@ def test_an_unknown_name_imports_no_tensorflow(tmp_path: Path) -> None:
     code = f"""
 import sys
 from mot_jax.data.corpora import open_corpus, shared_documents
+from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.windows import open_windows
 from mot_jax.errors import UserError
 try:
     open_corpus("c4/en", "train", {str(tmp_path)!r})
@@ -199,8 +203,47 @@ def test_a_flipped_bit_in_a_corpus_is_named(directory: Path, tmp_path: Path) -> 
     content = bytearray(shard.read_bytes())
     content[content.index(b"line 3") if b"line 3" in content else 200] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"\*.array_record-\*: is damaged .*; try rm -r .* mot data build mine"):
+    with pytest.raises(UserError, match=rf"{shard.name}: is damaged .*; try rm -r .* mot data build mine"):
         list(open_corpus("mine", "train", tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty", "longer"])
+def test_a_damaged_file_of_a_data_set_of_tfds_is_named(
+    directory: Path, tfds_directory: Path, tmp_path: Path, damage: str
+):
+    """No advice is to delete it: this package cannot prepare it again."""
+    articles = shutil.copytree(tfds_directory / "articles/en/2.1.0", tmp_path / "corpora/articles/en/2.1.0")
+    (shard,) = articles.glob("*-train.*")
+    content = shard.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "empty": b"", "longer": content + bytes(65536)}
+    shard.write_bytes(damaged.get(damage, content.replace(content[300:301], bytes([content[300] ^ 1]))))
+    if damage == "missing":
+        shard.unlink()
+    with pytest.raises(UserError) as error:
+        open_windows("articles/en", "train", ByteTokenizer(), 8, tmp_path)
+    (line,) = error.value.faults
+    assert "\n" not in line and line.startswith(f"{shard}: is damaged (document ") and "rm -r" not in line
+    assert "; try another copy of it, or tfds build --overwrite" in line
+    assert not any((tmp_path / "windows").iterdir())
+    shard.write_bytes(content)
+    assert len(open_windows("articles/en", "train", ByteTokenizer(), 8, tmp_path)) > 10
+
+
+def test_a_data_set_that_changes_after_it_was_tokenized_is_named(tfds_directory: Path, tmp_path: Path) -> None:
+    """Its version and counts, from which its fingerprint is computed, may be the same."""
+    articles = shutil.copytree(tfds_directory / "articles/en/2.1.0", tmp_path / "corpora/articles/en/2.1.0")
+    fingerprint = open_windows("articles/en", "train", ByteTokenizer(), 8, tmp_path).fingerprint
+    (shard,) = articles.glob("*-train.*")
+    size = shard.stat().st_size
+    with open(shard, "ab") as file:
+        file.write(bytes(7))
+    with pytest.raises(UserError, match=rf"^data.corpus = 'articles/en': {shard.name} has {size + 7:,} bytes, and had"):
+        open_windows("articles/en", "train", ByteTokenizer(), 8, tmp_path)
+    shard.unlink()  # after tokenizing, only the metadata is read
+    assert open_windows("articles/en", "train", ByteTokenizer(), 8, tmp_path).fingerprint == fingerprint
+    info = articles / "dataset_info.json"
+    info.write_text(info.read_text().replace('"numBytes": "', '"numBytes": "1'))
+    assert open_corpus("articles/en", "train", tmp_path).fingerprint != fingerprint
 
 
 def test_the_documents_that_two_splits_share(directory: Path) -> None:
