@@ -78,10 +78,10 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_answered(workdir, t
 @pytest.mark.parametrize("name, content", [
     ("prompts.txt", b"def f\r\nx = 1\n"),
     ("prompts", bz2.compress(b"def f\nx = 1\n")),
-    ("prompts.jsonl.gz", gzip.compress(b'{"prompt": "def f"}\n{"prompt": "x = 1"}\n')),
+    ("prompts.jsonl.gz", gzip.compress(b'{"prompt": "def f"}\n{"prompt": "x = 1"}\n', mtime=0)),
     ("prompts.json", b'[\n {"prompt": "def f"},\n {"prompt": "x = 1"}\n]\n'),
     ("utf16.txt", "def f\nx = 1\n".encode("utf-16")),
-])  # fmt: skip
+], ids=["text", "bz2", "gzip", "array", "utf16"])  # fmt: skip
 def test_prompts_are_read_by_content(workdir, tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     mot("generate", workdir, "--prompts", tmp_path / name, "--tokens", 4, "--json", tmp_path / "result.json")
