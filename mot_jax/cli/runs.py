@@ -258,16 +258,21 @@ def verify(arguments: list[str]) -> None:
     from mot_jax.runs import manifest
 
     folder = user_path("WORKDIR", options.workdir) / "checkpoints"
-    names = [path.name for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    if not names:
-        raise UserError(f"WORKDIR = {options.workdir}: has no checkpoints; try the --workdir of a training run")
-    damages = {name: manifest.damage(folder / name, contents=True) for name in sorted(names, key=int)}
-    for name, problem in damages.items():
+    results: dict[int, str | None] = {}
+    for step in manifest.committed_steps(folder):
+        problem = manifest.damage(folder / str(step))
+        if step not in manifest.committed_steps(folder):  # a run in progress has removed it since
+            continue
+        results[step] = problem
         if problem is None:
-            sizes = [size for size, _ in manifest.read(folder / name).files.values()]
-            print(f"checkpoint {name}: intact, {sum(sizes) / 1e6:,.1f} MB in {len(sizes)} files")
-    faults = manifest.left_out_lines(folder, {int(name): problem for name, problem in damages.items() if problem})
+            print(f"checkpoint {step}: intact")
+        elif step not in manifest.steps_of(folder):
+            print(f"checkpoint {step}: does not count: {problem}")
+    if not set(results) & set(manifest.steps_of(folder)):
+        raise UserError(f"WORKDIR = {options.workdir}: has no complete checkpoint; try the --workdir of a training run")
     if options.json:
-        write_json(options.json, {"workdir": options.workdir, "checkpoints": damages})
-    if faults:
-        raise UserError(*faults)
+        write_json(options.json, {"workdir": options.workdir, "checkpoints": results})
+    complete = manifest.steps_of(folder)
+    damaged = {step: problem for step, problem in results.items() if problem is not None and step in complete}
+    if damaged:
+        raise UserError(*manifest.left_out_lines(folder, damaged))

@@ -8,6 +8,7 @@ import importlib.metadata
 import itertools
 import json
 import platform
+import sys
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -17,12 +18,12 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import CheckpointConfig, Config, to_json
-from mot_jax.errors import UserError
+from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
 from mot_jax.runs import manifest
 from mot_jax.runs.state import TrainState, abstract_state, state_of
-from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
+from mot_jax.runs.stores import by_itself, first_cause, orbax_path, quieten, unreadable
 from mot_jax.runtime import distributed
-from mot_jax.runtime.paths import is_remote
+from mot_jax.runtime.paths import is_passing, is_remote
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -72,7 +73,6 @@ class Checkpoints:
             "next_example": next_example,
             "config": json.loads(to_json(config)),
             "versions": versions(),
-            "manifest": manifest.FORMAT,
         }
         path = self._directory / str(step)
         # A checkpoint of this step is a damaged one, or one without a manifest.
@@ -80,6 +80,11 @@ class Checkpoints:
         shapes = collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(state))
         key = f"manifest/{next(_saves)}"
         self._saving = self._thread.submit(self._complete, saving, path, shapes, key, validation_loss)
+
+    def check(self) -> None:
+        """Raise the error of the last save, if it has failed already."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
         """Wait until the last save is complete, and raise its error, if any."""
@@ -96,29 +101,44 @@ class Checkpoints:
         validation_loss: float | None,
     ) -> None:
         """Wait until the files are written, read back their description, write the manifest, remove older steps."""
-        saving.result()
+        try:
+            saving.result()
+            if distributed.is_first():
+                with by_itself():
+                    leaves = jax.tree.leaves(ocp.metadata(path).metadata)
+                if collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in leaves) != shapes:
+                    raise UserError(f"{path}: cannot be read back as it was saved; try a --workdir on another disk")
+            manifest.write(path, key, validation_loss)
+        except ReportedError:
+            raise
+        except Exception as error:
+            cause = first_cause(error)
+            if isinstance(cause, manifest.DamageError) or is_passing(cause):
+                words = f"{path}: could not be saved ({error_words(cause)})"
+                raise RetryableError(f"{words}; the same command resumes from the checkpoint before") from error
+            raise
         if distributed.is_first():
-            with by_itself():
-                leaves = jax.tree.leaves(ocp.metadata(path).metadata)
-            if collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in leaves) != shapes:
-                raise UserError(f"{path}: cannot be read back as it was saved; try a --workdir on another disk")
-        manifest.write(path, key, validation_loss)
-        if distributed.is_first():
-            self._remove_expired(int(path.name))
+            try:
+                self._remove_expired(int(path.name))
+            except Exception as error:  # of no harm to the run; the next save tries again
+                print(f"warning: {path.parent}: cannot remove old checkpoints ({error_words(error)})", file=sys.stderr)
 
     def _remove_expired(self, newest: int) -> None:
         """Remove the checkpoints that `CheckpointConfig` does not retain, now that `newest` is complete."""
         c = self._config
         steps = [step for step in manifest.steps_of(self._directory) if step <= newest]
         retained = set(steps[-c.max_to_keep :])
-        if c.keep_every:
-            retained |= {step for step in steps if step % c.keep_every == 0}
+        if c.keep_every:  # the first one from each multiple on, since a save is postponed while steps are skipped
+            intervals = [step // c.keep_every for step in [0, *steps]]
+            retained |= {step for step, i, before in zip(steps, intervals[1:], intervals, strict=False) if i > before}
         if c.keep_best:
             losses = [(loss, -step) for step in steps if (loss := self._validation_loss(step)) is not None]
             retained |= {-step for _, step in sorted(losses)[: c.keep_best]}
-        for step in set(steps) - retained:
-            (self._directory / str(step) / manifest.FILE).unlink()  # first, since it is no checkpoint without it
-            (self._directory / str(step)).rmtree()
+        for step in manifest.committed_steps(self._directory):  # also those of interrupted saves and removals
+            if step <= newest and step not in retained:
+                path = self._directory / str(step)
+                (path / manifest.FILE).unlink(missing_ok=True)  # first, since it is no checkpoint without it
+                path.rmtree()
 
     def _validation_loss(self, step: int) -> float | None:
         try:
@@ -129,39 +149,40 @@ class Checkpoints:
     def tidy(self, start: int, left_out: dict[int, str]) -> None:
         """Prepare the directory for saves: create it, and remove the remains of interrupted ones. Process 0 calls this.
 
-        On a file system, checkpoints that are left out are renamed, so that no later one replaces them.
+        Checkpoints that are left out are renamed on a file system, and lose their manifest on an object store, so that
+        they do not count as checkpoints, and no later one replaces those that are renamed.
 
         Args:
             start: the step of the checkpoint in which the run resumes; 0 for none.
-            left_out: the keys are the steps of newer checkpoints, as `newest_intact` returns them.
+            left_out: why newer checkpoints are left out, by step, as `newest_intact` returns them.
 
         Raises:
-            UserError: if there is nothing but checkpoints of an earlier version, which had no manifests.
+            UserError: if all checkpoints are left out, unless one save that was interrupted is the only one; or if one
+                is of a newer format and cannot be renamed.
         """
+        paths = {step: self._directory / str(step) for step in left_out}
+        lines = manifest.left_out_lines(self._directory, left_out)
+        one_interrupted = len(left_out) == 1 and not any((path / manifest.FILE).exists() for path in paths.values())
+        if left_out and not start and not one_interrupted:
+            advice = f"try another workdir, or move {self._directory} away to begin again"
+            raise UserError(*(f"{line}; {advice}" for line in lines))
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if ".orbax-checkpoint-tmp" in path.name or (
                 is_remote(path) and path.name.isdecimal() and not (path / "commit_success.txt").exists()
             ):
                 path.rmtree()
-            elif path.name.isdecimal() and not start and not left_out and self._lacks_manifests(path):
-                raise UserError(
-                    f"workdir = {self._directory.parent}: its checkpoint {path.name} is of an earlier version of "
-                    "mot_jax, which wrote no manifest.json; try that version, or another workdir"
-                )
-        for step in left_out if not is_remote(self._directory) else ():
-            path, number = self._directory / str(step), 1
-            while (aside := self._directory / f"{step}.left-out-{number}").exists():
-                number += 1
-            path.rename(aside)
-
-    def _lacks_manifests(self, path: epath.Path) -> bool:
-        """Whether a checkpoint is of a version that wrote no manifests, and not just without one."""
-        try:
-            with by_itself():
-                return "manifest" not in (ocp.metadata(path).custom_metadata or {"manifest": 0})
-        except Exception:  # not a checkpoint
-            return False
+        for path, line in zip(paths.values(), lines, strict=True):
+            if not is_remote(path):
+                number = 1
+                while (aside := self._directory / f"{path.name}.left-out-{number}").exists():
+                    number += 1
+                path.rename(aside)
+            elif manifest.is_newer_format(path):
+                raise UserError(f"{line}; try a newer mot_jax, or another workdir")
+            elif (path / manifest.FILE).exists():
+                (path / f"left_out_{manifest.FILE}").write_bytes((path / manifest.FILE).read_bytes())
+                (path / manifest.FILE).unlink()
 
     def restore(self, step: int, config: Config, mesh: Mesh) -> Restored:
         """Load a checkpoint onto a mesh, which may differ from the one it was saved from.
@@ -174,12 +195,14 @@ class Checkpoints:
         """
         current, path = versions(), self._directory / str(step)
         try:
-            custom = ocp.metadata(path).custom_metadata
+            with by_itself():
+                custom = ocp.metadata(path).custom_metadata
             if not custom:
                 raise ValueError("its metadata is missing or damaged")
             saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
             abstract = abstract_state(config, mesh)._asdict()
-            state = state_of(ocp.load(path, abstract))
+            with by_itself():
+                state = state_of(ocp.load(path, abstract))
         except jax.errors.JaxRuntimeError:  # for example a lost process
             raise
         except Exception as error:  # Orbax passes on all errors of the libraries below it

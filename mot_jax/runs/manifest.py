@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 from etils import epath
 
-from mot_jax.errors import RetryableError, UserError, error_words
+from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime import distributed, strict_json
-from mot_jax.runtime.paths import is_passing, is_remote, replace_file, sync
+from mot_jax.runtime.paths import await_visible, is_passing, is_remote, replace_file, sync
 
 FILE = "manifest.json"
 FORMAT = 1
 
 _CHUNK_BYTES = 2**22
 _THREADS = 8  # that read files at the same time; xxhash computes without Python's lock
-_VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
 
 
 class Manifest(NamedTuple):
@@ -47,15 +47,25 @@ class Manifest(NamedTuple):
 
 
 class DamageError(Exception):
-    """A checkpoint is not as it was written, or of a newer format. The message is a clause with its own subject."""
+    """A checkpoint is not as it was written. The message is a clause with its own subject."""
+
+
+class NewerFormatError(DamageError):
+    """A checkpoint has a format that this version cannot read."""
 
 
 def steps_of(folder: epath.Path) -> list[int]:
     """The steps with a manifest in a directory of checkpoints, in ascending order."""
+    return [step for step in committed_steps(folder) if (folder / str(step) / FILE).exists()]
+
+
+def committed_steps(folder: epath.Path) -> list[int]:
+    """The steps that Orbax has committed, with a manifest or without, in ascending order."""
     if not folder.is_dir():
         return []
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
-    return sorted(step for step in steps if (folder / str(step) / FILE).exists())
+    mark = "commit_success.txt" if is_remote(folder) else "_CHECKPOINT_METADATA"
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted(int(name) for name in names if any((folder / name / file).exists() for file in (FILE, mark)))
 
 
 def newest_intact(
@@ -75,19 +85,25 @@ def newest_intact(
         UserError, RetryableError: if a file cannot be read.
     """
     left_out: dict[int, str] = {}
+    index, count = distributed.place()
 
     def candidates() -> list[int]:
-        return [one for one in steps_of(folder) if one not in left_out and step in (None, one)]
+        return [one for one in committed_steps(folder) if one not in left_out and step in (None, one)]
 
+    # Process 0 lists the files: other hosts of a shared file system may still see an older state.
     while steps := distributed.from_first(candidates):
         newest = steps[-1]
-        with distributed.together():
-            problem = damage(folder / str(newest), contents, *distributed.place())
+        checkpoint = folder / str(newest)
+        problem, checksums = distributed.from_first(functools.partial(_listed, checkpoint, contents))
+        if problem is None:
+            share = {name: checksums[name] for name in sorted(checksums)[index::count]}
+            with distributed.together():
+                problem = _content_damage(checkpoint, share)
         problems = [words for words in distributed.gather(problem) if words is not None]
         if not problems:
             return newest, left_out
         # A checkpoint that a run in progress has removed since is not damaged.
-        if newest in distributed.from_first(lambda: steps_of(folder)):
+        if newest in distributed.from_first(lambda: committed_steps(folder)):
             left_out[newest] = problems[0]
     return None, left_out
 
@@ -98,34 +114,58 @@ def left_out_lines(folder: epath.Path, left_out: dict[int, str]) -> list[str]:
     return [f"{place} {step} is left out: {reason}" for step, reason in left_out.items()]
 
 
-def damage(checkpoint: epath.Path, contents: bool = False, index: int = 0, count: int = 1) -> str | None:
-    """Compare the files of a checkpoint with its manifest: sizes, and checksums of their contents.
-
-    Args:
-        checkpoint: the directory of one step.
-        contents: read the files on an object store too, instead of comparing the store's checksums.
-        index, count: compare only each `count`-th file, beginning with number `index`.
+def damage(checkpoint: epath.Path) -> str | None:
+    """Compare all files of a checkpoint with its manifest: sizes and contents, also on an object store.
 
     Returns:
         The first difference, as a clause; None if there is none.
     """
+    problem, checksums = _listed(checkpoint, contents=True)
+    return problem or _content_damage(checkpoint, checksums)
+
+
+def _listed(checkpoint: epath.Path, contents: bool) -> tuple[str | None, dict[str, str]]:
+    """Compare the sizes of files, and checksums of the store that has them.
+
+    Returns:
+        The first difference, as a clause, and the checksums with which contents remain to be compared.
+    """
     try:
-        manifest, present = read(checkpoint), _listing(checkpoint)
-        names = sorted(manifest.files)[index::count]
-        for name in names:
-            _compare(name, manifest.files[name], present.get(name))
-        if contents or not is_remote(checkpoint):
-            expected = {name: manifest.files[name][1] for name in names}
-            for name, checksum in _checksums(checkpoint, expected).items():
-                if checksum != expected[name]:
-                    raise DamageError(f"{name} has other content than was written (checksum {checksum})")
+        with _reading(checkpoint):
+            manifest, present = read(checkpoint), _listing(checkpoint)
+            for name, expected in manifest.files.items():
+                _compare(checkpoint / name, name, expected, present.get(name))
+    except DamageError as error:
+        return str(error), {}
+    compared = is_remote(checkpoint) and not contents
+    return None, {} if compared else {name: checksum for name, (_, checksum) in manifest.files.items()}
+
+
+def _content_damage(checkpoint: epath.Path, checksums: dict[str, str]) -> str | None:
+    """Read files, and compare their contents with checksums. Returns the first difference, as a clause."""
+    try:
+        with _reading(checkpoint):
+            for name, checksum in _checksums(checkpoint, checksums).items():
+                if checksum != checksums[name]:
+                    return f"{name} has other content than was written (checksum {checksum})"
     except DamageError as error:
         return str(error)
-    except OSError as error:
+    return None
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: epath.Path) -> Iterator[None]:
+    """Around reading: raises RetryableError for a disk or store that does not respond, UserError if it refuses."""
+    try:
+        yield
+    except (DamageError, ReportedError):
+        raise
+    except Exception as error:  # those of a store are of many classes
         if is_passing(error):
             raise RetryableError(f"{checkpoint}: cannot be read now ({error_words(error)})") from None
+        if not isinstance(error, OSError) and not is_remote(checkpoint):
+            raise
         raise UserError(f"{checkpoint}: cannot be read ({error_words(error)}); try chmod -R u+rX") from None
-    return None
 
 
 def read(checkpoint: epath.Path) -> Manifest:
@@ -134,16 +174,27 @@ def read(checkpoint: epath.Path) -> Manifest:
         text = (checkpoint / FILE).read_text()
         content = json.loads(text)
         if content["format"] > FORMAT:
-            raise DamageError(f"its format {content['format']} is newer than this mot_jax, which reads {FORMAT}")
+            raise NewerFormatError(f"its format {content['format']} is newer than {FORMAT}, that of this mot_jax")
         checksum = content.pop("checksum")
         if text != _encode(content) or checksum != _text_checksum(content):
             raise ValueError("other content than was written")
         files = {name: (size, words) for name, (size, words) in content["files"].items()}
     except FileNotFoundError:
-        raise DamageError(f"{FILE} is missing: the checkpoint was not saved completely") from None
+        raise DamageError(f"{FILE} is missing: it is being saved, or its save was interrupted") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{FILE} is damaged ({error_words(error)})") from None
     return Manifest(content["validation_loss"], files)
+
+
+def is_newer_format(checkpoint: epath.Path) -> bool:
+    """Whether a checkpoint has a format that this version cannot read."""
+    try:
+        read(checkpoint)
+    except NewerFormatError:
+        return True
+    except DamageError:
+        pass
+    return False
 
 
 def write(checkpoint: epath.Path, key: str, validation_loss: float | None = None) -> None:
@@ -160,7 +211,6 @@ def write(checkpoint: epath.Path, key: str, validation_loss: float | None = None
     if not is_remote(checkpoint):
         index, count = distributed.place()
         share = dict.fromkeys(sorted(sizes)[index::count], "xxh3:")
-        _await_visible(checkpoint, share)
         shares = distributed.gather(_checksums(checkpoint, share, durable=True), f"{key}/checksums")
         checksums = {name: checksum for share in shares for name, checksum in share.items()}
     if not distributed.is_first():
@@ -185,16 +235,20 @@ def _text_checksum(content: dict[str, Any]) -> str:
     return "xxh3:" + xxhash.xxh3_64_hexdigest(strict_json.dumps(content).encode())
 
 
-def _compare(name: str, expected: tuple[int, str], present: tuple[int, str] | None) -> None:
+def _compare(path: epath.Path, name: str, expected: tuple[int, str], present: tuple[int, str] | None) -> None:
     """Raise DamageError if a file is missing or has another size or another checksum of its store."""
     if present is None:
         raise DamageError(f"{name} is missing")
     (size, checksum), (present_size, present_checksum) = expected, present
     if present_size != size:
         raise DamageError(f"{name} has {present_size:,} bytes instead of {size:,}")
-    same_kind = checksum.partition(":")[0] == present_checksum.partition(":")[0]
-    if same_kind and checksum != present_checksum:
-        raise DamageError(f"{name} has other content than was written (checksum {present_checksum})")
+    kind, _, digest = checksum.partition(":")
+    if checksum == present_checksum or kind != present_checksum.partition(":")[0]:
+        return
+    # The tag of an object that was uploaded in parts is no checksum of its content, and changes with a copy.
+    if kind == "etag" and ("-" in checksum + present_checksum or _checksum(path, "md5:", False) == f"md5:{digest}"):
+        return
+    raise DamageError(f"{name} has other content than was written (checksum {present_checksum})")
 
 
 def _listing(checkpoint: epath.Path) -> dict[str, tuple[int, str]]:
@@ -235,6 +289,8 @@ def _checksum(path: epath.Path, like: str, durable: bool) -> str:
     # An S3 tag cannot be computed: that the file can be read is all there is to check.
     digest = hashlib.md5(usedforsecurity=False) if kind == "md5" else xxhash.xxh3_64()
     try:
+        if not distributed.is_first():
+            await_visible(path.exists)
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
@@ -243,13 +299,3 @@ def _checksum(path: epath.Path, like: str, durable: bool) -> str:
     except FileNotFoundError:
         raise DamageError(f"{path.name} is missing") from None
     return like if kind == "etag" else f"{kind}:{digest.hexdigest()}"
-
-
-def _await_visible(checkpoint: epath.Path, names: Iterable[str]) -> None:
-    """Wait until this process sees the files, which on shared file systems can take seconds."""
-    deadline = time.monotonic() + _VISIBLE_WITHIN
-    for path in (checkpoint / name for name in names):
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: is not visible in every process; try a workdir on a shared file system")
-            time.sleep(0.1)

@@ -160,7 +160,7 @@ def _load_checkpoint(
             for problem in problems if distributed.is_first() else ():
                 print(f"warning: {problem}; step {step} is used instead", file=sys.stderr)
             return folder / str(step), content
-        if newest_step(folder) == step:  # else the run has saved a newer one, and may have deleted this one
+        if step in distributed.from_first(lambda: steps_of(folder)):  # else the run has removed it since
             with distributed.together():
                 if read_error is not None:
                     raise read_error

@@ -47,13 +47,19 @@ def by_itself() -> ocp.Context:
     return context
 
 
+def first_cause(error: Exception) -> Exception:
+    """The first error in the chain of an error of Orbax."""
+    while isinstance(cause := error.__cause__ or error.__context__, Exception):
+        error = cause
+    return error
+
+
 def unreadable(checkpoint: epath.Path, error: Exception, problem: str) -> UserError | RetryableError:
     """The error to raise for a checkpoint that Orbax cannot read: a RetryableError if its disk or store failed.
 
     problem: the predicate of the message otherwise. The reason given is the first error in the chain of Orbax.
     """
-    while isinstance(cause := error.__cause__ or error.__context__, Exception):
-        error = cause
+    error = first_cause(error)
     reason = error_words(error)
     reason = reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + "…"
     place = f"workdir = {checkpoint.parent.parent}: its checkpoint {checkpoint.name}"

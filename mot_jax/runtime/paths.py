@@ -10,12 +10,14 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words, nearest
 
+VISIBLE_SECONDS = 30.0
 DATA_DIRECTORY = "~/.cache/mot_jax"  # default of data.directory, and the place of compiled programs
 
 # By scheme: the packages that access the store (boto3 for TensorBoard).
@@ -211,6 +213,19 @@ def create_file(path: epath.Path, content: bytes) -> bool:
                 file.write(content)
     except FileExistsError:
         return False
+    return True
+
+
+def await_visible(is_visible: Callable[[], bool]) -> bool:
+    """Wait until this host sees what another one has written, which on shared file systems can take seconds.
+
+    Returns whether it does within `VISIBLE_SECONDS`.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not is_visible():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
     return True
 
 

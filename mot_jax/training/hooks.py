@@ -206,6 +206,7 @@ class CheckpointHook(Hook):
             yield
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self._checkpoints.check()
         t, watch = trainer.run.config.training, self._log.watch
         self._due = self._due or trainer.step % t.checkpoint_every == 0
         due = self._due or trainer.stopping

@@ -8,7 +8,6 @@ import dataclasses
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,12 +36,11 @@ from mot_jax.runs.state import TrainState, abstract_state, create_state
 from mot_jax.runs.status import RESULT
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime import distributed, strict_json
-from mot_jax.runtime.paths import is_remote, make_directory, replace_file, user_path
+from mot_jax.runtime.paths import await_visible, is_remote, make_directory, replace_file, user_path
 from mot_jax.training.transition import check_transition, transition_state
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
 _BEFORE_CONFIG = ("config.json.new", owner.FILE)  # how files of a run begin that was killed at its start
-_VISIBLE_WITHIN = 30.0  # seconds after which every host sees a new file on a shared file system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +148,6 @@ def begin(run: Run, take_over: bool = False) -> Start:
     with Checkpoints(folder, run.config.checkpoint) as checkpoints:
         newest, left_out = checkpoints.newest_intact()
         problems, step = left_out_lines(folder, left_out), newest or 0
-        if problems and newest is None:
-            raise UserError(*(f"{line}; try another workdir, or rm -r {folder} to begin again" for line in problems))
         with distributed.together():
             if distributed.is_first():
                 checkpoints.tidy(step, left_out)
@@ -364,7 +360,7 @@ def _check_finite(run: Run, start: Start) -> None:
     name = jax.tree_util.keystr(faulty[0], simple=True, separator=" ")
     checkpoint = run.workdir / "checkpoints" / str(start.step)
     if start.step:
-        place, advice = f"checkpoint {checkpoint}", f"remove {checkpoint}, and the one before is used"
+        place, advice = f"checkpoint {checkpoint}", f"move {checkpoint} away, and the one before is used"
     elif source := t.transition_from or t.upcycle_from:
         place, advice = f"{source}", "try a run whose last checkpoint is finite"
     else:
@@ -382,14 +378,12 @@ def _check_name(workdir: epath.Path) -> None:
 
 def _check_shared(config: Config, workdir: epath.Path) -> None:
     """Raise UserError if this process does not see the config that process 0 has just written."""
-    path, deadline = workdir / "config.json", time.monotonic() + _VISIBLE_WITHIN
-    while not (path.exists() and path.read_text() == to_json(config)):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"workdir = {workdir}: must be one directory for all processes, and the config.json of process 0 is "
-                "not in it; try one on a shared file system"
-            )
-        time.sleep(0.1)
+    path = workdir / "config.json"
+    if not await_visible(lambda: path.exists() and path.read_text() == to_json(config)):
+        raise UserError(
+            f"workdir = {workdir}: must be one directory for all processes, and the config.json of process 0 is not in "
+            "it; try one on a shared file system"
+        )
 
 
 def _check_disk_space(state: TrainState, config: Config, workdir: epath.Path) -> None:

@@ -173,6 +173,8 @@ class _Reporter:
 
     def _write(self, end: dict[str, Any]) -> None:
         """Write the status. A disk or store that fails is no reason for training to stop."""
+        if not distributed.is_first():
+            return
         try:
             status.write(self._trainer.run.workdir, self._content() | end)
         except Exception as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -25,7 +28,7 @@ from mot_jax.runs import manifest
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import TrainState, create_state
-from mot_jax.training import train
+from mot_jax.training import Hook, train
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ DAMAGES = {
     "truncated metadata": ("_CHECKPOINT_METADATA", truncate, r"_CHECKPOINT_METADATA has [\d,]+ bytes instead of"),
     "truncated manifest": ("manifest.json", truncate, r"manifest.json is damaged \(.*\)"),
     "empty manifest": ("manifest.json", lambda path: path.write_text(""), "manifest.json is damaged"),
-    "newer format": ("manifest.json", newer_format, "its format 2 is newer than this mot_jax, which reads 1"),
+    "newer format": ("manifest.json", newer_format, "its format 2 is newer than 1, that of this mot_jax"),
 }
 
 
@@ -129,7 +132,10 @@ def test_a_step_without_manifest_is_no_checkpoint(saved, tmp_path, capsys):
     (workdir / "checkpoints" / "8" / "manifest.json").unlink()
     (workdir / "checkpoints" / "12").mkdir()
     assert load_run(workdir).step == 4
-    assert capsys.readouterr().err == ""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its checkpoint 8 is left out: manifest.json is missing: it is being saved, or its save was" in line
+    cli.main(["verify", str(workdir)])
+    assert "checkpoint 8: does not count: manifest.json is missing" in capsys.readouterr().out
 
 
 def test_a_file_that_cannot_be_read_is_no_damage(saved, monkeypatch):
@@ -179,7 +185,7 @@ def test_a_run_resumes_before_a_damaged_checkpoint_and_ends_with_the_same_number
     with pytest.raises(UserError) as error:
         train(tiny, tmp_path)
     assert [re.search(r"its checkpoint (\d+) is left out", line)[1] for line in error.value.faults] == ["12", "8"]  # type: ignore[index]
-    assert "rm -r" in error.value.faults[0]
+    assert f"or move {tmp_path}/checkpoints away to begin again" in error.value.faults[0]
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
@@ -236,19 +242,96 @@ def test_a_run_moved_to_a_path_that_is_a_pattern_can_be_read(saved, tmp_path):
     assert load_run(tmp_path / "sweep[1]").step == 8
 
 
-def test_a_run_of_a_version_without_manifests_is_refused_and_keeps_its_rows(saved, tiny, tmp_path):
+def test_a_run_without_manifests_is_refused_and_keeps_its_rows(tiny, tmp_path):
+    """More steps without a manifest than one interrupted save leaves behind: they have been lost."""
     workdir = tmp_path / "run"
     train(small(tiny), workdir, [])
     (workdir / "result.json").unlink()
     for path in (workdir / "checkpoints").iterdir():
         (path / "manifest.json").unlink()
-        about = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-        del about["custom_metadata"]["manifest"]
-        (path / "_CHECKPOINT_METADATA").write_text(json.dumps(about))
     rows = numbers(workdir)
-    with pytest.raises(UserError, match="is of an earlier version of mot_jax, which wrote no manifest"):
+    with pytest.raises(UserError, match=r"checkpoint 12 is left out: manifest.json is missing: .* move .* away to"):
         train(small(tiny), workdir)
+    with pytest.raises(UserError, match=r"checkpoint 12 is left out"):
+        load_run(workdir)
     assert numbers(workdir) == rows
+
+
+def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp_path, capsys):
+    with pytest.raises(StoppedError):
+        train(tiny, tmp_path, [SampleHook(), StopAt(6)])
+    (tmp_path / "checkpoints" / "4" / "manifest.json").unlink()
+    train(tiny, tmp_path, [SampleHook()])
+    assert "its checkpoint 4 is left out" in capsys.readouterr().out
+    assert numbers(tmp_path) == numbers(finished)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4.left-out-1", "8", "12"}
+
+
+def test_a_save_on_a_disk_that_does_not_respond_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch):
+    """With an error that allows a restart, and at once: the steps until the next save would be lost too."""
+    write, failed, steps = manifest.write, threading.Event(), []
+
+    def failing(path: epath.Path, *rest: object) -> None:
+        if path.name == "8":
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        write(path, *rest)
+
+    class Wait(Hook):
+        def after_step(self, trainer, metrics):
+            steps.append(trainer.step)
+            if trainer.step == 9:
+                assert failed.wait(60)
+
+    monkeypatch.setattr(manifest, "write", failing)
+    config = dataclasses.replace(
+        small(tiny), training=dataclasses.replace(tiny.training, checkpoint_every=8, steps=100)
+    )
+    with pytest.raises(RetryableError, match=r"checkpoints/8: could not be saved \(.*Input/output error\); the same"):
+        train(config, tmp_path, [Wait()])
+    assert steps[-1] < 16
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(finished, tiny, tmp_path, monkeypatch, capfd):
+    remove = Checkpoints._remove_expired
+
+    def failing(checkpoints: Checkpoints, newest: int) -> None:
+        if newest == 12:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(checkpoints, newest)
+
+    monkeypatch.setattr(Checkpoints, "_remove_expired", failing)
+    train(tiny, tmp_path, [SampleHook()])
+    assert "cannot remove old checkpoints (OSError: [Errno 39] Directory not empty)" in capfd.readouterr().err
+    assert numbers(tmp_path) == numbers(finished)
+
+
+def test_remains_of_interrupted_saves_are_removed_once_a_newer_checkpoint_is_complete(tiny, state, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(max_to_keep=2)) as checkpoints:
+        for step in (4, 8):
+            checkpoints.save(step, state, 0, tiny)
+            checkpoints.wait()
+        (tmp_path / "checkpoints" / "8" / "manifest.json").unlink()
+        checkpoints.save(12, state, 0, tiny)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "12"}
+
+
+def test_the_tag_of_an_object_uploaded_in_parts_is_no_checksum(saved, tmp_path):
+    """Nor is one that changed with a copy, if the content has the checksum that the first tag was."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    md5 = hashlib.md5(b"content").hexdigest()
+    for before, now in ((f"etag:{md5}-2", "etag:1"), ("etag:1", f"etag:{md5}-2"), (f"etag:{md5}", "etag:1")):
+        manifest._compare(epath.Path(path), "file", (7, before), (7, now))
+    with pytest.raises(manifest.DamageError, match="other content"):
+        manifest._compare(epath.Path(path), "file", (7, "etag:2"), (7, "etag:1"))
+
+
+def test_the_first_checkpoint_after_a_multiple_is_retained_if_that_of_the_multiple_was_postponed(tiny, state, tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", CheckpointConfig(max_to_keep=1, keep_every=4)) as checkpoints:
+        for step in (2, 5, 6, 8, 10):
+            checkpoints.save(step, state, 0, tiny)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "8", "10"}
 
 
 def test_commands_read_the_checkpoint_of_a_step(finished, tmp_path, capsys):
