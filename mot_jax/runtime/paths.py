@@ -217,7 +217,7 @@ def create_file(path: epath.Path, content: bytes) -> bool:
 
 
 def await_visible(is_visible: Callable[[], bool]) -> bool:
-    """Wait until this host sees what another one has written, which on shared file systems can take seconds.
+    """Wait until this host sees the files that another one has written: seconds on some shared file systems.
 
     Returns whether it does within `VISIBLE_SECONDS`.
     """

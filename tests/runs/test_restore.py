@@ -162,7 +162,7 @@ def test_processes_read_one_checkpoint_and_try_again_together(saved, monkeypatch
 
     monkeypatch.setattr(distributed, "gather", gathered)
     monkeypatch.setattr(restore, "newest_intact", lambda folder, step: (next(newest), {}))
-    monkeypatch.setattr(restore, "newest_step", lambda folder: 12)
+    monkeypatch.setattr(restore, "steps_of", lambda folder: [12])
     monkeypatch.setattr(restore.ocp, "load", loaded)
     assert load_run(saved[0]).step == 12
     assert read == ["4", "12"]
