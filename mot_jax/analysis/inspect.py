@@ -19,7 +19,7 @@ from mot_jax.analysis import curves, pictures
 from mot_jax.config import MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.objectives import VALIDATION, Batch, Objective
 from mot_jax.data.order import validation_order
-from mot_jax.data.text import open_split, open_tokenizer
+from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError, error_words
@@ -74,6 +74,7 @@ def inspect(
     run = load_run(workdir)
     tokenizer = open_tokenizer(config)
     check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
+    store_text_once(config, tokenizer, config.data.validation_split)
     windows = open_split(config, config.data.validation_split, tokenizer)
     check_data({"validation": windows.fingerprint}, config, workdir)
 

@@ -15,6 +15,7 @@ On an object store, `directory` being gs:// or s3://, the corpus is built on the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -54,6 +55,7 @@ AnyPath: TypeAlias = Path | epath.Path
 
 FORMAT_VERSION = 2
 VERSION = "1.0.0"
+PLAN = "plan"  # the file with the identity of a build in progress
 _CONTENTS = "contents.json"  # of a corpus: the sizes of its shards, and digests of its metadata
 DESCRIPTION = "Text corpus built by mot_jax."
 PIECE_BYTES = 1 << 24  # of text, approximately
@@ -138,8 +140,7 @@ def build(
     """
     log = log or (lambda line: None)
     if is_remote(corpora):
-        with store_errors("data.directory", corpora):
-            return _build_on_store(spec, epath.Path(corpora), workers, log)
+        return _build_on_store(spec, epath.Path(corpora), workers, log)
     corpora = Path(corpora)
     directory, building = corpora / spec.name / VERSION, corpora / spec.name / f"{VERSION}.building"
     try:
@@ -199,29 +200,52 @@ def _build_on_store(
 ) -> epath.Path:
     """Build a corpus on the local disk, upload it, and remove it from the local disk."""
     directory, place = corpora / spec.name / VERSION, stores.local_copy(corpora.parent) / "building"
-    exists = built_directory(corpora, spec.name) is not None
+    requests = functools.partial(store_errors, "data.directory", corpora)
+    with requests():
+        exists = built_directory(corpora, spec.name) is not None
     if not exists:
         make_directory("data.directory", corpora)  # fails now rather than after the build
         with stores.one_process_at_a_time(place / spec.name, f"is building {directory}"):
-            plan, identity = directory / "plan", spec.identity()
-            if not create_file(plan, identity.encode()) and plan.read_text() != identity:
-                raise UserError(
-                    f"NAME = {spec.name!r}: {directory} is being written, or was left incomplete, by a build from "
-                    f"other files or options; try another name, or {stores.removal(directory)}"
-                )
-            exists = built_directory(corpora, spec.name) is not None  # in the meantime
+            with requests():
+                exists = not _begin_upload(spec, corpora)
             if not exists:
                 local = build(spec, place, workers)
                 names = sorted(path.name for path in local.iterdir())
                 last = [_CONTENTS, "features.json", "metadata.json", "dataset_info.json"]
                 stores.upload(local, directory, names, last)
                 shutil.rmtree(local)
-            plan.unlink(missing_ok=True)
-    metadata = _check_identity(directory, spec)
+                with requests():
+                    (directory / PLAN).unlink(missing_ok=True)
+    with requests():
+        metadata = _check_identity(directory, spec)
     if exists:
         log(f"{spec.name} exists already, built from the same files")
     _log_summary(spec, directory, metadata, log)
     return directory
+
+
+def _begin_upload(spec: CorpusSpec, corpora: epath.Path) -> bool:
+    """Create the plan of a corpus on a store. Returns False if the corpus is complete.
+
+    Raises UserError if it has the plan of another one.
+    """
+    directory, identity = corpora / spec.name / VERSION, spec.identity()
+    plan, present = directory / PLAN, None
+    while not create_file(plan, identity.encode()):
+        with contextlib.suppress(FileNotFoundError):  # removed since, by a build that has finished
+            present = plan.read_text()
+            break
+        if built_directory(corpora, spec.name) is not None:
+            return False
+    if present not in (None, identity):
+        raise UserError(
+            f"NAME = {spec.name!r}: {directory} is being written, or was left incomplete, by a build from "
+            f"other files or options; try another name, or {stores.removal(directory)}"
+        )
+    if built_directory(corpora, spec.name) is not None:  # completed before the plan was created
+        plan.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def is_built(directory: AnyPath) -> bool:
@@ -232,9 +256,14 @@ def is_built(directory: AnyPath) -> bool:
         return (directory / _CONTENTS).exists()
 
 
-def read_metadata(directory: AnyPath) -> dict[str, Any]:
-    """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus."""
-    stored = stores.StoredDirectory(directory).files if is_remote(directory) else None
+def read_metadata(directory: AnyPath, copied_from: stores.StoredDirectory | None = None) -> dict[str, Any]:
+    """The metadata that the build of a corpus wrote. Raises UserError for an incomplete or damaged corpus.
+
+    Args:
+        copied_from: The directory on a store, if `directory` is a copy of its metadata.
+    """
+    listed = stores.StoredDirectory(directory) if is_remote(directory) else copied_from
+    stored = None if listed is None else listed.files
 
     def read(name: str) -> dict[str, Any]:
         try:
@@ -242,7 +271,7 @@ def read_metadata(directory: AnyPath) -> dict[str, Any]:
             if not isinstance(content, dict):
                 raise ValueError("no JSON object")
         except (FileNotFoundError, ValueError) as error:
-            raise damaged_corpus(directory, name, error_words(error)) from None
+            raise damaged_corpus(directory, name, error_words(error), copied_from) from None
         return content
 
     _, _, metadata = map(read, ("dataset_info.json", "features.json", "metadata.json"))
@@ -251,9 +280,9 @@ def read_metadata(directory: AnyPath) -> dict[str, Any]:
             path = directory / name
             exists = path.exists() if stored is None else name in stored
             if not exists:
-                raise damaged_corpus(directory, name, "missing")
+                raise damaged_corpus(directory, name, "missing", copied_from)
             if (_state_of(path) if stored is None or path.suffix == ".json" else stored[name].size) != expected:
-                raise damaged_corpus(directory, name, "it is not as it was built")
+                raise damaged_corpus(directory, name, "it is not as it was built", copied_from)
     return metadata
 
 
@@ -262,8 +291,15 @@ def _state_of(path: AnyPath) -> int | str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else os.stat(path).st_size
 
 
-def damaged_corpus(directory: AnyPath, file: str, words: str) -> UserError:
-    """The error for a damaged file of a corpus, with the commands that build it again."""
+def damaged_corpus(
+    directory: AnyPath, file: str, words: str, copied_from: stores.StoredDirectory | None = None
+) -> UserError:
+    """The error for a damaged file of a corpus, with the commands that build it again, or copy it from a store."""
+    if copied_from is not None:
+        return UserError(
+            f"{directory / file}: is damaged ({words}); try rm -r {directory}, then this command again; if it is "
+            f"damaged again, so is {copied_from.path}/{file}"
+        )
     if not is_built(directory):
         return UserError(
             f"{directory / file}: is damaged ({words}); try another copy of it, or tfds build --overwrite "
@@ -395,7 +431,7 @@ def _hash_fraction(text: bytes) -> float:
 def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Callable[[str], None]) -> None:
     """Build the data set in `directory`, starting from its finished pieces."""
     identity = spec.identity()
-    plan = directory / "plan"
+    plan = directory / PLAN
     if directory.exists() and not (plan.exists() and plan.read_text() == identity):
         shutil.rmtree(directory)
     directory.mkdir(exist_ok=True)
@@ -429,7 +465,7 @@ def _build_in(directory: Path, spec: CorpusSpec, workers: int | None, log: Calla
         lines = "".join(f"{strict_json.dumps(entry)}\n" for entry in left_out)
         replace_file(epath.Path(directory / "left_out.jsonl"), lines.encode())
     _write_tfds_metadata(directory, spec, results, metadata)
-    for name in ["plan", *(piece.marker for piece in pieces)]:
+    for name in [PLAN, *(piece.marker for piece in pieces)]:
         (directory / name).unlink()
     states = {path.name: _state_of(path) for path in sorted(directory.iterdir())}
     replace_file(epath.Path(directory / _CONTENTS), strict_json.dumps(states, indent=1).encode())

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from etils import epath
 
 from mot_jax.config import is_corpus_path
 from mot_jax.data import python_source, stores
-from mot_jax.data.build import DESCRIPTION, build, built_directory, damaged_corpus, is_built, read_metadata
+from mot_jax.data.build import DESCRIPTION, PLAN, build, built_directory, damaged_corpus, is_built, read_metadata
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words, nearest
 from mot_jax.runtime.paths import is_passing, is_remote, store_errors, user_path
 
@@ -88,18 +89,16 @@ class Corpus:
     def _damaged(self, document: int, error: Exception) -> UserError:
         directory, stops = Path(self.directory), itertools.accumulate(count for _, count in self.shards)
         shard = next(name for (name, _), stop in zip(self.shards, stops, strict=True) if document < stop)
-        words = f"document {document}: {error_words(error)}"
-        if self.stored is None:
-            return damaged_corpus(directory, shard, words)
-        return UserError(
-            f"{directory / shard}: is damaged ({words}); try rm -r {directory}, then this command again; if it is "
-            f"damaged again, so is {self.stored.path}/{shard}"
-        )
+        return damaged_corpus(directory, shard, f"document {document}: {error_words(error)}", self.stored)
 
     def copy_shards(self) -> None:
         """Copy the shards of the split from the object store to the local disk, if they are on one."""
         if self.stored is not None:
             _copy(self.stored, self._shard_names(), Path(self.directory))
+
+    def is_local(self) -> bool:
+        """Whether documents can be read without copying shards from an object store."""
+        return self.stored is None or all(Path(self.directory, name).exists() for name in self._shard_names())
 
     def _shard_names(self) -> list[str]:
         return [name for name, _ in self.shards]
@@ -133,6 +132,8 @@ def open_corpus(
         if is_built(place):
             read_metadata(place)  # raises an error that names a damaged file
     path, stored = _local_metadata(place)
+    if stored is not None and is_built(path):
+        read_metadata(path, copied_from=stored)
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
@@ -159,6 +160,7 @@ def _local_metadata(place: epath.Path) -> tuple[Path, stores.StoredDirectory | N
     if not is_remote(place):
         return Path(place), None
     stored = stores.StoredDirectory(place)
+    stored.files.pop(PLAN, None)  # another build is about to remove it
     path = stores.local_copy(place) / stored.digest
     _copy(stored, [file for file in stored.files if not _SHARD.search(file)], path)
     return path, stored
@@ -166,7 +168,10 @@ def _local_metadata(place: epath.Path) -> tuple[Path, stores.StoredDirectory | N
 
 def _copy(stored: stores.StoredDirectory, names: Sequence[str], target: Path) -> None:
     if not all((target / name).exists() for name in names):
-        with stores.one_process_at_a_time(target, f"copies {stored.path}"):
+        with stores.one_process_at_a_time(target, f"copies {stored.path}", ".lock") as locked:
+            for other in target.parent.glob("[0-9a-f]" * 16) if locked else ():  # copies of files since replaced
+                if other != target:
+                    shutil.rmtree(other, ignore_errors=True)
             stored.copy(names, target)
 
 
@@ -263,7 +268,7 @@ def _find(name: str, data_directory: str | os.PathLike[str]) -> epath.Path:
             for directory in [base / version] if version else [base, *reversed(_versions(base))]:
                 if any((directory / name).exists() for name in ("dataset_info.json", "metadata.json")):
                     return directory
-                if (directory / "plan").exists():  # on a store
+                if (directory / PLAN).exists():  # on a store
                     raise UserError(
                         f"data.corpus = {name!r}: {directory} is incomplete, its build is in progress or was "
                         "interrupted; try the same mot data build again"

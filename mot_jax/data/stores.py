@@ -21,13 +21,13 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from mot_jax.errors import UserError
+from mot_jax.errors import RetryableError, UserError
 from mot_jax.runtime.paths import DATA_DIRECTORY, disk_errors, exclusive_lock, store_errors, sync, user_path
 from mot_jax.runtime.progress import Advance, progress
 
@@ -53,11 +53,8 @@ class StoredDirectory:
         with store_errors("data.directory", self.path):
             filesystem, root = _filesystem(self.path)
             infos = filesystem.find(root, detail=True)
-        checksums = ("ETag", "crc32c", "md5Hash", "etag", "generation")
         self.files = {
-            name.removeprefix(f"{root}/"): StoredFile(
-                int(info["size"]), str(next((info[key] for key in checksums if info.get(key)), ""))
-            )
+            name.removeprefix(f"{root}/"): _stored_file(info)
             for name, info in sorted(infos.items())
             if name.startswith(f"{root}/") and info["type"] == "file"
         }
@@ -72,7 +69,7 @@ class StoredDirectory:
 
         Raises:
             UserError: A file does not exist, the store refuses, or the disk has no space.
-            RetryableError: The store does not respond.
+            RetryableError: The store does not respond, or a file has been replaced since it was listed.
         """
         missing = sorted(name for name in names if not (target / name).exists())
         if not missing:
@@ -94,23 +91,38 @@ class StoredDirectory:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
             try:
-                filesystem.get_file(f"{root}/{name}", str(part), callback=_callback(advance))
-                if part.stat().st_size != self.files[name].size:
-                    raise ConnectionError(f"{name}: {part.stat().st_size} of {self.files[name].size} bytes")
+                part.touch()  # so that a directory that cannot be written is not taken for an error of the store
+                with store_errors("data.directory", self.path), disk_errors(f"{self.path}, copied to {target}"):
+                    try:
+                        filesystem.get_file(f"{root}/{name}", str(part), callback=_callback(advance))
+                        now = _stored_file(filesystem.info(f"{root}/{name}"))
+                    except FileNotFoundError:
+                        now = None
+                    if now != self.files[name]:
+                        raise RetryableError(
+                            f"data.directory = {self.path}: {name} has changed while it was copied; the same command "
+                            "reads the new one"
+                        )
+                    if part.stat().st_size != now.size:
+                        raise ConnectionError(f"{name}: {part.stat().st_size} of {now.size} bytes")
                 sync(part)
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
 
-        with store_errors("data.directory", self.path), disk_errors(f"{self.path}, copied to {target}"):
+        with disk_errors(f"{self.path}, copied to {target}"):
             _in_threads(copy, missing, f"copying {self.path}, bytes", needed)
 
 
 @contextlib.contextmanager
-def one_process_at_a_time(target: Path, words: str) -> Iterator[bool]:
-    """Hold the lock of a directory that is written, and delete partial files. Yields False where there are no locks."""
+def one_process_at_a_time(target: Path, words: str, lock_name: str | None = None) -> Iterator[bool]:
+    """Hold the lock of a directory that is written, and delete partial files. Yields False where there are no locks.
+
+    Args:
+        lock_name: Of the lock file next to `target`; None for one of its own.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.with_name(f".{target.name}.lock")
+    lock = target.with_name(lock_name or f".{target.name}.lock")
     with exclusive_lock(lock, lambda: print(f"waiting for another process that {words}", file=sys.stderr)) as locked:
         if locked:
             for part in target.parent.glob(f"{target.name}*/**/*.part"):
@@ -134,14 +146,14 @@ def upload(source: Path, target: epath.PathLike, names: Sequence[str], last: Seq
     filesystem, root = _filesystem(os.fspath(target))
 
     def copy(name: str, advance: Advance) -> None:
-        filesystem.put_file(str(source / name), f"{root}/{name}", callback=_callback(advance))
+        with store_errors("data.directory", target):
+            filesystem.put_file(str(source / name), f"{root}/{name}", callback=_callback(advance))
 
     first = [name for name in names if name not in last]
     sizes = sum((source / name).stat().st_size for name in first)
-    with store_errors("data.directory", target):
-        _in_threads(copy, first, f"copying to {target}, bytes", sizes)
-        for name in last:
-            copy(name, lambda count: None)
+    _in_threads(copy, first, f"copying to {target}, bytes", sizes)
+    for name in last:
+        copy(name, lambda count: None)
 
 
 def removal(path: epath.PathLike) -> str:
@@ -152,6 +164,12 @@ def removal(path: epath.PathLike) -> str:
 
 def _root() -> Path:
     return Path(user_path("data.directory", DATA_DIRECTORY)).absolute() / "stores"
+
+
+def _stored_file(info: dict[str, Any]) -> StoredFile:
+    """A file from fsspec's description of it."""
+    checksums = ("ETag", "crc32c", "md5Hash", "etag", "generation")
+    return StoredFile(int(info["size"]), str(next((info[key] for key in checksums if info.get(key)), "")))
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -172,10 +190,11 @@ def _in_threads(copy: Any, names: Sequence[str], title: str, total: int) -> None
 
         futures = [executor.submit(copy, name, advance_by) for name in names]
         try:
-            for future in futures:
-                future.result()
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             executor.shutdown(cancel_futures=True)
+        for future in done:
+            future.result()
 
 
 def _callback(advance: Advance) -> Any:

@@ -18,6 +18,7 @@ from mot_jax.data.report import sample_texts
 from mot_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from mot_jax.data.windows import JoinedWindows, Windows, open_windows, store_windows
 from mot_jax.errors import UserError
+from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import DATA_DIRECTORY, is_remote, user_path
 
 _ROUND_TRIP_BYTES = 1 << 16  # of text that is encoded and decoded to detect a lossy tokenizer
@@ -62,19 +63,28 @@ def open_text(config: Config, tokenizer: Tokenizer | None = None) -> ExperimentT
     return ExperimentText(tokenizer, train, validation, order, fingerprints | {"tokenizer": tokenizer.fingerprint})
 
 
-def store_text(config: Config, tokenizer: Tokenizer) -> None:
-    """Build, tokenize and upload the text that a `data.directory` on an object store lacks; `open_text` copies it.
-
-    Of several processes, one calls this before all call `open_text`.
+def store_text(config: Config, tokenizer: Tokenizer, *splits: str) -> None:
+    """Build, tokenize and upload the splits that a `data.directory` on an object store lacks; `open_split` copies them.
 
     Raises:
-        UserError: As `open_text`.
+        UserError: As `open_split`.
         RetryableError: The store does not respond.
     """
-    data, directory = config.data, data_directory(config)
-    for split, name in itertools.product((data.train_split, data.validation_split), data.corpus):
+    directory = data_directory(config)
+    for split, name in itertools.product(splits, config.data.corpus):
         corpus = _open_corpus(config, name, split)
         store_windows(corpus, split, tokenizer, config.model.context_length, directory)
+
+
+def store_text_once(config: Config, tokenizer: Tokenizer, *splits: str) -> None:
+    """Let process 0 of several call `store_text`, if `data.directory` is on a store, while the others wait.
+
+    All processes call this before `open_text` or `open_split`, which then only copy.
+    """
+    if distributed.is_connected() and is_remote(config.data.directory or ""):
+        with distributed.together():
+            if distributed.is_first():
+                store_text(config, tokenizer, *splits)
 
 
 def data_directory(config: Config) -> epath.Path:
@@ -97,6 +107,8 @@ def text_warnings(config: Config, tokenizer: Tokenizer) -> list[str]:
         if tokenizer.fingerprint == ByteTokenizer.fingerprint:
             continue
         corpus = open_corpus(name, data.validation_split, directory, data.text_feature)
+        if not corpus.is_local():  # a start copies no shards, which can take hours, for a warning
+            continue
         texts = [text.decode(errors="replace").encode() for text in sample_texts(corpus, _ROUND_TRIP_BYTES)]
         lost = sum(tokenizer.decode(tokenizer.encode(text)).strip() != text.strip() for text in texts)
         if lost:

@@ -130,7 +130,7 @@ class Windows:
         except RuntimeError as error:
             raise UserError(
                 f"{self.directory / 'tokens.array_record'}: is damaged ({error_words(error)}); try rm -r "
-                f"{self.directory}, and the same command tokenizes the text again"
+                f"{self.directory}, and the same command replaces it"
             ) from error
         lengths = np.zeros(len(ids), int)
         lengths[ids >= 0] = [len(record) // self._dtype.itemsize for record in records]
@@ -221,7 +221,7 @@ def open_windows(
         _tokenize(parts, missing, workers)
     opened = [Windows(part.directory) for part in parts]
     for windows in opened:
-        _check_shards(windows, corpus)
+        _check_shards(windows, parts[0])
     return opened[0] if len(opened) == 1 else JoinedWindows(opened, fingerprint)
 
 
@@ -271,15 +271,18 @@ def _divide(
     ]
 
 
-def _check_shards(windows: Windows, corpus: Corpus) -> None:
+def _check_shards(windows: Windows, part: _WindowPart) -> None:
     """Raise UserError if a data set whose fingerprint is not that of its content has other files than it had."""
+    corpus, removals = part.corpus, [f"rm -r {part.root}"]
+    if part.stored_root:  # first: another process would copy them again
+        removals.insert(0, stores.removal(part.stored_root))
     sizes = {} if corpus.metadata else corpus.shard_sizes()
     for shard, size in windows.info.get("shards", {}).items():
         if sizes.get(shard, size) != size:
             raise UserError(
                 f"data.corpus = {corpus.name!r}: {shard} has {sizes[shard]:,} bytes, and had {size:,} when it was "
-                f"tokenized: the data set has changed, but not its version; try a new version of it, or rm -r "
-                f"{windows.directory} to tokenize it again"
+                f"tokenized: the data set has changed, but not its version; try a new version of it, or "
+                f"{' and '.join(removals)} to tokenize it again"
             )
 
 
@@ -301,16 +304,19 @@ def _copy(parts: Sequence[_WindowPart]) -> None:
             if other != staged:
                 shutil.rmtree(other, ignore_errors=True)
         stored.copy([os.path.join(part.name, file) for part in missing for file in FILES], staged)
+        faults = []
         for part in missing:
             copy = staged / part.name
             if damage := _damage(copy):
-                shutil.rmtree(staged)
-                raise UserError(
+                faults.append(
                     f"{part.stored}/{damage}: is damaged; try {stores.removal(part.stored)}, and the same command "
                     "tokenizes the text again"
                 )
-            _rename(copy, part.directory)
+            else:
+                _rename(copy, part.directory)
         shutil.rmtree(staged, ignore_errors=True)
+        if faults:
+            raise UserError(*faults)
 
 
 def _damage(directory: Path) -> str | None:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mot_jax.config import CompanionsConfig, Config, TokenChoiceConfig, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
-from mot_jax.data.text import open_split, open_tokenizer
+from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.modes import enter, token_choice
@@ -116,6 +116,8 @@ def evaluate_run(
         same |= {"config": to_json(config), "workdir": str(workdir)}
         mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
         check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
+    store_text_once(config, tokenizer, split)
+    with distributed.together() as same:
         windows = open_split(config, split, tokenizer)
         if split == config.data.validation_split:
             check_data({"validation": windows.fingerprint}, config, workdir)

@@ -20,7 +20,7 @@ from mot_jax.config import Config, TrainingConfig, check, identity_changes, to_j
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
-from mot_jax.data.text import open_text, open_tokenizer, store_text, with_absolute_paths
+from mot_jax.data.text import open_text, open_tokenizer, store_text_once, with_absolute_paths
 from mot_jax.data.tokenizers import Tokenizer, tokenizer_copy
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
@@ -102,10 +102,7 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         tokenizer = open_tokenizer(config if named else with_tokenizer_copy(config, workdir))
         # First only the tokenizer: tokenizing the text can take hours.
         check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
-    if distributed.is_connected() and is_remote(config.data.directory or ""):
-        with distributed.together():
-            if distributed.is_first():  # the others copy the windows that it uploads
-                store_text(config, tokenizer)
+    store_text_once(config, tokenizer, config.data.train_split, config.data.validation_split)
     with distributed.together() as same:
         _, windows, validation_windows, order, fingerprints = open_text(config, tokenizer)
         check_data(fingerprints, config, workdir)

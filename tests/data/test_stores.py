@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
+import random
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -19,11 +22,13 @@ from object_store import ObjectStore, open_bucket
 from mot_jax import cli
 from mot_jax.config import Config, DataConfig, ModelConfig
 from mot_jax.data import pool, stores, windows
-from mot_jax.data.build import build, spec_from_files
+from mot_jax.data.build import build, built_directory, spec_from_files
 from mot_jax.data.corpora import open_corpus
-from mot_jax.data.text import ExperimentText, open_text, store_text
+from mot_jax.data.text import ExperimentText, open_text, store_text, text_warnings
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import RetryableError, UserError
+from mot_jax.runtime import distributed
+from mot_jax.training import evaluation
 
 FILES = ("tokens.array_record", "documents.npy", "windows.json")
 
@@ -64,7 +69,7 @@ def stored(google: tuple[epath.Path, ObjectStore], request: pytest.FixtureReques
     directory = google[0] / request.node.name.replace("[", "-").replace("]", "")
     on_host("first")
     build(spec_from_files("mine", [str(source)], "line", validation=0.2), directory / "corpora", 1)
-    store_text(config_of(directory), ByteTokenizer())
+    store_text(config_of(directory), ByteTokenizer(), "train", "validation")
     on_host("second")
     return directory
 
@@ -340,7 +345,7 @@ def test_a_store_that_refuses_or_does_not_respond(
             UserError, match=r"^data.directory = gs://.*windows.*: cannot be written to \(PermissionError"
         ):
             open_text(config_of(directory))
-    store_text(config_of(directory), ByteTokenizer())
+    store_text(config_of(directory), ByteTokenizer(), "train", "validation")
     on_host("second")
     for error, kind, words in (
         (ConnectionError("reset by peer"), RetryableError, "does not respond (ConnectionError: reset by peer)"),
@@ -354,3 +359,211 @@ def test_a_store_that_refuses_or_does_not_respond(
             (line,) = raised.value.faults
             assert line.startswith("data.") and f": the store {words}" in line
     assert len(open_text(config_of(directory)).train) > 100
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+def test_a_shard_that_is_replaced_while_it_is_copied_is_not_used(
+    stored: epath.Path, on_host, monkeypatch, moment: str
+) -> None:
+    copies, corpus = on_host("second"), open_corpus("mine", "train", stored)
+    (shard,) = (stored / "corpora/mine/1.0.0").glob("*-train.array*")
+    content = shard.read_bytes()
+
+    def replaced(get_file: Callable, *arguments: Any, **options: Any) -> None:
+        get_file(*arguments, **options)
+        shard.write_bytes(flip(content))
+
+    with monkeypatch.context() as patch:
+        if moment == "before":
+            shard.write_bytes(flip(content))  # of the same size
+        else:
+            intercept(patch, "get_file", replaced)
+        with pytest.raises(RetryableError, match=r"^data.directory = gs://.*-train.array.* has changed while it was"):
+            list(corpus)
+    assert names(copies) == set()
+    shard.unlink()
+    with pytest.raises(RetryableError, match=r"the same command reads the new one$"):
+        list(corpus)
+    shard.write_bytes(content)
+    assert len(list(corpus)) == len(corpus) > 100
+
+
+def test_a_damaged_local_copy_of_metadata_is_named(stored: epath.Path, on_host) -> None:
+    copies = on_host("second")
+    open_corpus("mine", "train", stored)
+    (features,) = copies.rglob("features.json")
+    features.write_bytes(flip(features.read_bytes()))
+    with pytest.raises(UserError) as error:
+        open_corpus("mine", "train", stored)
+    (line,) = error.value.faults
+    assert line.startswith(f"{features}: is damaged (") and f"; try rm -r {features.parent}, then this" in line
+    shutil.rmtree(features.parent)
+    assert len(open_corpus("mine", "train", stored)) > 100
+
+
+def test_a_lossy_tokenizer_is_reported_only_where_the_shards_are(stored: epath.Path, on_host) -> None:
+    class Uppercase(ByteTokenizer):
+        fingerprint = "uppercase"
+
+        def encode(self, text: bytes) -> np.ndarray:
+            return super().encode(text.upper())
+
+    copies = on_host("second")
+    open_text(config_of(stored))
+    assert text_warnings(config_of(stored), Uppercase()) == []
+    assert names(copies) == set(FILES), "no shard is copied for a warning"
+    list(open_corpus("mine", "validation", stored))
+    (line,) = text_warnings(config_of(stored), Uppercase())
+    assert "is lossy" in line
+
+
+def test_the_advice_for_a_data_set_that_has_changed_leads_to_new_windows(
+    google: tuple[epath.Path, ObjectStore], source: Path, on_host, monkeypatch
+) -> None:
+    """A data set that mot_jax did not build: its fingerprint depends on its version only."""
+    monkeypatch.setattr(windows, "PART_BYTES", 1000)
+    monkeypatch.setattr(pool, "_cores", lambda: 1)
+    copies, directory = on_host("first"), google[0] / "changed"
+    config = config_of(directory)
+    slices = {"train_split": "train[:90%]", "validation_split": "train[90%:]"}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **slices))
+    corpus = build(spec_from_files("mine", [str(source)], "line", validation=0), directory / "corpora", 1)
+    edit(corpus / "dataset_info.json", lambda content: content.replace(b"Text corpus built by mot_jax", b"Words"))
+    open_text(config)
+    source.write_text("".join(f"{random.Random(i).getrandbits(4000):x}\n" for i in range(200)))
+    other = build(spec_from_files("mine", [str(source)], "line", validation=0), source.parent / "corpora", 1)
+    (shard,) = corpus.glob("*.array_record*")
+    shard.write_bytes((other / shard.name).read_bytes())
+    for split in slices.values():
+        with pytest.raises(UserError, match=r"the data set has changed, but not its version") as error:
+            open_text(config)
+        advice = r"or gcloud storage rm -r (\S+) and rm -r (\S+) to tokenize it again$"
+        remote, local = re.search(advice, str(error.value)).groups()
+        assert Path(local) == copies / remote.replace("gs://", "gs/")
+        assert list(Path(local).glob("*-of-*")) or split == "train[90%:]"
+        epath.Path(remote).rmtree()
+        shutil.rmtree(local)
+    assert open_text(config).train.info["bytes"] > 90_000
+
+
+def test_errors_of_the_local_disk_are_not_those_of_the_store(
+    google: tuple[epath.Path, ObjectStore], source: Path, on_host, capsys
+) -> None:
+    copies = on_host("first")
+    copies.parent.mkdir(parents=True)
+    copies.write_text("a file where the directory of copies belongs")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["data", "build", "mine", str(source), "--directory", str(google[0] / "local-errors")])
+    line = capsys.readouterr().err
+    assert f"error: {copies}" in line and "the store" not in line and line.count("\n") == 1
+
+
+def test_a_build_that_another_host_finishes_at_the_same_time(
+    stored: epath.Path, source: Path, on_host, monkeypatch
+) -> None:
+    """It looks for the corpus before the other one is complete, and for the plan when it is removed."""
+    looks = []
+
+    def look(*arguments: Any) -> Any:
+        looks.append(arguments)
+        return built_directory(*arguments) if len(looks) > 1 else None
+
+    monkeypatch.setattr("mot_jax.data.build.built_directory", look)
+    monkeypatch.setattr("mot_jax.data.build.create_file", lambda *_: False)
+    lines: list[str] = []
+    spec = spec_from_files("mine", [str(source)], "line", validation=0.2)
+    assert build(spec, stored / "corpora", 1, lines.append) == stored / "corpora/mine/1.0.0"
+    assert "mine exists already, built from the same files" in lines
+
+
+def test_the_plan_of_a_build_is_not_copied(stored: epath.Path, on_host) -> None:
+    copies, plan = on_host("second"), stored / "corpora/mine/1.0.0/plan"
+    before = open_corpus("mine", "train", stored)
+    plan.write_text("of a build that looks whether it is complete")
+    assert open_corpus("mine", "train", stored).directory == before.directory
+    assert not list(copies.rglob("plan"))
+
+
+def test_the_first_error_ends_the_copies_that_have_not_begun(
+    google: tuple[epath.Path, ObjectStore], tmp_path: Path, monkeypatch
+) -> None:
+    directory, begun, timer = google[0] / "first-error", [], threading.Event()
+    for i in range(20):
+        (directory / f"{i:02d}").write_bytes(b"content")
+
+    def get_file(_: Callable, source: str, *arguments: Any, **options: Any) -> None:
+        begun.append(source)
+        if source.endswith("00"):
+            timer.wait(0.4)
+        elif len(begun) > 15:
+            timer.set()
+        else:
+            threading.Event().wait(0.005)
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(stores, "_CONNECTIONS", 2)
+    intercept(monkeypatch, "get_file", get_file)
+    with pytest.raises(UserError, match="Forbidden"):
+        stored_directory = stores.StoredDirectory(directory)
+        stored_directory.copy(stored_directory.files, tmp_path / "copy")
+    assert len(begun) < 15
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_several_processes_tokenizes_for_an_evaluation(
+    google: tuple[epath.Path, ObjectStore], source: Path, tmp_path: Path, on_host, monkeypatch, first: bool
+) -> None:
+    on_host("first")
+    directory = google[0] / f"evaluation-{first}"
+    build(spec_from_files("mine", [str(source)], "line", validation=0.2), directory / "corpora", 1)
+    monkeypatch.setattr(distributed, "is_connected", lambda: True)
+    monkeypatch.setattr(distributed, "is_first", lambda: first)
+
+    class OpenedError(Exception):
+        """The windows are opened."""
+
+    def opened(*_: object) -> None:
+        raise OpenedError
+
+    monkeypatch.setattr(evaluation, "open_split", opened)
+    with pytest.raises(OpenedError):
+        evaluation.evaluate_run(tmp_path, config_of(directory), "train", None)
+    assert len(list(directory.glob("windows/*/windows.json"))) == first
+
+
+def test_copies_of_a_replaced_corpus_are_removed(stored: epath.Path, source: Path, on_host) -> None:
+    copies = on_host("second")
+    list(open_corpus("mine", "train", stored))
+    (stored / "corpora/mine/1.0.0").rmtree()
+    source.write_text(source.read_text().upper())
+    build(spec_from_files("mine", [str(source)], "line", validation=0.2), stored / "corpora", 1)
+    corpus = open_corpus("mine", "train", stored)
+    assert list((copies / f"gs/bucket/{stored.name}/corpora/mine/1.0.0").glob("*[!k]")) == [Path(corpus.directory)]
+
+
+def test_only_damaged_parts_are_copied_again(
+    google: tuple[epath.Path, ObjectStore], source: Path, on_host, monkeypatch
+) -> None:
+    monkeypatch.setattr(windows, "PART_BYTES", 1000)
+    monkeypatch.setattr(pool, "_cores", lambda: 1)
+    on_host("first")
+    directory = google[0] / "damaged-parts"
+    build(spec_from_files("mine", [str(source)], "line", validation=0.2), directory / "corpora", 1)
+    whole = open_text(config_of(directory))
+    on_host("second")
+    damaged = sorted(directory.glob("windows/*/00001-of-*/documents.npy"))[0]
+    content = edit(damaged, flip)
+    with pytest.raises(UserError, match=f"^{damaged}: is damaged"):
+        open_text(config_of(directory))
+    damaged.write_bytes(content)
+    copied: list[str] = []
+
+    def count(get_file: Callable, source: str, *arguments: Any, **options: Any) -> None:
+        copied.append(f"gs://{source}")
+        get_file(source, *arguments, **options)
+
+    intercept(monkeypatch, "get_file", count)
+    for read, right in zip(tokens(open_text(config_of(directory))), tokens(whole), strict=True):
+        np.testing.assert_array_equal(read, right)
+    of_split = [path for path in copied if path.startswith(str(damaged.parent.parent))]
+    assert sorted(of_split) == sorted(str(damaged.with_name(file)) for file in FILES)

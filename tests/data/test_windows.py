@@ -204,9 +204,7 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, toy_corpus: Callable[..., Cor
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     damaged = Windows(file.parent)
-    with pytest.raises(
-        UserError, match=r"tokens.array_record: is damaged \(.*\); try rm -r .* tokenizes the text again"
-    ):
+    with pytest.raises(UserError, match=r"tokens.array_record: is damaged \(.*\); try rm -r .* replaces it"):
         damaged.read(range(len(damaged)))
 
 
