@@ -169,6 +169,8 @@ class AnswerFile:
     def _write_errors(self) -> Iterator[None]:
         try:
             yield
+        except (PermissionError, IsADirectoryError):
+            raise  # of the file with the arguments; more space would not help
         except OSError as error:
             words = f"--output = {self._name}: cannot be written ({error_words(error)})"
             if is_passing(error):

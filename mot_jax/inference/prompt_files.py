@@ -186,16 +186,17 @@ def _content(name: str, path: str) -> Content:
 
 
 def _has_json_lines(path: str, content: Content) -> bool:
-    """Whether each of the first lines of a text, those before damage, is a JSON object with one of the fields."""
+    """Whether the first lines of a text, blank ones aside, are JSON objects with one of the fields."""
     is_json = False
     try:
         with open_content(path, content) as stream:
-            for _, line in islice(lines_between(stream, 0, sys.maxsize), _FIRST_LINES):
+            lines = (line for _, line in lines_between(stream, 0, sys.maxsize) if not line.isspace())
+            for line in islice(lines, _FIRST_LINES):
                 is_json = _is_object(line)
                 if not is_json:
                     break
     except Exception as error:
-        if not is_damage(error):
+        if not is_damage(error):  # damage is reported when the lines are read
             raise
     return is_json
 

@@ -90,7 +90,7 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_answered(workdir, t
 
 @pytest.mark.parametrize("name, content", [
     ("prompts.txt", b"def f\r\nx = 1\n"),
-    ("lines.txt", b'{"prompt": "def f"}\n{"id": 2, "text": "x = 1"}\n'),
+    ("lines.txt", b'{"prompt": "def f"}\n{"id": 2, "text": "x = 1"}\n\n'),
     ("prompts", bz2.compress(b"def f\nx = 1\n")),
     ("prompts.jsonl.gz", gzip.compress(b'{"prompt": "def f"}\n{"prompt": "x = 1"}\n', mtime=0)),
     ("prompts.json", b'[\n {"prompt": "def f"},\n {"prompt": "x = 1"}\n]\n'),
