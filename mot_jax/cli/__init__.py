@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()
     compilation.ignore_tracing_variables()
-    with distributed.ending(), boundary(debug, program, never_block=not {*arguments[:1]}.isdisjoint(TRAINING)):
+    with distributed.ending(), boundary(debug, program, trains=not {*arguments[:1]}.isdisjoint(TRAINING)):
         if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()
         about = "Train, run and benchmark Mixture-of-Tokens language models in JAX."

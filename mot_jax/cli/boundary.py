@@ -31,12 +31,13 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "try a shorter name",
 }
 _LONGEST_PATH = 200
-_INTERRUPTED = "interrupted; a training run resumes from its last checkpoint with the same command"
+_INTERRUPTED = "interrupted"
+_RESUMES = "; a training run resumes from its last checkpoint with the same command"
 _ending = threading.Lock()  # held by the thread that ends the process after Ctrl-C
 
 
 @contextlib.contextmanager
-def boundary(debug: bool = False, program: bool = False, never_block: bool = False) -> Iterator[None]:
+def boundary(debug: bool = False, program: bool = False, trains: bool = False) -> Iterator[None]:
     """Around a command: report the errors of the user and of the system in one line each, and exit.
 
     The exit codes are those of `exit_codes`. Any other exception is a bug and passes, with its traceback.
@@ -46,11 +47,12 @@ def boundary(debug: bool = False, program: bool = False, never_block: bool = Fal
         program: the command is the whole process, which then ends at once after a reported error: threads of a library,
             such as that of a failed save, could keep it alive. Otherwise, and with several processes, SystemExit is
             raised.
-        never_block: the command continues while nothing reads its output, and drops text.
+        trains: the command continues while nothing reads its output, and drops text. After Ctrl-C it can be resumed.
     """
-    with output.lenient_streams(never_block):
+    interrupted = _INTERRUPTED + _RESUMES * trains
+    with output.lenient_streams(never_block=trains):
         try:
-            with interrupts.watch(_end_interrupted) if program else contextlib.nullcontext():
+            with interrupts.watch(lambda: _end_interrupted(interrupted)) if program else contextlib.nullcontext():
                 yield
             output.drain()  # an error of the last write is reported here, not by the interpreter at its exit
         except KeyboardInterrupt:
@@ -58,7 +60,7 @@ def boundary(debug: bool = False, program: bool = False, never_block: bool = Fal
                 _ending.acquire()
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-            _exit([_INTERRUPTED], exit_codes.INTERRUPTED, debug, program)
+            _exit([interrupted], exit_codes.INTERRUPTED, debug, program)
         except ReportedError as error:
             codes = {RetryableError: exit_codes.RETRYABLE, DivergedError: exit_codes.DIVERGED}
             _exit(error.faults, codes.get(type(error), exit_codes.USER_ERROR), debug, program)
@@ -69,10 +71,10 @@ def boundary(debug: bool = False, program: bool = False, never_block: bool = Fal
             _exit([line], exit_codes.USER_ERROR, debug, program)
 
 
-def _end_interrupted() -> None:
-    """End the process, called in a thread, unless the main thread does so."""
+def _end_interrupted(line: str) -> None:
+    """End the process with a line, called in a thread, unless the main thread does so."""
     if _ending.acquire(blocking=False):
-        print(f"error: {_INTERRUPTED}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         distributed.end_now(exit_codes.INTERRUPTED)
 
 

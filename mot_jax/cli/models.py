@@ -121,12 +121,15 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
     from mot_jax.inference.prompt_files import EXAMPLE, open_prompts
 
     assert options.prompts is not None
+    _connect(options, config)
     first, rows = distributed.is_first(), []
     with contextlib.ExitStack() as stack:
-        prompts = stack.enter_context(open_prompts(options.prompts))
-        model, sampling = _model(options, config), _sampling(options)
+        with distributed.together() as same:
+            prompts = stack.enter_context(open_prompts(options.prompts))
+            same["prompts"] = prompts.digest
+        model, sampling = _load(options, config), _sampling(options)
         model.check_options(**sampling)
-        first, total = distributed.is_first(), prompts.count * options.samples
+        total = prompts.count * options.samples
         batch = {"samples": options.samples, "batch_size": model.round_batch_size(min(options.batch_size, total))}
         about = {"model": model.fingerprint(), "step": model.step, "mode": model.mode, "prompts": prompts.digest}
         output, written = None, None
@@ -137,9 +140,15 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
         if options.output is not None:
             written = bytes.fromhex(distributed.gather(output and output.written.hex())[0])
         answered, failed = (output.answered, output.failed) if output else (0, 0)
+
+        def state() -> str:
+            assert output is not None
+            possible = total - output.failed * options.samples
+            return f"stopped after {output.answered:,} of {possible:,} answers, {output.failed:,} lines failed"
+
         quiet = options.output is None or not first
         advance = stack.enter_context(progress(f"answering {options.prompts}", total, quiet, sum(written or ())))
-        stack.enter_context(_stopping(lambda: f"stopped after {answered + failed:,} of {total:,} prompts", options))
+        stack.enter_context(_stopping(state, options))
         for rows_of_batch in answers(model, prompts, written=written, **sampling, **batch):
             if not first:
                 continue
@@ -155,14 +164,21 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
                         _print_continued(row["prompt"], row["text"])
             rows += rows_of_batch if options.json else []
             advance(sum(options.samples if "error" in row else 1 for row in rows_of_batch))
-    if not first:
-        return
-    if options.json:
+        changed = any(distributed.gather(prompts.has_changed()))
+    if first and options.json:
         write_json(options.json, {"workdir": options.workdir, "mode": model.mode, "step": model.step, "texts": rows})
-    if not answered:
-        rule = f"all {failed:,} prompts failed, for the reasons above"
-        raise UserError(f"--prompts = {options.prompts}: {rule}; {EXAMPLE}")
-    print(f"{answered:,} answers, {failed:,} lines failed", file=sys.stderr)
+    faults = []
+    if changed:
+        faults.append("the file has changed since the command began; its answers stay; try a copy and another --output")
+    if first and not answered:
+        faults.append(f"all {failed:,} prompts failed, for the reasons above; {EXAMPLE}")
+    elif first:
+        print(f"{answered:,} answers, {failed:,} lines failed", file=sys.stderr)
+        if prompts.damage:
+            faults.append(f"{prompts.damage}; answers before it stay; correct the file and try another --output")
+    with distributed.together():
+        if faults:
+            raise UserError(*(f"--prompts = {options.prompts}: {fault}" for fault in faults))
 
 
 @contextlib.contextmanager
@@ -181,7 +197,8 @@ def _stopping(state: Callable[[], str], options: GenerateOptions) -> Iterator[No
     except KeyboardInterrupt:
         if options.output is None:
             raise
-        print(f"{state()}; the same command continues {options.output}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"{state()}; the same command continues {options.output}", file=sys.stderr)
         sys.exit(exit_codes.PREEMPTED if signals else exit_codes.INTERRUPTED)
     finally:
         if handles:
@@ -285,7 +302,15 @@ def _texts(prog: str, options: ModelOptions, word: str) -> list[str]:
 
 def _model(options: ModelOptions, config: Config) -> Any:
     """The model in its mode on its mesh, after lines about the dependence of sequences on each other."""
+    _connect(options, config)
+    return _load(options, config)
+
+
+def _connect(options: ModelOptions, config: Config) -> None:
     distributed.connect(process(options, config), config.mesh, trains=False)
+
+
+def _load(options: ModelOptions, config: Config) -> Any:
     from mot_jax.inference.language_model import about_mode, load
     from mot_jax.nn.sharding import make_mesh
 

@@ -22,8 +22,15 @@ from typing import Any, BinaryIO, Literal
 
 Format = Literal["text", "json_lines", "json", "table", "parquet"]
 
-# No number is used, and Python's int refuses numbers of more than 4300 digits, which are valid JSON.
-JSON = json.JSONDecoder(parse_int=float)
+
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # Python's int refuses numbers of more than 4300 digits, which are valid JSON
+        return float(digits)
+
+
+JSON = json.JSONDecoder(parse_int=_integer)
 
 _SAMPLE = 1 << 16  # bytes of a file that are examined
 _MAX_LAYERS = 3  # of compression: some servers compress compressed files again

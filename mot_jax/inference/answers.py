@@ -6,6 +6,7 @@ command writes, also in modes that mix the sequences of a batch.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,7 +22,7 @@ from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.inference.language_model import LanguageModel
 from mot_jax.inference.prompt_files import PromptLine
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import is_remote, replace_file, sync, user_path
+from mot_jax.runtime.paths import is_passing, is_remote, replace_file, sync, user_path
 
 Answer = dict[str, Any]  # one line of the output
 
@@ -53,21 +54,19 @@ def answers(
         Answers with `line`, `id` (if the line has one), and either `error` or `sample` (if there are several),
         `prompt`, `text`, `tokens`, `log_probs` and `finished`.
     """
-    lines, batch_size = iter(prompts), model.round_batch_size(batch_size)
+    batch_size = model.round_batch_size(batch_size)
+    lines = (_examined(model, line) for line in prompts)
 
     def is_needed(sequence: _Sequence) -> bool:
         return written is None or not written[sequence.number]
 
     while window := list(islice(lines, max(1, _WINDOW * batch_size // samples))):
-        sequences = [_Sequence(line, sample, samples) for line in window for sample in range(samples)]
+        sequences = [_Sequence(line, size, sample, samples) for line, size in window for sample in range(samples)]
         if not any(map(is_needed, sequences)):
             continue
-        tokens = {line.number: model.encode(line.prompt) for line in window}
-        faults = {line.number: line.fault or model.prompt_fault(tokens[line.number]) for line in window}
-        failed = [s for s in sequences if faults[s.line.number] and s.sample == 0 and is_needed(s)]
-        yield [_head(s.line) | {"error": faults[s.line.number]} for s in failed]
-        sequences = [s for s in sequences if not faults[s.line.number]]
-        sequences.sort(key=lambda s: len(tokens[s.line.number]))
+        failed = [s for s in sequences if s.line.fault and s.sample == 0 and is_needed(s)]
+        yield [_head(s.line) | {"error": s.line.fault} for s in failed]
+        sequences = sorted((s for s in sequences if not s.line.fault), key=lambda s: s.size)
         for first in range(0, len(sequences), batch_size):
             batch = sorted(sequences[first : first + batch_size], key=lambda s: s.number)
             if not any(map(is_needed, batch)):
@@ -86,15 +85,22 @@ def answers(
 
 
 class _Sequence(NamedTuple):
-    """One continuation of a prompt."""
+    """One continuation of a prompt of `size` tokens."""
 
     line: PromptLine
+    size: int
     sample: int
     samples: int
 
     @property
     def number(self) -> int:
         return (self.line.number - 1) * self.samples + self.sample
+
+
+def _examined(model: LanguageModel, line: PromptLine) -> tuple[PromptLine, int]:
+    """The line and the number of its tokens. A prompt that the model cannot continue is dropped: it may be long."""
+    size, fault = (0, line.fault) if line.fault else model.examine_prompt(line.prompt)
+    return (line._replace(prompt="", fault=fault) if fault else line), size
 
 
 def _head(line: PromptLine) -> Answer:
@@ -140,17 +146,36 @@ class AnswerFile:
             raise
 
     def write(self, batch: list[Answer]) -> None:
-        """Append answers, whole lines in one write."""
+        """Append answers, whole lines in one write.
+
+        Raises UserError if the disk is full, or another limit is reached; RetryableError if it does not respond.
+        """
         data = memoryview("".join(strict_json.dumps(answer) + "\n" for answer in batch).encode())
-        while data:
-            data = data[os.write(self._descriptor, data) :]
+        with self._write_errors():
+            while data:
+                data = data[os.write(self._descriptor, data) :]
         for answer in batch:
             self._count(answer)
 
     def close(self) -> None:
-        """Write the file to the disk."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        """Write the file to the disk. Raises as `write` does."""
+        with self._write_errors():
+            try:
+                os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (PermissionError, IsADirectoryError):
+            raise  # of the file with the arguments; more space would not help
+        except OSError as error:
+            words = f"--output = {self._name}: cannot be written ({error_words(error)})"
+            if is_passing(error):
+                raise RetryableError(words) from None
+            raise UserError(f"{words}; free some space, and the same command continues it") from None
 
     def _resume(self, about: dict[str, Any]) -> None:
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
@@ -165,8 +190,9 @@ class AnswerFile:
             self._check_arguments(about)
             self._read()
         else:
-            replace_file(epath.Path(self._about_path), (strict_json.dumps(about, indent=1) + "\n").encode())
-            sync(self._path.parent)
+            with self._write_errors():
+                replace_file(epath.Path(self._about_path), (strict_json.dumps(about, indent=1) + "\n").encode())
+                sync(self._path.parent)
 
     def _check_arguments(self, about: dict[str, Any]) -> None:
         """Raise UserError unless the answers in the file are those of `about`."""

@@ -22,7 +22,7 @@ from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, l
 from mot_jax.inference.scoring import right_padded, score, scoring_windows
 from mot_jax.inference.sequences import GeneratedSequence
 from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
-from mot_jax.modes import default_mode, enter, mode_of, trained_mode
+from mot_jax.modes import default_mode, enter, mode_of, needs_companions, trained_mode
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn import transformer
 from mot_jax.nn.sharding import batch_multiple
@@ -33,6 +33,7 @@ from mot_jax.runtime.compilation import default_tracing, disable_cache_for_cpu_m
 
 _DECODE_STEPS = 8  # between two outputs of `stream`
 _MIN_PROMPT_WIDTH = 8  # columns that prompts are padded to at least
+_MAX_CHARACTERS_PER_TOKEN = 1024  # of the context: longer texts are refused without encoding them
 
 
 class NotFiniteError(UserError):
@@ -50,6 +51,7 @@ class LanguageModel:
         mode: the name of the mode.
         step: the number of training steps.
         mesh: the mesh that the parameters are sharded over; None is one device.
+        companions: a digest of the reference sequences; empty in the modes that do not use them.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class LanguageModel:
     mode: str
     step: int
     mesh: Mesh | None = None
+    companions: str = ""
 
     @property
     def independent(self) -> bool:
@@ -126,7 +129,7 @@ class LanguageModel:
         ]
         faults = [] if prompts else ["prompt: there must be at least one; try 'def '"]
         for prompt, sequence in zip(prompts, sequences, strict=True):
-            if fault := self.prompt_fault(sequence.tokens):
+            if fault := self.examine_prompt(sequence.tokens)[1]:
                 faults.append(f"prompt = {_short(prompt) if len(prompt) else repr('')}: {fault}")
         self.check_options(stop, max_tokens, temperature, top_k, top_p, seed, faults)
         batch_size = self.round_batch_size(max(len(prompts), batch_size or 1))
@@ -354,12 +357,15 @@ class LanguageModel:
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
-    def prompt_fault(self, prompt: Prompt) -> str:
-        """Return the rule that a prompt breaks, in words; empty if it can be continued."""
-        size, context = len(self.encode(prompt)), self.config.model.context_length
+    def examine_prompt(self, prompt: Prompt) -> tuple[int, str]:
+        """Return the number of tokens, and the rule that the prompt breaks, in words; empty if it can be continued."""
+        context = self.config.model.context_length
+        if not isinstance(prompt, np.ndarray) and len(prompt) > _MAX_CHARACTERS_PER_TOKEN * context:
+            return 0, f"has {len(prompt):,} characters, and the context {context} tokens; try its end"
+        size = len(self.encode(prompt))
         if not size:
-            return "is empty; try 'def '"
-        return f"has {size} tokens, and the context {context}; try its end" if size > context else ""
+            return 0, "is empty; try 'def '"
+        return size, f"has {size} tokens, and the context {context}; try its end" if size > context else ""
 
     def check_options(
         self,
@@ -393,11 +399,15 @@ class LanguageModel:
             raise UserError(*errors)
 
     def fingerprint(self) -> str:
-        """Return a digest of config, tokenizer, step and parameters, the same for any mesh and directory."""
+        """Return a digest of all that answers depend on, the same for any mesh and directory.
+
+        It has the reference sequences instead of the summaries of them, whose last bits depend on the mesh.
+        """
         trained = {name: value for name, value in self.params.items() if "/companion_" not in name}
         with self._on_mesh():
             sums = {name: int(value) for name, value in jax.device_get(_bit_sums(trained)).items()}
-        identity = (repr(self.config.model), self.mode, self.tokenizer.fingerprint, self.step, sorted(sums.items()))
+        names = repr(self.config.model), self.mode, self.tokenizer.fingerprint, self.companions
+        identity = (*names, self.step, sorted(sums.items()))
         return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
@@ -439,11 +449,13 @@ def load(
     check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        config, params = enter(mode, run.config, run.params, run.step, load_companions(workdir))
+        config, params = enter(mode, run.config, run.params, run.step, companions := load_companions(workdir))
+        digest = "" if companions is None else hashlib.sha256(companions.tobytes()).hexdigest()[:16]
+        digest = digest if needs_companions(config) else ""
         if unroll:
             model, params = transformer.unroll(config.model, params)
             config = dataclasses.replace(config, model=model)
-    return LanguageModel(config, params, tokenizer, mode, run.step, mesh)
+    return LanguageModel(config, params, tokenizer, mode, run.step, mesh, digest)
 
 
 def about_mode(model: LanguageModel, workdir: epath.PathLike, chosen: bool) -> list[str]:

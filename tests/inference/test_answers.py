@@ -1,19 +1,30 @@
 """`mot generate --prompts`: bad lines, batches, files that are continued, refused or interrupted."""
 
 import bz2
+import contextlib
+import errno
 import gzip
 import json
+import os
+import shutil
 import signal
+import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import processes
 import pytest
+from etils.epath import backend
+from object_store import open_bucket
 from test_language_model import error_of, mot, save
 
 import mot_jax
+from mot_jax.errors import RetryableError, UserError
 from mot_jax.inference import answers as answers_module
 from mot_jax.inference.generate import prefill
+from mot_jax.inference.prompt_files import PromptLine, open_prompts
 
 MIXED = [
     b'{"prompt": "import os", "id": "a"}',
@@ -29,6 +40,7 @@ MIXED = [
     b'{"prompt": "\\ud800"}',
     b"[1]",
     b'{"prompt": "ok", "id": 7}',
+    b'{"prompt": "' + b"x" * 17000 + b'"}',
 ]
 FAULTS = {
     2: "is not valid JSON",
@@ -39,6 +51,7 @@ FAULTS = {
     10: "is not UTF-8 at byte 16",
     11: "has invalid characters",
     12: "is neither an object with the field 'prompt' nor a text",
+    14: "has 17,000 characters, and the context 16 tokens; try its end",
 }
 PROMPTS = {1: "import os", 7: "class", 9: "def f", 13: "ok"}
 
@@ -60,7 +73,7 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_answered(workdir, t
     mot("generate", workdir, "--prompts", prompts, "--output", output, "--tokens", 4, "--batch-size", 2)
     rows = {row["line"]: row for row in rows_of(output)}
     *_, last = lines = capsys.readouterr().err.splitlines()
-    assert last == "4 answers, 8 lines failed"
+    assert last == "4 answers, 9 lines failed"
     assert rows.keys() == FAULTS.keys() | PROMPTS.keys()
     for number, words in FAULTS.items():
         assert rows[number]["error"].startswith(words)
@@ -77,11 +90,12 @@ def test_bad_lines_are_reported_by_number_and_the_others_are_answered(workdir, t
 
 @pytest.mark.parametrize("name, content", [
     ("prompts.txt", b"def f\r\nx = 1\n"),
+    ("lines.txt", b'{"prompt": "def f"}\n{"id": 2, "text": "x = 1"}\n\n'),
     ("prompts", bz2.compress(b"def f\nx = 1\n")),
     ("prompts.jsonl.gz", gzip.compress(b'{"prompt": "def f"}\n{"prompt": "x = 1"}\n', mtime=0)),
     ("prompts.json", b'[\n {"prompt": "def f"},\n {"prompt": "x = 1"}\n]\n'),
     ("utf16.txt", "def f\nx = 1\n".encode("utf-16")),
-], ids=["text", "bz2", "gzip", "array", "utf16"])  # fmt: skip
+], ids=["text", "lines", "bz2", "gzip", "array", "utf16"])  # fmt: skip
 def test_prompts_are_read_by_content(workdir, tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
     mot("generate", workdir, "--prompts", tmp_path / name, "--tokens", 4, "--json", tmp_path / "result.json")
@@ -89,6 +103,35 @@ def test_prompts_are_read_by_content(workdir, tmp_path, capsys, name, content):
     texts = json.loads((tmp_path / "result.json").read_text())["texts"]
     assert [row["tokens"] for row in texts] == [c.tokens.tolist() for c in expected]
     assert "--- prompt\ndef f\n--- continued\n" in capsys.readouterr().out
+
+
+def test_a_text_with_braces_is_not_json(tmp_path):
+    (tmp_path / "prompts.txt").write_text('{"a": 1}\n{"prompt": "def f"}\n')
+    with open_prompts(str(tmp_path / "prompts.txt")) as prompts:
+        assert [line.prompt for line in prompts] == ['{"a": 1}', '{"prompt": "def f"}']
+
+
+@pytest.mark.parametrize("brackets", ["", "[]"], ids=["lines", "array"])
+def test_ids_are_those_of_the_file(tmp_path, brackets):
+    ids = ["7", "1.5", "[9007199254740993]", '"a"']
+    objects = [f'{{"prompt": "x", "id": {label}, "other": {"1" * 5000}}}' for label in ids]
+    text = f"[{','.join(objects)}]" if brackets else "\n".join(objects)
+    (tmp_path / "prompts.json").write_text(text)
+    with open_prompts(str(tmp_path / "prompts.json")) as prompts:
+        assert [json.dumps(line.id) for line in prompts] == ids
+
+
+@pytest.mark.parametrize("size", [16_000, 160_000], ids=["encoded", "refused by its size"])
+def test_memory_does_not_grow_with_lines_that_are_too_long(workdir, size):
+    model = mot_jax.load(workdir)
+    lines = (PromptLine(number, "x" * size) for number in range(1, 8_000_000 // size + 1))
+    tracemalloc.start()
+    try:
+        (errors,) = answers_module.answers(model, lines, 32)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(errors) == 8_000_000 // size and peak < 2_000_000
 
 
 class Answered(NamedTuple):
@@ -171,6 +214,10 @@ def test_a_file_of_other_arguments_is_refused_and_left_as_it_is(workdir, tmp_pat
     assert "with answers for seed = 0, and this command has 1;" in error_of(capsys, *command, output, "--seed", 1)
     assert "with answers for max_tokens = 4, " in error_of(capsys, *command, output, "--tokens", 3)
     assert "with answers of another model" in error_of(capsys, "generate", other, *command[2:], output)
+    other = shutil.copytree(workdir, tmp_path / "companions")
+    np.save(other / "companions.npy", np.load(workdir / "companions.npy") // 2)
+    assert "with answers of another model" in error_of(capsys, "generate", other, *command[2:], output)
+    assert mot_jax.load(other, "grouped").fingerprint() == mot_jax.load(workdir, "grouped").fingerprint()
     assert "mine.jsonl.meta.json with its arguments does not" in error_of(capsys, *command, mine)
     assert "prompts.txt.meta.json with its arguments does not" in error_of(capsys, *command, prompts)
     prompts.write_text("a\nc\n")
@@ -212,9 +259,83 @@ def test_damage_in_the_middle_of_a_file_is_reported(workdir, tmp_path, capsys):
     data = gzip.compress("".join(f"prompt {i}\n" for i in range(9)).encode())
     (tmp_path / "prompts.gz").write_bytes(data[:-9])
     command = ["generate", workdir, "--prompts", tmp_path / "prompts.gz", "--tokens", 4, "--batch-size", 2]
-    mot(*command, "--output", tmp_path / "a.jsonl")
+    error = error_of(capsys, *command, "--output", tmp_path / "a.jsonl")
     *answered, failed = sorted(rows_of(tmp_path / "a.jsonl"), key=lambda row: row["line"])
     assert "the file is damaged from here on" in failed["error"] and answered[0]["prompt"] == "prompt 0"
+    assert f"line {failed['line']} {failed['error']}; answers before it stay" in error
+
+
+def test_damage_in_an_array_ends_with_an_error_after_the_answers_before_it(workdir, tmp_path, capsys):
+    prompts, output = tmp_path / "prompts.json", tmp_path / "a.jsonl"
+    prompts.write_text('[{"prompt": "def f"}, {"prompt": "x = 1"}, {"prompt": oops}, {"prompt": "y"}]')
+    error = error_of(capsys, "generate", workdir, "--prompts", prompts, "--tokens", 4, "--output", output)
+    assert "line 3 is not valid JSON, and nothing after it can be read (no valid JSON after 2 values);" in error
+    assert {row["line"]: row.get("prompt") for row in rows_of(output)} == {1: "def f", 2: "x = 1", 3: None}
+
+
+def test_a_file_that_grows_is_answered_as_it_was_and_reported(many, small_windows, tmp_path, capsys, monkeypatch):
+    prompts, output, write = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl", answers_module.AnswerFile.write
+    shutil.copy(many.arguments[3], prompts)
+
+    def write_and_append(self, batch):
+        write(self, batch)
+        with prompts.open("a") as file:
+            file.write('\n{"prompt": "later"}')
+
+    monkeypatch.setattr(answers_module.AnswerFile, "write", write_and_append)
+    command = [*many.arguments[:3], prompts, *many.arguments[4:]]
+    assert "the file has changed since the command began" in error_of(capsys, *command, "--output", output)
+    assert output.read_bytes() == many.output
+
+
+@pytest.mark.parametrize("number, code, words", [
+    (errno.ENOSPC, 2, "; free some space, and the same command continues it"),
+    (errno.EIO, 75, ""),
+])  # fmt: skip
+def test_a_disk_that_fails_is_reported_and_the_same_command_continues(
+    many, small_windows, tmp_path, capsys, monkeypatch, number, code, words
+):
+    output, write = tmp_path / "answers.jsonl", os.write
+
+    def write_half(descriptor, data):
+        if output.stat().st_size > 4000:
+            raise OSError(number, os.strerror(number))
+        return write(descriptor, data[: len(data) // 2 + 1])
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(answers_module.os, "write", write_half)
+        mot(*many.arguments, "--output", output)
+    assert exit.value.code == code
+    reason = f"cannot be written (OSError: [Errno {number}] {os.strerror(number)}){words}\n"
+    assert capsys.readouterr().err.endswith(f"error: --output = {output}: {reason}")
+    mot(*many.arguments, "--output", output)
+    assert output.read_bytes() == many.output
+
+
+def test_errors_of_a_store_and_of_the_disk_for_its_copy_are_reported(tmp_path, monkeypatch):
+    with open_bucket("gs") as (bucket, _):
+        (bucket / "full").write_text("def f\nx = 1\n")
+        name = f"{bucket}/full"
+        with open_prompts(name) as prompts:
+            assert [line.prompt for line in prompts] == ["def f", "x = 1"]
+        with pytest.raises(UserError, match=r"/absent: does not exist; try"), open_prompts(f"{bucket}/absent"):
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "TemporaryDirectory", lambda: contextlib.nullcontext("/dev"))  # it has a file full
+            with pytest.raises(UserError, match=r"/full: its copy in /dev cannot be written .*No space"):
+                open_prompts(name).__enter__()
+        for error, kind, words in (
+            (ConnectionError("reset"), RetryableError, "the store does not respond"),
+            (PermissionError("Forbidden"), UserError, "the store refuses"),
+        ):
+
+            def fail(*_, error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(backend.fsspec_backend, "open", fail)
+                with pytest.raises(kind, match=words):
+                    open_prompts(name).__enter__()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -233,8 +354,27 @@ def test_a_signal_ends_at_a_whole_line_and_the_same_command_continues(
         mot(*many.arguments, "--output", output)
     assert exit.value.code == code
     done = output.read_bytes().count(b"\n")
-    assert f"of 120 prompts; the same command continues {output}" in capsys.readouterr().err
+    failed = sum("error" in row for row in rows_of(output))
+    counts = f"stopped after {done - failed} of {120 - 2 * failed} answers, {failed} lines failed"
+    assert failed and f"{counts}; the same command continues {output}" in capsys.readouterr().err
     assert 0 < done < 100 and many.output.startswith(output.read_bytes()) and output.read_bytes().endswith(b"\n")
     monkeypatch.setattr(answers_module.AnswerFile, "write", write)
     mot(*many.arguments, "--output", output)
     assert output.read_bytes() == many.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content, words", [
+    (b"b\n", "error: prompts: must be the same in all processes"),
+    (None, "error: process 1: --prompts = {}: cannot be read (FileNotFoundError"),
+], ids=["another", "none"])  # fmt: skip
+def test_each_process_needs_the_same_prompts(workdir, tmp_path, content, words):
+    files = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    files[0].write_bytes(b"a\n")
+    if content is not None:
+        files[1].write_bytes(content)
+    extra = {index: ["--prompts", str(file)] for index, file in enumerate(files)}
+    started = processes.start([str(workdir)], 2, 1, tmp_path / "process", extra, command="generate")
+    assert [process.wait(60) for process in started] == [2, 2]
+    for index in range(2):
+        assert words.format(files[1]) in (tmp_path / f"process.{index}.log").read_text()

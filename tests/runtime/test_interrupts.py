@@ -18,7 +18,7 @@ BEGIN = """
 import hashlib, signal, time
 from mot_jax.cli.boundary import boundary
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with boundary(program=True):
+with boundary(program=True, trains=True):
 """
 WAITING = """
     print("ready", flush=True)
