@@ -9,18 +9,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from mot_jax.errors import DivergedError, ReportedError, RetryableError, error_words
+from mot_jax.errors import DivergedError, ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime import distributed, exit_codes, interrupts, output
+from mot_jax.runtime.paths import FULL, is_passing
 
-_FREE_SPACE = "free some and run the same command, which resumes from the last checkpoint"
-
-# Errors of the operating system, and a remedy for each. Others are bugs, or are handled where they may occur.
+# Errors of the operating system, and a remedy for each. Others are a full disk, pass, are bugs, or are handled where they
+# may occur.
 _REMEDIES = {
-    errno.ENOSPC: _FREE_SPACE,
-    errno.EDQUOT: _FREE_SPACE,
     errno.EACCES: "try a path to which you have access",
     errno.EPERM: "try a path to which you have access",
     errno.EROFS: "try a path that can be written",
@@ -61,24 +59,22 @@ def boundary(debug: bool = False, program: bool = False, trains: bool = False) -
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
             _exit([interrupted], exit_codes.INTERRUPTED, debug, program)
-        except ReportedError as error:
-            codes = {RetryableError: exit_codes.RETRYABLE, DivergedError: exit_codes.DIVERGED}
-            _exit(error.faults, codes.get(type(error), exit_codes.USER_ERROR), debug, program)
         except Exception as error:
-            line = _system_error(error) or _platform_error(error)
-            if line is None:
+            reported = error if isinstance(error, ReportedError) else _system_error(error) or _platform_error(error)
+            if reported is None:
                 raise
-            _exit([line], exit_codes.USER_ERROR, debug, program)
+            codes = {RetryableError: exit_codes.RETRYABLE, DivergedError: exit_codes.DIVERGED}
+            _exit(reported.faults, codes.get(type(reported), exit_codes.USER_ERROR), debug, program)
 
 
 def _end_interrupted(line: str) -> None:
-    """End the process with a line, called in a thread, unless the main thread does so."""
+    """End the process, and the others of its run, unless the main thread does so. Called in a thread."""
     if _ending.acquire(blocking=False):
         print(f"error: {line}", file=sys.stderr)
-        distributed.end_now(exit_codes.INTERRUPTED)
+        distributed.end_all(exit_codes.INTERRUPTED)
 
 
-def _exit(lines: tuple[str, ...] | list[str], code: int, debug: bool, program: bool) -> NoReturn:
+def _exit(lines: Iterable[str], code: int, debug: bool, program: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     for line in lines:
@@ -91,26 +87,30 @@ def _exit(lines: tuple[str, ...] | list[str], code: int, debug: bool, program: b
 # --- errors in one line -----------------------------------------------------------------------------------------------
 
 
-def _system_error(error: Exception) -> str | None:
+def _system_error(error: Exception) -> ReportedError | None:
     """An error of the operating system in one line; None for other errors.
 
-    A full disk is recognised wherever it is the cause: libraries raise errors of their own, some with only its text.
+    A full disk is recognized wherever it is the cause: libraries raise errors of their own, some with only its text.
     """
     if _disk_is_full(error):
-        return f"no space left on the disk ({error_words(error)}); {_FREE_SPACE}"
+        advice = "free some and run the same command, which resumes from the last checkpoint"
+        return UserError(f"no space left on the disk ({error_words(error)}); {advice}")
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
-            reason = os.strerror(cause.errno)
+        if isinstance(cause, OSError):
             path = "" if cause.filename is None else f"{_printable(cause.filename)}: "
-            return f"{path}{reason}; {_REMEDIES[cause.errno]}"
+            if cause.errno in _REMEDIES:
+                return UserError(f"{path}{os.strerror(cause.errno)}; {_REMEDIES[cause.errno]}")
+            if is_passing(cause):
+                reason = cause.strerror or error_words(cause)
+                return RetryableError(f"{path}{reason}; the same command may succeed later, and resumes a run")
         cause = cause.__cause__  # not __context__: a bug in the handler of such an error is a bug
     return None
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
+        if getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -122,7 +122,7 @@ def _printable(path: Any) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _platform_error(error: Exception) -> str | None:
+def _platform_error(error: Exception) -> UserError | None:
     """A platform of JAX_PLATFORMS that JAX cannot initialize, in one line; None for other errors."""
     platforms = os.environ.get("JAX_PLATFORMS")
     if not platforms:
@@ -133,4 +133,4 @@ def _platform_error(error: Exception) -> str | None:
         reason = "JAX has no plugin for it"  # jax 0.10.2 and 0.12 assert that some platform is left
     else:
         return None
-    return f"JAX_PLATFORMS = {platforms}: {reason}; try JAX_PLATFORMS=cpu, or install JAX for this platform"
+    return UserError(f"JAX_PLATFORMS = {platforms}: {reason}; try JAX_PLATFORMS=cpu, or install JAX for this platform")

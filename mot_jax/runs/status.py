@@ -22,9 +22,10 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.runs import owner
-from mot_jax.runs.metrics import duration, read_rows
+from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import is_passing, is_remote, replace_file
+from mot_jax.runtime.progress import duration
 
 FILE = "status.json"
 RESULT = "result.json"  # the last file that a run writes: the mark of a finished one
@@ -173,7 +174,7 @@ def report(workdir: epath.Path) -> dict[str, Any]:
     in_progress = process is not None and gone is None
     if process and in_progress and (status.get("host"), status.get("pid")) != (process.get("host"), process.get("pid")):
         status = {}  # of an earlier start
-    error = None if in_progress else status.get("error") or _error(workdir)
+    error = None if in_progress else status.get("error") or _error(workdir, (process or {}).get("acquired"))
 
     if in_progress:
         state = status.get("state", "starting")
@@ -242,10 +243,15 @@ def _last_row(workdir: epath.Path) -> dict[str, Any]:
     return {}
 
 
-def _error(workdir: epath.Path) -> str | None:
-    """The error at the end of `error.txt`, or of that of one of several processes; None without one."""
+def _error(workdir: epath.Path, since: float | None) -> str | None:
+    """The error at the end of `error.txt`, or of that of one of several processes; None without one.
+
+    since: the time from which the owner has had the workdir: older files are of an earlier start.
+    """
     for path in sorted(workdir.glob("error*.txt")):
         with contextlib.suppress(OSError, ValueError):
+            if isinstance(since, (int, float)) and float(path.stat().mtime) < since:
+                continue
             for line in reversed(path.read_text().splitlines()):
                 if error := re.match(r"(?:\w+\.)*(\w+(?:: .*)?)$", line):
                     return error[1]

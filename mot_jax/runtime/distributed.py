@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from mot_jax.config import MeshConfig
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
-from mot_jax.runtime import exit_codes, output
+from mot_jax.runtime import exit_codes, interrupts, output
 from mot_jax.runtime.rendezvous import Process, listed, meet
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; if a process dies, the missing heartbeat ends the others
@@ -298,6 +298,8 @@ class StopRequest:
             return
 
         def on_signal(*_: object) -> None:
+            if number == signal.SIGINT:
+                interrupts.lift_limit()
             signal.signal(number, previous)
             handler()
 
@@ -345,7 +347,8 @@ def stop(code: int) -> NoReturn:
 def end_if_peer_lost(error: Exception, where: str) -> None:
     """End this process with one line if `error` was caused by the loss of another process.
 
-    It ends at once, since waiting for the others would hang; every metrics row and finished checkpoint is on disk.
+    Waiting for the others would hang; every metrics row and finished checkpoint is on disk. If the other process has
+    failed, this one ends with the exit code of that failure.
     """
     words = re.sub("(Error dispatching computation: )+", "", error_words(error))
     signs = r"gloo|heartbeat|coordination"
@@ -355,6 +358,10 @@ def end_if_peer_lost(error: Exception, where: str) -> None:
         signs += r"|closed by peer|unavailable|barrier"
     if _connected and re.search(signs, words, re.I):
         _end_if_peer_failed()
+        # A process that has closed its connections would have published its failure before. One that is still there,
+        # as after a timeout, may be about to do so.
+        if _failing.wait(0 if "closed by peer" in words else _PUBLISH_SECONDS):
+            time.sleep(_PUBLISH_SECONDS)  # `_watch_peers` ends this process before
         advice = "the same command resumes from the last checkpoint"
         print(f"error: another process was lost {where} ({words}); {advice}", file=sys.stderr)
         end_now(exit_codes.RETRYABLE)
@@ -419,6 +426,13 @@ def _watch_peers() -> None:
     """In a thread: end this process when another one has failed, even if it waits in a collective."""
     while not _failing.wait(_WATCH_SECONDS):
         _end_if_peer_failed()
+
+
+def end_all(code: int) -> NoReturn:
+    """End this process with an exit code, whatever its threads do, and then the others with the same code."""
+    if _connected:
+        _end_with_failure(code)
+    end_now(code)
 
 
 def end_now(code: int) -> NoReturn:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 _GRACE_SECONDS = 2.0
+_unlimited = threading.Event()  # the first Ctrl-C has reached a handler that may take longer
 
 
 @contextlib.contextmanager
@@ -19,7 +20,7 @@ def watch(end: Callable[[], None]) -> Iterator[None]:
 
     Python's own handler runs in the main thread, when a call of a library such as XLA's compiler has returned, and an
     exception that it raises in a callback of a library is lost. After the first Ctrl-C, any other handler has as much
-    time as it needs, for example to save a checkpoint. Outside of the main thread, and where Ctrl-C is ignored as in
+    time as it needs, for example to save a checkpoint; one that restores Python's calls `lift_limit` before. Outside of the main thread, and where Ctrl-C is ignored as in
     the background jobs of a shell, nothing is watched.
     """
     if (
@@ -28,6 +29,7 @@ def watch(end: Callable[[], None]) -> Iterator[None]:
     ):
         yield
         return
+    _unlimited.clear()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal at once
@@ -37,6 +39,11 @@ def watch(end: Callable[[], None]) -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(previous)
         os.close(writer)
+
+
+def lift_limit() -> None:
+    """Give the main thread as much time as it needs after the first Ctrl-C, whose handler calls this."""
+    _unlimited.set()
 
 
 def _watch(reader: int, end: Callable[[], None]) -> None:
@@ -52,5 +59,6 @@ def _watch(reader: int, end: Callable[[], None]) -> None:
             count += 1
             if count > 1:
                 return end()
-            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # In this order: a handler may lift the limit and then restore Python's handler between the two.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler and not _unlimited.is_set():
                 deadline = time.monotonic() + _GRACE_SECONDS

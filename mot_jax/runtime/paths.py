@@ -31,7 +31,7 @@ _TRANSIENT = re.compile(
     re.IGNORECASE,
 )
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, quota or limit
 
 
 def is_passing(error: Exception) -> bool:
@@ -100,7 +100,7 @@ def disk_errors(directory: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        words = next((os.strerror(n) for n in _FULL if os.strerror(n) in str(error)), None)
+        words = next((os.strerror(n) for n in FULL if os.strerror(n) in str(error)), None)
         if words is None:
             raise
         raise UserError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +19,7 @@ from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
+from mot_jax.errors import error_words
 from mot_jax.modes import enter, token_choice
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn.sharding import (
@@ -35,6 +36,7 @@ from mot_jax.runs.restore import check_data, load_run
 from mot_jax.runs.scores import Score, check_scores, record_score, score_of
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
+from mot_jax.runtime.paths import is_remote
 from mot_jax.runtime.progress import Advance, progress
 from mot_jax.training.step import make_eval_step
 
@@ -102,7 +104,7 @@ def evaluate_run(
 ) -> list[Score]:
     """Score a checkpoint of the run in `workdir` on a split of its dataset, in each of the inference modes.
 
-    Scores are also recorded in the workdir, if it is writable.
+    Scores are also recorded in the workdir. If it cannot be written, they are returned after a warning.
 
     Args:
         config: that of the run; its mesh and its groups may differ.
@@ -124,7 +126,11 @@ def evaluate_run(
         same |= {f"text of the {split} split": windows.fingerprint}
         companions = load_companions(workdir)
         check_scores(workdir)
-    scores, title = [], f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows"
+    scores, may_record, title = (
+        [],
+        distributed.is_first(),
+        f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows",
+    )
     total = len(modes) * min(len(windows), len(windows) if limit is None else limit)
     with jax.set_mesh(mesh), progress(title, total, quiet=not distributed.is_first()) as advance:
         run = load_run(workdir, mesh, step)
@@ -133,10 +139,20 @@ def evaluate_run(
             evaluate = make_evaluation(changed, mesh, windows, tokenizer, advance)
             result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
             scores.append(score_of(mode, split, config, result))
-            if distributed.is_first():
-                with contextlib.suppress(OSError):  # the run of another user
-                    record_score(workdir, scores[-1])
+            may_record = may_record and _recorded(workdir, scores[-1])
     return scores
+
+
+def _recorded(workdir: epath.PathLike, score: Score) -> bool:
+    """Record a score in the workdir, or print a warning, for example for the run of another user."""
+    try:
+        record_score(workdir, score)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(workdir):  # a store raises errors of its libraries
+            raise
+        print(f"warning: {workdir}/modes.json: scores are not recorded ({error_words(error)})", file=sys.stderr)
+        return False
+    return True
 
 
 _MIXTURE_BYTES = 2**28  # the largest size of the mixtures on one device, unless a single sequence has more

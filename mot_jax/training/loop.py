@@ -85,7 +85,10 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
 
 @contextlib.contextmanager
 def _traceback_in_workdir(run: Run) -> Iterator[None]:
-    """Around the steps: write an error to `error.txt` of the workdir, `error_I.txt` for process I of several."""
+    """Around the steps: write an error to `error.txt` of the workdir, `error_I.txt` for process I of several.
+
+    Nothing is written after another run has taken over the workdir, as far as this process knows: process 0 does.
+    """
     try:
         yield
     except Exception:
@@ -93,7 +96,8 @@ def _traceback_in_workdir(run: Run) -> Iterator[None]:
         about = [time.strftime("%Y-%m-%d %H:%M:%S %Z"), " ".join(sys.argv)]
         about += [f"{package} {version}" for package, version in versions().items()]
         with contextlib.suppress(Exception):  # the disk may be full; the error itself is reported in any case
-            (run.workdir / name).write_text("\n".join([*about, "", traceback.format_exc()]))
+            if not distributed.is_first() or owner.is_owner(run.workdir):
+                (run.workdir / name).write_text("\n".join([*about, "", traceback.format_exc()]))
         raise
 
 

@@ -77,9 +77,26 @@ def test_an_error_of_the_system_is_one_line(monkeypatch, capsys, number, advice)
     assert fails_in_training(monkeypatch, capsys, error) == (exit_codes.USER_ERROR, [line])
 
 
-def test_a_full_quota_is_a_full_disk(monkeypatch, capsys):
-    code, (line,) = fails_in_training(monkeypatch, capsys, OSError(errno.EDQUOT, "Disk quota exceeded"))
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_a_full_quota_is_a_full_disk(monkeypatch, capsys, number):
+    code, (line,) = fails_in_training(monkeypatch, capsys, OSError(number, os.strerror(number)))
     assert code == exit_codes.USER_ERROR and line.startswith("error: no space left on the disk")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/a/b"), "/a/b: Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (ConnectionResetError("closed"), "ConnectionResetError: closed"),
+        (OSError("503 Service Unavailable"), "OSError: 503 Service Unavailable"),
+    ],
+)
+def test_an_error_that_may_pass_is_one_line_and_may_be_tried_again(monkeypatch, capsys, error, reason):
+    line = f"error: {reason}; the same command may succeed later, and resumes a run"
+    assert fails_in_training(monkeypatch, capsys, error) == (exit_codes.RETRYABLE, [line])
+    missing = FileNotFoundError(errno.ENOENT, "", "/connection timed out")  # only its path has such words
+    assert fails_in_training(monkeypatch, capsys, missing)[0] == exit_codes.USER_ERROR
 
 
 def test_the_cause_of_a_librarys_error_is_reported_and_its_context_is_not(monkeypatch, capsys):

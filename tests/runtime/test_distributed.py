@@ -173,6 +173,7 @@ def test_one_of_many_that_fails_alone_ends_at_once(monkeypatch, capsys, error, c
         raise InterruptedError(code)
 
     monkeypatch.setattr(distributed.os, "_exit", end)
+    monkeypatch.setattr(distributed, "_PUBLISH_SECONDS", 0)
     monkeypatch.setattr(distributed, "_all_exiting", False)  # True after a test that stops a run
     with pytest.raises(type(error)), distributed.ending():
         raise error  # a single process: as ever
@@ -457,7 +458,8 @@ def test_what_is_wrong_in_one_process_ends_both_with_the_same_line(experiment, t
 
 
 FAILS = """
-import errno, sys
+import errno, hashlib, os, signal, sys, time
+import jax
 from mot_jax.cli.boundary import boundary
 from mot_jax.config import MeshConfig
 from mot_jax.runtime import distributed
@@ -467,9 +469,23 @@ number, count, failing = map(int, sys.argv[1:4])
 coordinator, place = sys.argv[4:]
 if number == 1:
     distributed._WATCH_SECONDS *= 1.7  # its queries come later than those of the others
-with distributed.ending(), boundary():
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with distributed.ending(), boundary(program=True):
     distributed.connect(Process(number, count, coordinator), MeshConfig(wait_seconds=60))
-    if place == "outside" and number == failing:
+    if place == "interrupted" and number == failing:
+        with distributed.preemption():
+            pid = os.fork()
+            if pid == 0:
+                for _ in range(2):
+                    time.sleep(0.5)
+                    os.kill(os.getppid(), signal.SIGINT)
+                os._exit(0)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2 ** 31 - 1)  # only the thread that watches Ctrl-C runs
+    if place == "after the others":
+        if number != failing:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+        time.sleep(3)
+    if place != "together" and number == failing:
         raise OSError(errno.ENOSPC, "the disk is full")
     with distributed.together():
         if number == failing:
@@ -484,6 +500,8 @@ with distributed.ending(), boundary():
         pytest.param(3, 2, "outside", exit_codes.USER_ERROR, marks=pytest.mark.slow),
         pytest.param(3, 0, "together", 1, marks=pytest.mark.slow),
         (2, 1, "together", 1),
+        pytest.param(2, 1, "after the others", exit_codes.USER_ERROR, marks=pytest.mark.slow),
+        pytest.param(2, 1, "interrupted", exit_codes.INTERRUPTED, marks=pytest.mark.slow),
     ],
 )
 def test_all_processes_end_with_the_exit_code_of_the_one_that_fails(count, failing, place, code):
@@ -494,7 +512,8 @@ def test_all_processes_end_with_the_exit_code_of_the_one_that_fails(count, faili
     processes = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [code] * count, errors
-    assert ("ZeroDivisionError: a bug" if code == 1 else "error: no space left on the disk") in errors[failing]
+    reasons = {1: "ZeroDivisionError: a bug", 2: "error: no space left on the disk", 130: "error: interrupted; "}
+    assert reasons[code] in errors[failing]
     del errors[failing]
     assert all(f"error: process {failing} ended with exit code {code}; its output has" in text for text in errors)
 

@@ -15,8 +15,9 @@ from mot_jax.runtime import exit_codes
 ROOT = Path(__file__).parents[2]
 LINE = "error: interrupted; a training run resumes from its last checkpoint with the same command"
 BEGIN = """
-import hashlib, signal, time
+import hashlib, signal, sys, time
 from mot_jax.cli.boundary import boundary
+from mot_jax.runtime import distributed
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with boundary(program=True, trains=True):
 """
@@ -37,19 +38,31 @@ CALLBACK = """  # as in a library that drops exceptions of its callbacks
             pass
 """
 SAVING = """
-    signal.signal(signal.SIGINT, lambda *_: print("saving", flush=True))
-    print("ready", flush=True)
-    while True:
-        time.sleep(60)
+    sys.setswitchinterval(10)  # the handler has restored Python's before another thread runs
+    with distributed.preemption() as request:
+        print("ready", flush=True)
+        while not request.is_due(1):
+            pass
+        print("saving", flush=True)
+        time.sleep(3)
+        print("saved", flush=True)
+        sys.exit(5)
 """
 
 
 @pytest.mark.parametrize(
-    ("program", "presses"),
-    [(WAITING, 1), (COMPILING, 1), (COMPILING, 2), (CALLBACK, 1), (SAVING, 2)],
-    ids=["waiting", "compiling", "compiling, twice", "callback", "saving, twice"],
+    ("program", "presses", "output", "code", "errors"),
+    [
+        (WAITING, 1, "", exit_codes.INTERRUPTED, [LINE]),
+        (COMPILING, 1, "", exit_codes.INTERRUPTED, [LINE]),
+        (COMPILING, 2, "", exit_codes.INTERRUPTED, [LINE]),
+        (CALLBACK, 1, "", exit_codes.INTERRUPTED, [LINE]),
+        (SAVING, 1, "saved\n", 5, []),
+        (SAVING, 2, "", exit_codes.INTERRUPTED, [LINE]),
+    ],
+    ids=["waiting", "compiling", "compiling, twice", "callback", "saving", "saving, twice"],
 )
-def test_ctrl_c_ends_the_process_with_one_line(program, presses):
+def test_ctrl_c_ends_the_process_with_one_line_unless_it_saves(program, presses, output, code, errors):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", BEGIN + program]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
@@ -61,7 +74,7 @@ def test_ctrl_c_ends_the_process_with_one_line(program, presses):
                 assert process.stdout.readline() == "saving\n"
             if presses == 2:
                 process.send_signal(signal.SIGINT)
-            assert process.wait(30) == exit_codes.INTERRUPTED
-            assert process.stderr.read().splitlines() == [LINE]
+            assert process.wait(30) == code
+            assert (process.stdout.read(), process.stderr.read().splitlines()) == (output, errors)
         finally:
             process.kill()
