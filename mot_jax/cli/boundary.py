@@ -16,8 +16,8 @@ from mot_jax.errors import DivergedError, ReportedError, RetryableError, UserErr
 from mot_jax.runtime import distributed, exit_codes, interrupts, output
 from mot_jax.runtime.paths import FULL, is_passing
 
-# Errors of the operating system, and a remedy for each. Others are a full disk, pass, are bugs, or are handled where they
-# may occur.
+# Errors of the operating system, and a remedy for each. Others are a full disk, passing ones or bugs, or are handled
+# where they may occur.
 _REMEDIES = {
     errno.EACCES: "try a path to which you have access",
     errno.EPERM: "try a path to which you have access",

@@ -61,7 +61,7 @@ def acquire(workdir: epath.Path, processes: int = 1, take_over: bool = False) ->
     current, silent = _this_process(processes), None
     while True:
         with _lock(workdir) as locked:
-            current |= dict.fromkeys(("acquired", "beat"), time.time())  # waiting takes minutes
+            current |= {"beat": time.time()}  # waiting takes minutes
             if _create(workdir / FILE, current):
                 break
             other = read(workdir)

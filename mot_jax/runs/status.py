@@ -174,7 +174,9 @@ def report(workdir: epath.Path) -> dict[str, Any]:
     in_progress = process is not None and gone is None
     if process and in_progress and (status.get("host"), status.get("pid")) != (process.get("host"), process.get("pid")):
         status = {}  # of an earlier start
-    error = None if in_progress else status.get("error") or _error(workdir, (process or {}).get("acquired"))
+    # A process of several may fail shortly before the last sign of life, which is that of process 0.
+    error_since = max(signs, default=0.0) - owner.BEAT_SECONDS
+    error = None if in_progress else status.get("error") or _error(workdir, error_since)
 
     if in_progress:
         state = status.get("state", "starting")
@@ -243,14 +245,14 @@ def _last_row(workdir: epath.Path) -> dict[str, Any]:
     return {}
 
 
-def _error(workdir: epath.Path, since: float | None) -> str | None:
+def _error(workdir: epath.Path, since: float) -> str | None:
     """The error at the end of `error.txt`, or of that of one of several processes; None without one.
 
-    since: the time from which the owner has had the workdir: older files are of an earlier start.
+    since: the time before which the file is of another run: the last owner had a later sign of life.
     """
     for path in sorted(workdir.glob("error*.txt")):
         with contextlib.suppress(OSError, ValueError):
-            if isinstance(since, (int, float)) and float(path.stat().mtime) < since:
+            if float(path.stat().mtime) < since:
                 continue
             for line in reversed(path.read_text().splitlines()):
                 if error := re.match(r"(?:\w+\.)*(\w+(?:: .*)?)$", line):

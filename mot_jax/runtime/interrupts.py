@@ -20,8 +20,8 @@ def watch(end: Callable[[], None]) -> Iterator[None]:
 
     Python's own handler runs in the main thread, when a call of a library such as XLA's compiler has returned, and an
     exception that it raises in a callback of a library is lost. After the first Ctrl-C, any other handler has as much
-    time as it needs, for example to save a checkpoint; one that restores Python's calls `lift_limit` before. Outside of the main thread, and where Ctrl-C is ignored as in
-    the background jobs of a shell, nothing is watched.
+    time as it needs, for example to save a checkpoint; if it restores Python's, it calls `lift_limit` before. Outside
+    of the main thread, and where Ctrl-C is ignored as in the background jobs of a shell, nothing is watched.
     """
     if (
         threading.current_thread() is not threading.main_thread()

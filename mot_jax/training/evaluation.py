@@ -126,11 +126,8 @@ def evaluate_run(
         same |= {f"text of the {split} split": windows.fingerprint}
         companions = load_companions(workdir)
         check_scores(workdir)
-    scores, may_record, title = (
-        [],
-        distributed.is_first(),
-        f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows",
-    )
+    scores, title = [], f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows"
+    may_record = distributed.is_first()
     total = len(modes) * min(len(windows), len(windows) if limit is None else limit)
     with jax.set_mesh(mesh), progress(title, total, quiet=not distributed.is_first()) as advance:
         run = load_run(workdir, mesh, step)

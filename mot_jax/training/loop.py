@@ -87,7 +87,7 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
 def _traceback_in_workdir(run: Run) -> Iterator[None]:
     """Around the steps: write an error to `error.txt` of the workdir, `error_I.txt` for process I of several.
 
-    Nothing is written after another run has taken over the workdir, as far as this process knows: process 0 does.
+    Process 0 writes nothing after another run has taken over the workdir.
     """
     try:
         yield

@@ -201,6 +201,20 @@ def test_a_killed_run(workdir, reports, ended_process):
     assert report["owner"].startswith(f"process {ended_process} of 2 on ")
 
 
+def test_an_error_before_the_last_sign_of_life_is_not_that_of_a_killed_run(workdir, reports, ended_process):
+    """It is of the run from which the killed one has taken over the workdir."""
+    now = time.time()
+    process = owned_by(ended_process, process_start=1, beat=now - 50)
+    write_run(workdir, owner=process, status={"state": "training", "step": 44, "time": now - 40})
+    (workdir / "error.txt").write_text("Traceback (most recent call last):\nValueError: x\n")
+    os.utime(workdir / "error.txt", (now - 200, now - 200))
+    (report,) = reports(workdir)
+    assert (report["state"], report["remark"]) == ("killed", "that process has ended")
+    os.utime(workdir / "error.txt", (now - 30, now - 30))
+    (report,) = reports(workdir)
+    assert (report["state"], report["remark"]) == ("failed", "ValueError: x")
+
+
 def test_the_state_follows_from_all_files(tmp_path, reports, ended_process):
     """Of runs of earlier versions and with damaged files, too."""
     ended = owned_by(ended_process, process_start=1)

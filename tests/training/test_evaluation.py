@@ -147,6 +147,26 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
         moved.rename(companions)
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_scores_that_cannot_be_recorded_are_printed_after_one_warning(run, capsys, monkeypatch, remote):
+    """Stores raise errors of their libraries, local files only those of the system."""
+    _, workdir, _ = run
+    calls = []
+
+    def failing(*arguments: object) -> None:
+        calls.append(arguments)
+        raise Exception("429, slow down") if remote else PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(evaluation, "record_score", failing)
+    monkeypatch.setattr(evaluation, "is_remote", lambda workdir: remote)
+    cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30"])
+    output = capsys.readouterr()
+    assert all(f"\n{name} " in output.out for name in MODES) and len(calls) == 1
+    reason = "Exception: 429, slow down" if remote else "PermissionError: [Errno 13] Permission denied"
+    (warning,) = [line for line in output.err.splitlines() if line.startswith("warning")]
+    assert warning == f"warning: {workdir}/modes.json: scores are not recorded ({reason})"
+
+
 def test_scores_are_compared_on_the_windows_that_most_modes_have(run, tmp_path):
     config, _, _ = run
     (tmp_path / "config.json").write_text(to_json(config))

@@ -21,6 +21,7 @@ from mot_jax.data.order import filled_share
 from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
+from mot_jax.runs import owner
 from mot_jax.runs.metrics import read_rows
 from mot_jax.training import Hook, train
 
@@ -178,3 +179,17 @@ def test_the_traceback_of_an_error_is_in_the_workdir(tiny, tmp_path):
     with pytest.raises(UserError, match="has files, but no run"):
         train(tiny, changed, [BugAt()])
     assert [path.name for path in changed.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_taken_over_writes_no_error_into_the_directory(tiny, tmp_path):
+    class TakenOverAt(Hook):
+        def after_step(self, trainer, metrics):
+            if trainer.step == 2:
+                other = owner.read(trainer.run.workdir) | {"token": "of another process"}
+                (trainer.run.workdir / owner.FILE).write_text(json.dumps(other))
+                owner.check(trainer.run.workdir, now=True)
+
+    with pytest.raises(UserError, match="has taken it over"):
+        train(tiny, tmp_path / "run", [TakenOverAt()])
+    assert not (tmp_path / "run" / "error.txt").exists()
