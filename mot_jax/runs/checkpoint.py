@@ -167,7 +167,7 @@ class Checkpoints:
             advice = f"try another workdir, or move {self._directory} away to begin again"
             raise UserError(*(f"{line}; {advice}" for line in lines))
         self._directory.mkdir(parents=True, exist_ok=True)
-        for path in self._directory.iterdir():
+        for path in self._directory.iterdir() if self._directory.is_dir() else ():  # a store has no empty directories
             if ".orbax-checkpoint-tmp" in path.name or (
                 is_remote(path) and path.name.isdecimal() and not (path / "commit_success.txt").exists()
             ):

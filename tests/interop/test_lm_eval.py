@@ -184,7 +184,7 @@ def test_the_command(directory, model, tmp_path, monkeypatch, capsys):
     assert (results["workdir"], results["mode"], results["step"], results["limit"]) == ("runs/x", "grouped", 0, 2)
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "2.5", "auto4", "auto:many", ""])
+@pytest.mark.parametrize("size", ["0", "-1", "2.5", "auto4", "auto:many"])
 def test_the_command_refuses_other_batch_sizes(size, model, monkeypatch, capsys):
     monkeypatch.setattr(restore, "load_run_config", lambda workdir: model.config)
     monkeypatch.setattr(cli.models, "_model", lambda options, config: pytest.fail("the model is loaded"))

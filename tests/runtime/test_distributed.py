@@ -445,7 +445,7 @@ def errors(record: Path, count: int) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("own", "line"),
     [
-        (["--data.corpus", "summs"], "error: process 1: data.corpus = 'summs': no such corpus"),
+        (["--data.tokenizer", "summs.json"], "error: process 1: data.tokenizer = '"),
         (["--training.seed", "1"], "error: config: must be the same in all processes, and is "),
     ],
 )
