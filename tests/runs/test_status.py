@@ -127,7 +127,7 @@ def test_a_run_that_waits_has_the_cause(tiny, workdir, reports, monkeypatch):
         assert report["remark"] == f"no step for 0:00, waiting for {cause}" and report["seconds_since_step"] >= 0.1
         assert report["owner"].startswith(f"process {os.getpid()} on ")
     assert (in_hook["step"], waiting[-1]["step"]) == (1, 1)  # that of step 2 is fetched after the next
-    assert waiting[-1]["waits"]["data"] > 0.5 and in_hook["waits"]["data"] < 0.5
+    assert waiting[-1]["waits"]["data"] > in_hook["waits"]["data"]
     (report,) = reports(workdir)
     assert (report["state"], report["step"], report["checkpoint"]) == ("stopped", 3, 3)
     assert report["waiting_for"] is report["seconds_left"] is report["owner"] is None

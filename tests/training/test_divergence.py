@@ -197,8 +197,8 @@ def test_a_checkpoint_with_nan_is_refused_by_name(finished, tiny, tmp_path):
         train(config, workdir)
     place = workdir / "checkpoints" / "16"
     assert error.value.faults == (
-        f"workdir = {workdir}: checkpoint {place} has NaN or infinite values, in its parameters {name}; remove "
-        f"{place}, and the one before is used",
+        f"workdir = {workdir}: checkpoint {place} has NaN or infinite values, in its parameters {name}; move "
+        f"{place} away, and the one before is used",
     )
     shutil.rmtree(place)
     assert begin(prepare(config, workdir)).step == 12
