@@ -258,21 +258,18 @@ def verify(arguments: list[str]) -> None:
     from mot_jax.runs import manifest
 
     folder = user_path("WORKDIR", options.workdir) / "checkpoints"
-    results: dict[int, str | None] = {}
-    for step in manifest.committed_steps(folder):
-        problem = manifest.damage(folder / str(step))
-        if step not in manifest.committed_steps(folder):  # a run in progress has removed it since
-            continue
-        results[step] = problem
+    problems = {step: manifest.damage(folder / str(step)) for step in manifest.committed_steps(folder)}
+    present, complete = manifest.committed_steps(folder), manifest.steps_of(folder)
+    problems = {step: problem for step, problem in problems.items() if step in present}  # without those removed since
+    for step, problem in problems.items():
         if problem is None:
             print(f"checkpoint {step}: intact")
-        elif step not in manifest.steps_of(folder):
+        elif step not in complete:
             print(f"checkpoint {step}: does not count: {problem}")
-    if not set(results) & set(manifest.steps_of(folder)):
+    if problems.keys().isdisjoint(complete):
         raise UserError(f"WORKDIR = {options.workdir}: has no complete checkpoint; try the --workdir of a training run")
     if options.json:
-        write_json(options.json, {"workdir": options.workdir, "checkpoints": results})
-    complete = manifest.steps_of(folder)
-    damaged = {step: problem for step, problem in results.items() if problem is not None and step in complete}
+        write_json(options.json, {"workdir": options.workdir, "checkpoints": problems})
+    damaged = {step: problem for step, problem in problems.items() if problem is not None and step in complete}
     if damaged:
         raise UserError(*manifest.left_out_lines(folder, damaged))

@@ -64,16 +64,12 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, next_example: int, config: Config, validation_loss: float | None = None
     ) -> None:
-        """Begin to save; return as soon as the state is copied. The next `save` or `wait` raises the errors of this.
+        """Begin to save; return as soon as the state is copied. `check`, `wait` or the next `save` raises its errors.
 
         validation_loss: that of these parameters, in nats per token, if they were validated.
         """
         self.wait()
-        metadata = {
-            "next_example": next_example,
-            "config": json.loads(to_json(config)),
-            "versions": versions(),
-        }
+        metadata = {"next_example": next_example, "config": json.loads(to_json(config)), "versions": versions()}
         path = self._directory / str(step)
         # A checkpoint of this step is a damaged one, or one without a manifest.
         saving = ocp.save_async(path, state._asdict(), custom_metadata=metadata, overwrite=True)
@@ -197,12 +193,10 @@ class Checkpoints:
         try:
             with by_itself():
                 custom = ocp.metadata(path).custom_metadata
-            if not custom:
-                raise ValueError("its metadata is missing or damaged")
-            saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
-            abstract = abstract_state(config, mesh)._asdict()
-            with by_itself():
-                state = state_of(ocp.load(path, abstract))
+                if not custom:
+                    raise ValueError("its metadata is missing or damaged")
+                saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
+                state = state_of(ocp.load(path, abstract_state(config, mesh)._asdict()))
         except jax.errors.JaxRuntimeError:  # for example a lost process
             raise
         except Exception as error:  # Orbax passes on all errors of the libraries below it

@@ -46,7 +46,7 @@ COUNTERS = ("skipped", "skipped_in_a_row")
 
 
 def state_of(content: dict[str, Any]) -> TrainState:
-    """The state of a checkpoint, from its fields; counters that an earlier version did not save are 0."""
+    """The state of a checkpoint, from its fields; counters that it lacks are 0."""
     sharding = content["step"].sharding
     zeros = {name: spread(np.zeros((), np.int32), sharding) for name in COUNTERS if name not in content}
     return TrainState(**(content | zeros))

@@ -33,8 +33,7 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), t
     """Train a model, or resume the run in `workdir`.
 
     With several processes, each calls this with the same arguments. A SIGTERM or Ctrl-C during the steps saves a
-    checkpoint and raises SystemExit.
-    The traceback of an error is also written to `error.txt` in the workdir.
+    checkpoint and raises SystemExit. The traceback of an error is also written to `error.txt` in the workdir.
 
     Args:
         config: the experiment.

@@ -172,15 +172,20 @@ def test_a_directory_that_was_built_locally_and_copied_to_the_store(
     assert list(by_path) == list(open_corpus("mine", "train", local))
 
 
-def test_an_interrupted_copy_resumes(
-    google: tuple[epath.Path, ObjectStore], source: Path, tmp_path: Path, on_host, monkeypatch
-) -> None:
+def stored_in_parts(directory: epath.Path, source: Path, on_host, monkeypatch) -> ExperimentText:
+    """The text of a corpus that a first host has built and tokenized, in many parts."""
     monkeypatch.setattr(windows, "PART_BYTES", 1000)
     monkeypatch.setattr(pool, "_cores", lambda: 1)
     on_host("first")
-    directory = google[0] / "interrupted"
     build(spec_from_files("mine", [str(source)], "line", validation=0.2), directory / "corpora", 1)
-    whole = open_text(config_of(directory))
+    return open_text(config_of(directory))
+
+
+def test_an_interrupted_copy_resumes(
+    google: tuple[epath.Path, ObjectStore], source: Path, tmp_path: Path, on_host, monkeypatch
+) -> None:
+    directory = google[0] / "interrupted"
+    whole = stored_in_parts(directory, source, on_host, monkeypatch)
     monkeypatch.setattr(windows, "_write_windows", no_work)
     monkeypatch.setattr(stores, "_CONNECTIONS", 1)
     copies, copied = on_host("second"), []
@@ -544,12 +549,8 @@ def test_copies_of_a_replaced_corpus_are_removed(stored: epath.Path, source: Pat
 def test_only_damaged_parts_are_copied_again(
     google: tuple[epath.Path, ObjectStore], source: Path, on_host, monkeypatch
 ) -> None:
-    monkeypatch.setattr(windows, "PART_BYTES", 1000)
-    monkeypatch.setattr(pool, "_cores", lambda: 1)
-    on_host("first")
     directory = google[0] / "damaged-parts"
-    build(spec_from_files("mine", [str(source)], "line", validation=0.2), directory / "corpora", 1)
-    whole = open_text(config_of(directory))
+    whole = stored_in_parts(directory, source, on_host, monkeypatch)
     on_host("second")
     damaged = sorted(directory.glob("windows/*/00001-of-*/documents.npy"))[0]
     content = edit(damaged, flip)
