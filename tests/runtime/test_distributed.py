@@ -512,7 +512,7 @@ def test_all_processes_end_with_the_exit_code_of_the_one_that_fails(count, faili
     processes = [subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) for call in calls]
     errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [code] * count, errors
-    reasons = {1: "ZeroDivisionError: a bug", 2: "error: no space left on the disk", 130: "error: interrupted; "}
+    reasons = {1: "ZeroDivisionError: a bug", 2: "error: no space left on the disk", 130: "error: interrupted\n"}
     assert reasons[code] in errors[failing]
     del errors[failing]
     assert all(f"error: process {failing} ended with exit code {code}; its output has" in text for text in errors)
