@@ -13,6 +13,7 @@ from mot_jax.config.fields import (
     Config,
     DataConfig,
     DenseConfig,
+    FeedForwardConfig,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -197,13 +198,13 @@ def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[s
     if training.upcycle_from is not None and not isinstance(kind, MixtureOfTokensConfig):
         rule = f"requires model.feed_forward of kind mixture_of_tokens, and it is {kind.kind}"
         yield f"training.upcycle_from = {training.upcycle_from!r}: {rule}; try None"
-    if losses.mixing_entropy and not getattr(kind, "mixing", MixingConfig("uniform")).uses_temperature:
+    for name, weight in losses.of_layers().items():
+        if name not in kind.losses:
+            kinds = " or ".join(k.kind for k in typing.get_args(FeedForwardConfig) if name in k.losses)
+            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try 0"
+    if losses.mixing_entropy and isinstance(kind, MixtureOfTokensConfig) and not kind.mixing.uses_temperature:
         rule = "model.feed_forward has no softmax mixing weights"
         yield f"training.losses.mixing_entropy = {losses.mixing_entropy}: {rule}; try 0"
-    if not isinstance(kind, TokenChoiceConfig):
-        for name in ("load_balancing", "router_z"):
-            if weight := getattr(losses, name):
-                yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind token_choice; try 0"
 
 
 def _data_errors(data: DataConfig) -> Iterator[str]:

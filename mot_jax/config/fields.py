@@ -121,7 +121,27 @@ class MixingConfig(_PlainData):
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig(_PlainData):
+class _FeedForwardKind(_PlainData):
+    """Base of the feed-forward kinds: the properties on which batches, losses and inference modes depend.
+
+    losses: the fields of `LossWeights` that weight losses of the kind.
+    """
+
+    kind: ClassVar[str]
+    losses: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def mixed_sequences(self) -> int:
+        """Number of sequences whose tokens are processed together at each position; 1: sequences are independent."""
+        return 1
+
+    def routed_sequences(self, context_length: int) -> int:
+        """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseConfig(_FeedForwardKind):
     """A dense feed-forward layer of width `d_ff`."""
 
     kind: ClassVar[str] = "dense"
@@ -130,10 +150,11 @@ class DenseConfig(_PlainData):
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureOfTokensConfig(_PlainData):
+class MixtureOfTokensConfig(_FeedForwardKind):
     """A Mixture-of-Tokens layer (`docs/paper.md`, section 2)."""
 
     kind: ClassVar[str] = "mixture_of_tokens"
+    losses: ClassVar[tuple[str, ...]] = ("mixing_entropy",)
     group_size: int = 32
     """Group size G: the number of sequences whose tokens at one position are mixed together."""
     num_experts: int = 32
@@ -167,6 +188,10 @@ class MixtureOfTokensConfig(_PlainData):
             return self.expert_dim
         return self.group_size * (d_ff - self.shared_expert_dim) // self.num_experts
 
+    @property
+    def mixed_sequences(self) -> int:
+        return self.group_size if self.mixing.groups == "across" else 1
+
 
 @dataclasses.dataclass(frozen=True)
 class CompanionsConfig(MixtureOfTokensConfig):
@@ -182,12 +207,17 @@ class CompanionsConfig(MixtureOfTokensConfig):
     experts_per_token: int | None = None
     """Number of experts that a token runs, those with its largest weights. None: all experts."""
 
+    @property
+    def mixed_sequences(self) -> int:
+        return 1
+
 
 @dataclasses.dataclass(frozen=True)
-class TokenChoiceConfig(_PlainData):
+class TokenChoiceConfig(_FeedForwardKind):
     """A token-choice (top-k routed) mixture of experts (`docs/paper.md`, section 4)."""
 
     kind: ClassVar[str] = "token_choice"
+    losses: ClassVar[tuple[str, ...]] = ("load_balancing", "router_z")
     num_experts: int = 32
     """Number of experts E."""
     expert_dim: int | None = None
@@ -214,6 +244,9 @@ class TokenChoiceConfig(_PlainData):
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
         return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+    def routed_sequences(self, context_length: int) -> int:
+        return max(1, self.routing_group_tokens // max(context_length, 1))
 
 
 FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
@@ -314,18 +347,17 @@ class ModelConfig(_PlainData):
     @property
     def group_size(self) -> int:
         """Number of sequences that are mixed together: G, or 1 for a model that does not mix across sequences."""
-        kind = self.feed_forward
-        if isinstance(kind, CompanionsConfig) or not isinstance(kind, MixtureOfTokensConfig):
-            return 1
-        return kind.group_size if kind.mixing.groups == "across" else 1
+        return self.feed_forward.mixed_sequences
+
+    @property
+    def has_companions(self) -> bool:
+        """Whether reference sequences can take the place of the other sequences of a group (`modes.companions`)."""
+        return isinstance(self.feed_forward, MixtureOfTokensConfig) and self.group_size > 1
 
     @property
     def sequences_per_routing_group(self) -> int:
         """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
-        kind = self.feed_forward
-        if not isinstance(kind, TokenChoiceConfig):
-            return 1
-        return max(1, kind.routing_group_tokens // max(self.context_length, 1))
+        return self.feed_forward.routed_sequences(self.context_length)
 
 
 @dataclasses.dataclass(frozen=True)

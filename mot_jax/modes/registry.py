@@ -270,12 +270,14 @@ def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | N
 
 
 def default_mode(config: Config) -> tuple[str, str]:
-    """Return the default mode of a trained model, in which no sequence depends on another, and the reason."""
+    """Return the default mode of a trained model and the reason; in it, if possible, no sequence depends on another."""
     if isinstance(config.model.feed_forward, TokenChoiceConfig):
         return "token_choice", "the model was trained in it, and no token is dropped"
-    if config.model.group_size > 1:
+    if config.model.has_companions:
         return "companions", "the model was trained in groups, and this mode keeps the sequences of a batch independent"
-    return "grouped", "the model does not mix sequences"
+    if config.model.group_size > 1:
+        return "grouped", "the model has no mode that keeps the sequences of a batch independent"
+    return "grouped", "no sequence of a batch depends on another"
 
 
 def trained_mode(config: Config) -> str:

@@ -176,7 +176,7 @@ def write_workdir(run: Run) -> None:
             if copy is not None and run.tokenizer.content is not None:
                 replace_file(copy, run.tokenizer.content)
             source = config.training.transition_from
-            if config.model.group_size > 1:
+            if config.model.has_companions:
                 objective = Objective.of(config, run.tokenizer)
                 companions.save_companions(
                     workdir, companions.choose(run.windows, run.order, objective, config.model.group_size)
@@ -194,7 +194,7 @@ def is_outdated(run: Run) -> bool:
     """
     path = run.workdir / "config.json"
     files = [path, run.workdir / "data.json"]
-    if run.config.model.group_size > 1:
+    if run.config.model.has_companions:
         files.append(run.workdir / companions.FILE)
     if (copy := tokenizer_copy(run.workdir, run.config.data.tokenizer)) is not None:
         files.append(copy)
