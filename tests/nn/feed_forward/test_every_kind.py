@@ -59,7 +59,7 @@ class Case:
             position. `group`: those of all sequences of its group up to its position. `order`: the earlier tokens of
             its routing group, sequence after sequence. `sequence`: all of its sequence, which a causal model refuses.
         drops: whether some tokens are dropped: their number is then limited by so small a capacity.
-        slow: whether only the slow suite has this case, for a further variant of a kind.
+        slow: whether only the slow suite has this case: a further variant of a kind, or a kind without experts.
     """
 
     config: FeedForwardConfig
@@ -73,7 +73,7 @@ ROUTED = TokenChoiceConfig(8, None, 2, 8, 0.6, routing_group_tokens=32, controll
 SEPARATE = MixingConfig(emit="softmax", controllers="separate")
 WITHIN = MixingConfig(emit="softmax_over_experts", groups="within")
 CASES = {
-    "dense": Case(DenseConfig(), "past"),
+    "dense": Case(DenseConfig(), "past", slow=True),
     "mixture_of_tokens": Case(dataclasses.replace(MIXTURE, shared_expert_dim=8), "group"),
     "mixture_of_tokens, separate": Case(dataclasses.replace(MIXTURE, mixing=SEPARATE), "group", slow=True),
     "mixture_of_tokens, within": Case(dataclasses.replace(MIXTURE, mixing=WITHIN), "sequence", slow=True),
@@ -140,29 +140,34 @@ def compiled(config: Config):
     return jax.jit(make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps))
 
 
+def place(config: Config, state: TrainState) -> TrainState:
+    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh_of(config))))
+
+
 def train(config: Config, state: TrainState, *batches: Batch) -> tuple[TrainState, dict[str, float]]:
-    """Place the state on the mesh and make a step with each batch: the last state, and the metrics of the last step."""
-    mesh, t = mesh_of(config), config.training
-    rows = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)))
+    """Make a step with each batch: the last state, and the metrics of the last step."""
+    mesh, t, state = mesh_of(config), config.training, place(config, state)
+    sequences = local_sequences(mesh, t.batch_size, t.gradient_accumulation_steps)
     with jax.set_mesh(mesh):
         for batch in batches:
-            part = jax.tree.map(lambda x: x[rows], batch)
-            placed = place_microbatches(mesh, part, t.batch_size, t.gradient_accumulation_steps)
-            state, metrics = compiled(config)(state, placed)
-    return state, {name: float(value) for name, value in metrics.items()}
+            batch = jax.tree.map(lambda x: x[sequences], batch)
+            batch = place_microbatches(mesh, batch, t.batch_size, t.gradient_accumulation_steps)
+            state, metrics = compiled(config)(state, batch)
+    return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
 
 
 @functools.cache
 def first_step(name: str) -> tuple[TrainState, dict[str, float]]:
-    """State and metrics after one step on one device."""
-    state, metrics = train(config_of(name), initial_state(name), batch_of())
-    return jax.device_get(state), metrics
+    return train(config_of(name), initial_state(name), batch_of())
 
 
 @functools.cache
 def trained_state(name: str, steps: int) -> TrainState:
-    return jax.device_get(train(config_of(name), initial_state(name), *map(batch_of, range(steps)))[0])
+    return train(config_of(name), initial_state(name), *map(batch_of, range(steps)))[0]
+
+
+def router_of(state: TrainState) -> Params:
+    return getattr(state, "router", {})
 
 
 # --- dependence on other tokens ---------------------------------------------------------------------------------------
@@ -193,17 +198,18 @@ def forward(model: ModelConfig, params: Params, tokens: jax.Array, step: jax.Arr
 def test_a_token_depends_on_no_token_out_of_its_reach(name):
     """Neither on later tokens, other groups or padding, by a bit; on other sequences only if its case allows it."""
     case, config, tokens = CASES[name], config_of(name), batch_of().inputs
-    params, rng = trained_state(name, 2).params, np.random.default_rng(0)
+    state, rng = trained_state(name, 2), np.random.default_rng(0)
+    params = state.params | router_of(state)
     allowed, mask = allowed_tokens(case, config.group_size), MASK.ravel()
 
     def outputs(step: int, replaced: np.ndarray) -> np.ndarray:
         other = (tokens + rng.integers(1, 256, size=tokens.shape, dtype="int32")) % 256
         return np.asarray(forward(config.model, params, np.where(replaced.reshape(B, S), other, tokens), step)[0])
 
-    depends_on_other_sequences = False
+    drops = depends_on_other_sequences = False
     for step in (0, 10**6):
         expected, metrics = outputs(step, np.zeros_like(mask)), forward(config.model, params, tokens, step)[1]
-        assert (metrics.get("dropped/00", 0) > 0.1) == case.drops
+        drops |= metrics.get("dropped/00", 0) > 0.1
         for token in rng.choice(np.flatnonzero(mask), 12):
             replaced = ~allowed[token]
             unchanged = mask & ~(allowed & replaced).any(axis=1)
@@ -211,6 +217,7 @@ def test_a_token_depends_on_no_token_out_of_its_reach(name):
             np.testing.assert_array_equal(outputs(step, replaced)[unchanged], expected[unchanged])
             others = outputs(step, allowed[token] & (SEQUENCE[token] != SEQUENCE))
             depends_on_other_sequences |= (others[token] != expected[token]).any()
+    assert drops == case.drops
     assert depends_on_other_sequences == (case.reach in ("group", "order"))
 
 
@@ -235,7 +242,7 @@ def test_the_content_of_padding_changes_no_bit_of_a_step(name):
     """Neither of the loss, nor of metrics, gradients or the new state."""
     state, metrics = train(config_of(name), initial_state(name), batch_of(padding=1))
     assert (batch_of(padding=1).inputs != batch_of().inputs).any() and metrics["loss"] > 0
-    chex.assert_trees_all_equal((jax.device_get(state), metrics), first_step(name))
+    chex.assert_trees_all_equal((state, metrics), first_step(name))
 
 
 # --- the training step ------------------------------------------------------------------------------------------------
@@ -251,20 +258,25 @@ def test_microbatches_on_eight_devices_have_the_gradients_of_the_whole_batch_on_
     (state, metrics), (expected, expected_metrics) = train(config, initial_state(name), batch_of()), first_step(name)
     for metric in ("loss", "gradient_rms"):  # those of layers are means of the microbatches' values
         assert metrics[metric] == pytest.approx(expected_metrics[metric], rel=1e-5)
-    gradients, expected_gradients = (optax.tree.get(s.opt_state, "mu") for s in (jax.device_get(state), expected))
+    gradients, expected_gradients = (optax.tree.get(s.opt_state, "mu") for s in (state, expected))
     for parameter, gradient in expected_gradients.items():
         atol = 1e-5 * np.abs(gradient).max()
         np.testing.assert_allclose(gradients[parameter], gradient, rtol=0, atol=atol, err_msg=parameter)
+    chex.assert_trees_all_close(router_of(state), router_of(expected), rtol=1e-5, atol=1e-6)
 
 
 @EVERY_CASE
 def test_a_resumed_run_has_the_same_bits(name, tmp_path):
+    """Four steps without and with an interruption after the second one."""
     config = config_of(name)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(2, trained_state(name, 2), 2 * B, config)
-    restored = Checkpoints(tmp_path).restore(2, config, mesh_of(config)).state
+        checkpoints.save(2, place(config, trained_state(name, 2)), 2 * B, config)
+        checkpoints.wait()
+        restored = checkpoints.restore(2, config, mesh_of(config)).state
     resumed, _ = train(config, restored, batch_of(2), batch_of(3))
-    chex.assert_trees_all_equal(jax.device_get(resumed), trained_state(name, 4))
+    chex.assert_trees_all_equal(resumed, trained_state(name, 4))
+    for before, after in zip(initial_state(name)[1:3], resumed[1:3], strict=True):  # parameters and optimizer
+        assert all((b != a).any() for b, a in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -286,7 +298,7 @@ def extreme_params(params: Params, extreme: str) -> Params:
 
 
 @EVERY_CASE
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
     """A step whose loss or gradient is not finite would be skipped. Metrics have the same keys in every block."""
     config, state = config_of(name, dtype=dtype), initial_state(name)
@@ -294,17 +306,15 @@ def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
         params = state.params if extreme == "none" else extreme_params(state.params, extreme)
         new_state, metrics = train(config, state._replace(params=params), batch_of())
         assert metrics["skipped"] == 0 and metrics["gradient_rms"] > 0, extreme
-        chex.assert_tree_all_finite((jax.device_get(new_state), metrics))
+        chex.assert_tree_all_finite((new_state, metrics))
         blocks = defaultdict(list)
         for key, value in metrics.items():
             metric, _, block = key.partition("/")
             blocks[metric].append(block)
-            minimum, maximum = (
-                (0, 1) if metric == "dropped" or "entropy" in metric else (metric == "load_max", math.inf)
-            )
-            assert minimum - 1e-5 <= value <= maximum + 1e-5, (extreme, key)
-        assert all(keys in ([""], ["00", "01"]) for keys in map(sorted, blocks.values())), blocks
-        assert ("dropped" in blocks) or not CASES[name].drops
+            largest = 1 if metric == "dropped" or "entropy" in metric else math.inf
+            smallest = 1 if metric == "load_max" else 0
+            assert smallest - 1e-5 <= value <= largest + 1e-5, (extreme, key)
+        assert all(numbers in ([""], ["00", "01"]) for numbers in blocks.values()), blocks
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -316,8 +326,9 @@ def test_generation_with_a_cache_has_the_probabilities_of_a_whole_pass(name):
     state, config = trained_state(name, 4), config_of(name)
     mode, rng = default_mode(config)[0], np.random.default_rng(0)
     companions = np.stack([rng.integers(256, size=(config.group_size, S)), np.zeros((config.group_size, S))])
-    config, params = enter(mode, Config(config.model), state.params, int(state.step), companions.astype("int32"))
-    model = LanguageModel(config, jax.tree.map(jnp.asarray, params), ByteTokenizer(), mode, int(state.step))
+    params, step = jax.tree.map(jnp.asarray, state.params | router_of(state)), int(state.step)
+    config, params = enter(mode, Config(config.model), params, step, companions.astype("int32"))
+    model = LanguageModel(config, params, ByteTokenizer(), mode, step)
     # Sequences that depend on each other have the same positions in both, without padding.
     lengths = (8, 7, 5, 8) if model.independent else (8,) * config.group_size
     prompts = [rng.integers(256, size=length, dtype="int32") for length in lengths]
