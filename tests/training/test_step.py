@@ -8,7 +8,6 @@ import math
 import re
 from collections import Counter
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,20 +16,17 @@ import pytest
 from variants import VARIANTS
 
 from mot_jax.config import (
-    CompanionsConfig,
     Config,
     DenseConfig,
     LossWeights,
     MeshConfig,
-    MixingConfig,
-    MixtureOfTokensConfig,
     OptimizerConfig,
     TokenChoiceConfig,
 )
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
-from mot_jax.nn.feed_forward import KINDS, FeedForwardContext
+from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches, place_sequences
 from mot_jax.nn.transformer import Transformer, bind
 from mot_jax.planning import hlo
@@ -109,7 +105,6 @@ MESHES = {
     "data 2 x fsdp 2 x expert 2": MeshConfig(data=2, fsdp=2, expert=2),
     "expert 4 x tensor 2": MeshConfig(data=1, expert=4, tensor=2),
 }
-FAST = "data 2 x fsdp 2 x expert 2"
 
 
 def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -118,9 +113,8 @@ def assert_close(rows: list[dict[str, float]], expected: list[dict[str, float]])
         assert {name: row[name] for name in expected_row} == pytest.approx(expected_row, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(m, id=n, marks=[] if n == FAST else [pytest.mark.slow]) for n, m in MESHES.items()]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     rows, program = run(dataclasses.replace(tiny, mesh=mesh))
     assert_close(rows, one_device)
@@ -247,14 +241,6 @@ def test_the_optimizer_clips_the_whole_gradient():
 
 
 @pytest.mark.slow
-def test_a_dense_model_trains_without_groups(tiny):
-    model = dataclasses.replace(tiny.model, feed_forward=DenseConfig())
-    rows, _ = run(dataclasses.replace(tiny, model=model), 10)
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert not any("entropy" in name for name in rows[0])
-
-
-@pytest.mark.slow
 def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
     """The step's gradient is that of cross-entropy + 0.3 x mean entropy + 0.01 x (log Z)^2; `loss` has the first."""
     weights = LossWeights(mixing_entropy=0.3, head_z=0.01)
@@ -282,6 +268,9 @@ def test_losses_of_the_layers_and_the_head_are_added_by_their_weights(tiny):
 POISON = 255  # a target of the microbatches whose loss or gradient is not finite
 
 
+WITH_ROUTER_STATE = TokenChoiceConfig(8, None, 2, 8, 2.0, 32, 3.0, scores="sigmoid", balance="bias", bias_rate=0.01)
+
+
 def poison_loss(monkeypatch, kind: str) -> None:
     """Make the loss of every microbatch with the target POISON NaN, or its gradient infinite."""
     loss_sum = Transformer.loss_sum
@@ -302,7 +291,7 @@ def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind
     """The run is that in which this update is left out, bit for bit. One bad microbatch of several is enough."""
     poison_loss(monkeypatch, kind)
     training = dataclasses.replace(tiny.training, gradient_accumulation_steps=microbatches)
-    layer = KINDS_WITH_LOSSES["router state"] if microbatches > 1 else tiny.model.feed_forward
+    layer = WITH_ROUTER_STATE if microbatches > 1 else tiny.model.feed_forward
     config = dataclasses.replace(tiny, training=training, model=dataclasses.replace(tiny.model, feed_forward=layer))
     mesh, initial_state, step = compiled_step(config)
     bad, sequences = 2, batches(config, 5, values=128)
@@ -357,56 +346,6 @@ def test_skipping_adds_no_pass_over_the_state(tiny, monkeypatch, optimized, kind
     checked = memory_traffic()
     monkeypatch.setattr(step_module, "_all_finite", lambda *values: jnp.array(True))
     assert 0 <= checked - memory_traffic() < 500
-
-
-# --- losses of microbatches -------------------------------------------------------------------------------------------
-
-ALL_LOSSES = LossWeights(mixing_entropy=1.0, head_z=1.0, load_balancing=1.0, router_z=1.0)
-MIXTURE = MixtureOfTokensConfig(group_size=4, num_experts=8, controller_init_scale=3.0)
-KINDS_WITH_LOSSES = {
-    "dense": DenseConfig(),
-    "token_choice": TokenChoiceConfig(8, None, 2, 8, 2.0, routing_group_tokens=32, controller_init_scale=3.0),
-    "router state": TokenChoiceConfig(8, None, 2, 8, 2.0, 32, 3.0, scores="sigmoid", balance="bias", bias_rate=0.01),
-    "mixture_of_tokens": MIXTURE,
-    "emit over the group": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax", controllers="separate")),
-    "emit over experts": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax_over_experts")),
-}
-
-
-def test_the_losses_of_every_kind_are_tested():
-    kinds = {type(kind) for kind in KINDS_WITH_LOSSES.values()}
-    assert kinds == set(KINDS) - {CompanionsConfig}  # an inference mode, without losses
-    assert LossWeights(**dict.fromkeys(vars(LossWeights()), 1.0)) == ALL_LOSSES
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "router state" else [pytest.mark.slow]) for name in KINDS_WITH_LOSSES],
-)
-def test_losses_are_means_over_the_batch_for_any_number_of_microbatches(tiny, name):
-    """The gradient of all losses is the same with 1 and 4 microbatches, half of whose sequences are short or empty."""
-    mask = np.ones((32, 16), bool)
-    mask[:12, 3:], mask[12:16] = False, False  # the first microbatch has few tokens, the second has less than half
-    tokens = np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32)
-    gradients, rows, routers = [], [], []
-    for microbatches in (1, 4):
-        optimizer = dataclasses.replace(tiny.training.optimizer, clip_norm=1e9)
-        training = dataclasses.replace(
-            tiny.training, losses=ALL_LOSSES, gradient_accumulation_steps=microbatches, optimizer=optimizer
-        )
-        model = dataclasses.replace(tiny.model, feed_forward=KINDS_WITH_LOSSES[name])
-        config = dataclasses.replace(tiny, model=model, training=training)
-        mesh, state, step = compiled_step(config)
-        state, metrics = step(state, place(mesh, config, batch_of(config, tokens, 0, mask)))
-        gradients.append(jax.device_get(optax.tree.get(state.opt_state, "mu")))
-        rows.append(jax.device_get(metrics))
-        routers.append(jax.device_get(state.router))
-    chex.assert_trees_all_equal(*routers)
-    assert bool(routers[0]) == (name == "router state") and all(router.any() for router in routers[0].values())
-    assert rows[1]["gradient_rms"] == pytest.approx(rows[0]["gradient_rms"], rel=1e-5)
-    for parameter, gradient in gradients[0].items():
-        scale = np.abs(gradient).max()
-        np.testing.assert_allclose(gradients[1][parameter], gradient, rtol=0, atol=1e-5 * scale, err_msg=parameter)
 
 
 # --- token choice -----------------------------------------------------------------------------------------------------
@@ -468,37 +407,6 @@ def test_losses_of_token_choice_are_added_by_their_weights(tiny):
     assert float(metrics["loss"]) == pytest.approx(float(nats), rel=1e-5)
     expected = np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)]) ** 2))
     assert float(metrics["gradient_rms"]) == pytest.approx(expected, rel=1e-4)
-
-
-# --- masked language models -------------------------------------------------------------------------------------------
-
-
-def masked(tiny: Config, **mixing) -> Config:
-    kind = dataclasses.replace(tiny.model.feed_forward, mixing=MixingConfig(**mixing))
-    model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, feed_forward=kind)
-    return dataclasses.replace(tiny, model=model)
-
-
-@pytest.mark.parametrize("groups", ["across", pytest.param("within", marks=pytest.mark.slow)])
-def test_the_content_of_padding_changes_nothing(tiny, groups):
-    """Neither the loss of a masked model nor any of its gradients, by a bit: in attention, mixing and loss."""
-    config = masked(tiny, groups=groups)
-    mesh, state, step = compiled_step(config)
-    rng, mask = np.random.default_rng(0), np.ones((32, 16), bool)
-    mask[::3, 6:], mask[5] = False, False
-    tokens = rng.integers(0, 256, (32, 17)).astype(np.int32)
-    real = np.concatenate([mask[:, :1], mask], axis=1)
-    initial_state, results = jax.device_get(state), []
-    for scale in (0, 1):
-        batch = batch_of(
-            config, np.where(real, tokens, scale * rng.integers(0, 256, tokens.shape)).astype("int32"), 0, mask
-        )
-        state, metrics = step(
-            jax.device_put(initial_state, jax.tree.map(lambda leaf: leaf.sharding, state)), place(mesh, config, batch)
-        )
-        results.append(jax.device_get((state, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *results)
-    assert results[0][1]["loss"] > 0
 
 
 # --- every variant ----------------------------------------------------------------------------------------------------
