@@ -190,7 +190,8 @@ def _replaced(config: Config, kind: str) -> Config:
     values["routing_group_tokens"] = config.group_size * model.context_length
     values["shared_expert_dim"] = getattr(old, "shared_expert_dim", 0) or getattr(new, "shared_expert_dim", 0)
     values |= {name: getattr(old, name) for name in _COMMON_FIELDS if hasattr(old, name)}
-    new = dataclasses.replace(new, **{name: value for name, value in values.items() if hasattr(new, name)})
+    fields = {field.name for field in dataclasses.fields(new)}
+    new = dataclasses.replace(new, **{name: value for name, value in values.items() if name in fields})
     # The biases of dense layers: those of a dense model, or of the blocks outside `moe_blocks`.
     if isinstance(new, DenseConfig):
         new, model = DenseConfig(model.dense_bias), dataclasses.replace(model, dense_bias=True)
@@ -258,6 +259,6 @@ def _advice(config: Config, kind: str, by: By) -> str:
 def _can_match(config: Config, kind: str, by: By) -> bool:
     try:
         check(config)
+        return abs(remainder(config, _nearest(config, kind, by), by)) <= TOLERANCE
     except UserError:
         return False
-    return abs(remainder(config, _nearest(config, kind, by), by)) <= TOLERANCE

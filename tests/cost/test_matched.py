@@ -31,6 +31,7 @@ from mot_jax.errors import UserError
 from mot_jax.nn.transformer import init_params
 
 DEMO = load_config(str(Path(__file__).parents[2] / "configs/demo.py"))
+COUNTED = {"dense", "mixture_of_tokens", "token_choice"}  # by `count_by_hand`
 RULES = ("layer_flops", "expert_flops", "parameters")
 
 
@@ -159,15 +160,16 @@ def test_a_config_is_matched_or_the_advice_of_the_error_works(config, kind, by):
     try:
         changed = matched(config, kind, by)
     except UserError as error:
-        (line,) = error.faults
-        if line.startswith(("model.moe_blocks = ()", "training.batch_size = 48: must be a multiple of group size 32")):
-            return
+        line = error.faults[0]
         advice = re.fullmatch(
             rf"model\.(?:d_ff|feed_forward\.expert_dim) = \d+ of kind {kind}: has [\d.]+% (?:more|fewer) .* of the "
             r"config; must be within 2% at a multiple of 8; try (\w[\w.]*) = '?(\w+)'?",
             line,
         )
-        assert advice, line
+        if not advice:  # the rule is one of `check`, or there is no block whose layer is replaced
+            assert re.fullmatch(r"(model|training|data)\.[\w.]+ = .+: .+; try .+", line), line
+            assert not config.model.moe_blocks or kind not in ("dense", "token_choice"), line
+            return
         if advice[1] == "by":
             by = advice[2]
         else:
@@ -180,7 +182,8 @@ def test_a_config_is_matched_or_the_advice_of_the_error_works(config, kind, by):
         assert changed == config
         return
     assert width_of(changed)[1] % 8 == 0
-    assert abs(excess_by_hand(config, changed, by)) <= 0.02
+    if by == "parameters" or {kind, config.model.feed_forward.kind} <= COUNTED:
+        assert abs(excess_by_hand(config, changed, by)) <= 0.02
     sizes = [
         (k.num_experts, k.shared_expert_dim)
         for c in (config, changed)
