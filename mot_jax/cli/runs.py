@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,7 @@ from mot_jax.cli.parsing import (
     Positive,
     PositiveOrNone,
     Workdir,
+    is_target,
     load_run,
     parse,
     parse_with_config,
@@ -64,11 +65,25 @@ class DescribeOptions(JsonOptions):
 
     config: ConfigFile
     """Config file: `FILE.py`, or `FILE.py:VARIANT`; or the directory of a run."""
+    matched: Annotated[Literal["layer_flops", "expert_flops", "parameters"] | None, tyro.conf.arg(metavar="[BY]")] = (
+        None
+    )
+    """Print all feed-forward kinds at equal cost instead: `layer_flops` (also without a value), `expert_flops`, or
+    `parameters` of the model. None: describe the config."""
 
 
 def describe(arguments: list[str]) -> None:
-    """Print the parameters, FLOPs and memory of a config."""
+    """Print the parameters, FLOPs and memory of a config, or all feed-forward kinds at its cost."""
+    arguments = _with_value("--matched", "layer_flops", arguments)
     options, config = parse_with_config("mot describe", DescribeOptions, arguments)
+    if options.matched:
+        from mot_jax.cost import matched
+
+        rows = matched.rows(config, options.matched)
+        matched.show(config, options.matched, rows)
+        if options.json:
+            write_json(options.json, {"config": options.config, "by": options.matched, "kinds": rows})
+        return
     from mot_jax.cost.describe import describe
 
     description = describe(config)
@@ -76,6 +91,15 @@ def describe(arguments: list[str]) -> None:
         print(line)
     if options.json:
         write_json(options.json, description.to_dict())
+
+
+def _with_value(flag: str, value: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with `flag=value` for each `flag` that no value follows."""
+    following = [*arguments[1:], "--"] if arguments else []
+    return [
+        f"{flag}={value}" if argument == flag and (after.startswith("-") or is_target(after)) else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig
 from mot_jax.nn import routing
 
 Number = int | Fraction
+NETWORKS = ("dense FFN", "experts", "shared experts")  # the parts that are feed-forward networks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,14 @@ class FeedForwardCost:
     def flops(self) -> float:
         """FLOPs of the forward pass per token."""
         return sum(part.flops for part in self.parts())
+
+    def executed_flops(self) -> float:
+        """FLOPs that the forward pass executes per token: those of `flops`, unless empty slots are processed too."""
+        return self.flops()
+
+    def expert_flops(self) -> float:
+        """FLOPs of the experts per token, shared ones included, without router and mixing; those of a dense layer."""
+        return sum(part.flops for part in self.parts() if part.summary in NETWORKS)
 
     def recomputed_products(self) -> tuple[str, ...]:
         """Products of the forward pass that the backward pass runs again, without `remat`."""
@@ -256,6 +265,15 @@ class TokenChoiceCost(FeedForwardCost):
             *self._shared(kind.shared_expert_dim),
         )
 
+    def executed_flops(self) -> float:
+        """With a capacity, experts process all their slots, filled or not, and no token that is dropped."""
+        kind, tokens = self.config, self.config.routing_group_tokens
+        if kind.capacity_factor is None:
+            return self.flops()
+        slots = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor) * kind.num_experts
+        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
+        return self.flops() + experts * (slots / (tokens * kind.top_k) - 1)
+
     def recomputed_products(self) -> tuple[str, ...]:
         """Without a capacity the experts' outputs are not saved (`routing.sum_experts`)."""
         return _outputs("experts") if self.config.capacity_factor is None else ()
@@ -296,6 +314,11 @@ def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwar
     """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends."""
     cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
     return cost(kind, model.d_model, model.d_ff, model.gated)
+
+
+def trainable_kinds() -> dict[str, type[FeedForwardCost]]:
+    """The costs of the kinds that train, by the name of the kind."""
+    return {config.kind: cost for config, cost in _COSTS.items()}  # type: ignore[attr-defined]
 
 
 def flop_matched_kinds(group_size: int, num_experts: int, length: int) -> dict[str, FeedForwardConfig]:

@@ -15,6 +15,7 @@ from mot_jax.modes.registry import (
     regrouped,
     token_choice,
     trained_mode,
+    with_kind,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "regrouped",
     "token_choice",
     "trained_mode",
+    "with_kind",
 ]

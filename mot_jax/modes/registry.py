@@ -153,7 +153,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     width = kind.hidden_dim(config.model.d_ff)
     kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)
     kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
-    changed = _with_kind(dataclasses.replace(config, data=data), kind)
+    changed = with_kind(dataclasses.replace(config, data=data), kind)
     check(changed)
     return changed
 
@@ -334,7 +334,7 @@ def _as_mixture_of_tokens(config: Config, option: str) -> Config:
     """
     kind = config.model.feed_forward
     if isinstance(kind, TokenChoiceConfig) and kind.mixture is not None:
-        return _with_whole_groups(_with_kind(config, kind.mixture))
+        return _with_whole_groups(with_kind(config, kind.mixture))
     if not isinstance(kind, MixtureOfTokensConfig):
         raise UserError(f"{option}: must be left out, since the model's layers mix nothing: they are {kind.kind}")
     return config
@@ -347,10 +347,10 @@ def _mixture_of_tokens(config: Config) -> MixtureOfTokensConfig:
 
 
 def _with_layer_fields(config: Config, **changes: object) -> Config:
-    return _with_kind(config, dataclasses.replace(_mixture_of_tokens(config), **changes))  # type: ignore[arg-type]
+    return with_kind(config, dataclasses.replace(_mixture_of_tokens(config), **changes))  # type: ignore[arg-type]
 
 
-def _with_kind(config: Config, kind: FeedForwardConfig) -> Config:
+def with_kind(config: Config, kind: FeedForwardConfig) -> Config:
     """Replace the feed-forward kind, and remove the training options that belong to the old kind."""
     training = config.training
     if type(kind) is not type(config.model.feed_forward):
