@@ -25,6 +25,7 @@ from mot_jax.config import (
     MixingConfig,
     MixtureOfTokensConfig,
     OptimizerConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
 )
 from mot_jax.data.objectives import Batch, Objective
@@ -367,6 +368,7 @@ KINDS_WITH_LOSSES = {
     "dense": DenseConfig(),
     "token_choice": TokenChoiceConfig(8, None, 2, 8, 2.0, routing_group_tokens=32, controller_init_scale=3.0),
     "router state": TokenChoiceConfig(8, None, 2, 8, 2.0, 32, 3.0, scores="sigmoid", balance="bias", bias_rate=0.01),
+    "soft_moe": SoftMoEConfig(8),
     "mixture_of_tokens": MIXTURE,
     "emit over the group": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax", controllers="separate")),
     "emit over experts": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax_over_experts")),
