@@ -13,6 +13,7 @@ from mot_jax.config import (
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
     load_config,
 )
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
     from etils import epath
 
     from mot_jax.inference.language_model import LanguageModel, load
-    from mot_jax.nn.feed_forward import Dense, FeedForwardContext, FeedForwardOutput, MixtureOfTokens, TokenChoice
+    from mot_jax.nn.feed_forward import (
+        Dense,
+        FeedForwardContext,
+        FeedForwardOutput,
+        MixtureOfTokens,
+        SoftMoE,
+        TokenChoice,
+    )
     from mot_jax.nn.transformer import Transformer
     from mot_jax.training import Hook
 
@@ -36,6 +44,8 @@ __all__ = [
     "MixtureOfTokens",
     "MixtureOfTokensConfig",
     "ModelConfig",
+    "SoftMoE",
+    "SoftMoEConfig",
     "TokenChoice",
     "TokenChoiceConfig",
     "Transformer",
@@ -56,6 +66,7 @@ _LAZY = {
     "FeedForwardOutput": "mot_jax.nn.feed_forward",
     "LanguageModel": "mot_jax.inference.language_model",
     "MixtureOfTokens": "mot_jax.nn.feed_forward",
+    "SoftMoE": "mot_jax.nn.feed_forward",
     "TokenChoice": "mot_jax.nn.feed_forward",
     "Transformer": "mot_jax.nn.transformer",
     "load": "mot_jax.inference.language_model",

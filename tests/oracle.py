@@ -272,6 +272,77 @@ class TokenChoice:
         return y.reshape(p["x"].shape), loss, d
 
 
+@dataclasses.dataclass
+class SoftMoE:
+    """Soft MoE, forward and backward, as a loop over sequences."""
+
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float]]:
+        """Return y [B, S, D], the gradients of sum(y dy), and the metrics."""
+        d, y = {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape)
+        width, experts, slots = p["controller"].shape
+        columns = p["controller"].reshape(width, -1)  # slot c belongs to expert c // P
+        units, d_units = columns / np.sqrt((columns**2).sum(axis=0) + 1e-6), np.zeros(columns.shape)
+        dispatch_entropies, combine_entropies, load = [], [], np.zeros(experts)
+        for b, sequence in enumerate(p["x"]):
+            members = np.arange(len(sequence)) if self.mask is None else np.flatnonzero(self.mask[b])
+            if not len(members):
+                continue
+            x, d_update = sequence[members], dy[b, members]
+            x_units = x / np.sqrt((x**2).sum(axis=1, keepdims=True) + 1e-6)
+            cosines = x_units @ units
+            powers = np.exp(p["scale"] * cosines)
+            dispatch, combine = powers / powers.sum(axis=0), powers / powers.sum(axis=1, keepdims=True)
+            if len(members) > 1:
+                dispatch_entropies += [shannon(column) for column in dispatch.T]
+            combine_entropies += [shannon(weights) for weights in combine]
+            load += combine.reshape(len(members), experts, slots).sum(axis=(0, 2))
+            u = dispatch.T @ x
+            d_o, o, du = combine.T @ d_update, np.zeros(u.shape), np.zeros(u.shape)
+            for c in range(len(u)):
+                e = c // slots
+                h, gate = u[c] @ p["w_in"][e], u[c] @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+                o[c] = hidden @ p["w_out"][e]
+                d["w_out"][e] += np.outer(hidden, d_o[c])
+                d_hidden = p["w_out"][e] @ d_o[c]
+                if gate is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(u[c], part)
+                    du[c] += p[name][e] @ part
+            y[b, members] = combine @ o
+            d_dispatch, d_combine = x @ du.T, d_update @ o.T
+            d_logits = dispatch * (d_dispatch - (dispatch * d_dispatch).sum(axis=0))
+            d_logits += combine * (d_combine - (combine * d_combine).sum(axis=1, keepdims=True))
+            d["scale"] += (d_logits * cosines).sum()
+            d_units += p["scale"] * x_units.T @ d_logits
+            d["x"][b, members] += dispatch @ du + unit_gradient(x.T, (p["scale"] * d_logits @ units.T).T).T
+        d["controller"] += unit_gradient(columns, d_units).reshape(p["controller"].shape)
+        if "kernel_in" in p:
+            h = p["x"] @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
+            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
+            d["x"] += d_h @ p["kernel_in"].T
+        metrics = {"load_max": experts * load.max() / load.sum()}
+        metrics |= {"dispatch_entropy": np.mean(dispatch_entropies), "combine_entropy": np.mean(combine_entropies)}
+        return y, d, metrics
+
+
+def unit_gradient(x: np.ndarray, d_unit: np.ndarray) -> np.ndarray:
+    """The gradient of the columns x [D, n], given that of x / sqrt(sum x² + 1e-6)."""
+    norm = np.sqrt((x**2).sum(axis=0) + 1e-6)
+    return d_unit / norm - x * (x * d_unit).sum(axis=0) / norm**3
+
+
 def shannon(weights: np.ndarray) -> float:
     """Entropy divided by that of as many equal weights: 1 is uniform, 0 is one-hot."""
     positive = weights[weights > 0]

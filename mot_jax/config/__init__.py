@@ -16,6 +16,7 @@ from mot_jax.config.fields import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "MixtureOfTokensConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "SoftMoEConfig",
     "TokenChoiceConfig",
     "TrainingConfig",
     "attention_error",

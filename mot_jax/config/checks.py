@@ -18,6 +18,7 @@ from mot_jax.config.fields import (
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
 )
@@ -82,7 +83,7 @@ _LARGEST = 3.4028234e38  # of float32
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
     "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_skipped "
-    "max_to_keep validation_windows top_k routing_group_tokens".split(),
+    "max_to_keep validation_windows top_k routing_group_tokens slots_per_expert".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
@@ -180,6 +181,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _mixture_errors(model, kind)
     if isinstance(kind, TokenChoiceConfig):
         yield from _token_choice_errors(model, kind)
+    if isinstance(kind, SoftMoEConfig):
+        yield from _soft_moe_errors(model, kind)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -294,6 +297,16 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     if width < model.d_ff:
         return None
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
+
+
+def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
+    if model.objective == "causal":
+        yield (
+            "model.feed_forward.kind = 'soft_moe': mixes a token with later tokens of its sequence, which a causal "
+            "model has to predict; must be another kind, or model.objective = 'masked'; try 'mixture_of_tokens'"
+        )
+    if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
+        yield error
 
 
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:

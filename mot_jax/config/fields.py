@@ -139,6 +139,10 @@ class _FeedForwardKind(_PlainData):
         """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
         return 1
 
+    def for_context(self, context_length: int) -> Any:
+        """The config with which the layer of a model of this context length is created."""
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig(_FeedForwardKind):
@@ -257,7 +261,43 @@ class TokenChoiceConfig(_FeedForwardKind):
         return max(1, self.routing_group_tokens // max(context_length, 1))
 
 
-FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig
+@dataclasses.dataclass(frozen=True)
+class SoftMoEConfig(_FeedForwardKind):
+    """A soft mixture of experts (`docs/paper.md`, section 5), for masked models only."""
+
+    kind: ClassVar[str] = "soft_moe"
+    num_experts: int = 32
+    """Number of experts E."""
+    slots_per_expert: int | None = None
+    """Number of slots P of an expert, each an average of the tokens of a sequence.
+    None: the context length / num_experts, rounded, at least 1."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: d_ff - shared_expert_dim, which costs the FLOPs of the dense layer if there are as many slots as tokens."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller, which is then normalized."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else d_ff - self.shared_expert_dim
+
+    def slots(self, context_length: int) -> int:
+        """P: `slots_per_expert` as given, or by the rule for a context length."""
+        if self.slots_per_expert is not None:
+            return self.slots_per_expert
+        return max(1, round(context_length / self.num_experts))
+
+    def for_context(self, context_length: int) -> SoftMoEConfig:
+        return dataclasses.replace(self, slots_per_expert=self.slots(context_length))
+
+
+FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | SoftMoEConfig
 
 
 @dataclasses.dataclass(frozen=True)

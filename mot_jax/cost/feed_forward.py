@@ -6,7 +6,8 @@ A new kind needs one class here; everything else in `mot_jax.cost` reads these c
 FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, activations or gathers. Mixing takes D E
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
-    as if they were processed.
+    as if they were processed. Soft MoE takes D E P for each of controller, dispatch and combine, and E P / S experts
+    per token, S the context length.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -17,7 +18,14 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
-from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
+from mot_jax.config import (
+    DenseConfig,
+    FeedForwardConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    SoftMoEConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.nn import routing
 
 Number = int | Fraction
@@ -80,6 +88,7 @@ class FeedForwardCost:
     d_model: int
     d_ff: int
     gated: bool
+    context_length: int
 
     def parts(self) -> tuple[Part, ...]:
         """The parts in order of execution."""
@@ -303,17 +312,70 @@ class TokenChoiceCost(FeedForwardCost):
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
 
 
+class SoftMoECost(FeedForwardCost):
+    """Controller, dispatch to the E P slots of a sequence, experts, combine."""
+
+    config: SoftMoEConfig
+
+    def _slots(self) -> int:
+        """E P, the number of slots of a sequence."""
+        return self.config.num_experts * self.config.slots(self.context_length)
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, slots = self.config, self._slots()
+        per_token, product = Fraction(slots, self.context_length), self._product(slots)
+        x, sent, weights = Arrays(self.d_model), Arrays(self.d_model * per_token), Arrays(logits=slots)
+        read = x + Arrays(parameters=self.d_model * slots)
+        return (
+            Part(
+                "controller, softmax, dispatch",
+                "mixing",
+                {"controller": product, "dispatch": product},
+                read + weights * 2 + sent,
+                read * 2 + sent + weights * 4,
+            ),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
+            Part("combine", "mixing", {"combine": product}, sent + weights + x, x + (sent + weights) * 2),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def saved(self) -> Arrays:
+        """Both weights too, and the slots before and after the experts, which are internal to the whole layer."""
+        slots = self._slots()
+        return super().saved() + Arrays(2 * self.d_model * Fraction(slots, self.context_length), 2 * slots)
+
+    def final_products(self) -> tuple[str, ...]:
+        return ("combine", *_outputs("shared experts"))
+
+    def active_experts(self, parameters: int) -> int:
+        """P/S: an expert runs P times for a sequence."""
+        return parameters * self.config.slots(self.context_length) // self.context_length
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
+        sizes |= {"expert_dim_F": kind.hidden_dim(self.d_ff), "slots_per_expert_P": kind.slots(self.context_length)}
+        return sizes
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> SoftMoEConfig:
+        """Experts of the dense width, as many as have the parameters of the mixture, and as many slots as tokens."""
+        experts = min(group_size, length)
+        return SoftMoEConfig(experts, max(1, round(length / experts)))
+
+
 _COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
+    SoftMoEConfig: SoftMoECost,
 }
 
 
 def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwardCost:
     """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends."""
     cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
-    return cost(kind, model.d_model, model.d_ff, model.gated)
+    return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length)
 
 
 def trainable_kinds() -> dict[str, type[FeedForwardCost]]:

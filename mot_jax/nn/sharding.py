@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, platform_errors
+from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, SoftMoEConfig, platform_errors
 from mot_jax.errors import UserError
 from mot_jax.runtime.compilation import default_promotion, disable_cache_for_cpu_mesh
 
@@ -70,7 +70,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "kernel_out": ("hidden", "features"),
     "bias_in": ("hidden",),
     "bias_gate": ("hidden",),
-    "controller": ("features", None),
+    "controller": ("features", None),  # of soft_moe, [D, E, P]: E over `fsdp`, so that norms over D are local
     "emit_controller": ("features", None),
     "base_controller": ("features", None),
     "w_in": ("experts", "features", "hidden"),
@@ -178,6 +178,8 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
     if not isinstance(kind, DenseConfig):
         sharded += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
         sharded += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_expert_dim)]
+    if isinstance(kind, SoftMoEConfig):
+        sharded += [("fsdp", fsdp, "model.feed_forward.num_experts", kind.num_experts)]
     for axis, size, name, width in sharded:
         if width % size:
             yield f"mesh.{axis} = {size}: must divide {name} = {width}; try {math.gcd(size, width)}"

@@ -145,7 +145,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     def choose(name: str, shape: tuple[int, ...]) -> optax.GradientTransformation:
         if not _is_matrix(name, len(shape)):
             return adam
-        axes = _AXES.get(name.rpartition("/")[2], ((0,), (1,)))
+        axes = _AXES.get(name.rpartition("/")[2], ((0,), tuple(range(1, len(shape)))))
         muon = optax.contrib.scale_by_muon(
             beta=config.beta1,
             mu_dtype=config.mu_dtype,
@@ -157,8 +157,9 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return _keep(_per_matrix(choose))
 
 
-# The input and output dimensions of matrices that have more than two.
-_AXES = {"query": ((0,), (1, 2)), "key_value": ((0,), (2, 3)), "out": ((0, 1), (2,))}
+# The input and output dimensions of matrices whose only input dimension is not the first, or whose outputs are not the
+# others.
+_AXES = {"key_value": ((0,), (2, 3)), "out": ((0, 1), (2,))}
 
 
 def _per_matrix(choose: Callable[[str, tuple[int, ...]], optax.GradientTransformation]) -> Any:

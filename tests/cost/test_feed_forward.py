@@ -11,6 +11,7 @@ from mot_jax.config import (
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
 )
 from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
@@ -39,6 +40,11 @@ def test_every_kind_has_a_cost():
         (
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
+        (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
+        (
+            SoftMoEConfig(24, shared_expert_dim=32),  # 3 slots an expert, 72 in all for 64 tokens
+            {"mixing": 3 * 2 * 48 * 72, "experts": 4 * 48 * 64 * 72 / 64, "shared experts": 4 * 48 * 32},
         ),
     ],
 )

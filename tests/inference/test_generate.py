@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from tokenizer_files import tokenizer_of
 
-from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, SoftMoEConfig
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference import generate
@@ -296,8 +296,9 @@ def test_bad_options_are_errors_of_one_line(prompts, options, words):
 MASKED = dataclasses.replace(MODEL, objective="masked", vocab_size=258)
 
 
-def test_gaps_are_filled_with_the_likeliest_tokens():
-    lm = language_model(MASKED)
+@pytest.mark.parametrize("kind", [MASKED.feed_forward, SoftMoEConfig(4)], ids=lambda kind: kind.kind)
+def test_gaps_are_filled_with_the_likeliest_tokens(kind):
+    lm = language_model(dataclasses.replace(MASKED, feed_forward=kind))
     texts = [f"impo{GAP}t {GAP}s", f"{GAP}", "de_ f():".replace("_", GAP)]
     tokens, token_mask = np.full((4, 24), 0, np.int32), np.zeros((4, 24), bool)
     for i, text in enumerate(texts):

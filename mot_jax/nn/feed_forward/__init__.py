@@ -13,12 +13,14 @@ from mot_jax.config import (
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
 )
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.nn.feed_forward.soft_moe import SoftMoE
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
 KINDS: dict[type, type[FeedForward]] = {
@@ -26,6 +28,7 @@ KINDS: dict[type, type[FeedForward]] = {
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
+    SoftMoEConfig: SoftMoE,
 }
 
 __all__ = [
@@ -37,6 +40,7 @@ __all__ = [
     "FeedForwardOutput",
     "MixtureOfTokens",
     "RouterState",
+    "SoftMoE",
     "TokenChoice",
     "make_feed_forward",
 ]
@@ -47,7 +51,7 @@ def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rng
     return KINDS[type(kind)](
         model.d_model,
         model.d_ff,
-        kind,
+        kind.for_context(model.context_length),
         activation=model.activation,
         gated=model.gated,
         init=model.init,

@@ -20,7 +20,7 @@ from mot_jax.nn.feed_forward.interface import (
     RouterState,
     activate,
 )
-from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
+from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -111,23 +111,3 @@ class TokenChoice(ExpertFeedForward):
         partial_groups = length % tokens and tokens % length
         partial_groups = partial_groups or batch * length % (tokens * num_shards(DIMENSIONS["sequences"]))
         return length if partial_groups and self.config.capacity_factor is None else tokens
-
-    def _expert_parameters(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        return self.w_in[...], self.w_out[...], None if self.w_gate is None else self.w_gate[...]
-
-    def _apply_to_slots(self, u: jax.Array) -> jax.Array:
-        """Apply each expert to its slots, [N, C, E, D] -> [N, C, E, D].
-
-        Takes one all-to-all along the mesh axis `expert` before the experts, and one after them.
-        """
-        w_in, w_out, w_gate = self._expert_parameters()
-        groups = axes_of(u)[0]
-        u = reshard(u, tuple(axis for axis in groups if axis not in DIMENSIONS["experts"]), None, "experts", None)
-        gate = None if w_gate is None else product("nced,edf->ncef", u, w_gate)
-        hidden = activate(self.activation, product("nced,edf->ncef", u, w_in), gate)
-        local_groups, _, experts, width = axes_of(hidden)
-        slots = (
-            () if hidden.shape[1] % num_shards(width) else width
-        )  # devices that share F each sum a part of the slots
-        o = product("ncef,efd->nced", hidden, w_out, spec(local_groups, slots, experts, None))
-        return reshard(o, groups, None, None, None)

@@ -31,6 +31,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
     check,
@@ -81,6 +82,7 @@ CASES = {
     "token_choice, bias": Case(
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
     ),
+    "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
 
