@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -23,7 +24,7 @@ from mot_jax.runs import manifest
 from mot_jax.runs.state import TrainState, abstract_state, state_of
 from mot_jax.runs.stores import by_itself, first_cause, orbax_path, quieten, unreadable
 from mot_jax.runtime import distributed
-from mot_jax.runtime.paths import is_passing, is_remote
+from mot_jax.runtime.paths import FULL, is_passing, is_remote
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -109,15 +110,24 @@ class Checkpoints:
             raise
         except Exception as error:
             cause = first_cause(error)
-            if isinstance(cause, manifest.DamageError) or is_passing(cause):
-                words = f"{path}: could not be saved ({error_words(cause)})"
-                raise RetryableError(f"{words}; the same command resumes from the checkpoint before") from error
+            passing = isinstance(cause, manifest.DamageError) or is_passing(cause)
+            if passing or (isinstance(cause, OSError) and cause.errno is not None and cause.errno not in FULL):
+                words = f"{path}: could not be saved ({error_words(cause)}); {self._resumption()}"
+                raise (RetryableError if passing else UserError)(words) from error
             raise
         if distributed.is_first():
             try:
                 self._remove_expired(int(path.name))
             except Exception as error:  # of no harm to the run; the next save tries again
                 print(f"warning: {path.parent}: cannot remove old checkpoints ({error_words(error)})", file=sys.stderr)
+
+    def _resumption(self) -> str:
+        """A clause that names the last checkpoint, after a save has failed."""
+        steps: list[int] = []
+        with contextlib.suppress(OSError):  # of a directory that cannot be read either
+            steps = manifest.steps_of(self._directory)
+        last = f"resumes from its last checkpoint, {self._directory / str(steps[-1])}" if steps else "begins again"
+        return f"the same command {last}"
 
     def _remove_expired(self, newest: int) -> None:
         """Remove the checkpoints that `CheckpointConfig` does not retain, now that `newest` is complete."""

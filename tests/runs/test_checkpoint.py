@@ -267,14 +267,15 @@ def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4.left-out-1", "8", "12"}
 
 
-def test_a_save_on_a_disk_that_does_not_respond_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch):
-    """With an error that allows a restart, and at once: the steps until the next save would be lost too."""
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, RetryableError), (errno.EACCES, UserError)])
+def test_a_save_that_fails_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch, number, kind):
+    """At once, since the steps until the next save would be lost too. The last checkpoint is named."""
     write, failed, steps = manifest.write, threading.Event(), []
 
     def failing(path: epath.Path, *rest: object) -> None:
         if path.name == "8":
             failed.set()
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
         write(path, *rest)
 
     class Wait(Hook):
@@ -284,10 +285,23 @@ def test_a_save_on_a_disk_that_does_not_respond_ends_the_run_at_the_next_step(ti
                 assert failed.wait(60)
 
     monkeypatch.setattr(manifest, "write", failing)
-    with pytest.raises(RetryableError, match=r"checkpoints/8: could not be saved \(.*Input/output error\); the same"):
+    with pytest.raises(kind) as raised:
         train(tiny, tmp_path, [Wait()])
+    reason = f"could not be saved ({type(OSError(number, '')).__name__}: [Errno {number}] {os.strerror(number)})"
+    resumption = f"the same command resumes from its last checkpoint, {tmp_path}/checkpoints/4"
+    assert raised.value.faults == (f"{tmp_path}/checkpoints/8: {reason}; {resumption}",)
     assert steps[-1] < 12
     assert load_run(tmp_path).step == 4
+
+
+def test_a_first_save_that_fails_leaves_nothing_to_resume(tiny, state, tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(manifest, "write", failing)
+    with pytest.raises(UserError, match=r"4: could not be saved \(.*Read-only.*\); the same command begins again$"):
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            checkpoints.save(4, state, 128, tiny)
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(finished, tiny, tmp_path, monkeypatch, capfd):
