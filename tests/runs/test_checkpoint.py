@@ -299,9 +299,10 @@ def test_a_first_save_that_fails_leaves_nothing_to_resume(tiny, state, tmp_path,
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(manifest, "write", failing)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(4, state, 128, tiny)
     with pytest.raises(UserError, match=r"4: could not be saved \(.*Read-only.*\); the same command begins again$"):
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            checkpoints.save(4, state, 128, tiny)
+        checkpoints.wait()
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(finished, tiny, tmp_path, monkeypatch, capfd):
