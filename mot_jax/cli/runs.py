@@ -9,6 +9,7 @@ import sys
 from typing import Annotated
 
 import tyro
+from etils import epath
 
 from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
 from mot_jax.cli.parsing import (
@@ -245,11 +246,14 @@ def inspect(arguments: list[str]) -> None:
 class VerifyOptions(JsonOptions):
     """Read all files of all checkpoints of a run, and compare them with the checksums that were saved with them.
 
-    The exit code is 2 if a checkpoint is damaged. Nothing is written.
+    The exit code is 2 if a checkpoint is damaged. Nothing is written without `--adopt`.
     """
 
     workdir: Workdir
     """Directory of a run."""
+    adopt: Flag = False
+    """First write the checksums of each checkpoint that has none (no manifest), if all its arrays can be read into the
+    memory of this machine. Earlier damage to their values is not found."""
 
 
 def verify(arguments: list[str]) -> None:
@@ -258,6 +262,8 @@ def verify(arguments: list[str]) -> None:
     from mot_jax.runs import manifest
 
     folder = user_path("WORKDIR", options.workdir) / "checkpoints"
+    if options.adopt:
+        _adopt(folder)
     problems = {step: manifest.damage(folder / str(step)) for step in manifest.committed_steps(folder)}
     present, complete = manifest.committed_steps(folder), manifest.steps_of(folder)
     problems = {step: problem for step, problem in problems.items() if step in present}  # without those removed since
@@ -273,3 +279,22 @@ def verify(arguments: list[str]) -> None:
     damaged = {step: problem for step, problem in problems.items() if problem is not None and step in complete}
     if damaged:
         raise UserError(*manifest.left_out_lines(folder, damaged))
+
+
+def _adopt(folder: epath.Path) -> None:
+    """Write the manifests of checkpoints without one. One that cannot be read is reported, and not changed."""
+    from mot_jax.runs import manifest, owner
+    from mot_jax.runs.checkpoint import adopt
+
+    steps = set(manifest.committed_steps(folder)) - set(manifest.steps_of(folder))
+    if not steps:
+        return
+    owner.acquire(folder.parent)
+    try:
+        for step in sorted(steps):
+            try:
+                adopt(folder / str(step))
+            except UserError as error:
+                print(f"checkpoint {step}: is not adopted: {error}")
+    finally:
+        owner.release(folder.parent)

@@ -152,7 +152,7 @@ class Checkpoints:
         except manifest.DamageError:
             return None
 
-    def tidy(self, start: int, left_out: dict[int, str]) -> None:
+    def tidy(self, start: int, left_out: dict[int, str], first_save: bool = False) -> None:
         """Prepare the directory for saves: create it, and remove the remains of interrupted ones. Process 0 calls this.
 
         Checkpoints that are left out are renamed on a file system, and lose their manifest on an object store, so that
@@ -161,15 +161,16 @@ class Checkpoints:
         Args:
             start: the step of the checkpoint in which the run resumes; 0 for none.
             left_out: why newer checkpoints are left out, by step, as `newest_intact` returns them.
+            first_save: whether the run may begin again if a checkpoint without a manifest is the only one.
 
         Raises:
-            UserError: if all checkpoints are left out, unless one save that was interrupted is the only one; or if one
-                is of a newer format and cannot be renamed.
+            UserError: if all checkpoints are left out and the run may not begin again; or if one is of a newer format
+                and cannot be renamed.
         """
         paths = {step: self._directory / str(step) for step in left_out}
         lines = manifest.left_out_lines(self._directory, left_out)
         one_interrupted = len(left_out) == 1 and not any((path / manifest.FILE).exists() for path in paths.values())
-        if left_out and not start and not one_interrupted:
+        if left_out and not start and not (one_interrupted and first_save):
             advice = f"try another workdir, or move {self._directory} away to begin again"
             raise UserError(*(f"{line}; {advice}" for line in lines))
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -223,6 +224,23 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def adopt(checkpoint: epath.Path) -> None:
+    """Write the manifest of a checkpoint that has none, after reading all its arrays into the memory of this process.
+
+    Raises UserError or RetryableError if they cannot be read.
+    """
+    quieten()
+    checkpoint, device = orbax_path(checkpoint), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        with by_itself():
+            leaves = ocp.metadata(checkpoint).metadata
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), leaves)
+            jax.block_until_ready(ocp.load(checkpoint, abstract))
+    except Exception as error:  # Orbax passes on all errors of the libraries below it
+        raise unreadable(checkpoint, error, "cannot be read") from error
+    manifest.write(checkpoint, f"manifest/{next(_saves)}")
 
 
 def versions() -> dict[str, str]:

@@ -180,7 +180,8 @@ def read(checkpoint: epath.Path) -> Manifest:
             raise ValueError("other content than was written")
         files = {name: (size, words) for name, (size, words) in content["files"].items()}
     except FileNotFoundError:
-        raise DamageError(f"{FILE} is missing: it is being saved, or its save was interrupted") from None
+        reason = "its save is in progress or was interrupted, or an earlier mot_jax saved it"
+        raise DamageError(f"{FILE} is missing: {reason}; `mot verify --adopt` writes one") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{FILE} is damaged ({error_words(error)})") from None
     return Manifest(content["validation_loss"], files)

@@ -133,7 +133,7 @@ def test_a_step_without_manifest_is_no_checkpoint(saved, tmp_path, capsys):
     (workdir / "checkpoints" / "12").mkdir()
     assert load_run(workdir).step == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert "its checkpoint 8 is left out: manifest.json is missing: it is being saved, or its save was" in line
+    assert "its checkpoint 8 is left out: manifest.json is missing: its save is in progress or was" in line
     cli.main(["verify", str(workdir)])
     assert "checkpoint 8: does not count: manifest.json is missing" in capsys.readouterr().out
 
@@ -255,6 +255,48 @@ def test_a_run_without_manifests_is_refused_and_keeps_its_rows(tiny, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint 12 is left out"):
         load_run(workdir)
     assert numbers(workdir) == rows
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "has_result"),
+    [(12, 12, True), (12, 8, False), (4, 4, False)],
+    ids=["a result", "a later save", "rows beyond the next save"],
+)
+def test_a_run_with_more_than_its_first_save_is_not_begun_again_but_adopted(
+    finished, tiny, tmp_path, capsys, step, every, has_result
+):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    (workdir / "checkpoints" / "8").rename(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "checkpoints" / ("4" if step == 12 else "12"))
+    (workdir / "checkpoints" / str(step) / "manifest.json").unlink()
+    if not has_result:
+        (workdir / "result.json").unlink()
+    config = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, checkpoint_every=every))
+    (workdir / "config.json").write_text(to_json(config))
+    before = {path: path.read_bytes() for path in files(workdir)}
+    with pytest.raises(UserError, match=rf"checkpoint {step} is left out: .* `mot verify --adopt` writes one; .* move"):
+        train(config, workdir)
+    assert {path: path.read_bytes() for path in files(workdir)} == before
+
+    cli.main(["verify", "--adopt", str(workdir)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"checkpoint {step}: intact"
+    adopted = {path: path.read_bytes() for path in files(workdir)}
+    assert adopted.pop(workdir / "checkpoints" / str(step) / "manifest.json") and adopted == before
+    assert load_run(workdir).step == step
+    if has_result:
+        train(config, workdir)
+        assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_adopted(saved, tmp_path, capsys):
+    workdir = Path(shutil.copytree(saved, tmp_path / "run"))
+    for step in (4, 8):
+        (workdir / "checkpoints" / str(step) / "manifest.json").unlink()
+    truncate(workdir / "checkpoints" / "4" / "state" / "_METADATA")
+    cli.main(["verify", "--adopt", str(workdir)])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("checkpoint 4: is not adopted: ") and rest[-1] == "checkpoint 8: intact"
+    assert [path.parent.name for path in workdir.glob("checkpoints/*/manifest.json")] == ["8"]
 
 
 def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp_path, capsys):
