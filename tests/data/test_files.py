@@ -192,7 +192,9 @@ def test_damage_at_the_beginning_of_a_later_stream_is_counted(suffix: str, tmp_p
     damaged[len(streams[0]) + 1] ^= 1
     path.write_bytes(damaged)
     documents_read, skipped = read(path)
-    assert [text for _, text in documents_read] == [b"0"] and skipped == Counter(damaged_files=1)
+    # Of zstd, the last buffer before damage is lost.
+    assert [text for _, text in documents_read] == ([] if suffix == "zst" else [b"0"])
+    assert skipped == Counter(damaged_files=1)
 
 
 def test_a_damaged_page_of_parquet_is_counted(tmp_path: Path) -> None:
