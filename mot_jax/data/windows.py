@@ -153,7 +153,7 @@ def _read_documents(path: Path, info: dict[str, Any]) -> np.ndarray:
     if info.get("documents_file_crc32", crc := _crc32(path)) != crc:
         raise ValueError("its checksum is another one")
     try:
-        documents: np.ndarray = np.load(path, mmap_mode="r")
+        documents: Any = np.load(path, mmap_mode="r")
     except Exception as error:  # of NumPy's parser of the header
         raise ValueError(error_words(error)) from error
     if info.get("documents_crc32", crc := zlib.crc32(documents)) != crc:  # of windows from before the other checksum
