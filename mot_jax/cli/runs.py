@@ -269,7 +269,7 @@ def verify(arguments: list[str]) -> None:
     problems = {step: problem for step, problem in problems.items() if step in present}  # without those removed since
     for step, problem in problems.items():
         if problem is None:
-            print(f"checkpoint {step}: intact")
+            print(f"checkpoint {step}: intact{manifest.read(folder / str(step)).remark()}")
         elif step not in complete:
             print(f"checkpoint {step}: does not count: {problem}")
     if problems.keys().isdisjoint(complete):

@@ -376,10 +376,42 @@ def test_the_tag_of_an_object_uploaded_in_parts_is_no_checksum(saved, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     md5 = hashlib.md5(b"content").hexdigest()
-    for before, now in ((f"etag:{md5}-2", "etag:1"), ("etag:1", f"etag:{md5}-2"), (f"etag:{md5}", "etag:1")):
+    for before, now in ((f"etag:{md5}-2", "etag:1"), ("etag:1", f"etag:{md5}-2"), (f"md5:{md5}", "etag:1")):
         manifest._compare(epath.Path(path), "file", (7, before), (7, now))
     with pytest.raises(manifest.DamageError, match="other content"):
         manifest._compare(epath.Path(path), "file", (7, "etag:2"), (7, "etag:1"))
+    with pytest.raises(manifest.DamageError, match="other content"):
+        manifest._compare(epath.Path(path), "file", (7, f"md5:{'0' * 32}"), (7, f"etag:{md5}-2"))
+
+
+@pytest.mark.parametrize("form", ['etag:"{}"', "md5:{}"])  # the first is that of manifests until November 2026
+def test_a_local_copy_of_a_run_on_s3_is_compared_by_the_md5_that_its_tags_are(saved, tmp_path, capsys, form):
+    workdir = Path(shutil.copytree(saved, tmp_path / "run"))
+    checkpoint = workdir / "checkpoints" / "8"
+
+    def write_manifest(forms: dict[str, str]) -> None:
+        content = json.loads((saved / "checkpoints" / "8" / "manifest.json").read_text())
+        del content["checksum"]
+        for name in content["files"]:
+            md5 = hashlib.md5((checkpoint / name).read_bytes()).hexdigest()
+            content["files"][name][1] = forms.get(name, form).format(md5)
+        (checkpoint / "manifest.json").write_text(manifest._encode(content))
+
+    write_manifest({})
+    cli.main(["verify", str(workdir)])
+    assert capsys.readouterr().out.splitlines()[-1] == "checkpoint 8: intact"
+    largest = max(files(checkpoint), key=lambda path: path.stat().st_size)
+    name = largest.relative_to(checkpoint).as_posix()
+    flip_bit(largest, 999)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["verify", str(workdir)])
+    assert f"checkpoint 8 is left out: {name} has other content than was written" in capsys.readouterr().err
+    write_manifest({name: 'etag:"{}-2"'})
+    cli.main(["verify", str(workdir)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("checkpoint 8: intact; of 1 of ") and line.endswith(
+        "only sizes, and tags on S3, could be compared"
+    )
 
 
 def test_the_first_checkpoint_after_a_multiple_is_retained_if_that_of_the_multiple_was_postponed(tiny, state, tmp_path):

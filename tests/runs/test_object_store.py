@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 
 import gcsfs.retry
@@ -21,8 +22,8 @@ from mot_jax.inference.sample import SampleHook
 from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
 from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs import manifest, owner, status
 from mot_jax.runs import metrics as log
-from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import abstract_state, create_state
@@ -176,6 +177,9 @@ def test_only_complete_checkpoints_count(bucket, tiny):
     for path in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"):  # of a save that was killed
         content = (workdir / "checkpoints" / "8" / path).read_bytes()
         (workdir / "checkpoints" / "12" / path).write_bytes(content)
+    content = manifest.read(workdir / "checkpoints" / "8")
+    for name, (_, checksum) in content.files.items():
+        assert checksum == f"md5:{hashlib.md5((workdir / 'checkpoints' / '8' / name).read_bytes()).hexdigest()}"
     run = load_run(workdir)
     assert run.step == 8
     for name, value in run.params.items():
