@@ -205,9 +205,10 @@ def curves(arguments: list[str]) -> None:
     options = parse("mot curves", CurvesOptions, arguments)
     from mot_jax.runs import metrics
 
-    workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
-    runs = {path.name: metrics.read_rows(path) for path in workdirs}
-    for path, rows in zip(options.workdirs, runs.values(), strict=True):
+    workdirs = list(dict.fromkeys(user_path("WORKDIR", path) for path in options.workdirs))
+    names, runs = [path.name for path in workdirs], {}
+    for path, name in zip(workdirs, names, strict=True):
+        rows = runs[name if names.count(name) == 1 else str(path)] = metrics.read_rows(path)
         if not rows:
             raise UserError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
     try:

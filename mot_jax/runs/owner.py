@@ -180,9 +180,9 @@ class _Ownership:
                     _write(self.workdir, self._owner | {"beat": time.time()})
 
     def is_owner(self) -> bool:
-        """Read the file. A missing one has been removed by a successor that has ended."""
+        """Read the file. A missing one has been removed by a successor that has ended; a damaged one is of none."""
         owner = read(self.workdir)
-        if owner is not None and owner.get("token") == self._owner["token"]:
+        if owner == {} or (owner is not None and owner["token"] == self._owner["token"]):
             return True
         self.successor = owner or {}
         return False
