@@ -84,7 +84,11 @@ def _amazon(patch: pytest.MonkeyPatch) -> tuple[None, Callable[[], None]]:
 
 
 class ObjectStore(ThreadingHTTPServer):
-    """One bucket. objects: its contents by name. refused: the requests that no object store answers."""
+    """One bucket.
+
+    objects: its contents by name. refused: the requests that no object store answers. unavailable: a part of the names
+    that cannot be read or listed now, with status 503; None for none.
+    """
 
     daemon_threads = True
 
@@ -94,6 +98,7 @@ class ObjectStore(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.refused: list[str] = []
+        self.unavailable: str | None = None
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -139,7 +144,9 @@ class _Requests(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         store, (parts, query) = self.server, self._target()
-        if parts == ["b", BUCKET]:
+        if store.unavailable is not None and store.unavailable in "/".join([*parts, query.get("prefix", "")]):
+            self._answer(503, {"error": {"code": 503, "message": "backendError"}})
+        elif parts == ["b", BUCKET]:
             self._answer(200, {"kind": "storage#bucket", "name": BUCKET, "id": BUCKET})
         elif parts == ["b", BUCKET, "o"]:
             self._answer(200, self._listing(query))

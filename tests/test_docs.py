@@ -1,8 +1,10 @@
-"""The Python of README.md and docs/layer.md runs unchanged, and its three layers agree."""
+"""The Python of README.md and docs/layer.md runs unchanged, its three layers agree, and shell commands are found."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -95,6 +97,41 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
         "configs/v1.py:dense",
         *(f"configs/v2.py:{variant}" for variant in variants_of(ROOT / "configs" / "v2.py")),
     }
+
+
+STUB = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$LOG"
+"""
+# Of `python3 -m venv .venv`: the commands that the installation adds are on the PATH only after the activation.
+VENV = """#!/bin/sh
+test "$*" = "-m venv .venv" || exit 1
+mkdir -p .venv/bin
+echo 'PATH=$PWD/.venv/bin:$PATH' > .venv/bin/activate
+for name in python pip mot tfds pre-commit; do cp stub .venv/bin/$name; done
+"""
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_commands_are_found_in_the_order_in_which_they_are_printed(tmp_path, name):
+    """In a new shell without `mot`; a page of docs/ comes after the first block of the README."""
+    commands = re.findall(r"^```bash\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+    if name.startswith("docs"):
+        commands = re.findall(r"^```bash\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)[:1] + commands
+    system = tmp_path / "system"
+    system.mkdir()
+    for tool in ("sh", "mkdir", "cp", "basename", "test"):
+        (system / tool).symlink_to(shutil.which(tool))
+    for tool, text in {"python3": VENV, "srun": STUB, "gcloud": STUB, "../stub": STUB}.items():
+        (system / tool).write_text(text)
+        (system / tool).chmod(0o755)
+    env = {"PATH": str(system), "HOME": str(tmp_path), "LOG": str(tmp_path / "log")}
+    shell = [shutil.which("bash"), "-e", "-o", "pipefail", "-c", "".join(commands)]
+    result = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    calls = (tmp_path / "log").read_text()
+    assert calls.startswith("pip install ")
+    for config in re.findall(r"\bconfigs/[\w/]+\.py", calls):
+        assert (ROOT / config).exists(), config
 
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *ROOT.glob("docs/**/*.md")]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from mot_jax.errors import DivergedError, ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime import distributed, exit_codes, interrupts, output
-from mot_jax.runtime.paths import FULL, is_passing
+from mot_jax.runtime.paths import FULL, is_passing, is_store_error
 
 # Errors of the operating system, and a remedy for each. Others are a full disk, passing ones or bugs, or are handled
 # where they may occur.
@@ -88,7 +88,7 @@ def _exit(lines: Iterable[str], code: int, debug: bool, program: bool) -> NoRetu
 
 
 def _system_error(error: Exception) -> ReportedError | None:
-    """An error of the operating system in one line; None for other errors.
+    """An error of the operating system or of an object store in one line; None for other errors.
 
     A full disk is recognized wherever it is the cause: libraries raise errors of their own, some with only its text.
     """
@@ -97,13 +97,16 @@ def _system_error(error: Exception) -> ReportedError | None:
         return UserError(f"no space left on the disk ({error_words(error)}); {advice}")
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError):
-            path = "" if cause.filename is None else f"{_printable(cause.filename)}: "
-            if cause.errno in _REMEDIES:
-                return UserError(f"{path}{os.strerror(cause.errno)}; {_REMEDIES[cause.errno]}")
+        if isinstance(cause, OSError) or (isinstance(cause, Exception) and is_store_error(cause)):
+            filename, number = getattr(cause, "filename", None), getattr(cause, "errno", None)
+            path = "" if filename is None else f"{_printable(filename)}: "
+            if number in _REMEDIES:
+                return UserError(f"{path}{os.strerror(number)}; {_REMEDIES[number]}")
             if is_passing(cause):
-                reason = cause.strerror or error_words(cause)
+                reason = getattr(cause, "strerror", None) or error_words(cause)
                 return RetryableError(f"{path}{reason}; the same command may succeed later, and resumes a run")
+            if is_store_error(cause):
+                return UserError(f"an object store refuses ({error_words(cause)}); try a bucket that you may access")
         cause = cause.__cause__  # not __context__: a bug in the handler of such an error is a bug
     return None
 

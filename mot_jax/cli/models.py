@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
+from mot_jax.cli.options import JsonOptions, ProcessOptions, check_json, process, write_json
 from mot_jax.cli.parsing import (
     AtLeast,
     DirectoryOrNone,
@@ -117,6 +117,7 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
         raise UserError("--prompt: must be left out with --prompts; try a further line of the file")
     if options.output and options.json:
         raise UserError("--json: must be left out with --output, whose lines have the same fields; try one of them")
+    check_json(options.json, "--prompts", options.prompts)
     from mot_jax.inference.answers import AnswerFile, answers
     from mot_jax.inference.prompt_files import EXAMPLE, open_prompts
 
@@ -230,6 +231,7 @@ class FillOptions(ModelOptions):
 def fill(arguments: list[str]) -> None:
     """Fill gaps in texts with a masked model."""
     options, config = parse_with_config("mot fill", FillOptions, arguments, load_run)
+    check_json(options.json, "--texts", options.texts)
     texts, model = _texts("mot fill", options, "text"), _model(options, config)
     filled = model.fill(texts, options.gap)
     if not distributed.is_first():
@@ -292,7 +294,8 @@ def _texts(prog: str, options: ModelOptions, word: str) -> list[str]:
     texts = [sys.stdin.read() if text == "-" else text for text in texts]
     if path is not None:
         try:
-            texts += user_path(f"--{word}s", path).read_text().splitlines()
+            lines = user_path(f"--{word}s", path).read_bytes().decode("utf-8-sig").split("\n")
+            texts += [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
     if not texts:

@@ -14,6 +14,16 @@ from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
 
 
+def check_json(path: str | None, flag: str, source: str | None) -> None:
+    """Raise UserError if the results would replace the file from which a command reads its input."""
+    if (
+        path is not None
+        and source is not None
+        and user_path("--json", path).resolve() == user_path(flag, source).resolve()
+    ):
+        raise UserError(f"--json = {path}: would replace the file of {flag}; try result.json")
+
+
 def write_json(path: str, content: dict) -> None:
     try:
         user_path("--json", path).write_text(strict_json.dumps(content, indent=1) + "\n")

@@ -9,6 +9,7 @@ import sys
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
 from mot_jax.cli.parsing import (
@@ -228,9 +229,10 @@ def curves(arguments: list[str]) -> None:
     options = parse("mot curves", CurvesOptions, arguments)
     from mot_jax.runs import metrics
 
-    workdirs = [user_path("WORKDIR", path) for path in options.workdirs]
-    runs = {path.name: metrics.read_rows(path) for path in workdirs}
-    for path, rows in zip(options.workdirs, runs.values(), strict=True):
+    workdirs = list(dict.fromkeys(user_path("WORKDIR", path) for path in options.workdirs))
+    names, runs = [path.name for path in workdirs], {}
+    for path, name in zip(workdirs, names, strict=True):
+        rows = runs[name if names.count(name) == 1 else str(path)] = metrics.read_rows(path)
         if not rows:
             raise UserError(f"WORKDIR = {path}: holds no rows of metrics; try the --workdir of a training run")
     try:
@@ -269,11 +271,14 @@ def inspect(arguments: list[str]) -> None:
 class VerifyOptions(JsonOptions):
     """Read all files of all checkpoints of a run, and compare them with the checksums that were saved with them.
 
-    The exit code is 2 if a checkpoint is damaged. Nothing is written.
+    The exit code is 2 if a checkpoint is damaged. Nothing is written without `--adopt`.
     """
 
     workdir: Workdir
     """Directory of a run."""
+    adopt: Flag = False
+    """First write the checksums of each checkpoint that has none (no manifest), if all its arrays can be read into the
+    memory of this machine. Earlier damage to their values is not found."""
 
 
 def verify(arguments: list[str]) -> None:
@@ -282,12 +287,14 @@ def verify(arguments: list[str]) -> None:
     from mot_jax.runs import manifest
 
     folder = user_path("WORKDIR", options.workdir) / "checkpoints"
+    if options.adopt:
+        _adopt(folder)
     problems = {step: manifest.damage(folder / str(step)) for step in manifest.committed_steps(folder)}
     present, complete = manifest.committed_steps(folder), manifest.steps_of(folder)
     problems = {step: problem for step, problem in problems.items() if step in present}  # without those removed since
     for step, problem in problems.items():
         if problem is None:
-            print(f"checkpoint {step}: intact")
+            print(f"checkpoint {step}: intact{manifest.read(folder / str(step)).remark()}")
         elif step not in complete:
             print(f"checkpoint {step}: does not count: {problem}")
     if problems.keys().isdisjoint(complete):
@@ -297,3 +304,22 @@ def verify(arguments: list[str]) -> None:
     damaged = {step: problem for step, problem in problems.items() if problem is not None and step in complete}
     if damaged:
         raise UserError(*manifest.left_out_lines(folder, damaged))
+
+
+def _adopt(folder: epath.Path) -> None:
+    """Write the manifests of checkpoints without one. One that cannot be read is reported, and not changed."""
+    from mot_jax.runs import manifest, owner
+    from mot_jax.runs.checkpoint import adopt
+
+    steps = set(manifest.committed_steps(folder)) - set(manifest.steps_of(folder))
+    if not steps:
+        return
+    owner.acquire(folder.parent)
+    try:
+        for step in sorted(steps):
+            try:
+                adopt(folder / str(step))
+            except UserError as error:
+                print(f"checkpoint {step}: is not adopted: {error}")
+    finally:
+        owner.release(folder.parent)

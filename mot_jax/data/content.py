@@ -10,6 +10,7 @@ import bz2
 import codecs
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -233,8 +234,7 @@ def _decompressed(stream: BinaryIO, codec: str) -> BinaryIO:
 
         # Before damage, the last buffer is lost: hence a small one.
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), 1 << 13)
-    opened = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[codec](stream)  # type: ignore[operator]
-    return io.BufferedReader(_Chunks(opened), 1 << 16)
+    return io.BufferedReader(_Chunks(gzip.open(stream)) if codec == "gzip" else _Streams(stream, codec), 1 << 16)
 
 
 class _Chunks(io.RawIOBase):
@@ -254,6 +254,38 @@ class _Chunks(io.RawIOBase):
     def close(self) -> None:
         self._stream.close()
         super().close()
+
+
+class _Streams(io.RawIOBase):
+    """The content of concatenated bz2 or xz streams, with zeros between them.
+
+    Other bytes after a stream are damage. The readers of Python's library take them for the end of the file.
+    """
+
+    def __init__(self, stream: BinaryIO, codec: str):
+        self._stream = stream
+        self._new: Any = (
+            bz2.BZ2Decompressor if codec == "bz2" else functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+        )
+        self._decompressor = self._new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            compressed = b""
+            if self._decompressor.eof:
+                rest = self._decompressor.unused_data
+                while not (compressed := rest.lstrip(b"\0")):
+                    if not (rest := self._stream.read(1 << 16)):
+                        return 0
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input and not (compressed := self._stream.read(1 << 16)):
+                raise EOFError("the compressed data end in the middle of a stream")
+            if chunk := self._decompressor.decompress(compressed, len(buffer)):
+                buffer[: len(chunk)] = chunk
+                return len(chunk)
 
 
 class _Recoded(io.RawIOBase):

@@ -356,7 +356,7 @@ def parquet_documents(
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
             groups = range(start, min(stop, file.metadata.num_row_groups))
             row = sum(file.metadata.row_group(group).num_rows for group in range(start))
             rows = sum(file.metadata.row_group(group).num_rows for group in groups)

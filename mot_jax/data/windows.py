@@ -90,7 +90,7 @@ class Windows:
         try:
             self.info: dict[str, Any] = _read_info(directory / file)
             file = "documents.npy"
-            self.documents: np.ndarray = np.load(directory / file, mmap_mode="r")
+            self.documents = _read_documents(directory / file, self.info)
         except (OSError, ValueError) as error:
             raise DamagedError(directory, file) from error
         # No read-ahead, since access is random.
@@ -99,8 +99,7 @@ class Windows:
             raise DamagedError(directory, "windows.json")
         if self.info["windows"] != self._records.num_records():
             raise DamagedError(directory, "tokens.array_record")
-        crc = zlib.crc32(self.documents)
-        if self.info["windows"] != len(self.documents) or self.info.get("documents_crc32", crc) != crc:
+        if self.info["windows"] != len(self.documents):
             raise DamagedError(directory, "documents.npy")
         self._dtype = np.dtype(self.info["dtype"])
         self.context_length: int = self.info["context_length"]
@@ -147,6 +146,19 @@ def _read_info(path: Path) -> dict[str, Any]:
     if checksum not in (None, _checksum(info)):
         raise ValueError(f"{path}: wrong checksum")
     return info
+
+
+def _read_documents(path: Path, info: dict[str, Any]) -> np.ndarray:
+    """Map documents.npy into memory. Raises ValueError or OSError if it is not as it was written."""
+    if info.get("documents_file_crc32", crc := _crc32(path)) != crc:
+        raise ValueError("its checksum is another one")
+    try:
+        documents: Any = np.load(path, mmap_mode="r")
+    except Exception as error:  # of NumPy's parser of the header
+        raise ValueError(error_words(error)) from error
+    if info.get("documents_crc32", crc := zlib.crc32(documents)) != crc:  # of windows from before the other checksum
+        raise ValueError("its checksum is another one")
+    return documents
 
 
 def _crc32(path: Path) -> int:
@@ -439,7 +451,7 @@ def _write_windows(directory: Path, part: _WindowPart, advance: pool.Advance) ->
             f"try {max(counts['tokens'] - 1, 1)} or a larger corpus"
         )
     info = inputs | {"dtype": dtype.str, "end_of_text": end_of_text} | counts
-    info["documents_crc32"] = zlib.crc32(np.load(directory / "documents.npy", mmap_mode="r"))
+    info["documents_file_crc32"] = _crc32(directory / "documents.npy")
     info["tokens_crc32"] = _crc32(directory / "tokens.array_record")
     if not corpus.metadata:
         info["shards"] = corpus.shard_sizes()
@@ -459,19 +471,30 @@ def _temporary_directory(final: Path) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     for leftover in final.parent.glob("*.building"):
         _remove_if_dead(leftover)
-    temporary = final.parent / f"{final.name}.{uuid.uuid4().hex}.building"
-    temporary.mkdir()
+    temporary, lock = _locked_directory(final)
     try:
-        with open(temporary / "lock", "wb") as lock:
-            with contextlib.suppress(OSError):  # without locks, leftovers of interrupted builds are not deleted
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield temporary
-        (temporary / "lock").unlink()
+        yield temporary
+        (temporary / "lock").unlink()  # still locked: from here on, no other process takes it for a leftover
         for path in (*temporary.iterdir(), temporary):
             sync(path)
         _rename(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_directory(final: Path) -> tuple[Path, int]:
+    """A new directory next to `final`, and the descriptor of its lock, which shows that the directory is in use."""
+    while True:
+        temporary = final.parent / f"{final.name}.{uuid.uuid4().hex}.building"
+        temporary.mkdir()
+        lock = os.open(temporary / "lock", os.O_CREAT | os.O_RDWR)
+        with contextlib.suppress(OSError):  # without locks, leftovers of interrupted builds are not deleted
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if (temporary / "lock").stat().st_ino == os.fstat(lock).st_ino:
+                return temporary, lock
+        os.close(lock)  # before it was locked, another process took the directory for a leftover and removed it
 
 
 def _rename(complete: Path, final: Path) -> None:

@@ -22,7 +22,7 @@ from mot_jax.runtime.paths import is_passing, is_remote, store_errors, user_path
 
 _FIELDS = ("prompt", "text")  # of JSON objects: the first one that an object has
 _SAMPLE = 1 << 16  # bytes at the beginning of a file from which the share of readable lines is estimated
-_FIRST_LINES = 8  # text is read as JSON lines if each of the first ones is an object with a prompt
+_FIRST_LINES = 8  # text is read as JSON lines if most of the first ones are objects with a prompt
 _CHUNK = 1 << 20  # bytes that are copied from an object store at a time
 EXAMPLE = 'try lines of JSON such as {"prompt": "def "}'
 
@@ -186,19 +186,17 @@ def _content(name: str, path: str) -> Content:
 
 
 def _has_json_lines(path: str, content: Content) -> bool:
-    """Whether the first lines of a text, blank ones aside, are JSON objects with one of the fields."""
-    is_json = False
+    """Whether most of the first lines of a text, blank ones aside, are JSON objects with one of the fields."""
+    objects: list[bool] = []
     try:
         with open_content(path, content) as stream:
             lines = (line for _, line in lines_between(stream, 0, sys.maxsize) if not line.isspace())
             for line in islice(lines, _FIRST_LINES):
-                is_json = _is_object(line)
-                if not is_json:
-                    break
+                objects.append(_is_object(line))
     except Exception as error:
         if not is_damage(error):  # damage is reported when the lines are read
             raise
-    return is_json
+    return 2 * sum(objects) > len(objects)
 
 
 def _is_object(line: bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -23,7 +24,7 @@ from mot_jax.runs import manifest
 from mot_jax.runs.state import TrainState, abstract_state, state_of
 from mot_jax.runs.stores import by_itself, first_cause, orbax_path, quieten, unreadable
 from mot_jax.runtime import distributed
-from mot_jax.runtime.paths import is_passing, is_remote
+from mot_jax.runtime.paths import FULL, is_passing, is_remote
 
 _PACKAGES = ("mot_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -109,15 +110,24 @@ class Checkpoints:
             raise
         except Exception as error:
             cause = first_cause(error)
-            if isinstance(cause, manifest.DamageError) or is_passing(cause):
-                words = f"{path}: could not be saved ({error_words(cause)})"
-                raise RetryableError(f"{words}; the same command resumes from the checkpoint before") from error
+            passing = isinstance(cause, manifest.DamageError) or is_passing(cause)
+            if passing or (isinstance(cause, OSError) and cause.errno is not None and cause.errno not in FULL):
+                words = f"{path}: could not be saved ({error_words(cause)}); {self._resumption()}"
+                raise (RetryableError if passing else UserError)(words) from error
             raise
         if distributed.is_first():
             try:
                 self._remove_expired(int(path.name))
             except Exception as error:  # of no harm to the run; the next save tries again
                 print(f"warning: {path.parent}: cannot remove old checkpoints ({error_words(error)})", file=sys.stderr)
+
+    def _resumption(self) -> str:
+        """A clause that names the last checkpoint, after a save has failed."""
+        steps: list[int] = []
+        with contextlib.suppress(OSError):  # of a directory that cannot be read either
+            steps = manifest.steps_of(self._directory)
+        last = f"resumes from its last checkpoint, {self._directory / str(steps[-1])}" if steps else "begins again"
+        return f"the same command {last}"
 
     def _remove_expired(self, newest: int) -> None:
         """Remove the checkpoints that `CheckpointConfig` does not retain, now that `newest` is complete."""
@@ -142,7 +152,7 @@ class Checkpoints:
         except manifest.DamageError:
             return None
 
-    def tidy(self, start: int, left_out: dict[int, str]) -> None:
+    def tidy(self, start: int, left_out: dict[int, str], first_save: bool = False) -> None:
         """Prepare the directory for saves: create it, and remove the remains of interrupted ones. Process 0 calls this.
 
         Checkpoints that are left out are renamed on a file system, and lose their manifest on an object store, so that
@@ -151,15 +161,16 @@ class Checkpoints:
         Args:
             start: the step of the checkpoint in which the run resumes; 0 for none.
             left_out: why newer checkpoints are left out, by step, as `newest_intact` returns them.
+            first_save: whether the run may begin again if a checkpoint without a manifest is the only one.
 
         Raises:
-            UserError: if all checkpoints are left out, unless one save that was interrupted is the only one; or if one
-                is of a newer format and cannot be renamed.
+            UserError: if all checkpoints are left out and the run may not begin again; or if one is of a newer format
+                and cannot be renamed.
         """
         paths = {step: self._directory / str(step) for step in left_out}
         lines = manifest.left_out_lines(self._directory, left_out)
         one_interrupted = len(left_out) == 1 and not any((path / manifest.FILE).exists() for path in paths.values())
-        if left_out and not start and not one_interrupted:
+        if left_out and not start and not (one_interrupted and first_save):
             advice = f"try another workdir, or move {self._directory} away to begin again"
             raise UserError(*(f"{line}; {advice}" for line in lines))
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -213,6 +224,23 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def adopt(checkpoint: epath.Path) -> None:
+    """Write the manifest of a checkpoint that has none, after reading all its arrays into the memory of this process.
+
+    Raises UserError or RetryableError if they cannot be read.
+    """
+    quieten()
+    checkpoint, device = orbax_path(checkpoint), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        with by_itself():
+            leaves = ocp.metadata(checkpoint).metadata
+            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), leaves)
+            jax.block_until_ready(ocp.load(checkpoint, abstract))
+    except Exception as error:  # Orbax passes on all errors of the libraries below it
+        raise unreadable(checkpoint, error, "cannot be read") from error
+    manifest.write(checkpoint, f"manifest/{next(_saves)}")
 
 
 def versions() -> dict[str, str]:

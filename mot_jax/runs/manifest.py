@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +40,19 @@ class Manifest(NamedTuple):
         validation_loss: that of the parameters, in nats per token; None if they were not validated, or if it is NaN or
             infinite.
         files: (size in bytes, checksum) by path below the checkpoint. A checksum is `xxh3:` and 16 hexadecimal digits;
-            on object stores it is the store's, `md5:` and 32 digits or `etag:` and the tag.
+            on object stores it is the store's, `md5:` and 32 digits, or `etag:` and a tag of S3 that is no checksum of
+            the content, since the object was uploaded in parts or is encrypted with a key of AWS KMS.
     """
 
     validation_loss: float | None
     files: dict[str, tuple[int, str]]
+
+    def remark(self) -> str:
+        """A clause about files whose contents cannot be compared; empty without such files."""
+        tagged = sum(checksum.startswith("etag:") for _, checksum in self.files.values())
+        return (
+            f"; of {tagged} of {len(self.files)} files only sizes, and tags on S3, could be compared" if tagged else ""
+        )
 
 
 class DamageError(Exception):
@@ -178,9 +187,13 @@ def read(checkpoint: epath.Path) -> Manifest:
         checksum = content.pop("checksum")
         if text != _encode(content) or checksum != _text_checksum(content):
             raise ValueError("other content than was written")
-        files = {name: (size, words) for name, (size, words) in content["files"].items()}
+        files = {
+            name: (size, _of_tag(words.removeprefix("etag:")) if words.startswith('etag:"') else words)
+            for name, (size, words) in content["files"].items()
+        }
     except FileNotFoundError:
-        raise DamageError(f"{FILE} is missing: it is being saved, or its save was interrupted") from None
+        reason = "its save is in progress or was interrupted, or an earlier mot_jax saved it"
+        raise DamageError(f"{FILE} is missing: {reason}; `mot verify --adopt` writes one") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamageError(f"{FILE} is damaged ({error_words(error)})") from None
     return Manifest(content["validation_loss"], files)
@@ -207,7 +220,7 @@ def write(checkpoint: epath.Path, key: str, validation_loss: float | None = None
     """
     listing = distributed.gather(_listing(checkpoint) if distributed.is_first() else None, f"{key}/listing")[0]
     sizes = {name: size for name, (size, _) in listing.items()}
-    checksums = {name: checksum for name, (_, checksum) in listing.items()}
+    checksums: dict[str, str] = {}
     if not is_remote(checkpoint):
         index, count = distributed.place()
         share = dict.fromkeys(sorted(sizes)[index::count], "xxh3:")
@@ -215,7 +228,9 @@ def write(checkpoint: epath.Path, key: str, validation_loss: float | None = None
         checksums = {name: checksum for share in shares for name, checksum in share.items()}
     if not distributed.is_first():
         return
-    if not is_remote(checkpoint):
+    if is_remote(checkpoint):
+        checksums = _without_encrypted_tags(checkpoint, listing)
+    else:
         for folder, _, _ in os.walk(checkpoint):
             sync(Path(folder))
         sync(Path(checkpoint.parent))
@@ -243,10 +258,12 @@ def _compare(path: epath.Path, name: str, expected: tuple[int, str], present: tu
     if present_size != size:
         raise DamageError(f"{name} has {present_size:,} bytes instead of {size:,}")
     kind, _, digest = checksum.partition(":")
-    if checksum == present_checksum or kind != present_checksum.partition(":")[0]:
+    if digest == present_checksum.partition(":")[2] or kind == "xxh3" or not present_checksum:
         return
-    # The tag of an object that was uploaded in parts is no checksum of its content, and changes with a copy.
-    if kind == "etag" and ("-" in checksum + present_checksum or _checksum(path, "md5:", False) == f"md5:{digest}"):
+    # The tag of an object that was uploaded in parts changes with a copy, and one of an encrypted copy is no MD5.
+    if kind == "etag" and (not digest or "-" in checksum + present_checksum):
+        return
+    if kind == "md5" and _checksum(path, "md5:", False) == checksum:
         return
     raise DamageError(f"{name} has other content than was written (checksum {present_checksum})")
 
@@ -271,7 +288,24 @@ def _store_checksum(info: dict[str, Any]) -> str:
     """The checksum of an object as its store lists it: MD5 on Google's, a tag on S3."""
     if "md5Hash" in info:
         return "md5:" + base64.b64decode(info["md5Hash"]).hex()
-    return f"etag:{info.get('ETag', '')}"
+    return _of_tag(info.get("ETag", ""))
+
+
+def _of_tag(tag: str) -> str:
+    """The checksum that a tag of S3 is: MD5, if it has the form of one. Stores return it in quotes."""
+    tag = tag.strip('"')
+    return f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else f"etag:{tag}"
+
+
+def _without_encrypted_tags(checkpoint: epath.Path, listing: dict[str, tuple[int, str]]) -> dict[str, str]:
+    """The checksums in a listing. On S3, tags of encrypted objects have the form of MD5: the smallest file is read."""
+    checksums = {name: checksum for name, (_, checksum) in listing.items()}
+    names = [name for name, checksum in checksums.items() if checksum.startswith("md5:")]
+    if str(checkpoint).startswith("s3://") and names:
+        smallest = min(names, key=lambda name: listing[name][0])
+        if _checksum(checkpoint / smallest, "md5:", False) != checksums[smallest]:
+            checksums |= {name: checksums[name].replace("md5:", "etag:") for name in names}
+    return checksums
 
 
 def _checksums(checkpoint: epath.Path, kinds: dict[str, str], durable: bool = False) -> dict[str, str]:
@@ -286,7 +320,7 @@ def _checksums(checkpoint: epath.Path, kinds: dict[str, str], durable: bool = Fa
 
 def _checksum(path: epath.Path, like: str, durable: bool) -> str:
     kind = like.partition(":")[0]
-    # An S3 tag cannot be computed: that the file can be read is all there is to check.
+    # A tag that is no checksum cannot be computed: that the file can be read is all there is to check.
     digest = hashlib.md5(usedforsecurity=False) if kind == "md5" else xxhash.xxh3_64()
     try:
         if not distributed.is_first():

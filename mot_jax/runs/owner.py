@@ -24,7 +24,7 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import create_file, is_remote, make_directory
+from mot_jax.runtime.paths import create_file, is_remote, is_store_error, make_directory
 
 FILE = "owner.json"
 BEAT_SECONDS = 60.0  # between two writes of the file by a run in progress
@@ -106,8 +106,11 @@ def check(workdir: epath.Path, now: bool = False) -> None:
     if ownership is None:
         return
     if now:
-        with contextlib.suppress(OSError):  # a store that fails now is no sign of another owner
+        try:
             ownership.is_owner()
+        except Exception as error:  # a store that fails now is no sign of another owner
+            if not (isinstance(error, OSError) or is_store_error(error)):
+                raise
     if ownership.successor is not None:
         _held.pop(str(workdir))
         raise UserError(
@@ -177,9 +180,9 @@ class _Ownership:
                     _write(self.workdir, self._owner | {"beat": time.time()})
 
     def is_owner(self) -> bool:
-        """Read the file. A missing one has been removed by a successor that has ended."""
+        """Read the file. A missing one has been removed by a successor that has ended; a damaged one is of none."""
         owner = read(self.workdir)
-        if owner is not None and owner.get("token") == self._owner["token"]:
+        if owner == {} or (owner is not None and owner["token"] == self._owner["token"]):
             return True
         self.successor = owner or {}
         return False

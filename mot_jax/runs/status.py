@@ -198,12 +198,13 @@ def report(workdir: epath.Path) -> dict[str, Any]:
     last = _last_row(workdir) if "loss" not in status else {}
     if in_progress and not status and last:
         state = "training"  # of an earlier version, without status.json
+    validation = (result or {}).get("validation")
     known: dict[str, Any] = {"steps": _steps(workdir), **last, **status}
     return dict.fromkeys(FIELDS) | {
         "workdir": str(workdir),
         "state": state,
         **{name: known.get(name) for name in _LAST_KNOWN},
-        "validation_loss": ((result or {}).get("validation") or {}).get("loss"),
+        "validation_loss": validation.get("loss") if isinstance(validation, dict) else None,
         **{name: status.get(name) for name in _OF_PROGRESS if in_progress},
         "sign_of_life": sign_of_life,
         "seconds_since_sign_of_life": None if sign_of_life is None else max(now - sign_of_life, 0.0),

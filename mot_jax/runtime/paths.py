@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,54 @@ DATA_DIRECTORY = "~/.cache/mot_jax"  # default of data.directory, and the place 
 # By scheme: the packages that access the store (boto3 for TensorBoard).
 _STORES = {"gs": ("gcsfs",), "s3": ("s3fs", "boto3")}
 
-# Messages of a network, store or disk that did not respond, and may respond later.
-_TRANSIENT = re.compile(
+# Errors of a network, store or disk that did not respond, and may respond later: by class, status of a response, errno
+# (s3fs raises EBUSY for 503, EREMOTEIO for 500), and text for those that have none of these.
+_PASSING_ERRNOS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.EREMOTEIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENOTCONN,
+}
+_PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
+_PASSING_CLASSES = {  # by name, since the packages of stores are optional; subclasses are included
+    "aiohttp.client_exceptions.ClientConnectionError",
+    "aiohttp.client_exceptions.ClientPayloadError",
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+    "botocore.exceptions.IncompleteReadError",
+    "gcsfs.retry.ChecksumError",
+    "google.auth.exceptions.TransportError",
+    "http.client.IncompleteRead",
+    "requests.exceptions.ChunkedEncodingError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
+    "urllib3.exceptions.IncompleteRead",
+}
+_PASSING_WORDS = re.compile(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|timed out|timeout\b|\bconnection|not connect|reset by peer|max retries|"
     r"service not known|name resolution|service unavailable|server error|internal error|bad gateway|"
     r"too many requests|reduce your request|input/output error|stale file",
     re.IGNORECASE,
+)
+_OF_PATHS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_NAMES = re.compile(r"(?<!\S)(?!\W*input/output error)\S*/\S*", re.IGNORECASE)  # of files in a text
+_STORE_PACKAGES = (
+    "aiohttp.",
+    "boto3.",
+    "botocore.",
+    "fsspec.",
+    "gcsfs.",
+    "google.api_core.",
+    "google.auth.",
+    "requests.",
+    "s3fs.",
+    "urllib3.",
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, quota or limit
@@ -36,9 +79,36 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, quota or limit
 
 def is_passing(error: Exception) -> bool:
     """Whether an I/O error may be transient, such as a store that does not respond."""
-    if isinstance(error, (ConnectionError, TimeoutError)):
+    if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror)):
         return True
-    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE) or bool(_TRANSIENT.search(error_words(error)))
+    if any(f"{kind.__module__}.{kind.__name__}" in _PASSING_CLASSES for kind in type(error).__mro__):
+        return True
+    if getattr(error, "retryable", None) is True:  # of google.auth, whose token server did not respond
+        return True
+    if (status := _status(error)) is not None:
+        return status in _PASSING_STATUSES
+    if (number := getattr(error, "errno", None)) is not None:
+        return number in _PASSING_ERRNOS
+    # The words of a file's name have no meaning.
+    return not isinstance(error, _OF_PATHS) and bool(_PASSING_WORDS.search(_NAMES.sub("", error_words(error))))
+
+
+def is_store_error(error: BaseException) -> bool:
+    """Whether the class of an error is of a package that accesses stores. Such an error need not be an OSError."""
+    return f"{type(error).__module__}.".startswith(_STORE_PACKAGES)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status of the response that an error of a store's package reports; None without one."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # of botocore
+        if response.get("Error", {}).get("Code") == "RequestTimeout":  # with status 400
+            return 408
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:  # of requests, aiohttp, and gcsfs or urllib
+        values = (getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None))
+        status = next((value for value in values if value is not None), None)
+    return int(status) if isinstance(status, int) or (isinstance(status, str) and status.isdecimal()) else None
 
 
 def is_remote(path: epath.PathLike) -> bool:

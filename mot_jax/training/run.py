@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -147,7 +147,7 @@ def begin(run: Run, take_over: bool = False) -> Start:
         problems, step = left_out_lines(folder, left_out), newest or 0
         with distributed.together():
             if distributed.is_first():
-                checkpoints.tidy(step, left_out)
+                checkpoints.tidy(step, left_out, _is_in_first_save(run, left_out))
         status.note(run.workdir, {"state": "starting"})
         origin = _RESUMED if step else _origin_of(run.config)
         with jax.set_mesh(run.mesh):
@@ -159,6 +159,16 @@ def begin(run: Run, take_over: bool = False) -> Start:
             (run.workdir / RESULT).unlink(missing_ok=True)  # that of a shorter run, which is now extended
     status.note(run.workdir, {"state": "compiling", "step": start.step, "steps": run.config.training.steps})
     return start
+
+
+def _is_in_first_save(run: Run, left_out: Iterable[int]) -> bool:
+    """Whether checkpoints without a manifest can be of the first save of the run only, so that no other is lost.
+
+    A save begins after the manifest of the one before is written, and training waits for it.
+    """
+    every = run.config.training.checkpoint_every
+    saved, logged = max(left_out, default=0), max((row["step"] for row in read_rows(run.workdir)), default=0)
+    return saved <= every and logged <= saved + every and not (run.workdir / RESULT).exists()
 
 
 def write_workdir(run: Run) -> None:

@@ -15,8 +15,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 from etils import epath
+from gcsfs.retry import HttpError
 
 from mot_jax import cli, training
 from mot_jax.config import DataConfig, to_json
@@ -89,14 +92,30 @@ def test_a_full_quota_is_a_full_disk(monkeypatch, capsys, number):
         (OSError(errno.EIO, "Input/output error", "/a/b"), "/a/b: Input/output error"),
         (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
         (ConnectionResetError("closed"), "ConnectionResetError: closed"),
-        (OSError("503 Service Unavailable"), "OSError: 503 Service Unavailable"),
+        (HttpError({"code": 503, "message": "backendError"}), "HttpError: backendError, 503"),
+        (aiohttp.ServerDisconnectedError(), "ServerDisconnectedError: Server disconnected"),
+        (
+            EndpointConnectionError(endpoint_url="https://a"),
+            'EndpointConnectionError: Could not connect to the endpoint URL: "https://a"',
+        ),
     ],
 )
 def test_an_error_that_may_pass_is_one_line_and_may_be_tried_again(monkeypatch, capsys, error, reason):
     line = f"error: {reason}; the same command may succeed later, and resumes a run"
     assert fails_in_training(monkeypatch, capsys, error) == (exit_codes.RETRYABLE, [line])
-    missing = FileNotFoundError(errno.ENOENT, "", "/connection timed out")  # only its path has such words
-    assert fails_in_training(monkeypatch, capsys, missing)[0] == exit_codes.USER_ERROR
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EISDIR])
+def test_words_of_a_path_do_not_make_an_error_pass(monkeypatch, capsys, number):
+    error = OSError(number, os.strerror(number), "/connection-study/timeout")
+    assert fails_in_training(monkeypatch, capsys, error)[0] == exit_codes.USER_ERROR
+
+
+def test_a_store_that_refuses_is_one_line(monkeypatch, capsys):
+    error = ClientError({"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject")
+    code, (line,) = fails_in_training(monkeypatch, capsys, error)
+    assert code == exit_codes.USER_ERROR
+    assert line.startswith("error: an object store refuses (ClientError: ") and "AccessDenied" in line
 
 
 def test_the_cause_of_a_librarys_error_is_reported_and_its_context_is_not(monkeypatch, capsys):

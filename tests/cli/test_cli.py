@@ -16,7 +16,7 @@ from mot_jax import cli, interop, training
 from mot_jax.config import Config, leaves, load_config, to_json
 from mot_jax.data import tokenizers
 from mot_jax.errors import RetryableError, UserError
-from mot_jax.runs import restore
+from mot_jax.runs import metrics, restore
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = str(CONFIGS / "demo.py")
@@ -293,14 +293,17 @@ def test_a_corpus_that_does_not_exist_touches_nothing(capsys, tmp_path):
     assert not workdir.exists()
 
 
-def test_curves_of_two_runs_become_one_picture(capsys, tmp_path):
-    for name in ("mot", "dense"):
-        (tmp_path / name).mkdir()
+def test_curves_of_runs_become_one_picture(capsys, tmp_path, monkeypatch):
+    for name in ("mot", "dense", "a/base", "b/base"):
+        (tmp_path / name).mkdir(parents=True)
         rows = [{"step": i, "split": split, "loss": 3.0 / i} for i in (1, 2) for split in ("train", "validation")]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture = tmp_path / "both.png"
-    cli.main(["curves", str(tmp_path / "mot"), str(tmp_path / "dense"), "--output", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    labels, plot = [], metrics.plot_curves
+    monkeypatch.setattr(metrics, "plot_curves", lambda runs: labels.extend(runs) or plot(runs))
+    runs = [str(tmp_path / name) for name in ("mot", "a/base", "dense", "b/base", "mot")]
+    cli.main(["curves", *runs, "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG") and labels == ["mot", runs[1], "dense", runs[3]]
     capsys.readouterr()
     (line,) = fails(capsys, "curves", str(tmp_path / "nothing"))
     assert "holds no rows of metrics" in line

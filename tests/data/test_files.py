@@ -180,6 +180,37 @@ def test_damaged_files_are_read_up_to_the_damage(suffix: str, tmp_path: Path) ->
     assert read(path) == ([], Counter(damaged_files=1))
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_damage_at_the_beginning_of_a_later_stream_is_counted(suffix: str, tmp_path: Path) -> None:
+    """Also zeros between streams are allowed, as xz pads them; other bytes begin no stream."""
+    streams = [COMPRESS[suffix](b'{"text": "%d"}\n' % i) for i in range(3)]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    padding = b"\0" * 4 if suffix in ("bz2", "xz") else b""
+    path.write_bytes(padding.join(streams) + padding)
+    assert [text for _, text in read(path)[0]] == [b"0", b"1", b"2"]
+    damaged = bytearray(b"".join(streams))
+    damaged[len(streams[0]) + 1] ^= 1
+    path.write_bytes(damaged)
+    documents_read, skipped = read(path)
+    # Of zstd, the last buffer before damage is lost.
+    assert [text for _, text in documents_read] == ([] if suffix == "zst" else [b"0"])
+    assert skipped == Counter(damaged_files=1)
+
+
+def test_a_damaged_page_of_parquet_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": [f"document {i}" for i in range(100)]}),
+        path,
+        write_page_checksum=True,
+        compression="none",
+        use_dictionary=False,
+    )
+    assert len(read(path)[0]) == 100
+    path.write_bytes(path.read_bytes().replace(b"document 50", b"dobument 50"))
+    assert read(path)[1] == Counter(damaged_files=1)
+
+
 def test_damaged_parquet_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing")
     assert read(tmp_path / "a.parquet") == ([], Counter(damaged_files=1))

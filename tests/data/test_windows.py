@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,6 +209,36 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, toy_corpus: Callable[..., Cor
         damaged.read(range(len(damaged)))
 
 
+@pytest.mark.parametrize("at", [0, 9, 20, 24])  # the magic number, the size of the header, its keys, the dtype
+def test_a_changed_header_of_the_documents_is_rebuilt(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus], at: int
+) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    file = tmp_path / "windows" / windows.fingerprint / "documents.npy"
+    content = file.read_bytes()
+    for damaged in (b"", content[:at] + bytes([content[at] ^ 2]) + content[at + 1 :]):
+        file.write_bytes(damaged)
+        open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+        assert file.read_bytes() == content
+
+
+def test_windows_from_before_the_checksum_of_the_file_are_checked_by_that_of_the_data(
+    tmp_path: Path, toy_corpus: Callable[..., Corpus]
+) -> None:
+    windows = open_windows(toy_corpus(*TEXTS), "train", TOKENIZER, 16, tmp_path)
+    directory = tmp_path / "windows" / windows.fingerprint
+    info = json.loads((directory / "windows.json").read_text())
+    del info["documents_file_crc32"], info["checksum"]
+    info["documents_crc32"] = zlib.crc32(np.load(directory / "documents.npy"))
+    info["checksum"] = zlib.crc32(json.dumps(info, sort_keys=True).encode())
+    (directory / "windows.json").write_text(json.dumps(info))
+    assert len(Windows(directory)) == len(windows)
+    for content in (b"", (directory / "documents.npy").read_bytes()[:-1] + b"x"):
+        (directory / "documents.npy").write_bytes(content)
+        with pytest.raises(windows_module.DamagedError):
+            Windows(directory)
+
+
 @pytest.mark.parametrize("name", ["windows.json", "documents.npy"])
 def test_a_changed_byte_of_the_metadata_is_rebuilt(
     tmp_path: Path, toy_corpus: Callable[..., Corpus], name: str
@@ -281,6 +312,26 @@ def test_a_killed_build_leaves_no_incomplete_windows(
     assert output == b"626\n"
     (left,) = directories(tmp_path)
     assert not left.endswith(".building")
+
+
+def test_a_directory_that_another_process_removes_before_it_is_locked_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that looks for leftovers may lock a new directory first, and removes it."""
+    flock, calls = windows_module.fcntl.flock, []
+
+    def remove_first(lock: int, operation: int) -> None:
+        flock(lock, operation)
+        calls.append(lock)
+        if len(calls) == 1:
+            shutil.rmtree(next(tmp_path.glob("*.building")))
+
+    monkeypatch.setattr(windows_module.fcntl, "flock", remove_first)
+    with windows_module._temporary_directory(tmp_path / "windows") as directory:
+        (directory / "content").write_text("complete")
+        windows_module._remove_if_dead(directory)
+    assert [path.name for path in (tmp_path / "windows").iterdir()] == ["content"]
+    assert len(calls) == 2
 
 
 def test_two_processes_build_concurrently(

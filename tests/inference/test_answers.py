@@ -111,6 +111,21 @@ def test_a_text_with_braces_is_not_json(tmp_path):
         assert [line.prompt for line in prompts] == ['{"a": 1}', '{"prompt": "def f"}']
 
 
+def test_a_line_without_a_prompt_among_lines_of_json_is_reported(tmp_path):
+    (tmp_path / "prompts.txt").write_text('{"prompt": "a"}\n{"id": 2}\n{"id": 3, "prompt": "the cat"}\n')
+    with open_prompts(str(tmp_path / "prompts.txt")) as prompts:
+        lines = list(prompts)
+    assert [(line.prompt, bool(line.fault)) for line in lines] == [("a", False), ("", True), ("the cat", False)]
+
+
+def test_results_do_not_replace_the_prompts(workdir, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    words = error_of(capsys, "generate", workdir, "--prompts", path, "--json", tmp_path / "." / "prompts.jsonl")
+    assert "--json = " in words and "would replace the file of --prompts; try result.json" in words
+    assert path.read_text() == '{"prompt": "a"}\n'
+
+
 @pytest.mark.parametrize("brackets", ["", "[]"], ids=["lines", "array"])
 def test_ids_are_those_of_the_file(tmp_path, brackets):
     ids = ["7", "1.5", "[9007199254740993]", '"a"']

@@ -248,7 +248,7 @@ def test_missing_damaged_or_misshapen_companions_are_errors_of_one_line(tmp_path
     with pytest.raises(UserError, match=r"must be int32 \[2, G, 8\], and is int32 \[2, 4, 7\]; delete it: a fin"):
         enter("mean_field", CONFIG, params, 3, COMPANIONS[:, :, :7])
     content = (tmp_path / "companions.npy").read_bytes()
-    for damaged in (b"", content[:-8], b"nothing of NumPy's"):
+    for damaged in (b"", content[:-8], b"nothing of NumPy's", content[:20] + b"!" + content[21:]):
         (tmp_path / "companions.npy").write_bytes(damaged)
         with pytest.raises(UserError, match=r"companions.npy: is damaged \(.*\); delete it: a finished run writes"):
             load_companions(tmp_path)

@@ -133,7 +133,7 @@ def test_a_step_without_manifest_is_no_checkpoint(saved, tmp_path, capsys):
     (workdir / "checkpoints" / "12").mkdir()
     assert load_run(workdir).step == 4
     (line,) = capsys.readouterr().err.splitlines()
-    assert "its checkpoint 8 is left out: manifest.json is missing: it is being saved, or its save was" in line
+    assert "its checkpoint 8 is left out: manifest.json is missing: its save is in progress or was" in line
     cli.main(["verify", str(workdir)])
     assert "checkpoint 8: does not count: manifest.json is missing" in capsys.readouterr().out
 
@@ -257,6 +257,48 @@ def test_a_run_without_manifests_is_refused_and_keeps_its_rows(tiny, tmp_path):
     assert numbers(workdir) == rows
 
 
+@pytest.mark.parametrize(
+    ("step", "every", "has_result"),
+    [(12, 12, True), (12, 8, False), (4, 4, False)],
+    ids=["a result", "a later save", "rows beyond the next save"],
+)
+def test_a_run_with_more_than_its_first_save_is_not_begun_again_but_adopted(
+    finished, tiny, tmp_path, capsys, step, every, has_result
+):
+    workdir = Path(shutil.copytree(finished, tmp_path / "run"))
+    (workdir / "checkpoints" / "8").rename(workdir / "checkpoints" / "4")
+    shutil.rmtree(workdir / "checkpoints" / ("4" if step == 12 else "12"))
+    (workdir / "checkpoints" / str(step) / "manifest.json").unlink()
+    if not has_result:
+        (workdir / "result.json").unlink()
+    config = dataclasses.replace(tiny, training=dataclasses.replace(tiny.training, checkpoint_every=every))
+    (workdir / "config.json").write_text(to_json(config))
+    before = {path: path.read_bytes() for path in files(workdir)}
+    with pytest.raises(UserError, match=rf"checkpoint {step} is left out: .* `mot verify --adopt` writes one; .* move"):
+        train(config, workdir)
+    assert {path: path.read_bytes() for path in files(workdir)} == before
+
+    cli.main(["verify", "--adopt", str(workdir)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"checkpoint {step}: intact"
+    adopted = {path: path.read_bytes() for path in files(workdir)}
+    assert adopted.pop(workdir / "checkpoints" / str(step) / "manifest.json") and adopted == before
+    assert load_run(workdir).step == step
+    if has_result:
+        train(config, workdir)
+        assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_adopted(saved, tmp_path, capsys):
+    workdir = Path(shutil.copytree(saved, tmp_path / "run"))
+    for step in (4, 8):
+        (workdir / "checkpoints" / str(step) / "manifest.json").unlink()
+    truncate(workdir / "checkpoints" / "4" / "state" / "_METADATA")
+    cli.main(["verify", "--adopt", str(workdir)])
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("checkpoint 4: is not adopted: ") and rest[-1] == "checkpoint 8: intact"
+    assert [path.parent.name for path in workdir.glob("checkpoints/*/manifest.json")] == ["8"]
+
+
 def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp_path, capsys):
     with pytest.raises(StoppedError):
         train(tiny, tmp_path, [SampleHook(), StopAt(6)])
@@ -267,14 +309,15 @@ def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4.left-out-1", "8", "12"}
 
 
-def test_a_save_on_a_disk_that_does_not_respond_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch):
-    """With an error that allows a restart, and at once: the steps until the next save would be lost too."""
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, RetryableError), (errno.EACCES, UserError)])
+def test_a_save_that_fails_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch, number, kind):
+    """At once, since the steps until the next save would be lost too. The last checkpoint is named."""
     write, failed, steps = manifest.write, threading.Event(), []
 
     def failing(path: epath.Path, *rest: object) -> None:
         if path.name == "8":
             failed.set()
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
         write(path, *rest)
 
     class Wait(Hook):
@@ -284,10 +327,24 @@ def test_a_save_on_a_disk_that_does_not_respond_ends_the_run_at_the_next_step(ti
                 assert failed.wait(60)
 
     monkeypatch.setattr(manifest, "write", failing)
-    with pytest.raises(RetryableError, match=r"checkpoints/8: could not be saved \(.*Input/output error\); the same"):
+    with pytest.raises(kind) as raised:
         train(tiny, tmp_path, [Wait()])
+    reason = f"could not be saved ({type(OSError(number, '')).__name__}: [Errno {number}] {os.strerror(number)})"
+    resumption = f"the same command resumes from its last checkpoint, {tmp_path}/checkpoints/4"
+    assert raised.value.faults == (f"{tmp_path}/checkpoints/8: {reason}; {resumption}",)
     assert steps[-1] < 12
     assert load_run(tmp_path).step == 4
+
+
+def test_a_first_save_that_fails_leaves_nothing_to_resume(tiny, state, tmp_path, monkeypatch):
+    def failing(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(manifest, "write", failing)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(4, state, 128, tiny)
+    with pytest.raises(UserError, match=r"4: could not be saved \(.*Read-only.*\); the same command begins again$"):
+        checkpoints.wait()
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(finished, tiny, tmp_path, monkeypatch, capfd):
@@ -319,10 +376,42 @@ def test_the_tag_of_an_object_uploaded_in_parts_is_no_checksum(saved, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"content")
     md5 = hashlib.md5(b"content").hexdigest()
-    for before, now in ((f"etag:{md5}-2", "etag:1"), ("etag:1", f"etag:{md5}-2"), (f"etag:{md5}", "etag:1")):
+    for before, now in ((f"etag:{md5}-2", "etag:1"), ("etag:1", f"etag:{md5}-2"), (f"md5:{md5}", "etag:1")):
         manifest._compare(epath.Path(path), "file", (7, before), (7, now))
     with pytest.raises(manifest.DamageError, match="other content"):
         manifest._compare(epath.Path(path), "file", (7, "etag:2"), (7, "etag:1"))
+    with pytest.raises(manifest.DamageError, match="other content"):
+        manifest._compare(epath.Path(path), "file", (7, f"md5:{'0' * 32}"), (7, f"etag:{md5}-2"))
+
+
+@pytest.mark.parametrize("form", ['etag:"{}"', "md5:{}"])  # the first is that of manifests until November 2026
+def test_a_local_copy_of_a_run_on_s3_is_compared_by_the_md5_that_its_tags_are(saved, tmp_path, capsys, form):
+    workdir = Path(shutil.copytree(saved, tmp_path / "run"))
+    checkpoint = workdir / "checkpoints" / "8"
+
+    def write_manifest(forms: dict[str, str]) -> None:
+        content = json.loads((saved / "checkpoints" / "8" / "manifest.json").read_text())
+        del content["checksum"]
+        for name in content["files"]:
+            md5 = hashlib.md5((checkpoint / name).read_bytes()).hexdigest()
+            content["files"][name][1] = forms.get(name, form).format(md5)
+        (checkpoint / "manifest.json").write_text(manifest._encode(content))
+
+    write_manifest({})
+    cli.main(["verify", str(workdir)])
+    assert capsys.readouterr().out.splitlines()[-1] == "checkpoint 8: intact"
+    largest = max(files(checkpoint), key=lambda path: path.stat().st_size)
+    name = largest.relative_to(checkpoint).as_posix()
+    flip_bit(largest, 999)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["verify", str(workdir)])
+    assert f"checkpoint 8 is left out: {name} has other content than was written" in capsys.readouterr().err
+    write_manifest({name: 'etag:"{}-2"'})
+    cli.main(["verify", str(workdir)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("checkpoint 8: intact; of 1 of ") and line.endswith(
+        "only sizes, and tags on S3, could be compared"
+    )
 
 
 def test_the_first_checkpoint_after_a_multiple_is_retained_if_that_of_the_multiple_was_postponed(tiny, state, tmp_path):

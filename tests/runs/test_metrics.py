@@ -83,6 +83,7 @@ def test_wandb_is_imported_only_when_asked_for(workdir, monkeypatch):
     assert not (workdir / "run").exists()
 
 
+@pytest.mark.slow  # as the next: only the slow part of .ci/run installs wandb
 def test_wandb_itself_offline(workdir, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="an extra")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -93,6 +94,7 @@ def test_wandb_itself_offline(workdir, monkeypatch):
     assert file.name == f"run-{(workdir / 'wandb_id').read_text()}.wandb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "is_accepted"),
     [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 
+import gcsfs.retry
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from gcsfs.retry import HttpError
 from object_store import open_bucket
 from tiny_run import StopAt, StoppedError, numbers
 
@@ -18,12 +22,13 @@ from mot_jax.inference.sample import SampleHook
 from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
 from mot_jax.nn.sharding import make_mesh
+from mot_jax.runs import manifest, owner, status
 from mot_jax.runs import metrics as log
-from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run
 from mot_jax.runs.state import abstract_state, create_state
 from mot_jax.runs.tensor_files import INDEX
+from mot_jax.runtime import exit_codes
 from mot_jax.training import train
 
 QUIET = LoggingConfig(tensorboard=False)
@@ -82,6 +87,33 @@ def write(workdir: epath.Path, done: int, steps: range) -> None:
 
 def steps(workdir: epath.Path) -> list[int]:
     return [row["step"] for row in log.read_rows(workdir)]
+
+
+def test_a_run_whose_store_fails_ends_in_one_line_and_may_be_tried_again(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gcsfs.retry, "min", lambda *_: 0.0, raising=False)  # the pauses between its attempts
+    config, text = tmp_path / "config.py", to_json(dataclasses.replace(tiny, logging=QUIET))
+    config.write_text(f"from mot_jax.config import from_json\n\ndef get_config():\n    return from_json({text!r})\n")
+    with open_bucket("gs") as (bucket, store):
+        store.unavailable = "run/metrics"
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", str(config), "--workdir", str(bucket / "run")])
+        assert ended.value.code == exit_codes.RETRYABLE
+        (line,) = capsys.readouterr().err.splitlines()
+        expected = "HttpError: backendError, 503; the same command may succeed later, and resumes a run"
+        assert line == f"error: {expected}"
+
+
+def test_an_owner_file_that_cannot_be_read_now_is_no_sign_of_another_owner(tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path)
+    owner.acquire(workdir)
+
+    def failing(*_: object) -> None:
+        raise HttpError({"code": 503, "message": "backendError"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "read", failing)
+        owner.check(workdir, now=True)
+    owner.release(workdir)
 
 
 def test_rows_are_stored_before_a_checkpoint_and_those_after_it_are_logged_again(bucket, monkeypatch):
@@ -145,6 +177,9 @@ def test_only_complete_checkpoints_count(bucket, tiny):
     for path in ("_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"):  # of a save that was killed
         content = (workdir / "checkpoints" / "8" / path).read_bytes()
         (workdir / "checkpoints" / "12" / path).write_bytes(content)
+    content = manifest.read(workdir / "checkpoints" / "8")
+    for name, (_, checksum) in content.files.items():
+        assert checksum == f"md5:{hashlib.md5((workdir / 'checkpoints' / '8' / name).read_bytes()).hexdigest()}"
     run = load_run(workdir)
     assert run.step == 8
     for name, value in run.params.items():

@@ -215,6 +215,16 @@ def test_a_damaged_file_is_replaced(workdir, content):
     owner.release(workdir)
 
 
+def test_a_damaged_file_does_not_end_the_run_of_its_owner_and_is_written_again(workdir, start):
+    first = start(workdir)
+    wait_for_owner(first)
+    current = owner.read(workdir)
+    (workdir / owner.FILE).write_bytes(b'{"host": "a')
+    wait_until(lambda: (owner.read(workdir) or {}).get("token") == current["token"] or first.poll() is not None)
+    first.communicate("")
+    assert first.returncode == 0
+
+
 @pytest.mark.parametrize("remains", [False, True])
 def test_one_of_several_starts_at_once_becomes_the_owner(workdir, start, remains):
     """In an empty directory, and in one with the remains of a killed process."""

@@ -249,7 +249,10 @@ def test_the_state_follows_from_all_files(tmp_path, reports, ended_process):
 
 
 @pytest.mark.parametrize("name", ["status.json", "owner.json", "result.json", "config.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", [b"", b'{"state": "tr', b"\xff\xfe\x00", b"[[1]]", b'{"training": [], "step": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"state": "tr', b"\xff\xfe\x00", b"[[1]]", b'{"training": [], "step": {}}', b'{"validation": [1]}'],
+)
 def test_damaged_files_are_no_error(workdir, reports, monkeypatch, name, content):
     monkeypatch.setattr(owner, "_SETTLE_SECONDS", 0.0)
     write_run(workdir, status={"state": "stopped", "step": 7, "steps": 9, "time": time.time() - 500})

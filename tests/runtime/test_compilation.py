@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mot_jax.runtime import compilation
 
+ROOT = Path(__file__).parents[2]
 COMPILE = """
 import sys
 from mot_jax.runtime import compilation
@@ -77,3 +78,21 @@ def test_what_was_used_longest_ago_is_forgotten_first(tmp_path, monkeypatch):
         os.utime(file, (used, written))
     compilation.enable_cache()
     assert sorted(file.name for file in directory.iterdir()) == ["a-cache", "d-cache"]
+
+
+def test_commands_do_not_depend_on_the_dtypes_and_promotion_of_the_environment():
+    program = (
+        "from mot_jax.cli import main\n"
+        "main(['describe', 'configs/demo.py'])\n"
+        "import jax\n"
+        "print(jax.config.jax_enable_x64, jax.config.jax_numpy_rank_promotion, jax.config.jax_numpy_dtype_promotion)"
+    )
+    variables = {
+        "JAX_ENABLE_X64": "1",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=True)
+    assert output.stdout.splitlines()[-1] == "False allow standard"

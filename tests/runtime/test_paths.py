@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import socket
 from pathlib import Path
 
+import aiohttp
+import botocore.exceptions
+import google.auth.exceptions
 import pytest
+import requests
+from botocore.exceptions import ClientError
 from etils import epath
+from gcsfs.retry import ChecksumError, HttpError
+from s3fs.errors import translate_boto_error
 
 from mot_jax import cli
 from mot_jax.config import Config
@@ -82,10 +90,63 @@ def test_a_store_that_refuses_or_does_not_answer_is_told_in_one_line(monkeypatch
     assert type(found.value) is kind and fault.startswith(f"workdir = gs://b/r: the store {words}")
 
 
+def client_error(code: str, status: int) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HttpError({"code": 503, "message": "backendError"}),
+        HttpError({"code": "504"}),
+        HttpError({"code": 429, "message": "rateLimitExceeded"}),
+        ChecksumError(),
+        aiohttp.ServerDisconnectedError(),
+        aiohttp.ClientPayloadError("Response payload is not completed"),
+        botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        botocore.exceptions.EndpointConnectionError(endpoint_url="https://a"),
+        client_error("SlowDown", 503),
+        translate_boto_error(client_error("SlowDown", 503)),
+        translate_boto_error(client_error("InternalError", 500)),
+        client_error("RequestTimeout", 400),
+        requests.exceptions.ProxyError(),
+        google.auth.exceptions.RefreshError("503", retryable=True),
+        OSError(errno.ENETUNREACH, ""),
+        OSError(errno.EHOSTUNREACH, ""),
+        OSError(errno.ENETDOWN, ""),
+        socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
+        RuntimeError("UNAVAILABLE: Error writing gs://bucket/run"),
+        RuntimeError("[Input/output error]"),
+    ],
+    ids=repr,
+)
+def test_errors_of_stores_and_networks_that_may_pass(error):
+    assert paths.is_passing(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HttpError({"code": 401, "message": "connection of an unknown user"}),
+        client_error("AccessDenied", 403),
+        translate_boto_error(client_error("AccessDenied", 403)),
+        botocore.exceptions.NoCredentialsError(),
+        google.auth.exceptions.DefaultCredentialsError("no credentials"),
+        FileNotFoundError("bucket/connection/config.json"),  # as gcsfs raises it
+        OSError("Forbidden: https://host/b/bucket/o/timeout"),
+        OSError(errno.EINVAL, "Invalid argument", "timeout"),
+        ValueError("/runs/connection-study/config.json: is not JSON"),
+    ],
+    ids=repr,
+)
+def test_refusals_and_words_of_paths_do_not_pass(error):
+    assert not paths.is_passing(error)
+
+
 def test_a_directory_that_cannot_be_made_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"^workdir = .*/file/run: cannot be written to \(NotADirectoryError"):
-        paths.make_directory("workdir", epath.Path(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match=r"^workdir = .*/file/connection: cannot be written to \(NotADirectoryError"):
+        paths.make_directory("workdir", epath.Path(tmp_path / "file" / "connection"))
 
 
 def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
