@@ -49,7 +49,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
     params = {name: rng.normal(size=shape.shape).astype(np.float32) for name, shape in shapes.items()}
     with Checkpoints(path / "checkpoints") as checkpoints:
         zero = jnp.asarray(0)
-        checkpoints.save(7, TrainState(jnp.asarray(7), jax.device_put(params), (), zero, zero), 0, config)
+        checkpoints.save(7, TrainState(jnp.asarray(7), jax.device_put(params), (), zero, zero, {}), 0, config)
     (path / "config.json").write_text(to_json(config))
     names = [f"{name}/{block:02d}" for name in ("mixing_entropy", "emit_entropy", "update_ratio") for block in (1, 3)]
     rows = [{"step": step, "split": "train", **dict.fromkeys(names, 1 / step)} for step in (1, 2, 3)]

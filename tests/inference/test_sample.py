@@ -39,7 +39,7 @@ def end(config: Config, directory: Path, scale: float = 1.0) -> str:
         tokenizer=TOKENIZER,
         validation_windows=windows(config, directory),
     )
-    SampleHook().at_end(SimpleNamespace(run=run, state=SimpleNamespace(params=params)))
+    SampleHook().at_end(SimpleNamespace(run=run, state=SimpleNamespace(variables=params)))
     return (directory / "sample.txt").read_text()
 
 
