@@ -81,3 +81,8 @@ def mesh_of():
         return mesh
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with whole runs first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: "/training/" not in item.nodeid and "/runs/" not in item.nodeid)

@@ -20,6 +20,7 @@ def test_every_public_name_is_there():
     assert not hasattr(mot_jax, "model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [2, 0])
 def test_train_writes_a_sample_unless_its_length_is_0(tiny, tmp_path, monkeypatch, tokens):
     monkeypatch.setattr("mot_jax.inference.sample.sample_text", lambda *_: "a text")

@@ -7,7 +7,7 @@ Consecutive blocks with the same feed-forward kind are one scan: their parameter
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,7 +29,9 @@ Params = dict[str, jax.Array]
 KeysAndValues = list[tuple[jax.Array, jax.Array]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["layers", "token_mask", "segments", "step"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["layers", "token_mask", "segments", "step"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """The state of a causal model between decode steps.
@@ -372,12 +374,18 @@ def _norm_of(x: jax.Array, token_mask: jax.Array | None) -> jax.Array:
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Initialize all parameters, by name, for example `stacks/0/0/feed_forward/w_in`."""
-    return get_params(Transformer(config, rngs=nnx.Rngs(params=key)))
+    return init_variables(config, key)[0]
 
 
 def init_router(config: ModelConfig) -> Params:
     """Initialize the router state, by name; empty for kinds without."""
-    return _variables(Transformer(config, rngs=nnx.Rngs(params=0)), RouterState)
+    return init_variables(config, jax.random.key(0))[1]
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]:
+    """Initialize parameters and router state, by name."""
+    model = Transformer(config, rngs=nnx.Rngs(params=key))
+    return get_params(model), _variables(model, RouterState)
 
 
 def update_router(config: ModelConfig, router: Params, statistics: Params) -> Params:
@@ -420,11 +428,16 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
 
     Raises KeyError if one is missing.
     """
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
-    graph, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
-    values = [(path, variable.replace(params["/".join(map(str, path))])) for path, variable in flat]
+    graph, variables = _structure(config)
+    values = [(path, variable.replace(params["/".join(map(str, path))])) for path, variable in variables]
     return nnx.merge(graph, nnx.from_flat_state(values))
+
+
+@functools.lru_cache(maxsize=64)
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, list[tuple]]:
+    """The graph of a model, and its variables, without values, by path."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0))))
+    return graph, list(nnx.to_flat_state(state))
 
 
 def unroll(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mot_jax.config import Config
 from mot_jax.nn.sharding import parameter_spec, replicate
-from mot_jax.nn.transformer import Params, init_params, init_router
+from mot_jax.nn.transformer import Params, init_variables
 from mot_jax.runs.optimizer import make_optimizer, stacked
 
 
@@ -81,10 +81,10 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def _create(config: Config, key: jax.Array) -> TrainState:
-    params = init_params(config.model, key)
+    params, router = init_variables(config.model, key)
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, init_router(config.model))
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, router)
 
 
 def fetch(value: jax.Array) -> np.ndarray:

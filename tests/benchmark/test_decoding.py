@@ -18,6 +18,7 @@ from mot_jax.nn.transformer import init_params
 MODEL = ModelConfig(2, 16, 64, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
 
 
+@pytest.mark.slow
 def test_a_decode_step_reads_each_weight_once_and_only_the_chosen_experts():
     """float32: 4 bytes. The cache has 8 positions of keys and values, 16 numbers each, in both blocks."""
     config = Config(model=MODEL)

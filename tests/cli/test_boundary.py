@@ -170,6 +170,7 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
         assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="root may write anywhere")
 def test_a_directory_without_write_permission_is_one_line(tmp_path):
     closed, unreadable = tmp_path / "closed", tmp_path / "run"
@@ -205,7 +206,7 @@ def closed_pipe() -> int:
     return writer
 
 
-@pytest.mark.parametrize("unbuffered", [None, "1"])
+@pytest.mark.parametrize("unbuffered", [None, pytest.param("1", marks=pytest.mark.slow)])
 def test_a_closed_pipe_ends_the_output_silently(tmp_path, unbuffered):
     writer = closed_pipe()
     output = tmp_path / "cost.json"
@@ -274,6 +275,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_has_the_data_in_the_temporary_directory(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("one\ntwo\nthree\n" * 20)
@@ -327,6 +329,7 @@ def steps_of(workdir: epath.Path) -> list[int]:
     return [read_rows(workdir)[-1]["step"], max(saved)]
 
 
+@pytest.mark.slow
 def test_training_survives_a_closed_pipe_and_saves_a_checkpoint_at_ctrl_c(run):
     process, workdir = run
     process.stdout.readline()
@@ -339,6 +342,7 @@ def test_training_survives_a_closed_pipe_and_saves_a_checkpoint_at_ctrl_c(run):
     assert logged == saved >= 20
 
 
+@pytest.mark.slow
 def test_training_does_not_wait_for_a_reader_of_its_output(run):
     process, workdir = run
     fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # full after some of the lines of the steps below
@@ -349,6 +353,7 @@ def test_training_does_not_wait_for_a_reader_of_its_output(run):
     assert logged == saved >= 100
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_the_process_in_one_line(run):
     """A thread of Orbax would keep the process alive."""
     process, workdir = run

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mot_jax.runtime import compilation
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +82,7 @@ def test_what_was_used_longest_ago_is_forgotten_first(tmp_path, monkeypatch):
     assert sorted(file.name for file in directory.iterdir()) == ["a-cache", "d-cache"]
 
 
+@pytest.mark.slow
 def test_commands_do_not_depend_on_the_dtypes_and_promotion_of_the_environment():
     program = (
         "from mot_jax.cli import main\n"

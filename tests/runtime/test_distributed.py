@@ -499,7 +499,7 @@ with distributed.ending(), boundary(program=True):
         (2, 0, "outside", exit_codes.USER_ERROR),
         pytest.param(3, 2, "outside", exit_codes.USER_ERROR, marks=pytest.mark.slow),
         pytest.param(3, 0, "together", 1, marks=pytest.mark.slow),
-        (2, 1, "together", 1),
+        pytest.param(2, 1, "together", 1, marks=pytest.mark.slow),
         pytest.param(2, 1, "after the others", exit_codes.USER_ERROR, marks=pytest.mark.slow),
         pytest.param(2, 1, "interrupted", exit_codes.INTERRUPTED, marks=pytest.mark.slow),
     ],

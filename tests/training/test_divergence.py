@@ -93,6 +93,7 @@ def test_a_run_that_diverges_leaves_its_last_finite_checkpoint(finished, tiny, t
     assert math.isfinite(json.loads((tmp_path / "score.json").read_text())["loss"])
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_at_once_has_no_checkpoint(tiny, tmp_path, capsys):
     """The first update leaves parameters of 1e30, finite but of no use: the norm is not."""
     config = changed(tiny, 1e30, steps=60, checkpoint_every=1, log_every=10)
@@ -106,6 +107,7 @@ def test_a_run_that_diverges_at_once_has_no_checkpoint(tiny, tmp_path, capsys):
     assert code == 2 and "has no checkpoint yet" in line
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_before_it_is_known_to_diverge_has_no_result(tiny, tmp_path):
     """With an update that is infinite itself, in the last step."""
     with pytest.raises(DivergedError, match="norm of the parameters is not finite after step 1; it has no checkpoint"):
@@ -163,6 +165,7 @@ def _rate(config: Config, updates_before: int) -> float:
     return t.optimizer.learning_rate * (t.optimizer.min_lr_ratio + (1 - t.optimizer.min_lr_ratio) * cosine)
 
 
+@pytest.mark.slow
 def test_the_counters_of_skipped_steps_are_those_of_the_checkpoint(tiny, tmp_path, poison):
     """Two skipped steps before a stop, and a third after it: three in a row."""
 

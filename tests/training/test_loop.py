@@ -137,6 +137,7 @@ def test_ten_kills_change_no_bit(tiny, tmp_path):
     assert len(set(rows_seen)) > 3
 
 
+@pytest.mark.slow
 def test_a_masked_model_trains_and_fills_gaps(tiny, tmp_path, capsys):
     """With attention within documents only; the printed lines and the sample are about masked tokens."""
     model = dataclasses.replace(tiny.model, objective="masked", vocab_size=258, document_mask=True)

@@ -177,6 +177,7 @@ def test_metrics_equal_their_definitions(tiny):
     assert float(metrics["gradient_rms"]) == pytest.approx(rms(gradient), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_state_is_initialized_sharded_with_its_optimizer(tiny, optimized):
     config = dataclasses.replace(tiny, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     mesh = make_mesh(config)
@@ -286,7 +287,7 @@ def poison_loss(monkeypatch, kind: str) -> None:
     monkeypatch.setattr(Transformer, "loss_sum", poisoned)
 
 
-@pytest.mark.parametrize("kind, microbatches", [("loss", 1), ("gradient", 4)])
+@pytest.mark.parametrize("kind, microbatches", [pytest.param("loss", 1, marks=pytest.mark.slow), ("gradient", 4)])
 def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind, microbatches):
     """The run is that in which this update is left out, bit for bit. One bad microbatch of several is enough."""
     poison_loss(monkeypatch, kind)

@@ -42,6 +42,7 @@ def test_a_trainer_resumes_from_a_checkpoint(finished, tiny, tmp_path):
     assert losses == [row["loss"] for row in rows[8:]]
 
 
+@pytest.mark.slow
 def test_the_custom_loop_of_the_examples_resumes_and_ends_like_an_undisturbed_run(
     finished, tiny, tmp_path, monkeypatch, capsys
 ):

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mot_jax.config import Config, DenseConfig, MixingConfig, MixtureOfTokensConfig
+from mot_jax.config import Config, DenseConfig, MixingConfig, MixtureOfTokensConfig, to_json
 from mot_jax.errors import UserError
+from mot_jax.nn.sharding import make_mesh
 from mot_jax.nn.transformer import bind, init_params
+from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import load_run
+from mot_jax.runs.state import create_state
 from mot_jax.training import train
 from mot_jax.training.upcycling import check_upcycle, upcycle
 
@@ -22,12 +25,14 @@ SHAPES = {"copies": (4, 32, 0), "slices": (16, 8, 0), "wider": (2, 64, 0), "shar
 
 @pytest.fixture(scope="module")
 def dense_run(tiny, tmp_path_factory) -> tuple[Config, str]:
-    """A dense run of four steps, without biases."""
+    """The config and the workdir of a dense model without biases, saved at step 4."""
     model = dataclasses.replace(tiny.model, feed_forward=DenseConfig(bias=False), final_norm=True)
-    training = dataclasses.replace(tiny.training, steps=4)
-    config = dataclasses.replace(tiny, model=model, training=training)
-    workdir = tmp_path_factory.mktemp("dense") / "run"
-    train(config, workdir)
+    config = dataclasses.replace(tiny, model=model, training=dataclasses.replace(tiny.training, steps=4))
+    workdir = epath.Path(tmp_path_factory.mktemp("dense"))
+    (workdir / "config.json").write_text(to_json(config))
+    state = create_state(config, make_mesh(config, jax.devices()[:1]))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(4, state._replace(step=state.step + 4), 128, config)
     return config, str(workdir)
 
 
@@ -69,13 +74,13 @@ def test_only_the_chosen_blocks_become_experts(dense_run):
 
 @pytest.mark.slow
 def test_a_run_begins_as_the_dense_one_and_resumes_without_it(dense_run, tmp_path, capsys):
-    config, workdir = dense_run
-    copy = shutil.copytree(workdir, tmp_path / "dense")
+    config, copy = dense_run[0], tmp_path / "dense"
+    train(config, copy)
     training = dataclasses.replace(config.training, steps=12, upcycle_from=str(copy))
     train(dataclasses.replace(mixture(config, "copies"), training=training), tmp_path / "run")
     assert f"experts begin as the dense layers of {copy}" in capsys.readouterr().out
     losses = [row["loss"] for row in read_rows(epath.Path(tmp_path) / "run") if row["split"] == "train"]
-    before = [row["loss"] for row in read_rows(epath.Path(workdir)) if row["split"] == "train"]
+    before = [row["loss"] for row in read_rows(epath.Path(copy)) if row["split"] == "train"]
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.02 and losses[0] < before[0]
     shutil.rmtree(copy)
     training = dataclasses.replace(training, steps=13)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
+from collections.abc import Container
 from typing import Literal
 
 import chex
@@ -96,9 +97,16 @@ MASK = np.ones((B, S), bool)
 MASK[:12, 3:], MASK[12:16] = False, False
 SEQUENCE, POSITION = (index.ravel() for index in np.indices((B, S)))
 
-EVERY_CASE = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if case.slow else []) for name, case in CASES.items()]
-)
+
+def every_case(fast: Container[str]) -> pytest.MarkDecorator:
+    """Parametrize a test by all cases; those that are not `fast` are in the slow suite only."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in CASES]
+    )
+
+
+EVERY_CASE = every_case([name for name, case in CASES.items() if not case.slow])
+TWO_CASES = every_case(["mixture_of_tokens", "token_choice, bias"])  # where compilation takes 10 seconds a case
 
 
 def test_the_table_has_every_kind_that_trains():
@@ -195,7 +203,7 @@ def forward(model: ModelConfig, params: Params, tokens: jax.Array, step: jax.Arr
     return out.hidden.reshape(B * S, -1), out.metrics
 
 
-@EVERY_CASE
+@TWO_CASES
 def test_a_token_depends_on_no_token_out_of_its_reach(name):
     """Neither on later tokens, other groups or padding, by a bit; on other sequences only if its case allows it."""
     case, config, tokens = CASES[name], config_of(name), batch_of().inputs
@@ -249,7 +257,7 @@ def test_the_content_of_padding_changes_no_bit_of_a_step(name):
 # --- the training step ------------------------------------------------------------------------------------------------
 
 
-@EVERY_CASE
+@TWO_CASES
 def test_microbatches_on_eight_devices_have_the_gradients_of_the_whole_batch_on_one(name):
     """Losses are means over the batch, although the microbatches have different numbers of tokens.
 
