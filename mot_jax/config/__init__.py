@@ -27,6 +27,7 @@ from mot_jax.config.files import (
     identity_changes,
     is_corpus_path,
     load_config,
+    model_changes,
     select,
     to_json,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "leaves",
     "load_config",
     "mixing_errors",
+    "model_changes",
     "platform_errors",
     "select",
     "to_json",

@@ -10,10 +10,10 @@ import os
 import re
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mot_jax.config import fields
 from mot_jax.config.checks import check
@@ -253,13 +253,31 @@ def _are_one_directory(old: str | None, new: str | None) -> bool:
     return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
 
 
+class _Change(NamedTuple):
+    """A field whose new value does not allow to resume a run, and the reason."""
+
+    name: str
+    old: Any
+    new: Any
+    reason: str
+
+
 def identity_changes(old: Config, new: Config) -> list[str]:
     """One line for each field whose value in `new` does not allow to resume a run of `old`."""
+    return [f"{name}: {before!r} in the run, now {now!r}; {reason}" for name, before, now, reason in _changes(old, new)]
+
+
+def model_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(Name, old value, new value) of each field of the model that is part of a run's identity and has changed."""
+    return [change[:3] for change in _changes(old, new) if change.name.startswith("model.")]
+
+
+def _changes(old: Config, new: Config) -> Iterator[_Change]:
     old_values = {name: value for name, _, _, value in leaves(old)}
-    changes = []
+    identity = "it is part of a run's identity"
     kinds = old.model.feed_forward.kind, new.model.feed_forward.kind
     if kinds[0] != kinds[1]:
-        changes.append(f"model.feed_forward: {kinds[0]} in the run, now {kinds[1]}; it is part of a run's identity")
+        yield _Change("model.feed_forward.kind", *kinds, identity)
     for name, field, _, value in leaves(new):
         rule = field.metadata.get("resume", "identity")
         if name not in old_values or value == old_values[name] or rule == "free":
@@ -268,9 +286,7 @@ def identity_changes(old: Config, new: Config) -> list[str]:
             continue
         if rule == "directory" and _are_one_directory(old_values[name], value):
             continue
-        change = f"{name}: {old_values[name]!r} in the run, now {value!r}"
         if rule != "extendable":
-            changes.append(f"{change}; it is part of a run's identity")
+            yield _Change(name, old_values[name], value, identity)
         elif value < old_values[name]:
-            changes.append(f"{change}; a run can be extended, not shortened")
-    return changes
+            yield _Change(name, old_values[name], value, "a run can be extended, not shortened")

@@ -4,12 +4,14 @@ In the modes `companions`, `sparse` and `mean_field` each sequence is mixed with
 sequences. The layer that does so, from the summaries computed here, is `nn.feed_forward.companions.Companions`.
 
 They are stored as `companions.npy` in the workdir: int32 [2, G, S], the model's inputs in G windows, and the index of
-each token's document within its window. They are text of the training corpus.
+each token's document within its window. They are text of the training corpus. The SHA-256 of the file is stored in
+`data.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
@@ -22,6 +24,7 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from mot_jax.config import CompanionsConfig, ModelConfig
+from mot_jax.data.fingerprints import load_fingerprints, save_fingerprints
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
 from mot_jax.data.windows import Windows
@@ -35,6 +38,8 @@ from mot_jax.runtime.paths import read_file, replace_file, user_path
 
 FILE = "companions.npy"
 _REMEDY = "a finished run writes it when its mot train command is given again; for another model try --mode grouped"
+_ADVICE = f"delete it: {_REMEDY}"
+_KEY = "companions"  # of the digest in data.json
 
 
 def choose(windows: Windows, order: Order, objective: Objective, group_size: int) -> np.ndarray:
@@ -50,12 +55,24 @@ def choose(windows: Windows, order: Order, objective: Objective, group_size: int
     return np.stack([batch.inputs, batch.segments])
 
 
-def save_companions(workdir: epath.Path, companions: np.ndarray) -> None:
-    """Write `companions.npy` into the workdir, unless it exists."""
-    if not (workdir / FILE).exists():
+def save_companions(workdir: epath.Path, companions: np.ndarray | None, fingerprints: dict[str, str]) -> None:
+    """Write `companions.npy` into the workdir, unless it exists or `companions` is None, and before it `data.json`.
+
+    `data.json` has the fingerprints of the text and the digest of `companions.npy`. It is written first, so that a kill
+    leaves no file next to the digest of another one. A file of an earlier version, without a digest, gets one.
+    """
+    path, content = workdir / FILE, None
+    if path.exists():
+        digest = load_fingerprints(workdir).get(_KEY) or _digest(read_file(path, _ADVICE))
+        fingerprints = fingerprints | {_KEY: digest}
+    elif companions is not None:
         file = io.BytesIO()
         np.save(file, companions, allow_pickle=False)
-        replace_file(workdir / FILE, file.getvalue())
+        content = file.getvalue()
+        fingerprints = fingerprints | {_KEY: _digest(content)}
+    save_fingerprints(workdir, fingerprints)
+    if content is not None:
+        replace_file(path, content)
 
 
 def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
@@ -67,11 +84,18 @@ def load_companions(workdir: epath.PathLike) -> np.ndarray | None:
     path = user_path("workdir", workdir) / FILE
     if not path.exists():
         return None
-    content = read_file(path, f"delete it: {_REMEDY}")
+    content = read_file(path, _ADVICE)
+    digest = load_fingerprints(path.parent).get(_KEY)
+    if digest not in (None, _digest(content)):
+        raise UserError(f"{path}: is damaged (it is not the file whose digest data.json has); {_ADVICE}")
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # of NumPy's parser of the header
-        raise UserError(f"{path}: is damaged ({error_words(error)}); delete it: {_REMEDY}") from None
+        raise UserError(f"{path}: is damaged ({error_words(error)}); {_ADVICE}") from None
+
+
+def _digest(content: bytes) -> str:
+    return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
@@ -81,7 +105,7 @@ def check_companions(companions: np.ndarray | None, model: ModelConfig) -> None:
     shape, length = companions.shape, model.context_length
     if companions.dtype != np.int32 or len(shape) != 3 or shape[0] != 2 or shape[2] != length:
         words = f"must be int32 [2, G, {length}], and is {companions.dtype} {list(shape)}"
-        raise UserError(f"{FILE}: {words}; delete it: {_REMEDY}")
+        raise UserError(f"{FILE}: {words}; {_ADVICE}")
     if shape[1] < model.group_size:
         words = f"holds {shape[1]} sequences, too few for groups of {model.group_size}"
         raise UserError(f"{FILE}: {words}; try --group-size {shape[1]}")

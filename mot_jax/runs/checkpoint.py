@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from mot_jax.config import CheckpointConfig, Config, to_json
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
 from mot_jax.runs import manifest
+from mot_jax.runs.restore import check_saved_config
 from mot_jax.runs.state import TrainState, abstract_state, state_of
 from mot_jax.runs.stores import by_itself, first_cause, orbax_path, quieten, unreadable
 from mot_jax.runtime import distributed
@@ -197,7 +198,7 @@ class Checkpoints:
         Numbers may differ in their last bits if versions of packages have changed since.
 
         Raises:
-            UserError: for a checkpoint of another state, or a damaged one.
+            UserError: for a checkpoint of another model or state, or a damaged one.
             RetryableError: if it cannot be read now.
         """
         current, path = versions(), self._directory / str(step)
@@ -207,8 +208,9 @@ class Checkpoints:
                 if not custom:
                     raise ValueError("its metadata is missing or damaged")
                 saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
+                check_saved_config(path, saved_config, config)
                 state = state_of(ocp.load(path, abstract_state(config, mesh).content()))
-        except jax.errors.JaxRuntimeError:  # for example a lost process
+        except (ReportedError, jax.errors.JaxRuntimeError):  # the latter for example of a lost process
             raise
         except Exception as error:  # Orbax passes on all errors of the libraries below it
             problem = f"cannot be read into this config's state by mot_jax {current['mot_jax']}"

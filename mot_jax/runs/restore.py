@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -14,7 +15,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from mot_jax.config import Config, ModelConfig, from_json
+from mot_jax.config import Config, ModelConfig, from_json, model_changes
+from mot_jax.data.fingerprints import load_fingerprints
 from mot_jax.data.tokenizers import tokenizer_copy
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import parameter_spec
@@ -23,7 +25,7 @@ from mot_jax.runs.manifest import left_out_lines, newest_intact, steps_of
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
 from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
-from mot_jax.runtime import distributed, strict_json
+from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import read_file, user_path
 
 
@@ -62,6 +64,27 @@ def read_config(path: epath.Path) -> Config:
     return from_json(read_file(path, "use another workdir"), str(path))
 
 
+def check_saved_config(checkpoint: epath.Path, saved: dict[str, Any] | None, config: Config) -> None:
+    """Raise UserError if `config`, that of `config.json`, is of another model than the one that a checkpoint holds.
+
+    saved: the config in the metadata of the checkpoint. It is not compared if it is None or of another format, both of
+    other versions.
+    """
+    if saved is None:
+        return
+    try:
+        trained = from_json(json.dumps(saved))
+    except UserError:
+        return
+    place, step = checkpoint.parent.parent / "config.json", checkpoint.name
+    faults = [
+        f"{place}: {name} = {json.dumps(new)}: checkpoint {step} was trained with {json.dumps(old)}; set it back"
+        for name, old, new in model_changes(trained, config)
+    ]
+    if faults:
+        raise UserError(*faults)
+
+
 def with_tokenizer_copy(config: Config, workdir: epath.Path) -> Config:
     """Return `config` with the copy of its tokenizer that the run or export in `workdir` has, if it has one."""
     copy = tokenizer_copy(workdir, config.data.tokenizer)
@@ -75,9 +98,7 @@ def check_data(data: dict[str, str], config: Config, workdir: epath.PathLike) ->
 
     data: fingerprints by their names in `data.json`; those that it lacks are not compared.
     """
-    path = epath.Path(workdir) / "data.json"
-    advice = f"try rm -r {path}, and mot train with the same config writes it again"
-    saved = strict_json.load(path, dict, advice) if path.exists() else {}
+    saved = load_fingerprints(epath.Path(workdir))
     if "train" in saved:
         saved.setdefault("order", "1")  # runs from before the order had a version
     changes = {k: f"{k}: {saved[k]} in the run, now {data[k]}" for k in data if saved.get(k, data[k]) != data[k]}
@@ -121,7 +142,7 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None, step: int | None
                 raise UserError(f"--step = {step}: {workdir} is an export, without checkpoints; try it without --step")
             return _load_export(path, config, params | router)
     abstract = {"params": params} | ({"router": router} if router else {})
-    checkpoint, content = _load_checkpoint(workdir, abstract, step)
+    checkpoint, content, _ = _load_checkpoint(workdir, config, abstract, step)
     return TrainedModel(config, content["params"] | content.get("router", {}), int(checkpoint.name))
 
 
@@ -132,19 +153,22 @@ def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
         abstract = abstract_state(config, mesh).content()
         for name in COUNTERS:  # of the other run
             del abstract[name]
-    checkpoint, content = _load_checkpoint(workdir, abstract)
+    checkpoint, content, metadata = _load_checkpoint(workdir, config, abstract)
     with distributed.together():
         try:
-            next_example = int(ocp.metadata(checkpoint).custom_metadata["next_example"])
-        except Exception as error:  # Orbax passes on all errors of the libraries below it
+            next_example = int(metadata["next_example"])
+        except (KeyError, TypeError, ValueError) as error:
             raise unreadable(checkpoint, error, "has no readable metadata") from error
     return SavedTraining(config, state_of(content), next_example)
 
 
 def _load_checkpoint(
-    workdir: epath.PathLike, abstract: dict[str, Any], wanted: int | None = None
-) -> tuple[epath.Path, dict[str, Any]]:
-    """Load parts of a checkpoint, the newest that is intact if none is wanted. Returns its path and these parts."""
+    workdir: epath.PathLike, config: Config, abstract: dict[str, Any], wanted: int | None = None
+) -> tuple[epath.Path, dict[str, Any], dict[str, Any]]:
+    """Load parts of a checkpoint, the newest that is intact if none is wanted.
+
+    Returns its path, these parts, and its metadata.
+    """
     quieten()
     with distributed.together():
         folder = orbax_path(user_path("workdir", workdir) / "checkpoints")
@@ -157,11 +181,11 @@ def _load_checkpoint(
         if step is None:
             advice = "try again after the run has saved one"
             raise UserError(*problems or [f"workdir = {workdir}: has no checkpoint yet; {advice}"])
-        content, read_error = _load(folder / str(step), abstract)
+        content, metadata, read_error = _load(folder / str(step), config, abstract)
         if not any(distributed.gather(read_error is not None)):
             for problem in problems if distributed.is_first() else ():
                 print(f"warning: {problem}; step {step} is used instead", file=sys.stderr)
-            return folder / str(step), content
+            return folder / str(step), content, metadata
         if step in distributed.from_first(lambda: steps_of(folder)):  # else the run has removed it since
             with distributed.together():
                 if read_error is not None:
@@ -202,23 +226,29 @@ def tensor_faults(file: Tensors, parameters: Mapping[str, jax.ShapeDtypeStruct],
     return [f"{place}: tensor {fault}" for fault in faults]
 
 
-def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, Any], UserError | RetryableError | None]:
-    """Load parts of a checkpoint. Returns them, or the error to raise."""
+def _load(
+    checkpoint: epath.Path, config: Config, abstract: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], UserError | RetryableError | None]:
+    """Load parts of a checkpoint of `config`. Returns them and its metadata, or the error to raise."""
     context = by_itself()
     context.pytree.loading.partial_load = True
     try:
         with context:
+            metadata = ocp.metadata(checkpoint).custom_metadata or {}
+            check_saved_config(checkpoint, metadata.get("config"), config)
             content = ocp.load(checkpoint, abstract)
+    except UserError as error:
+        return {}, {}, error
     except jax.errors.JaxRuntimeError:  # for example a lost process
         raise
     except Exception as error:  # Orbax passes on all errors of the libraries below it
-        return {}, unreadable(checkpoint, error, "cannot be read")
+        return {}, {}, unreadable(checkpoint, error, "cannot be read")
     parts = [part for part in ("params", "router") if part in abstract]
     missing = [name for part in parts for name in abstract[part] if not isinstance(content[part].get(name), jax.Array)]
     if missing:
         place = f"workdir = {checkpoint.parent.parent}"
-        return {}, UserError(f"{place}: its checkpoint is of another mot_jax, without {missing[0]}")
-    return content, None
+        return {}, {}, UserError(f"{place}: its checkpoint is of another mot_jax, without {missing[0]}")
+    return content, metadata, None
 
 
 def newest_step(folder: epath.Path) -> int | None:

@@ -181,18 +181,16 @@ def write_workdir(run: Run) -> None:
         if distributed.is_first():
             make_directory("workdir", workdir)
             replace_file(workdir / "config.json", to_json(config).encode())
-            replace_file(workdir / "data.json", strict_json.dumps(run.fingerprints, indent=1).encode())
             copy = tokenizer_copy(workdir, config.data.tokenizer)
             if copy is not None and run.tokenizer.content is not None:
                 replace_file(copy, run.tokenizer.content)
-            source = config.training.transition_from
+            source, chosen = config.training.transition_from, None
             if config.model.has_companions:
                 objective = Objective.of(config, run.tokenizer)
-                companions.save_companions(
-                    workdir, companions.choose(run.windows, run.order, objective, config.model.group_size)
-                )
-            elif source is not None and (of_source := companions.load_companions(source)) is not None:
-                companions.save_companions(workdir, of_source)
+                chosen = companions.choose(run.windows, run.order, objective, config.model.group_size)
+            elif source is not None:
+                chosen = companions.load_companions(source)
+            companions.save_companions(workdir, chosen, run.fingerprints)
     with distributed.together():
         _check_shared(config, workdir)
 

@@ -494,4 +494,4 @@ def test_all_changes_are_reported_at_once():
 def test_the_feed_forward_kind_is_part_of_the_identity():
     dense = put(MIXTURE, "model.feed_forward", DenseConfig())
     (line,) = identity_changes(MIXTURE, dense)
-    assert line.startswith("model.feed_forward: mixture_of_tokens in the run, now dense")
+    assert line.startswith("model.feed_forward.kind: 'mixture_of_tokens' in the run, now 'dense'; ")

@@ -231,6 +231,7 @@ def test_a_file_of_other_arguments_is_refused_and_left_as_it_is(workdir, tmp_pat
     assert "with answers of another model" in error_of(capsys, "generate", other, *command[2:], output)
     other = shutil.copytree(workdir, tmp_path / "companions")
     np.save(other / "companions.npy", np.load(workdir / "companions.npy") // 2)
+    (other / "data.json").unlink()  # with the digest of the former
     assert "with answers of another model" in error_of(capsys, "generate", other, *command[2:], output)
     assert mot_jax.load(other, "grouped").fingerprint() == mot_jax.load(workdir, "grouped").fingerprint()
     assert "mine.jsonl.meta.json with its arguments does not" in error_of(capsys, *command, mine)

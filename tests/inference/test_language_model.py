@@ -33,13 +33,11 @@ def save(workdir: Path, model: ModelConfig = MODEL, step: int = 3) -> Config:
     )
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text(to_json(config))
-    (workdir / "data.json").write_text(json.dumps({"tokenizer": "bytes/1"}))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(step, create_state(config, make_mesh(config)), 0, config)
-    if model.group_size > 1:
-        companions = np.random.default_rng(0).integers(0, 256, (2, 4, 16)).astype(np.int32)
-        companions[1] = 0
-        save_companions(epath.Path(workdir), companions)
+    companions = np.random.default_rng(0).integers(0, 256, (2, 4, 16)).astype(np.int32)
+    companions[1] = 0
+    save_companions(epath.Path(workdir), companions if model.group_size > 1 else None, {"tokenizer": "bytes/1"})
     return config
 
 

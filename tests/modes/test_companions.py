@@ -240,8 +240,8 @@ def test_missing_damaged_or_misshapen_companions_are_errors_of_one_line(tmp_path
     assert load_companions(tmp_path) is None
     with pytest.raises(UserError, match=r"companions.npy: is missing; a finished run writes it when .* --mode grou"):
         enter("companions", CONFIG, params, 3, None)
-    save_companions(tmp_path, COMPANIONS)
-    save_companions(tmp_path, COMPANIONS + 1)  # does not overwrite
+    save_companions(tmp_path, COMPANIONS, {"train": "1"})
+    save_companions(tmp_path, COMPANIONS + 1, {"train": "2"})  # does not overwrite
     np.testing.assert_array_equal(load_companions(tmp_path), COMPANIONS)
     with pytest.raises(UserError, match=r"holds 3 sequences, too few for groups of 4; try --group-size 3"):
         enter("sparse", CONFIG, params, 3, COMPANIONS[:, :3])

@@ -61,6 +61,8 @@ def call(command: str, workdir: Path, output: Path, capsys: pytest.CaptureFixtur
         "inspect": ["--output", str(output / "pictures")],
         "export": ["--output", str(output / "export")],
         "curves": ["--output", str(output / "curves.png")],
+        "import": ["--output", str(output / "import")],
+        "transition": ["--to", "token_choice", "--steps", "2", "--output", str(output / "tuned")],
     }
     name = "train" if command in ("finished", "resume") else command
     capsys.readouterr()
@@ -114,6 +116,47 @@ def test_a_damaged_file_that_is_read(workdir, tmp_path, capsys, name, damage):
         output.mkdir()
         copy = Path(shutil.copytree(workdir, tmp_path / command))
         check(command, copy, name, damage, output, capsys)
+
+
+def test_one_changed_token_of_the_companions_is_refused(workdir, tmp_path, capsys):
+    assert call("export", workdir, tmp_path, capsys) == (0, [])
+    intact = (workdir / "companions.npy").read_bytes()
+    for place, commands in (
+        (workdir, ["evaluate", "generate", "export"]),
+        (tmp_path / "export", ["generate", "import"]),
+    ):
+        (place / "companions.npy").write_bytes(intact[:-200] + bytes([intact[-200] ^ 1]) + intact[-199:])
+        for command in commands:
+            code, (line,) = call(command, place, tmp_path / "new", capsys)
+            reason = "is damaged (it is not the file whose digest data.json has); delete it: a finished run writes it"
+            assert code == 2 and f"{place / 'companions.npy'}: {reason}" in line
+    fingerprints = (workdir / "data.json").read_text()
+    earlier = json.loads(fingerprints)
+    assert earlier.pop("companions").startswith("sha256:")
+    (workdir / "data.json").write_text(json.dumps(earlier))  # of a version without the digest
+    assert call("generate", workdir, tmp_path, capsys) == (0, [])
+    (workdir / "companions.npy").unlink()
+    assert call("finished", workdir, tmp_path, capsys) == (0, [])
+    assert (workdir / "companions.npy").read_bytes() == intact
+    assert (workdir / "data.json").read_text() == fingerprints
+
+
+def test_a_config_that_was_edited_after_the_training_is_refused(workdir, tmp_path, capsys):
+    """Fields that leave the shapes of the parameters as they were: they would give other numbers."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"] |= {"norm_epsilon": 0.1, "activation": "gelu"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (workdir / "result.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    before = files(workdir / "checkpoints")
+    for command in ("evaluate", "generate", "inspect", "export", "transition", "resume"):
+        code, lines = call(command, workdir, tmp_path, capsys)
+        place = f"error: {workdir}/config.json: model"
+        assert code == 2 and lines == [
+            f'{place}.activation = "gelu": checkpoint 8 was trained with "relu"; set it back',
+            f"{place}.norm_epsilon = 0.1: checkpoint 8 was trained with 1e-05; set it back",
+        ]
+    assert files(workdir / "checkpoints") == before
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from safetensors.numpy import save_file
 from mot_jax.config import Config, MeshConfig, to_json
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import make_mesh
-from mot_jax.runs import checkpoint, restore
+from mot_jax.runs import checkpoint, manifest, restore
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.runs.restore import load_run, load_run_config, tensor_faults
 from mot_jax.runs.state import TrainState, abstract_state
@@ -182,8 +184,36 @@ def test_a_directory_without_a_run_is_one_line(saved, tiny, tmp_path):
     shutil.copytree(saved[0] / "checkpoints", workdir / "checkpoints")
     model = dataclasses.replace(tiny.model, final_norm=True)
     (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
+    with pytest.raises(UserError, match=r"run/config.json: model.final_norm = true: checkpoint 12 was trained with fa"):
+        load_run(workdir)
+    put_saved_config(workdir, None)
     with pytest.raises(UserError, match=r"of another mot_jax, without final_norm/"):
         load_run(workdir)
+
+
+def put_saved_config(workdir: epath.PathLike, config: dict[str, Any] | None) -> None:
+    """Replace the config that checkpoint 12 holds; None removes it, as in checkpoints of early versions."""
+    checkpoint = epath.Path(workdir) / "checkpoints" / "12"
+    metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+    metadata["custom_metadata"].pop("config")
+    metadata["custom_metadata"] |= {"config": config} if config else {}
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+    manifest.write(checkpoint, "test")
+
+
+def test_differences_of_the_config_that_leave_the_model_as_it_was(saved, tiny, tmp_path):
+    workdir = epath.Path(shutil.copytree(saved[0], tmp_path / "run"))
+    model = dataclasses.replace(tiny.model, attention_kernel="auto")
+    (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model, mesh=MeshConfig(fsdp=2))))
+    assert load_run(workdir).config.model.attention_kernel == "auto"
+    earlier = json.loads(to_json(tiny))
+    del earlier["model"]["norm_epsilon"], earlier["model"]["feed_forward"]["mixing"]["layer_norm"]
+    (workdir / "config.json").write_text(json.dumps(earlier))  # of a version without these fields
+    assert load_run(workdir).config == tiny
+    (workdir / "config.json").write_text(to_json(tiny))
+    for config in (earlier, earlier | {"version": 2}, None):
+        put_saved_config(workdir, config)
+        assert load_run(workdir).config == tiny
 
 
 def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
@@ -192,6 +222,7 @@ def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
     config = load_run_config(copy)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=64))
     (copy / "config.json").write_text(to_json(wider))
+    put_saved_config(copy, json.loads(to_json(wider)))
     of_parameters, of_state = read_errors(copy)
     assert of_parameters.startswith(f"UserError workdir = {copy}: its checkpoint 12 cannot be read (ValueError: ")
     assert "its checkpoint 12 cannot be read into this config's state by mot_jax 0.1.0 (ValueError: " in of_state
