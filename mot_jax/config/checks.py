@@ -13,6 +13,7 @@ from mot_jax.config.fields import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     MeshConfig,
     MixingConfig,
@@ -180,6 +181,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _mixture_errors(model, kind)
     if isinstance(kind, TokenChoiceConfig):
         yield from _token_choice_errors(model, kind)
+    if isinstance(kind, ExpertChoiceConfig):
+        yield from _expert_choice_errors(model, kind)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -296,7 +299,8 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
-def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig) -> Iterator[str]:
+    """Experts per token that exceed the experts, or the width of the dense layer."""
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
@@ -305,6 +309,20 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.over == "tokens" and model.objective == "causal":
+        yield (
+            "model.feed_forward.over = 'tokens': whether an expert takes a token depends on later tokens of its "
+            "sequence, which a causal model has to predict; must be 'batch' there; try 'batch'"
+        )
+
+
+def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"

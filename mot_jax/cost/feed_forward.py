@@ -6,7 +6,9 @@ A new kind needs one class here; everything else in `mot_jax.cost` reads these c
 FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, activations or gathers. Mixing takes D E
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
-    as if they were processed.
+    as if they were processed. Expert choice takes D E for the router, E C / G experts per token, C the tokens that an
+    expert takes of G, and D E C for each of the products with one-hot matrices that dispatch tokens and combine
+    outputs.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -17,7 +19,14 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
-from mot_jax.config import DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
+from mot_jax.config import (
+    DenseConfig,
+    ExpertChoiceConfig,
+    FeedForwardConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
 from mot_jax.nn import routing
 
 Number = int | Fraction
@@ -79,6 +88,7 @@ class FeedForwardCost:
     d_model: int
     d_ff: int
     gated: bool
+    context_length: int
 
     def parts(self) -> tuple[Part, ...]:
         """The parts in order of execution."""
@@ -285,17 +295,69 @@ class TokenChoiceCost(FeedForwardCost):
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
 
 
+class ExpertChoiceCost(FeedForwardCost):
+    """Router, dispatch of C tokens to each expert by a one-hot product, experts, combine by another one."""
+
+    config: ExpertChoiceConfig
+
+    def _candidates(self) -> int:
+        """G, the number of tokens from which an expert takes C: of a group at a position, or of a sequence."""
+        return self.config.group_size if self.config.over == "batch" else self.context_length
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, candidates = self.config, self._candidates()
+        taken = kind.num_experts * kind.capacity(candidates)
+        per_token = Fraction(taken, candidates)
+        x, sent, weights = Arrays(self.d_model), Arrays(self.d_model * per_token), Arrays(logits=taken)
+        logits, one_hot, product = Arrays(logits=kind.num_experts), Arrays(taken), self._product(taken)
+        read, router = x + Arrays(parameters=self.d_model * kind.num_experts), self._product(kind.num_experts)
+        return (
+            Part("router", "router", {"router": router}, read + one_hot + weights, logits + weights + read * 2, logits),
+            Part("dispatch", "dispatch and combine", {"dispatch": product}, x + one_hot + sent, sent + one_hot + x),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
+            Part("combine", "dispatch and combine", {"combine": product}, sent + weights + x, x + (sent + weights) * 2),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def saved(self) -> Arrays:
+        """The one-hot matrix, and the probabilities in it, too: results of the first part, internal to the layer."""
+        taken = self.config.num_experts * self.config.capacity(self._candidates())
+        return super().saved() + Arrays(taken, logits=taken)
+
+    def final_products(self) -> tuple[str, ...]:
+        return ("combine", *_outputs("shared experts"))
+
+    def active_experts(self, parameters: int) -> int:
+        """C / G: the experts that a token takes part in, on average."""
+        return parameters * self.config.capacity(self._candidates()) // self._candidates()
+
+    def sequences_per_group(self, context_length: int) -> int:
+        return self.config.mixed_sequences
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind, candidates = self.config, self._candidates()
+        sizes: dict[str, int | float | str] = {"group_size_G": candidates, "experts_E": kind.num_experts}
+        sizes |= {"expert_dim_F": kind.hidden_dim(self.d_ff), "capacity_C": kind.capacity(candidates)}
+        return sizes | {"experts_per_token": kind.num_experts * kind.capacity(candidates) / candidates}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertChoiceConfig:
+        """The experts of a mixture, each of which takes as many tokens as have the FLOPs of the dense layer."""
+        return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
+
+
 _COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
+    ExpertChoiceConfig: ExpertChoiceCost,
 }
 
 
 def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwardCost:
     """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends."""
     cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
-    return cost(kind, model.d_model, model.d_ff, model.gated)
+    return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length)
 
 
 def flop_matched_kinds(group_size: int, num_experts: int, length: int) -> dict[str, FeedForwardConfig]:

@@ -129,7 +129,8 @@ def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: s
     """
     dtypes = (dtype, jnp.promote_types(dtype, "float32"), param_dtype)
     itemsizes = [jnp.dtype(name).itemsize for name in dtypes]
-    cost = feed_forward_cost(ModelConfig(1, shape.d_model, shape.d_ff, 1), shape.kinds()[kind])
+    model = ModelConfig(1, shape.d_model, shape.d_ff, 1, context_length=shape.length)
+    cost = feed_forward_cost(model, shape.kinds()[kind])
     parts = cost.parts()
 
     def part_of(name: str, flops: float, forward: Arrays, backward: Arrays, saved: Arrays) -> LayerPart:

@@ -91,7 +91,7 @@ def choose_experts(logits: jax.Array, top_k: int, token_mask: jax.Array | None =
     if not 1 <= top_k <= num_experts:
         raise AssertionError(f"top_k = {top_k}: must be 1 to the number of experts E = {num_experts}")
     probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
-    experts = _top_k_indices(jax.lax.stop_gradient(probabilities), top_k)
+    experts = top_k_indices(jax.lax.stop_gradient(probabilities), top_k)
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if token_mask is not None:
         _check_mask(token_mask, logits)
@@ -100,8 +100,11 @@ def choose_experts(logits: jax.Array, top_k: int, token_mask: jax.Array | None =
     return Choices(experts, weights, probabilities)
 
 
-def _top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
-    """[N, T, E] -> int32 [N, T, k]. In `shard_map`, since the compiler would gather all groups for a top_k."""
+def top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
+    """Indices of the largest numbers along the last axis, the lower one first among equals: [..., E] -> int32 [..., k].
+
+    In `shard_map`, since the compiler would gather all groups for a top_k.
+    """
     partition = spec(*axes_of(probabilities))
 
     def local_top_k(p: jax.Array) -> jax.Array:
