@@ -8,6 +8,7 @@ from paper_models import with_kind
 from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -39,6 +40,14 @@ def test_every_kind_has_a_cost():
         (
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
+        (
+            ExpertChoiceConfig(4, 8, top_k=4),  # each expert takes 2 of 4 tokens, and a token has 4 experts
+            {"router": 2 * 48 * 8, "dispatch and combine": 2 * 2 * 48 * 8 * 2, "experts": 4 * 48 * 96},
+        ),
+        (
+            ExpertChoiceConfig(4, 8, over="tokens"),  # 8 of the 64 tokens of a sequence
+            {"router": 2 * 48 * 8, "dispatch and combine": 2 * 2 * 48 * 64, "experts": 4 * 48 * 96},
         ),
     ],
 )
