@@ -200,6 +200,8 @@ class TokenChoice:
     """The weight of the load-balancing loss."""
     z: float = 0.0
     """The weight of the router z-loss."""
+    sigmoid: bool = False
+    """Scores are sigmoids, not a softmax; weights are divided by their sum if top_k > 1."""
 
     def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
         """Return y [B, S, D], the sum of the weighted losses, and the gradients of sum(y dy) + losses."""
@@ -213,13 +215,21 @@ class TokenChoice:
         for group in groups:
             logits = x[group] @ p["controller"]
             sums = np.log(np.exp(logits).sum(axis=1))
-            probabilities = np.exp(logits - sums[:, None])
-            chosen = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+            probabilities = scores = np.exp(logits - sums[:, None])
+            if self.sigmoid:
+                scores = 1 / (1 + np.exp(-logits))
+                probabilities = scores / scores.sum(axis=1, keepdims=True)
+            chosen = np.argsort(-scores - p.get("balance_bias", 0), axis=1, kind="stable")
+            chosen = chosen[:, : self.top_k]
+            is_chosen = (chosen[:, :, None] == np.arange(count)).any(axis=1)
+            divisor = (is_chosen * scores).sum(axis=1, keepdims=True) if self.sigmoid and self.top_k > 1 else 1
+            weights = is_chosen * scores / divisor
             share = np.bincount(chosen.reshape(-1), minlength=count) / chosen.size
             loss += self.balance * count * (share * probabilities.mean(axis=0)).sum() / len(groups)
             loss += self.z * (sums**2).mean() / len(groups)
             d_probabilities = np.tile(self.balance * count * share / len(group) / len(groups), (len(group), 1))
-            d_logits = self.z * 2 * sums[:, None] * probabilities / len(group) / len(groups)
+            d_weights = np.zeros(weights.shape)
+            d_logits = self.z * 2 * sums[:, None] * np.exp(logits - sums[:, None]) / len(group) / len(groups)
             taken = np.zeros(count, int)
             for i, t in enumerate(group):
                 for e in chosen[i]:
@@ -229,9 +239,9 @@ class TokenChoice:
                     h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
                     hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
                     output = hidden @ p["w_out"][e]
-                    y[t] += probabilities[i, e] * output
-                    d_probabilities[i, e] += output @ dy[t]
-                    d_output = probabilities[i, e] * dy[t]
+                    y[t] += weights[i, e] * output
+                    d_weights[i, e] += output @ dy[t]
+                    d_output = weights[i, e] * dy[t]
                     d["w_out"][e] += np.outer(hidden, d_output)
                     d_hidden = p["w_out"][e] @ d_output
                     if gate is None:
@@ -241,7 +251,15 @@ class TokenChoice:
                     for name, part in parts.items():
                         d[name][e] += np.outer(x[t], part)
                         dx[t] += p[name][e] @ part
-            d_logits += probabilities * (d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True))
+            if self.sigmoid:
+                if self.top_k > 1:
+                    d_weights = is_chosen * (d_weights - (weights * d_weights).sum(axis=1, keepdims=True)) / divisor
+                centered = d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True)
+                d_logits += scores * (1 - scores) * (d_weights + centered / scores.sum(axis=1, keepdims=True))
+            else:
+                d_probabilities += d_weights
+                centered = d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True)
+                d_logits += probabilities * centered
             d["controller"] += x[group].T @ d_logits
             dx[group] += d_logits @ p["controller"].T
         if "kernel_in" in p:

@@ -304,6 +304,9 @@ def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConf
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if kind.balance == "bias" and kind.scores == "softmax":
+        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
+        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:

@@ -238,6 +238,14 @@ class TokenChoiceConfig(_FeedForwardKind):
     """Factor on the standard deviation of `model.init` for the experts' first matrices."""
     w_out_init_scale: float = 1.0
     """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Weights of the chosen experts. `softmax` over all experts, not renormalized.
+    `sigmoid` of each logit, divided by their sum over the chosen experts if there is more than one."""
+    balance: Literal["loss", "bias"] = "loss"
+    """Load balancing. `loss`: by `training.losses.load_balancing`, if it has a weight.
+    `bias`: a bias on the scores, for the choice only, which each step moves towards an even load."""
+    bias_rate: float = 0.001
+    """Change of that bias in a step."""
     mixture: MixtureOfTokensConfig | None = _free(None)
     """Mixture-of-Tokens layer as which these weights were trained. None: they were not."""
 

@@ -26,7 +26,7 @@ class SampleHook(Hook):
         run = trainer.run
         if not run.config.logging.sample_tokens:
             return
-        config, params = evaluated_config(run.config), trainer.state.params
+        config, params = evaluated_config(run.config), trainer.state.variables
         try:
             sample = sample_text(config, run.mesh, params, run.validation_windows, run.tokenizer)
         except NotFiniteError as error:  # of a diverged model, whose run ends all the same

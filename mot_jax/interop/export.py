@@ -21,7 +21,7 @@ from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import COPIES, tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words, nearest
 from mot_jax.modes.companions import load_companions
-from mot_jax.runs.restore import check_data, load_run, load_run_config
+from mot_jax.runs.restore import check_data, load_run, load_run_config, router_kinds
 from mot_jax.runs.state import fetch
 from mot_jax.runs.tensor_files import INDEX, MODEL, SHARD_BYTES, write_tensors
 from mot_jax.runtime import distributed
@@ -69,13 +69,15 @@ def export_model(
         check_data({"tokenizer": open_tokenizer(config).fingerprint}, config, workdir)
         source = user_path("workdir", workdir)
         folder = open_output(output, overwrite, source)
-    run = load_run(workdir, step=step)
+    run, router = load_run(workdir, step=step), router_kinds(config.model)
+    kinds = {
+        name: jax.ShapeDtypeStruct(v.shape, v.dtype if dtype is None or name in router else jnp.dtype(dtype))
+        for name, v in run.params.items()
+    }
 
     def read(name: str) -> np.ndarray:
-        value = fetch(run.params[name])
-        return value if dtype is None else value.astype(jnp.dtype(dtype))
+        return fetch(run.params[name]).astype(kinds[name].dtype)
 
-    kinds = {name: jax.ShapeDtypeStruct(v.shape, jnp.dtype(dtype or v.dtype)) for name, v in run.params.items()}
     if not distributed.is_first():  # takes part in the collective gather of each parameter
         for name in kinds:
             read(name)

@@ -20,7 +20,7 @@ from mot_jax.data.text import open_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.interop.export import ParameterKinds, copies_of, open_output, write_export
 from mot_jax.nn.transformer import block_places
-from mot_jax.runs.restore import check_data, load_run_config, parameter_kinds, tensor_faults
+from mot_jax.runs.restore import check_data, load_run_config, parameter_kinds, router_kinds, tensor_faults
 from mot_jax.runs.tensor_files import SHARD_BYTES, Tensor, Tensors, open_tensors
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import user_path
@@ -176,7 +176,7 @@ def import_model(
             raise UserError(f"--config is missing: {path} is of {naming.title}; try --config configs/v2.py:medium_32e")
         config = load_run_config(directory)
     tokenizer = open_tokenizer(config)
-    kinds = parameter_kinds(config.model)
+    kinds = {**parameter_kinds(config.model), **router_kinds(config.model)}
     if naming is None:
         if errors := tensor_faults(tensors, kinds, path):
             raise UserError(*errors)

@@ -28,6 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mot_jax.nn.sharding import axes_of, axis_size, num_shards, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
+_TINY = 1e-20  # added to sums of sigmoids, which underflow to 0 where all logits are very negative
 Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or None) -> hidden layer, of h's shape
 
 
@@ -65,19 +66,28 @@ class Choices(NamedTuple):
     """int32 [N, T, k], most probable first, the lower index first among equals; E (no expert) for padding tokens."""
 
     weights: jax.Array
-    """[N, T, k], the probabilities of `experts`, not renormalized; 0 for padding tokens."""
+    """[N, T, k], of the outputs of `experts`; 0 for padding tokens."""
 
     probabilities: jax.Array
-    """[N, T, E]."""
+    """[N, T, E], the scores of all experts, which sum to 1."""
 
 
-def choose_experts(logits: jax.Array, top_k: int, token_mask: jax.Array | None = None) -> Choices:
-    """Choose the top_k experts of each token by softmax(logits) over the experts.
+def choose_experts(
+    logits: jax.Array,
+    top_k: int,
+    token_mask: jax.Array | None = None,
+    scores: str = "softmax",
+    bias: jax.Array | None = None,
+) -> Choices:
+    """Choose the top_k experts of each token.
 
     Args:
         logits: [N, T, E] in any float type.
         top_k: choices of a token.
         token_mask: bool [N, T], True = non-padding.
+        scores: `softmax` over the experts: weights are the scores of the chosen experts. `sigmoid`: they are divided by
+            their sum, unless top_k is 1, where the weight would be 1 and the router would have no gradient.
+        bias: [E], added to the scores for the choice only.
 
     Returns:
         `Choices`, with floats in promote_types(logits.dtype, float32).
@@ -90,14 +100,32 @@ def choose_experts(logits: jax.Array, top_k: int, token_mask: jax.Array | None =
     num_experts = logits.shape[-1]
     if not 1 <= top_k <= num_experts:
         raise AssertionError(f"top_k = {top_k}: must be 1 to the number of experts E = {num_experts}")
-    probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
-    experts = top_k_indices(jax.lax.stop_gradient(probabilities), top_k)
-    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    values = jax.nn.softmax(logits, axis=-1) if scores == "softmax" else jax.nn.sigmoid(logits)
+    probabilities = values if scores == "softmax" else values / (values.sum(axis=-1, keepdims=True) + _TINY)
+    experts = top_k_indices(jax.lax.stop_gradient(values if bias is None else values + bias), top_k)
+    weights = jnp.take_along_axis(values, experts, axis=-1)
+    if scores == "sigmoid" and top_k > 1:
+        weights /= weights.sum(axis=-1, keepdims=True) + _TINY
     if token_mask is not None:
         _check_mask(token_mask, logits)
         experts = jnp.where(token_mask[..., None], experts, num_experts)
         weights = jnp.where(token_mask[..., None], weights, 0)
     return Choices(experts, weights, probabilities)
+
+
+def total_load(experts: jax.Array, num_experts: int) -> jax.Array:
+    """The number of assignments of each expert, before any are dropped: int32 [N, T, k] -> float32 [E]."""
+    return _multi_hot(experts, num_experts).sum(axis=(0, 1)).astype(jnp.float32)
+
+
+def updated_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """The bias of the scores after a step, [..., E]: b + rate sign(mean load - load), minus its mean over the experts.
+
+    load: `total_load` of all tokens of the step. Without the subtraction the bias drifts (arXiv 2408.15664).
+    """
+    bias += rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+    return bias - bias.mean(axis=-1, keepdims=True)
 
 
 def top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mot_jax.config import FeedForwardConfig, ModelConfig, check_part
 from mot_jax.nn.attention import Attention, LayerCache
-from mot_jax.nn.feed_forward import FeedForwardContext, make_feed_forward
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState, make_feed_forward
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels.fused_attention import same_document
 from mot_jax.nn.losses import LossSums, cross_entropy_sum
@@ -81,12 +82,25 @@ class Cache:
 
 
 class ModelOutput(NamedTuple):
-    """hidden: [B, S, D], the input of the head. losses, metrics: scalars, named `{name}/{block}`. cache: if any."""
+    """The result of a `Transformer`.
+
+    hidden: [B, S, D], the input of the head. losses, metrics: scalars, named `{name}/{block}`. statistics: those of the
+    feed-forward layers, named as parameters are, with the leading dimension of their scan. cache: if any.
+    """
 
     hidden: jax.Array
     losses: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
+    statistics: dict[str, jax.Array]
     cache: Cache | None = None
+
+
+class Auxiliary(NamedTuple):
+    """Losses, metrics and statistics of a feed-forward layer, by name (`FeedForwardOutput`)."""
+
+    losses: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+    statistics: dict[str, jax.Array]
 
 
 class Block(nnx.Module):
@@ -104,8 +118,8 @@ class Block(nnx.Module):
         context: FeedForwardContext,
         segments: jax.Array | None = None,
         cache: LayerCache | None = None,
-    ) -> tuple[jax.Array, dict, dict]:
-        """Apply the block to x [B, S, D]; returns (x, losses, metrics).
+    ) -> tuple[jax.Array, Auxiliary]:
+        """Apply the block to x [B, S, D].
 
         The metric `update_ratio` is the RMS of the feed-forward update over that of the residual stream that it is
         added to, both over non-padding tokens.
@@ -114,7 +128,7 @@ class Block(nnx.Module):
         x = x + self.attention(normed, context.token_mask, segments, context.positions, cache, context.train)
         out = self.feed_forward(self.feed_forward_norm(x), context)
         ratio = jax.lax.stop_gradient(_norm_of(out.y, context.token_mask) / (_norm_of(x, context.token_mask) + 1e-30))
-        return x + out.y, out.losses, {**out.metrics, "update_ratio": ratio}
+        return x + out.y, Auxiliary(out.losses, {**out.metrics, "update_ratio": ratio}, out.statistics)
 
 
 class Transformer(nnx.Module):
@@ -180,13 +194,14 @@ class Transformer(nnx.Module):
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}
+        statistics: dict[str, jax.Array] = {}
         block = 0
         layers: list[KeysAndValues] = []
         if cache is not None:
             token_mask = jnp.ones_like(tokens, bool) if context.token_mask is None else context.token_mask
             cache = cache.with_masks(token_mask, segments)
             attention_mask = cache.attention_mask(tokens.shape[1], self.config.document_mask)
-        for stack, (_, repeats) in zip(self.stacks, self.scan_groups, strict=True):
+        for index, (stack, (_, repeats)) in enumerate(zip(self.stacks, self.scan_groups, strict=True)):
             if cache is None:
                 x, outputs = _scan(stack, x, context, segments, self.config.remat == "blocks")
             else:
@@ -195,16 +210,19 @@ class Transformer(nnx.Module):
                     stack, x, context, keys_and_values, attention_mask, cache.step
                 )
                 layers.append(keys_and_values)
+            for j, output in enumerate(outputs):
+                prefix = f"stacks/{index}/{j}/feed_forward/"
+                statistics.update({prefix + name: value for name, value in output.statistics.items()})
             for i in range(repeats):
-                for block_losses, block_metrics in outputs:
-                    losses.update({f"{name}/{block:02d}": value[i] for name, value in block_losses.items()})
-                    metrics.update({f"{name}/{block:02d}": value[i] for name, value in block_metrics.items()})
+                for output in outputs:
+                    losses.update({f"{name}/{block:02d}": value[i] for name, value in output.losses.items()})
+                    metrics.update({f"{name}/{block:02d}": value[i] for name, value in output.metrics.items()})
                     block += 1
         if self.final_norm is not None:
             x = self.final_norm(x)
         if cache is not None:
             cache = dataclasses.replace(cache, layers=layers, step=cache.step + tokens.shape[1])
-        return ModelOutput(x, losses, metrics, cache)
+        return ModelOutput(x, losses, metrics, statistics, cache)
 
     def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
         """The number of terms in each mean of the layers' losses, by name, for a token mask [B, S].
@@ -292,15 +310,15 @@ def _scan(
 ) -> tuple[jax.Array, list]:
     """Scan over the repeats of a stack's period.
 
-    Returns x and, for each block of the period, (losses, metrics) with a leading dimension over the repeats.
+    Returns x and, for each block of the period, its `Auxiliary` with a leading dimension over the repeats.
     """
     graph, state = nnx.split(stack)
 
     def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, list]:
         outputs = []
         for block in nnx.merge(graph, state):
-            x, losses, metrics = block(x, context, segments)
-            outputs.append((losses, metrics))
+            x, output = block(x, context, segments)
+            outputs.append(output)
         return pin_cotangent_sharding(x), outputs
 
     if remat:
@@ -326,8 +344,8 @@ def _scan_cached(
         blocks = nnx.merge(graph, state)
         for block, (key, value) in zip(blocks, keys_and_values, strict=True):
             layer = LayerCache(key, value, index, attention_mask, step)
-            x, losses, metrics = block(x, context, cache=layer)
-            outputs.append((losses, metrics))
+            x, output = block(x, context, cache=layer)
+            outputs.append(output)
             extended.append((layer.key, layer.value))
         return (pin_cotangent_sharding(x), extended), outputs
 
@@ -357,14 +375,51 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return get_params(Transformer(config, rngs=nnx.Rngs(params=key)))
 
 
+def init_router(config: ModelConfig) -> Params:
+    """Initialize the router state, by name; empty for kinds without."""
+    return _variables(Transformer(config, rngs=nnx.Rngs(params=0)), RouterState)
+
+
+def update_router(config: ModelConfig, router: Params, statistics: Params) -> Params:
+    """The router state after a training step, from its `ModelOutput.statistics`, summed over microbatches."""
+    if not router:
+        return router
+    prefixes = {
+        f"stacks/{i}/{j}/feed_forward/": repeats
+        for i, (period, repeats) in enumerate(scan_groups(config))
+        for j, kind in enumerate(period)
+        if kind == config.feed_forward
+    }
+
+    def stack(values: Params) -> Params:
+        first = next(iter(prefixes))
+        names = [name.removeprefix(first) for name in values if name.startswith(first)]
+        return {name: jnp.concatenate([values[prefix + name] for prefix in prefixes]) for name in names}
+
+    updated = KINDS[type(config.feed_forward)].update_router(config.feed_forward, stack(router), stack(statistics))
+    ends = np.cumsum([*prefixes.values()])[:-1]
+    return {
+        prefix + name: part
+        for name, value in updated.items()
+        for prefix, part in zip(prefixes, jnp.split(value, ends), strict=True)
+    }
+
+
 def get_params(model: nnx.Module) -> Params:
     """The parameters of a module, by name."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return _variables(model, nnx.Param)
+
+
+def _variables(model: nnx.Module, kind: type[nnx.Variable]) -> Params:
+    flat = nnx.to_flat_state(nnx.state(model, kind))
     return {"/".join(map(str, path)): variable[...] for path, variable in flat}
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
-    """The model with these parameters, inside or outside of `jax.jit`. Raises KeyError if one is missing."""
+    """The model with these parameters and router state, inside or outside of `jax.jit`.
+
+    Raises KeyError if one is missing.
+    """
     abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(abstract)
     flat = nnx.to_flat_state(state)

@@ -257,7 +257,7 @@ def _state_bytes(state: TrainState) -> dict[str, float | None]:
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    return {"parameters": size(state.params), "optimizer": size(state.opt_state)}
+    return {"parameters": size(state.variables), "optimizer": size(state.opt_state)}
 
 
 def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:

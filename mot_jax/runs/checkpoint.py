@@ -72,7 +72,7 @@ class Checkpoints:
         metadata = {"next_example": next_example, "config": json.loads(to_json(config)), "versions": versions()}
         path = self._directory / str(step)
         # A checkpoint of this step is a damaged one, or one without a manifest.
-        saving = ocp.save_async(path, state._asdict(), custom_metadata=metadata, overwrite=True)
+        saving = ocp.save_async(path, state.content(), custom_metadata=metadata, overwrite=True)
         shapes = collections.Counter((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(state))
         key = f"manifest/{next(_saves)}"
         self._saving = self._thread.submit(self._complete, saving, path, shapes, key, validation_loss)
@@ -196,7 +196,7 @@ class Checkpoints:
                 if not custom:
                     raise ValueError("its metadata is missing or damaged")
                 saved, next_example, saved_config = custom["versions"], int(custom["next_example"]), custom["config"]
-                state = state_of(ocp.load(path, abstract_state(config, mesh)._asdict()))
+                state = state_of(ocp.load(path, abstract_state(config, mesh).content()))
         except jax.errors.JaxRuntimeError:  # for example a lost process
             raise
         except Exception as error:  # Orbax passes on all errors of the libraries below it

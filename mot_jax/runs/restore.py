@@ -18,7 +18,7 @@ from mot_jax.config import Config, ModelConfig, from_json
 from mot_jax.data.tokenizers import tokenizer_copy
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.nn.sharding import parameter_spec
-from mot_jax.nn.transformer import Params, init_params
+from mot_jax.nn.transformer import Params, init_params, init_router
 from mot_jax.runs.manifest import left_out_lines, newest_intact, steps_of
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
 from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
@@ -28,7 +28,7 @@ from mot_jax.runtime.paths import read_file, user_path
 
 
 class TrainedModel(NamedTuple):
-    """A trained model: the config of its run, and its parameters by name, after `step` updates."""
+    """A trained model: the config of its run, and its parameters and router state by name, after `step` updates."""
 
     config: Config
     params: Params
@@ -113,21 +113,23 @@ def load_run(workdir: epath.PathLike, mesh: Mesh | None = None, step: int | None
     """
     with distributed.together():
         config = load_run_config(workdir)
-        abstract = _abstract_params(config, jax.sharding.get_mesh() if mesh is None else mesh)
+        mesh = jax.sharding.get_mesh() if mesh is None else mesh
+        params, router = (_placed(kinds(config.model), mesh) for kinds in (parameter_kinds, router_kinds))
         path = user_path("workdir", workdir)
         if holds_tensors(path):
             if step is not None:
                 raise UserError(f"--step = {step}: {workdir} is an export, without checkpoints; try it without --step")
-            return _load_export(path, config, abstract)
-    checkpoint, content = _load_checkpoint(workdir, {"params": abstract}, step)
-    return TrainedModel(config, content["params"], int(checkpoint.name))
+            return _load_export(path, config, params | router)
+    abstract = {"params": params} | ({"router": router} if router else {})
+    checkpoint, content = _load_checkpoint(workdir, abstract, step)
+    return TrainedModel(config, content["params"] | content.get("router", {}), int(checkpoint.name))
 
 
 def load_training(workdir: epath.PathLike, mesh: Mesh) -> SavedTraining:
     """Load the whole state of the newest complete checkpoint of the run in `workdir`; otherwise as `load_run`."""
     with distributed.together():
         config = load_run_config(workdir)
-        abstract = abstract_state(config, mesh)._asdict()
+        abstract = abstract_state(config, mesh).content()
         for name in COUNTERS:  # of the other run
             del abstract[name]
     checkpoint, content = _load_checkpoint(workdir, abstract)
@@ -211,7 +213,8 @@ def _load(checkpoint: epath.Path, abstract: dict[str, Any]) -> tuple[dict[str, A
         raise
     except Exception as error:  # Orbax passes on all errors of the libraries below it
         return {}, unreadable(checkpoint, error, "cannot be read")
-    missing = [name for name in abstract["params"] if not isinstance(content["params"].get(name), jax.Array)]
+    parts = [part for part in ("params", "router") if part in abstract]
+    missing = [name for part in parts for name in abstract[part] if not isinstance(content[part].get(name), jax.Array)]
     if missing:
         place = f"workdir = {checkpoint.parent.parent}"
         return {}, UserError(f"{place}: its checkpoint is of another mot_jax, without {missing[0]}")
@@ -229,14 +232,25 @@ def newest_step(folder: epath.Path) -> int | None:
 @lru_cache
 def parameter_kinds(model: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a model's parameters, by name."""
-    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    return _kinds(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
+
+
+@lru_cache
+def router_kinds(model: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a model's router state, by name."""
+    return _kinds(jax.eval_shape(partial(init_router, model)))
+
+
+def _kinds(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype) for name, shape in shapes.items()}
 
 
-def _abstract_params(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _placed(kinds: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays with their shardings on a mesh, or on the first device if it is empty."""
+
     def place(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = parameter_spec(name, len(shape.shape))
         sharding = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return {name: place(name, shape) for name, shape in parameter_kinds(config.model).items()}
+    return {name: place(name, shape) for name, shape in kinds.items()}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mot_jax.config import Config
 from mot_jax.nn.sharding import parameter_spec, replicate
-from mot_jax.nn.transformer import Params, init_params
+from mot_jax.nn.transformer import Params, init_params, init_router
 from mot_jax.runs.optimizer import make_optimizer, stacked
 
 
@@ -26,6 +26,7 @@ class TrainState(NamedTuple):
         opt_state: that of optax; its counts are of updates, and so do not count skipped steps.
         skipped: int32 scalar, steps so far whose update was skipped, because the loss or its gradient was not finite.
         skipped_in_a_row: int32 scalar, the latest steps that were all skipped.
+        router: the router state by name; empty for kinds without.
     """
 
     step: jax.Array
@@ -33,6 +34,16 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    router: Params
+
+    @property
+    def variables(self) -> Params:
+        """Parameters and router state: all that inference reads."""
+        return self.params | self.router
+
+    def content(self) -> dict[str, Any]:
+        """The fields, as a checkpoint stores them. Router state is absent where there is none."""
+        return {name: value for name, value in self._asdict().items() if name != "router" or value}
 
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
@@ -49,7 +60,7 @@ def state_of(content: dict[str, Any]) -> TrainState:
     """The state of a checkpoint, from its fields; counters that it lacks are 0."""
     sharding = content["step"].sharding
     zeros = {name: spread(np.zeros((), np.int32), sharding) for name in COUNTERS if name not in content}
-    return TrainState(**(content | zeros))
+    return TrainState(**({"router": {}} | content | zeros))
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
@@ -60,7 +71,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         # The optimizer's state of a parameter has the parameter's name and sharding. Factored moments, of the rows or
         # columns of a matrix, have at least the leading dimensions over which matrices are stacked, and their sharding.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        param = shapes.params[names[-1]] if names else leaf
+        param = shapes.variables[names[-1]] if names else leaf
         spec = parameter_spec(names[-1], param.ndim) if names else PartitionSpec()
         if leaf.shape != param.shape:
             spec = PartitionSpec(*spec[: stacked(names[-1])])
@@ -73,7 +84,7 @@ def _create(config: Config, key: jax.Array) -> TrainState:
     params = init_params(config.model, key)
     optimizer = make_optimizer(config.training.optimizer, config.training.steps)
     step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row)
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, init_router(config.model))
 
 
 def fetch(value: jax.Array) -> np.ndarray:

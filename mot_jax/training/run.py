@@ -348,7 +348,7 @@ def _finite(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _check_finite(run: Run, start: Start) -> None:
     """Raise UserError if a parameter in which the run is to start, or its optimizer state, is NaN or infinite."""
-    state, t = {"parameters": start.state.params, "optimizer state": start.state.opt_state}, run.config.training
+    state, t = {"parameters": start.state.variables, "optimizer state": start.state.opt_state}, run.config.training
     faulty = [
         path for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(_finite(state))) if not finite
     ]

@@ -15,7 +15,7 @@ from mot_jax.config import LossWeights, ModelConfig, OptimizerConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import spec
-from mot_jax.nn.transformer import Params, bind
+from mot_jax.nn.transformer import Params, bind, update_router
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState
 
@@ -53,7 +53,8 @@ def make_train_step(
     Returns:
         A function (state, batch of global arrays [A, B / A, S]) -> (state, metrics), which makes one update by the
         gradient of the mean loss per target. All losses are means over the whole batch, whatever A is. If the loss or
-        the norm of its gradient is not finite, the update is skipped: parameters and optimizer state keep their values.
+        the norm of its gradient is not finite, the update is skipped: parameters, optimizer and router state keep their
+        values.
         Metrics, scalars: loss, the cross-entropy in nats per target, without the added losses; learning_rate;
         gradient_rms, before clipping; parameter_rms; update_rms, of the change of the parameters, as rounded to their
         dtype; skipped and skipped_in_a_row, as in the new state; those of the layers, averaged over microbatches.
@@ -61,8 +62,15 @@ def make_train_step(
     optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
     layer_weights = losses.of_layers()
 
-    def loss(params: Params, batch: Batch, step: jax.Array, targets: jax.Array, counts: dict[str, jax.Array] | None):
-        model, names = bind(model_config, params), tuple(layer_weights)
+    def loss(
+        params: Params,
+        router: Params,
+        batch: Batch,
+        step: jax.Array,
+        targets: jax.Array,
+        counts: dict[str, jax.Array] | None,
+    ):
+        model, names = bind(model_config, params | router), tuple(layer_weights)
         context = FeedForwardContext(
             batch.token_mask, batch.inputs, step=step, losses=names, train=True, loss_counts=counts
         )
@@ -72,29 +80,32 @@ def make_train_step(
         for name, weight in layer_weights.items():
             values = [value for key, value in out.losses.items() if key.startswith(name + "/")]
             total += weight * sum(values) / max(len(values), 1)
-        return total, (sums.nats / targets, out.metrics)
+        return total, (sums.nats / targets, out.metrics, out.statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum(batch.target_mask.sum(), 1).astype(jnp.float32)
         counts = None
         if gradient_accumulation_steps > 1 and layer_weights:
-            model = bind(model_config, state.params)
+            model = bind(model_config, state.variables)
             counts = jax.tree.map(lambda c: c.sum(axis=0), jax.lax.map(model.loss_counts, batch.token_mask))
 
-        def microbatch(batch: Batch) -> tuple[jax.Array, jax.Array, Metrics, Params]:
+        def microbatch(batch: Batch) -> tuple[jax.Array, jax.Array, Metrics, Params, Params]:
             gradient = jax.value_and_grad(loss, has_aux=True)
-            (total, (value, metrics)), gradients = gradient(state.params, batch, state.step, targets, counts)
-            return total, value, jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics), gradients
+            (total, (value, metrics, statistics)), gradients = gradient(
+                state.params, state.router, batch, state.step, targets, counts
+            )
+            metrics = jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics)
+            return total, value, metrics, statistics, gradients
 
         first = jax.tree.map(lambda x: x[0], batch)
         if gradient_accumulation_steps == 1:
-            total, value, metrics, gradients = microbatch(first)
+            total, value, metrics, statistics, gradients = microbatch(first)
         else:
             shapes = jax.eval_shape(microbatch, first)
             # Sums in float32, also of bfloat16 gradients.
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
             add = partial(jax.tree.map, jnp.add)
-            (total, value, metrics, gradients), _ = jax.lax.scan(
+            (total, value, metrics, statistics, gradients), _ = jax.lax.scan(
                 lambda sum, part: (add(sum, microbatch(part)), None), zeros, batch
             )
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[-1])
@@ -104,6 +115,8 @@ def make_train_step(
         # Selects, which XLA fuses with the update. A conditional would make the host wait on a GPU.
         new_params = optax.apply_updates(state.params, updates)
         params = jax.tree.map(partial(jnp.where, finite), new_params, state.params)
+        new_router = update_router(model_config, state.router, statistics)
+        router = jax.tree.map(partial(jnp.where, finite), new_router, state.router)
         # Not from `updates`: XLA fuses this form with the optimizer, which then reads and writes each array once.
         changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
         skipped = state.skipped + ~finite
@@ -118,7 +131,7 @@ def make_train_step(
             "skipped_in_a_row": skipped_in_a_row,
             **metrics,
         }
-        return TrainState(state.step + 1, params, opt_state, skipped, skipped_in_a_row), metrics
+        return TrainState(state.step + 1, params, opt_state, skipped, skipped_in_a_row, router), metrics
 
     return train_step
 

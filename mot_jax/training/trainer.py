@@ -145,7 +145,7 @@ class Trainer:
 
     def evaluate(self, limit: int | None = None) -> Result:
         """Score the current parameters on about `limit` windows of the validation split, or on all of them."""
-        return self._evaluate(self.state.params, self.state.step, limit)
+        return self._evaluate(self.state.variables, self.state.step, limit)
 
     def train(self, hooks: Sequence[Hook] = ()) -> None:
         """Make the remaining steps of the run, each followed by all hooks, unless a hook stops it before."""

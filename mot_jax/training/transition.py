@@ -190,7 +190,7 @@ def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[
     )
     batches = -(-example // t.batch_size)
     step, skipped, skipped_in_a_row = (jnp.zeros_like(state.step) for _ in range(3))
-    return TrainState(step, params, opt_state, skipped, skipped_in_a_row), batches * t.batch_size, notes
+    return TrainState(step, params, opt_state, skipped, skipped_in_a_row, {}), batches * t.batch_size, notes
 
 
 # --- the losses before and after --------------------------------------------------------------------------------------

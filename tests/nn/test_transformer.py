@@ -246,7 +246,7 @@ def without_scan(config: ModelConfig, params: dict, tokens: np.ndarray) -> jax.A
         for i in range(repeats):
             for stacked in stack:
                 graph, state = nnx.split(stacked)
-                x, _, _ = nnx.merge(graph, jax.tree.map(lambda value, i=i: value[i], state))(x, FeedForwardContext())
+                x, _ = nnx.merge(graph, jax.tree.map(lambda value, i=i: value[i], state))(x, FeedForwardContext())
     return x
 
 

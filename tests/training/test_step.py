@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,7 +302,8 @@ def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind
     """The run is that in which this update is left out, bit for bit. One bad microbatch of several is enough."""
     poison_loss(monkeypatch, kind)
     training = dataclasses.replace(tiny.training, gradient_accumulation_steps=microbatches)
-    config = dataclasses.replace(tiny, training=training)
+    layer = KINDS_WITH_LOSSES["router state"] if microbatches > 1 else tiny.model.feed_forward
+    config = dataclasses.replace(tiny, training=training, model=dataclasses.replace(tiny.model, feed_forward=layer))
     mesh, initial_state, step = compiled_step(config)
     bad, sequences = 2, batches(config, 5, values=128)
     targets = sequences[bad].targets.copy()
@@ -322,6 +324,10 @@ def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind
     (state, rows), (expected, expected_rows) = trained(True), trained(False)
     assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 1, 0)
     jax.tree.map(np.testing.assert_array_equal, state[:3], expected[:3])
+    assert len(state.router) == (microbatches > 1)
+    for name, value in state.router.items():
+        np.testing.assert_array_equal(value, expected.router[name])
+        assert np.any(value != initial.router[name])
     skipped_row = rows.pop(bad)
     assert np.isnan(skipped_row["loss"]) == (kind == "loss") and not np.isfinite(skipped_row["gradient_rms"])
     assert (skipped_row["update_rms"], skipped_row["skipped"], skipped_row["skipped_in_a_row"]) == (0, 1, 1)
@@ -360,6 +366,7 @@ MIXTURE = MixtureOfTokensConfig(group_size=4, num_experts=8, controller_init_sca
 KINDS_WITH_LOSSES = {
     "dense": DenseConfig(),
     "token_choice": TokenChoiceConfig(8, None, 2, 8, 2.0, routing_group_tokens=32, controller_init_scale=3.0),
+    "router state": TokenChoiceConfig(8, None, 2, 8, 2.0, 32, 3.0, scores="sigmoid", balance="bias", bias_rate=0.01),
     "mixture_of_tokens": MIXTURE,
     "emit over the group": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax", controllers="separate")),
     "emit over experts": dataclasses.replace(MIXTURE, mixing=MixingConfig(emit="softmax_over_experts")),
@@ -374,14 +381,14 @@ def test_the_losses_of_every_kind_are_tested():
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if name == "token_choice" else [pytest.mark.slow]) for name in KINDS_WITH_LOSSES],
+    [pytest.param(name, marks=[] if name == "router state" else [pytest.mark.slow]) for name in KINDS_WITH_LOSSES],
 )
 def test_losses_are_means_over_the_batch_for_any_number_of_microbatches(tiny, name):
     """The gradient of all losses is the same with 1 and 4 microbatches, half of whose sequences are short or empty."""
     mask = np.ones((32, 16), bool)
     mask[:12, 3:], mask[12:16] = False, False  # the first microbatch has few tokens, the second has less than half
     tokens = np.random.default_rng(0).integers(0, 256, (32, 17)).astype(np.int32)
-    gradients, rows = [], []
+    gradients, rows, routers = [], [], []
     for microbatches in (1, 4):
         optimizer = dataclasses.replace(tiny.training.optimizer, clip_norm=1e9)
         training = dataclasses.replace(
@@ -393,6 +400,9 @@ def test_losses_are_means_over_the_batch_for_any_number_of_microbatches(tiny, na
         state, metrics = step(state, place(mesh, config, batch_of(config, tokens, 0, mask)))
         gradients.append(jax.device_get(optax.tree.get(state.opt_state, "mu")))
         rows.append(jax.device_get(metrics))
+        routers.append(jax.device_get(state.router))
+    chex.assert_trees_all_equal(*routers)
+    assert bool(routers[0]) == (name == "router state") and all(router.any() for router in routers[0].values())
     assert rows[1]["gradient_rms"] == pytest.approx(rows[0]["gradient_rms"], rel=1e-5)
     for parameter, gradient in gradients[0].items():
         scale = np.abs(gradient).max()

@@ -19,7 +19,7 @@ from mot_jax.config import (
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
-from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput
+from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
@@ -40,6 +40,7 @@ __all__ = [
     "FeedForwardContext",
     "FeedForwardOutput",
     "MixtureOfTokens",
+    "RouterState",
     "TokenChoice",
     "make_feed_forward",
 ]

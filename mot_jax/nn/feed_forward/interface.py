@@ -52,7 +52,7 @@ class FeedForwardContext:
     """Static: whether this is a training step, in which padding is at the ends of sequences only."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["y", "losses", "metrics"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["y", "losses", "metrics", "statistics"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class FeedForwardOutput:
     """The result of a layer."""
@@ -67,6 +67,18 @@ class FeedForwardOutput:
 
     metrics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Scalars to be logged, with the same keys in every block of a kind."""
+
+    statistics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    """In training, sums and counts over the non-padding tokens, float32, from which `FeedForward.update_router` makes
+    the next router state. Those of all microbatches add up."""
+
+
+class RouterState(nnx.Variable):
+    """A variable of a router that is not learned by gradients, such as a bias or a threshold of each expert.
+
+    float32 (or an integer type) and replicated. The training step updates it once, after the parameters, from the
+    statistics of all microbatches; nothing else changes it. It has no gradient, weight decay or clipping.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +182,20 @@ class FeedForward(nnx.Module):
         A kind with losses divides by these counts, or by those of the whole batch in `context.loss_counts`.
         """
         return {}
+
+    @classmethod
+    def update_router(
+        cls, config: Any, router: dict[str, jax.Array], statistics: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The router state after a training step.
+
+        Args:
+            config: that of the kind.
+            router: the layers' `RouterState` variables by name, stacked over all layers of the kind, [layers, ...].
+            statistics: those of the step, summed over its microbatches and stacked in the same way.
+        """
+        del config, statistics
+        return router
 
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}

@@ -13,15 +13,22 @@ import jax.numpy as jnp
 from mot_jax.config import TokenChoiceConfig
 from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
+from mot_jax.nn.feed_forward.interface import (
+    FeedForwardContext,
+    FeedForwardOutput,
+    LayerOptions,
+    RouterState,
+    activate,
+)
 from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
 
 class TokenChoice(ExpertFeedForward):
-    """The update of a token is the sum of its top_k experts' outputs times their probabilities, not renormalized.
+    """The update of a token is the sum of its top_k experts' outputs times their weights (`config.scores`).
 
-    Parameters: those of `ExpertFeedForward`, as in `MixtureOfTokens`; the controller is the router. The paper's token
+    Parameters: those of `ExpertFeedForward`, as in `MixtureOfTokens`; the controller is the router. With
+    `balance="bias"`, the router state `balance_bias` [E] is added to the scores for the choice. The paper's token
     choice, if it does not start from a MoT model, initializes `w_out` with fan-in E F instead of F, which is
     `w_out_init_scale` = 1 / sqrt(E). The router's input, logits and softmax are in float32 (or wider).
 
@@ -35,6 +42,8 @@ class TokenChoice(ExpertFeedForward):
 
     def _create_parameters(self, options: LayerOptions) -> None:
         self._create_expert_parameters(options, options.d_model)
+        zeros = jnp.zeros(self.config.num_experts, jnp.float32)
+        self.balance_bias = RouterState(zeros) if self.config.balance == "bias" else None
 
     @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
@@ -49,7 +58,8 @@ class TokenChoice(ExpertFeedForward):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         logits = routing.group_tokens(product("bsd,de->bse", x.astype(wide), self.controller[...]), tokens)
         mask = None if mask is None else routing.group_tokens(mask, tokens)
-        choices = routing.choose_experts(logits, config.top_k, mask)
+        bias = None if self.balance_bias is None else self.balance_bias[...]
+        choices = routing.choose_experts(logits, config.top_k, mask, config.scores, bias)
         dropped = jnp.zeros((), wide)
         if config.capacity_factor is None:
             experts, weights = (routing.ungroup_tokens(a, length) for a in choices[:2])
@@ -75,7 +85,17 @@ class TokenChoice(ExpertFeedForward):
             "router_entropy": routing.router_entropy(choices.probabilities, mask),
         }
         losses = {n: loss(counts.get(n)) for n, loss in functions.items() if n in context.losses}
-        return FeedForwardOutput(y, losses, metrics)
+        updates = context.train and self.balance_bias is not None
+        statistics = {"load": routing.total_load(choices.experts, config.num_experts)} if updates else {}
+        return FeedForwardOutput(y, losses, metrics, statistics)
+
+    @classmethod
+    def update_router(
+        cls, config: TokenChoiceConfig, router: dict[str, jax.Array], statistics: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Move `balance_bias` [layers, E] by `routing.updated_bias`."""
+        bias = routing.updated_bias(router["balance_bias"], statistics["load"], config.bias_rate)
+        return {"balance_bias": bias}
 
     def loss_counts(self, token_mask: jax.Array) -> dict[str, jax.Array]:
         """The number of routing groups with non-padding tokens, for both losses."""

@@ -1,5 +1,6 @@
 """The token-choice layer: equal to the oracle, and causal, whichever tokens are dropped."""
 
+import dataclasses
 from functools import lru_cache, partial
 
 import jax
@@ -18,12 +19,18 @@ from mot_jax.nn.feed_forward import FeedForwardContext, TokenChoice
 B, S, D, E, F, K = 4, 6, 5, 4, 3, 2
 KEY = jax.random.key(0, impl="rbg")
 SEEDS = st.integers(0, 2**16)
-# (capacity factor, tokens of a routing group, width of the shared expert, gated, masked)
+# (config, gated, masked)
 CASES = {
-    "capacity": (1.0, 2 * S, 0, False, False),
-    "capacity, shared expert, masked": (0.7, S // 2, 4, False, True),
-    "dropless": (None, S, 0, False, False),
-    "dropless, gated, masked": (None, 2 * S, 0, True, True),
+    "capacity": (TokenChoiceConfig(E, F, K, 0, 1.0, 2 * S), False, False),
+    "capacity, shared expert, masked": (TokenChoiceConfig(E, F, K, 4, 0.7, S // 2), False, True),
+    "dropless": (TokenChoiceConfig(E, F, K, 0, None, S), False, False),
+    "dropless, gated, masked": (TokenChoiceConfig(E, F, K, 0, None, 2 * S), True, True),
+    "sigmoid with biases, masked": (
+        TokenChoiceConfig(E, F, K, 0, 1.0, 2 * S, scores="sigmoid", balance="bias"),
+        False,
+        True,
+    ),
+    "sigmoid, one choice": (TokenChoiceConfig(E, F, 1, 0, None, S, scores="sigmoid"), False, False),
 }
 
 
@@ -34,10 +41,11 @@ def mask_of(seed: int) -> np.ndarray:
     return mask
 
 
-def values(seed: int, shared: int = 0, gated: bool = False) -> dict[str, np.ndarray]:
+def values(seed: int, shared: int = 0, gated: bool = False, biased: bool = False) -> dict[str, np.ndarray]:
     shapes = {"x": (B, S, D), "controller": (D, E), "w_in": (E, D, F), "w_out": (E, F, D)}
     shapes |= {"w_gate": (E, D, F)} if gated else {}
     shapes |= {"kernel_in": (D, shared), "kernel_out": (shared, D)} if shared else {}
+    shapes |= {"balance_bias": (E,)} if biased else {}
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
@@ -54,11 +62,11 @@ def abstract(config: TokenChoiceConfig, dtype: str, gated: bool):
     )
 
 
-def apply(config: TokenChoiceConfig, dtype: str, p: dict, mask=None, losses: tuple[str, ...] = ()):
+def apply(config: TokenChoiceConfig, dtype: str, p: dict, mask=None, losses: tuple[str, ...] = (), train=False):
     graph, state = abstract(config, dtype, "w_gate" in p)
     filled = [(path, v.replace(jnp.asarray(p[path[-1]], dtype))) for path, v in nnx.to_flat_state(state)]
     layer = nnx.merge(graph, nnx.from_flat_state(filled))
-    return layer(jnp.asarray(p["x"], dtype), FeedForwardContext(token_mask=mask, losses=losses))
+    return layer(jnp.asarray(p["x"], dtype), FeedForwardContext(token_mask=mask, losses=losses, train=train))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -67,10 +75,13 @@ def run(config: TokenChoiceConfig, p: dict, mask=None):
 
 
 def reference(case: str) -> tuple[oracle.TokenChoice, dict[str, np.ndarray], np.ndarray]:
-    factor, tokens, shared, gated, masked = CASES[case]
-    capacity = None if factor is None else int(np.ceil(factor * tokens * K / E))
-    p, dy = values(0, shared, gated), np.random.default_rng(2).normal(size=(B, S, D))
-    return oracle.TokenChoice(K, tokens, capacity, mask_of(1) if masked else None, 0.3, 0.2), p, dy
+    config, gated, masked = CASES[case]
+    factor, tokens = config.capacity_factor, config.routing_group_tokens
+    capacity = None if factor is None else int(np.ceil(factor * tokens * config.top_k / E))
+    p = values(0, config.shared_expert_dim, gated, config.balance == "bias")
+    mask, sigmoid = mask_of(1) if masked else None, config.scores == "sigmoid"
+    layer = oracle.TokenChoice(config.top_k, tokens, capacity, mask, 0.3, 0.2, sigmoid)
+    return layer, p, np.random.default_rng(2).normal(size=(B, S, D))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,14 +103,13 @@ def test_oracle_gradients_equal_finite_differences(case):
 def test_layer_equals_oracle(case, dtype, tolerance):
     """Values, losses and every gradient."""
     layer, p, dy = reference(case)
-    factor, tokens, shared, _, _ = CASES[case]
     y, loss, gradients = layer(p, dy)
     names = ("load_balancing", "router_z")
 
     @jax.jit
     def step(p):
         def total(p):
-            out = apply(config_of(factor, tokens, shared), dtype, p, layer.mask, names)
+            out = apply(CASES[case][0], dtype, p, layer.mask, names)
             losses = layer.balance * out.losses["load_balancing"] + layer.z * out.losses["router_z"]
             return (out.y * dy.astype(dtype)).sum() + losses, (out.y, losses)
 
@@ -206,6 +216,37 @@ def test_padding_tokens_take_no_slot_and_have_zero_updates(seed, factor, scale):
     np.testing.assert_array_equal(before.y, after.y)
     assert not before.y[~mask].any()
     assert before.metrics["dropped"] == after.metrics["dropped"]
+
+
+# --- balance by biases ------------------------------------------------------------------------------------------------
+
+
+def test_biases_change_the_choice_but_not_the_weights():
+    config, p = CASES["sigmoid with biases, masked"][0], values(0, biased=True)
+    p["balance_bias"] = 1e3 * np.arange(E)  # all tokens choose the last K experts
+    config = dataclasses.replace(config, capacity_factor=None)
+    scores = np.asarray(jax.nn.sigmoid(p["x"] @ p["controller"]))[..., -K:]
+    outputs = np.einsum("bsef,efd->bsed", np.maximum(np.einsum("bsd,edf->bsef", p["x"], p["w_in"]), 0), p["w_out"])
+    expected = np.einsum("bse,bsed->bsd", scores / scores.sum(axis=-1, keepdims=True), outputs[..., -K:, :])
+    np.testing.assert_allclose(run(config, p).y, expected, atol=1e-4)
+
+
+def test_statistics_count_the_choices_of_non_padding_tokens_in_training_only():
+    config, p, mask = CASES["sigmoid with biases, masked"][0], values(0, biased=True), mask_of(1)
+    loads = apply(config, "float32", p, mask, train=True).statistics["load"]
+    scores = np.where(mask[..., None], 1 / (1 + np.exp(-p["x"] @ p["controller"])) + p["balance_bias"], -np.inf)
+    kth = np.sort(scores, axis=-1)[..., -K, None]
+    np.testing.assert_array_equal(loads, (mask[..., None] & (scores >= kth)).sum(axis=(0, 1)))
+    assert not apply(config, "float32", p, mask).statistics
+    assert not apply(dataclasses.replace(config, balance="loss"), "float32", p, mask, train=True).statistics
+
+
+def test_a_step_moves_the_biases_towards_an_even_load_with_mean_zero():
+    config = TokenChoiceConfig(4, top_k=2, scores="sigmoid", balance="bias", bias_rate=0.01)
+    router = {"balance_bias": jnp.array([[0.0, 0, 0, 0], [0.5, -0.5, 0.25, -0.25]])}
+    updated = TokenChoice.update_router(config, router, {"load": jnp.array([[9.0, 1, 1, 1], [3, 3, 3, 3]])})
+    expected = [[-0.015, 0.005, 0.005, 0.005], [0.5, -0.5, 0.25, -0.25]]
+    np.testing.assert_allclose(updated["balance_bias"], expected, atol=1e-7)
 
 
 # --- the layer as a module --------------------------------------------------------------------------------------------
