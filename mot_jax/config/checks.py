@@ -304,9 +304,6 @@ def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConf
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
-    if kind.balance == "bias" and kind.scores == "softmax":
-        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
-        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:
@@ -326,6 +323,9 @@ def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Itera
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
     name = "model.feed_forward"
     yield from _top_k_errors(model, kind)
+    if kind.balance == "bias" and kind.scores == "softmax":
+        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
+        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"

@@ -145,7 +145,7 @@ def _projections(activation: str, capacity: int) -> tuple[mixing.Projection, mix
         """Tokens [N, S, E C, D] -> pre-activations and gate (or None), [E, N C, S, F]."""
         n, s, places, d = u.shape
         groups, positions, experts, _ = axes_of(u)
-        shape = (n, s, places // capacity, capacity, d)
+        shape: tuple[int, ...] = (n, s, places // capacity, capacity, d)
         u = jnp.moveaxis(jnp.reshape(u, shape, out_sharding=spec(groups, positions, experts, None, None)), 3, 1)
         shape = (n * capacity, s, places // capacity, d)
         return project_in(jnp.reshape(u, shape, out_sharding=spec(groups, positions, experts, None)), w_in)
@@ -155,7 +155,7 @@ def _projections(activation: str, capacity: int) -> tuple[mixing.Projection, mix
         o = project_out(activation)(h, w_out)
         rows, s, e, d = o.shape
         groups, positions, experts, _ = axes_of(o)
-        shape = (rows // capacity, capacity, s, e, d)
+        shape: tuple[int, ...] = (rows // capacity, capacity, s, e, d)
         o = jnp.moveaxis(jnp.reshape(o, shape, out_sharding=spec(groups, None, positions, experts, None)), 1, 3)
         shape = (rows // capacity, s, e * capacity, d)
         return jnp.reshape(o, shape, out_sharding=spec(groups, positions, experts, None))
