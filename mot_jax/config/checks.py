@@ -328,8 +328,8 @@ def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Itera
         return
     if round(kind.capacity_factor * kind.top_k * candidates / kind.num_experts, 6) < 1:
         smallest = math.ceil(10_000 * kind.num_experts / (kind.top_k * candidates)) / 10_000
-        rule = f"must be at least num_experts / (top_k x {source}) = {smallest:g}, or top_k larger"
-        yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest:g}"
+        rule = f"must be at least num_experts / (top_k x {source}) = {smallest}, or top_k larger"
+        yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest}"
 
 
 def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
