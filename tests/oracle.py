@@ -1,8 +1,8 @@
-"""Reference implementations in float64 NumPy, forward and backward, of Mixture of Tokens and of token choice.
+"""Reference implementations in float64 NumPy, forward and backward, of Mixture of Tokens, sparse and soft mixtures.
 
-Written from `docs/paper.md`, sections 2 to 4, without any code of the library, and as simple as possible: loops over
-groups and positions, products of two-dimensional matrices. The gradients of the paper's layer and of token choice are
-derived by hand; those of the mixing variants are central differences.
+Written from `docs/paper.md`, sections 2 to 5, without any code of the library, and as simple as possible: loops over
+groups and positions, products of two-dimensional matrices. The gradients of the paper's layer and of the other kinds
+are derived by hand; those of the mixing variants are central differences.
 """
 
 from __future__ import annotations
@@ -270,6 +270,88 @@ class TokenChoice:
             d["kernel_in"] += x.T @ d_h
             dx += d_h @ p["kernel_in"].T
         return y.reshape(p["x"].shape), loss, d
+
+
+@dataclasses.dataclass
+class ExpertChoice:
+    """Expert choice, forward and backward, as a loop over groups, positions and experts."""
+
+    group_size: int
+    """G; the length of a sequence if `over_tokens`."""
+    capacity: int
+    """The number of tokens that an expert takes from a group at a position."""
+    over_tokens: bool = False
+    """Whether a group is a sequence."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+    z: float = 0.0
+    """The weight of the router z-loss."""
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, float, dict[str, np.ndarray], np.ndarray]:
+        """Return y [B, S, D], the weighted loss, the gradients of sum(y dy) + loss, and experts per token [B, S]."""
+        x, d, y, loss = p["x"], {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape), 0.0
+        experts_per_token = np.zeros(x.shape[:2], int)
+        groups = MixtureOfTokens(self.group_size, mask=self.mask, within=self.over_tokens).groups(*x.shape[:2])
+        count = x[..., 0].size if self.mask is None else self.mask.sum()
+        for rows, positions, valid in groups:
+            members = np.flatnonzero(valid)
+            sequences, places = rows[members], positions[members]
+            tokens, d_update = x[sequences, places], dy[sequences, places]
+            if not len(tokens):
+                continue
+            logits = tokens @ p["controller"]
+            sums = np.log(np.exp(logits).sum(axis=1))
+            probabilities = np.exp(logits - sums[:, None])
+            loss += self.z * (sums**2).sum() / count
+            chosen = np.argsort(-probabilities, axis=0, kind="stable")[: self.capacity]
+            update, experts = np.zeros(tokens.shape), range(chosen.shape[1])
+            np.add.at(experts_per_token, (sequences[chosen], places[chosen]), 1)
+            for e in experts:
+                _, hidden = self.hidden(p, e, tokens[chosen[:, e]])
+                update[chosen[:, e]] += probabilities[chosen[:, e], e, None] * (hidden @ p["w_out"][e])
+            y[sequences, places] = np.stack([normed(vector, p.get("output_norm")) for vector in update])
+            if "output_norm" in p:
+                centered = update - update.mean(axis=1, keepdims=True)
+                scale = 1 / np.sqrt((centered**2).mean(axis=1, keepdims=True) + 1e-5)
+                unit = centered * scale
+                d["output_norm"] += np.stack([(d_update * unit).sum(axis=0), d_update.sum(axis=0)])
+                d_unit = d_update * p["output_norm"][0]
+                d_update = d_unit - d_unit.mean(axis=1, keepdims=True)
+                d_update = scale * (d_update - unit * (d_unit * unit).mean(axis=1, keepdims=True))
+            d_probabilities, d_tokens = np.zeros(probabilities.shape), np.zeros(tokens.shape)
+            for e in experts:
+                taken = chosen[:, e]
+                (h, gate), hidden = self.hidden(p, e, tokens[taken])
+                d_probabilities[taken, e] = (hidden @ p["w_out"][e] * d_update[taken]).sum(axis=1)
+                d_output = probabilities[taken, e, None] * d_update[taken]
+                d["w_out"][e] += hidden.T @ d_output
+                d_hidden = d_output @ p["w_out"][e].T
+                if gate is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                for name, part in parts.items():
+                    d[name][e] += tokens[taken].T @ part
+                    d_tokens[taken] += part @ p[name][e].T
+            d_logits = probabilities * (d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True))
+            d_logits += self.z * 2 * sums[:, None] * probabilities / count
+            d["controller"] += tokens.T @ d_logits
+            d["x"][sequences, places] += d_tokens + d_logits @ p["controller"].T
+        if "kernel_in" in p:
+            h = x @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
+            d["kernel_in"] += np.einsum("bsd,bsf->df", x, d_h)
+            d["x"] += d_h @ p["kernel_in"].T
+        return y, loss, d, experts_per_token
+
+    def hidden(self, p: dict[str, np.ndarray], e: int, tokens: np.ndarray) -> tuple[tuple, np.ndarray]:
+        """Pre-activations and gate (or None), and the hidden layer, of expert e for tokens [C, D]."""
+        h, gate = tokens @ p["w_in"][e], tokens @ p["w_gate"][e] if "w_gate" in p else None
+        return (h, gate), np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
 
 
 @dataclasses.dataclass

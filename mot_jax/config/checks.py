@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from mot_jax.config.fields import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     MeshConfig,
     MixingConfig,
@@ -181,6 +183,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _mixture_errors(model, kind)
     if isinstance(kind, TokenChoiceConfig):
         yield from _token_choice_errors(model, kind)
+    if isinstance(kind, ExpertChoiceConfig):
+        yield from _expert_choice_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
         yield from _soft_moe_errors(model, kind)
 
@@ -299,6 +303,35 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
+def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig) -> Iterator[str]:
+    """Experts per token that exceed the experts, or the width of the dense layer."""
+    name = "model.feed_forward"
+    if kind.top_k > kind.num_experts >= 1:
+        yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if error := _shared_expert_error(model, kind.shared_expert_dim, name):
+        yield error
+    elif kind.expert_dim is None:
+        width = model.d_ff - kind.shared_expert_dim
+        yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.over == "tokens" and model.objective == "causal":
+        yield (
+            "model.feed_forward.over = 'tokens': whether an expert takes a token depends on later tokens of its "
+            "sequence, which a causal model has to predict; must be 'batch' there; try 'batch'"
+        )
+    source = "group_size" if kind.over == "batch" else "model.context_length"
+    candidates, name = kind.candidates(model.context_length), "model.feed_forward.capacity_factor"
+    if min(candidates, kind.top_k, kind.num_experts) < 1:  # which have errors of their own
+        return
+    if round(kind.capacity_factor * kind.top_k * candidates / kind.num_experts, 6) < 1:
+        smallest = math.ceil(10_000 * kind.num_experts / (kind.top_k * candidates)) / 10_000
+        rule = f"must be at least num_experts / (top_k x {source}) = {smallest}, or top_k larger"
+        yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest}"
+
+
 def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
     if model.objective == "causal":
         yield (
@@ -311,16 +344,10 @@ def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
 
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
     name = "model.feed_forward"
-    if kind.top_k > kind.num_experts >= 1:
-        yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    yield from _top_k_errors(model, kind)
     if kind.balance == "bias" and kind.scores == "softmax":
         rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
         yield f"{name}.balance = 'bias': {rule}; try 'loss'"
-    if error := _shared_expert_error(model, kind.shared_expert_dim, name):
-        yield error
-    elif kind.expert_dim is None:
-        width = model.d_ff - kind.shared_expert_dim
-        yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"

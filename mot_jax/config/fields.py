@@ -262,6 +262,58 @@ class TokenChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertChoiceConfig(_FeedForwardKind):
+    """An expert-choice mixture of experts (`docs/paper.md`, section 5): each expert takes its most probable tokens.
+
+    An expert takes capacity_factor top_k G / num_experts tokens, rounded, at least 1 and at most G, of the G tokens of
+    a group at each position.
+    """
+
+    kind: ClassVar[str] = "expert_choice"
+    losses: ClassVar[tuple[str, ...]] = ("router_z",)
+    group_size: int = 32
+    """Group size G: the number of sequences from whose tokens at one position each expert chooses."""
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer."""
+    top_k: int = 1
+    """Number of experts per token, on average over the tokens of a group, with a capacity factor of 1."""
+    capacity_factor: float = 1.0
+    """Number of tokens that an expert takes, as a multiple of its even share top_k G / num_experts of the group."""
+    over: Literal["batch", "tokens"] = "batch"
+    """Tokens from which an expert chooses. `batch`: those of a group of sequences at one position.
+    `tokens`: those of one whole sequence, for masked models only; `group_size` is not used then."""
+    layer_norm: bool = False
+    """Layer normalization of the layer's output, without the shared expert's, as in the paper."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices, whose fan-in is top_k F."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+    @property
+    def mixed_sequences(self) -> int:
+        return self.group_size if self.over == "batch" else 1
+
+    def candidates(self, context_length: int) -> int:
+        """The number of tokens from which an expert chooses: of a group at one position, or of a sequence."""
+        return self.group_size if self.over == "batch" else context_length
+
+    def capacity(self, candidates: int) -> int:
+        """C: the number of tokens that an expert takes from so many."""
+        return min(candidates, max(1, round(self.capacity_factor * self.top_k * candidates / self.num_experts)))
+
+
+@dataclasses.dataclass(frozen=True)
 class SoftMoEConfig(_FeedForwardKind):
     """A soft mixture of experts (`docs/paper.md`, section 5), for masked models only."""
 
@@ -297,7 +349,7 @@ class SoftMoEConfig(_FeedForwardKind):
         return dataclasses.replace(self, slots_per_expert=self.slots(context_length))
 
 
-FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | SoftMoEConfig
+FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | ExpertChoiceConfig | SoftMoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,7 +530,7 @@ class LossWeights(_PlainData):
     load_balancing: float = 0.0
     """Weight of the load-balancing loss of token choice, which is 1 if all experts are alike."""
     router_z: float = 0.0
-    """Weight of (log Z)² of the controller of token choice."""
+    """Weight of (log Z)² of the controller of token choice or expert choice."""
 
     def of_layers(self) -> dict[str, float]:
         """The nonzero weights of the layers' losses, by name."""

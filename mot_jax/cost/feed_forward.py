@@ -6,8 +6,9 @@ A new kind needs one class here; everything else in `mot_jax.cost` reads these c
 FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, activations or gathers. Mixing takes D E
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
-    as if they were processed. Soft MoE takes D E P for each of controller, dispatch and combine, and E P / S experts
-    per token, S the context length.
+    as if they were processed. Expert choice takes D E for the router and E C / G experts per token, where an expert
+    takes C of G tokens. Soft MoE takes D E P for each of controller, dispatch and combine, and E P / S experts per
+    token, S the context length.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -20,6 +21,7 @@ from typing import Literal
 
 from mot_jax.config import (
     DenseConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -107,7 +109,7 @@ class FeedForwardCost:
         return sum(part.flops for part in self.parts())
 
     def executed_flops(self) -> float:
-        """FLOPs that the forward pass executes per token: those of `flops`, unless empty slots are processed too."""
+        """FLOPs that the forward pass executes per token: also for empty slots, and to move tokens by products."""
         return self.flops()
 
     def expert_flops(self) -> float:
@@ -126,9 +128,9 @@ class FeedForwardCost:
         """The share of the experts' parameters that a token pays FLOPs for."""
         return parameters
 
-    def sequences_per_group(self, context_length: int) -> int:
+    def sequences_per_group(self) -> int:
         """The smallest number of sequences that the layer can process."""
-        return 1
+        return max(self.config.mixed_sequences, self.config.routed_sequences(self.context_length))
 
     def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
         """The kind's sizes in `mot describe`."""
@@ -231,9 +233,6 @@ class MixtureOfTokensCost(FeedForwardCost):
         """1/G: the G tokens of a group share one execution of each of its E experts."""
         return parameters // self.config.group_size
 
-    def sequences_per_group(self, context_length: int) -> int:
-        return self.config.group_size
-
     def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
         kind, g, e = self.config, self.config.group_size, self.config.num_experts
         sizes: dict[str, int | float | str] = {"group_size_G": g, "experts_E": e}
@@ -294,9 +293,6 @@ class TokenChoiceCost(FeedForwardCost):
         """k/E."""
         return parameters * self.config.top_k // self.config.num_experts
 
-    def sequences_per_group(self, context_length: int) -> int:
-        return max(1, self.config.routing_group_tokens // context_length)
-
     def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
         kind, tokens = self.config, self.config.routing_group_tokens
         sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
@@ -310,6 +306,60 @@ class TokenChoiceCost(FeedForwardCost):
         """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
         top_k = max(1, num_experts // group_size)
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
+
+
+class ExpertChoiceCost(FeedForwardCost):
+    """Router, dispatch of C tokens to each expert, experts, combine."""
+
+    config: ExpertChoiceConfig
+
+    def _candidates(self) -> int:
+        """G, the number of tokens from which an expert takes C: of a group at a position, or of a sequence."""
+        return self.config.candidates(self.context_length)
+
+    def _taken(self) -> int:
+        """E C, the number of tokens that all experts take of G."""
+        return self.config.num_experts * self.config.capacity(self._candidates())
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, taken = self.config, self._taken()
+        per_token = Fraction(taken, self._candidates())
+        x, sent, logits = Arrays(self.d_model), Arrays(self.d_model * per_token), Arrays(logits=kind.num_experts)
+        one_hot, weights = Arrays(taken), Arrays(logits=taken)
+        read, router = x + Arrays(parameters=self.d_model * kind.num_experts), self._product(kind.num_experts)
+        return (
+            Part("router", "router", {"router": router}, read + one_hot + weights, logits + weights + read * 2, logits),
+            Part("dispatch", "", {}, x + one_hot + sent, sent + one_hot + x),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
+            Part("combine", "", {}, sent + weights + x, x + (sent + weights) * 2),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def saved(self) -> Arrays:
+        """The one-hot matrix, and the probabilities in it, too: results of the first part, internal to the layer."""
+        return super().saved() + Arrays(self._taken(), self._taken())
+
+    def executed_flops(self) -> float:
+        """Dispatch and combine are products with one-hot matrices, D E C each, which only move tokens."""
+        return self.flops() + 2 * self._product(self._taken())
+
+    def final_products(self) -> tuple[str, ...]:
+        return _outputs("shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """C/G: a token takes part in E C / G experts, on average."""
+        return parameters * self.config.capacity(self._candidates()) // self._candidates()
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind, candidates = self.config, self._candidates()
+        sizes: dict[str, int | float | str] = {"group_size_G": candidates, "experts_E": kind.num_experts}
+        sizes |= {"expert_dim_F": kind.hidden_dim(self.d_ff), "capacity_C": kind.capacity(candidates)}
+        return sizes | {"experts_per_token": self._taken() / candidates}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertChoiceConfig:
+        """The experts of a mixture, each of which takes as many tokens as have the FLOPs of the dense layer."""
+        return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
 
 
 class SoftMoECost(FeedForwardCost):
@@ -368,6 +418,7 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
+    ExpertChoiceConfig: ExpertChoiceCost,
     SoftMoEConfig: SoftMoECost,
 }
 

@@ -55,7 +55,7 @@ def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> 
         stacked = [array for array in arrays if array.shape[:1] == (_SCAN_LENGTH,)]
         return sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in stacked)
 
-    g = feed_forward_cost(model, kind).sequences_per_group(model.context_length)
+    g = feed_forward_cost(model, kind).sequences_per_group()
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # independent of the caller's mesh
         one, two = size(g), size(2 * g)
     return (two - one) / g, 2 * one - two

@@ -103,7 +103,7 @@ def choose_experts(
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     values = jax.nn.softmax(logits, axis=-1) if scores == "softmax" else jax.nn.sigmoid(logits)
     probabilities = values if scores == "softmax" else values / (values.sum(axis=-1, keepdims=True) + _TINY)
-    experts = _top_k_indices(jax.lax.stop_gradient(values if bias is None else values + bias), top_k)
+    experts = top_k_indices(jax.lax.stop_gradient(values if bias is None else values + bias), top_k)
     weights = jnp.take_along_axis(values, experts, axis=-1)
     if scores == "sigmoid" and top_k > 1:
         weights /= weights.sum(axis=-1, keepdims=True) + _TINY
@@ -128,8 +128,11 @@ def updated_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:
     return bias - bias.mean(axis=-1, keepdims=True)
 
 
-def _top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
-    """[N, T, E] -> int32 [N, T, k]. In `shard_map`, since the compiler would gather all groups for a top_k."""
+def top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
+    """Indices of the largest numbers along the last axis, the lower one first among equals: [..., E] -> int32 [..., k].
+
+    In `shard_map`, since the compiler would gather all groups for a top_k.
+    """
     partition = spec(*axes_of(probabilities))
 
     def local_top_k(p: jax.Array) -> jax.Array:

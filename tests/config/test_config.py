@@ -16,6 +16,7 @@ from mot_jax.config import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     InitConfig,
     MeshConfig,
     MixingConfig,
@@ -104,7 +105,7 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    kind_name = draw(st.sampled_from(["mixture", "token choice", "dense"]))
+    kind_name = draw(st.sampled_from(["mixture", "token choice", "expert choice", "dense"]))
     length = chunk * draw(small)
     shared = draw(st.integers(0, d_ff - 1))
     if kind_name == "mixture":
@@ -137,6 +138,18 @@ def configs(draw) -> Config:
                 draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_expert_dim=shared
             )
             kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
+    elif kind_name == "expert choice":
+        divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
+        top_k = draw(st.sampled_from(divisors))
+        experts = draw(st.integers(0, 9)) + top_k
+        kind = ExpertChoiceConfig(
+            group,
+            experts,
+            top_k=top_k,
+            capacity_factor=experts / (top_k * group) + draw(positive),
+            layer_norm=draw(st.booleans()),
+            shared_expert_dim=shared,
+        )
     else:
         kind = DenseConfig(draw(st.booleans()))
     dense_bias = isinstance(kind, DenseConfig) or draw(st.booleans())
@@ -304,6 +317,25 @@ def test_more_choices_than_experts_and_no_width_left():
         (line,) = errors_of(put(ROUTED, "model.feed_forward", kind))
         assert line.startswith(f"model.feed_forward.{name} = {value}: must be ")
         check(follow(put(ROUTED, "model.feed_forward", kind), line))
+
+
+def test_errors_of_expert_choice():
+    kind = ExpertChoiceConfig(16, 16, over="tokens", top_k=32)
+    chosen = put(MIXTURE, "model.feed_forward", kind)
+    top_k, over = errors_of(chosen)
+    assert top_k.startswith("model.feed_forward.top_k = 32: must be at most model.feed_forward.num_experts = 16")
+    assert over.startswith("model.feed_forward.over = 'tokens': ") and "later tokens" in over
+    check(reduce(follow, (top_k, over), chosen))
+    check(put(put(chosen, "model.objective", "masked"), "model.feed_forward.top_k", 2))
+    few = put(put(MIXTURE, "model.feed_forward", ExpertChoiceConfig(6, 50, top_k=4)), "training.batch_size", 6)
+    (line,) = errors_of(few)
+    assert line.startswith(
+        "model.feed_forward.capacity_factor = 1.0: must be at least num_experts / (top_k x group_size)"
+    )
+    assert follow(few, line).model.feed_forward.capacity_factor == 2.0834
+    check(follow(few, line))
+    check(put(few, "model.feed_forward.top_k", 16))
+    assert chosen.model.group_size == 1 and put(chosen, "model.feed_forward.over", "batch").model.group_size == 16
 
 
 def test_sequences_of_a_routing_group_come_from_different_documents():

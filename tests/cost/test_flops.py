@@ -7,8 +7,9 @@ import jax.extend.core
 import pytest
 from paper_models import CHOICES, PROBE, SAVE_POLICIES, V1, compiled_cost, probe, with_kind
 
-from mot_jax.config import Config, TokenChoiceConfig, TrainingConfig
+from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, TrainingConfig
 from mot_jax.cost.describe import describe
+from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import flops_per_token, forward_flops, recomputed_flops
 from mot_jax.cost.parameters import active_parameters, count_parameters
 from mot_jax.nn.kernels.fused_attention import splash
@@ -75,6 +76,20 @@ def test_rematerialized_flops_match_the_compiler(save_for_backward, remat):
     tolerance = 0.05 if remat == "attention" else 0.02
     expected = recomputed_flops(probe(1, save_for_backward, remat=remat))
     assert difference == pytest.approx(expected, rel=tolerance)
+
+
+def test_flops_of_expert_choice_match_the_compiler():
+    """With two products by one-hot matrices, forward and backward; nothing is recomputed."""
+    kind = ExpertChoiceConfig(4, 16, top_k=8, shared_expert_dim=256)
+    scanned, one = (dataclasses.replace(PROBE, num_blocks=n, feed_forward=kind) for n in (5, 1))
+    assert recomputed_flops(one) == 0
+    cost = feed_forward_cost(one, kind)
+    only_executed = cost.executed_flops() - cost.flops()
+    assert only_executed == 2 * 2 * one.d_model * 16 * 2  # D E C each
+    expected = flops_per_token(Config(one)) + 3 * only_executed
+    assert compiled_cost(scanned, backward=True)[0] == pytest.approx(expected, rel=0.02)
+    mixture, choice = with_kind(PROBE, 2, 16, expert_dim=96, shared_expert_dim=256), one
+    assert active_parameters(dataclasses.replace(mixture, num_blocks=1)) == active_parameters(choice)
 
 
 def test_flops_that_splash_recomputes_match_the_products_in_its_kernels():

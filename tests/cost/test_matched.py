@@ -16,6 +16,7 @@ from mot_jax.config import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     LossWeights,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -31,7 +32,7 @@ from mot_jax.errors import UserError
 from mot_jax.nn.transformer import init_params
 
 DEMO = load_config(str(Path(__file__).parents[2] / "configs/demo.py"))
-COUNTED = {"dense", "mixture_of_tokens", "token_choice"}  # by `count_by_hand`
+COUNTED = {"dense", "mixture_of_tokens", "token_choice", "expert_choice"}  # by `count_by_hand`
 RULES = ("layer_flops", "expert_flops", "parameters")
 
 
@@ -98,7 +99,7 @@ def test_widths_of_the_demo(by, dense, routed):
 def test_remainders_are_those_counted_by_hand(by):
     """Gated experts, a shared one, and dense layers next to them without biases."""
     config = with_fields(DEMO, "model", moe_blocks="last_half", gated=True, dense_bias=False, d_ff=768)
-    for kind in ("dense", "token_choice"):
+    for kind in ("dense", "token_choice", "expert_choice"):
         changed = matched(config, kind, by)
         excess = remainder(config, changed, by)
         assert excess == pytest.approx(excess_by_hand(config, changed, by), abs=1e-12) and abs(excess) <= 0.02
@@ -135,6 +136,7 @@ def configs(draw) -> Config:
                 MixtureOfTokensConfig(group_size, experts, shared_expert_dim=shared),
                 MixtureOfTokensConfig(group_size, experts, 40, shared_expert_dim=shared, flop_matched=False),
                 TokenChoiceConfig(experts, top_k=granularity, shared_expert_dim=shared, routing_group_tokens=16),
+                ExpertChoiceConfig(group_size, experts, top_k=granularity, shared_expert_dim=shared),
             ]
         )
     )
@@ -220,6 +222,9 @@ def test_batches_stay_the_same_if_groups_divide_them():
     assert matched(DEMO, "dense", "layer_flops").data == dataclasses.replace(DEMO.data, shuffle_group_size=32)
     routed = with_fields(DEMO, "model", feed_forward=TokenChoiceConfig(16, top_k=2, routing_group_tokens=64))
     assert matched(routed, "mixture_of_tokens", "expert_flops").group_size == 8
+    over_tokens = ExpertChoiceConfig(num_experts=16, top_k=2, over="tokens")  # whose group size of 32 is not used
+    masked = with_fields(DEMO, "model", feed_forward=over_tokens, objective="masked")
+    assert matched(masked, "mixture_of_tokens", "expert_flops").group_size == 8
     pairs = dataclasses.replace(routed, data=DataConfig(shuffle_group_size=16))
     assert matched(pairs, "mixture_of_tokens", "expert_flops").data.shuffle_group_size == 16
 

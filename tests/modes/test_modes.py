@@ -13,6 +13,7 @@ from mot_jax.config import (
     CompanionsConfig,
     Config,
     DenseConfig,
+    ExpertChoiceConfig,
     LossWeights,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -99,13 +100,16 @@ def test_another_group_size_keeps_experts_and_parameters():
     assert (hidden_states(config, params)[:2] != before[:2]).any()
 
 
-def test_a_dense_model_has_no_modes():
-    dense = Config(model=ModelConfig(feed_forward=DenseConfig()))
+@pytest.mark.parametrize("kind", [DenseConfig(), ExpertChoiceConfig()], ids=lambda kind: kind.kind)
+def test_kinds_with_no_mode_but_grouped(kind):
+    config = Config(model=ModelConfig(feed_forward=kind))
     others = [mode.change for name, mode in MODES.items() if name != "grouped"]
     for mode in (*others, lambda config: regrouped(config, 8)):
-        with pytest.raises(UserError, match=r"mix nothing|have no experts"):
-            mode(dense)
-    assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
+        with pytest.raises(UserError, match=r"mix nothing|is for mixture_of_tokens and"):
+            mode(config)
+    mode, reason = default_mode(config)
+    assert MODES["grouped"].change(config) == config and mode == "grouped"
+    assert ("no sequence of a batch depends" in reason) == (kind == DenseConfig())
 
 
 def test_models_that_do_not_mix_sequences_need_no_companions():

@@ -10,6 +10,7 @@ from flax import nnx
 from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -18,6 +19,7 @@ from mot_jax.config import (
 )
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
+from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
@@ -28,6 +30,7 @@ KINDS: dict[type, type[FeedForward]] = {
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
+    ExpertChoiceConfig: ExpertChoice,
     SoftMoEConfig: SoftMoE,
 }
 
@@ -35,6 +38,7 @@ __all__ = [
     "KINDS",
     "Companions",
     "Dense",
+    "ExpertChoice",
     "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",

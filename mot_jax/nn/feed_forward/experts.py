@@ -1,10 +1,20 @@
-"""The parameters that all kinds with experts share, so that weights of one kind can be used by another."""
+"""The parameters that all kinds with experts share, so that weights of one kind can be used by another.
+
+The experts of a kind that mixes or chooses along the batch are two functions, `project_in` and `project_out`, for
+`mot_jax.nn.mixing.merge_experts_emit`.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from mot_jax.config import DenseConfig
+from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.interface import FeedForward, LayerOptions, activate
 from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
@@ -16,23 +26,29 @@ class ExpertFeedForward(FeedForward):
     Parameters, all without biases:
 
     controller [D, E]: a linear map from a token to one logit per expert (a sparse mixture calls it the router).
-    w_in [E, D, F], w_out [E, F, D], and w_gate [E, D, F] if `gated`: the experts. The fan-in of `w_out` is F.
+    w_in [E, D, F], w_out [E, F, D], and w_gate [E, D, F] if `gated`: the experts. The fan-in of `w_out` is F,
+        or that of the kind.
     shared: a `Dense` layer that processes every token, if `config.shared_expert_dim` > 0.
     """
 
     def _create_expert_parameters(
-        self, options: LayerOptions, controller_fan_in: int, slots: tuple[int, ...] = ()
+        self,
+        options: LayerOptions,
+        controller_fan_in: int,
+        *,
+        slots: tuple[int, ...] = (),
+        w_out_fan_in: int | None = None,
     ) -> None:
         config, d = self.config, options.d_model
         e, f, width = config.num_experts, config.hidden_dim(options.d_ff), config.shared_expert_dim
         self.controller = options.matrix((d, e, *slots), controller_fan_in, config.controller_init_scale)
         self.w_in = options.matrix((e, d, f), d, config.w_in_init_scale)
-        self.w_out = options.matrix((e, f, d), f, config.w_out_init_scale)
+        self.w_out = options.matrix((e, f, d), w_out_fan_in or f, config.w_out_init_scale)
         self.w_gate = options.matrix((e, d, f), d, config.w_in_init_scale) if options.gated else None
         self.shared = Dense(d, width, DenseConfig(bias=False), **options.keywords()) if width else None
 
     def _expert_parameters(self) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        return self.w_in[...], self.w_out[...], None if self.w_gate is None else self.w_gate[...]
+        return self.w_in[...], self.w_out[...], value(self.w_gate)
 
     def _apply_to_slots(self, u: jax.Array) -> jax.Array:
         """Apply each expert to its slots, [N, C, E, D] -> [N, C, E, D]: N routing groups, each with C slots.
@@ -50,3 +66,49 @@ class ExpertFeedForward(FeedForward):
         )  # devices that share F each sum a part of the slots
         o = product("ncef,efd->nced", hidden, w_out, spec(local_groups, slots, experts, None))
         return reshard(o, groups, None, None, None)
+
+
+def value(param: nnx.Param | None) -> jax.Array | None:
+    """The array of a parameter; None without one."""
+    return None if param is None else param[...]
+
+
+_product = functools.partial(product, fenced=False)  # `merge_experts_emit` has one barrier for all of its products
+
+
+def project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+    """Mixtures [N, S, E, D] -> pre-activations and gate (or None), [E, N, S, F].
+
+    Experts come first, so that neither product transposes the array between them.
+    """
+    u = layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
+    gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
+    return _product("ensd,edf->ensf", u, p["w"]), gate
+
+
+@functools.cache  # one function object per activation: JAX caches compiled functions by identity
+def project_out(activation: str) -> mixing.Projection:
+    """The second half of the experts, with this activation function."""
+
+    def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
+        """Pre-activations and gate [E, N, S, F] -> expert outputs [N, S, E, D]."""
+        hidden = activate(activation, *h)
+        experts, groups, positions, width = axes_of(hidden)
+        if (
+            hidden.shape[2] % num_shards(positions + width) == 0
+        ):  # devices that share F each sum a part of the positions
+            positions = width + positions
+        out = spec(experts, groups, positions, None)
+        return jnp.moveaxis(layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)
+
+    return project_out
+
+
+def layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:
+    """Normalize x [..., D] over D, then apply scale and bias ([2, D]); return x itself if `norm` is None."""
+    if norm is None:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide -= wide.mean(axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + 1e-5)
+    return (wide * norm[0] + norm[1]).astype(x.dtype)

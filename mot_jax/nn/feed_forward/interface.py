@@ -102,6 +102,10 @@ class LayerOptions:
         """Create a parameter that is `value` everywhere."""
         return nnx.Param(jnp.full(shape, value, self.param_dtype))
 
+    def norm(self) -> nnx.Param:
+        """Create scale 1 and bias 0 of a layer norm, [2, D]."""
+        return nnx.Param(jnp.array([[1.0], [0.0]], self.param_dtype).repeat(self.d_model, axis=1))
+
     def keywords(self) -> dict[str, Any]:
         """The keyword arguments with which `FeedForward` creates another layer of these options."""
         return {name: getattr(self, name) for name in ("activation", "gated", "init", "dtype", "param_dtype", "rngs")}

@@ -18,7 +18,6 @@ nothing else, the experts' pre-activations, or these, the mixtures and the exper
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +26,12 @@ from flax import nnx
 from mot_jax.config import MixtureOfTokensConfig, kernel_errors, mixing_errors
 from mot_jax.errors import UserError
 from mot_jax.nn import mixing
-from mot_jax.nn.feed_forward.experts import ExpertFeedForward
+from mot_jax.nn.feed_forward.experts import ExpertFeedForward, project_in, project_out, value
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
 from mot_jax.nn.kernels.fused_mixture_tpu import fused_mixture
 from mot_jax.nn.kernels.pallas_tpu import TILE, Activation
-from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, spec
+from mot_jax.nn.sharding import axes_of, num_shards, product, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -75,9 +74,8 @@ class MixtureOfTokens(ExpertFeedForward):
         shape = (e,) if mixing_config.learned_temperature == "per_expert" else ()
         self.temperature = None if mixing_config.learned_temperature == "none" else options.constant(0.0, *shape)
         self.emit_temperature = options.constant(0.0, *shape) if mixing_config.separate_temperatures else None
-        unit = jnp.array([[1.0], [0.0]], options.param_dtype).repeat(d, axis=1)  # scale 1, bias 0
-        self.mixture_norm = nnx.Param(unit) if mixing_config.layer_norm else None
-        self.output_norm = nnx.Param(unit) if mixing_config.layer_norm else None
+        self.mixture_norm = options.norm() if mixing_config.layer_norm else None
+        self.output_norm = options.norm() if mixing_config.layer_norm else None
 
     @default_promotion()
     def __call__(self, x: jax.Array, context: FeedForwardContext = FeedForwardContext()) -> FeedForwardOutput:
@@ -124,9 +122,9 @@ class MixtureOfTokens(ExpertFeedForward):
 
         The first half ends with the pre-activations, the second one starts with them.
         """
-        w_in = {"w": self.w_in[...], "gate": _value(self.w_gate), "norm": _value(self.mixture_norm)}
-        w_out = {"w": self.w_out[...], "norm": _value(self.output_norm)}
-        return (_project_in, w_in), (_project_out(self.activation), w_out)
+        w_in = {"w": self.w_in[...], "gate": value(self.w_gate), "norm": value(self.mixture_norm)}
+        w_out = {"w": self.w_out[...], "norm": value(self.output_norm)}
+        return (project_in, w_in), (project_out(self.activation), w_out)
 
     @default_promotion()
     def weights(
@@ -152,7 +150,7 @@ class MixtureOfTokens(ExpertFeedForward):
             kernel = controller[...]
             if self.base_controller is not None:
                 base = self.base_controller[...]
-                a = _value(base_weight)
+                a = value(base_weight)
                 kernel = kernel + base if a is None else a * kernel + (1 - a) * base
             wide = jnp.promote_types(self.dtype, jnp.float32)
             return product("ngsd,de->ngse", grouped, kernel, dtype=wide)
@@ -165,10 +163,10 @@ class MixtureOfTokens(ExpertFeedForward):
 
     def temperatures(self, context: FeedForwardContext) -> tuple[float | jax.Array, float | jax.Array]:
         """T of merge and of emit, scalars or [E]."""
-        t = mixing.temperature_at_step(self.config.mixing, context.step, _value(self.temperature))
+        t = mixing.temperature_at_step(self.config.mixing, context.step, value(self.temperature))
         if self.emit_temperature is None:
             return t, t
-        return t, mixing.temperature_at_step(self.config.mixing, context.step, _value(self.emit_temperature))
+        return t, mixing.temperature_at_step(self.config.mixing, context.step, value(self.emit_temperature))
 
     def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
         return None if context.token_mask is None else self._group(context.token_mask)
@@ -202,49 +200,6 @@ class MixtureOfTokens(ExpertFeedForward):
         return axes
 
 
-def _value(param: nnx.Param | None) -> jax.Array | None:
-    return None if param is None else param[...]
-
-
-_product = functools.partial(product, fenced=False)  # `merge_experts_emit` has one barrier for all of its products
-
-
-def _project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """Mixtures [N, S, E, D] -> pre-activations and gate (or None), [E, N, S, F].
-
-    Experts come first, so that neither product transposes the array between them.
-    """
-    u = _layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
-    gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
-    return _product("ensd,edf->ensf", u, p["w"]), gate
-
-
-@functools.cache  # one function object per activation: JAX caches compiled functions by identity
-def _project_out(activation: str) -> mixing.Projection:
-    def project_out(h: tuple[jax.Array, jax.Array | None], p: dict[str, Any]) -> jax.Array:
-        """Pre-activations and gate [E, N, S, F] -> expert outputs [N, S, E, D]."""
-        hidden = activate(activation, *h)
-        experts, groups, positions, width = axes_of(hidden)
-        if (
-            hidden.shape[2] % num_shards(positions + width) == 0
-        ):  # devices that share F each sum a part of the positions
-            positions = width + positions
-        out = spec(experts, groups, positions, None)
-        return jnp.moveaxis(_layer_norm(_product("ensf,efd->ensd", hidden, p["w"], out), p["norm"]), 0, 2)
-
-    return project_out
-
-
 @functools.cache
 def _activation(name: str) -> Activation:
     return lambda h: activate(name, h, None)
-
-
-def _layer_norm(x: jax.Array, norm: jax.Array | None) -> jax.Array:
-    """Normalize x [..., D] over D, then apply scale and bias ([2, D]); return x itself if `norm` is None."""
-    if norm is None:
-        return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide -= wide.mean(axis=-1, keepdims=True)
-    wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + 1e-5)
-    return (wide * norm[0] + norm[1]).astype(x.dtype)

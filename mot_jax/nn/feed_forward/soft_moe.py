@@ -71,7 +71,7 @@ class SoftMoE(ExpertFeedForward):
         if slots is None:
             rule = "must be given for a layer on its own, the length of its sequences / num_experts"
             raise UserError(f"slots_per_expert = None: {rule}; try 1")
-        self._create_expert_parameters(options, options.d_model, (slots,))
+        self._create_expert_parameters(options, options.d_model, slots=(slots,))
         self.scale = options.constant(1.0)
 
     @default_promotion()

@@ -25,6 +25,7 @@ from mot_jax.config import (
     CompanionsConfig,
     Config,
     DenseConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     LossWeights,
     MeshConfig,
@@ -82,6 +83,12 @@ CASES = {
     "token_choice": Case(ROUTED, "order", drops=True),
     "token_choice, bias": Case(
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
+    ),
+    "expert_choice": Case(
+        ExpertChoiceConfig(8, 8, shared_expert_dim=8, controller_init_scale=3.0), "group", drops=True
+    ),
+    "expert_choice, over tokens": Case(
+        ExpertChoiceConfig(8, 8, top_k=2, over="tokens", layer_norm=True), "sequence", slow=True
     ),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
