@@ -17,8 +17,8 @@ from mot_jax.cli.parsing import (
     ConfigFile,
     Directory,
     DirectoryOrNone,
-    FileOrNone,
     Flag,
+    PictureFileOrNone,
     Positive,
     PositiveOrNone,
     dispatch,
@@ -55,7 +55,7 @@ class LayersOptions(JsonOptions):
     """Print FLOPs, least bytes and lower bounds; nothing is run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
     """Target device, as `v5p:2x2x1`: compile for it and count bytes; nothing is timed."""
-    plot: FileOrNone = None
+    plot: PictureFileOrNone = None
     """File for a picture of the ratios to dense, a PNG."""
     profile: DirectoryOrNone = None
     """Directory for a trace for XProf, which slows the rounds down."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mot_jax.cli.options import JsonOptions, ProcessOptions, check_json, process, write_json
+from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
 from mot_jax.cli.parsing import (
     AtLeast,
     DirectoryOrNone,
@@ -23,14 +23,14 @@ from mot_jax.cli.parsing import (
     PositiveOrNone,
     Texts,
     Workdir,
+    Written,
     load_run,
     parse_with_config,
 )
 from mot_jax.config import Config
-from mot_jax.errors import UserError, error_words
+from mot_jax.errors import UserError
 from mot_jax.modes import MODES
 from mot_jax.runtime import distributed, exit_codes
-from mot_jax.runtime.paths import user_path
 from mot_jax.runtime.progress import progress
 
 _MODES = " | ".join(f"{name}[:K]" if mode.chooses else name for name, mode in MODES.items()) + "; K experts a token"
@@ -53,7 +53,7 @@ class GenerateOptions(ModelOptions):
     """Text to continue; may be repeated. `-` reads the standard input."""
     prompts: FileOrNone = None
     """File with one prompt per line, or JSON with a field `prompt` and optionally `id`; it may be compressed."""
-    output: FileOrNone = None
+    output: Annotated[str | None, Written("answers.jsonl"), tyro.conf.arg(metavar="FILE")] = None
     """File for the answers to `--prompts`, one per line of JSON. If it exists, the same command continues it."""
     batch_size: Positive = 32
     """Number of sequences of `--prompts` in a batch, rounded up to whole groups."""
@@ -117,7 +117,6 @@ def _generate_file(options: GenerateOptions, config: Config) -> None:
         raise UserError("--prompt: must be left out with --prompts; try a further line of the file")
     if options.output and options.json:
         raise UserError("--json: must be left out with --output, whose lines have the same fields; try one of them")
-    check_json(options.json, "--prompts", options.prompts)
     from mot_jax.inference.answers import AnswerFile, answers
     from mot_jax.inference.prompt_files import EXAMPLE, open_prompts
 
@@ -223,7 +222,7 @@ class FillOptions(ModelOptions):
     text: Texts = ()
     """Text with gaps; may be repeated. `-` reads the standard input."""
     texts: FileOrNone = None
-    """File with one text per line."""
+    """File with one text per line, or JSON with a field `text`; it may be compressed."""
     gap: Annotated[str, tyro.conf.arg(metavar="MARK")] = "_"
     """Character that stands for a missing token."""
 
@@ -231,7 +230,6 @@ class FillOptions(ModelOptions):
 def fill(arguments: list[str]) -> None:
     """Fill gaps in texts with a masked model."""
     options, config = parse_with_config("mot fill", FillOptions, arguments, load_run)
-    check_json(options.json, "--texts", options.texts)
     texts, model = _texts("mot fill", options, "text"), _model(options, config)
     filled = model.fill(texts, options.gap)
     if not distributed.is_first():
@@ -293,11 +291,13 @@ def _texts(prog: str, options: ModelOptions, word: str) -> list[str]:
     texts, path = list(getattr(options, word)), getattr(options, f"{word}s")
     texts = [sys.stdin.read() if text == "-" else text for text in texts]
     if path is not None:
-        try:
-            lines = user_path(f"--{word}s", path).read_bytes().decode("utf-8-sig").split("\n")
-            texts += [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--{word}s = {path}: cannot be read ({error_words(error)}); try --{word} TEXT") from None
+        from mot_jax.inference.prompt_files import open_prompts
+
+        with open_prompts(path, f"--{word}s") as lines:
+            for line in lines:
+                if line.fault:
+                    raise UserError(f"--{word}s = {path}: line {line.number} {line.fault}; correct it")
+                texts.append(line.prompt)
     if not texts:
         raise UserError(f"--{word} is missing; try {prog} {options.workdir} --{word} 'def '")
     return texts

@@ -7,21 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from mot_jax.cli.parsing import FileOrNone
+from mot_jax.cli.parsing import OutputFileOrNone
 from mot_jax.config import Config
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
-
-
-def check_json(path: str | None, flag: str, source: str | None) -> None:
-    """Raise UserError if the results would replace the file from which a command reads its input."""
-    if (
-        path is not None
-        and source is not None
-        and user_path("--json", path).resolve() == user_path(flag, source).resolve()
-    ):
-        raise UserError(f"--json = {path}: would replace the file of {flag}; try result.json")
 
 
 def write_json(path: str, content: dict) -> None:
@@ -37,7 +27,7 @@ def write_json(path: str, content: dict) -> None:
 class JsonOptions:
     """Output of a command as JSON."""
 
-    json: FileOrNone = None
+    json: OutputFileOrNone = None
     """File for the results as JSON, in addition to the printed ones."""
 
 

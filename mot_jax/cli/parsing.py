@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import re
 import sys
 import typing
@@ -39,6 +40,13 @@ class AtLeast:
     least: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """Annotation of a file that a command writes."""
+
+    example: str
+
+
 Positive = Annotated[int, AtLeast(1), tyro.conf.arg(metavar="N")]
 PositiveOrNone = Annotated[int | None, AtLeast(1), tyro.conf.arg(metavar="N")]
 NumberOrNone = Annotated[int | None, tyro.conf.arg(metavar="N")]
@@ -46,6 +54,9 @@ Text = Annotated[str, tyro.conf.arg(metavar="TEXT")]
 Texts = tyro.conf.UseAppendAction[Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")]]
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 FileOrNone = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
+OutputFileOrNone = Annotated[str | None, Written("result.json"), tyro.conf.arg(metavar="FILE")]
+PictureFile = Annotated[str, Written("picture.png"), tyro.conf.arg(metavar="FILE")]
+PictureFileOrNone = Annotated[str | None, Written("picture.png"), tyro.conf.arg(metavar="FILE")]
 Directory = Annotated[str, tyro.conf.arg(metavar="DIR")]
 DirectoryOrNone = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
 ConfigFile = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CONFIG")]]
@@ -61,6 +72,7 @@ class Option(NamedTuple):
     metavar: str
     hint: Any  # the type without annotations
     least: int | None
+    written: Written | None  # of a file that the command writes
     default: Any  # `dataclasses.MISSING` of a required one
 
     @property
@@ -80,14 +92,16 @@ def options_of(command: type) -> list[Option]:
     for field in dataclasses.fields(command):
         hint, *notes = _unwrap(hints[field.name])
         names = [field.name.replace("_", "-")]
-        metavar, least = names[0].upper(), None
+        metavar, least, written = names[0].upper(), None, None
         for note in notes:
             if isinstance(note, AtLeast):
                 least = note.least
+            if isinstance(note, Written):
+                written = note
             metavar = getattr(note, "metavar", None) or metavar
             names = [getattr(note, "name", None) or names[0], *(getattr(note, "aliases", None) or names[1:])]
         flags = () if positional in notes else tuple(n if n.startswith("-") else f"--{n}" for n in names)
-        arguments.append(Option(field.name, flags, metavar, hint, least, field.default))
+        arguments.append(Option(field.name, flags, metavar, hint, least, written, field.default))
     return arguments
 
 
@@ -430,9 +444,49 @@ def _example(prog: str, options: list[Option]) -> str:
 
 def _build(prog: str, command: type[Options], arguments: list[str]) -> Options:
     with _silence() as output, contextlib.suppress(SystemExit):
-        return tyro.cli(command, prog=prog, args=arguments)
+        options = tyro.cli(command, prog=prog, args=arguments)
+        _check_outputs(options)
+        return options
     words = " ".join(re.sub(r"[╭╮╰╯│─]", " ", output.getvalue()).split())
     raise UserError(f"{words}; see {prog} --help")
+
+
+_PATHS = ("FILE", "DIR", "CONFIG", "WORKDIR")
+_FILES_OF_RUNS = (
+    *("config.json", "data.json", "metrics.jsonl", "result.json", "status.json", "owner.json", "error.txt"),
+    *("companions.npy", "model.safetensors", "sample.txt", "loss.png"),
+)
+
+
+def _check_outputs(options: object) -> None:
+    """Raise UserError if a file that the command writes is one that it reads, a run's own file, or another output."""
+    paths: list[tuple[Option, str]] = []
+    for option in options_of(type(options)):
+        value = getattr(options, option.field)
+        values = value if isinstance(value, tuple) else (value,)
+        if option.metavar.removesuffix(",...") in _PATHS:
+            paths += [(option, _expanded(value)) for value in values if isinstance(value, str)]
+    for option, output in paths:
+        if option.written is None:
+            continue
+        for other, path in paths:
+            inputs = [path, *(os.path.join(path, name) for name in _FILES_OF_RUNS if os.path.isdir(path))]
+            if other is not option and any(_is_same_file(output, path) for path in inputs):
+                rule = f"would replace a file of {other.name}; try {option.written.example}"
+                raise UserError(f"{option.name} = {getattr(options, option.field)}: {rule}")
+
+
+def _expanded(path: str) -> str:
+    """A path without `~`, or the file of a config `FILE.py:VARIANT`."""
+    return os.path.expanduser(re.sub(r"(\.py):\w+$", r"\1", path))
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    """Whether two paths are of one file, also by links; of files that do not exist, whether they are one name."""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return os.path.abspath(path) == os.path.abspath(other)
 
 
 @contextlib.contextmanager

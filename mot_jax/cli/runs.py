@@ -15,9 +15,9 @@ from mot_jax.cli.options import JsonOptions, ProcessOptions, process, write_json
 from mot_jax.cli.parsing import (
     ConfigFile,
     DirectoryOrNone,
-    File,
     Flag,
     NumberOrNone,
+    PictureFile,
     Positive,
     PositiveOrNone,
     Workdir,
@@ -220,7 +220,7 @@ class CurvesOptions:
 
     workdirs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="WORKDIR")]]
     """Directories of runs, one or more."""
-    output: File = "curves.png"
+    output: PictureFile = "curves.png"
     """File for the picture, a PNG."""
 
 

@@ -190,9 +190,24 @@ class AnswerFile:
             self._check_arguments(about)
             self._read()
         else:
+            self._check_about_path()
             with self._write_errors():
                 replace_file(epath.Path(self._about_path), (strict_json.dumps(about, indent=1) + "\n").encode())
                 sync(self._path.parent)
+
+    def _check_about_path(self) -> None:
+        """Raise UserError if the place of the arguments holds another file."""
+        try:
+            other = json.loads(self._about_path.read_text())
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError):
+            other = None
+        if not isinstance(other, dict) or not {"model", "prompts"} <= other.keys():
+            raise UserError(
+                f"--output = {self._name}: {self._about_path.name}, the place of its arguments, holds another file; "
+                "try another name"
+            )
 
     def _check_arguments(self, about: dict[str, Any]) -> None:
         """Raise UserError unless the answers in the file are those of `about`."""

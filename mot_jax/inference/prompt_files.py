@@ -53,6 +53,7 @@ class PromptFile:
         name: the path as the user gave it.
         path: on a local file system.
         content: format, compression and encoding.
+        flag: the option that has the name.
         count: the number of prompts, lines with faults included.
         lines: the number of the last one; blank lines of JSON have a number and no prompt.
         digest: of all prompts and ids.
@@ -62,6 +63,7 @@ class PromptFile:
     name: str
     path: str
     content: Content
+    flag: str = "--prompts"
     count: int = 0
     lines: int = 0
     digest: str = ""
@@ -69,7 +71,7 @@ class PromptFile:
 
     def __iter__(self) -> Iterator[PromptLine]:
         """Yield the lines that `open_prompts` has counted, without those that were added since."""
-        with _read_errors(self.name):
+        with _read_errors(self.flag, self.name):
             for line in islice(self._read(), self.count):
                 if line.number > self.lines:
                     return
@@ -116,7 +118,7 @@ class PromptFile:
 
 
 @contextlib.contextmanager
-def open_prompts(name: str) -> Iterator[PromptFile]:
+def open_prompts(name: str, flag: str = "--prompts") -> Iterator[PromptFile]:
     """Open a file of prompts, local or on an object store, and read it once to count them.
 
     Raises:
@@ -124,39 +126,39 @@ def open_prompts(name: str) -> Iterator[PromptFile]:
         RetryableError: the disk or store does not respond.
     """
     with contextlib.ExitStack() as stack:
-        with _read_errors(name):
-            path = user_path("--prompts", name)
+        with _read_errors(flag, name):
+            path = user_path(flag, name)
             if is_remote(path):
                 local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
-                _copy(name, path, local)
+                _copy(flag, name, path, local)
             elif path.exists() and not Path(path).is_file():
-                raise UserError(f"--prompts = {name}: must be a file, since it is read more than once; try prompts.txt")
+                raise UserError(f"{flag} = {name}: must be a file, since it is read more than once; try prompts.txt")
             else:
                 local = os.fspath(path)
-            file = PromptFile(name, local, _content(name, local))._counted()
+            file = PromptFile(name, local, _content(flag, name, local), flag)._counted()
         if not file.count:
-            raise UserError(f"--prompts = {name}: has no prompts; {EXAMPLE}")
+            raise UserError(f"{flag} = {name}: has no prompts; {EXAMPLE}")
         yield file
 
 
 @contextlib.contextmanager
-def _read_errors(name: str) -> Iterator[None]:
+def _read_errors(flag: str, name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        words = f"--prompts = {name}: cannot be read ({error_words(error)})"
+        words = f"{flag} = {name}: cannot be read ({error_words(error)})"
         if is_passing(error):
             raise RetryableError(words) from None
-        raise UserError(f"{words}; try --prompt TEXT") from None
+        raise UserError(f"{words}; try {flag.removesuffix('s')} TEXT") from None
 
 
-def _copy(name: str, path: epath.Path, local: str) -> None:
+def _copy(flag: str, name: str, path: epath.Path, local: str) -> None:
     """Copy a file from an object store. Errors of the store and of the local disk are reported as such."""
 
     def chunks() -> Iterator[bytes]:
-        with store_errors("--prompts", name):
+        with store_errors(flag, name):
             if not path.exists():
-                raise UserError(f"--prompts = {name}: does not exist; try --prompt TEXT")
+                raise UserError(f"{flag} = {name}: does not exist; try {flag.removesuffix('s')} TEXT")
             with path.open("rb") as source:
                 while chunk := source.read(_CHUNK):
                     yield chunk
@@ -166,10 +168,10 @@ def _copy(name: str, path: epath.Path, local: str) -> None:
             target.writelines(chunks())
     except OSError as error:
         words = f"its copy in {os.path.dirname(local)} cannot be written ({error_words(error)})"
-        raise UserError(f"--prompts = {name}: {words}; free some space, or set TMPDIR") from None
+        raise UserError(f"{flag} = {name}: {words}; free some space, or set TMPDIR") from None
 
 
-def _content(name: str, path: str) -> Content:
+def _content(flag: str, name: str, path: str) -> Content:
     """Examine a file. Unlike for documents, lines that are not text do not exclude the others."""
     content = detect(path)
     if content.excluded is None and content.format in ("text", "json_lines", "json"):
@@ -182,7 +184,7 @@ def _content(name: str, path: str) -> Content:
         if 2 * sum(map(_is_text, lines)) >= len(lines):
             is_json = family_of(path) == "json" or lines[0].startswith(b"{")
             return dataclasses.replace(content, format="json_lines" if is_json else "text", excluded=None)
-    raise UserError(f"--prompts = {name}: {words}" + ("" if "; try " in words else f"; {EXAMPLE}"))
+    raise UserError(f"{flag} = {name}: {words}" + ("" if "; try " in words else f"; {EXAMPLE}"))
 
 
 def _has_json_lines(path: str, content: Content) -> bool:

@@ -446,3 +446,41 @@ def test_user_and_retryable_errors_have_exit_codes_of_their_own(capsys, monkeypa
         cli.main(["train", DEMO])
     assert exit_.value.code == code
     assert capsys.readouterr().err.splitlines() == ["error: one", "error: two"]
+
+
+# --- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def files_of_an_output(folder: Path) -> dict[str, list[str]]:
+    """Commands by the file that their output would replace; all files exist but `new.png`."""
+    for name in ("prompts.txt", "texts.txt", "run/config.json", "run/metrics.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / "demo.py").write_text(Path(DEMO).read_text())
+    (folder / "hard.json").hardlink_to(folder / "demo.py")
+    (folder / "soft.json").symlink_to(folder / "prompts.txt")
+    (folder / "run" / "config.json").write_text(to_json(Config()))
+    return {
+        "demo.py": ["describe", "demo.py:dense", "--json", "run/../demo.py"],
+        "hard.json": ["describe", "demo.py", "--json", "hard.json"],
+        "soft.json": ["generate", "run", "--prompts", "prompts.txt", "--json", "soft.json"],
+        "prompts.txt": ["generate", "run", "--prompts", "prompts.txt", "--output", "prompts.txt"],
+        "texts.txt": ["fill", "run", "--texts", "texts.txt", "--json", "texts.txt"],
+        "run/config.json": ["evaluate", "run", "--json", "run/config.json"],
+        "run/metrics.jsonl": ["curves", "run", "--output", "run/metrics.jsonl"],
+        "new.png": ["bench", "layers", "--json", "new.png", "--plot", "new.png"],
+    }
+
+
+def test_no_output_replaces_an_input(capsys, tmp_path, monkeypatch):
+    """Neither by a link, nor a file of a run, nor another output; before any work."""
+    commands = files_of_an_output(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in commands if name != "new.png"}
+    for name, command in commands.items():
+        (line,) = fails(capsys, *command)[:1]
+        assert re.fullmatch(
+            r"error: --\w+ = \S+: would replace a file of (CONFIG|WORKDIR|--\w+); try \w+\.\w+", line
+        ), name
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert not (tmp_path / "new.png").exists()

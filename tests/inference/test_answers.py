@@ -118,12 +118,14 @@ def test_a_line_without_a_prompt_among_lines_of_json_is_reported(tmp_path):
     assert [(line.prompt, bool(line.fault)) for line in lines] == [("a", False), ("", True), ("the cat", False)]
 
 
-def test_results_do_not_replace_the_prompts(workdir, tmp_path, capsys):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n')
-    words = error_of(capsys, "generate", workdir, "--prompts", path, "--json", tmp_path / "." / "prompts.jsonl")
-    assert "--json = " in words and "would replace the file of --prompts; try result.json" in words
-    assert path.read_text() == '{"prompt": "a"}\n'
+def test_another_file_in_the_place_of_the_arguments_is_refused_and_left_as_it_is(workdir, tmp_path, capsys):
+    other = tmp_path / "a.jsonl.meta.json"
+    (tmp_path / "prompts.txt").write_text("a\n")
+    for content in ("my notes", '{"model": 1}'):
+        other.write_text(content)
+        command = "generate", workdir, "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "a.jsonl"
+        assert "a.jsonl.meta.json, the place of its arguments, holds another file" in error_of(capsys, *command)
+        assert other.read_text() == content
 
 
 @pytest.mark.parametrize("brackets", ["", "[]"], ids=["lines", "array"])
@@ -235,7 +237,7 @@ def test_a_file_of_other_arguments_is_refused_and_left_as_it_is(workdir, tmp_pat
     assert "with answers of another model" in error_of(capsys, "generate", other, *command[2:], output)
     assert mot_jax.load(other, "grouped").fingerprint() == mot_jax.load(workdir, "grouped").fingerprint()
     assert "mine.jsonl.meta.json with its arguments does not" in error_of(capsys, *command, mine)
-    assert "prompts.txt.meta.json with its arguments does not" in error_of(capsys, *command, prompts)
+    assert "would replace a file of --prompts; try answers.jsonl" in error_of(capsys, *command, prompts)
     prompts.write_text("a\nc\n")
     assert "with answers to other prompts" in error_of(capsys, *command, output)
     prompts.write_text("a\nb\n")

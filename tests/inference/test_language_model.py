@@ -1,6 +1,7 @@
 """Models loaded from workdirs, the commands that use them, and their lines about the mode."""
 
 import dataclasses
+import gzip
 import io
 import json
 import shutil
@@ -164,6 +165,20 @@ def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     assert expected.text in capsys.readouterr().out
     with pytest.raises(UserError, match="has no gap"):
         mot_jax.load(tmp_path / "masked").fill(["def"])
+    contents = {
+        "plain": b"d_f f_\r\nif_\n",
+        "gzip": gzip.compress(b"d_f f_\nif_\n"),
+        "utf16": "d_f f_\nif_\n".encode("utf-16"),
+        "json": b'{"text": "d_f f_"}\n{"text": "if_"}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        mot("fill", tmp_path / "masked", "--texts", tmp_path / name, "--mode", "grouped", "--json", tmp_path / "f.json")
+        texts = json.loads((tmp_path / "f.json").read_text())["texts"]
+        assert [text["given"] for text in texts] == ["d_f f_", "if_"] and len(texts[1]["gaps"]) == 1
+    (tmp_path / "bad").write_bytes(b"d_f\n\xff_\nx_\n")
+    words = error_of(capsys, "fill", tmp_path / "masked", "--texts", tmp_path / "bad")
+    assert f"--texts = {tmp_path / 'bad'}: line 2 is not UTF-8" in words
 
 
 def test_a_run_of_more_devices_is_read_on_those_at_hand(workdir, tmp_path, capsys):
