@@ -181,6 +181,7 @@ def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     assert f"--texts = {tmp_path / 'bad'}: line 2 is not UTF-8" in words
 
 
+@pytest.mark.slow
 def test_a_run_of_more_devices_is_read_on_those_at_hand(workdir, tmp_path, capsys):
     shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())

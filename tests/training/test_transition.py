@@ -78,6 +78,7 @@ def test_weights_and_moments_are_carried_over_and_the_schedule_starts_again(sour
         }
 
 
+@pytest.mark.slow
 def test_a_random_router_has_new_controllers_and_no_other_new_weights(source):
     config = tuned(source, transition_router="random")
     mesh = make_mesh(config)
