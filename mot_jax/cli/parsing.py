@@ -20,7 +20,6 @@ from mot_jax.config import Config, ModelConfig, check, from_json, identity_chang
 from mot_jax.config.hints import options as union_members
 from mot_jax.config.renamed import new_flag, new_value
 from mot_jax.errors import ReportedError, UserError, nearest
-from mot_jax.runtime.paths import user_path
 
 Options = TypeVar("Options")
 HELP = ("-h", "--help")
@@ -453,11 +452,19 @@ def _build(prog: str, command: type[Options], arguments: list[str]) -> Options:
 
 
 _PATHS = ("FILE", "DIR", "CONFIG", "WORKDIR")
-_MARKS = ("result.json", "status.json", "owner.json")  # which state how far a run is, and so must not be made either
+# Paths of a run's or an export's files in its directory.
+RUN_FILES = (
+    r"(config|data|result|status|owner|modes|transition)\.json|metrics\.jsonl|companions\.npy|tokenizer\.\w+|"
+    r"(error(_\d+)?|sample)\.txt|(loss|transition)\.png|.*\.safetensors(\.index\.json)?|"
+    r"(checkpoints|metrics|tensorboard)/.*"
+)
 
 
 def _check_outputs(options: object) -> None:
-    """Raise UserError if a file that the command writes is another output, or one that it reads, a run's included."""
+    """Raise UserError if a file that the command writes is another output, an input, or a file of a run that it reads.
+
+    Results of earlier commands, in a run's directory too, may be replaced.
+    """
     paths: list[tuple[Option, str]] = []
     for option in options_of(type(options)):
         value = getattr(options, option.field)
@@ -468,7 +475,7 @@ def _check_outputs(options: object) -> None:
         if option.written is None:
             continue
         for other, path in paths:
-            if other is not option and (_is_same_file(output, path) or _is_file_in(option.name, output, path)):
+            if other is not option and (_is_same_file(output, path) or _is_file_of_run(output, path)):
                 rule = f"would replace a file of {other.name}; try {option.written.example}"
                 raise UserError(f"{option.name} = {getattr(options, option.field)}: {rule}")
 
@@ -486,11 +493,15 @@ def _is_same_file(path: str, other: str) -> bool:
     return path == other
 
 
-def _is_file_in(flag: str, path: str, directory: str) -> bool:
-    """Whether a resolved path is of an existing file in a directory, or of one that marks the state of a run."""
-    if not path.startswith(directory.rstrip("/") + "/"):
+def _is_file_of_run(path: str, directory: str) -> bool:
+    """Whether a resolved path is, or would be, of a file of the run or export in a directory."""
+    if "://" not in directory and not os.path.isfile(os.path.join(directory, "config.json")):
         return False
-    return Path(path).name in _MARKS or user_path(flag, path).exists()
+    inside = directory.rstrip("/") + "/"
+    if path.startswith(inside):
+        return bool(re.fullmatch(RUN_FILES, path.removeprefix(inside)))
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return any(_is_same_file(path, inside + name) for name in names if re.fullmatch(RUN_FILES, name))
 
 
 @contextlib.contextmanager

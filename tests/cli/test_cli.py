@@ -453,11 +453,12 @@ def test_user_and_retryable_errors_have_exit_codes_of_their_own(capsys, monkeypa
 
 def files_of_an_output(folder: Path) -> dict[str, list[str]]:
     """Commands by the file that their output would replace; all files exist but the last two."""
-    for name in ("prompts.txt", "texts.txt", "run/config.json", "run/checkpoints/10/manifest.json"):
+    for name in ("prompts.txt", "texts.txt", "run/config.json", "run/modes.json", "run/checkpoints/1/a"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     (folder / "demo.py").write_text(Path(DEMO).read_text())
     (folder / "hard.json").hardlink_to(folder / "demo.py")
+    (folder / "hard_modes.png").hardlink_to(folder / "run" / "modes.json")
     (folder / "soft.json").symlink_to(folder / "prompts.txt")
     (folder / "run" / "config.json").write_text(to_json(Config()))
     (folder / "link").symlink_to(folder)
@@ -468,8 +469,9 @@ def files_of_an_output(folder: Path) -> dict[str, list[str]]:
         "prompts.txt": ["generate", "run", "--prompts", "prompts.txt", "--output", "prompts.txt"],
         "texts.txt": ["fill", "run", "--texts", "texts.txt", "--json", "texts.txt"],
         "run/config.json": ["evaluate", "run", "--json", "run/config.json"],
-        "run/checkpoints/10/manifest.json": ["curves", "run", "--output", "run/checkpoints/10/manifest.json"],
+        "run/checkpoints/1/a": ["curves", "run", "--output", "run/checkpoints/1/a"],
         "run/result.json": ["evaluate", "run", "--json", "link/run/result.json"],
+        "run/modes.json": ["curves", "run", "--output", "hard_modes.png"],
         "new.png": ["bench", "layers", "--json", "new.png", "--plot", "link/new.png"],
     }
 
@@ -489,7 +491,11 @@ def test_no_output_replaces_an_input(capsys, tmp_path, monkeypatch):
     assert not any((tmp_path / name).exists() for name in new)
 
 
-def test_a_new_file_in_a_runs_directory_is_no_replacement(tmp_path):
+def test_a_result_in_a_runs_directory_is_replaced_by_that_of_the_same_command(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(to_json(Config()))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
-    cli.main(["curves", str(tmp_path), "--output", str(tmp_path / "curves.png")])
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        cli.main(["curves", "."])
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "curves.png").write_bytes(b"")
