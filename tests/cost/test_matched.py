@@ -245,6 +245,7 @@ def test_errors_name_the_argument(kind, by, words):
 # --- rows, and the command --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_empty_slots_are_executed_but_not_useful():
     """12 of 128 x 1.25 x 4 / 32 = 20 slots of an expert; of 7 tokens 2 slots, where 1.1 would be even."""
     config = with_fields(DEMO, "model", feed_forward=DenseConfig(), moe_blocks=(1,))

@@ -161,6 +161,7 @@ def test_sampling_options_do_not_recompile():
     assert (generate.prefill._cache_size(), generate.decode._cache_size()) == programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [

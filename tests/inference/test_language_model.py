@@ -75,6 +75,7 @@ def test_the_default_mode_keeps_sequences_independent(workdir):
     assert enter("grouped", config, {}, 0)[0].model.feed_forward == KIND
 
 
+@pytest.mark.slow
 def test_parameters_are_sharded_over_a_users_mesh(workdir):
     expected = mot_jax.load(workdir).generate(["import os"], max_tokens=6, seed=1)
     types = (jax.sharding.AxisType.Explicit,) * 4

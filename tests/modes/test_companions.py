@@ -148,6 +148,7 @@ def test_modes_on_a_mesh_equal_modes_on_one_device(params, entered, mesh_of, sha
 SLOW_PARTS = [("companions", {}), ("sparse", {}), ("companions", {"fsdp": 2, "tensor": 2}), ("sparse", {"expert": 4})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, shape",
     [("companions", {"data": 2, "expert": 2}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PARTS)],

@@ -73,6 +73,7 @@ def test_discrete_is_the_limit_of_low_temperature(name):
     assert discrete(other) == other
 
 
+@pytest.mark.slow
 def test_discrete_runs_with_the_same_parameters():
     config = config_of(MIXINGS["learned"])
     params = init_params(config.model, jax.random.key(0, impl="rbg"))

@@ -403,6 +403,7 @@ def test_final_norm(norm):
     np.testing.assert_allclose(y, expected + params.get("final_norm/bias", 0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tied_embeddings():
     """Loss and gradients equal those of plain autodiff in float64; the embedding's gradient has both its uses."""
     segments, targets, mask = TOKENS // 2, np.roll(TOKENS, -1, 1), TOKENS % 3 > 0

@@ -350,6 +350,7 @@ def test_a_first_save_that_fails_leaves_nothing_to_resume(tiny, state, tmp_path,
         checkpoints.wait()
 
 
+@pytest.mark.slow
 def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(finished, tiny, tmp_path, monkeypatch, capfd):
     remove = Checkpoints._remove_expired
 

@@ -285,6 +285,7 @@ def test_all_options_together_train():
     assert last.nats < last.loss < 0.5 * first.loss and last.correct > first.correct + 16
 
 
+@pytest.mark.slow
 def test_the_norms_of_mixtures_are_no_matrices():
     """Scale and bias are one array [2, D], which is neither decayed with the matrices nor orthogonalized."""
     params = {

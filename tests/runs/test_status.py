@@ -134,6 +134,7 @@ def test_a_run_that_waits_has_the_cause(tiny, workdir, reports, monkeypatch):
     assert report["waiting_for"] is report["seconds_left"] is report["owner"] is None
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_error_has_it(tiny, workdir, reports):
     class Diverge(Hook):
         def after_step(self, trainer: Trainer, metrics: dict) -> None:

@@ -147,6 +147,7 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
         moved.rename(companions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
 def test_scores_that_cannot_be_recorded_are_printed_after_one_warning(run, capsys, monkeypatch, remote):
     """Stores raise errors of their libraries, local files only those of the system."""

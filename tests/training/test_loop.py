@@ -174,6 +174,7 @@ class BugAt(Hook):
             raise ZeroDivisionError("a bug in a hook")
 
 
+@pytest.mark.slow
 def test_the_traceback_of_an_error_is_in_the_workdir(tiny, tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(tiny, tmp_path / "run", [BugAt()])

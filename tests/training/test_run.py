@@ -116,6 +116,7 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tiny, tmp_path):
 # --- begin ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_begin_initializes_or_restores(finished, tiny, tmp_path):
     new = begin(prepare(tiny, tmp_path / "new"))
     assert (new.step, new.next_example, int(new.state.step), new.notes) == (0, 0, 0, [])

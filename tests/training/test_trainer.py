@@ -17,6 +17,7 @@ from mot_jax.training import trainer as trainer_module
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_loop.py"
 
 
+@pytest.mark.slow
 def test_steps_made_from_outside_are_those_of_a_run(finished, tiny, tmp_path):
     losses = []
     run = prepare(tiny, tmp_path / "run")

@@ -56,6 +56,7 @@ def test_with_equal_sequences_in_a_group_the_model_equals_the_dense_one(dense_ru
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_the_chosen_blocks_become_experts(dense_run):
     config, workdir = dense_run
     model = mixture(config, "copies", moe_blocks=(1,)).model

@@ -244,6 +244,7 @@ def test_straight_through_has_the_gradient_of_temperature_one():
 # --- other properties of variants -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gradient_step_on_the_entropy_loss_lowers_the_entropy():
     """The loss is the mean of the entropies of merge and emit, returned only if the context names it."""
     layer = layer_of(MixingConfig(emit="softmax_over_experts"))
