@@ -14,6 +14,7 @@ from mot_jax.config.fields import (
     DataConfig,
     DenseConfig,
     FeedForwardConfig,
+    HashConfig,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -183,6 +184,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _token_choice_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
         yield from _soft_moe_errors(model, kind)
+    if isinstance(kind, HashConfig):
+        yield from _hash_errors(model, kind)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -309,18 +312,30 @@ def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
         yield error
 
 
-def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+def _hash_errors(model: ModelConfig, kind: HashConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.vocab_size not in (None, model.vocab_size):
+        rule = f"must be model.vocab_size = {model.vocab_size}"
+        yield f"model.feed_forward.vocab_size = {kind.vocab_size}: {rule}; try None"
+
+
+def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | HashConfig) -> Iterator[str]:
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
-    if kind.balance == "bias" and kind.scores == "softmax":
-        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
-        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
+    if kind.balance == "bias" and kind.scores == "softmax":
+        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
+        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"

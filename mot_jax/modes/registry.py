@@ -125,7 +125,8 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     and lose their capacity limit.
 
     Raises:
-        UserError: the layers have no experts, or the mixing config makes the controller unusable as a router.
+        UserError: the layers have no token-choice form, or the mixing config makes the controller unusable as a
+            router.
     """
     kind = config.model.feed_forward
     if isinstance(kind, MixtureOfTokensConfig):
@@ -144,7 +145,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
         )
     if not isinstance(kind, TokenChoiceConfig):
         raise UserError(
-            f"--mode token_choice: must be left out, since the layers have no experts: they are {kind.kind}"
+            f"--mode token_choice: must be left out, since the layers have no token-choice form: they are {kind.kind}"
         )
     tokens = min(kind.routing_group_tokens, config.model.context_length)
     # The dataset stays in the order of the groups, so that every mode is scored on the same windows.

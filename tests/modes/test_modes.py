@@ -103,7 +103,7 @@ def test_a_dense_model_has_no_modes():
     dense = Config(model=ModelConfig(feed_forward=DenseConfig()))
     others = [mode.change for name, mode in MODES.items() if name != "grouped"]
     for mode in (*others, lambda config: regrouped(config, 8)):
-        with pytest.raises(UserError, match=r"mix nothing|have no experts"):
+        with pytest.raises(UserError, match=r"mix nothing|have no token-choice form"):
             mode(dense)
     assert MODES["grouped"].change(dense) == dense and default_mode(dense)[0] == "grouped"
 

@@ -211,7 +211,7 @@ def test_tensors_are_compared_with_the_parameters_of_a_model(tmp_path):
     assert tensor_faults(open_tensors(epath.Path(tmp_path)), parameters, "here") == [
         "here: tensor extra: the model has no parameter for it",
         f"here: tensor wide: is float32, must be bfloat16 {advice}",
-        f"here: tensor whole: is I32, must be float32 {advice}",
+        f"here: tensor whole: is int32, must be float32 {advice}",
         f"here: tensor tiny: is F8_E4M3, must be float32 {advice}",
         "here: tensor absent: is missing, must have shape (2, 3)",
         "here: tensor turned: has shape (2, 3), must have (3, 2)",

@@ -25,6 +25,7 @@ from mot_jax.config import (
     Config,
     DenseConfig,
     FeedForwardConfig,
+    HashConfig,
     LossWeights,
     MeshConfig,
     MixingConfig,
@@ -83,6 +84,7 @@ CASES = {
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
     ),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
+    "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
 
