@@ -8,6 +8,7 @@ from paper_models import with_kind
 from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
+    HashConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -41,6 +42,7 @@ def test_every_kind_has_a_cost():
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
         ),
+        (HashConfig(8, top_k=2, shared_expert_dim=32), {"experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32}),
         (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
         (
             SoftMoEConfig(24, shared_expert_dim=32),  # 3 slots an expert, 72 in all for 64 tokens

@@ -182,9 +182,7 @@ class FeedForward(nnx.Module):
         return {}
 
     @classmethod
-    def initial_router(
-        cls, config: Any, layers: int, token_counts: Callable[[], np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def initial_router(cls, config: Any, layers: int, token_counts: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
         """The router state with which a training run begins, as far as it depends on the training text.
 
         Args:
