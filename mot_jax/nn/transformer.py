@@ -387,6 +387,8 @@ def init_router(config: ModelConfig) -> Params:
 def initial_router(config: ModelConfig, token_counts: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
     """The router state that depends on the training text, by name (`FeedForward.initial_router`)."""
     kind, prefixes = config.feed_forward, _layer_prefixes(config)
+    if not prefixes:
+        return {}
     values = KINDS[type(kind)].initial_router(kind, sum(prefixes.values()), token_counts)
     ends = np.cumsum([*prefixes.values()])[:-1]
     return {

@@ -216,6 +216,7 @@ def test_layers_in_several_scans_have_a_table_each(tiny):
     }
     for layer, table in enumerate(np.concatenate([*tables.values()])):
         np.testing.assert_array_equal(table, balanced_table(zipf(257), 4, 1, layer))
+    assert initial_router(dataclasses.replace(model, moe_blocks=()), lambda: zipf(257)) == {}
 
 
 def test_the_table_of_a_run_is_that_of_its_text_wherever_the_run_is_read(tiny, tmp_path, monkeypatch, capsys):
