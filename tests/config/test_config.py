@@ -305,7 +305,7 @@ def test_more_choices_than_experts_and_no_width_left():
     for kind, name, value in [*cases, (HashConfig(16), "vocab_size", 256), (HashConfig(16), "top_k", 3)]:
         kind = dataclasses.replace(kind, **{name: value})
         (line,) = errors_of(put(ROUTED, "model.feed_forward", kind))
-        assert line.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        assert line.startswith(f"model.feed_forward.{name} = {value}: must ")
         check(follow(put(ROUTED, "model.feed_forward", kind), line))
 
 
