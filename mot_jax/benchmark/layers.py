@@ -217,11 +217,11 @@ def as_function(layer: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array
 
     The ids of the tokens are 0 to 255, again and again, so that hash layers load all experts evenly.
     """
-    graph, params, router = nnx.split(layer, nnx.Not(RouterState), RouterState)
+    graph, params, *router = nnx.split(layer, nnx.Not(RouterState), RouterState)
 
     def forward(params: Any, x: jax.Array) -> jax.Array:
         token_ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % _TOKEN_IDS).reshape(x.shape[:2])
-        return nnx.merge(graph, params, router)(x, FeedForwardContext(token_ids=token_ids)).y
+        return nnx.merge(graph, params, *router)(x, FeedForwardContext(token_ids=token_ids)).y
 
     return forward, params
 
