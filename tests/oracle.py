@@ -1,4 +1,4 @@
-"""Reference implementations in float64 NumPy, forward and backward, of Mixture of Tokens, sparse and soft mixtures.
+"""Reference implementations in float64 NumPy, forward and backward, of the feed-forward kinds with experts.
 
 Written from `docs/paper.md`, sections 2 to 5, without any code of the library, and as simple as possible: loops over
 groups and positions, products of two-dimensional matrices. The gradients of the paper's layer and of the other kinds
@@ -417,6 +417,50 @@ class SoftMoE:
         metrics = {"load_max": experts * load.max() / load.sum()}
         metrics |= {"dispatch_entropy": np.mean(dispatch_entropies), "combine_entropy": np.mean(combine_entropies)}
         return y, d, metrics
+
+
+@dataclasses.dataclass
+class Hash:
+    """A hash layer, forward and backward, as a loop over tokens and their experts."""
+
+    table: np.ndarray
+    """int [V, k], the experts of each id."""
+    ids: np.ndarray
+    """int [B, S]."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+        """Return y [B, S, D], the gradients of sum(y dy), and the largest load, 1 being an even share."""
+        d, y = {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape)
+        load = np.zeros(len(p["w_in"]))
+        for token in np.ndindex(*self.ids.shape):
+            if self.mask is not None and not self.mask[token]:
+                continue
+            x, chosen = p["x"][token], self.table[self.ids[token]]
+            for e in chosen:
+                load[e] += 1
+                h, gate = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+                y[token] += hidden @ p["w_out"][e] / len(chosen)
+                d_output = dy[token] / len(chosen)
+                d["w_out"][e] += np.outer(hidden, d_output)
+                d_hidden = p["w_out"][e] @ d_output
+                if gate is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(x, part)
+                    d["x"][token] += p[name][e] @ part
+        if "kernel_in" in p:
+            h = p["x"] @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
+            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
+            d["x"] += d_h @ p["kernel_in"].T
+        return y, d, len(load) * load.max() / load.sum()
 
 
 def unit_gradient(x: np.ndarray, d_unit: np.ndarray) -> np.ndarray:

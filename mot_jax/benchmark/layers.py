@@ -15,20 +15,22 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
-from mot_jax.config import FeedForwardConfig, InitConfig, kernel_runs_on
+from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
 from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
 from mot_jax.errors import UserError, nearest
-from mot_jax.nn.feed_forward import KINDS
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState
 from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
 Row = dict[str, Any]
+_TOKEN_IDS = 256
 
 
 def min_peak_share() -> float:
@@ -206,13 +208,22 @@ def layer_function(
 def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
     """Initialize a layer. options: further arguments that all kinds take, such as `dtype`."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
+    config = config.for_model(ModelConfig(vocab_size=_TOKEN_IDS, context_length=shape.length))
     return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
 
 
 def as_function(layer: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
-    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D], and its parameters."""
-    graph, params = nnx.split(layer)
-    return lambda params, x: nnx.merge(graph, params)(x).y, params
+    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D], and its parameters.
+
+    The ids of the tokens are 0 to 255, again and again, so that hash layers load all experts evenly.
+    """
+    graph, params, *router = nnx.split(layer, nnx.Not(RouterState), RouterState)
+
+    def forward(params: Any, x: jax.Array) -> jax.Array:
+        token_ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % _TOKEN_IDS).reshape(x.shape[:2])
+        return nnx.merge(graph, params, *router)(x, FeedForwardContext(token_ids=token_ids)).y
+
+    return forward, params
 
 
 def forward_and_backward(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:

@@ -16,6 +16,7 @@ from mot_jax.config.fields import (
     DenseConfig,
     ExpertChoiceConfig,
     FeedForwardConfig,
+    HashConfig,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -185,6 +186,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _token_choice_errors(model, kind)
     if isinstance(kind, ExpertChoiceConfig):
         yield from _expert_choice_errors(model, kind)
+    if isinstance(kind, HashConfig):
+        yield from _hash_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
         yield from _soft_moe_errors(model, kind)
 
@@ -303,7 +306,7 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
-def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig) -> Iterator[str]:
+def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig | HashConfig) -> Iterator[str]:
     """Experts per token that exceed the experts, or the width of the dense layer."""
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
@@ -313,33 +316,6 @@ def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConf
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
-
-
-def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
-    yield from _top_k_errors(model, kind)
-    if kind.over == "tokens" and model.objective == "causal":
-        yield (
-            "model.feed_forward.over = 'tokens': whether an expert takes a token depends on later tokens of its "
-            "sequence, which a causal model has to predict; must be 'batch' there; try 'batch'"
-        )
-    source = "group_size" if kind.over == "batch" else "model.context_length"
-    candidates, name = kind.candidates(model.context_length), "model.feed_forward.capacity_factor"
-    if min(candidates, kind.top_k, kind.num_experts) < 1:  # which have errors of their own
-        return
-    if round(kind.capacity_factor * kind.top_k * candidates / kind.num_experts, 6) < 1:
-        smallest = math.ceil(10_000 * kind.num_experts / (kind.top_k * candidates)) / 10_000
-        rule = f"must be at least num_experts / (top_k x {source}) = {smallest}, or top_k larger"
-        yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest}"
-
-
-def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
-    if model.objective == "causal":
-        yield (
-            "model.feed_forward.kind = 'soft_moe': mixes a token with later tokens of its sequence, which a causal "
-            "model has to predict; must be another kind, or model.objective = 'masked'; try 'mixture_of_tokens'"
-        )
-    if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
-        yield error
 
 
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
@@ -363,3 +339,37 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
             if size != expected[field]:
                 rule = f"must be that of {name}, which has the same weights"
                 yield f"{name}.mixture.{field} = {size}: {rule}; try {expected[field]}"
+
+
+def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.over == "tokens" and model.objective == "causal":
+        yield (
+            "model.feed_forward.over = 'tokens': whether an expert takes a token depends on later tokens of its "
+            "sequence, which a causal model has to predict; must be 'batch' there; try 'batch'"
+        )
+    source = "group_size" if kind.over == "batch" else "model.context_length"
+    candidates, name = kind.candidates(model.context_length), "model.feed_forward.capacity_factor"
+    if min(candidates, kind.top_k, kind.num_experts) < 1:  # which have errors of their own
+        return
+    if round(kind.capacity_factor * kind.top_k * candidates / kind.num_experts, 6) < 1:
+        smallest = math.ceil(10_000 * kind.num_experts / (kind.top_k * candidates)) / 10_000
+        rule = f"must be at least num_experts / (top_k x {source}) = {smallest}, or top_k larger"
+        yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest}"
+
+
+def _hash_errors(model: ModelConfig, kind: HashConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.vocab_size not in (None, model.vocab_size):
+        rule = f"must be model.vocab_size = {model.vocab_size}"
+        yield f"model.feed_forward.vocab_size = {kind.vocab_size}: {rule}; try None"
+
+
+def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
+    if model.objective == "causal":
+        yield (
+            "model.feed_forward.kind = 'soft_moe': mixes a token with later tokens of its sequence, which a causal "
+            "model has to predict; must be another kind, or model.objective = 'masked'; try 'mixture_of_tokens'"
+        )
+    if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
+        yield error

@@ -139,8 +139,8 @@ class _FeedForwardKind(_PlainData):
         """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
         return 1
 
-    def for_context(self, context_length: int) -> Any:
-        """The config with which the layer of a model of this context length is created."""
+    def for_model(self, model: ModelConfig) -> Any:
+        """The config with which the layers of a model are created."""
         return self
 
 
@@ -314,6 +314,35 @@ class ExpertChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
+class HashConfig(_FeedForwardKind):
+    """A mixture of experts in which a fixed table has the experts of each token id (`docs/paper.md`, section 5)."""
+
+    kind: ClassVar[str] = "hash"
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer."""
+    top_k: int = 1
+    """Number of experts per token id, whose outputs are averaged."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    vocab_size: int | None = None
+    """Number of token ids in the table. None: that of the model."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+    def for_model(self, model: ModelConfig) -> HashConfig:
+        return dataclasses.replace(self, vocab_size=model.vocab_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class SoftMoEConfig(_FeedForwardKind):
     """A soft mixture of experts (`docs/paper.md`, section 5), for masked models only."""
 
@@ -345,11 +374,13 @@ class SoftMoEConfig(_FeedForwardKind):
             return self.slots_per_expert
         return max(1, round(context_length / self.num_experts))
 
-    def for_context(self, context_length: int) -> SoftMoEConfig:
-        return dataclasses.replace(self, slots_per_expert=self.slots(context_length))
+    def for_model(self, model: ModelConfig) -> SoftMoEConfig:
+        return dataclasses.replace(self, slots_per_expert=self.slots(model.context_length))
 
 
-FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | ExpertChoiceConfig | SoftMoEConfig
+FeedForwardConfig = (
+    DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | ExpertChoiceConfig | HashConfig | SoftMoEConfig
+)
 
 
 @dataclasses.dataclass(frozen=True)

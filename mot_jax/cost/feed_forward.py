@@ -7,8 +7,8 @@ FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, acti
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
     as if they were processed. Expert choice takes D E for the router and E C / G experts per token, where an expert
-    takes C of G tokens. Soft MoE takes D E P for each of controller, dispatch and combine, and E P / S experts per
-    token, S the context length.
+    takes C of G tokens. Hash layers have k experts per token and no router. Soft MoE takes D E P for each of
+    controller, dispatch and combine, and E P / S experts per token, S the context length.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -23,6 +23,7 @@ from mot_jax.config import (
     DenseConfig,
     ExpertChoiceConfig,
     FeedForwardConfig,
+    HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
     SoftMoEConfig,
@@ -362,6 +363,40 @@ class ExpertChoiceCost(FeedForwardCost):
         return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
 
 
+class HashCost(FeedForwardCost):
+    """Dispatch to the k experts of each token, experts, combine with equal weights."""
+
+    config: HashConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind = self.config
+        x, sent = Arrays(self.d_model), Arrays(self.d_model * kind.top_k)
+        return (
+            Part("dispatch", "", {}, x + sent, sent + x),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
+            Part("combine", "", {}, sent + x, x + sent),
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def final_products(self) -> tuple[str, ...]:
+        """The experts' outputs too, whose weights are constants."""
+        return _outputs("experts", "shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
+        return sizes | {"expert_dim_F": kind.hidden_dim(self.d_ff), "experts_per_token_k": kind.top_k}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> HashConfig:
+        """The experts of a mixture, of which each token has as many as have the FLOPs of the dense layer."""
+        return HashConfig(num_experts, top_k=max(1, num_experts // group_size))
+
+
 class SoftMoECost(FeedForwardCost):
     """Controller, dispatch to the E P slots of a sequence, experts, combine."""
 
@@ -419,6 +454,7 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
     ExpertChoiceConfig: ExpertChoiceCost,
+    HashConfig: HashCost,
     SoftMoEConfig: SoftMoECost,
 }
 

@@ -17,6 +17,7 @@ from mot_jax.config import (
     DataConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    HashConfig,
     InitConfig,
     MeshConfig,
     MixingConfig,
@@ -312,10 +313,12 @@ def test_each_error_of_token_choice_is_one_line(name):
 
 
 def test_more_choices_than_experts_and_no_width_left():
-    for name, value in {"top_k": 32, "shared_expert_dim": 1024}.items():
-        kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
+    fields = [("top_k", 32), ("shared_expert_dim", 1024)]
+    cases = [(kind, *field) for kind in (TokenChoiceConfig(16), HashConfig(16)) for field in fields]
+    for kind, name, value in [*cases, (HashConfig(16), "vocab_size", 256), (HashConfig(16), "top_k", 3)]:
+        kind = dataclasses.replace(kind, **{name: value})
         (line,) = errors_of(put(ROUTED, "model.feed_forward", kind))
-        assert line.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        assert line.startswith(f"model.feed_forward.{name} = {value}: must ")
         check(follow(put(ROUTED, "model.feed_forward", kind), line))
 
 

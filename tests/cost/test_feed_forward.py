@@ -9,6 +9,7 @@ from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    HashConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -47,6 +48,7 @@ def test_every_kind_has_a_cost():
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 96},
         ),
         (ExpertChoiceConfig(4, 8, over="tokens"), {"router": 2 * 48 * 8, "experts": 4 * 48 * 96}),
+        (HashConfig(8, top_k=2, shared_expert_dim=32), {"experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32}),
         (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
         (
             SoftMoEConfig(24, shared_expert_dim=32),  # 3 slots an expert, 72 in all for 64 tokens

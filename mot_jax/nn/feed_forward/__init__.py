@@ -12,6 +12,7 @@ from mot_jax.config import (
     DenseConfig,
     ExpertChoiceConfig,
     FeedForwardConfig,
+    HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
     SoftMoEConfig,
@@ -20,6 +21,7 @@ from mot_jax.config import (
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
+from mot_jax.nn.feed_forward.hash import Hash
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
@@ -31,6 +33,7 @@ KINDS: dict[type, type[FeedForward]] = {
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
     ExpertChoiceConfig: ExpertChoice,
+    HashConfig: Hash,
     SoftMoEConfig: SoftMoE,
 }
 
@@ -42,6 +45,7 @@ __all__ = [
     "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",
+    "Hash",
     "MixtureOfTokens",
     "RouterState",
     "SoftMoE",
@@ -55,7 +59,7 @@ def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rng
     return KINDS[type(kind)](
         model.d_model,
         model.d_ff,
-        kind.for_context(model.context_length),
+        kind.for_model(model),
         activation=model.activation,
         gated=model.gated,
         init=model.init,

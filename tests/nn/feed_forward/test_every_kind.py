@@ -27,6 +27,7 @@ from mot_jax.config import (
     DenseConfig,
     ExpertChoiceConfig,
     FeedForwardConfig,
+    HashConfig,
     LossWeights,
     MeshConfig,
     MixingConfig,
@@ -90,6 +91,7 @@ CASES = {
     "expert_choice, over tokens": Case(
         ExpertChoiceConfig(8, 8, top_k=2, over="tokens", layer_norm=True), "sequence", slow=True
     ),
+    "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past"),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
