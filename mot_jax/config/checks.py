@@ -14,10 +14,12 @@ from mot_jax.config.fields import (
     DataConfig,
     DenseConfig,
     FeedForwardConfig,
+    LossWeights,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -87,6 +89,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
+_RANGES |= {"l1_weight": (1e-12, 1e6), "l1_factor": (1, _LARGEST)}
 _RANGES |= {"wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
@@ -183,6 +186,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _token_choice_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
         yield from _soft_moe_errors(model, kind)
+    if isinstance(kind, ReluRoutingConfig):
+        yield from _top_k_errors(model, kind)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -201,10 +206,10 @@ def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[s
     if training.upcycle_from is not None and not isinstance(kind, MixtureOfTokensConfig):
         rule = f"requires model.feed_forward of kind mixture_of_tokens, and it is {kind.kind}"
         yield f"training.upcycle_from = {training.upcycle_from!r}: {rule}; try None"
-    for name, weight in losses.of_layers().items():
-        if name not in kind.losses:
+    for name, default in vars(LossWeights()).items():
+        if name not in ("head_z", *kind.losses) and (weight := getattr(losses, name)) != default:
             kinds = " or ".join(k.kind for k in typing.get_args(FeedForwardConfig) if name in k.losses)
-            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try 0"
+            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try {default:g}"
     if losses.mixing_entropy and isinstance(kind, MixtureOfTokensConfig) and not kind.mixing.uses_temperature:
         rule = "model.feed_forward has no softmax mixing weights"
         yield f"training.losses.mixing_entropy = {losses.mixing_entropy}: {rule}; try 0"
@@ -309,18 +314,23 @@ def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
         yield error
 
 
-def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ReluRoutingConfig) -> Iterator[str]:
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
-    if kind.balance == "bias" and kind.scores == "softmax":
-        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
-        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
+    if kind.balance == "bias" and kind.scores == "softmax":
+        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
+        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
     tokens, length = kind.routing_group_tokens, model.context_length
     if min(tokens, length) > 0 and length % tokens and tokens % length:
         rule = f"must divide model.context_length = {length} or be a multiple of it"

@@ -13,6 +13,7 @@ from mot_jax.config import (
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -20,6 +21,7 @@ from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.nn.feed_forward.relu_routing import ReluRouting
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
@@ -29,6 +31,7 @@ KINDS: dict[type, type[FeedForward]] = {
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
     SoftMoEConfig: SoftMoE,
+    ReluRoutingConfig: ReluRouting,
 }
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "FeedForwardContext",
     "FeedForwardOutput",
     "MixtureOfTokens",
+    "ReluRouting",
     "RouterState",
     "SoftMoE",
     "TokenChoice",

@@ -31,6 +31,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -83,6 +84,7 @@ CASES = {
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
     ),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
+    "relu_routing": Case(ReluRoutingConfig(8, top_k=2, shared_expert_dim=8, l1_weight=0.1), "past"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
 
