@@ -307,8 +307,7 @@ class ReluRoutingConfig(_FeedForwardKind):
     """Number of experts E."""
     expert_dim: int | None = None
     """Hidden width F of an expert.
-    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer if gates of 0 are
-    skipped."""
+    None: by the rule top_k F = d_ff - shared_expert_dim: k experts have the FLOPs of the dense layer."""
     top_k: int = 1
     """Target k of the mean number of experts per token with a gate above 0."""
     shared_expert_dim: int = 0
@@ -512,7 +511,7 @@ class LossWeights(_PlainData):
     router_z: float = 0.0
     """Weight of (log Z)² of the controller of token choice."""
     relu_l1: float = 1.0
-    """Factor on the L1 loss of the gates of ReLU routing, which its layers multiply by their λ. Else it has no effect."""
+    """Weight of the L1 loss of the gates of ReLU routing, next to its λ. Other kinds ignore it."""
 
     def of_layers(self, kind: FeedForwardConfig) -> dict[str, float]:
         """The nonzero weights of the losses that layers of this kind have, by name."""

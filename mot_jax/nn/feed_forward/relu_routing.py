@@ -60,7 +60,7 @@ class ReluRouting(ExpertFeedForward):
         `gate_l1`, the sum of a token's gates; `sparsity`, the share of gates that are 0; `load_max`, the largest share
         of an expert in the gates above 0, 1 being an even share; `l1_weight`, λ.
         """
-        config, mask, x = self.config, context.token_mask, x.astype(self.dtype)
+        mask, x = context.token_mask, x.astype(self.dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         gates = jax.nn.relu(product("bsd,de->bse", x.astype(wide), self.controller[...]))
         if mask is not None:
