@@ -109,7 +109,7 @@ class FeedForwardCost:
         return sum(part.flops for part in self.parts())
 
     def executed_flops(self) -> float:
-        """FLOPs that the forward pass executes per token: those of `flops`, unless empty slots are processed too."""
+        """FLOPs that the forward pass executes per token: others than `flops` with empty slots or gates of 0."""
         return self.flops()
 
     def expert_flops(self) -> float:
