@@ -17,10 +17,12 @@ from mot_jax.config.fields import (
     ExpertChoiceConfig,
     FeedForwardConfig,
     HashConfig,
+    LossWeights,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -90,6 +92,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
+_RANGES |= {"l1_weight": (1e-12, 1e6), "l1_factor": (1, _LARGEST)}
 _RANGES |= {"wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
@@ -186,6 +189,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _token_choice_errors(model, kind)
     if isinstance(kind, ExpertChoiceConfig):
         yield from _expert_choice_errors(model, kind)
+    if isinstance(kind, ReluRoutingConfig):
+        yield from _top_k_errors(model, kind)
     if isinstance(kind, HashConfig):
         yield from _hash_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
@@ -208,10 +213,10 @@ def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[s
     if training.upcycle_from is not None and not isinstance(kind, MixtureOfTokensConfig):
         rule = f"requires model.feed_forward of kind mixture_of_tokens, and it is {kind.kind}"
         yield f"training.upcycle_from = {training.upcycle_from!r}: {rule}; try None"
-    for name, weight in losses.of_layers().items():
-        if name not in kind.losses:
+    for name, default in vars(LossWeights()).items():
+        if name not in ("head_z", *kind.losses) and (weight := getattr(losses, name)) != default:
             kinds = " or ".join(k.kind for k in typing.get_args(FeedForwardConfig) if name in k.losses)
-            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try 0"
+            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try {default:g}"
     if losses.mixing_entropy and isinstance(kind, MixtureOfTokensConfig) and not kind.mixing.uses_temperature:
         rule = "model.feed_forward has no softmax mixing weights"
         yield f"training.losses.mixing_entropy = {losses.mixing_entropy}: {rule}; try 0"
@@ -306,7 +311,9 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
-def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig | HashConfig) -> Iterator[str]:
+def _top_k_errors(
+    model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig | ReluRoutingConfig | HashConfig
+) -> Iterator[str]:
     """Experts per token that exceed the experts, or the width of the dense layer."""
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:

@@ -314,6 +314,37 @@ class ExpertChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReluRoutingConfig(_FeedForwardKind):
+    """A sparse mixture of experts with ReLU gates (`docs/paper.md`, section 5). Every expert processes every token."""
+
+    kind: ClassVar[str] = "relu_routing"
+    losses: ClassVar[tuple[str, ...]] = ("relu_l1",)
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim: k experts have the FLOPs of the dense layer."""
+    top_k: int = 1
+    """Target k of the mean number of experts per token with a gate above 0."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    l1_weight: float = 1e-8
+    """Initial weight λ of the L1 loss of the gates. Steps keep it between 1e-12 and 1e6."""
+    l1_factor: float = 1.2
+    """Factor by which a step multiplies λ, if more than k experts per token have a gate above 0, or else divides it."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
 class HashConfig(_FeedForwardKind):
     """A mixture of experts in which a fixed table has the experts of each token id (`docs/paper.md`, section 5)."""
 
@@ -379,7 +410,13 @@ class SoftMoEConfig(_FeedForwardKind):
 
 
 FeedForwardConfig = (
-    DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | ExpertChoiceConfig | HashConfig | SoftMoEConfig
+    DenseConfig
+    | MixtureOfTokensConfig
+    | TokenChoiceConfig
+    | ExpertChoiceConfig
+    | ReluRoutingConfig
+    | HashConfig
+    | SoftMoEConfig
 )
 
 
@@ -562,10 +599,12 @@ class LossWeights(_PlainData):
     """Weight of the load-balancing loss of token choice, which is 1 if all experts are alike."""
     router_z: float = 0.0
     """Weight of (log Z)² of the controller of token choice or expert choice."""
+    relu_l1: float = 1.0
+    """Weight of the L1 loss of the gates of ReLU routing, next to its λ; 1 for other kinds, which have no such loss."""
 
-    def of_layers(self) -> dict[str, float]:
-        """The nonzero weights of the layers' losses, by name."""
-        return {name: weight for name, weight in vars(self).items() if weight and name != "head_z"}
+    def of_layers(self, kind: FeedForwardConfig) -> dict[str, float]:
+        """The nonzero weights of the losses that layers of this kind have, by name."""
+        return {name: weight for name in kind.losses if (weight := getattr(self, name))}
 
 
 @dataclasses.dataclass(frozen=True)

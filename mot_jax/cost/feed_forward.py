@@ -7,8 +7,9 @@ FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, acti
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
     as if they were processed. Expert choice takes D E for the router and E C / G experts per token, where an expert
-    takes C of G tokens. Hash layers have k experts per token and no router. Soft MoE takes D E P for each of
-    controller, dispatch and combine, and E P / S experts per token, S the context length.
+    takes C of G tokens. ReLU routing takes D E for the router and k experts per token, the target, although all E are
+    executed. Hash layers have k experts per token and no router. Soft MoE takes D E P for each of controller, dispatch
+    and combine, and E P / S experts per token, S the context length.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -26,6 +27,7 @@ from mot_jax.config import (
     HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -110,7 +112,7 @@ class FeedForwardCost:
         return sum(part.flops for part in self.parts())
 
     def executed_flops(self) -> float:
-        """FLOPs that the forward pass executes per token: also for empty slots, and to move tokens by products."""
+        """FLOPs that the forward pass executes per token: also for empty slots, gates of 0, and to move tokens."""
         return self.flops()
 
     def expert_flops(self) -> float:
@@ -363,6 +365,51 @@ class ExpertChoiceCost(FeedForwardCost):
         return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
 
 
+class ReluRoutingCost(FeedForwardCost):
+    """Router; all experts as one network of width E F, whose hidden layer is multiplied by the gates."""
+
+    config: ReluRoutingConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, width = self.config, self.config.hidden_dim(self.d_ff)
+        x, gates = Arrays(self.d_model), Arrays(logits=kind.num_experts)
+        read = x + Arrays(parameters=self.d_model * kind.num_experts)
+        router = {"router": self._product(kind.num_experts)}
+        executed = self._networks("experts", kind.num_experts * width)
+        experts = dataclasses.replace(
+            executed,
+            products=dict.fromkeys(executed.products, self._product(width, kind.top_k)),
+            forward=executed.forward + gates,
+            backward=executed.backward + gates * 2,
+        )
+        return (
+            Part("router", "router", router, read + gates, gates + read * 2, gates),
+            experts,
+            *self._shared(kind.shared_expert_dim),
+        )
+
+    def executed_flops(self) -> float:
+        """All experts process all tokens, also those whose gate is 0."""
+        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
+        return self.flops() + experts * (self.config.num_experts / self.config.top_k - 1)
+
+    def final_products(self) -> tuple[str, ...]:
+        return _outputs("experts", "shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E, the target."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        return {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(self.d_ff), "target_k": kind.top_k}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ReluRoutingConfig:
+        """The experts of a mixture, of which as many as have the FLOPs of the dense layer are the target."""
+        return ReluRoutingConfig(num_experts, top_k=max(1, num_experts // group_size))
+
+
 class HashCost(FeedForwardCost):
     """Dispatch to the k experts of each token, experts, combine with equal weights."""
 
@@ -454,6 +501,7 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
     ExpertChoiceConfig: ExpertChoiceCost,
+    ReluRoutingConfig: ReluRoutingCost,
     HashConfig: HashCost,
     SoftMoEConfig: SoftMoECost,
 }

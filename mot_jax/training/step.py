@@ -60,7 +60,7 @@ def make_train_step(
         dtype; skipped and skipped_in_a_row, as in the new state; those of the layers, averaged over microbatches.
     """
     optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
-    layer_weights = losses.of_layers()
+    layer_weights = losses.of_layers(model_config.feed_forward)
 
     def loss(
         params: Params,

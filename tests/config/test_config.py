@@ -278,8 +278,8 @@ def test_more_combinations_are_refused():
         put(dense, name, value)
         for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
     )
-    balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
-    for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
+    losses = [put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z", "relu_l1")]
+    for broken in (rotary, entropy, upcycled, *losses, put(dense, "model.dense_bias", False)):
         (line,) = errors_of(broken)
         check(follow(broken, line))
 

@@ -13,6 +13,7 @@ from mot_jax.config import (
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -48,6 +49,10 @@ def test_every_kind_has_a_cost():
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 96},
         ),
         (ExpertChoiceConfig(4, 8, over="tokens"), {"router": 2 * 48 * 8, "experts": 4 * 48 * 96}),
+        (
+            ReluRoutingConfig(8, top_k=2, shared_expert_dim=32),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
         (HashConfig(8, top_k=2, shared_expert_dim=32), {"experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32}),
         (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
         (
@@ -73,3 +78,13 @@ def test_products_recomputed_by_each_policy(gated):
         kind = dataclasses.replace(model.feed_forward, save_for_backward=policy)
         cost = feed_forward_cost(model, kind)
         assert cost.product_flops(*cost.recomputed_products()) == flops
+
+
+def test_relu_routing_executes_and_saves_all_experts():
+    """Experts of width 32, of which 2 of 8 are the target."""
+    cost = feed_forward_cost(MODEL, ReluRoutingConfig(8, top_k=2, shared_expert_dim=32))
+    assert cost.flops() == 2 * 48 * 8 + 4 * 48 * (2 * 32 + 32)
+    assert cost.executed_flops() == 2 * 48 * 8 + 4 * 48 * (8 * 32 + 32)
+    saved = cost.saved()
+    assert (saved.activations, saved.logits, saved.parameters) == (8 * 32 + 32, 8, 0)
+    assert cost.active_experts(800) == 200

@@ -15,6 +15,7 @@ from mot_jax.config import (
     HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -24,6 +25,7 @@ from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
 from mot_jax.nn.feed_forward.hash import Hash
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.nn.feed_forward.relu_routing import ReluRouting
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
@@ -33,6 +35,7 @@ KINDS: dict[type, type[FeedForward]] = {
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
     ExpertChoiceConfig: ExpertChoice,
+    ReluRoutingConfig: ReluRouting,
     HashConfig: Hash,
     SoftMoEConfig: SoftMoE,
 }
@@ -47,6 +50,7 @@ __all__ = [
     "FeedForwardOutput",
     "Hash",
     "MixtureOfTokens",
+    "ReluRouting",
     "RouterState",
     "SoftMoE",
     "TokenChoice",

@@ -34,6 +34,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -91,6 +92,7 @@ CASES = {
     "expert_choice, over tokens": Case(
         ExpertChoiceConfig(8, 8, top_k=2, over="tokens", layer_norm=True), "sequence", slow=True
     ),
+    "relu_routing": Case(ReluRoutingConfig(8, top_k=2, shared_expert_dim=8, l1_weight=0.1), "past"),
     "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past"),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
