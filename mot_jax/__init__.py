@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mot_jax.config import (
     Config,
     DenseConfig,
+    ExpertThresholdConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mot_jax.inference.language_model import LanguageModel, load
     from mot_jax.nn.feed_forward import (
         Dense,
+        ExpertThreshold,
         FeedForwardContext,
         FeedForwardOutput,
         MixtureOfTokens,
@@ -37,6 +39,8 @@ __all__ = [
     "Config",
     "Dense",
     "DenseConfig",
+    "ExpertThreshold",
+    "ExpertThresholdConfig",
     "FeedForwardContext",
     "FeedForwardOutput",
     "LanguageModel",
@@ -62,6 +66,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree on the path, no
 # The module of each public name that needs JAX, which takes seconds to import: imported at first use.
 _LAZY = {
     "Dense": "mot_jax.nn.feed_forward",
+    "ExpertThreshold": "mot_jax.nn.feed_forward",
     "FeedForwardContext": "mot_jax.nn.feed_forward",
     "FeedForwardOutput": "mot_jax.nn.feed_forward",
     "LanguageModel": "mot_jax.inference.language_model",

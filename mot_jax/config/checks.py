@@ -13,6 +13,7 @@ from mot_jax.config.fields import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     MeshConfig,
     MixingConfig,
@@ -183,6 +184,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _token_choice_errors(model, kind)
     if isinstance(kind, SoftMoEConfig):
         yield from _soft_moe_errors(model, kind)
+    if isinstance(kind, ExpertThresholdConfig):
+        yield from _expert_threshold_errors(model, kind)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -309,6 +312,34 @@ def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
         yield error
 
 
+def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    if kind.top_k > kind.num_experts >= 1:
+        yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if kind.shared_expert_dim is None:
+        if kind.expert_dim is None and kind.top_k >= model.d_ff >= 2:
+            yield f"{name}.top_k = {kind.top_k}: must be below model.d_ff = {model.d_ff}; try 1"
+        elif kind.expert_dim is None and model.d_ff == 1:
+            yield f"{name}.shared_expert_dim = None: requires model.d_ff of 2 or more, and it is 1; try 0"
+    elif error := _shared_expert_error(model, kind.shared_expert_dim, name):
+        yield error
+    elif kind.expert_dim is None:
+        width = model.d_ff - kind.shared_expert_dim
+        yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+    yield from _routing_group_errors(kind.routing_group_tokens, model.context_length)
+    sequences, size = kind.routed_sequences(model.context_length), kind.mixed_sequences
+    if size > 1 and max(sequences, size) % min(sequences, size):
+        rule = f"must divide the {sequences} sequences of a routing group or be a multiple of them"
+        yield f"{name}.group_size = {size}: {rule}; try {sequences}"
+
+
+def _routing_group_errors(tokens: int, length: int) -> Iterator[str]:
+    if min(tokens, length) > 0 and length % tokens and tokens % length:
+        rule = f"must divide model.context_length = {length} or be a multiple of it"
+        multiple = max(1, round(tokens / length)) * length
+        yield f"model.feed_forward.routing_group_tokens = {tokens}: {rule}; try {multiple}"
+
+
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
@@ -321,10 +352,7 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
-    tokens, length = kind.routing_group_tokens, model.context_length
-    if min(tokens, length) > 0 and length % tokens and tokens % length:
-        rule = f"must divide model.context_length = {length} or be a multiple of it"
-        yield f"{name}.routing_group_tokens = {tokens}: {rule}; try {max(1, round(tokens / length)) * length}"
+    yield from _routing_group_errors(kind.routing_group_tokens, model.context_length)
     if kind.mixture is not None:
         yield from _mixture_errors(model, kind.mixture, f"{name}.mixture")
         sizes = {field: getattr(kind.mixture, field) for field in ("num_experts", "shared_expert_dim")}

@@ -15,11 +15,13 @@ Traffic: each part is taken as one program that reads every argument once and wr
 from __future__ import annotations
 
 import dataclasses
+import math
 from fractions import Fraction
 from typing import Literal
 
 from mot_jax.config import (
     DenseConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -259,7 +261,7 @@ class MixtureOfTokensCost(FeedForwardCost):
 class TokenChoiceCost(FeedForwardCost):
     """Router, dispatch to the k chosen experts of each token, experts, combine."""
 
-    config: TokenChoiceConfig
+    config: TokenChoiceConfig | ExpertThresholdConfig
 
     def parts(self) -> tuple[Part, ...]:
         kind = self.config
@@ -271,7 +273,7 @@ class TokenChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + sent, sent + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
             Part("combine", "", {}, sent + x, x + sent * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(kind.shared_dim(self.d_ff)),
         )
 
     def executed_flops(self) -> float:
@@ -310,6 +312,42 @@ class TokenChoiceCost(FeedForwardCost):
         """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
         top_k = max(1, num_experts // group_size)
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
+
+
+class ExpertThresholdCost(TokenChoiceCost):
+    """As token choice: thresholds are set so that a token has k experts on average."""
+
+    config: ExpertThresholdConfig
+
+    def executed_flops(self) -> float:
+        """Without a capacity, every expert is run on every token."""
+        kind = self.config
+        if kind.capacity_factor is not None:
+            return super().executed_flops()
+        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
+        return self.flops() + experts * (kind.num_experts / kind.top_k - 1)
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Without a capacity nothing of the experts is saved (`routing.sum_all_experts`)."""
+        if self.config.capacity_factor is not None:
+            return ()
+        return (*_inputs("experts"), *_outputs("experts"))
+
+    def sequences_per_group(self, context_length: int) -> int:
+        return math.lcm(super().sequences_per_group(context_length), self.config.mixed_sequences)
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        return super().sizes(batch_size, microbatch_size) | {"group_size_G": self.config.group_size}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertThresholdConfig:
+        """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
+        return ExpertThresholdConfig(
+            num_experts,
+            top_k=max(1, num_experts // group_size),
+            routing_group_tokens=max(256, length),
+            group_size=group_size,
+        )
 
 
 class SoftMoECost(FeedForwardCost):
@@ -369,6 +407,7 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
     SoftMoEConfig: SoftMoECost,
+    ExpertThresholdConfig: ExpertThresholdCost,
 }
 
 

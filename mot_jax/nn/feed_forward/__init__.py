@@ -10,6 +10,7 @@ from flax import nnx
 from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -18,6 +19,7 @@ from mot_jax.config import (
 )
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
+from mot_jax.nn.feed_forward.expert_threshold import ExpertThreshold
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
@@ -29,12 +31,14 @@ KINDS: dict[type, type[FeedForward]] = {
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
     SoftMoEConfig: SoftMoE,
+    ExpertThresholdConfig: ExpertThreshold,
 }
 
 __all__ = [
     "KINDS",
     "Companions",
     "Dense",
+    "ExpertThreshold",
     "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",

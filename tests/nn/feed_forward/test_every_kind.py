@@ -24,6 +24,7 @@ from mot_jax.config import (
     CompanionsConfig,
     Config,
     DenseConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     LossWeights,
     MeshConfig,
@@ -83,6 +84,18 @@ CASES = {
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
     ),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
+    "expert_threshold": Case(
+        ExpertThresholdConfig(
+            8, None, 2, 8, 0.6, routing_group_tokens=16, group_size=8, warmup_steps=1, controller_init_scale=3.0
+        ),
+        "group",
+        drops=True,
+    ),
+    "expert_threshold, unlimited": Case(
+        ExpertThresholdConfig(8, top_k=2, capacity_factor=None, routing_group_tokens=32, group_size=8, warmup_steps=2),
+        "group",
+        slow=True,
+    ),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
 
