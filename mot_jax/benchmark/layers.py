@@ -23,7 +23,7 @@ from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
 from mot_jax.config import FeedForwardConfig, InitConfig, kernel_runs_on
 from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
 from mot_jax.errors import UserError, nearest
-from mot_jax.nn.feed_forward import KINDS
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext
 from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -210,9 +210,9 @@ def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx
 
 
 def as_function(layer: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
-    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D], and its parameters."""
+    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D] as in training, and its parameters."""
     graph, params = nnx.split(layer)
-    return lambda params, x: nnx.merge(graph, params)(x).y, params
+    return lambda params, x: nnx.merge(graph, params)(x, FeedForwardContext(train=True)).y, params
 
 
 def forward_and_backward(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:

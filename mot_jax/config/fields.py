@@ -330,7 +330,7 @@ class ExpertThresholdConfig(_FeedForwardKind):
     """Group size G: the number of sequences from whose tokens at one position each expert chooses in the warmup."""
     warmup_steps: int | None = None
     """Number of initial steps in which experts choose along the batch, while thresholds are tracked.
-    None: a fifth of `training.steps`. A layer on its own has no warmup then."""
+    None: a fifth of `training.steps`, which moves if a run is extended. A layer on its own has no warmup then."""
     controller_init_scale: float = 1.0
     """Factor on the standard deviation of `model.init` for the controller."""
     w_in_init_scale: float = 1.0

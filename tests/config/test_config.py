@@ -16,6 +16,7 @@ from mot_jax.config import (
     Config,
     DataConfig,
     DenseConfig,
+    ExpertThresholdConfig,
     InitConfig,
     MeshConfig,
     MixingConfig,
@@ -104,7 +105,7 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    kind_name = draw(st.sampled_from(["mixture", "token choice", "dense"]))
+    kind_name = draw(st.sampled_from(["mixture", "token choice", "expert threshold", "dense"]))
     length = chunk * draw(small)
     shared = draw(st.integers(0, d_ff - 1))
     if kind_name == "mixture":
@@ -137,6 +138,17 @@ def configs(draw) -> Config:
                 draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_expert_dim=shared
             )
             kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
+    elif kind_name == "expert threshold":
+        top_k = draw(st.integers(1, d_ff - 1))
+        kind = ExpertThresholdConfig(
+            draw(st.integers(0, 9)) + top_k,
+            draw(st.none() | small),
+            top_k,
+            capacity_factor=draw(st.none() | positive),
+            routing_group_tokens=length * draw(st.sampled_from([1, 2])),
+            group_size=2 * group,
+            warmup_steps=draw(st.none() | st.integers(0, 9)),
+        )
     else:
         kind = DenseConfig(draw(st.booleans()))
     dense_bias = isinstance(kind, DenseConfig) or draw(st.booleans())

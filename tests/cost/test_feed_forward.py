@@ -8,6 +8,7 @@ from paper_models import with_kind
 from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
+    ExpertThresholdConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
@@ -41,6 +42,10 @@ def test_every_kind_has_a_cost():
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
         ),
+        (  # F = 96 / 3 and a shared expert of the same width
+            ExpertThresholdConfig(8, top_k=2),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
         (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
         (
             SoftMoEConfig(24, shared_expert_dim=32),  # 3 slots an expert, 72 in all for 64 tokens
@@ -65,3 +70,11 @@ def test_products_recomputed_by_each_policy(gated):
         kind = dataclasses.replace(model.feed_forward, save_for_backward=policy)
         cost = feed_forward_cost(model, kind)
         assert cost.product_flops(*cost.recomputed_products()) == flops
+
+
+def test_experts_with_thresholds_execute_slots_or_every_expert():
+    """Two of eight experts per token on average: four slots per token, or without a capacity all eight."""
+    for factor, executed in ((2.0, 4), (None, 8)):
+        kind = ExpertThresholdConfig(8, top_k=2, capacity_factor=factor, routing_group_tokens=64)
+        cost = feed_forward_cost(MODEL, kind)
+        assert cost.executed_flops() - cost.flops() == 4 * 48 * 32 * (executed - 2)

@@ -39,12 +39,12 @@ def config(capacity_factor: float | None, shared_expert_dim: int = 0, top_k: int
 
 
 CASES = {
-    "warmup, drops": Case(config(0.75), 9),
-    "warmup, gated, shared expert, no padding": Case(config(2.0, 4, top_k=1), 0, masked=False, gated=True),
-    "thresholds, drops": Case(config(0.75), 10),
-    "thresholds, gated, shared expert, no padding": Case(config(2.0, 4), 10, masked=False, gated=True),
+    "warmup, drops": Case(config(0.5), 9),
+    "warmup, gated, no padding": Case(config(2.0, top_k=1), 0, masked=False, gated=True),
+    "thresholds, drops": Case(config(0.5), 10),
+    "thresholds, shared expert, no padding": Case(config(2.0, 4), 10, masked=False),
     "thresholds, unlimited": Case(config(None), 10, gated=True),
-    "inference": Case(config(0.75, 4), None),
+    "inference": Case(config(0.5, 4), None),
 }
 
 
@@ -104,7 +104,8 @@ def test_layer_equals_oracle(name, dtype, tolerance):
     (layer, p, dy), case = reference(name), CASES[name]
     y, gradients, metrics, quantiles = layer(p, dy)
     assert (metrics["dropped"] > 0.1) == ("drops" in name) and metrics["experts_per_token"] > 0.9
-    graph, params, router = abstract(case, dtype)
+    with jax.enable_x64(dtype == "float64"):
+        graph, params, router = abstract(case, dtype)
 
     @jax.jit
     def step(p, step):
