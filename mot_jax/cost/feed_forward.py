@@ -308,7 +308,7 @@ class TokenChoiceCost(FeedForwardCost):
         return sizes
 
     @classmethod
-    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig:
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig | ExpertThresholdConfig:
         """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
         top_k = max(1, num_experts // group_size)
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
