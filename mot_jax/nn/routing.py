@@ -349,8 +349,8 @@ def copy_to_slots(x: jax.Array, slots: SlotsOfPairs) -> jax.Array:
 def sum_slots(outputs: jax.Array, slots: SlotsOfPairs, weights: jax.Array) -> jax.Array:
     """Sum the outputs [N, C, E, D] of each token's slots by its weights [N, T, E]: [N, T, D]."""
     n, c, e, d = outputs.shape
-    pairs = slots.of_pair.reshape(n, -1, 1)
-    by_slot = jax.vmap(_take_rows)(weights.reshape(n, -1, 1), slots.of_slot, pairs)
+    weights, pairs = (a.reshape(n, -1)[..., None] for a in (weights, slots.of_pair))
+    by_slot = jax.vmap(_take_rows)(weights, slots.of_slot, pairs)
     return _sum_slots(by_slot.astype(outputs.dtype) * outputs.reshape(n, c * e, d), slots)
 
 
