@@ -11,6 +11,7 @@ from mot_jax.config import (
     Config,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     HashConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mot_jax.nn.feed_forward import (
         Dense,
         ExpertChoice,
+        ExpertThreshold,
         FeedForwardContext,
         FeedForwardOutput,
         Hash,
@@ -45,6 +47,8 @@ __all__ = [
     "DenseConfig",
     "ExpertChoice",
     "ExpertChoiceConfig",
+    "ExpertThreshold",
+    "ExpertThresholdConfig",
     "FeedForwardContext",
     "FeedForwardOutput",
     "Hash",
@@ -75,6 +79,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree on the path, no
 _LAZY = {
     "Dense": "mot_jax.nn.feed_forward",
     "ExpertChoice": "mot_jax.nn.feed_forward",
+    "ExpertThreshold": "mot_jax.nn.feed_forward",
     "FeedForwardContext": "mot_jax.nn.feed_forward",
     "FeedForwardOutput": "mot_jax.nn.feed_forward",
     "Hash": "mot_jax.nn.feed_forward",

@@ -8,6 +8,8 @@ are derived by hand; those of the mixing variants are central differences.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 
@@ -270,6 +272,102 @@ class TokenChoice:
             d["kernel_in"] += x.T @ d_h
             dx += d_h @ p["kernel_in"].T
         return y.reshape(p["x"].shape), loss, d
+
+
+@dataclasses.dataclass
+class ExpertThreshold:
+    """Experts with thresholds, forward and backward, as a loop over tokens."""
+
+    top_k: int
+    tokens: int
+    """T, of a routing group."""
+    capacity: int | None = None
+    """The slots of an expert in a routing group; None: unlimited."""
+    thresholds: np.ndarray | None = None
+    """[E]; None: experts choose along the batch."""
+    group_size: int = 1
+    """G, the number of sequences from which experts choose along the batch."""
+    count: int = 1
+    """The number of tokens that an expert takes there at a position."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def taken(self, logits: np.ndarray) -> np.ndarray:
+        """Whether an expert takes a token, before any are dropped: bool [B, S, E]."""
+        batch, length, experts = logits.shape
+        valid = np.ones((batch, length), bool) if self.mask is None else self.mask
+        taken = np.zeros(logits.shape, bool)
+        for b, s, e in np.ndindex(logits.shape):
+            if self.thresholds is not None:
+                taken[b, s, e] = valid[b, s] and logits[b, s, e] >= self.thresholds[e]
+        if self.thresholds is None:
+            for first, s, e in itertools.product(range(0, batch, self.group_size), range(length), range(experts)):
+                members = [b for b in range(first, first + self.group_size) if valid[b, s]]
+                members.sort(key=lambda b, s=s, e=e: -logits[b, s, e])
+                taken[members[: self.count], s, e] = True
+        return taken
+
+    def quantiles(self, logits: np.ndarray) -> np.ndarray:
+        """The mean over routing groups of the logit that k / E of their tokens reach, [E]."""
+        rows = logits.reshape(-1, logits.shape[-1])
+        valid = np.ones(len(rows), bool) if self.mask is None else self.mask.reshape(-1)
+        groups = [np.arange(start, start + self.tokens) for start in range(0, len(rows), self.tokens)]
+        groups = [rows[group[valid[group]]] for group in groups if valid[group].any()]
+        ranks = [math.ceil(self.top_k * len(group) / rows.shape[-1]) for group in groups]
+        return np.mean([np.sort(group, axis=0)[-rank] for group, rank in zip(groups, ranks, strict=True)], axis=0)
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float], np.ndarray]:
+        """Return y [B, S, D], the gradients of sum(y dy), the metrics and the quantiles."""
+        logits = p["x"] @ p["controller"]
+        x, count, taken = p["x"].reshape(-1, p["x"].shape[-1]), logits.shape[-1], self.taken(logits)
+        quantiles, taken, logits = self.quantiles(logits), taken.reshape(-1, count), logits.reshape(-1, count)
+        dy, y, d = dy.reshape(x.shape), np.zeros(x.shape), {name: np.zeros(v.shape) for name, v in p.items()}
+        dx, placed = d["x"].reshape(x.shape), np.zeros(taken.shape, bool)
+        for t, e in np.argwhere(taken):
+            first = t - t % self.tokens
+            if self.capacity is not None and placed[first:t, e].sum() == self.capacity:
+                continue
+            placed[t, e] = True
+            weight = 1 / (1 + np.exp(-logits[t, e]))
+            h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
+            hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+            output, d_output = hidden @ p["w_out"][e], weight * dy[t]
+            y[t] += weight * output
+            d_logit = (output @ dy[t]) * weight * (1 - weight)
+            d["controller"][:, e] += d_logit * x[t]
+            dx[t] += d_logit * p["controller"][:, e]
+            d["w_out"][e] += np.outer(hidden, d_output)
+            d_hidden = p["w_out"][e] @ d_output
+            if gate is None:
+                parts = {"w_in": d_hidden * (h > 0)}
+            else:
+                parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+            for name, part in parts.items():
+                d[name][e] += np.outer(x[t], part)
+                dx[t] += p[name][e] @ part
+        if "kernel_in" in p:
+            h = x @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.maximum(h, 0).T @ dy
+            d["kernel_in"] += x.T @ d_h
+            dx += d_h @ p["kernel_in"].T
+        mask = np.ones(p["x"].shape[:2], bool) if self.mask is None else self.mask
+        scores = 1 / (1 + np.exp(-logits.reshape(*mask.shape, count)))
+        shares = scores / scores.sum(axis=-1, keepdims=True)
+        entropies = [
+            np.mean([shannon(token) for token in row[ok]]) for row, ok in zip(shares, mask, strict=True) if ok.any()
+        ]
+        metrics = {
+            "dropped": 1 - placed.sum() / taken.sum(),
+            "no_expert": 1 - placed.any(axis=1).sum() / mask.sum(),
+            "experts_per_token": taken.sum() / mask.sum(),
+            "load_max": taken.sum(axis=0).max() / taken.sum(axis=0).mean(),
+            "router_entropy": np.mean(entropies),
+        }
+        return y.reshape(p["x"].shape), d, metrics, quantiles
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from mot_jax.config.fields import (
     DataConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     HashConfig,
     LossWeights,
@@ -187,6 +188,8 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield from _mixture_errors(model, kind)
     if isinstance(kind, TokenChoiceConfig):
         yield from _token_choice_errors(model, kind)
+    if isinstance(kind, ExpertThresholdConfig):
+        yield from _expert_threshold_errors(model, kind)
     if isinstance(kind, ExpertChoiceConfig):
         yield from _expert_choice_errors(model, kind)
     if isinstance(kind, ReluRoutingConfig):
@@ -311,18 +314,29 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
-def _top_k_errors(
-    model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig | ReluRoutingConfig | HashConfig
-) -> Iterator[str]:
+_WithTopK = TokenChoiceConfig | ExpertThresholdConfig | ExpertChoiceConfig | ReluRoutingConfig | HashConfig
+
+
+def _top_k_errors(model: ModelConfig, kind: _WithTopK) -> Iterator[str]:
     """Experts per token that exceed the experts, or the width of the dense layer."""
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if kind.shared_expert_dim is None:  # which follows from the other widths
+        return
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _routing_group_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertThresholdConfig) -> Iterator[str]:
+    tokens, length = kind.routing_group_tokens, model.context_length
+    if min(tokens, length) > 0 and length % tokens and tokens % length:
+        rule = f"must divide model.context_length = {length} or be a multiple of it"
+        multiple = max(1, round(tokens / length)) * length
+        yield f"model.feed_forward.routing_group_tokens = {tokens}: {rule}; try {multiple}"
 
 
 def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
@@ -331,10 +345,7 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
     if kind.balance == "bias" and kind.scores == "softmax":
         rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
         yield f"{name}.balance = 'bias': {rule}; try 'loss'"
-    tokens, length = kind.routing_group_tokens, model.context_length
-    if min(tokens, length) > 0 and length % tokens and tokens % length:
-        rule = f"must divide model.context_length = {length} or be a multiple of it"
-        yield f"{name}.routing_group_tokens = {tokens}: {rule}; try {max(1, round(tokens / length)) * length}"
+    yield from _routing_group_errors(model, kind)
     if kind.mixture is not None:
         yield from _mixture_errors(model, kind.mixture, f"{name}.mixture")
         sizes = {field: getattr(kind.mixture, field) for field in ("num_experts", "shared_expert_dim")}
@@ -346,6 +357,21 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
             if size != expected[field]:
                 rule = f"must be that of {name}, which has the same weights"
                 yield f"{name}.mixture.{field} = {size}: {rule}; try {expected[field]}"
+
+
+def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
+    if kind.shared_expert_dim is None and kind.expert_dim is None:
+        if kind.top_k >= model.d_ff >= 2:
+            yield f"{name}.top_k = {kind.top_k}: must be below model.d_ff = {model.d_ff}; try 1"
+        elif model.d_ff == 1:
+            yield f"{name}.shared_expert_dim = None: requires model.d_ff of 2 or more, and it is 1; try 0"
+    yield from _routing_group_errors(model, kind)
+    sequences, size = kind.routed_sequences(model.context_length), kind.mixed_sequences
+    if size > 1 and max(sequences, size) % min(sequences, size):
+        rule = f"must divide the {sequences} sequences of a routing group or be a multiple of them"
+        yield f"{name}.group_size = {size}: {rule}; try {sequences}"
 
 
 def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:

@@ -143,6 +143,14 @@ class _FeedForwardKind(_PlainData):
         """The config with which the layers of a model are created."""
         return self
 
+    def for_training(self, steps: int) -> Any:
+        """The config with which a run of so many steps trains the layer."""
+        return self
+
+    def shared_dim(self, d_ff: int) -> int:
+        """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
+        return getattr(self, "shared_expert_dim", 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class DenseConfig(_FeedForwardKind):
@@ -259,6 +267,67 @@ class TokenChoiceConfig(_FeedForwardKind):
 
     def routed_sequences(self, context_length: int) -> int:
         return max(1, self.routing_group_tokens // max(context_length, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertThresholdConfig(_FeedForwardKind):
+    """A mixture of experts, each of which takes the tokens whose logits reach its threshold (`docs/paper.md`)."""
+
+    kind: ClassVar[str] = "expert_threshold"
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer on average."""
+    top_k: int = 1
+    """Number of experts per token, on average: thresholds are set so that an expert takes top_k / E of the tokens."""
+    shared_expert_dim: int | None = None
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none.
+    None: that of an expert, or without `expert_dim` d_ff / (top_k + 1), rounded up so that the rule holds."""
+    capacity_factor: float | None = 2.0
+    """Capacity of an expert in training, as a multiple of its even share of a routing group.
+    None: unlimited; every expert is then run on every token, as in inference if any token reaches its threshold."""
+    routing_group_tokens: int = 256
+    """Number of consecutive tokens, sequence after sequence, that share capacity and over which quantiles are taken.
+    It divides the context length or is a multiple of it, and makes both the same on every mesh."""
+    group_size: int = 32
+    """Group size G: the number of sequences from whose tokens at one position each expert chooses in the warmup."""
+    warmup_steps: int | None = None
+    """Number of initial steps in which experts choose along the batch, while thresholds are tracked.
+    None: a fifth of `training.steps`, which moves if a run is extended. A layer on its own has no warmup then."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        if self.expert_dim is not None:
+            return self.expert_dim
+        if self.shared_expert_dim is None:
+            return d_ff // (self.top_k + 1)
+        return (d_ff - self.shared_expert_dim) // self.top_k
+
+    def shared_dim(self, d_ff: int) -> int:
+        if self.shared_expert_dim is not None:
+            return self.shared_expert_dim
+        return d_ff - self.top_k * self.hidden_dim(d_ff) if self.expert_dim is None else self.expert_dim
+
+    def tokens_along_batch(self) -> int:
+        """The number of tokens of a group that an expert takes at each position in the warmup."""
+        return min(self.group_size, max(1, round(self.top_k * self.group_size / self.num_experts)))
+
+    @property
+    def mixed_sequences(self) -> int:
+        return 1 if self.warmup_steps == 0 else self.group_size
+
+    def routed_sequences(self, context_length: int) -> int:
+        return max(1, self.routing_group_tokens // max(context_length, 1))
+
+    def for_training(self, steps: int) -> ExpertThresholdConfig:
+        return self if self.warmup_steps is not None else dataclasses.replace(self, warmup_steps=steps // 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,6 +482,7 @@ FeedForwardConfig = (
     DenseConfig
     | MixtureOfTokensConfig
     | TokenChoiceConfig
+    | ExpertThresholdConfig
     | ExpertChoiceConfig
     | ReluRoutingConfig
     | HashConfig

@@ -23,6 +23,7 @@ from typing import Literal
 from mot_jax.config import (
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     HashConfig,
     MixtureOfTokensConfig,
@@ -261,7 +262,7 @@ class MixtureOfTokensCost(FeedForwardCost):
 class TokenChoiceCost(FeedForwardCost):
     """Router, dispatch to the k chosen experts of each token, experts, combine."""
 
-    config: TokenChoiceConfig
+    config: TokenChoiceConfig | ExpertThresholdConfig
 
     def parts(self) -> tuple[Part, ...]:
         kind = self.config
@@ -273,7 +274,7 @@ class TokenChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + sent, sent + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
             Part("combine", "", {}, sent + x, x + sent * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(kind.shared_dim(self.d_ff)),
         )
 
     def executed_flops(self) -> float:
@@ -305,10 +306,43 @@ class TokenChoiceCost(FeedForwardCost):
         return sizes
 
     @classmethod
-    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig:
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig | ExpertThresholdConfig:
         """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
         top_k = max(1, num_experts // group_size)
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
+
+
+class ExpertThresholdCost(TokenChoiceCost):
+    """As token choice: thresholds are set so that a token has k experts on average."""
+
+    config: ExpertThresholdConfig
+
+    def executed_flops(self) -> float:
+        """Without a capacity, every expert is run on every token."""
+        kind = self.config
+        if kind.capacity_factor is not None:
+            return super().executed_flops()
+        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
+        return self.flops() + experts * (kind.num_experts / kind.top_k - 1)
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Without a capacity nothing of the experts is saved (`routing.sum_all_experts`)."""
+        if self.config.capacity_factor is not None:
+            return ()
+        return (*_inputs("experts"), *_outputs("experts"))
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        return super().sizes(batch_size, microbatch_size) | {"group_size_G": self.config.group_size}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertThresholdConfig:
+        """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
+        return ExpertThresholdConfig(
+            num_experts,
+            top_k=max(1, num_experts // group_size),
+            routing_group_tokens=max(256, length),
+            group_size=group_size,
+        )
 
 
 class ExpertChoiceCost(FeedForwardCost):
@@ -500,6 +534,7 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
+    ExpertThresholdConfig: ExpertThresholdCost,
     ExpertChoiceConfig: ExpertChoiceCost,
     ReluRoutingConfig: ReluRoutingCost,
     HashConfig: HashCost,

@@ -189,7 +189,7 @@ def _replaced(config: Config, kind: str) -> Config:
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "group_size": group_size}
     values["routing_group_tokens"] = config.group_size * model.context_length
-    values["shared_expert_dim"] = getattr(old, "shared_expert_dim", 0) or getattr(new, "shared_expert_dim", 0)
+    values["shared_expert_dim"] = old.shared_dim(model.d_ff) or getattr(new, "shared_expert_dim", 0)
     values |= {name: getattr(old, name) for name in _COMMON_FIELDS if hasattr(old, name)}
     fields = {field.name for field in dataclasses.fields(new)}
     new = dataclasses.replace(new, **{name: value for name, value in values.items() if name in fields})

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mot_jax.config import (
     CompanionsConfig,
     Config,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     LossWeights,
     MixingConfig,
@@ -57,8 +58,16 @@ def grouped(config: Config) -> Config:
     """As in training: the sequences of a group are mixed with each other.
 
     A token-choice model that was tuned from Mixture-of-Tokens weights becomes that Mixture-of-Tokens model again.
+    Experts with thresholds choose by these, not along the batch as in their warmup, and drop no token, so that no
+    sequence depends on another.
     """
     kind = config.model.feed_forward
+    if isinstance(kind, ExpertThresholdConfig):
+        tokens = min(kind.routing_group_tokens, config.model.context_length)
+        kind = dataclasses.replace(kind, warmup_steps=0, capacity_factor=None, routing_group_tokens=tokens)
+        # The dataset stays in the order of the groups, so that validation is on the same windows.
+        data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
+        return with_kind(dataclasses.replace(config, data=data), kind)
     return _as_mixture_of_tokens(config, "--mode grouped") if isinstance(kind, TokenChoiceConfig) else config
 
 
@@ -276,7 +285,7 @@ def default_mode(config: Config) -> tuple[str, str]:
         return "token_choice", "the model was trained in it, and no token is dropped"
     if config.model.has_companions:
         return "companions", "the model was trained in groups, and this mode keeps the sequences of a batch independent"
-    if config.model.group_size > 1:
+    if grouped(config).model.group_size > 1:
         return "grouped", "the model has no mode that keeps the sequences of a batch independent"
     return "grouped", "no sequence of a batch depends on another"
 

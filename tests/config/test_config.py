@@ -17,6 +17,7 @@ from mot_jax.config import (
     DataConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     HashConfig,
     InitConfig,
     MeshConfig,
@@ -106,7 +107,8 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    kind_name = draw(st.sampled_from(["mixture", "token choice", "expert choice", "dense"]))
+    kinds = ["mixture", "token choice", "expert threshold", "expert choice", "dense"]
+    kind_name = draw(st.sampled_from(kinds))
     length = chunk * draw(small)
     shared = draw(st.integers(0, d_ff - 1))
     if kind_name == "mixture":
@@ -139,6 +141,17 @@ def configs(draw) -> Config:
                 draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_expert_dim=shared
             )
             kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
+    elif kind_name == "expert threshold":
+        top_k = draw(st.integers(1, d_ff - 1))
+        kind = ExpertThresholdConfig(
+            draw(st.integers(0, 9)) + top_k,
+            draw(st.none() | small),
+            top_k,
+            capacity_factor=draw(st.none() | positive),
+            routing_group_tokens=length * draw(st.sampled_from([1, 2])),
+            group_size=2 * group,
+            warmup_steps=draw(st.none() | st.integers(0, 9)),
+        )
     elif kind_name == "expert choice":
         divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
         top_k = draw(st.sampled_from(divisors))

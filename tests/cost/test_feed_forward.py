@@ -9,6 +9,7 @@ from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     HashConfig,
     MixingConfig,
     MixtureOfTokensConfig,
@@ -42,6 +43,10 @@ def test_every_kind_has_a_cost():
         (MixtureOfTokensConfig(12, 8, expert_dim=9), {"mixing": 3 * 2 * 48 * 8, "experts": 4 * 48 * 9 * 8 / 12}),
         (
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
+        (  # F = 96 / 3 and a shared expert of the same width
+            ExpertThresholdConfig(8, top_k=2),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
         ),
         (
@@ -88,3 +93,11 @@ def test_relu_routing_executes_and_saves_all_experts():
     saved = cost.saved()
     assert (saved.activations, saved.logits, saved.parameters) == (8 * 32 + 32, 8, 0)
     assert cost.active_experts(800) == 200
+
+
+def test_experts_with_thresholds_execute_slots_or_every_expert():
+    """Two of eight experts per token on average: four slots per token, or without a capacity all eight."""
+    for factor, executed in ((2.0, 4), (None, 8)):
+        kind = ExpertThresholdConfig(8, top_k=2, capacity_factor=factor, routing_group_tokens=64)
+        cost = feed_forward_cost(MODEL, kind)
+        assert cost.executed_flops() - cost.flops() == 4 * 48 * 32 * (executed - 2)

@@ -11,6 +11,7 @@ from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
     HashConfig,
     MixtureOfTokensConfig,
@@ -22,6 +23,7 @@ from mot_jax.config import (
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
+from mot_jax.nn.feed_forward.expert_threshold import ExpertThreshold
 from mot_jax.nn.feed_forward.hash import Hash
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
@@ -34,6 +36,7 @@ KINDS: dict[type, type[FeedForward]] = {
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
+    ExpertThresholdConfig: ExpertThreshold,
     ExpertChoiceConfig: ExpertChoice,
     ReluRoutingConfig: ReluRouting,
     HashConfig: Hash,
@@ -45,6 +48,7 @@ __all__ = [
     "Companions",
     "Dense",
     "ExpertChoice",
+    "ExpertThreshold",
     "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",
