@@ -13,7 +13,7 @@ import numpy as np
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
 from mot_jax.benchmark.workloads import dense_of_equal_active_parameters
-from mot_jax.config import Config, ExpertChoiceConfig, ModelConfig
+from mot_jax.config import Config, ModelConfig
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking
@@ -153,14 +153,11 @@ def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:
     """The minimum number of bytes that a decode step over `batch` sequences reads: weights, each once, and KV cache.
 
     Embedding tables count with the rows of the tokens. Routed experts count with the expected number of experts that
-    the tokens choose, E (1 - (1 - k/E)^B), if they choose independently and uniformly; of experts that choose tokens,
+    the tokens choose, E (1 - (1 - k/E)^B), if they choose independently and uniformly; of kinds that run all experts,
     all are read. Statistics of companions count with the positions of the sequences.
     """
     kind = model.feed_forward
-    chosen = getattr(kind, "experts_per_token", None) or getattr(kind, "top_k", None)
-    if isinstance(kind, ExpertChoiceConfig):
-        chosen = None
-    experts = getattr(kind, "num_experts", 1)
+    chosen, experts = kind.experts_per_token, getattr(kind, "num_experts", 1)
     share = 1.0 if chosen is None else 1 - (1 - chosen / experts) ** batch
     total = 0.0
     for name, value in params.items():

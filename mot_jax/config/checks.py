@@ -6,11 +6,12 @@ import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mot_jax.config.fields import (
     CheckpointConfig,
+    CompanionsConfig,
     Config,
     DataConfig,
     DenseConfig,
@@ -180,24 +181,7 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         if valid != model.moe_blocks:
             rule = f"must be indices of blocks, 0 to {model.num_blocks - 1}"
             yield f"model.moe_blocks = {model.moe_blocks}: {rule}; try {valid}"
-    kind = model.feed_forward
-    if isinstance(kind, DenseConfig) and not model.dense_bias:
-        rule = "applies to the blocks outside moe_blocks; a dense model has model.feed_forward.bias"
-        yield f"model.dense_bias = False: {rule}; try True"
-    if isinstance(kind, MixtureOfTokensConfig):
-        yield from _mixture_errors(model, kind)
-    if isinstance(kind, TokenChoiceConfig):
-        yield from _token_choice_errors(model, kind)
-    if isinstance(kind, ExpertThresholdConfig):
-        yield from _expert_threshold_errors(model, kind)
-    if isinstance(kind, ExpertChoiceConfig):
-        yield from _expert_choice_errors(model, kind)
-    if isinstance(kind, ReluRoutingConfig):
-        yield from _top_k_errors(model, kind)
-    if isinstance(kind, HashConfig):
-        yield from _hash_errors(model, kind)
-    if isinstance(kind, SoftMoEConfig):
-        yield from _soft_moe_errors(model, kind)
+    yield from _KIND_ERRORS[type(model.feed_forward)](model, model.feed_forward)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -276,6 +260,12 @@ def mixing_errors(c: MixingConfig) -> Iterator[str]:
     if c.learned_temperature != "none" and (c.annealing != "none" or c.straight_through or c.temperature == 0):
         rule = "a temperature with annealing, of 0 or with straight_through cannot be learned"
         yield f"learned_temperature = {c.learned_temperature!r}: {rule}; try 'none'"
+
+
+def _dense_errors(model: ModelConfig, kind: DenseConfig) -> Iterator[str]:
+    if not model.dense_bias:
+        rule = "applies to the blocks outside moe_blocks; a dense model has model.feed_forward.bias"
+        yield f"model.dense_bias = False: {rule}; try True"
 
 
 def _mixture_errors(model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward") -> Iterator[str]:
@@ -401,8 +391,21 @@ def _hash_errors(model: ModelConfig, kind: HashConfig) -> Iterator[str]:
 def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
     if model.objective == "causal":
         yield (
-            "model.feed_forward.kind = 'soft_moe': mixes a token with later tokens of its sequence, which a causal "
-            "model has to predict; must be another kind, or model.objective = 'masked'; try 'mixture_of_tokens'"
+            "model.objective = 'causal': must be 'masked' for soft_moe layers, which mix a token with later tokens of "
+            "its sequence; try 'masked'"
         )
     if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
         yield error
+
+
+_KIND_ERRORS: dict[type, Callable[[ModelConfig, Any], Iterator[str]]] = {
+    DenseConfig: _dense_errors,
+    MixtureOfTokensConfig: _mixture_errors,
+    CompanionsConfig: _mixture_errors,
+    TokenChoiceConfig: _token_choice_errors,
+    ExpertThresholdConfig: _expert_threshold_errors,
+    ExpertChoiceConfig: _expert_choice_errors,
+    ReluRoutingConfig: _top_k_errors,
+    HashConfig: _hash_errors,
+    SoftMoEConfig: _soft_moe_errors,
+}

@@ -124,11 +124,13 @@ class MixingConfig(_PlainData):
 class _FeedForwardKind(_PlainData):
     """Base of the feed-forward kinds: the properties on which batches, losses and inference modes depend.
 
-    losses: the fields of `LossWeights` that weight losses of the kind.
+    losses: the fields of `LossWeights` that weight losses of the kind. trained_mode: the inference mode (`modes.MODES`)
+    in which layers of the kind work as in training, except for `for_inference`.
     """
 
     kind: ClassVar[str]
     losses: ClassVar[tuple[str, ...]] = ()
+    trained_mode: ClassVar[str] = "grouped"
 
     @property
     def mixed_sequences(self) -> int:
@@ -146,6 +148,15 @@ class _FeedForwardKind(_PlainData):
     def for_training(self, steps: int) -> Any:
         """The config with which a run of so many steps trains the layer."""
         return self
+
+    def for_inference(self, context_length: int) -> Any:
+        """The config with which a trained layer is evaluated and generates: without the capacity limit of training."""
+        return self
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """Number of experts that a token is sent to at inference; None: a batch runs all experts."""
+        return None
 
     def shared_dim(self, d_ff: int) -> int:
         """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
@@ -230,6 +241,7 @@ class TokenChoiceConfig(_FeedForwardKind):
 
     kind: ClassVar[str] = "token_choice"
     losses: ClassVar[tuple[str, ...]] = ("load_balancing", "router_z")
+    trained_mode: ClassVar[str] = "token_choice"
     num_experts: int = 32
     """Number of experts E."""
     expert_dim: int | None = None
@@ -267,6 +279,14 @@ class TokenChoiceConfig(_FeedForwardKind):
 
     def routed_sequences(self, context_length: int) -> int:
         return max(1, self.routing_group_tokens // max(context_length, 1))
+
+    def for_inference(self, context_length: int) -> TokenChoiceConfig:
+        tokens = min(self.routing_group_tokens, context_length)
+        return dataclasses.replace(self, capacity_factor=None, routing_group_tokens=tokens)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +348,15 @@ class ExpertThresholdConfig(_FeedForwardKind):
 
     def for_training(self, steps: int) -> ExpertThresholdConfig:
         return self if self.warmup_steps is not None else dataclasses.replace(self, warmup_steps=steps // 5)
+
+    def for_inference(self, context_length: int) -> ExpertThresholdConfig:
+        """Thresholds choose from the first step on, so that no sequence depends on another."""
+        tokens = min(self.routing_group_tokens, context_length)
+        return dataclasses.replace(self, warmup_steps=0, capacity_factor=None, routing_group_tokens=tokens)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,6 +469,10 @@ class HashConfig(_FeedForwardKind):
 
     def for_model(self, model: ModelConfig) -> HashConfig:
         return dataclasses.replace(self, vocab_size=model.vocab_size)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,20 @@ class FeedForwardCost:
 
     def executed_flops(self) -> float:
         """FLOPs that the forward pass executes per token: also for empty slots, gates of 0, and to move tokens."""
-        return self.flops()
+        return self.flops() + self._idle_flops(*_inputs("experts"), *_outputs("experts"))
+
+    def executed_product_flops(self, *names: str) -> float:
+        """`product_flops`, as executed."""
+        return self.product_flops(*names) + self._idle_flops(*names)
+
+    def _idle_flops(self, *names: str) -> float:
+        """Executed minus useful FLOPs of the named products, of which only those of the experts differ."""
+        experts = {*_inputs("experts"), *_outputs("experts")}.intersection(names)
+        return (self.executed_over_useful() - 1) * self.product_flops(*experts)
+
+    def executed_over_useful(self) -> float:
+        """Executed FLOPs of the experts over useful ones: above 1 with empty slots or gates of 0."""
+        return 1.0
 
     def expert_flops(self) -> float:
         """FLOPs of the experts per token, shared ones included, without router and mixing; those of a dense layer."""
@@ -165,7 +178,8 @@ class FeedForwardCost:
         inputs, hidden = Arrays(self.d_model * per_token), Arrays(len(first) * width * per_token)
         return Part(name, name, products, inputs * 2 + weights, inputs * 3 + hidden + weights * 2, hidden)
 
-    def _shared(self, width: int) -> tuple[Part, ...]:
+    def _shared(self) -> tuple[Part, ...]:
+        width = self.config.shared_dim(self.d_ff)
         return (self._networks("shared experts", width),) if width else ()
 
 
@@ -215,7 +229,7 @@ class MixtureOfTokensCost(FeedForwardCost):
             ),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("emit", "mixing", {"emit": product}, mixtures + weights + x, x + (mixtures + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:
@@ -274,17 +288,16 @@ class TokenChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + sent, sent + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
             Part("combine", "", {}, sent + x, x + sent * 2),
-            *self._shared(kind.shared_dim(self.d_ff)),
+            *self._shared(),
         )
 
-    def executed_flops(self) -> float:
+    def executed_over_useful(self) -> float:
         """With a capacity, experts process all their slots, filled or not, and no token that is dropped."""
         kind, tokens = self.config, self.config.routing_group_tokens
         if kind.capacity_factor is None:
-            return self.flops()
+            return 1.0
         slots = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor) * kind.num_experts
-        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
-        return self.flops() + experts * (slots / (tokens * kind.top_k) - 1)
+        return slots / (tokens * kind.top_k)
 
     def recomputed_products(self) -> tuple[str, ...]:
         """Without a capacity the experts' outputs are not saved (`routing.sum_experts`)."""
@@ -317,13 +330,10 @@ class ExpertThresholdCost(TokenChoiceCost):
 
     config: ExpertThresholdConfig
 
-    def executed_flops(self) -> float:
+    def executed_over_useful(self) -> float:
         """Without a capacity, every expert is run on every token."""
         kind = self.config
-        if kind.capacity_factor is not None:
-            return super().executed_flops()
-        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
-        return self.flops() + experts * (kind.num_experts / kind.top_k - 1)
+        return kind.num_experts / kind.top_k if kind.capacity_factor is None else super().executed_over_useful()
 
     def recomputed_products(self) -> tuple[str, ...]:
         """Without a capacity nothing of the experts is saved (`routing.sum_all_experts`)."""
@@ -369,7 +379,7 @@ class ExpertChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + one_hot + sent, sent + one_hot + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("combine", "", {}, sent + weights + x, x + (sent + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:
@@ -378,7 +388,7 @@ class ExpertChoiceCost(FeedForwardCost):
 
     def executed_flops(self) -> float:
         """Dispatch and combine are products with one-hot matrices, D E C each, which only move tokens."""
-        return self.flops() + 2 * self._product(self._taken())
+        return super().executed_flops() + 2 * self._product(self._taken())
 
     def final_products(self) -> tuple[str, ...]:
         return _outputs("shared experts")
@@ -419,13 +429,12 @@ class ReluRoutingCost(FeedForwardCost):
         return (
             Part("router", "router", router, read + gates, gates + read * 2, gates),
             experts,
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
-    def executed_flops(self) -> float:
+    def executed_over_useful(self) -> float:
         """All experts process all tokens, also those whose gate is 0."""
-        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
-        return self.flops() + experts * (self.config.num_experts / self.config.top_k - 1)
+        return self.config.num_experts / self.config.top_k
 
     def final_products(self) -> tuple[str, ...]:
         return _outputs("experts", "shared experts")
@@ -456,7 +465,7 @@ class HashCost(FeedForwardCost):
             Part("dispatch", "", {}, x + sent, sent + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
             Part("combine", "", {}, sent + x, x + sent),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def final_products(self) -> tuple[str, ...]:
@@ -502,7 +511,7 @@ class SoftMoECost(FeedForwardCost):
             ),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("combine", "mixing", {"combine": product}, sent + weights + x, x + (sent + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:

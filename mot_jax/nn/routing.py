@@ -1,6 +1,6 @@
-"""The routing core of token choice: pure functions on arrays (`docs/paper.md`, section 4).
+"""The routing core of the sparse kinds: pure functions on arrays (`docs/paper.md`, sections 4 and 5).
 
-Dimensions, here and in `feed_forward/token_choice.py`; B, S, D, E, F as in `mot_jax.nn.mixing`:
+Dimensions, here and in the layers; B, S, D, E, F as in `mot_jax.nn.mixing`:
 
     N  routing groups      k  choices of a token       C  capacity: the slots of an expert in a group
     T  tokens of a group   A  assignments, T k         n, t, k, c, e, d, f: their einsum letters
@@ -141,6 +141,28 @@ def top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
     if partition is None:
         return local_top_k(probabilities)
     return jax.shard_map(local_top_k, in_specs=partition, out_specs=partition)(probabilities)
+
+
+def choose_tokens(scores: jax.Array, capacity: int, token_mask: jax.Array | None = None) -> jax.Array:
+    """Choose the tokens of each expert: those of a group with its largest scores, the first among equals.
+
+    Args:
+        scores: [N, G, S, E], logits or probabilities of the G members of each group at each position.
+        capacity: C, from 1 to G.
+        token_mask: bool [N, G, S], True = non-padding. Padding is not chosen; an expert takes fewer tokens than C if
+            there are fewer.
+
+    Returns:
+        bool [N, G, S, E, C]: whether the expert takes the token, as the one with its c-th largest score.
+    """
+    chex.assert_rank(scores, 4, custom_message="scores are [N, G, S, E]: groups, members, positions, experts")
+    scores, group_size = jax.lax.stop_gradient(scores), scores.shape[1]
+    if not 1 <= capacity <= group_size:
+        raise AssertionError(f"capacity C = {capacity}: must be 1 to the group size G = {group_size}")
+    if token_mask is not None:
+        scores = jnp.where(token_mask[..., None], scores, -jnp.inf)
+    chosen = jax.nn.one_hot(top_k_indices(jnp.moveaxis(scores, 1, -1), capacity), group_size, axis=1, dtype=bool)
+    return chosen if token_mask is None else chosen & token_mask[..., None, None]
 
 
 def expert_load(experts: jax.Array, num_experts: int) -> jax.Array:

@@ -13,14 +13,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import CompanionsConfig, Config, ExpertThresholdConfig, TokenChoiceConfig, to_json
+from mot_jax.config import CompanionsConfig, Config, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.errors import error_words
-from mot_jax.modes import enter, grouped, token_choice
+from mot_jax.modes import enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn.sharding import (
     DIMENSIONS,
@@ -45,10 +45,7 @@ Result = dict[str, float | int]
 
 def evaluated_config(config: Config) -> Config:
     """The config with which a model is scored during training: that of inference, in which no token is dropped."""
-    kind = config.model.feed_forward
-    if isinstance(kind, TokenChoiceConfig):
-        return token_choice(config)
-    return grouped(config) if isinstance(kind, ExpertThresholdConfig) else config
+    return mode_of(trained_mode(config)).change(config)
 
 
 def make_evaluation(

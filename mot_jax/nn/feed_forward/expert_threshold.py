@@ -133,13 +133,9 @@ def choose_along_batch(
     Returns:
         bool [B, S, E].
     """
-    scores = jax.lax.stop_gradient(logits)
-    if token_mask is not None:
-        scores = jnp.where(token_mask[..., None], scores, -jnp.inf)
-    chosen = routing.top_k_indices(jnp.moveaxis(mixing.group(scores, group_size), 1, -1), count)  # [N, S, E, count]
-    taken = mixing.ungroup(jax.nn.one_hot(chosen, group_size, axis=1, dtype=bool).any(axis=-1))
-    taken = reshard(taken, *axes_of(logits))
-    return taken if token_mask is None else taken & token_mask[..., None]
+    grouped = mixing.group(logits, group_size)
+    mask = None if token_mask is None else mixing.group(token_mask, group_size)
+    return reshard(mixing.ungroup(routing.choose_tokens(grouped, count, mask).any(axis=-1)), *axes_of(logits))
 
 
 def upper_quantiles(
