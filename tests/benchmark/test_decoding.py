@@ -103,6 +103,14 @@ def test_the_command_has_a_row_for_each_mode_and_the_dense_model(tmp_path, capsy
     assert capsys.readouterr().out.count("\n| ") == 8
 
 
+@pytest.mark.slow
+def test_a_kind_with_router_state_has_a_row(tmp_path):
+    model = dataclasses.replace(MODEL, feed_forward=HashConfig(8, top_k=2))
+    config, output = write_config(tmp_path / "tiny.py", Config(model=model)), tmp_path / "rows.json"
+    cli.main(["bench", "decoding", config, "--batch", "2", "--rounds", "3", "--json", str(output)])
+    assert [row["mode"] for row in json.loads(output.read_text())["rows"]] == ["dense", "grouped"]
+
+
 def test_a_masked_model_is_refused(tmp_path, capsys):
     config = write_config(tmp_path / "masked.py", Config(model=dataclasses.replace(MODEL, objective="masked")))
     with pytest.raises(SystemExit):
