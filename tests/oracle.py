@@ -453,6 +453,109 @@ class ExpertChoice:
 
 
 @dataclasses.dataclass
+class ReluRouting:
+    """ReLU routing, forward and backward, as a loop over tokens and experts."""
+
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, float, dict[str, np.ndarray], dict[str, float]]:
+        """Return y [B, S, D], the loss, the gradients of sum(y dy) + loss, and the metrics.
+
+        `p` also has the router state `l1_weight` and `load`.
+        """
+        (batch, length, _), experts = p["x"].shape, p["controller"].shape[1]
+        y, d = np.zeros(p["x"].shape), {name: np.zeros(v.shape) for name, v in p.items()}
+        tokens = [index for index in np.ndindex(batch, length) if self.mask is None or self.mask[index]]
+        loss, gate_sum, active = 0.0, 0.0, np.zeros(experts)
+        for index in np.ndindex(batch, length):
+            x, d_y = p["x"][index], dy[index]
+            for e in range(experts):
+                logit = x @ p["controller"][:, e]
+                if index not in tokens or logit <= 0:
+                    continue
+                active[e] += 1
+                gate_sum += logit
+                loss += p["l1_weight"] * p["load"][e] * logit / len(tokens)
+                h, factor = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if factor is None else np.maximum(factor, 0) * h
+                output = hidden @ p["w_out"][e]
+                y[index] += logit * output
+                d_logit = output @ d_y + p["l1_weight"] * p["load"][e] / len(tokens)
+                d["controller"][:, e] += d_logit * x
+                d["x"][index] += d_logit * p["controller"][:, e]
+                d["w_out"][e] += np.outer(hidden, logit * d_y)
+                d_hidden = p["w_out"][e] @ (logit * d_y)
+                if factor is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(factor, 0), "w_gate": d_hidden * h * (factor > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(x, part)
+                    d["x"][index] += p[name][e] @ part
+            if "kernel_in" in p:
+                h = x @ p["kernel_in"]
+                d_h = (p["kernel_out"] @ d_y) * (h > 0)
+                y[index] += np.maximum(h, 0) @ p["kernel_out"]
+                d["kernel_out"] += np.outer(np.maximum(h, 0), d_y)
+                d["kernel_in"] += np.outer(x, d_h)
+                d["x"][index] += p["kernel_in"] @ d_h
+        metrics = {
+            "gate_l1": gate_sum / len(tokens),
+            "sparsity": 1 - active.sum() / (experts * len(tokens)),
+            "load_max": experts * active.max() / active.sum(),
+            "l1_weight": float(p["l1_weight"]),
+        }
+        return y, loss, {name: value for name, value in d.items() if name not in ("l1_weight", "load")}, metrics
+
+
+@dataclasses.dataclass
+class Hash:
+    """A hash layer, forward and backward, as a loop over tokens and their experts."""
+
+    table: np.ndarray
+    """int [V, k], the experts of each id."""
+    ids: np.ndarray
+    """int [B, S]."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+        """Return y [B, S, D], the gradients of sum(y dy), and the largest load, 1 being an even share."""
+        d, y = {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape)
+        load = np.zeros(len(p["w_in"]))
+        for token in np.ndindex(*self.ids.shape):
+            if self.mask is not None and not self.mask[token]:
+                continue
+            x, chosen = p["x"][token], self.table[self.ids[token]]
+            for e in chosen:
+                load[e] += 1
+                h, gate = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+                y[token] += hidden @ p["w_out"][e] / len(chosen)
+                d_output = dy[token] / len(chosen)
+                d["w_out"][e] += np.outer(hidden, d_output)
+                d_hidden = p["w_out"][e] @ d_output
+                if gate is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(x, part)
+                    d["x"][token] += p[name][e] @ part
+        if "kernel_in" in p:
+            h = p["x"] @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
+            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
+            d["x"] += d_h @ p["kernel_in"].T
+        return y, d, len(load) * load.max() / load.sum()
+
+
+@dataclasses.dataclass
 class SoftMoE:
     """Soft MoE, forward and backward, as a loop over sequences."""
 
@@ -515,50 +618,6 @@ class SoftMoE:
         metrics = {"load_max": experts * load.max() / load.sum()}
         metrics |= {"dispatch_entropy": np.mean(dispatch_entropies), "combine_entropy": np.mean(combine_entropies)}
         return y, d, metrics
-
-
-@dataclasses.dataclass
-class Hash:
-    """A hash layer, forward and backward, as a loop over tokens and their experts."""
-
-    table: np.ndarray
-    """int [V, k], the experts of each id."""
-    ids: np.ndarray
-    """int [B, S]."""
-    mask: np.ndarray | None = None
-    """bool [B, S], True = non-padding; None: no padding."""
-
-    def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
-        """Return y [B, S, D], the gradients of sum(y dy), and the largest load, 1 being an even share."""
-        d, y = {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape)
-        load = np.zeros(len(p["w_in"]))
-        for token in np.ndindex(*self.ids.shape):
-            if self.mask is not None and not self.mask[token]:
-                continue
-            x, chosen = p["x"][token], self.table[self.ids[token]]
-            for e in chosen:
-                load[e] += 1
-                h, gate = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
-                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
-                y[token] += hidden @ p["w_out"][e] / len(chosen)
-                d_output = dy[token] / len(chosen)
-                d["w_out"][e] += np.outer(hidden, d_output)
-                d_hidden = p["w_out"][e] @ d_output
-                if gate is None:
-                    parts = {"w_in": d_hidden * (h > 0)}
-                else:
-                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-                for name, part in parts.items():
-                    d[name][e] += np.outer(x, part)
-                    d["x"][token] += p[name][e] @ part
-        if "kernel_in" in p:
-            h = p["x"] @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
-            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
-            d["x"] += d_h @ p["kernel_in"].T
-        return y, d, len(load) * load.max() / load.sum()
 
 
 def unit_gradient(x: np.ndarray, d_unit: np.ndarray) -> np.ndarray:
