@@ -219,6 +219,7 @@ def test_layers_in_several_scans_have_a_table_each(tiny):
     assert initial_router(dataclasses.replace(model, moe_blocks=()), lambda: zipf(257)) == {}
 
 
+@pytest.mark.slow
 def test_the_table_of_a_run_is_that_of_its_text_wherever_the_run_is_read(tiny, tmp_path, monkeypatch, capsys):
     """After an interruption, in an evaluation, in generation, and in an export."""
     monkeypatch.setattr(pipeline, "COUNTED_TOKENS", 2**14)
