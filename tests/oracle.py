@@ -1,4 +1,4 @@
-"""Reference implementations in float64 NumPy, forward and backward, of Mixture of Tokens, sparse and soft mixtures.
+"""Reference implementations in float64 NumPy, forward and backward, of the feed-forward kinds with experts.
 
 Written from `docs/paper.md`, sections 2 to 5, without any code of the library, and as simple as possible: loops over
 groups and positions, products of two-dimensional matrices. The gradients of the paper's layer and of the other kinds
@@ -8,6 +8,8 @@ are derived by hand; those of the mixing variants are central differences.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 
@@ -273,6 +275,102 @@ class TokenChoice:
 
 
 @dataclasses.dataclass
+class ExpertThreshold:
+    """Experts with thresholds, forward and backward, as a loop over tokens."""
+
+    top_k: int
+    tokens: int
+    """T, of a routing group."""
+    capacity: int | None = None
+    """The slots of an expert in a routing group; None: unlimited."""
+    thresholds: np.ndarray | None = None
+    """[E]; None: experts choose along the batch."""
+    group_size: int = 1
+    """G, the number of sequences from which experts choose along the batch."""
+    count: int = 1
+    """The number of tokens that an expert takes there at a position."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def taken(self, logits: np.ndarray) -> np.ndarray:
+        """Whether an expert takes a token, before any are dropped: bool [B, S, E]."""
+        batch, length, experts = logits.shape
+        valid = np.ones((batch, length), bool) if self.mask is None else self.mask
+        taken = np.zeros(logits.shape, bool)
+        for b, s, e in np.ndindex(logits.shape):
+            if self.thresholds is not None:
+                taken[b, s, e] = valid[b, s] and logits[b, s, e] >= self.thresholds[e]
+        if self.thresholds is None:
+            for first, s, e in itertools.product(range(0, batch, self.group_size), range(length), range(experts)):
+                members = [b for b in range(first, first + self.group_size) if valid[b, s]]
+                members.sort(key=lambda b, s=s, e=e: -logits[b, s, e])
+                taken[members[: self.count], s, e] = True
+        return taken
+
+    def quantiles(self, logits: np.ndarray) -> np.ndarray:
+        """The mean over routing groups of the logit that k / E of their tokens reach, [E]."""
+        rows = logits.reshape(-1, logits.shape[-1])
+        valid = np.ones(len(rows), bool) if self.mask is None else self.mask.reshape(-1)
+        groups = [np.arange(start, start + self.tokens) for start in range(0, len(rows), self.tokens)]
+        groups = [rows[group[valid[group]]] for group in groups if valid[group].any()]
+        ranks = [math.ceil(self.top_k * len(group) / rows.shape[-1]) for group in groups]
+        return np.mean([np.sort(group, axis=0)[-rank] for group, rank in zip(groups, ranks, strict=True)], axis=0)
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, float], np.ndarray]:
+        """Return y [B, S, D], the gradients of sum(y dy), the metrics and the quantiles."""
+        logits = p["x"] @ p["controller"]
+        x, count, taken = p["x"].reshape(-1, p["x"].shape[-1]), logits.shape[-1], self.taken(logits)
+        quantiles, taken, logits = self.quantiles(logits), taken.reshape(-1, count), logits.reshape(-1, count)
+        dy, y, d = dy.reshape(x.shape), np.zeros(x.shape), {name: np.zeros(v.shape) for name, v in p.items()}
+        dx, placed = d["x"].reshape(x.shape), np.zeros(taken.shape, bool)
+        for t, e in np.argwhere(taken):
+            first = t - t % self.tokens
+            if self.capacity is not None and placed[first:t, e].sum() == self.capacity:
+                continue
+            placed[t, e] = True
+            weight = 1 / (1 + np.exp(-logits[t, e]))
+            h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
+            hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+            output, d_output = hidden @ p["w_out"][e], weight * dy[t]
+            y[t] += weight * output
+            d_logit = (output @ dy[t]) * weight * (1 - weight)
+            d["controller"][:, e] += d_logit * x[t]
+            dx[t] += d_logit * p["controller"][:, e]
+            d["w_out"][e] += np.outer(hidden, d_output)
+            d_hidden = p["w_out"][e] @ d_output
+            if gate is None:
+                parts = {"w_in": d_hidden * (h > 0)}
+            else:
+                parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+            for name, part in parts.items():
+                d[name][e] += np.outer(x[t], part)
+                dx[t] += p[name][e] @ part
+        if "kernel_in" in p:
+            h = x @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.maximum(h, 0).T @ dy
+            d["kernel_in"] += x.T @ d_h
+            dx += d_h @ p["kernel_in"].T
+        mask = np.ones(p["x"].shape[:2], bool) if self.mask is None else self.mask
+        scores = 1 / (1 + np.exp(-logits.reshape(*mask.shape, count)))
+        shares = scores / scores.sum(axis=-1, keepdims=True)
+        entropies = [
+            np.mean([shannon(token) for token in row[ok]]) for row, ok in zip(shares, mask, strict=True) if ok.any()
+        ]
+        metrics = {
+            "dropped": 1 - placed.sum() / taken.sum(),
+            "no_expert": 1 - placed.any(axis=1).sum() / mask.sum(),
+            "experts_per_token": taken.sum() / mask.sum(),
+            "load_max": taken.sum(axis=0).max() / taken.sum(axis=0).mean(),
+            "router_entropy": np.mean(entropies),
+        }
+        return y.reshape(p["x"].shape), d, metrics, quantiles
+
+
+@dataclasses.dataclass
 class ExpertChoice:
     """Expert choice, forward and backward, as a loop over groups, positions and experts."""
 
@@ -352,6 +450,109 @@ class ExpertChoice:
         """Pre-activations and gate (or None), and the hidden layer, of expert e for tokens [C, D]."""
         h, gate = tokens @ p["w_in"][e], tokens @ p["w_gate"][e] if "w_gate" in p else None
         return (h, gate), np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+
+
+@dataclasses.dataclass
+class ReluRouting:
+    """ReLU routing, forward and backward, as a loop over tokens and experts."""
+
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(
+        self, p: dict[str, np.ndarray], dy: np.ndarray
+    ) -> tuple[np.ndarray, float, dict[str, np.ndarray], dict[str, float]]:
+        """Return y [B, S, D], the loss, the gradients of sum(y dy) + loss, and the metrics.
+
+        `p` also has the router state `l1_weight` and `load`.
+        """
+        (batch, length, _), experts = p["x"].shape, p["controller"].shape[1]
+        y, d = np.zeros(p["x"].shape), {name: np.zeros(v.shape) for name, v in p.items()}
+        tokens = [index for index in np.ndindex(batch, length) if self.mask is None or self.mask[index]]
+        loss, gate_sum, active = 0.0, 0.0, np.zeros(experts)
+        for index in np.ndindex(batch, length):
+            x, d_y = p["x"][index], dy[index]
+            for e in range(experts):
+                logit = x @ p["controller"][:, e]
+                if index not in tokens or logit <= 0:
+                    continue
+                active[e] += 1
+                gate_sum += logit
+                loss += p["l1_weight"] * p["load"][e] * logit / len(tokens)
+                h, factor = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if factor is None else np.maximum(factor, 0) * h
+                output = hidden @ p["w_out"][e]
+                y[index] += logit * output
+                d_logit = output @ d_y + p["l1_weight"] * p["load"][e] / len(tokens)
+                d["controller"][:, e] += d_logit * x
+                d["x"][index] += d_logit * p["controller"][:, e]
+                d["w_out"][e] += np.outer(hidden, logit * d_y)
+                d_hidden = p["w_out"][e] @ (logit * d_y)
+                if factor is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(factor, 0), "w_gate": d_hidden * h * (factor > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(x, part)
+                    d["x"][index] += p[name][e] @ part
+            if "kernel_in" in p:
+                h = x @ p["kernel_in"]
+                d_h = (p["kernel_out"] @ d_y) * (h > 0)
+                y[index] += np.maximum(h, 0) @ p["kernel_out"]
+                d["kernel_out"] += np.outer(np.maximum(h, 0), d_y)
+                d["kernel_in"] += np.outer(x, d_h)
+                d["x"][index] += p["kernel_in"] @ d_h
+        metrics = {
+            "gate_l1": gate_sum / len(tokens),
+            "sparsity": 1 - active.sum() / (experts * len(tokens)),
+            "load_max": experts * active.max() / active.sum(),
+            "l1_weight": float(p["l1_weight"]),
+        }
+        return y, loss, {name: value for name, value in d.items() if name not in ("l1_weight", "load")}, metrics
+
+
+@dataclasses.dataclass
+class Hash:
+    """A hash layer, forward and backward, as a loop over tokens and their experts."""
+
+    table: np.ndarray
+    """int [V, k], the experts of each id."""
+    ids: np.ndarray
+    """int [B, S]."""
+    mask: np.ndarray | None = None
+    """bool [B, S], True = non-padding; None: no padding."""
+
+    def __call__(self, p: dict[str, np.ndarray], dy: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+        """Return y [B, S, D], the gradients of sum(y dy), and the largest load, 1 being an even share."""
+        d, y = {name: np.zeros(v.shape) for name, v in p.items()}, np.zeros(p["x"].shape)
+        load = np.zeros(len(p["w_in"]))
+        for token in np.ndindex(*self.ids.shape):
+            if self.mask is not None and not self.mask[token]:
+                continue
+            x, chosen = p["x"][token], self.table[self.ids[token]]
+            for e in chosen:
+                load[e] += 1
+                h, gate = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
+                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+                y[token] += hidden @ p["w_out"][e] / len(chosen)
+                d_output = dy[token] / len(chosen)
+                d["w_out"][e] += np.outer(hidden, d_output)
+                d_hidden = p["w_out"][e] @ d_output
+                if gate is None:
+                    parts = {"w_in": d_hidden * (h > 0)}
+                else:
+                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+                for name, part in parts.items():
+                    d[name][e] += np.outer(x, part)
+                    d["x"][token] += p[name][e] @ part
+        if "kernel_in" in p:
+            h = p["x"] @ p["kernel_in"]
+            d_h = (dy @ p["kernel_out"].T) * (h > 0)
+            y += np.maximum(h, 0) @ p["kernel_out"]
+            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
+            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
+            d["x"] += d_h @ p["kernel_in"].T
+        return y, d, len(load) * load.max() / load.sum()
 
 
 @dataclasses.dataclass

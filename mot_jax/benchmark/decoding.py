@@ -13,11 +13,11 @@ import numpy as np
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
 from mot_jax.benchmark.workloads import dense_of_equal_active_parameters
-from mot_jax.config import Config, ExpertChoiceConfig, ModelConfig
+from mot_jax.config import Config, ModelConfig
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking
-from mot_jax.nn.transformer import Params, init_params, unroll
+from mot_jax.nn.transformer import Params, init_variables, unroll
 from mot_jax.runtime.progress import progress as bar
 
 _MAX_DECODE_STEPS = 32  # of one timing
@@ -52,12 +52,12 @@ def bench_decoding(
         raise UserError(f"model.objective = {config.model.objective!r}: generates no text; try a causal model")
     progress("measuring the bandwidth of the memory")
     rate, length = bandwidth(), config.model.context_length
-    params = jax.jit(partial(init_params, config.model))(jax.random.key(0))
+    params = _random_variables(config.model)
     group = config.model.group_size
     companions = np.random.default_rng(0).integers(0, 256, (2, max(group, 1), length)).astype(np.int32)
     companions[1] = 0  # each sequence is one document
     dense = dense_of_equal_active_parameters(config)
-    models = {"dense": (dense.model, jax.jit(partial(init_params, dense.model))(jax.random.key(0)))}
+    models = {"dense": (dense.model, _random_variables(dense.model))}
     modes = [mode for mode in MODES if mode != "without" and lacking(mode, config, companions) is None]
     with bar("preparing the parameters of the modes", len(modes)) as advance:
         for mode in modes:
@@ -108,6 +108,12 @@ COLUMNS: list[Column] = [
 ]
 
 
+def _random_variables(model: ModelConfig) -> Params:
+    """Initial parameters and router state."""
+    params, router = jax.jit(partial(init_variables, model))(jax.random.key(0))
+    return params | router
+
+
 class _Generation:
     """Prefill and decoding of a model, repeated on the same random prompts."""
 
@@ -152,22 +158,19 @@ class _Generation:
 def step_bytes(model: ModelConfig, params: Params, batch: int) -> int:
     """The minimum number of bytes that a decode step over `batch` sequences reads: weights, each once, and KV cache.
 
-    Embedding tables count with the rows of the tokens. Routed experts count with the expected number of experts that
-    the tokens choose, E (1 - (1 - k/E)^B), if they choose independently and uniformly; of experts that choose tokens,
-    all are read. Statistics of companions count with the positions of the sequences.
+    Embedding tables, and the tables of hash layers, count with the rows of the tokens. Routed experts count with the
+    expected number of experts that the tokens choose, E (1 - (1 - k/E)^B), if they choose independently and uniformly;
+    of kinds that run all experts, all are read. Statistics of companions count with the positions of the sequences.
     """
     kind = model.feed_forward
-    chosen = getattr(kind, "experts_per_token", None) or getattr(kind, "top_k", None)
-    if isinstance(kind, ExpertChoiceConfig):
-        chosen = None
-    experts = getattr(kind, "num_experts", 1)
+    chosen, experts = kind.experts_per_token, getattr(kind, "num_experts", 1)
     share = 1.0 if chosen is None else 1 - (1 - chosen / experts) ** batch
     total = 0.0
     for name, value in params.items():
         last, size = name.rpartition("/")[2], float(value.size * value.dtype.itemsize)
         if last.endswith("_embedding") and not (model.tie_embeddings and last == "token_embedding"):
             size = min(size, batch * size / value.shape[0])
-        elif last.startswith("companion_") and value.shape[1] > 1:
+        elif last == "table" or (last.startswith("companion_") and value.shape[1] > 1):
             size = min(size, batch * size / value.shape[1])
         elif last in ("w_in", "w_gate", "w_out"):
             size *= share

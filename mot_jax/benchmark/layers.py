@@ -15,20 +15,23 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
-from mot_jax.config import FeedForwardConfig, InitConfig, kernel_runs_on
+from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
 from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
 from mot_jax.errors import UserError, nearest
-from mot_jax.nn.feed_forward import KINDS
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState
 from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
 Row = dict[str, Any]
+Variables = tuple[Any, Any]  # parameters and router state, which has no gradient
+_TOKEN_IDS = 256
 
 
 def min_peak_share() -> float:
@@ -171,19 +174,19 @@ def _compile_programs(
         for seed in (0, 1)
     )
     programs = {"products": Program(*_dense_products(shape, dtype, direction))}
-    params_of: dict[str, Any] = {}  # by kind; all of its implementations share them
+    variables_of: dict[str, Variables] = {}  # by kind; all of its implementations share them
     for name in (*kinds, "dense_flat"):
         try:
             if name == "dense_flat":
-                forward, params = _flat_dense(shape, dtype, param_dtype)
+                forward, variables = _flat_dense(shape, dtype, param_dtype)
             else:
                 kind = name.partition(":")[0]
-                forward, params = layer_function(shape, name, dtype, param_dtype, params_of.get(kind))
-                params_of[kind] = params
+                forward, variables = layer_function(shape, name, dtype, param_dtype, variables_of.get(kind))
+                variables_of[kind] = variables
             if direction == "forward":
-                programs[name] = Program(forward, params, x)
+                programs[name] = Program(forward, variables, x)
             else:
-                programs[name] = Program(forward_and_backward(forward), params, x, dy)
+                programs[name] = Program(forward_and_backward(forward), variables, x, dy)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # an unsupported kernel, or out of memory
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -192,49 +195,64 @@ def _compile_programs(
 
 
 def layer_function(
-    shape: Shape, name: str, dtype: str, param_dtype: str = "float32", params: nnx.State | None = None
-) -> tuple[Callable[[nnx.State, jax.Array], jax.Array], nnx.State]:
-    """A layer as (parameters, x [B, S, D]) -> update [B, S, D], and its parameters: `params`, or initialized ones."""
+    shape: Shape, name: str, dtype: str, param_dtype: str = "float32", variables: Variables | None = None
+) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
+    """A layer as (variables, x [B, S, D]) -> update [B, S, D], and its variables: `variables`, or initialized ones."""
 
     def create() -> nnx.Module:
         return create_layer(shape, shape.implementations()[name], dtype=dtype, param_dtype=param_dtype)
 
-    forward, initialized = as_function(create() if params is None else nnx.eval_shape(create))
-    return forward, initialized if params is None else params
+    forward, initialized = as_function(create() if variables is None else nnx.eval_shape(create))
+    return forward, initialized if variables is None else variables
 
 
 def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
     """Initialize a layer. options: further arguments that all kinds take, such as `dtype`."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
+    config = config.for_model(ModelConfig(vocab_size=_TOKEN_IDS, context_length=shape.length))
     return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
 
 
-def as_function(layer: nnx.Module) -> tuple[Callable[[Any, jax.Array], jax.Array], nnx.State]:
-    """Split a layer into (parameters, x [B, S, D]) -> update [B, S, D], and its parameters."""
-    graph, params = nnx.split(layer)
-    return lambda params, x: nnx.merge(graph, params)(x).y, params
+def as_function(layer: nnx.Module) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
+    """Split a layer into (variables, x [B, S, D]) -> update [B, S, D] as in training, and its variables.
+
+    The ids of the tokens are 0 to 255, again and again, so that hash layers load all experts evenly.
+    """
+    graph, params, *others = nnx.split(layer, nnx.Not(RouterState), RouterState)
+    (router,) = others
+
+    def forward(variables: Variables, x: jax.Array) -> jax.Array:
+        token_ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % _TOKEN_IDS).reshape(x.shape[:2])
+        return nnx.merge(graph, *variables)(x, FeedForwardContext(token_ids=token_ids, train=True)).y
+
+    return forward, (params, router)
 
 
-def forward_and_backward(forward: Callable[[Any, jax.Array], jax.Array]) -> Callable[[Any, jax.Array, jax.Array], Any]:
-    """(parameters, x, dy) -> y, gradients of the parameters, dx. y is a result because the next layer needs it."""
+def forward_and_backward(
+    forward: Callable[[Variables, jax.Array], jax.Array],
+) -> Callable[[Variables, jax.Array, jax.Array], Any]:
+    """(variables, x, dy) -> y, gradients of the parameters, dx. y is a result because the next layer needs it."""
 
-    def y_and_gradients(params: Any, x: jax.Array, dy: jax.Array) -> Any:
-        y, vjp = jax.vjp(forward, params, x)
+    def y_and_gradients(variables: Variables, x: jax.Array, dy: jax.Array) -> Any:
+        params, router = variables
+        y, vjp = jax.vjp(lambda params, x: forward((params, router), x), params, x)
         return y, *vjp(dy)
 
     return y_and_gradients
 
 
-def _flat_dense(shape: Shape, dtype: str, param_dtype: str) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+def _flat_dense(
+    shape: Shape, dtype: str, param_dtype: str
+) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
     keys = jax.random.split(jax.random.key(2))
     sizes = [(shape.d_model, shape.d_ff), (shape.d_ff, shape.d_model)]
     kernels = [jax.random.normal(k, s, param_dtype) / s[0] ** 0.5 for k, s in zip(keys, sizes, strict=True)]
 
-    def forward(kernels: list[jax.Array], x: jax.Array) -> jax.Array:
-        first, second = (kernel.astype(dtype) for kernel in kernels)
+    def forward(variables: Variables, x: jax.Array) -> jax.Array:
+        first, second = (kernel.astype(dtype) for kernel in variables[0])
         return (jax.nn.relu(x.reshape(-1, shape.d_model) @ first) @ second).reshape(x.shape)
 
-    return forward, kernels
+    return forward, (kernels, None)
 
 
 def _dense_products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:

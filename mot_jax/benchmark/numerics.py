@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mot_jax.benchmark.layers import as_function, create_layer, forward_and_backward
+from mot_jax.benchmark.layers import Variables, as_function, create_layer, forward_and_backward
 from mot_jax.benchmark.report import Column, number
 from mot_jax.config import CompanionsConfig, FeedForwardConfig, kernel_runs_on, without_kernel
 from mot_jax.cost.layers import SHAPES, Shape
@@ -65,18 +65,17 @@ def _errors(shape: Shape, config: FeedForwardConfig, dtype: str, cpu: jax.Device
     generator = np.random.default_rng(0)
     size = (shape.sequences, shape.length, shape.d_model)
     with jax.default_device(cpu):
-        forward, state = as_function(_layer(shape, config, dtype))
-        values = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        forward, variables = as_function(_layer(shape, config, dtype))
+        params, router = jax.tree.map(np.asarray, variables)
         inputs = [np.asarray(jnp.asarray(generator.standard_normal(size), dtype)) for _ in range(2)]
     with jax.default_matmul_precision("highest"):
-        state = jax.tree.unflatten(jax.tree.structure(state), values)
         x, dy = map(jnp.asarray, inputs)
-        results = [np.asarray(leaf, np.float64) for leaf in _outputs(forward, state, x, dy, config)]
+        results = [np.asarray(leaf, np.float64) for leaf in _outputs(forward, (params, router), x, dy, config)]
     with jax.enable_x64(True), jax.default_device(cpu):
-        exact_forward, exact_state = as_function(_layer(shape, without_kernel(config), "float64"))
-        *exact_values, x, dy = (jnp.asarray(value.astype(np.float64)) for value in (*values, *inputs))
-        exact_state = jax.tree.unflatten(jax.tree.structure(exact_state), exact_values)
-        references = [np.asarray(leaf) for leaf in _outputs(exact_forward, exact_state, x, dy, config)]
+        exact_forward, (exact_params, _) = as_function(_layer(shape, without_kernel(config), "float64"))
+        *exact_values, x, dy = (jnp.asarray(value.astype(np.float64)) for value in (*jax.tree.leaves(params), *inputs))
+        exact_params = jax.tree.unflatten(jax.tree.structure(exact_params), exact_values)
+        references = [np.asarray(leaf) for leaf in _outputs(exact_forward, (exact_params, router), x, dy, config)]
     pairs = zip(results, references, strict=True)
     return [float(np.linalg.norm(a - b)) / float(np.linalg.norm(b)) for a, b in pairs]
 
@@ -89,11 +88,13 @@ def _layer(shape: Shape, config: FeedForwardConfig, dtype: str) -> nnx.Module:
     return layer
 
 
-def _outputs(forward: Any, state: Any, x: jax.Array, dy: jax.Array, config: FeedForwardConfig) -> list[jax.Array]:
+def _outputs(
+    forward: Any, variables: Variables, x: jax.Array, dy: jax.Array, config: FeedForwardConfig
+) -> list[jax.Array]:
     """y, and for kinds that train the gradients of the parameters and of x."""
     if isinstance(config, CompanionsConfig):
-        return jax.tree.leaves(jax.jit(forward)(state, x))
-    return jax.tree.leaves(jax.jit(forward_and_backward(forward))(state, x, dy))
+        return jax.tree.leaves(jax.jit(forward)(variables, x))
+    return jax.tree.leaves(jax.jit(forward_and_backward(forward))(variables, x, dy))
 
 
 COLUMNS: list[Column] = [

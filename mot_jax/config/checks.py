@@ -6,20 +6,25 @@ import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mot_jax.config.fields import (
     CheckpointConfig,
+    CompanionsConfig,
     Config,
     DataConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
+    HashConfig,
+    LossWeights,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -89,6 +94,7 @@ _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}
+_RANGES |= {"l1_weight": (1e-12, 1e6), "l1_factor": (1, _LARGEST)}
 _RANGES |= {"wait_seconds": (1, 10**6), "heartbeat_seconds": (1, 10**6)}
 _RANGES |= {"mask_rate": (1e-3, 1), "rotary_base": (1, _LARGEST)}
 _RANGES |= dict.fromkeys(["clip_norm", "cut", "norm_epsilon", "epsilon", "capacity_factor"], (1e-30, _LARGEST))
@@ -175,18 +181,7 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         if valid != model.moe_blocks:
             rule = f"must be indices of blocks, 0 to {model.num_blocks - 1}"
             yield f"model.moe_blocks = {model.moe_blocks}: {rule}; try {valid}"
-    kind = model.feed_forward
-    if isinstance(kind, DenseConfig) and not model.dense_bias:
-        rule = "applies to the blocks outside moe_blocks; a dense model has model.feed_forward.bias"
-        yield f"model.dense_bias = False: {rule}; try True"
-    if isinstance(kind, MixtureOfTokensConfig):
-        yield from _mixture_errors(model, kind)
-    if isinstance(kind, TokenChoiceConfig):
-        yield from _token_choice_errors(model, kind)
-    if isinstance(kind, ExpertChoiceConfig):
-        yield from _expert_choice_errors(model, kind)
-    if isinstance(kind, SoftMoEConfig):
-        yield from _soft_moe_errors(model, kind)
+    yield from _KIND_ERRORS[type(model.feed_forward)](model, model.feed_forward)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -205,10 +200,10 @@ def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[s
     if training.upcycle_from is not None and not isinstance(kind, MixtureOfTokensConfig):
         rule = f"requires model.feed_forward of kind mixture_of_tokens, and it is {kind.kind}"
         yield f"training.upcycle_from = {training.upcycle_from!r}: {rule}; try None"
-    for name, weight in losses.of_layers().items():
-        if name not in kind.losses:
+    for name, default in vars(LossWeights()).items():
+        if name not in ("head_z", *kind.losses) and (weight := getattr(losses, name)) != default:
             kinds = " or ".join(k.kind for k in typing.get_args(FeedForwardConfig) if name in k.losses)
-            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try 0"
+            yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try {default:g}"
     if losses.mixing_entropy and isinstance(kind, MixtureOfTokensConfig) and not kind.mixing.uses_temperature:
         rule = "model.feed_forward has no softmax mixing weights"
         yield f"training.losses.mixing_entropy = {losses.mixing_entropy}: {rule}; try 0"
@@ -267,6 +262,12 @@ def mixing_errors(c: MixingConfig) -> Iterator[str]:
         yield f"learned_temperature = {c.learned_temperature!r}: {rule}; try 'none'"
 
 
+def _dense_errors(model: ModelConfig, kind: DenseConfig) -> Iterator[str]:
+    if not model.dense_bias:
+        rule = "applies to the blocks outside moe_blocks; a dense model has model.feed_forward.bias"
+        yield f"model.dense_bias = False: {rule}; try True"
+
+
 def _mixture_errors(model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward") -> Iterator[str]:
     for error in mixing_errors(kind.mixing):
         yield f"{name}.mixing.{error}"
@@ -303,16 +304,64 @@ def _shared_expert_error(model: ModelConfig, width: int, name: str) -> str | Non
     return f"{name}.shared_expert_dim = {width}: must be below model.d_ff = {model.d_ff}; try {model.d_ff // 4}"
 
 
-def _top_k_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertChoiceConfig) -> Iterator[str]:
+_WithTopK = TokenChoiceConfig | ExpertThresholdConfig | ExpertChoiceConfig | ReluRoutingConfig | HashConfig
+
+
+def _top_k_errors(model: ModelConfig, kind: _WithTopK) -> Iterator[str]:
     """Experts per token that exceed the experts, or the width of the dense layer."""
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+    if kind.shared_expert_dim is None:  # which follows from the other widths
+        return
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield error
     elif kind.expert_dim is None:
         width = model.d_ff - kind.shared_expert_dim
         yield from _divisor_errors(f"{name}.top_k", kind.top_k, "d_ff - shared_expert_dim", width)
+
+
+def _routing_group_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertThresholdConfig) -> Iterator[str]:
+    tokens, length = kind.routing_group_tokens, model.context_length
+    if min(tokens, length) > 0 and length % tokens and tokens % length:
+        rule = f"must divide model.context_length = {length} or be a multiple of it"
+        multiple = max(1, round(tokens / length)) * length
+        yield f"model.feed_forward.routing_group_tokens = {tokens}: {rule}; try {multiple}"
+
+
+def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
+    if kind.balance == "bias" and kind.scores == "softmax":
+        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
+        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
+    yield from _routing_group_errors(model, kind)
+    if kind.mixture is not None:
+        yield from _mixture_errors(model, kind.mixture, f"{name}.mixture")
+        sizes = {field: getattr(kind.mixture, field) for field in ("num_experts", "shared_expert_dim")}
+        expected = {field: getattr(kind, field) for field in sizes}
+        if min(kind.top_k, kind.mixture.num_experts) >= 1:
+            sizes["expert_dim"] = kind.mixture.hidden_dim(model.d_ff)
+            expected["expert_dim"] = kind.hidden_dim(model.d_ff)
+        for field, size in sizes.items():
+            if size != expected[field]:
+                rule = f"must be that of {name}, which has the same weights"
+                yield f"{name}.mixture.{field} = {size}: {rule}; try {expected[field]}"
+
+
+def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
+    name = "model.feed_forward"
+    yield from _top_k_errors(model, kind)
+    if kind.shared_expert_dim is None and kind.expert_dim is None:
+        if kind.top_k >= model.d_ff >= 2:
+            yield f"{name}.top_k = {kind.top_k}: must be below model.d_ff = {model.d_ff}; try 1"
+        elif model.d_ff == 1:
+            yield f"{name}.shared_expert_dim = None: requires model.d_ff of 2 or more, and it is 1; try 0"
+    yield from _routing_group_errors(model, kind)
+    sequences, size = kind.routed_sequences(model.context_length), kind.mixed_sequences
+    if size > 1 and max(sequences, size) % min(sequences, size):
+        rule = f"must divide the {sequences} sequences of a routing group or be a multiple of them"
+        yield f"{name}.group_size = {size}: {rule}; try {sequences}"
 
 
 def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
@@ -332,34 +381,31 @@ def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Itera
         yield f"{name} = {kind.capacity_factor}: {rule}, since an expert takes a whole token; try {smallest}"
 
 
+def _hash_errors(model: ModelConfig, kind: HashConfig) -> Iterator[str]:
+    yield from _top_k_errors(model, kind)
+    if kind.vocab_size not in (None, model.vocab_size):
+        rule = f"must be model.vocab_size = {model.vocab_size}"
+        yield f"model.feed_forward.vocab_size = {kind.vocab_size}: {rule}; try None"
+
+
 def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
     if model.objective == "causal":
         yield (
-            "model.feed_forward.kind = 'soft_moe': mixes a token with later tokens of its sequence, which a causal "
-            "model has to predict; must be another kind, or model.objective = 'masked'; try 'mixture_of_tokens'"
+            "model.objective = 'causal': must be 'masked' for soft_moe layers, which mix a token with later tokens of "
+            "its sequence; try 'masked'"
         )
     if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
         yield error
 
 
-def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
-    name = "model.feed_forward"
-    yield from _top_k_errors(model, kind)
-    if kind.balance == "bias" and kind.scores == "softmax":
-        rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
-        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
-    tokens, length = kind.routing_group_tokens, model.context_length
-    if min(tokens, length) > 0 and length % tokens and tokens % length:
-        rule = f"must divide model.context_length = {length} or be a multiple of it"
-        yield f"{name}.routing_group_tokens = {tokens}: {rule}; try {max(1, round(tokens / length)) * length}"
-    if kind.mixture is not None:
-        yield from _mixture_errors(model, kind.mixture, f"{name}.mixture")
-        sizes = {field: getattr(kind.mixture, field) for field in ("num_experts", "shared_expert_dim")}
-        expected = {field: getattr(kind, field) for field in sizes}
-        if min(kind.top_k, kind.mixture.num_experts) >= 1:
-            sizes["expert_dim"] = kind.mixture.hidden_dim(model.d_ff)
-            expected["expert_dim"] = kind.hidden_dim(model.d_ff)
-        for field, size in sizes.items():
-            if size != expected[field]:
-                rule = f"must be that of {name}, which has the same weights"
-                yield f"{name}.mixture.{field} = {size}: {rule}; try {expected[field]}"
+_KIND_ERRORS: dict[type, Callable[[ModelConfig, Any], Iterator[str]]] = {
+    DenseConfig: _dense_errors,
+    MixtureOfTokensConfig: _mixture_errors,
+    CompanionsConfig: _mixture_errors,
+    TokenChoiceConfig: _token_choice_errors,
+    ExpertThresholdConfig: _expert_threshold_errors,
+    ExpertChoiceConfig: _expert_choice_errors,
+    ReluRoutingConfig: _top_k_errors,
+    HashConfig: _hash_errors,
+    SoftMoEConfig: _soft_moe_errors,
+}

@@ -124,11 +124,13 @@ class MixingConfig(_PlainData):
 class _FeedForwardKind(_PlainData):
     """Base of the feed-forward kinds: the properties on which batches, losses and inference modes depend.
 
-    losses: the fields of `LossWeights` that weight losses of the kind.
+    losses: the fields of `LossWeights` that weight losses of the kind. trained_mode: the inference mode (`modes.MODES`)
+    in which layers of the kind work as in training, except for `for_inference`.
     """
 
     kind: ClassVar[str]
     losses: ClassVar[tuple[str, ...]] = ()
+    trained_mode: ClassVar[str] = "grouped"
 
     @property
     def mixed_sequences(self) -> int:
@@ -139,9 +141,26 @@ class _FeedForwardKind(_PlainData):
         """Number of sequences of a routing group; 1 if it is part of one sequence, or no token is routed."""
         return 1
 
-    def for_context(self, context_length: int) -> Any:
-        """The config with which the layer of a model of this context length is created."""
+    def for_model(self, model: ModelConfig) -> Any:
+        """The config with which the layers of a model are created."""
         return self
+
+    def for_training(self, steps: int) -> Any:
+        """The config with which a run of so many steps trains the layer."""
+        return self
+
+    def for_inference(self, context_length: int) -> Any:
+        """The config with which a trained layer is evaluated and generates: without the capacity limit of training."""
+        return self
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """Number of experts that a token is sent to at inference; None: a batch runs all experts."""
+        return None
+
+    def shared_dim(self, d_ff: int) -> int:
+        """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
+        return getattr(self, "shared_expert_dim", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +241,7 @@ class TokenChoiceConfig(_FeedForwardKind):
 
     kind: ClassVar[str] = "token_choice"
     losses: ClassVar[tuple[str, ...]] = ("load_balancing", "router_z")
+    trained_mode: ClassVar[str] = "token_choice"
     num_experts: int = 32
     """Number of experts E."""
     expert_dim: int | None = None
@@ -259,6 +279,84 @@ class TokenChoiceConfig(_FeedForwardKind):
 
     def routed_sequences(self, context_length: int) -> int:
         return max(1, self.routing_group_tokens // max(context_length, 1))
+
+    def for_inference(self, context_length: int) -> TokenChoiceConfig:
+        tokens = min(self.routing_group_tokens, context_length)
+        return dataclasses.replace(self, capacity_factor=None, routing_group_tokens=tokens)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertThresholdConfig(_FeedForwardKind):
+    """A mixture of experts, each of which takes the tokens whose logits reach its threshold (`docs/paper.md`)."""
+
+    kind: ClassVar[str] = "expert_threshold"
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer on average."""
+    top_k: int = 1
+    """Number of experts per token, on average: thresholds are set so that an expert takes top_k / E of the tokens."""
+    shared_expert_dim: int | None = None
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none.
+    None: that of an expert, or without `expert_dim` d_ff / (top_k + 1), rounded up so that the rule holds."""
+    capacity_factor: float | None = 2.0
+    """Capacity of an expert in training, as a multiple of its even share of a routing group.
+    None: unlimited; every expert is then run on every token, as in inference if any token reaches its threshold."""
+    routing_group_tokens: int = 256
+    """Number of consecutive tokens, sequence after sequence, that share capacity and over which quantiles are taken.
+    It divides the context length or is a multiple of it, and makes both the same on every mesh."""
+    group_size: int = 32
+    """Group size G: the number of sequences from whose tokens at one position each expert chooses in the warmup."""
+    warmup_steps: int | None = None
+    """Number of initial steps in which experts choose along the batch, while thresholds are tracked.
+    None: a fifth of `training.steps`, which moves if a run is extended. A layer on its own has no warmup then."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        if self.expert_dim is not None:
+            return self.expert_dim
+        if self.shared_expert_dim is None:
+            return d_ff // (self.top_k + 1)
+        return (d_ff - self.shared_expert_dim) // self.top_k
+
+    def shared_dim(self, d_ff: int) -> int:
+        if self.shared_expert_dim is not None:
+            return self.shared_expert_dim
+        return d_ff - self.top_k * self.hidden_dim(d_ff) if self.expert_dim is None else self.expert_dim
+
+    def tokens_along_batch(self) -> int:
+        """The number of tokens of a group that an expert takes at each position in the warmup."""
+        return min(self.group_size, max(1, round(self.top_k * self.group_size / self.num_experts)))
+
+    @property
+    def mixed_sequences(self) -> int:
+        return 1 if self.warmup_steps == 0 else self.group_size
+
+    def routed_sequences(self, context_length: int) -> int:
+        return max(1, self.routing_group_tokens // max(context_length, 1))
+
+    def for_training(self, steps: int) -> ExpertThresholdConfig:
+        return self if self.warmup_steps is not None else dataclasses.replace(self, warmup_steps=steps // 5)
+
+    def for_inference(self, context_length: int) -> ExpertThresholdConfig:
+        """Thresholds choose from the first step on, so that no sequence depends on another."""
+        tokens = min(self.routing_group_tokens, context_length)
+        return dataclasses.replace(self, warmup_steps=0, capacity_factor=None, routing_group_tokens=tokens)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +412,70 @@ class ExpertChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReluRoutingConfig(_FeedForwardKind):
+    """A sparse mixture of experts with ReLU gates (`docs/paper.md`, section 5). Every expert processes every token."""
+
+    kind: ClassVar[str] = "relu_routing"
+    losses: ClassVar[tuple[str, ...]] = ("relu_l1",)
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim: k experts have the FLOPs of the dense layer."""
+    top_k: int = 1
+    """Target k of the mean number of experts per token with a gate above 0."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    l1_weight: float = 1e-8
+    """Initial weight λ of the L1 loss of the gates. Steps keep it between 1e-12 and 1e6."""
+    l1_factor: float = 1.2
+    """Factor by which a step multiplies λ, if more than k experts per token have a gate above 0, or else divides it."""
+    controller_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the controller."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
+class HashConfig(_FeedForwardKind):
+    """A mixture of experts in which a fixed table has the experts of each token id (`docs/paper.md`, section 5)."""
+
+    kind: ClassVar[str] = "hash"
+    num_experts: int = 32
+    """Number of experts E."""
+    expert_dim: int | None = None
+    """Hidden width F of an expert.
+    None: by the rule top_k F = d_ff - shared_expert_dim, which costs the FLOPs of the dense layer."""
+    top_k: int = 1
+    """Number of experts per token id, whose outputs are averaged."""
+    shared_expert_dim: int = 0
+    """Hidden width of the shared expert, a dense FFN next to the mixture that processes every token. 0: none."""
+    vocab_size: int | None = None
+    """Number of token ids in the table. None: that of the model."""
+    w_in_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' first matrices."""
+    w_out_init_scale: float = 1.0
+    """Factor on the standard deviation of `model.init` for the experts' second matrices."""
+
+    def hidden_dim(self, d_ff: int) -> int:
+        """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
+        return self.expert_dim if self.expert_dim is not None else (d_ff - self.shared_expert_dim) // self.top_k
+
+    def for_model(self, model: ModelConfig) -> HashConfig:
+        return dataclasses.replace(self, vocab_size=model.vocab_size)
+
+    @property
+    def experts_per_token(self) -> int:
+        return self.top_k
+
+
+@dataclasses.dataclass(frozen=True)
 class SoftMoEConfig(_FeedForwardKind):
     """A soft mixture of experts (`docs/paper.md`, section 5), for masked models only."""
 
@@ -345,11 +507,20 @@ class SoftMoEConfig(_FeedForwardKind):
             return self.slots_per_expert
         return max(1, round(context_length / self.num_experts))
 
-    def for_context(self, context_length: int) -> SoftMoEConfig:
-        return dataclasses.replace(self, slots_per_expert=self.slots(context_length))
+    def for_model(self, model: ModelConfig) -> SoftMoEConfig:
+        return dataclasses.replace(self, slots_per_expert=self.slots(model.context_length))
 
 
-FeedForwardConfig = DenseConfig | MixtureOfTokensConfig | TokenChoiceConfig | ExpertChoiceConfig | SoftMoEConfig
+FeedForwardConfig = (
+    DenseConfig
+    | MixtureOfTokensConfig
+    | TokenChoiceConfig
+    | ExpertThresholdConfig
+    | ExpertChoiceConfig
+    | ReluRoutingConfig
+    | HashConfig
+    | SoftMoEConfig
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -531,10 +702,12 @@ class LossWeights(_PlainData):
     """Weight of the load-balancing loss of token choice, which is 1 if all experts are alike."""
     router_z: float = 0.0
     """Weight of (log Z)² of the controller of token choice or expert choice."""
+    relu_l1: float = 1.0
+    """Weight of the L1 loss of the gates of ReLU routing, next to its λ; 1 for other kinds, which have no such loss."""
 
-    def of_layers(self) -> dict[str, float]:
-        """The nonzero weights of the layers' losses, by name."""
-        return {name: weight for name, weight in vars(self).items() if weight and name != "head_z"}
+    def of_layers(self, kind: FeedForwardConfig) -> dict[str, float]:
+        """The nonzero weights of the losses that layers of this kind have, by name."""
+        return {name: weight for name in kind.losses if (weight := getattr(self, name))}
 
 
 @dataclasses.dataclass(frozen=True)

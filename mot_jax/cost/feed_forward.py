@@ -7,8 +7,9 @@ FLOPs: a multiply-add is 2. Only matrix products count, not norms, softmax, acti
     multiply-adds per token for each of controller, merge and emit, learned or not, and D E more where emit has its own
     controller. Token choice takes D E for the router and k experts per token, dropped tokens and empty slots included
     as if they were processed. Expert choice takes D E for the router and E C / G experts per token, where an expert
-    takes C of G tokens. Soft MoE takes D E P for each of controller, dispatch and combine, and E P / S experts per
-    token, S the context length.
+    takes C of G tokens. ReLU routing takes D E for the router and k experts per token, the target, although all E are
+    executed. Hash layers have k experts per token and no router. Soft MoE takes D E P for each of controller, dispatch
+    and combine, and E P / S experts per token, S the context length.
 Traffic: each part is taken as one program that reads every argument once and writes every result once, while
     intermediate values stay on the chip. Norms and residual connections are not part of the layer.
 """
@@ -22,9 +23,12 @@ from typing import Literal
 from mot_jax.config import (
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
+    HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -109,8 +113,21 @@ class FeedForwardCost:
         return sum(part.flops for part in self.parts())
 
     def executed_flops(self) -> float:
-        """FLOPs that the forward pass executes per token: also for empty slots, and to move tokens by products."""
-        return self.flops()
+        """FLOPs that the forward pass executes per token: also for empty slots, gates of 0, and to move tokens."""
+        return self.flops() + self._idle_flops(*_inputs("experts"), *_outputs("experts"))
+
+    def executed_product_flops(self, *names: str) -> float:
+        """`product_flops`, as executed."""
+        return self.product_flops(*names) + self._idle_flops(*names)
+
+    def _idle_flops(self, *names: str) -> float:
+        """Executed minus useful FLOPs of the named products, of which only those of the experts differ."""
+        experts = {*_inputs("experts"), *_outputs("experts")}.intersection(names)
+        return (self.executed_over_useful() - 1) * self.product_flops(*experts)
+
+    def executed_over_useful(self) -> float:
+        """Executed FLOPs of the experts over useful ones: above 1 with empty slots or gates of 0."""
+        return 1.0
 
     def expert_flops(self) -> float:
         """FLOPs of the experts per token, shared ones included, without router and mixing; those of a dense layer."""
@@ -161,7 +178,8 @@ class FeedForwardCost:
         inputs, hidden = Arrays(self.d_model * per_token), Arrays(len(first) * width * per_token)
         return Part(name, name, products, inputs * 2 + weights, inputs * 3 + hidden + weights * 2, hidden)
 
-    def _shared(self, width: int) -> tuple[Part, ...]:
+    def _shared(self) -> tuple[Part, ...]:
+        width = self.config.shared_dim(self.d_ff)
         return (self._networks("shared experts", width),) if width else ()
 
 
@@ -211,7 +229,7 @@ class MixtureOfTokensCost(FeedForwardCost):
             ),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("emit", "mixing", {"emit": product}, mixtures + weights + x, x + (mixtures + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:
@@ -258,7 +276,7 @@ class MixtureOfTokensCost(FeedForwardCost):
 class TokenChoiceCost(FeedForwardCost):
     """Router, dispatch to the k chosen experts of each token, experts, combine."""
 
-    config: TokenChoiceConfig
+    config: TokenChoiceConfig | ExpertThresholdConfig
 
     def parts(self) -> tuple[Part, ...]:
         kind = self.config
@@ -270,17 +288,16 @@ class TokenChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + sent, sent + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
             Part("combine", "", {}, sent + x, x + sent * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
-    def executed_flops(self) -> float:
+    def executed_over_useful(self) -> float:
         """With a capacity, experts process all their slots, filled or not, and no token that is dropped."""
         kind, tokens = self.config, self.config.routing_group_tokens
         if kind.capacity_factor is None:
-            return self.flops()
+            return 1.0
         slots = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor) * kind.num_experts
-        experts = self.product_flops(*_inputs("experts"), *_outputs("experts"))
-        return self.flops() + experts * (slots / (tokens * kind.top_k) - 1)
+        return slots / (tokens * kind.top_k)
 
     def recomputed_products(self) -> tuple[str, ...]:
         """Without a capacity the experts' outputs are not saved (`routing.sum_experts`)."""
@@ -302,10 +319,40 @@ class TokenChoiceCost(FeedForwardCost):
         return sizes
 
     @classmethod
-    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig:
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> TokenChoiceConfig | ExpertThresholdConfig:
         """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
         top_k = max(1, num_experts // group_size)
         return TokenChoiceConfig(num_experts, top_k=top_k, routing_group_tokens=max(256, length))
+
+
+class ExpertThresholdCost(TokenChoiceCost):
+    """As token choice: thresholds are set so that a token has k experts on average."""
+
+    config: ExpertThresholdConfig
+
+    def executed_over_useful(self) -> float:
+        """Without a capacity, every expert is run on every token."""
+        kind = self.config
+        return kind.num_experts / kind.top_k if kind.capacity_factor is None else super().executed_over_useful()
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """Without a capacity nothing of the experts is saved (`routing.sum_all_experts`)."""
+        if self.config.capacity_factor is not None:
+            return ()
+        return (*_inputs("experts"), *_outputs("experts"))
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        return super().sizes(batch_size, microbatch_size) | {"group_size_G": self.config.group_size}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertThresholdConfig:
+        """The experts of a mixture, of which each token takes as many as have the FLOPs of the dense layer."""
+        return ExpertThresholdConfig(
+            num_experts,
+            top_k=max(1, num_experts // group_size),
+            routing_group_tokens=max(256, length),
+            group_size=group_size,
+        )
 
 
 class ExpertChoiceCost(FeedForwardCost):
@@ -332,7 +379,7 @@ class ExpertChoiceCost(FeedForwardCost):
             Part("dispatch", "", {}, x + one_hot + sent, sent + one_hot + x),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("combine", "", {}, sent + weights + x, x + (sent + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:
@@ -341,7 +388,7 @@ class ExpertChoiceCost(FeedForwardCost):
 
     def executed_flops(self) -> float:
         """Dispatch and combine are products with one-hot matrices, D E C each, which only move tokens."""
-        return self.flops() + 2 * self._product(self._taken())
+        return super().executed_flops() + 2 * self._product(self._taken())
 
     def final_products(self) -> tuple[str, ...]:
         return _outputs("shared experts")
@@ -360,6 +407,84 @@ class ExpertChoiceCost(FeedForwardCost):
     def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ExpertChoiceConfig:
         """The experts of a mixture, each of which takes as many tokens as have the FLOPs of the dense layer."""
         return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
+
+
+class ReluRoutingCost(FeedForwardCost):
+    """Router; all experts as one network of width E F, whose hidden layer is multiplied by the gates."""
+
+    config: ReluRoutingConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind, width = self.config, self.config.hidden_dim(self.d_ff)
+        x, gates = Arrays(self.d_model), Arrays(logits=kind.num_experts)
+        read = x + Arrays(parameters=self.d_model * kind.num_experts)
+        router = {"router": self._product(kind.num_experts)}
+        executed = self._networks("experts", kind.num_experts * width)
+        experts = dataclasses.replace(
+            executed,
+            products=dict.fromkeys(executed.products, self._product(width, kind.top_k)),
+            forward=executed.forward + gates,
+            backward=executed.backward + gates * 2,
+        )
+        return (
+            Part("router", "router", router, read + gates, gates + read * 2, gates),
+            experts,
+            *self._shared(),
+        )
+
+    def executed_over_useful(self) -> float:
+        """All experts process all tokens, also those whose gate is 0."""
+        return self.config.num_experts / self.config.top_k
+
+    def final_products(self) -> tuple[str, ...]:
+        return _outputs("experts", "shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E, the target."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        return {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(self.d_ff), "target_k": kind.top_k}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ReluRoutingConfig:
+        """The experts of a mixture, of which as many as have the FLOPs of the dense layer are the target."""
+        return ReluRoutingConfig(num_experts, top_k=max(1, num_experts // group_size))
+
+
+class HashCost(FeedForwardCost):
+    """Dispatch to the k experts of each token, experts, combine with equal weights."""
+
+    config: HashConfig
+
+    def parts(self) -> tuple[Part, ...]:
+        kind = self.config
+        x, sent = Arrays(self.d_model), Arrays(self.d_model * kind.top_k)
+        return (
+            Part("dispatch", "", {}, x + sent, sent + x),
+            self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, kind.top_k),
+            Part("combine", "", {}, sent + x, x + sent),
+            *self._shared(),
+        )
+
+    def final_products(self) -> tuple[str, ...]:
+        """The experts' outputs too, whose weights are constants."""
+        return _outputs("experts", "shared experts")
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
+        return sizes | {"expert_dim_F": kind.hidden_dim(self.d_ff), "experts_per_token_k": kind.top_k}
+
+    @classmethod
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> HashConfig:
+        """The experts of a mixture, of which each token has as many as have the FLOPs of the dense layer."""
+        return HashConfig(num_experts, top_k=max(1, num_experts // group_size))
 
 
 class SoftMoECost(FeedForwardCost):
@@ -386,7 +511,7 @@ class SoftMoECost(FeedForwardCost):
             ),
             self._networks("experts", kind.hidden_dim(self.d_ff), kind.num_experts, per_token),
             Part("combine", "mixing", {"combine": product}, sent + weights + x, x + (sent + weights) * 2),
-            *self._shared(kind.shared_expert_dim),
+            *self._shared(),
         )
 
     def saved(self) -> Arrays:
@@ -418,7 +543,10 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
+    ExpertThresholdConfig: ExpertThresholdCost,
     ExpertChoiceConfig: ExpertChoiceCost,
+    ReluRoutingConfig: ReluRoutingCost,
+    HashConfig: HashCost,
     SoftMoEConfig: SoftMoECost,
 }
 

@@ -51,20 +51,21 @@ def recomputed_flops(model: ModelConfig) -> float:
 
     Feed-forward layers recompute according to `save_for_backward` (`feed_forward.py`), and `remat: attention`
     recomputes the scores. `remat: blocks` replaces both: the whole forward pass of each stack's period is executed
-    again, except for the products that end its last block, which no derivative reads. A fused attention kernel
-    recomputes scores in addition (`FUSED_ATTENTION`); `attention_kernel: auto` counts as `xla`.
+    again, except for the products that end its last block, which no derivative reads. All are counted as executed, with
+    empty slots. A fused attention kernel recomputes scores in addition (`FUSED_ATTENTION`); `attention_kernel: auto`
+    counts as `xla`.
     """
     kinds, scores = model.block_kinds(), _scores_flops(model)
     fused = FUSED_ATTENTION.get(model.attention_kernel, 0)
     if model.remat == "blocks":
         attention = sum(_attention_flops(model).values()) + fused * scores
-        total = sum(attention + feed_forward_cost(model, kind).flops() for kind in kinds)
+        total = sum(attention + feed_forward_cost(model, kind).executed_flops() for kind in kinds)
         for period, repeats in scan_groups(model):
             last = feed_forward_cost(model, period[-1])
-            total -= repeats * last.product_flops(*last.final_products())
+            total -= repeats * last.executed_product_flops(*last.final_products())
         return total
     total = model.num_blocks * scores * (fused or model.remat == "attention")
     for kind in kinds:
         cost = feed_forward_cost(model, kind)
-        total += cost.product_flops(*cost.recomputed_products())
+        total += cost.executed_product_flops(*cost.recomputed_products())
     return total

@@ -8,8 +8,8 @@ The number of experts E and the number k of them that process a token stay, so t
     layer of width `d_ff`.
 `parameters`: parameters of the whole model.
 
-FLOPs are *useful* ones: k experts process each token. With a capacity, empty slots are executed as well, and expert
-choice executes products that only move tokens; `rows` has both numbers.
+FLOPs are *useful* ones: k experts process each token. With a capacity, empty slots are executed as well; expert choice
+executes products that only move tokens, and ReLU routing all experts. `rows` has both numbers.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def rows(config: Config, by: By) -> list[dict[str, Any]]:
     """Return a row for each kind that trains: its width and its costs, or the `reason` why it cannot replace the layer.
 
     FLOPs are those of the forward pass per token, of a layer of the kind and of the whole model. Where `executed` ones
-    differ, they include empty slots and products that only move tokens, and exclude dropped tokens.
+    differ, they include empty slots, gates of 0 and products that only move tokens, and exclude dropped tokens.
     """
     by_kind = []
     for kind in trainable_kinds():
@@ -124,9 +124,8 @@ def show(config: Config, by: By, by_kind: Sequence[dict[str, Any]]) -> None:
     """Print `rows` as a table, and below it the kinds that cannot replace the layer."""
     _, num_experts, top_k = _sizes(config)
     print(f"Feed-forward kinds matched by {by} with E = {num_experts}, k = {top_k} (* this config)")
-    print(
-        "MFLOPs per token of the forward pass; executed, where it differs: with empty slots and dispatch, without drops"
-    )
+    executed = "executed, where it differs: with empty slots, gates of 0 and dispatch, without drops"
+    print(f"MFLOPs per token of the forward pass; {executed}")
     table = rich.table.Table(box=None, pad_edge=False)
     for name in ("kind", "width", "parameters", "layer", "model", "executed layer", "executed model", "remainder"):
         table.add_column(name, justify="left" if name in ("kind", "width") else "right")
@@ -190,7 +189,7 @@ def _replaced(config: Config, kind: str) -> Config:
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "group_size": group_size}
     values["routing_group_tokens"] = config.group_size * model.context_length
-    values["shared_expert_dim"] = getattr(old, "shared_expert_dim", 0) or getattr(new, "shared_expert_dim", 0)
+    values["shared_expert_dim"] = old.shared_dim(model.d_ff) or getattr(new, "shared_expert_dim", 0)
     values |= {name: getattr(old, name) for name in _COMMON_FIELDS if hasattr(old, name)}
     fields = {field.name for field in dataclasses.fields(new)}
     new = dataclasses.replace(new, **{name: value for name, value in values.items() if name in fields})

@@ -20,6 +20,7 @@ from mot_jax.data.windows import WindowBatch, Windows
 MAX_WINDOWS_READ = 2048  # at once: a call of the reader, which uses 64 threads, takes a millisecond even for a few
 MAX_TOKENS_READ = 2**20
 MAX_WINDOWS_ORDERED = 2**17  # in the whole batches of which a process reads its sequences at once
+COUNTED_TOKENS = 2**22  # by `token_counts`
 
 
 class TrainBatch(NamedTuple):
@@ -86,6 +87,22 @@ def train_batches(
             ahead.close()
 
     return batches()
+
+
+def token_counts(windows: Windows, order: Order, objective: Objective, vocab_size: int) -> np.ndarray:
+    """Count the inputs of the first training examples by token id, without padding: int64 [vocab_size].
+
+    At most 2^22 tokens (at least one window), and at most one epoch. Every process reads the same ones, on any mesh.
+    """
+    length = windows.context_length
+    examples = min(len(windows), max(1, COUNTED_TOKENS // length))
+    block = max(1, min(MAX_WINDOWS_READ, MAX_TOKENS_READ // length))
+    counts = np.zeros(vocab_size, np.int64)
+    for first in range(0, examples, block):
+        numbers = np.arange(first, min(first + block, examples))
+        batch = objective(windows.read(order.window_ids(first, first + len(numbers))), numbers)
+        counts += np.bincount(batch.inputs[batch.token_mask], minlength=vocab_size)
+    return counts
 
 
 def validation_batches(

@@ -54,12 +54,17 @@ class Mode:
 
 
 def grouped(config: Config) -> Config:
-    """As in training: the sequences of a group are mixed with each other.
+    """As in training: the sequences of a group are mixed with each other. No token is dropped.
 
     A token-choice model that was tuned from Mixture-of-Tokens weights becomes that Mixture-of-Tokens model again.
+    Experts with thresholds choose by these, not along the batch as in their warmup, so that no sequence depends on
+    another.
     """
     kind = config.model.feed_forward
-    return _as_mixture_of_tokens(config, "--mode grouped") if isinstance(kind, TokenChoiceConfig) else config
+    if isinstance(kind, TokenChoiceConfig):
+        return _as_mixture_of_tokens(config, "--mode grouped")
+    inference_kind = kind.for_inference(config.model.context_length)
+    return config if inference_kind == kind else _with_kind_in_order(config, inference_kind)
 
 
 def companions(config: Config) -> Config:
@@ -147,17 +152,13 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
             "--mode token_choice: must be left out, since it is for mixture_of_tokens and token_choice layers: these "
             f"are {kind.kind}"
         )
-    tokens = min(kind.routing_group_tokens, config.model.context_length)
-    # The dataset stays in the order of the groups, so that every mode is scored on the same windows.
-    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
     if experts and kind.scores == "sigmoid" and (experts == 1) != (kind.top_k == 1):
         rule = f"weights of sigmoid scores are divided by their sum if top_k > 1, and it was {kind.top_k} in training"
         raise UserError(f"--mode token_choice:{experts}: {rule}; try token_choice:{1 if kind.top_k == 1 else 2}")
     # Explicit, since the default width depends on top_k, and the weights keep theirs.
     width = kind.hidden_dim(config.model.d_ff)
     kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)
-    kind = dataclasses.replace(kind, capacity_factor=None, routing_group_tokens=tokens)
-    changed = with_kind(dataclasses.replace(config, data=data), kind)
+    changed = _with_kind_in_order(config, kind.for_inference(config.model.context_length))
     check(changed)
     return changed
 
@@ -275,18 +276,18 @@ def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | N
 
 def default_mode(config: Config) -> tuple[str, str]:
     """Return the default mode of a trained model and the reason; in it, if possible, no sequence depends on another."""
-    if isinstance(config.model.feed_forward, TokenChoiceConfig):
-        return "token_choice", "the model was trained in it, and no token is dropped"
+    if MODES[trained_mode(config)].independent:
+        return trained_mode(config), "the model was trained in it, and no token is dropped"
     if config.model.has_companions:
         return "companions", "the model was trained in groups, and this mode keeps the sequences of a batch independent"
-    if config.model.group_size > 1:
+    if grouped(config).model.group_size > 1:
         return "grouped", "the model has no mode that keeps the sequences of a batch independent"
     return "grouped", "no sequence of a batch depends on another"
 
 
 def trained_mode(config: Config) -> str:
-    """Return the mode in which the model was trained (token choice: without the capacity limit of training)."""
-    return "token_choice" if isinstance(config.model.feed_forward, TokenChoiceConfig) else "grouped"
+    """Return the mode in which the model was trained, without the capacity limit of training."""
+    return config.model.feed_forward.trained_mode
 
 
 def needs_companions(config: Config) -> bool:
@@ -362,6 +363,12 @@ def with_kind(config: Config, kind: FeedForwardConfig) -> Config:
         training = dataclasses.replace(training, upcycle_from=None, losses=losses)
     model = dataclasses.replace(config.model, feed_forward=kind)
     return dataclasses.replace(config, model=model, training=training)
+
+
+def _with_kind_in_order(config: Config, kind: FeedForwardConfig) -> Config:
+    """`with_kind`; the dataset stays in the order of the groups, so that every mode is scored on the same windows."""
+    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
+    return with_kind(dataclasses.replace(config, data=data), kind)
 
 
 def _with_whole_groups(config: Config) -> Config:

@@ -1,6 +1,6 @@
-"""The routing core of token choice: pure functions on arrays (`docs/paper.md`, section 4).
+"""The routing core of the sparse kinds: pure functions on arrays (`docs/paper.md`, sections 4 and 5).
 
-Dimensions, here and in `feed_forward/token_choice.py`; B, S, D, E, F as in `mot_jax.nn.mixing`:
+Dimensions, here and in the layers; B, S, D, E, F as in `mot_jax.nn.mixing`:
 
     N  routing groups      k  choices of a token       C  capacity: the slots of an expert in a group
     T  tokens of a group   A  assignments, T k         n, t, k, c, e, d, f: their einsum letters
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -143,6 +143,28 @@ def top_k_indices(probabilities: jax.Array, top_k: int) -> jax.Array:
     if partition is None:
         return local_top_k(probabilities)
     return jax.shard_map(local_top_k, in_specs=partition, out_specs=partition)(probabilities)
+
+
+def choose_tokens(scores: jax.Array, capacity: int, token_mask: jax.Array | None = None) -> jax.Array:
+    """Choose the tokens of each expert: those of a group with its largest scores, the first among equals.
+
+    Args:
+        scores: [N, G, S, E], logits or probabilities of the G members of each group at each position.
+        capacity: C, from 1 to G.
+        token_mask: bool [N, G, S], True = non-padding. Padding is not chosen; an expert takes fewer tokens than C if
+            there are fewer.
+
+    Returns:
+        bool [N, G, S, E, C]: whether the expert takes the token, as the one with its c-th largest score.
+    """
+    chex.assert_rank(scores, 4, custom_message="scores are [N, G, S, E]: groups, members, positions, experts")
+    scores, group_size = jax.lax.stop_gradient(scores), scores.shape[1]
+    if not 1 <= capacity <= group_size:
+        raise AssertionError(f"capacity C = {capacity}: must be 1 to the group size G = {group_size}")
+    if token_mask is not None:
+        scores = jnp.where(token_mask[..., None], scores, -jnp.inf)
+    chosen = jax.nn.one_hot(top_k_indices(jnp.moveaxis(scores, 1, -1), capacity), group_size, axis=1, dtype=bool)
+    return chosen if token_mask is None else chosen & token_mask[..., None, None]
 
 
 def expert_load(experts: jax.Array, num_experts: int) -> jax.Array:
@@ -310,6 +332,87 @@ def _take_rows_backward(positions_of_row, cotangent):
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
+class SlotsOfPairs(NamedTuple):
+    """The map between pairs of a token and an expert, t E + e, and slots, c E + e, for tokens with a varying number of
+    experts. An index past the end stands for none."""
+
+    of_pair: jax.Array
+    """int32 [N, T, E], the slot of each pair."""
+
+    of_slot: jax.Array
+    """int32 [N, C E], the pair in each slot."""
+
+    of_token: jax.Array
+    """int32 [N, T, E], the slots of each token in the order of its experts, then none."""
+
+    most: jax.Array
+    """int32 scalar, the largest number of slots of a token."""
+
+
+def fill_slots(chosen: jax.Array, capacity: int) -> SlotsOfPairs:
+    """Assign the slots of each expert to the tokens that it is chosen for, in token order, until none are left.
+
+    chosen: bool [N, T, E].
+    """
+    n, t, e = chosen.shape
+    counts = chosen.astype(jnp.int32)
+    place = jnp.cumsum(counts, axis=1) - counts  # the number of earlier tokens that the expert is chosen for
+    has_slot = chosen & (place < capacity)
+    of_pair = jnp.where(has_slot, place * e + jnp.arange(e), capacity * e)
+    of_slot = jax.vmap(lambda slots: _invert(slots, capacity * e))(of_pair.reshape(n, t * e))
+    experts = jnp.argsort(~has_slot, axis=-1, stable=True)
+    return SlotsOfPairs(of_pair, of_slot, jnp.take_along_axis(of_pair, experts, axis=-1), has_slot.sum(axis=-1).max())
+
+
+def copy_to_slots(x: jax.Array, slots: SlotsOfPairs) -> jax.Array:
+    """Copy tokens [N, T, D] into the experts' slots, [N, C, E, D]; an empty slot holds 0."""
+    n, _, e = slots.of_pair.shape
+    return _copy_to_slots(x, slots).reshape(n, -1, e, x.shape[-1])
+
+
+def sum_slots(outputs: jax.Array, slots: SlotsOfPairs, weights: jax.Array) -> jax.Array:
+    """Sum the outputs [N, C, E, D] of each token's slots by its weights [N, T, E]: [N, T, D]."""
+    n, c, e, d = outputs.shape
+    weights, pairs = (a.reshape(n, -1)[..., None] for a in (weights, slots.of_pair))
+    by_slot = jax.vmap(_take_rows)(weights, slots.of_slot, pairs)
+    return _sum_slots(by_slot.astype(outputs.dtype) * outputs.reshape(n, c * e, d), slots)
+
+
+@jax.custom_vjp
+def _copy_to_slots(x: jax.Array, slots: SlotsOfPairs) -> jax.Array:
+    """[N, T, D] -> [N, C E, D]. The backward pass is `_sum_slots`."""
+    tokens = slots.of_slot // slots.of_pair.shape[-1]
+    return jax.vmap(lambda x, tokens: jnp.take(x, tokens, axis=0, mode="fill", fill_value=0))(x, tokens)
+
+
+@jax.custom_vjp
+def _sum_slots(rows: jax.Array, slots: SlotsOfPairs) -> jax.Array:
+    """[N, C E, D] -> [N, T, D]. The backward pass is `_copy_to_slots`.
+
+    A loop over the largest number of slots of a token gathers one for each token. (A scatter-add is slow, and on GPUs
+    its order of summation is not fixed. A gather of E slots for each token would mostly read empty ones.)
+    """
+
+    def term(j: jax.Array | int) -> jax.Array:
+        of_token = jax.lax.dynamic_index_in_dim(slots.of_token, j, axis=-1, keepdims=False)
+        terms = jax.vmap(lambda rows, s: jnp.take(rows, s, axis=0, mode="fill", fill_value=0))(rows, of_token)
+        return terms.astype(jnp.promote_types(rows.dtype, jnp.float32))
+
+    return jax.lax.fori_loop(1, slots.most, lambda j, y: y + term(j), term(0)).astype(rows.dtype)
+
+
+def _copy_to_slots_backward(slots, cotangent):
+    return _sum_slots(cotangent, slots), None
+
+
+def _sum_slots_backward(slots, cotangent):
+    return _copy_to_slots(cotangent, slots), None
+
+
+_copy_to_slots.defvjp(lambda x, slots: (_copy_to_slots(x, slots), slots), default_promotion()(_copy_to_slots_backward))
+_sum_slots.defvjp(lambda rows, slots: (_sum_slots(rows, slots), slots), default_promotion()(_sum_slots_backward))
+
+
 # --- without a capacity -----------------------------------------------------------------------------------------------
 
 _SAVED = "pre_activations"  # the checkpoint name of the values that `sum_experts` saves for the backward pass
@@ -417,6 +520,78 @@ def sum_experts(
     params = {"w_in": w_in, "w_out": w_out} | ({} if w_gate is None else {"w_gate": w_gate})
     policy = jax.checkpoint_policies.save_only_these_names(_SAVED)
     return jax.checkpoint(on_mesh, policy=policy)(inputs, experts, weights, params)
+
+
+def sum_all_experts(
+    x: jax.Array,
+    weights: jax.Array,
+    activate: Activate,
+    w_in: jax.Array,
+    w_out: jax.Array,
+    w_gate: jax.Array | None = None,
+) -> jax.Array:
+    """Sum over all experts of weights x outputs, for tokens with a varying number of experts.
+
+    A device runs its experts one after the other on all tokens, except those that have weight 0 for each of its tokens:
+    of these not even the weights are read. Sharding is that of `sum_experts`. The result of a token has the same bits
+    for any other tokens. The backward pass recomputes the experts.
+
+    Args:
+        x: [B, S, D].
+        weights: [B, S, E].
+        activate, w_in, w_out, w_gate: as in `apply_experts`, parameters in any float type.
+
+    Returns:
+        [B, S, D], sharded over the batch.
+    """
+    batch_spec, hidden, expert_devices = spec("sequences"), spec("hidden"), axis_size("expert")
+
+    axes_of_batch, axes_of_weights = (
+        {axis for entry in partition or () for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+        for partition in (batch_spec, spec("experts", "hidden"))
+    )
+
+    def apply_local(x: jax.Array, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+        @jax.checkpoint
+        def weighted(expert: jax.Array, x: jax.Array, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+            p = {name: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for name, w in params.items()}
+            weight = jax.lax.dynamic_index_in_dim(weights, expert, axis=-1)
+            h = activate(x @ p["w_in"], x @ p["w_gate"] if "w_gate" in p else None)
+            return (weight * (h @ p["w_out"])).astype(weights.dtype)
+
+        def add(y: jax.Array, expert: jax.Array) -> tuple[jax.Array, None]:
+            is_chosen = (jax.lax.dynamic_index_in_dim(weights, expert, axis=-1) != 0).any()
+            return jax.lax.cond(is_chosen, lambda: y + weighted(expert, x, weights, params), lambda: y), None
+
+        # Before the loop, so that the backward pass has no sum over devices in a branch that only some of them take.
+        x, weights = _vary((x, weights), axes_of_weights - axes_of_batch)
+        params = _vary(params, axes_of_batch - axes_of_weights)
+        zeros = _vary(jnp.zeros(x.shape, weights.dtype), axes_of_weights | axes_of_batch)
+        return jax.lax.scan(add, zeros, jnp.arange(weights.shape[-1]))[0]
+
+    def on_device(x: jax.Array, weights: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
+        if expert_devices > 1:
+            x, weights = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, weights))
+            num_local = params["w_in"].shape[0]
+            weights = jax.lax.dynamic_slice_in_dim(weights, num_local * jax.lax.axis_index("expert"), num_local, -1)
+        y = apply_local(x, weights, params)
+        y = jax.lax.psum(y, hidden[0]) if hidden and hidden[0] else y
+        return jax.lax.psum_scatter(y, "expert", tiled=True) if expert_devices > 1 else y
+
+    params = {"w_in": w_in, "w_out": w_out} | ({} if w_gate is None else {"w_gate": w_gate})
+    params = {name: w.astype(x.dtype) for name, w in params.items()}
+    if batch_spec is None:
+        return apply_local(x, weights, params).astype(x.dtype)
+    params = {name: reshard(w, *_WEIGHTS[name]) for name, w in params.items()}
+    partitions = {name: spec(*_WEIGHTS[name]) for name in params}
+    x, weights = (reshard(a, "sequences", None, None) for a in (x, weights))
+    mapped = jax.shard_map(on_device, in_specs=(batch_spec, batch_spec, partitions), out_specs=batch_spec)
+    return mapped(x, weights, params).astype(x.dtype)
+
+
+def _vary(tree: Any, axes: set[str]) -> Any:
+    """In `shard_map`: the same arrays, with types that vary over these further mesh axes."""
+    return jax.tree.map(lambda a: jax.lax.pcast(a, tuple(sorted(axes)), to="varying"), tree) if axes else tree
 
 
 def block_size(assignments: int, num_experts: int) -> int:

@@ -177,7 +177,7 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
         sharded += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
     if not isinstance(kind, DenseConfig):
         sharded += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
-        sharded += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_expert_dim)]
+        sharded += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_dim(m.d_ff))]
     if isinstance(kind, SoftMoEConfig):
         sharded += [("fsdp", fsdp, "model.feed_forward.num_experts", kind.num_experts)]
     for axis, size, name, width in sharded:

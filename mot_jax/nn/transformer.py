@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -178,11 +179,14 @@ class Transformer(nnx.Module):
 
         Args:
             tokens: int32 [B, S], S at most the context length.
-            context: inputs of the feed-forward layers. `token_mask` bool [B, S] is True for non-padding tokens.
+            context: inputs of the feed-forward layers. `token_mask` bool [B, S] is True for non-padding tokens;
+                `token_ids` are those of `tokens` if they are None.
             segments: int32 [B, S], the index of each token's document within its sequence. Required with
                 `document_mask`, ignored without.
             cache: of the decode steps before these tokens, whose positions are then `context.positions`.
         """
+        if context.token_ids is None:
+            context = dataclasses.replace(context, token_ids=tokens)
         positions = positions_dimension(tokens.shape[1])
         tokens = reshard(tokens, "sequences", positions)
         out_sharding = spec("sequences", positions, None)
@@ -388,16 +392,25 @@ def init_variables(config: ModelConfig, key: jax.Array) -> tuple[Params, Params]
     return get_params(model), _variables(model, RouterState)
 
 
+def initial_router(config: ModelConfig, token_counts: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
+    """The router state that depends on the training text, by name (`FeedForward.initial_router`)."""
+    kind, prefixes = config.feed_forward, _layer_prefixes(config)
+    if not prefixes:
+        return {}
+    values = KINDS[type(kind)].initial_router(kind, sum(prefixes.values()), token_counts)
+    ends = np.cumsum([*prefixes.values()])[:-1]
+    return {
+        prefix + name: part
+        for name, value in values.items()
+        for prefix, part in zip(prefixes, np.split(value, ends), strict=True)
+    }
+
+
 def update_router(config: ModelConfig, router: Params, statistics: Params) -> Params:
     """The router state after a training step, from its `ModelOutput.statistics`, summed over microbatches."""
     if not router:
         return router
-    prefixes = {
-        f"stacks/{i}/{j}/feed_forward/": repeats
-        for i, (period, repeats) in enumerate(scan_groups(config))
-        for j, kind in enumerate(period)
-        if kind == config.feed_forward
-    }
+    prefixes = _layer_prefixes(config)
 
     def stack(values: Params) -> Params:
         first = next(iter(prefixes))
@@ -410,6 +423,16 @@ def update_router(config: ModelConfig, router: Params, statistics: Params) -> Pa
         prefix + name: part
         for name, value in updated.items()
         for prefix, part in zip(prefixes, jnp.split(value, ends), strict=True)
+    }
+
+
+def _layer_prefixes(config: ModelConfig) -> dict[str, int]:
+    """The prefixes of the names of the layers of kind `config.feed_forward`, and the numbers of layers with them."""
+    return {
+        f"stacks/{i}/{j}/feed_forward/": repeats
+        for i, (period, repeats) in enumerate(scan_groups(config))
+        for j, kind in enumerate(period)
+        if kind == config.feed_forward
     }
 
 

@@ -220,10 +220,17 @@ def tensor_faults(file: Tensors, parameters: Mapping[str, jax.ShapeDtypeStruct],
             faults.append(f"{name}: is missing, must have shape {kind.shape}")
         elif tensor.shape != kind.shape:
             faults.append(f"{name}: has shape {tensor.shape}, must have {kind.shape}")
-        elif tensor.dtype not in FLOATS.values() or jnp.promote_types(tensor.dtype, kind.dtype) != kind.dtype:
+        elif jnp.issubdtype(kind.dtype, jnp.integer) and tensor.dtype != kind.dtype:
+            faults.append(f"{name}: is {tensor.dtype}, must be {kind.dtype}; try mot export again")
+        elif jnp.issubdtype(kind.dtype, jnp.floating) and not _is_narrower(tensor.dtype, kind.dtype):
             words = f"is {tensor.dtype}, must be {kind.dtype} or narrower; try model.param_dtype = 'float32'"
             faults.append(f"{name}: {words}")
     return [f"{place}: tensor {fault}" for fault in faults]
+
+
+def _is_narrower(dtype: str, of: jnp.dtype) -> bool:
+    """Whether `dtype` is a float type all of whose values `of` has too."""
+    return dtype in FLOATS.values() and jnp.promote_types(dtype, of) == of
 
 
 def _load(

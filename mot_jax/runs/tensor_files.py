@@ -25,11 +25,12 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 2 * 10**9
 
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = FLOATS | {"I32": "int32"}  # integers are router state
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
 class Tensor(NamedTuple):
-    """A tensor in an open file. dtype: NumPy's name for floats, the name in the file for others."""
+    """A tensor in an open file. dtype: NumPy's name for those in `DTYPES`, the name in the file for others."""
 
     path: epath.Path
     file: safe_open
@@ -105,7 +106,7 @@ def _open_file(path: epath.Path) -> Tensors:
     tensors = {}
     for name in file.keys():  # noqa: SIM118, the file is not a mapping
         tensor_slice = file.get_slice(name)
-        dtype = FLOATS.get(tensor_slice.get_dtype(), tensor_slice.get_dtype())
+        dtype = DTYPES.get(tensor_slice.get_dtype(), tensor_slice.get_dtype())
         tensors[name] = Tensor(path, file, name, dtype, tuple(tensor_slice.get_shape()))
     return Tensors(tensors, file.metadata() or {})
 

@@ -13,14 +13,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import CompanionsConfig, Config, TokenChoiceConfig, to_json
+from mot_jax.config import CompanionsConfig, Config, to_json
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.errors import error_words
-from mot_jax.modes import enter, token_choice
+from mot_jax.modes import enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
 from mot_jax.nn.sharding import (
     DIMENSIONS,
@@ -44,8 +44,8 @@ Result = dict[str, float | int]
 
 
 def evaluated_config(config: Config) -> Config:
-    """The config with which a model is scored during training: token choice without a capacity, so that none drop."""
-    return token_choice(config) if isinstance(config.model.feed_forward, TokenChoiceConfig) else config
+    """The config with which a model is scored during training: that of inference, in which no token is dropped."""
+    return mode_of(trained_mode(config)).change(config)
 
 
 def make_evaluation(

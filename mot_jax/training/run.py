@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,19 +21,21 @@ from mot_jax.config import Config, TrainingConfig, check, identity_changes, to_j
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Objective
 from mot_jax.data.order import Order
+from mot_jax.data.pipeline import token_counts
 from mot_jax.data.text import open_text, open_tokenizer, store_text_once, with_absolute_paths
 from mot_jax.data.tokenizers import Tokenizer, tokenizer_copy
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
 from mot_jax.modes import companions
 from mot_jax.nn.sharding import make_mesh
+from mot_jax.nn.transformer import initial_router
 from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.manifest import left_out_lines, steps_of
 from mot_jax.runs.metrics import Row, check_logging, plot_curves, read_rows
 from mot_jax.runs.optimizer import learning_rate
 from mot_jax.runs.restore import check_data, newest_step, read_config, with_tokenizer_copy
-from mot_jax.runs.state import TrainState, abstract_state, create_state
+from mot_jax.runs.state import TrainState, abstract_state, create_state, spread
 from mot_jax.runs.status import RESULT
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime import distributed, strict_json
@@ -283,8 +286,14 @@ def _extension(training: TrainingConfig, restored: Restored) -> list[str]:
 
 
 def _initialize(run: Run, checkpoints: Checkpoints, step: int) -> Start:
+    config = run.config
     with distributed.together():
-        return Start(create_state(run.config, run.mesh), 0, 0, [])
+        state = create_state(config, run.mesh)
+        objective = Objective.of(config, run.tokenizer)
+        count = partial(token_counts, run.windows, run.order, objective, config.model.vocab_size)
+        values = initial_router(config.model, count)
+        router = state.router | {name: spread(value, state.router[name].sharding) for name, value in values.items()}
+        return Start(state._replace(router=router), 0, 0, [])
 
 
 def _upcycle(run: Run, checkpoints: Checkpoints, step: int) -> Start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def make_train_step(
     """Build the training step, to be compiled with `jax.jit(..., donate_argnums=0)`.
 
     Args:
-        steps: length of the run, for the learning-rate schedule.
+        steps: length of the run, for the learning-rate schedule and for fields that are a fraction of it.
         losses: weights of the losses that are added to the cross-entropy.
         gradient_accumulation_steps: A, the number of microbatches.
 
@@ -59,8 +60,10 @@ def make_train_step(
         gradient_rms, before clipping; parameter_rms; update_rms, of the change of the parameters, as rounded to their
         dtype; skipped and skipped_in_a_row, as in the new state; those of the layers, averaged over microbatches.
     """
+    kind = model_config.feed_forward.for_training(steps)
+    model_config = dataclasses.replace(model_config, feed_forward=kind)
     optimizer, schedule = make_optimizer(optimizer_config, steps), learning_rate(optimizer_config, steps)
-    layer_weights = losses.of_layers()
+    layer_weights = losses.of_layers(model_config.feed_forward)
 
     def loss(
         params: Params,

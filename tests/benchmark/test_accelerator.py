@@ -24,7 +24,16 @@ def test_numerics_cover_every_kind():
     assert {type(config) for config in configs.values()} == set(KINDS)
 
 
-OTHERS = ("dense", "token_choice", "expert_choice", "soft_moe", "companions")
+OTHERS = (
+    "dense",
+    "token_choice",
+    "expert_threshold",
+    "expert_choice",
+    "relu_routing",
+    "hash",
+    "soft_moe",
+    "companions",
+)
 OTHERS += ("mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +12,16 @@ from mot_jax import cli
 from mot_jax.benchmark.decoding import step_bytes
 from mot_jax.benchmark.report import markdown
 from mot_jax.benchmark.timing import Timings, in_turns
-from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig, to_json
+from mot_jax.config import (
+    Config,
+    ExpertChoiceConfig,
+    ExpertThresholdConfig,
+    HashConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    ReluRoutingConfig,
+    to_json,
+)
 from mot_jax.modes import enter
 from mot_jax.nn.transformer import init_params
 
@@ -34,6 +44,24 @@ def test_a_decode_step_reads_each_weight_once_and_only_the_chosen_experts():
     assert step_bytes(routed.model, routed_params, 1) == rest + experts * 2 // 8 + embedding_rows[1] + cache[1]
     chosen = experts * (1 - (1 - 2 / 8) ** 3)
     assert step_bytes(routed.model, routed_params, 3) == round(rest + chosen + embedding_rows[3] + cache[3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [
+        (ExpertThresholdConfig(8, top_k=2), 2 / 8),
+        (ExpertChoiceConfig(4, 8, top_k=2), 1),
+        (ReluRoutingConfig(8, top_k=2), 1),
+        (HashConfig(8, top_k=2), 2 / 8),
+    ],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_experts_that_a_decode_step_of_one_sequence_reads(kind, share):
+    model = dataclasses.replace(MODEL, feed_forward=kind)
+    params = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    others = {name: value for name, value in params.items() if "/w_" not in name}
+    experts = 4 * sum(value.size for name, value in params.items() if name not in others)
+    assert step_bytes(model, params, 1) - step_bytes(model, others, 1) == experts * share > 0
 
 
 def test_programs_take_turns_and_the_first_round_is_discarded():
@@ -73,6 +101,14 @@ def test_the_command_has_a_row_for_each_mode_and_the_dense_model(tmp_path, capsy
     assert [row["mode"] for row in rows] == modes
     assert all(row["seconds_per_step"] > 0 and row["temporaries"] > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| ") == 8
+
+
+@pytest.mark.slow
+def test_a_kind_with_router_state_has_a_row(tmp_path):
+    model = dataclasses.replace(MODEL, feed_forward=HashConfig(8, top_k=2))
+    config, output = write_config(tmp_path / "tiny.py", Config(model=model)), tmp_path / "rows.json"
+    cli.main(["bench", "decoding", config, "--batch", "2", "--rounds", "3", "--json", str(output)])
+    assert [row["mode"] for row in json.loads(output.read_text())["rows"]] == ["dense", "grouped"]
 
 
 def test_a_masked_model_is_refused(tmp_path, capsys):

@@ -140,15 +140,15 @@ def test_one_row_for_each_shape_direction_and_kind():
 
 
 def test_forward_backward_is_the_gradient():
-    forward, params = layers.layer_function(TINY, "mixture_of_tokens", "float32")
+    forward, variables = layers.layer_function(TINY, "mixture_of_tokens", "float32")
     x = jax.random.normal(jax.random.key(0), (4, 2, 32))
 
-    def loss(params, x):
-        y = forward(params, x)
+    def loss(variables, x):
+        y = forward(variables, x)
         return y.sum(), y
 
-    results = jax.jit(layers.forward_and_backward(forward))(params, x, jnp.ones_like(x))
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    results = jax.jit(layers.forward_and_backward(forward))(variables, x, jnp.ones_like(x))
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(variables, x)
     for a, b in zip(jax.tree.leaves(results), jax.tree.leaves((y, *gradients)), strict=True):
         assert a.shape == b.shape and jnp.allclose(a, b, rtol=1e-4, atol=1e-5) and jnp.any(a)
 

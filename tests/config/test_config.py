@@ -17,6 +17,8 @@ from mot_jax.config import (
     DataConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
+    HashConfig,
     InitConfig,
     MeshConfig,
     MixingConfig,
@@ -105,7 +107,8 @@ def configs(draw) -> Config:
     """Valid configs of every kind."""
     heads, chunk, group, accumulation = (draw(small) for _ in range(4))
     d_ff, blocks = draw(st.integers(2, 64)), draw(small)
-    kind_name = draw(st.sampled_from(["mixture", "token choice", "expert choice", "dense"]))
+    kinds = ["mixture", "token choice", "expert threshold", "expert choice", "dense"]
+    kind_name = draw(st.sampled_from(kinds))
     length = chunk * draw(small)
     shared = draw(st.integers(0, d_ff - 1))
     if kind_name == "mixture":
@@ -138,6 +141,17 @@ def configs(draw) -> Config:
                 draw(small), kind.num_experts, kind.hidden_dim(d_ff), shared_expert_dim=shared
             )
             kind = dataclasses.replace(kind, mixture=dataclasses.replace(mixture, mixing=draw(mixings)))
+    elif kind_name == "expert threshold":
+        top_k = draw(st.integers(1, d_ff - 1))
+        kind = ExpertThresholdConfig(
+            draw(st.integers(0, 9)) + top_k,
+            draw(st.none() | small),
+            top_k,
+            capacity_factor=draw(st.none() | positive),
+            routing_group_tokens=length * draw(st.sampled_from([1, 2])),
+            group_size=2 * group,
+            warmup_steps=draw(st.none() | st.integers(0, 9)),
+        )
     elif kind_name == "expert choice":
         divisors = [k for k in range(1, d_ff - shared + 1) if (d_ff - shared) % k == 0]
         top_k = draw(st.sampled_from(divisors))
@@ -277,8 +291,8 @@ def test_more_combinations_are_refused():
         put(dense, name, value)
         for name, value in {"training.losses.mixing_entropy": 0.1, "training.upcycle_from": "runs/dense"}.items()
     )
-    balance, z = (put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z"))
-    for broken in (rotary, entropy, upcycled, balance, z, put(dense, "model.dense_bias", False)):
+    losses = [put(MIXTURE, f"training.losses.{name}", 0.1) for name in ("load_balancing", "router_z", "relu_l1")]
+    for broken in (rotary, entropy, upcycled, *losses, put(dense, "model.dense_bias", False)):
         (line,) = errors_of(broken)
         check(follow(broken, line))
 
@@ -312,10 +326,12 @@ def test_each_error_of_token_choice_is_one_line(name):
 
 
 def test_more_choices_than_experts_and_no_width_left():
-    for name, value in {"top_k": 32, "shared_expert_dim": 1024}.items():
-        kind = dataclasses.replace(TokenChoiceConfig(16), **{name: value})
+    fields = [("top_k", 32), ("shared_expert_dim", 1024)]
+    cases = [(kind, *field) for kind in (TokenChoiceConfig(16), HashConfig(16)) for field in fields]
+    for kind, name, value in [*cases, (HashConfig(16), "vocab_size", 256), (HashConfig(16), "top_k", 3)]:
+        kind = dataclasses.replace(kind, **{name: value})
         (line,) = errors_of(put(ROUTED, "model.feed_forward", kind))
-        assert line.startswith(f"model.feed_forward.{name} = {value}: must be ")
+        assert line.startswith(f"model.feed_forward.{name} = {value}: must ")
         check(follow(put(ROUTED, "model.feed_forward", kind), line))
 
 

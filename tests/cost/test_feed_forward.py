@@ -9,9 +9,12 @@ from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
+    HashConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
@@ -42,11 +45,20 @@ def test_every_kind_has_a_cost():
             TokenChoiceConfig(8, top_k=2, shared_expert_dim=32),
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
         ),
+        (  # F = 96 / 3 and a shared expert of the same width
+            ExpertThresholdConfig(8, top_k=2),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
         (
             ExpertChoiceConfig(4, 8, top_k=4),  # each expert takes 2 of 4 tokens, and a token has 4 experts
             {"router": 2 * 48 * 8, "experts": 4 * 48 * 96},
         ),
         (ExpertChoiceConfig(4, 8, over="tokens"), {"router": 2 * 48 * 8, "experts": 4 * 48 * 96}),
+        (
+            ReluRoutingConfig(8, top_k=2, shared_expert_dim=32),
+            {"router": 2 * 48 * 8, "experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32},
+        ),
+        (HashConfig(8, top_k=2, shared_expert_dim=32), {"experts": 4 * 48 * 64, "shared experts": 4 * 48 * 32}),
         (SoftMoEConfig(8), {"mixing": 3 * 2 * 48 * 64, "experts": 4 * 48 * 96}),
         (
             SoftMoEConfig(24, shared_expert_dim=32),  # 3 slots an expert, 72 in all for 64 tokens
@@ -71,3 +83,21 @@ def test_products_recomputed_by_each_policy(gated):
         kind = dataclasses.replace(model.feed_forward, save_for_backward=policy)
         cost = feed_forward_cost(model, kind)
         assert cost.product_flops(*cost.recomputed_products()) == flops
+
+
+def test_relu_routing_executes_and_saves_all_experts():
+    """Experts of width 32, of which 2 of 8 are the target."""
+    cost = feed_forward_cost(MODEL, ReluRoutingConfig(8, top_k=2, shared_expert_dim=32))
+    assert cost.flops() == 2 * 48 * 8 + 4 * 48 * (2 * 32 + 32)
+    assert cost.executed_flops() == 2 * 48 * 8 + 4 * 48 * (8 * 32 + 32)
+    saved = cost.saved()
+    assert (saved.activations, saved.logits, saved.parameters) == (8 * 32 + 32, 8, 0)
+    assert cost.active_experts(800) == 200
+
+
+def test_experts_with_thresholds_execute_slots_or_every_expert():
+    """Two of eight experts per token on average: four slots per token, or without a capacity all eight."""
+    for factor, executed in ((2.0, 4), (None, 8)):
+        kind = ExpertThresholdConfig(8, top_k=2, capacity_factor=factor, routing_group_tokens=64)
+        cost = feed_forward_cost(MODEL, kind)
+        assert cost.executed_flops() - cost.flops() == 4 * 48 * 32 * (executed - 2)

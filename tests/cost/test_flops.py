@@ -7,7 +7,7 @@ import jax.extend.core
 import pytest
 from paper_models import CHOICES, PROBE, SAVE_POLICIES, V1, compiled_cost, probe, with_kind
 
-from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, TrainingConfig
+from mot_jax.config import Config, ExpertChoiceConfig, ReluRoutingConfig, TokenChoiceConfig, TrainingConfig
 from mot_jax.cost.describe import describe
 from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import flops_per_token, forward_flops, recomputed_flops
@@ -90,6 +90,21 @@ def test_flops_of_expert_choice_match_the_compiler():
     assert compiled_cost(scanned, backward=True)[0] == pytest.approx(expected, rel=0.02)
     mixture, choice = with_kind(PROBE, 2, 16, expert_dim=96, shared_expert_dim=256), one
     assert active_parameters(dataclasses.replace(mixture, num_blocks=1)) == active_parameters(choice)
+
+
+@pytest.mark.parametrize(
+    ("kind", "executed", "recomputed"),
+    [
+        (TokenChoiceConfig(8, top_k=2, capacity_factor=2.0), 2, 1),
+        (ReluRoutingConfig(8, top_k=2), 4, 1 / 2),  # all eight; the second product of a block ends it
+    ],
+)
+def test_rematerialization_executes_empty_slots_and_gates_of_0_again(kind, executed, recomputed):
+    model = dataclasses.replace(PROBE, num_blocks=1, feed_forward=kind, remat="blocks")
+    flops = forward_flops(model)
+    experts = flops.pop("experts")
+    expected = sum(flops.values()) - flops["head"] + experts * executed * recomputed
+    assert recomputed_flops(model) == pytest.approx(expected)
 
 
 def test_flops_that_splash_recomputes_match_the_products_in_its_kernels():

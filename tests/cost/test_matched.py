@@ -187,7 +187,7 @@ def test_a_config_is_matched_or_the_advice_of_the_error_works(config, kind, by):
     if by == "parameters" or {kind, config.model.feed_forward.kind} <= COUNTED:
         assert abs(excess_by_hand(config, changed, by)) <= 0.02
     sizes = [
-        (k.num_experts, k.shared_expert_dim)
+        (k.num_experts, k.shared_expert_dim or 0)  # None: without one to keep, the kind's default
         for c in (config, changed)
         if hasattr(k := c.model.feed_forward, "num_experts")
     ]

@@ -20,7 +20,7 @@ from mot_jax.data import pipeline
 from mot_jax.data.corpora import Corpus
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.order import TrainingOrder, groups_sharing_documents, validation_order
-from mot_jax.data.pipeline import TrainBatch, train_batches, validation_batches
+from mot_jax.data.pipeline import TrainBatch, token_counts, train_batches, validation_batches
 from mot_jax.data.tokenizers import load_tokenizer
 from mot_jax.data.windows import WindowBatch, Windows, open_windows
 
@@ -53,6 +53,21 @@ def take(windows: Windows, order: TrainingOrder, sequences: list[int], first: in
         return list(itertools.islice(batches, count))
     finally:
         batches.close()
+
+
+@pytest.mark.parametrize("objective", [CAUSAL, MASKED])
+@pytest.mark.parametrize("limit, examples", [(80, 10), (1, 1), (2**22, None)])
+def test_token_counts_are_of_the_inputs_of_the_first_examples(
+    windows: Windows, monkeypatch: pytest.MonkeyPatch, objective: Objective, limit: int, examples: int | None
+) -> None:
+    """In blocks of four windows; of a short text, of one epoch."""
+    monkeypatch.setattr(pipeline, "COUNTED_TOKENS", limit)
+    monkeypatch.setattr(pipeline, "MAX_TOKENS_READ", 4 * 8)
+    order, numbers = TrainingOrder(windows.documents, 4, seed=3), np.arange(examples or len(windows))
+    batch = objective(windows.read(order.window_ids(0, len(numbers))), numbers)
+    expected = np.bincount(batch.inputs[batch.token_mask], minlength=300)
+    assert expected.sum() <= max(limit, 8) and (expected[257] > 0) == objective.masked
+    np.testing.assert_array_equal(token_counts(windows, order, objective, 300), expected)
 
 
 def test_training_batches_follow_the_order(windows: Windows) -> None:

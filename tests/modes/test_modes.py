@@ -14,10 +14,12 @@ from mot_jax.config import (
     Config,
     DenseConfig,
     ExpertChoiceConfig,
+    HashConfig,
     LossWeights,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     TokenChoiceConfig,
     TrainingConfig,
     check,
@@ -101,7 +103,9 @@ def test_another_group_size_keeps_experts_and_parameters():
     assert (hidden_states(config, params)[:2] != before[:2]).any()
 
 
-@pytest.mark.parametrize("kind", [DenseConfig(), ExpertChoiceConfig()], ids=lambda kind: kind.kind)
+@pytest.mark.parametrize(
+    "kind", [DenseConfig(), ExpertChoiceConfig(), ReluRoutingConfig(), HashConfig()], ids=lambda kind: kind.kind
+)
 def test_kinds_with_no_mode_but_grouped(kind):
     config = Config(model=ModelConfig(feed_forward=kind))
     others = [mode.change for name, mode in MODES.items() if name != "grouped"]
@@ -110,7 +114,7 @@ def test_kinds_with_no_mode_but_grouped(kind):
             mode(config)
     mode, reason = default_mode(config)
     assert MODES["grouped"].change(config) == config and mode == "grouped"
-    assert ("no sequence of a batch depends" in reason) == (kind == DenseConfig())
+    assert ("no sequence of a batch depends" in reason) == (kind.mixed_sequences == 1)
 
 
 def test_models_that_do_not_mix_sequences_need_no_companions():

@@ -230,6 +230,7 @@ def test_a_checkpoint_of_another_state_is_refused_in_one_line(saved, tmp_path):
 
 def test_tensors_are_compared_with_the_parameters_of_a_model(tmp_path):
     dtypes = {"good": "float32", "narrow": "float16", "wide": "float32", "whole": "int32", "tiny": "float8_e4m3fn"}
+    dtypes |= {"table": "int32", "decimal_table": "float32"}
     values = {name: np.zeros((2, 3), dtype) for name, dtype in dtypes.items()}
     values |= {"turned": values["good"], "extra": values["good"]}
     save_file(values, tmp_path / "model.safetensors")
@@ -237,13 +238,16 @@ def test_tensors_are_compared_with_the_parameters_of_a_model(tmp_path):
     parameters |= {
         "turned": jax.ShapeDtypeStruct((3, 2), jnp.float32),
         "wide": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16),
+        "table": jax.ShapeDtypeStruct((2, 3), jnp.int32),
+        "decimal_table": jax.ShapeDtypeStruct((2, 3), jnp.int32),
     }
     advice = "or narrower; try model.param_dtype = 'float32'"
     assert tensor_faults(open_tensors(epath.Path(tmp_path)), parameters, "here") == [
         "here: tensor extra: the model has no parameter for it",
         f"here: tensor wide: is float32, must be bfloat16 {advice}",
-        f"here: tensor whole: is I32, must be float32 {advice}",
+        f"here: tensor whole: is int32, must be float32 {advice}",
         f"here: tensor tiny: is F8_E4M3, must be float32 {advice}",
+        "here: tensor decimal_table: is float32, must be int32; try mot export again",
         "here: tensor absent: is missing, must have shape (2, 3)",
         "here: tensor turned: has shape (2, 3), must have (3, 2)",
     ]

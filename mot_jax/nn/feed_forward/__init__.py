@@ -11,17 +11,23 @@ from mot_jax.config import (
     CompanionsConfig,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
+    HashConfig,
     MixtureOfTokensConfig,
     ModelConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
 )
 from mot_jax.nn.feed_forward.companions import Companions
 from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
+from mot_jax.nn.feed_forward.expert_threshold import ExpertThreshold
+from mot_jax.nn.feed_forward.hash import Hash
 from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
+from mot_jax.nn.feed_forward.relu_routing import ReluRouting
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
@@ -30,7 +36,10 @@ KINDS: dict[type, type[FeedForward]] = {
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
     TokenChoiceConfig: TokenChoice,
+    ExpertThresholdConfig: ExpertThreshold,
     ExpertChoiceConfig: ExpertChoice,
+    ReluRoutingConfig: ReluRouting,
+    HashConfig: Hash,
     SoftMoEConfig: SoftMoE,
 }
 
@@ -39,10 +48,13 @@ __all__ = [
     "Companions",
     "Dense",
     "ExpertChoice",
+    "ExpertThreshold",
     "FeedForward",
     "FeedForwardContext",
     "FeedForwardOutput",
+    "Hash",
     "MixtureOfTokens",
+    "ReluRouting",
     "RouterState",
     "SoftMoE",
     "TokenChoice",
@@ -55,7 +67,7 @@ def make_feed_forward(model: ModelConfig, kind: FeedForwardConfig, rngs: nnx.Rng
     return KINDS[type(kind)](
         model.d_model,
         model.d_ff,
-        kind.for_context(model.context_length),
+        kind.for_model(model),
         activation=model.activation,
         gated=model.gated,
         init=model.init,

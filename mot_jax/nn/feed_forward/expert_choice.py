@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -27,30 +26,6 @@ from mot_jax.nn.feed_forward.experts import ExpertFeedForward, layer_norm, proje
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions
 from mot_jax.nn.sharding import axes_of, product, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
-
-
-def choose_tokens(probabilities: jax.Array, capacity: int, token_mask: jax.Array | None = None) -> jax.Array:
-    """Choose the tokens of each expert: those of a group with its largest probabilities, the first among equals.
-
-    Args:
-        probabilities: [N, G, S, E], softmax of the logits over the experts.
-        capacity: C, from 1 to G.
-        token_mask: bool [N, G, S], True = non-padding. Padding is not chosen; an expert takes fewer tokens than C if
-            there are fewer.
-
-    Returns:
-        bool [N, G, S, E, C]: whether the expert takes the token, as its c-th most probable one.
-    """
-    chex.assert_rank(probabilities, 4, custom_message="probabilities are [N, G, S, E]: groups, members, positions")
-    scores, group_size = jax.lax.stop_gradient(probabilities), probabilities.shape[1]
-    if not 1 <= capacity <= group_size:
-        raise AssertionError(f"capacity C = {capacity}: must be 1 to the group size G = {group_size}")
-    if token_mask is not None:
-        scores = jnp.where(token_mask[..., None], scores, -1)
-    chosen = jax.nn.one_hot(
-        routing.top_k_indices(jnp.moveaxis(scores, 1, -1), capacity), group_size, axis=1, dtype=bool
-    )
-    return chosen if token_mask is None else chosen & token_mask[..., None, None]
 
 
 class ExpertChoice(ExpertFeedForward):
@@ -89,7 +64,7 @@ class ExpertChoice(ExpertFeedForward):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         logits = product("ngsd,de->ngse", grouped.astype(wide), self.controller[...])
         probabilities = jax.nn.softmax(logits, axis=-1)
-        chosen = choose_tokens(probabilities, self.config.capacity(grouped.shape[1]), mask)
+        chosen = routing.choose_tokens(probabilities, self.config.capacity(grouped.shape[1]), mask)
         y = layer_norm(self._apply_experts(grouped, chosen, probabilities), value(self.output_norm))
         y = y if mask is None else jnp.where(mask[..., None], y, 0)  # the bias of the layer norm
         y = reshard(mixing.ungroup(y, x.shape[1]), *axes_of(x))

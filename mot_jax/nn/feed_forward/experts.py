@@ -25,23 +25,25 @@ class ExpertFeedForward(FeedForward):
 
     Parameters, all without biases:
 
-    controller [D, E]: a linear map from a token to one logit per expert (a sparse mixture calls it the router).
+    controller [D, E]: a linear map from a token to one logit per expert (a sparse mixture calls it the router); not of
+        kinds that choose experts without one.
     w_in [E, D, F], w_out [E, F, D], and w_gate [E, D, F] if `gated`: the experts. The fan-in of `w_out` is F,
         or that of the kind.
-    shared: a `Dense` layer that processes every token, if `config.shared_expert_dim` > 0.
+    shared: a `Dense` layer that processes every token, if `config.shared_dim` > 0.
     """
 
     def _create_expert_parameters(
         self,
         options: LayerOptions,
-        controller_fan_in: int,
+        controller_fan_in: int | None,
         *,
         slots: tuple[int, ...] = (),
         w_out_fan_in: int | None = None,
     ) -> None:
         config, d = self.config, options.d_model
-        e, f, width = config.num_experts, config.hidden_dim(options.d_ff), config.shared_expert_dim
-        self.controller = options.matrix((d, e, *slots), controller_fan_in, config.controller_init_scale)
+        e, f, width = config.num_experts, config.hidden_dim(options.d_ff), config.shared_dim(options.d_ff)
+        if controller_fan_in is not None:
+            self.controller = options.matrix((d, e, *slots), controller_fan_in, config.controller_init_scale)
         self.w_in = options.matrix((e, d, f), d, config.w_in_init_scale)
         self.w_out = options.matrix((e, f, d), w_out_fan_in or f, config.w_out_init_scale)
         self.w_gate = options.matrix((e, d, f), d, config.w_in_init_scale) if options.gated else None

@@ -7,11 +7,13 @@ layer, cost, tests.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -31,7 +33,7 @@ class FeedForwardContext:
     """bool [B, S], True = non-padding; None: no padding."""
 
     token_ids: jax.Array | None = None
-    """int32 [B, S]."""
+    """int32 [B, S]. The transformer passes those of its input if they are None."""
 
     positions: jax.Array | None = None
     """int32 [B, S], the number of earlier tokens of each token's text; None: 0 to S - 1 in every sequence."""
@@ -181,6 +183,23 @@ class FeedForward(nnx.Module):
 
         A kind with losses divides by these counts, or by those of the whole batch in `context.loss_counts`.
         """
+        return {}
+
+    @classmethod
+    def initial_router(cls, config: Any, layers: int, token_counts: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
+        """The router state with which a training run begins, as far as it depends on the training text.
+
+        Args:
+            config: that of the kind.
+            layers: the number of layers of the kind.
+            token_counts: reads a part of the text and returns the number of tokens of each id, int64 [V]: the same
+                numbers in every process.
+
+        Returns:
+            `RouterState` variables by name, stacked over the layers, [layers, ...]. The others keep the values with
+            which layers are created.
+        """
+        del config, layers, token_counts
         return {}
 
     @classmethod

@@ -26,13 +26,16 @@ from mot_jax.config import (
     Config,
     DenseConfig,
     ExpertChoiceConfig,
+    ExpertThresholdConfig,
     FeedForwardConfig,
+    HashConfig,
     LossWeights,
     MeshConfig,
     MixingConfig,
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    ReluRoutingConfig,
     SoftMoEConfig,
     TokenChoiceConfig,
     TrainingConfig,
@@ -84,12 +87,26 @@ CASES = {
     "token_choice, bias": Case(
         dataclasses.replace(ROUTED, scores="sigmoid", balance="bias", bias_rate=0.1), "order", drops=True
     ),
+    "expert_threshold": Case(
+        ExpertThresholdConfig(
+            8, None, 2, 8, 0.6, routing_group_tokens=16, group_size=8, warmup_steps=1, controller_init_scale=3.0
+        ),
+        "group",
+        drops=True,
+    ),
+    "expert_threshold, unlimited": Case(
+        ExpertThresholdConfig(8, top_k=2, capacity_factor=None, routing_group_tokens=32, group_size=8, warmup_steps=2),
+        "group",
+        slow=True,
+    ),
     "expert_choice": Case(
         ExpertChoiceConfig(8, 8, shared_expert_dim=8, controller_init_scale=3.0), "group", drops=True
     ),
     "expert_choice, over tokens": Case(
         ExpertChoiceConfig(8, 8, top_k=2, over="tokens", layer_norm=True), "sequence", slow=True
     ),
+    "relu_routing": Case(ReluRoutingConfig(8, top_k=2, shared_expert_dim=8, l1_weight=0.1), "past"),
+    "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past"),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }

@@ -18,7 +18,7 @@ from mot_jax import ExpertChoice, ExpertChoiceConfig
 from mot_jax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from mot_jax.nn import sharding
 from mot_jax.nn.feed_forward import FeedForwardContext, FeedForwardOutput
-from mot_jax.nn.feed_forward.expert_choice import choose_tokens
+from mot_jax.nn.routing import choose_tokens
 
 B, S, D, E, F = 8, 6, 5, 4, 3
 KEY = jax.random.key(0, impl="rbg")
