@@ -1,4 +1,4 @@
-"""The figures of a report, from the results of a study alone."""
+"""The figures of a study's report, computed from its results and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a study from its results alone: `report.html`, one self-contained page, and `report.md`."""
+"""The report of a study, from nothing but its results: `report.html`, one self-contained page, and `report.md`."""
 
 from __future__ import annotations
 

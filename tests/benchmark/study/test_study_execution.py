@@ -163,6 +163,10 @@ def test_a_run_is_not_resumed_on_another_machine(tmp_path, data):
 # --- whole studies ----------------------------------------------------------------------------------------------------
 
 
+def command(study: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", "mot_jax", "bench", "train", study, "--workdir", str(out)]
+
+
 def results_without_times(out: Path) -> dict:
     results = json.loads((out / "results.json").read_text())
     assert results.pop("times")["rows"].keys() == {"dense", "mixture_of_tokens"}
@@ -175,7 +179,7 @@ def trained(tmp_path_factory, data) -> tuple[str, Path]:
     """A study that was trained without a disturbance; tests must not change it."""
     folder = tmp_path_factory.mktemp("study")
     study, out = write_study(folder, data), folder / "out"
-    cli.main(["bench", "train", study, "--workdir", str(out)])
+    subprocess.run(command(study, out), check=True, capture_output=True)
     return study, out
 
 
@@ -203,9 +207,8 @@ def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
 def test_a_study_that_is_killed_again_and_again_ends_with_the_same_results(trained, tmp_path):
     study, undisturbed = trained
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mot_jax", "bench", "train", study, "--workdir", str(out)]
     for number_of_runs in (1, 4, 7):  # killed while this run is trained
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command(study, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and len(list(out.glob("runs/*/checkpoints/4/*"))) < 1:
             time.sleep(0.05)
         while process.poll() is None and len(list(out.glob("runs/*/metrics.jsonl"))) < number_of_runs:
@@ -213,5 +216,5 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_results(train
         assert process.poll() is None, process.communicate()[1]
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command(study, out), check=True, capture_output=True)
     assert results_without_times(out) == results_without_times(undisturbed)
