@@ -346,7 +346,7 @@ _EVALUATION = ("data.validation_windows", "training.validate_every")
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """Return the fields of a config on which the result of a run depends, except for its text, which has fingerprints."""
+    """Return the fields on which the result of a run depends, except for its text, which has fingerprints."""
     fields = {"model.feed_forward.kind": config.model.feed_forward.kind}
     for name, field, _, value in leaves(config):
         if field.metadata.get("resume", "identity") not in ("free", "content") or name in _EVALUATION:
