@@ -23,7 +23,7 @@ from mot_jax.cost.matched import matched
 
 
 def mixture_of_tokens() -> Config:
-    """Two blocks, groups of 8, 16 experts."""
+    """Two blocks, groups of 4, 8 experts."""
     return Config(
         model=ModelConfig(
             num_blocks=2,
@@ -31,19 +31,19 @@ def mixture_of_tokens() -> Config:
             d_ff=128,
             num_heads=2,
             context_length=32,
-            feed_forward=MixtureOfTokensConfig(group_size=8, num_experts=16, controller_init_scale=3.0),
+            feed_forward=MixtureOfTokensConfig(group_size=4, num_experts=8, controller_init_scale=3.0),
             final_norm=True,
             init=InitConfig(scale=1.0),
             loss_chunk=32,
         ),
-        data=DataConfig(train_split="train[:5%]", validation_split="validation[:2%]"),
+        data=DataConfig(validation_split="validation[:10%]"),
         training=TrainingConfig(
             steps=60,
             batch_size=16,
             optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10, beta2=0.95, clip_norm=1.0),
             log_every=2,
-            validate_every=10,
-            checkpoint_every=20,
+            validate_every=15,
+            checkpoint_every=30,
         ),
         mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more
     )

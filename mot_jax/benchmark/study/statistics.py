@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import scipy.stats
-
 Curve = Sequence[tuple[float, float]]  # (step, loss) of each evaluation, by step
 SIGNIFICANCE = 0.05
 _CONFIDENCE = 0.95
@@ -112,6 +110,8 @@ def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comp
     mean = statistics.fmean(differences)
     if min(differences) == max(differences):  # the variance is 0, and so is the denominator of t
         return Comparison(mean, mean, mean, reason="all differences are equal")
+    import scipy.stats  # here, since it takes more than a second, and only reports have tests
+
     test = scipy.stats.ttest_rel([sample[seed] for seed in seeds], [reference[seed] for seed in seeds])
     interval = test.confidence_interval(_CONFIDENCE)
     return Comparison(mean, float(interval.low), float(interval.high), float(test.pvalue))
