@@ -296,7 +296,7 @@ class StudyHook(Hook):
     def around(self, trainer: Trainer) -> Iterator[None]:
         run = trainer.run
         commits = [*dict.fromkeys([*self._record["commits"], commit()])]
-        about = {"config_hash": plans.identity_hash(run.config), "fingerprints": run.fingerprints}
+        about: dict[str, Any] = {"config_hash": plans.identity_hash(run.config), "fingerprints": run.fingerprints}
         about |= {"machine": machine(), "train_windows": len(run.windows), "commits": commits, "state": "begun"}
         self.write(run.workdir, about)
         self._advance(trainer.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from mot_jax.benchmark.study.results import FILE, ROWS_FILE, load
 from mot_jax.benchmark.study.statistics import SIGNIFICANCE
 from mot_jax.runtime.paths import replace_file
 
+_BOUNDS = ("difference", "low", "high")  # of a comparison
 HTML, MARKDOWN = "report.html", "report.md"
 Results = Mapping[str, Any]
 
@@ -170,7 +172,7 @@ def _to_target(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         "between evaluations by linear interpolation. A miss counts as infinite, so that the median is infinite if "
         f"half of the seeds miss. The target is a mean over seeds, so that about half of those of {settings['target']} "
         "miss it. Own horizon: the shortest schedule, as a share of the steps, whose final loss reaches the target, by "
-        f"bisection, of seeds {_list(settings['horizon_seeds'])}. Time: steps times the step time of the trained "
+        f"bisection, with seed {_list(settings['horizon_seeds'])}. Time: steps times the step time of the trained "
         "models in turns. State: parameters and optimizer state."
     )
 
@@ -207,14 +209,14 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         if name == compared:
             continue
         loss, steps = row["loss_test"], row["crossing_test"]
-        factors = [None if steps[key] is None else math.exp(steps[key]) for key in ("difference", "low", "high")]
+        factors = [None if steps[key] is None else math.exp(steps[key]) for key in _BOUNDS]
         table.append(
             [
                 name,
-                _interval(*(loss[key] for key in ("difference", "low", "high")), form="+.4f"),
+                _interval([loss[key] for key in _BOUNDS], "+.4f"),
                 _p_value(loss),
                 _verdict(loss, "lower", "higher"),
-                _interval(*factors, form=".3f"),
+                _interval(factors, ".3f"),
                 _p_value(steps),
                 _verdict(steps, "earlier", "later"),
             ]
@@ -241,7 +243,9 @@ def _p_value(test: Mapping[str, Any]) -> str:
     return test["reason"] if test["holm"] is None else f"{test['holm']:.2g}"
 
 
-def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
+def _interval(bounds: Sequence[float | None], form: str) -> str:
+    """The cell of a difference and of its confidence interval, by `_BOUNDS`."""
+    value, low, high = bounds
     if value is None:
         return "-"
     return format(value, form) + ("" if low is None or high is None else f" ({low:{form}} to {high:{form}})")
@@ -263,8 +267,8 @@ def _tuning(results: Results) -> Iterator[Block]:
     yield Table(["entrant", "learning rate", "runs", "remark", "final losses"], table)
     yield Text(
         f"One knob, the peak learning rate, in factors of 2 around the entrant's default, {settings['steps']:,} steps "
-        f"each, seed {settings['tuning_seed']}; while the best rate was at an end, the grid was extended by one, at "
-        f"most {settings['max_extensions']} times. The compared runs have other seeds."
+        f"each, seed {settings['tuning_seed']}; while the best rate was at an end, the grid was extended by one "
+        f"(limit: {settings['max_extensions']}). The compared runs have other seeds."
     )
     yield Plot(_tuning_plot(results), "Final loss over the learning rate; filled: chosen.")
 
@@ -281,7 +285,7 @@ def _balance(results: Results) -> Iterator[Block]:
     yield Text(
         "Means over the last tenth of training and over seeds. `dropped`: share of the choices, or of the tokens, "
         "that no expert processes; `load_max`: load of the fullest expert relative to an even one; entropies are "
-        "relative to uniform weights."
+        "relative to uniform weights; `update_ratio`: RMS of the layer's output over that of the residual stream."
     )
 
 
@@ -324,17 +328,29 @@ def _costs(results: Results) -> Iterator[Block]:
 def _configs(results: Results) -> Iterator[Block]:
     settings, entrants = results["settings"], results["entrants"]
     yield Heading("Differences between the configs")
-    reference = _flat(entrants[settings["target"]]["config"])
-    table = []
+    target, table = entrants[settings["target"]], []
     for name, about in entrants.items():
-        fields = _flat(about["config"])
-        for field in fields | reference:
-            if name != settings["target"] and fields.get(field) != reference.get(field):
-                table.append([name, field, _value(reference, field), _value(fields, field)])
+        table += [[name, *difference] for difference in _differences(target, about)]
     yield Table(["entrant", "field", settings["target"], "value"], table)
     yield Text(
-        "All other fields are equal; `results.json` has the whole configs. The learning rate is that before tuning."
+        "All other fields are equal, except for those that only one of the two kinds has and that have their default; "
+        f"`{FILE}` has the whole configs. The learning rate is that before tuning."
     )
+
+
+def _differences(reference: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield fields of the configs of two entrants that differ, with both values, without defaults of one kind only."""
+    kind = "model.feed_forward"
+    fields, defaults = (
+        [_flat(entrant["config"]) for entrant in (reference, about)],
+        [_flat(entrant["kind_defaults"], kind) for entrant in (reference, about)],
+    )
+    for field in fields[0] | fields[1]:
+        sides = [side for side in (0, 1) if field in fields[side]]
+        is_default = len(sides) == 1 and fields[sides[0]][field] == defaults[sides[0]].get(field)
+        values = [str(side.get(field, "-")) for side in fields]
+        if values[0] != values[1] and not is_default:
+            yield field, values[0], values[1]
 
 
 def _flat(config: Any, path: str = "") -> dict[str, Any]:
@@ -346,17 +362,13 @@ def _flat(config: Any, path: str = "") -> dict[str, Any]:
     return fields
 
 
-def _value(fields: Mapping[str, Any], field: str) -> str:
-    return str(fields[field]) if field in fields else "-"
-
-
 def _conditions(results: Results) -> Iterator[Block]:
     data, settings = results["data"], results["settings"]
     yield Heading("Data, machine and versions")
     corpus = " + ".join(data["corpus"])
     lines = [f"text: {corpus}, {data['train']} and {data['validation']}, tokenizer {data['tokenizer']}"]
     if data.get("train_windows"):
-        epochs = f"{data['epochs']:.2f} epochs"
+        epochs = f"{data['epochs']:.3g} epochs"
         lines.append(f"{data['train_windows']:,} training windows; the steps of a run are {epochs}")
     if data.get("validation_windows"):
         lines.append(f"{data['validation_windows']:,} validation windows, {data['validation_tokens']:,} tokens")
@@ -429,13 +441,13 @@ def _list(values: Iterable[Any]) -> str:
 def _curves_plot(results: Results, names: Sequence[str], target: float | None) -> str:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(names):
+    for name in names:
         curves = [dict(curve_of(run)) for run in _ended(results, name)]
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
         means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
         points = [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}", label=name)
+            axes.plot(*zip(*points, strict=True), marker=".", color=_color(results, name), label=name)
     if target is not None and math.isfinite(target):
         axes.axhline(target, color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel="loss in nats per token")
@@ -446,15 +458,24 @@ def _tuning_plot(results: Results) -> str:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log", base=2)
-    for index, (name, entrant) in enumerate(results["entrants"].items()):
+    rates: set[float] = set()
+    for name, entrant in results["entrants"].items():
         points = [(rate, loss) for rate, loss in sorted(tuning_losses(results, name).items()) if math.isfinite(loss)]
         if points:
-            color, chosen = f"C{index % 10}", entrant["tuning"]["chosen"]
+            color, chosen = (
+                _color(results, name),
+                [point for point in points if point[0] == entrant["tuning"]["chosen"]],
+            )
             axes.plot(*zip(*points, strict=True), marker="o", markerfacecolor="white", color=color, label=name)
-            axes.plot(*zip(*(p for p in points if p[0] == chosen), strict=True), "o", color=color) if chosen else None
-    axes.xaxis.set_major_formatter("{x:.2g}")
+            axes.plot([rate for rate, _ in chosen], [loss for _, loss in chosen], "o", color=color)
+            rates |= {rate for rate, _ in points}
+    axes.set_xticks(sorted(rates), [f"{rate:.3g}" for rate in sorted(rates)])
     axes.set(xlabel="learning rate", ylabel="final loss in nats per token")
     return _svg(figure, "tuning")
+
+
+def _color(results: Results, entrant: str) -> str:
+    return f"C{[*results['entrants']].index(entrant) % 10}"
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -498,18 +519,23 @@ def _html_block(block: Block) -> str:
         case Heading(text):
             return f"<h2>{html.escape(text)}</h2>"
         case Text(text):
-            return f"<p>{html.escape(text)}</p>"
+            return f"<p>{_inline(text)}</p>"
         case Lines(lines):
-            return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+            return "<ul>" + "".join(f"<li>{_inline(line)}</li>" for line in lines) + "</ul>"
         case Code(text):
             return f"<pre>{html.escape(text)}</pre>"
         case Table(columns, rows):
             head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-            lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-            cells = "".join(f"<tr>{line}</tr>\n" for line in lines)
+            table_rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+            cells = "".join(f"<tr>{row}</tr>\n" for row in table_rows)
             return f'<div class="table"><table>\n<tr>{head}</tr>\n{cells}</table></div>'
         case Plot(svg, caption):
             return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _inline(text: str) -> str:
+    """Text with code between backquotes, as HTML."""
+    return re.sub("`(.*?)`", r"<code>\1</code>", html.escape(text))
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:

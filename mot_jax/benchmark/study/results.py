@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import statistics
@@ -95,10 +96,12 @@ def _data(directory: Directory, plan: Plan, records: list[dict[str, Any]]) -> di
 def _entrant(config: Config, tuning: plans.Tuning) -> dict[str, Any]:
     """An entrant: its config, its tuning, and its costs, of a step of training."""
     useful, executed = plans.run_flops(config, 1)
-    memory, mode = memory_bytes(config), plans.headline_mode(config)
+    memory, mode, kind = memory_bytes(config), plans.headline_mode(config), config.model.feed_forward
+    defaults = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=type(kind)()))
     return {
-        "kind": config.model.feed_forward.kind,
+        "kind": kind.kind,
         "config": json.loads(to_json(config)),
+        "kind_defaults": json.loads(to_json(defaults))["model"]["feed_forward"],
         "tuning": tuning._asdict(),
         "headline_mode": mode,
         "independent": mode != "trained" or config.model.group_size == 1,

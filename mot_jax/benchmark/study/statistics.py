@@ -106,7 +106,9 @@ def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comp
     if missed:
         return Comparison(reason=f"{missed} of {len(seeds)} seeds miss")
     if len(seeds) < 2:
-        return Comparison(*differences, reason=f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; the test needs 2")
+        return Comparison(
+            next(iter(differences), None), reason=f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; the test needs 2"
+        )
     mean = statistics.fmean(differences)
     if min(differences) == max(differences):  # the variance is 0, and so is the denominator of t
         return Comparison(mean, mean, mean, reason="all differences are equal")

@@ -39,7 +39,11 @@ def results() -> dict:
     entrants = {
         name: {
             "kind": name,
-            "config": {"training": {"optimizer": {"learning_rate": 0.01}}, "model": {"feed_forward": {"kind": name}}},
+            "config": {
+                "training": {"optimizer": {"learning_rate": 0.01}},
+                "model": {"feed_forward": {"kind": name, f"{name}_a": 1, f"{name}_b": 3}},
+            },
+            "kind_defaults": {"kind": name, f"{name}_a": 1, f"{name}_b": 2},
             "tuning": {"rates": [0.005, 0.01, 0.02], "chosen": 0.01, "complete": True, "at_end": name == DENSE},
             "headline_mode": "companions" if name == MOT else "trained",
             "independent": True,
@@ -174,7 +178,12 @@ def test_the_tables_have_the_figures(results):
     assert any(line.startswith("| dense | +0.8500 (+0.2147 to +1.4853) | 0.075 | not significant |") for line in lines)
     assert "| mixture_of_tokens | dropped | 0.375 0 |" in lines
     assert "| mixture_of_tokens | 2 of 2 | 0.85 | 1.06 | 1.06 | 1.70 | 0.50 | 0.0 MB |" in lines
-    assert "| token_choice | model.feed_forward.kind | dense | token_choice |" in lines
+    differences = [line for line in lines if line.startswith("| token_choice | model.feed_forward.")]
+    assert [line.split(" | ")[1:] for line in differences] == [
+        ["model.feed_forward.kind", "dense", "token_choice |"],
+        ["model.feed_forward.dense_b", "3", "- |"],
+        ["model.feed_forward.token_choice_b", "-", "3 |"],
+    ]
 
 
 def test_a_report_of_unfinished_runs_is_preliminary(results):
