@@ -262,6 +262,9 @@ class TrainOptions:
 def _train(arguments: list[str]) -> None:
     """Train the runs of a study, and report the comparison."""
     options = parse("mot bench train", TrainOptions, arguments)
+    if options.run is not None and (options.dry_run or options.hours is not None):
+        other = "--dry-run" if options.dry_run else "--hours"
+        raise UserError(f"--run = {options.run}: has no part in {other}, which is about all runs; try without {other}")
     compilation.enable_cache()  # most runs of an entrant differ in their seed only
     from mot_jax.benchmark.study import execute, load_study, report, results, times
 
@@ -294,6 +297,8 @@ class ReportOptions:
 
     directory: tyro.conf.Positional[Directory]
     """Directory with the `results.json` of a study."""
+    output: DirectoryOrNone = None
+    """Directory for the report. None: the same."""
 
 
 def _report_study(arguments: list[str]) -> None:
@@ -301,7 +306,8 @@ def _report_study(arguments: list[str]) -> None:
     options = parse("mot bench report", ReportOptions, arguments)
     from mot_jax.benchmark.study.report import write_report
 
-    for path in write_report(user_path("DIR", options.directory)):
+    output = None if options.output is None else user_path("--output", options.output)
+    for path in write_report(user_path("DIR", options.directory), output):
         print(path)
 
 

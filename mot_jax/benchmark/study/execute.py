@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-import mot_jax
 from mot_jax.benchmark.report import Column
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.plan import SEEDS, Plan, Run, Study
@@ -26,10 +25,12 @@ from mot_jax.benchmark.timing import machine
 from mot_jax.config import Config
 from mot_jax.cost.flops import executed_flops_per_token
 from mot_jax.data.fingerprints import load_fingerprints
-from mot_jax.data.text import open_text
+from mot_jax.data.order import filled_share
+from mot_jax.data.text import open_text, text_warnings
 from mot_jax.errors import DivergedError, RetryableError, UserError
 from mot_jax.modes import enter
 from mot_jax.modes.companions import load_companions
+from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import read_config
 from mot_jax.runs.scores import measured, record_score, score_of
@@ -297,7 +298,9 @@ class StudyHook(Hook):
         run = trainer.run
         commits = [*dict.fromkeys([*self._record["commits"], commit()])]
         about: dict[str, Any] = {"config_hash": plans.identity_hash(run.config), "fingerprints": run.fingerprints}
-        about |= {"machine": machine(), "train_windows": len(run.windows), "commits": commits, "state": "begun"}
+        about |= {"machine": machine(), "commits": commits, "state": "begun", "train_windows": len(run.windows)}
+        about["validation_filled"] = filled_share(run.validation_windows.documents, run.config.group_size)
+        about["warnings"] = text_warnings(run.config, run.tokenizer)
         self.write(run.workdir, about)
         self._advance(trainer.step)
         begin, first = time.monotonic(), trainer.step
@@ -337,14 +340,13 @@ def _check_machine(name: str, record: Mapping[str, Any]) -> None:
 
 def commit() -> str:
     """The commit of this package's source, with `-dirty` after changes; its version if it is installed."""
-    folder = Path(mot_jax.__file__).parent
-    git = ["git", "-C", os.fspath(folder)]
+    git = ["git", "-C", os.fspath(Path(__file__).parent)]
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], check=True, capture_output=True)
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
         describe = [*git, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return f"mot_jax {mot_jax.__version__}"
+        return f"mot_jax {versions()['mot_jax']}"
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
@@ -366,7 +368,7 @@ def check_hours(directory: Directory, plan: Plan, hours: float | None) -> None:
     """Raise UserError if the estimate exceeds the limit, or without one the budget of the study."""
     needed, budget = estimate(directory, plan), directory.study.budget_hours
     limit = budget if hours is None else hours
-    if needed > limit:
+    if not needed <= limit:  # NaN is no limit
         name = "budget_hours" if hours is None else "--hours"
         rule = f"the study's runs take about {needed:.1f} hours more"
         raise UserError(f"{name} = {limit:g}: {rule}; try --hours {int(needed) + 1}, or --dry-run for the list of runs")

@@ -22,7 +22,7 @@ from mot_jax.benchmark.study.analysis import (
 )
 from mot_jax.benchmark.study.results import FILE, ROWS_FILE, load
 from mot_jax.benchmark.study.statistics import SIGNIFICANCE
-from mot_jax.runtime.paths import replace_file
+from mot_jax.runtime.paths import make_directory, replace_file
 
 _BOUNDS = ("difference", "low", "high")  # of a comparison
 HTML, MARKDOWN = "report.html", "report.md"
@@ -60,11 +60,15 @@ class Plot(NamedTuple):
 Block = Heading | Text | Lines | Code | Table | Plot
 
 
-def write_report(folder: epath.Path) -> list[epath.Path]:
-    """Write the report of the results in a directory. Returns the files. Raises UserError if there are no results."""
-    results = load(folder)
+def write_report(folder: epath.Path, output: epath.Path | None = None) -> list[epath.Path]:
+    """Write the report of the results in a directory, there or in another one. Returns the files.
+
+    Raises UserError if there are no results.
+    """
+    results, output = load(folder), output or folder
+    make_directory("--output", output)
     blocks = list(report(results))
-    files = {folder / HTML: to_html(results["title"], blocks), folder / MARKDOWN: to_markdown(results["title"], blocks)}
+    files = {output / HTML: to_html(results["title"], blocks), output / MARKDOWN: to_markdown(results["title"], blocks)}
     for path, text in files.items():
         replace_file(path, text.encode())
     return list(files)
@@ -372,6 +376,9 @@ def _conditions(results: Results) -> Iterator[Block]:
         lines.append(f"{data['train_windows']:,} training windows; the steps of a run are {epochs}")
     if data.get("validation_windows"):
         lines.append(f"{data['validation_windows']:,} validation windows, {data['validation_tokens']:,} tokens")
+    if data.get("validation_filled") is not None:
+        lines.append(f"validation groups are filled to {data['validation_filled']:.0%}; the rest is padding")
+    lines += data.get("warnings") or []
     if data.get("fingerprints"):
         lines += [f"fingerprint of {name}: {value}" for name, value in sorted(data["fingerprints"].items())]
     lines.append(f"seeds {_list(settings['seeds'])}, of the initial values and of the order of the text")

@@ -81,7 +81,8 @@ def _data(directory: Directory, plan: Plan, records: list[dict[str, Any]]) -> di
     if records:
         windows = records[0].get("train_windows")
         epochs = study.steps * config.training.batch_size / windows if windows else None
-        about |= {"fingerprints": records[0].get("fingerprints"), "train_windows": windows, "epochs": epochs}
+        about |= {"train_windows": windows, "epochs": epochs}
+        about |= {name: records[0].get(name) for name in ("fingerprints", "validation_filled", "warnings")}
     for run in plan.runs:
         outcome = directory.outcome(run.name)
         rows = _validations(workdir_of(directory.folder, run.name)) if outcome else []

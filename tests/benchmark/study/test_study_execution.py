@@ -15,6 +15,7 @@ from etils import epath
 from mot_jax import cli
 from mot_jax.benchmark.study import execute, load_study
 from mot_jax.config import to_json
+from mot_jax.errors import DivergedError
 
 # A study of two kinds and 12 steps: 3 rates, 2 seeds and at most one schedule each.
 STUDY = """
@@ -89,6 +90,8 @@ def test_a_run_whose_rate_is_not_chosen_can_be_retried_later(capsys, tmp_path, d
     study, out = write_study(tmp_path, data), tmp_path / "out"
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1")
     assert code == 75 and "try again after dense-rate-0.005, dense-rate-0.01, dense-rate-0.02" in line
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--dry-run")
+    assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --dry-run")
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-rate-0.02.")
     assert code == 2 and "did you mean 'dense-rate-0.02'?" in line
 
@@ -134,6 +137,25 @@ def test_outcomes_are_read_from_the_files_of_runs(tmp_path, data):
         "mixture_of_tokens-rate-0.01": float("inf"),
     }
     assert plan.tunings["dense"].chosen == 0.02 and plan.run("dense-seed-1").config is not None
+
+
+def test_a_run_that_diverges_is_recorded_and_the_study_resumes_with_the_next(monkeypatch, tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    called: list[str] = []
+
+    def train(config, workdir, hooks, quiet):
+        called.append(workdir.name)
+        if len(called) == 3:
+            raise KeyboardInterrupt
+        workdir.mkdir(parents=True)
+        raise DivergedError("is not finite")
+
+    monkeypatch.setattr(execute, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        list(execute.train_study(study, None))
+    assert called == ["dense-rate-0.005", "dense-rate-0.01", "dense-rate-0.02"]
+    again = directory(write_study(tmp_path, data), tmp_path / "out")
+    assert again.plan() and again.losses() == dict.fromkeys(called[:2], float("inf"))
 
 
 def test_runs_of_a_study_that_was_changed_are_named(capsys, tmp_path, data):

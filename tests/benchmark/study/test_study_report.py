@@ -65,6 +65,7 @@ def results() -> dict:
     settings = {"seeds": [1, 2], "tuning_seed": 0, "horizon_seeds": [1], "max_extensions": 2, "steps": 100}
     data = {"corpus": ["a", "b"], "train": "train", "validation": "validation", "tokenizer": "bytes"}
     data |= {"fingerprints": {"train": "f1"}, "train_windows": 50, "epochs": 0.5, "bits_per_nat": 1 / math.log(2)}
+    data |= {"validation_filled": 0.25, "warnings": ["warning: text trained on"]}
     return {
         "format": 1,
         "study": "mine",
@@ -167,7 +168,14 @@ def test_the_page_is_complete_in_itself(results):
     assert text.count("<svg") == 2 and "Three &lt;kinds&gt; &amp; more" in text
     identifiers = re.findall(r'<clipPath id="(\w+)"', text)
     assert len(identifiers) == len(set(identifiers)) == 2
-    for part in ("How to refute this", "at an end of the grid", "companions, 3.0 x the FLOPs", "1 of 2 seeds miss"):
+    for part in (
+        "How to refute this",
+        "filled to 25%",
+        "warning: text trained on",
+        "at an end of the grid",
+        "companions, 3.0 x the FLOPs",
+        "1 of 2 seeds miss",
+    ):
         assert part in page.text
 
 
@@ -198,10 +206,10 @@ def test_a_report_of_unfinished_runs_is_preliminary(results):
 
 def test_the_report_is_rebuilt_from_the_results_alone(results, tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps(results))
-    files = [tmp_path / "report.html", tmp_path / "report.md"]
     contents = []
-    for _ in range(2):
-        cli.main(["bench", "report", str(tmp_path)])
+    for output, flags in ((tmp_path, []), (tmp_path / "other", ["--output", str(tmp_path / "other")])):
+        files = [output / "report.html", output / "report.md"]
+        cli.main(["bench", "report", str(tmp_path), *flags])
         assert capsys.readouterr().out.split() == [str(path) for path in files]
         contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
