@@ -1,7 +1,8 @@
-"""A study of three kinds that only shows that studies work: 60 steps of tiny models, on some of the standard library.
+"""A study of three kinds that only shows that studies work: 60 steps of tiny models of Python source.
 
 Command: mot bench train configs/studies/smoke.py --workdir runs/smoke
-Here:    about 2 minutes on two CPU cores (Python 3.13). Its losses are no results: the models have barely begun to learn.
+Here:    about 2 minutes on two CPU cores (Python 3.13). Its losses are no results: the models have barely begun to
+         learn.
 """
 
 import dataclasses

@@ -77,7 +77,10 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
 
 
 def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
-    """The outcome of a run; None if it has not ended. mode: the headline mode of its model."""
+    """The outcome of a run; None if it has not ended. mode: the headline mode of its model.
+
+    Raises UserError for a run that has ended without an evaluation in this mode, which no study has trained.
+    """
     state = read_record(workdir).get("state")
     if state != "diverged" and not (workdir / RESULT).exists():
         return None
@@ -89,6 +92,9 @@ def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
         curve = [(step, _loss(score["loss"])) for step, score in scores.items() if score]
     if state == "diverged":
         return Outcome("diverged", float("inf"), curve, trained)
+    if not curve:
+        where = f"{workdir}: has ended without an evaluation in the mode {mode}"
+        raise UserError(f"{where}; try mv {workdir} {workdir}.old, and it is trained again")
     return Outcome("finished", curve[-1][1], curve, trained)
 
 
