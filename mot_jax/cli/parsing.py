@@ -453,41 +453,56 @@ def _build(prog: str, command: type[Options], arguments: list[str]) -> Options:
 
 
 _PATHS = ("FILE", "DIR", "CONFIG", "WORKDIR")
-_FILES_OF_RUNS = (
-    *("config.json", "data.json", "metrics.jsonl", "result.json", "status.json", "owner.json", "error.txt"),
-    *("companions.npy", "model.safetensors", "sample.txt", "loss.png"),
+# Paths of a run's or an export's files in its directory.
+RUN_FILES = (
+    r"(config|data|result|status|owner|modes|transition)\.json|metrics\.jsonl|companions\.npy|tokenizer\.\w+|"
+    r"(error(_\d+)?|sample)\.txt|(loss|transition)\.png|.*\.safetensors(\.index\.json)?|"
+    r"(checkpoints|metrics|tensorboard)/.*"
 )
 
 
 def _check_outputs(options: object) -> None:
-    """Raise UserError if a file that the command writes is one that it reads, a run's own file, or another output."""
+    """Raise UserError if a file that the command writes is another output, an input, or a file of a run that it reads.
+
+    Results of earlier commands, in a run's directory too, may be replaced.
+    """
     paths: list[tuple[Option, str]] = []
     for option in options_of(type(options)):
         value = getattr(options, option.field)
         values = value if isinstance(value, tuple) else (value,)
         if option.metavar.removesuffix(",...") in _PATHS:
-            paths += [(option, _expanded(value)) for value in values if isinstance(value, str)]
+            paths += [(option, _resolved(value)) for value in values if isinstance(value, str)]
     for option, output in paths:
         if option.written is None:
             continue
         for other, path in paths:
-            inputs = [path, *(os.path.join(path, name) for name in _FILES_OF_RUNS if os.path.isdir(path))]
-            if other is not option and any(_is_same_file(output, path) for path in inputs):
+            if other is not option and (_is_same_file(output, path) or _is_file_of_run(output, path)):
                 rule = f"would replace a file of {other.name}; try {option.written.example}"
                 raise UserError(f"{option.name} = {getattr(options, option.field)}: {rule}")
 
 
-def _expanded(path: str) -> str:
-    """A path without `~`, or the file of a config `FILE.py:VARIANT`."""
-    return os.path.expanduser(re.sub(r"(\.py):\w+$", r"\1", path))
+def _resolved(path: str) -> str:
+    """An absolute path without links, an address in a store, or the file of a config `FILE.py:VARIANT`."""
+    path = re.sub(r"(\.py):\w+$", r"\1", path)
+    return path if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def _is_same_file(path: str, other: str) -> bool:
-    """Whether two paths are of one file, also by links; of files that do not exist, whether they are one name."""
-    try:
+    """Whether two resolved paths are of one file, also by a hard link, or are equal if there is none."""
+    with contextlib.suppress(OSError, ValueError):
         return os.path.samefile(path, other)
-    except (OSError, ValueError):
-        return os.path.abspath(path) == os.path.abspath(other)
+    return path == other
+
+
+def _is_file_of_run(path: str, directory: str) -> bool:
+    """Whether a resolved path is, or would be, of a file of the run or export in a directory."""
+    if "://" not in directory and not os.path.isfile(os.path.join(directory, "config.json")):
+        return False
+    inside = directory.rstrip("/") + "/"
+    if path.startswith(inside):
+        return bool(re.fullmatch(RUN_FILES, path.removeprefix(inside)))
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return any(_is_same_file(path, inside + name) for name in names if re.fullmatch(RUN_FILES, name))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from mot_jax.config.fields import (
 )
 from mot_jax.config.files import (
     FORMAT_VERSION,
+    SAME_FUNCTION,
     default_workdir,
     from_json,
     identity_changes,
@@ -43,6 +44,7 @@ from mot_jax.config.kernels import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "SAME_FUNCTION",
     "CheckpointConfig",
     "CompanionsConfig",
     "Config",

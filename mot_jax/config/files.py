@@ -276,6 +276,9 @@ def _are_one_directory(old: str | None, new: str | None) -> bool:
     return os.path.realpath(os.path.expanduser(old)) == os.path.realpath(os.path.expanduser(new))
 
 
+SAME_FUNCTION = ("dtype", "attention_kernel", "remat", "loss_chunk")  # fields of a model that change rounding or memory
+
+
 class _Change(NamedTuple):
     """A field whose new value does not allow to resume a run, and the reason."""
 
@@ -291,8 +294,9 @@ def identity_changes(old: Config, new: Config) -> list[str]:
 
 
 def model_changes(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(Name, old value, new value) of each field of the model that is part of a run's identity and has changed."""
-    return [change[:3] for change in _changes(old, new) if change.name.startswith("model.")]
+    """(Name, old value, new value) of each field that has changed and makes it a model of another function."""
+    free = {f"model.{name}" for name in SAME_FUNCTION}
+    return [change[:3] for change in _changes(old, new) if change.name.startswith("model.") and change.name not in free]
 
 
 def _changes(old: Config, new: Config) -> Iterator[_Change]:

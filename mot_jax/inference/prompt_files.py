@@ -128,16 +128,17 @@ def open_prompts(name: str, flag: str = "--prompts") -> Iterator[PromptFile]:
     with contextlib.ExitStack() as stack:
         with _read_errors(flag, name):
             path = user_path(flag, name)
-            if is_remote(path):
+            is_pipe = not is_remote(path) and path.exists() and not (path.is_dir() or Path(path).is_file())
+            if is_remote(path) or is_pipe:  # files are read more than once
                 local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
                 _copy(flag, name, path, local)
-            elif path.exists() and not Path(path).is_file():
-                raise UserError(f"{flag} = {name}: must be a file, since it is read more than once; try prompts.txt")
+            elif path.is_dir():
+                raise UserError(f"{flag} = {name}: must be a file, not a directory; try {flag.strip('-')}.txt")
             else:
                 local = os.fspath(path)
             file = PromptFile(name, local, _content(flag, name, local), flag)._counted()
         if not file.count:
-            raise UserError(f"{flag} = {name}: has no prompts; {EXAMPLE}")
+            raise UserError(f"{flag} = {name}: has no {flag.strip('-')}; {EXAMPLE}")
         yield file
 
 
@@ -153,7 +154,7 @@ def _read_errors(flag: str, name: str) -> Iterator[None]:
 
 
 def _copy(flag: str, name: str, path: epath.Path, local: str) -> None:
-    """Copy a file from an object store. Errors of the store and of the local disk are reported as such."""
+    """Copy a file from an object store, or a pipe. Errors of the store and of the local disk are reported as such."""
 
     def chunks() -> Iterator[bytes]:
         with store_errors(flag, name):

@@ -150,6 +150,9 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     tokens = min(kind.routing_group_tokens, config.model.context_length)
     # The dataset stays in the order of the groups, so that every mode is scored on the same windows.
     data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
+    if experts and kind.scores == "sigmoid" and (experts == 1) != (kind.top_k == 1):
+        rule = f"weights of sigmoid scores are divided by their sum if top_k > 1, and it was {kind.top_k} in training"
+        raise UserError(f"--mode token_choice:{experts}: {rule}; try token_choice:{1 if kind.top_k == 1 else 2}")
     # Explicit, since the default width depends on top_k, and the weights keep theirs.
     width = kind.hidden_dim(config.model.d_ff)
     kind = dataclasses.replace(kind, expert_dim=width, top_k=experts or kind.top_k)

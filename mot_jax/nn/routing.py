@@ -28,7 +28,6 @@ from jax.ad_checkpoint import checkpoint_name
 from mot_jax.nn.sharding import axes_of, axis_size, num_shards, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
-_TINY = 1e-20  # added to sums of sigmoids, which underflow to 0 where all logits are very negative
 Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or None) -> hidden layer, of h's shape
 
 
@@ -101,12 +100,15 @@ def choose_experts(
     if not 1 <= top_k <= num_experts:
         raise AssertionError(f"top_k = {top_k}: must be 1 to the number of experts E = {num_experts}")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    values = jax.nn.softmax(logits, axis=-1) if scores == "softmax" else jax.nn.sigmoid(logits)
-    probabilities = values if scores == "softmax" else values / (values.sum(axis=-1, keepdims=True) + _TINY)
+    # A softmax of logarithms divides by their sum, which may underflow to 0, and so may its square in the gradient.
+    logs = logits if scores == "softmax" else jax.nn.log_sigmoid(logits)
+    probabilities = jax.nn.softmax(logs, axis=-1)
+    values = probabilities if scores == "softmax" else jnp.exp(logs)
     experts = top_k_indices(jax.lax.stop_gradient(values if bias is None else values + bias), top_k)
-    weights = jnp.take_along_axis(values, experts, axis=-1)
     if scores == "sigmoid" and top_k > 1:
-        weights /= weights.sum(axis=-1, keepdims=True) + _TINY
+        weights = jax.nn.softmax(jnp.take_along_axis(logs, experts, axis=-1), axis=-1)
+    else:
+        weights = jnp.take_along_axis(values, experts, axis=-1)
     if token_mask is not None:
         _check_mask(token_mask, logits)
         experts = jnp.where(token_mask[..., None], experts, num_experts)

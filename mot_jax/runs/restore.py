@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -25,7 +24,7 @@ from mot_jax.runs.manifest import left_out_lines, newest_intact, steps_of
 from mot_jax.runs.state import COUNTERS, TrainState, abstract_state, spread, state_of
 from mot_jax.runs.stores import by_itself, orbax_path, quieten, unreadable
 from mot_jax.runs.tensor_files import FLOATS, Tensors, holds_tensors, open_tensors
-from mot_jax.runtime import distributed
+from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import read_file, user_path
 
 
@@ -73,13 +72,14 @@ def check_saved_config(checkpoint: epath.Path, saved: dict[str, Any] | None, con
     if saved is None:
         return
     try:
-        trained = from_json(json.dumps(saved))
+        trained = from_json(strict_json.dumps(saved))
     except UserError:
         return
     place, step = checkpoint.parent.parent / "config.json", checkpoint.name
     faults = [
-        f"{place}: {name} = {json.dumps(new)}: checkpoint {step} was trained with {json.dumps(old)}; set it back"
-        for name, old, new in model_changes(trained, config)
+        f"{place}: {name} = {new}: checkpoint {step} was trained with {old}; set it back"
+        for name, *values in model_changes(trained, config)
+        for old, new in [map(strict_json.dumps, values)]
     ]
     if faults:
         raise UserError(*faults)

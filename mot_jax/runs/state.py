@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mot_jax.config import Config
 from mot_jax.nn.sharding import parameter_spec, replicate
-from mot_jax.nn.transformer import Params, init_variables
+from mot_jax.nn.transformer import Params, init_router, init_variables
 from mot_jax.runs.optimizer import make_optimizer, stacked
 
 
@@ -51,6 +51,13 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(partial(_create, config), out_shardings=shardings)(jax.random.key(config.training.seed))
+
+
+def create_router(config: Config, mesh: Mesh) -> Params:
+    """Initialize the router state alone."""
+    shardings = {name: leaf.sharding for name, leaf in abstract_state(config, mesh).router.items()}
+    with jax.set_mesh(mesh):
+        return jax.jit(partial(init_router, config.model), out_shardings=shardings)()
 
 
 COUNTERS = ("skipped", "skipped_in_a_row")

@@ -188,7 +188,7 @@ def write_workdir(run: Run) -> None:
             if config.model.has_companions:
                 objective = Objective.of(config, run.tokenizer)
                 chosen = companions.choose(run.windows, run.order, objective, config.model.group_size)
-            elif source is not None:
+            elif source is not None and not (workdir / companions.FILE).exists():
                 chosen = companions.load_companions(source)
             companions.save_companions(workdir, chosen, run.fingerprints)
     with distributed.together():

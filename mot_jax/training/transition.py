@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from mot_jax import modes
 from mot_jax.config import (
+    SAME_FUNCTION,
     Config,
     FeedForwardConfig,
     MixingConfig,
@@ -30,7 +31,7 @@ from mot_jax.modes.companions import load_companions
 from mot_jax.runs.metrics import png, read_rows
 from mot_jax.runs.restore import load_run_config, load_training
 from mot_jax.runs.scores import Score
-from mot_jax.runs.state import TrainState, create_state
+from mot_jax.runs.state import TrainState, create_router, create_state
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import replace_file, user_path
 from mot_jax.training.evaluation import evaluate_run
@@ -125,7 +126,7 @@ def check_transition(config: Config) -> None:
     source = load_run_config(workdir)
     source_mixture, kind = _mixture(source, workdir), model.feed_forward
     mixture = kind.mixture if isinstance(kind, TokenChoiceConfig) else kind
-    free = {"feed_forward", "dtype", "attention_kernel", "remat", "loss_chunk"}
+    free = {"feed_forward", *SAME_FUNCTION}
     pairs = [
         ("model", source.model, model, [f.name for f in dataclasses.fields(ModelConfig) if f.name not in free]),
         ("training", source.training, t, ["seed"]),
@@ -190,7 +191,8 @@ def transition_state(config: Config, mesh: Mesh) -> tuple[TrainState, int, list[
     )
     batches = -(-example // t.batch_size)
     step, skipped, skipped_in_a_row = (jnp.zeros_like(state.step) for _ in range(3))
-    return TrainState(step, params, opt_state, skipped, skipped_in_a_row, {}), batches * t.batch_size, notes
+    router = create_router(config, mesh)
+    return TrainState(step, params, opt_state, skipped, skipped_in_a_row, router), batches * t.batch_size, notes
 
 
 # --- the losses before and after --------------------------------------------------------------------------------------

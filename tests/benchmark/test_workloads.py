@@ -81,6 +81,7 @@ print(len(configs))
 """
 
 
+@pytest.mark.slow
 def test_all_workloads_of_the_accelerator_benchmark_exist_without_a_checkout(run_without_checkout):
     assert run_without_checkout("-c", CODE) == "7\n"
 

@@ -162,6 +162,7 @@ def test_debug_prints_the_traceback_of_a_reported_error(monkeypatch, capsys, err
         assert with_traceback[1][-len(lines) :] == lines
 
 
+@pytest.mark.slow
 def test_an_unwritable_workdir_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file" / "run", tmp_path / ("x" * 300)):
@@ -230,6 +231,7 @@ def test_output_to_a_full_disk_is_one_line():
     assert len(result.stderr.splitlines()) == 1 and "no space left on the disk" in result.stderr
 
 
+@pytest.mark.slow
 def test_closed_streams_are_no_error():
     result = mot(command=["sh", "-c", 'exec "$@" >&-', "sh", *MOT, "describe", DEMO])
     assert (result.returncode, result.stderr) == (exit_codes.FINISHED, "")

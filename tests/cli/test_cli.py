@@ -452,14 +452,16 @@ def test_user_and_retryable_errors_have_exit_codes_of_their_own(capsys, monkeypa
 
 
 def files_of_an_output(folder: Path) -> dict[str, list[str]]:
-    """Commands by the file that their output would replace; all files exist but `new.png`."""
-    for name in ("prompts.txt", "texts.txt", "run/config.json", "run/metrics.jsonl"):
-        (folder / name).parent.mkdir(exist_ok=True)
+    """Commands by the file that their output would replace; all files exist but the last two."""
+    for name in ("prompts.txt", "texts.txt", "run/config.json", "run/modes.json", "run/checkpoints/1/a"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     (folder / "demo.py").write_text(Path(DEMO).read_text())
     (folder / "hard.json").hardlink_to(folder / "demo.py")
+    (folder / "hard_modes.png").hardlink_to(folder / "run" / "modes.json")
     (folder / "soft.json").symlink_to(folder / "prompts.txt")
     (folder / "run" / "config.json").write_text(to_json(Config()))
+    (folder / "link").symlink_to(folder)
     return {
         "demo.py": ["describe", "demo.py:dense", "--json", "run/../demo.py"],
         "hard.json": ["describe", "demo.py", "--json", "hard.json"],
@@ -467,8 +469,10 @@ def files_of_an_output(folder: Path) -> dict[str, list[str]]:
         "prompts.txt": ["generate", "run", "--prompts", "prompts.txt", "--output", "prompts.txt"],
         "texts.txt": ["fill", "run", "--texts", "texts.txt", "--json", "texts.txt"],
         "run/config.json": ["evaluate", "run", "--json", "run/config.json"],
-        "run/metrics.jsonl": ["curves", "run", "--output", "run/metrics.jsonl"],
-        "new.png": ["bench", "layers", "--json", "new.png", "--plot", "new.png"],
+        "run/checkpoints/1/a": ["curves", "run", "--output", "run/checkpoints/1/a"],
+        "run/result.json": ["evaluate", "run", "--json", "link/run/result.json"],
+        "run/modes.json": ["curves", "run", "--output", "hard_modes.png"],
+        "new.png": ["bench", "layers", "--json", "new.png", "--plot", "link/new.png"],
     }
 
 
@@ -476,11 +480,22 @@ def test_no_output_replaces_an_input(capsys, tmp_path, monkeypatch):
     """Neither by a link, nor a file of a run, nor another output; before any work."""
     commands = files_of_an_output(tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in commands if name != "new.png"}
+    new = {"run/result.json", "new.png"}
+    before = {name: (tmp_path / name).read_bytes() for name in commands if name not in new}
     for name, command in commands.items():
         (line,) = fails(capsys, *command)[:1]
         assert re.fullmatch(
             r"error: --\w+ = \S+: would replace a file of (CONFIG|WORKDIR|--\w+); try \w+\.\w+", line
         ), name
     assert before == {name: (tmp_path / name).read_bytes() for name in before}
-    assert not (tmp_path / "new.png").exists()
+    assert not any((tmp_path / name).exists() for name in new)
+
+
+def test_a_result_in_a_runs_directory_is_replaced_by_that_of_the_same_command(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(to_json(Config()))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 1.0}\n')
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        cli.main(["curves", "."])
+        assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "curves.png").write_bytes(b"")

@@ -32,7 +32,11 @@ EXAMPLE = Config(
 
 
 @pytest.mark.parametrize(
-    ("save_for_backward", "remat"), [("pre_activations", r) for r in ("none", "attention", "blocks")]
+    ("save_for_backward", "remat"),
+    [
+        ("pre_activations", "none"),
+        *(pytest.param("pre_activations", r, marks=pytest.mark.slow) for r in ("attention", "blocks")),
+    ],
 )
 def test_saved_bytes_match_the_compiler(save_for_backward, remat):
     """Four more blocks add the temporaries that four blocks save, to a part in a thousand, in the compiled program.

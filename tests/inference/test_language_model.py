@@ -4,7 +4,9 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -176,11 +178,18 @@ def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
         mot("fill", tmp_path / "masked", "--texts", tmp_path / name, "--mode", "grouped", "--json", tmp_path / "f.json")
         texts = json.loads((tmp_path / "f.json").read_text())["texts"]
         assert [text["given"] for text in texts] == ["d_f f_", "if_"] and len(texts[1]["gaps"]) == 1
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[contents["plain"]])
+    writer.start()
+    mot("fill", tmp_path / "masked", "--texts", tmp_path / "pipe", "--mode", "grouped", "--json", tmp_path / "p.json")
+    writer.join()
+    assert json.loads((tmp_path / "p.json").read_text())["texts"] == texts
     (tmp_path / "bad").write_bytes(b"d_f\n\xff_\nx_\n")
     words = error_of(capsys, "fill", tmp_path / "masked", "--texts", tmp_path / "bad")
     assert f"--texts = {tmp_path / 'bad'}: line 2 is not UTF-8" in words
 
 
+@pytest.mark.slow
 def test_a_run_of_more_devices_is_read_on_those_at_hand(workdir, tmp_path, capsys):
     shutil.copytree(workdir, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())

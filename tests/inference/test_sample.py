@@ -50,6 +50,7 @@ def test_a_diverged_model_has_no_sample(tiny: Config, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_another_error_of_the_sample_is_not_hidden(tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def sample_of_no_prompt(*_):
         raise UserError("prompt = '': is empty")
@@ -60,6 +61,7 @@ def test_another_error_of_the_sample_is_not_hidden(tiny: Config, tmp_path: Path,
     assert not (tmp_path / "sample.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_context_of_one_token_has_a_sample(tiny: Config, tmp_path: Path):
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, context_length=1, loss_chunk=1))
     assert "--- continued" in end(config, tmp_path)

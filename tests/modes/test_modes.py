@@ -172,6 +172,17 @@ def test_a_wrong_number_of_experts_is_an_error_of_one_line(mode, words):
         mode_of(mode).change(config_of(MixingConfig()))
 
 
+@pytest.mark.parametrize("trained, chosen, other", [(2, 1, 3), (1, 2, 1)])
+def test_sigmoid_scores_are_normalized_as_in_training(trained, chosen, other):
+    """Weights of several experts are divided by their sum; that of one is not."""
+    model = config_of(MixingConfig()).model
+    model = dataclasses.replace(model, feed_forward=TokenChoiceConfig(8, top_k=trained, scores="sigmoid"))
+    config = Config(model=model)
+    assert mode_of(f"token_choice:{other}").change(config).model.feed_forward.top_k == other
+    with pytest.raises(UserError, match=rf":{chosen}: weights .* was {trained} in training; try token_choice"):
+        mode_of(f"token_choice:{chosen}").change(config)
+
+
 @pytest.mark.parametrize("mixing", [MixingConfig(), MixingConfig(layer_norm=True)])
 def test_without_zeroes_the_output_of_the_experts(mixing):
     config = config_of(mixing)

@@ -203,6 +203,7 @@ def test_all_to_alls(case):
     assert sorted(sent) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_only_weights_and_at_their_use():
     """Each weight of a block once forward and once backward, in the body of the scan, and the embeddings and head."""
     config = config_of(FSDP)

@@ -205,7 +205,8 @@ def test_scan_groups_have_all_blocks_in_order(pattern, repeats):
         assert len(groups) == 1 and len(groups[0][0]) <= len(pattern)
 
 
-@pytest.mark.parametrize("moe_blocks", [pytest.param("all", marks=pytest.mark.slow), "every_other"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moe_blocks", ["all", "every_other"])
 def test_unrolled_blocks_are_the_same_model(moe_blocks):
     config = dataclasses.replace(MODEL, num_blocks=4, moe_blocks=moe_blocks)
     params = init_params(config, jax.random.key(0))

@@ -164,6 +164,7 @@ def small(config: Config, **changes: object) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_before_a_damaged_checkpoint_and_ends_with_the_same_numbers(finished, tiny, tmp_path, capsys):
     with pytest.raises(StoppedError):
         train(tiny, tmp_path, [SampleHook(), StopAt(9)])
@@ -197,6 +198,7 @@ def test_retained_are_the_newest_those_of_an_interval_and_the_best(tiny, state, 
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4", "8", "6", "10"}
 
 
+@pytest.mark.slow
 def test_the_checkpoint_with_the_best_validation_loss_of_a_run_is_retained(tiny, tmp_path):
     config = small(tiny, max_to_keep=1, keep_best=1)
     training = dataclasses.replace(tiny.training, checkpoint_every=2, validate_every=2, steps=6)
@@ -299,6 +301,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_adopted(saved, tmp_path, capsys
     assert [path.parent.name for path in workdir.glob("checkpoints/*/manifest.json")] == ["8"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp_path, capsys):
     with pytest.raises(StoppedError):
         train(tiny, tmp_path, [SampleHook(), StopAt(6)])

@@ -191,6 +191,7 @@ def test_the_former_owner_stops_even_if_its_successor_has_ended(workdir, start):
     assert not (workdir / owner.FILE).exists()  # nor written again
 
 
+@pytest.mark.slow
 def test_one_of_two_waiting_starts_replaces_a_silent_owner(workdir, start):
     """The winner's first beat is its own, not one from before it waited."""
     silent = start(workdir, beat=600)

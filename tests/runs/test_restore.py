@@ -203,7 +203,7 @@ def put_saved_config(workdir: epath.PathLike, config: dict[str, Any] | None) -> 
 
 def test_differences_of_the_config_that_leave_the_model_as_it_was(saved, tiny, tmp_path):
     workdir = epath.Path(shutil.copytree(saved[0], tmp_path / "run"))
-    model = dataclasses.replace(tiny.model, attention_kernel="auto")
+    model = dataclasses.replace(tiny.model, attention_kernel="auto", dtype="bfloat16", remat="blocks", loss_chunk=4)
     (workdir / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model, mesh=MeshConfig(fsdp=2))))
     assert load_run(workdir).config.model.attention_kernel == "auto"
     earlier = json.loads(to_json(tiny))

@@ -84,6 +84,7 @@ def test_a_finished_run_has_all_its_numbers(finished, reports, capsys):
     assert line.split()[:4] == [str(finished), "finished", "12/12", f"{last['loss']:.4f}"]
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_has_the_cause(tiny, workdir, reports, monkeypatch):
     """Its status is written while the loop waits in a hook, and for data."""
     for name in ("WRITE_SECONDS", "PUBLISH_SECONDS"):

@@ -41,6 +41,7 @@ def found(home: Path, devices: int = 1, **environment: str) -> bool:
     return done.stdout.strip() == "True"
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_what_this_one_compiled(tmp_path):
     assert not found(tmp_path)
     assert found(tmp_path)

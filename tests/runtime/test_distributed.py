@@ -496,7 +496,7 @@ with distributed.ending(), boundary(program=True):
 @pytest.mark.parametrize(
     ("count", "failing", "place", "code"),
     [
-        (2, 0, "outside", exit_codes.USER_ERROR),
+        pytest.param(2, 0, "outside", exit_codes.USER_ERROR, marks=pytest.mark.slow),
         pytest.param(3, 2, "outside", exit_codes.USER_ERROR, marks=pytest.mark.slow),
         pytest.param(3, 0, "together", 1, marks=pytest.mark.slow),
         pytest.param(2, 1, "together", 1, marks=pytest.mark.slow),

@@ -137,6 +137,7 @@ def poison(monkeypatch):
     return at
 
 
+@pytest.mark.slow
 def test_training_resumes_after_skipped_steps(tiny, tmp_path, poison, monkeypatch):
     """A checkpoint that is due in such a step is saved after the next one that is not skipped."""
     poison(3, 4, 7)
@@ -236,6 +237,7 @@ def test_a_loss_far_above_the_median_of_those_before_is_a_spike():
     assert watch.read(unusable) is None
 
 
+@pytest.mark.slow
 def test_the_examples_of_a_spike_are_logged(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mot_jax.training.divergence._ENOUGH", 2)
     monkeypatch.setattr("mot_jax.training.divergence._FACTOR", 0.5)  # the loss of the third step

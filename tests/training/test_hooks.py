@@ -43,6 +43,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny,
     assert numbers(workdir) == numbers(finished)
 
 
+@pytest.mark.slow
 def test_every_row_is_written_before_the_checkpoint_that_follows(tiny, tmp_path, monkeypatch):
     """Even if rows are logged more rarely than checkpoints are saved: the last of them waits for the next step."""
     workdir, save, rows = tmp_path / "run", Checkpoints.save, []

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
 from tiny_run import StopAt, StoppedError, numbers
 
+from mot_jax.cli.parsing import RUN_FILES
 from mot_jax.config import InitConfig, MeshConfig, OptimizerConfig, to_json
 from mot_jax.data.order import filled_share
 from mot_jax.data.text import open_split, open_tokenizer
@@ -42,6 +44,8 @@ def test_a_run_writes_all_files_that_the_readme_names(finished, tiny):
     assert (finished / "sample.txt").read_text().count("--- continued") == 4  # one full group
     assert {int(p.name) for p in (finished / "checkpoints").iterdir()} == {8, 12}
     assert any((finished / "tensorboard").iterdir())
+    files = [str(path.relative_to(finished)) for path in Path(finished).rglob("*") if path.is_file()]
+    assert all(re.fullmatch(RUN_FILES, path) for path in files), files  # which no other output replaces
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(9, marks=pytest.mark.slow)])

@@ -144,6 +144,7 @@ def test_no_thread_outlives_an_error(tiny, tmp_path, monkeypatch, moment):
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_a_checkpoint_and_no_result(finished, tiny, tmp_path):
     class StopAfter(Hook):
         def after_step(self, trainer, metrics):

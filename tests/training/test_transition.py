@@ -57,9 +57,12 @@ def named(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("to", [pytest.param("annealed", marks=pytest.mark.slow), "token_choice"])
+@pytest.mark.parametrize("to", [pytest.param("annealed", marks=pytest.mark.slow), "token_choice", "bias"])
 def test_weights_and_moments_are_carried_over_and_the_schedule_starts_again(source, to):
     config = transition.annealing_config(*source, 4) if to == "annealed" else tuned(source)
+    if to == "bias":  # which is router state, that the source lacks
+        kind = dataclasses.replace(config.model.feed_forward, scores="sigmoid", balance="bias")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind))
     check(config)
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
@@ -72,12 +75,16 @@ def test_weights_and_moments_are_carried_over_and_the_schedule_starts_again(sour
     assert before.keys() == after.keys() and any("count" in name for name in before)
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, err_msg=name)
-    if to == "token_choice":
-        assert {name: p.shape for name, p in state.params.items()} == {
-            name: p.shape for name, p in transition.create_state(config, mesh).params.items()
-        }
+    if to != "annealed":
+        new = transition.create_state(config, mesh)
+        for variables, expected in ((state.params, new.params), (state.router, new.router)):
+            assert {n: (v.shape, v.sharding) for n, v in variables.items()} == {
+                n: (v.shape, v.sharding) for n, v in expected.items()
+            }
+        assert bool(state.router) == (to == "bias")
 
 
+@pytest.mark.slow
 def test_a_random_router_has_new_controllers_and_no_other_new_weights(source):
     config = tuned(source, transition_router="random")
     mesh = make_mesh(config)

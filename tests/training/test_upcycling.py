@@ -42,9 +42,7 @@ def mixture(config: Config, shape: str, **changes) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=kind, **changes))
 
 
-@pytest.mark.parametrize(
-    "shape", ["slices", *(pytest.param(s, marks=pytest.mark.slow) for s in ("shared", "copies", "wider"))]
-)
+@pytest.mark.parametrize("shape", [pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES])
 def test_with_equal_sequences_in_a_group_the_model_equals_the_dense_one(dense_run, shape):
     """Uniform mixing of equal tokens: the experts together give G times the dense update, each token a G-th of it."""
     config, workdir = dense_run

@@ -299,17 +299,21 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path):
 
 
 def extreme_params(params: Params, extreme: str) -> Params:
-    """Parameters that give every layer uniform routing, zero inputs, or one expert for all tokens."""
+    """Parameters that give every layer uniform routing, zero inputs, one expert for all tokens, or none."""
     params = dict(params)
     for name, value in params.items():
         if "feed_forward_norm" in name and extreme == "zero inputs":
             params[name] = 0 * value
         elif name.endswith("feed_forward_norm/bias") and extreme == "one expert":
             params[name] = value + 3  # so that all tokens have positive logits
+        elif name.endswith("feed_forward_norm/bias") and extreme == "no expert":
+            params[name] = value - 3  # so that all have negative ones
         elif "controller" in name and extreme != "zero inputs":  # [blocks, D, E, ...]
             params[name] = 0 * value
             if extreme == "one expert":
                 params[name][:, :, 0] = 1e4
+            elif extreme == "no expert":
+                params[name][:] = 1e4
     return params
 
 
@@ -318,7 +322,7 @@ def extreme_params(params: Params, extreme: str) -> Params:
 def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
     """A step whose loss or gradient is not finite would be skipped. Metrics have the same keys in every block."""
     config, state = config_of(name, dtype=dtype), initial_state(name)
-    for extreme in ("none", "uniform routing", "zero inputs", "one expert"):
+    for extreme in ("none", "uniform routing", "zero inputs", "one expert", "no expert"):
         params = state.params if extreme == "none" else extreme_params(state.params, extreme)
         new_state, metrics = train(config, state._replace(params=params), batch_of())
         assert metrics["skipped"] == 0 and metrics["gradient_rms"] > 0, extreme
@@ -336,7 +340,7 @@ def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [p for p in EVERY_CASE.args[1] if CASES[p.values[0]].reach != "sequence"])
+@pytest.mark.parametrize("name", [p for p in TWO_CASES.args[1] if CASES[p.values[0]].reach != "sequence"])
 def test_generation_with_a_cache_has_the_probabilities_of_a_whole_pass(name):
     """In the default inference mode, of a trained state."""
     state, config = trained_state(name, 4), config_of(name)
