@@ -108,44 +108,57 @@ def bench_step(
     return rows, {"peak": devices * peaks[dtype], "bandwidth": devices * rate}
 
 
-class _TrainingRun:
-    """A training state that advances with every call of its compiled step or optimizer update."""
+class TrainingProgram:
+    """A training state that advances with every call of its compiled step.
+
+    Args:
+        config: of the model and the step.
+        state: the state to begin with; None: the initial one.
+        batch: the batch of every step, the sequences of this process; None: random tokens.
+    """
+
+    def __init__(self, config: Config, state: TrainState | None = None, batch: Batch | None = None):
+        t, self.mesh = config.training, make_mesh(config)
+        self._state = create_state(config, self.mesh) if state is None else state
+        if batch is None:
+            rows = len(local_sequences(self.mesh, t.batch_size, t.gradient_accumulation_steps))
+            batch = random_batch(config, rows)
+        self._batch = place_microbatches(self.mesh, batch, t.batch_size, t.gradient_accumulation_steps)
+        with jax.set_mesh(self.mesh):
+            start = time.perf_counter()
+            train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+            self.compiled = jax.jit(train_step, donate_argnums=0).lower(self._state, self._batch).compile()
+            self.seconds_to_compile = time.perf_counter() - start
+        self.temporaries = temporaries(self.compiled)
+
+    def step(self) -> Callable[[], Any]:
+        """The function that runs one training step."""
+        return self._run_step
+
+    def _run_step(self) -> Any:
+        self._state, metrics = self.compiled(self._state, self._batch)
+        return self._state, metrics
+
+
+class _TrainingRun(TrainingProgram):
+    """The same, with an optimizer update that can be run without the rest of the step."""
 
     def __init__(self, config: Config):
-        t, self.mesh = config.training, make_mesh(config)
-        self._state = create_state(config, self.mesh)
-        rows = len(local_sequences(self.mesh, t.batch_size, t.gradient_accumulation_steps))
-        self._batch = place_microbatches(
-            self.mesh, random_batch(config, rows), t.batch_size, t.gradient_accumulation_steps
-        )
-        optimizer = make_optimizer(t.optimizer, t.steps)
+        super().__init__(config)
+        optimizer = make_optimizer(config.training.optimizer, config.training.steps)
 
         def update(gradients: Any, state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
 
         with jax.set_mesh(self.mesh):
-            start = time.perf_counter()
-            train_step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
-            step = jax.jit(train_step, donate_argnums=0)
-            self._step = step.lower(self._state, self._batch).compile()
-            self.seconds_to_compile = time.perf_counter() - start
             small_gradients = jax.jit(lambda params: jax.tree.map(lambda p: jnp.full_like(p, 1e-4), params))
             self._gradients = small_gradients(self._state.params)
             self._update = jax.jit(update, donate_argnums=1).lower(self._gradients, self._state).compile()
-        self.temporaries = temporaries(self._step)
-
-    def step(self) -> Callable[[], Any]:
-        """The function that runs one training step."""
-        return self._run_step
 
     def optimizer(self) -> Callable[[], Any]:
         """The function that runs one optimizer update."""
         return self._run_update
-
-    def _run_step(self) -> Any:
-        self._state, metrics = self._step(self._state, self._batch)
-        return self._state, metrics
 
     def _run_update(self) -> Any:
         self._state = self._update(self._gradients, self._state)

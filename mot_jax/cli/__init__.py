@@ -34,8 +34,8 @@ DEBUG = "--debug"  # accepted by every command, anywhere among the arguments
 MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
 # Commands that retain freed memory, since every step allocates and frees large arrays. Generation does not, and is
 # slower with this setting (docs/notes/2026-11-28-allocator.md).
-LARGE_ARRAYS = ("train", "transition", "evaluate", "bench layers", "bench step")
-TRAINING = ("train", "transition")  # commands that do not wait for the reader of their output
+LARGE_ARRAYS = ("train", "transition", "evaluate", "bench layers", "bench step", "bench train")
+TRAINING = ("train", "transition", "bench train")  # commands that do not wait for the reader of their output
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,10 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
     platforms.skip_absent_tpu()
-    if not {" ".join(arguments[:1]), " ".join(arguments[:2])}.isdisjoint(LARGE_ARRAYS):
+    command = {" ".join(arguments[:1]), " ".join(arguments[:2])}
+    if not command.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()
     compilation.ignore_tracing_variables()
-    with distributed.ending(), boundary(debug, program, trains=not {*arguments[:1]}.isdisjoint(TRAINING)):
+    with distributed.ending(), boundary(debug, program, trains=not command.isdisjoint(TRAINING)):
         if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()
         about = "Train, run and benchmark Mixture-of-Tokens language models in JAX."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from mot_jax.cli.parsing import (
 )
 from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
+from mot_jax.runtime import compilation
 from mot_jax.runtime.paths import user_path
 
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,...")]
@@ -241,18 +243,89 @@ def _accelerator(arguments: list[str]) -> None:
         sys.exit(1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train all runs of a study, or those that are left, and write a report about the comparison."""
+
+    study: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="STUDY")]]
+    """Study file, as `configs/studies/smoke.py`, which defines `get_study()`."""
+    workdir: Directory
+    """Directory of the study; each run has its own below `runs`."""
+    run: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Name of a run, to train only this one, as in an array job. None: all, one after the other."""
+    dry_run: Flag = False
+    """Print the runs with their FLOPs and estimated hours; nothing is trained."""
+    hours: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
+    """Allowed hours of the runs that are left. None: the budget of the study."""
+
+
+def _train(arguments: list[str]) -> None:
+    """Train the runs of a study, and report the comparison."""
+    options = parse("mot bench train", TrainOptions, arguments)
+    if options.run is not None and (options.dry_run or options.hours is not None):
+        other = "--dry-run" if options.dry_run else "--hours"
+        raise UserError(f"--run = {options.run}: has no part in {other}, which is about all runs; try without {other}")
+    compilation.enable_cache()  # most runs of an entrant differ in their seed only
+    from mot_jax.benchmark.study import execute, load_study, report, results, times
+
+    study, name = load_study(options.study), Path(options.study).stem
+    folder = user_path("--workdir", options.workdir)
+    directory = execute.Directory(study, name, folder)
+    if options.dry_run:
+        from mot_jax.benchmark.report import markdown
+
+        rows, lines = execute.dry_run(directory)
+        print("\n".join([*markdown({"study": study.title}, rows, execute.COLUMNS), "", *lines]))
+        return
+    if options.run is not None:
+        print(execute.train_named(directory, options.run))
+        return
+    command = shlex.join(["mot", "bench", "train", options.study, "--workdir", options.workdir])
+    for line in execute.train_study(directory, options.hours):
+        print(line, flush=True)
+        results.write(directory, command)
+    if times.read_times(directory) is None:
+        times.measure(directory, _progress)
+    results.write(directory, command)
+    for path in report.write_report(folder):
+        print(path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write the report of a study again, from its `results.json` alone."""
+
+    directory: tyro.conf.Positional[Directory]
+    """Directory with the `results.json` of a study."""
+    output: DirectoryOrNone = None
+    """Directory for the report. None: the same."""
+
+
+def _report_study(arguments: list[str]) -> None:
+    """Write the report of a study from its results."""
+    options = parse("mot bench report", ReportOptions, arguments)
+    from mot_jax.benchmark.study.report import write_report
+
+    output = None if options.output is None else user_path("--output", options.output)
+    for path in write_report(user_path("DIR", options.directory), output):
+        print(path)
+
+
 COMMANDS = {
     "layers": _layers,
     "step": _step,
     "input": _input,
     "decoding": _decoding,
     "accelerator": _accelerator,
+    "train": _train,
+    "report": _report_study,
 }
 
 
 def bench(arguments: list[str]) -> None:
-    """Measure layers, training steps, input or decoding."""
-    dispatch("mot bench", "Measure costs on this machine, or compile for a target device.", COMMANDS, arguments)
+    """Measure layers, training steps, input or decoding, or compare training runs."""
+    about = "Measure costs on this machine, compile for a target device, or compare training runs."
+    dispatch("mot bench", about, COMMANDS, arguments)
 
 
 def _refuse_timing(options: object, *names: str) -> None:

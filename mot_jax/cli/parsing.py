@@ -30,6 +30,7 @@ _EXAMPLES = {
     "DIR": "runs/mine",
     "KIND": "token_choice",
     "N": "100",
+    "STUDY": "configs/studies/smoke.py",
 }  # values that work, by metavar
 
 

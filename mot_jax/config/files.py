@@ -85,6 +85,27 @@ class _VariantError(UserError):
         self.nearest = difflib.get_close_matches(variant or "", names, n=1, cutoff=0)[0] if variant else names[0]
 
 
+def call_in_file(name: str, path: Path, signature: str, example: str) -> Any:
+    """Call a function without arguments of a user's Python file that is no config, such as a study.
+
+    Args:
+        name: of the argument that names the file, for errors.
+        path: of the file.
+        signature: of the function, as `get_study() -> Study`.
+        example: a file that has such a function.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    module = _load_module(path, name, signature, example)
+    try:
+        return getattr(module, signature.partition("(")[0])()
+    except ReportedError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+
+
 def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]:
     """The `VARIANTS` of a config file; empty if it has none."""
     return dict(getattr(_load_module(Path(path)), "VARIANTS", {}))
@@ -123,21 +144,23 @@ def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return (Path(file + ".py"), variant) if separator else (Path(name), None)
 
 
-def _load_module(path: Path) -> ModuleType:
+def _load_module(
+    path: Path, name: str = "config", signature: str = "get_config() -> Config", example: str = "configs/demo.py"
+) -> ModuleType:
     if not path.is_file():
-        raise UserError(f"config = {path}: no such file{_instead_of(path)}")
+        raise UserError(f"{name} = {path}: no such file{_instead_of(path)}")
     try:
         spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
         if spec is None or spec.loader is None:
-            raise UserError(f"config = {path}: must be a Python file; try configs/demo.py")
+            raise UserError(f"{name} = {path}: must be a Python file; try {example}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ReportedError:
         raise
     except Exception as error:
-        raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"config = {path}: must define get_config() -> Config")
+        raise UserError(f"{name} = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+    if not hasattr(module, signature.partition("(")[0]):
+        raise UserError(f"{name} = {path}: must define {signature}")
     return module
 
 

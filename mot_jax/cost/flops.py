@@ -24,6 +24,13 @@ def flops_per_token(config: Config) -> float:
     return 3 * sum(forward_flops(config.model).values())
 
 
+def executed_flops_per_token(config: Config) -> float:
+    """FLOPs of training per token that are executed: also for empty slots and dispatch, none for dropped tokens."""
+    model = config.model
+    costs = [feed_forward_cost(model, kind) for kind in model.block_kinds()]
+    return flops_per_token(config) + 3 * sum(cost.executed_flops() - cost.flops() for cost in costs)
+
+
 def forward_flops(model: ModelConfig) -> dict[str, float]:
     """FLOPs of the forward pass per token, by part."""
     parts: defaultdict[str, float] = defaultdict(float)

@@ -29,7 +29,13 @@ _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those
 
 
 @default_tracing()
-def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), take_over: bool = False) -> Row:
+def train(
+    config: Config,
+    workdir: epath.PathLike,
+    hooks: Sequence[Hook] = (),
+    take_over: bool = False,
+    quiet: bool = False,
+) -> Row:
     """Train a model, or resume the run in `workdir`.
 
     With several processes, each calls this with the same arguments. A SIGTERM or Ctrl-C during the steps saves a
@@ -41,6 +47,7 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), t
         hooks: called in each step, in addition to those that log, validate and save checkpoints. No text sample is
             written without `mot_jax.inference.sample.SampleHook`, which `mot_jax.train` adds.
         take_over: do not wait for another run that is in progress in `workdir`, but end it.
+        quiet: print no lines and no progress bar.
 
     Returns:
         The last validation row: loss in nats per token, bits_per_byte, ...; that of an earlier step if a hook stopped
@@ -53,14 +60,14 @@ def train(config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), t
     """
     run = prepare(config, workdir)
     try:
-        return _train(run, hooks, take_over)
+        return _train(run, hooks, take_over, quiet)
     finally:
         owner.release(run.workdir)
 
 
-def _train(run: Run, hooks: Sequence[Hook], take_over: bool) -> Row:
+def _train(run: Run, hooks: Sequence[Hook], take_over: bool, quiet: bool) -> Row:
     config = run.config
-    steps, console = config.training.steps, Console(config.training.steps, quiet=not distributed.is_first())
+    steps, console = config.training.steps, Console(config.training.steps, quiet=quiet or not distributed.is_first())
     if is_finished(run):
         if is_outdated(run):
             write_workdir(run)

@@ -99,7 +99,7 @@ def test_each_step_continues_from_the_previous_state():
     """Each step or update starts from the state that the last step or update returned."""
     run = object.__new__(step._TrainingRun)
     run._state, run._batch, run._gradients = 0, 1, 10
-    run._step, run._update = lambda state, batch: (state + batch, None), lambda gradients, state: state + gradients
+    run.compiled, run._update = lambda state, batch: (state + batch, None), lambda gradients, state: state + gradients
     for program in (run.step, run.optimizer, run.step):
         program()()
     assert run._state == 12

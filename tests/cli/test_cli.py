@@ -193,7 +193,7 @@ def test_the_config_may_stand_at_any_place(started, position):
     assert (config.training.steps, config.model.d_model, workdir) == (7, load_config(DEMO).model.d_model, "somewhere")
 
 
-BENCHES = ("layers", "step", "input", "decoding", "accelerator")
+BENCHES = ("layers", "step", "input", "decoding", "accelerator", "train", "report")
 HELPED = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHES]
 HELPED += [["data", name] for name in ("build", "inspect", "train-tokenizer")]
 

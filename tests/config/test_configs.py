@@ -26,6 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = [
     f"{path.relative_to(CONFIGS.parent)}:{variant}".removesuffix(":None")
     for path in sorted(CONFIGS.rglob("*.py"))
+    if path.parent.name != "studies"
     for variant in variants_of(path) or [None]
 ]
 DEFAULTS = {"configs/demo.py:mot", "configs/v1.py:mot"}

@@ -1,0 +1,171 @@
+"""The figures of a study's report, computed from its results and nothing else."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mot_jax.benchmark.study.plan import HORIZONS, SEEDS, TUNING
+from mot_jax.benchmark.study.statistics import Comparison, Curve, compare, crossing, holm, horizon, loss_at, summary
+
+Results = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def analyze(results: Results) -> dict[str, Any]:
+    """Return the figures of the report.
+
+    Returns:
+        target: the loss to reach, None until all runs of the target entrant have ended. entrants: a row for each.
+    """
+    settings, entrants = results["settings"], results["entrants"]
+    by_entrant = {name: seed_runs(results, name) for name in entrants}
+    losses = {name: {seed: final_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
+    target = _target(losses[settings["target"]], settings["seeds"])
+    crossings = {
+        name: {seed: crossing(curve_of(run), target) for seed, run in runs.items()} if target is not None else {}
+        for name, runs in by_entrant.items()
+    }
+    compared = settings["compared"]
+    tests = {
+        "loss": _tests({name: (losses[name], losses[compared]) for name in entrants if name != compared}),
+        "crossing": _tests(
+            {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants if name != compared}
+        ),
+    }
+    rows = {}
+    for name, entrant in entrants.items():
+        row: Row = {"kind": entrant["kind"], "losses": losses[name], "loss": summary(losses[name])}
+        row |= {"crossings": crossings[name], "crossing": summary(crossings[name])}
+        row["horizon"] = None if target is None else _horizons(results, name, target)
+        row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
+        rows[name] = row | _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
+    return {"target": target, "entrants": rows}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def seed_runs(results: Results, entrant: str) -> dict[int, Row]:
+    """Return the runs of an entrant that are compared and have ended, by seed.
+
+    An entrant of which no learning rate trains has diverged with every seed.
+    """
+    runs = [run for run in results["runs"] if run["entrant"] == entrant and run["stage"] == SEEDS]
+    tuning = results["entrants"][entrant]["tuning"]
+    if tuning["complete"] and tuning["chosen"] is None:
+        return {seed: {"state": "diverged", "curve": [], "loss": None} for seed in results["settings"]["seeds"]}
+    return {run["seed"]: run for run in runs if run["state"] != "not ended"}
+
+
+def final_loss(run: Row) -> float:
+    """Return the final loss of a run that has ended; infinity if it diverged."""
+    return math.inf if run["state"] == "diverged" or run["loss"] is None else run["loss"]
+
+
+def curve_of(run: Row) -> Curve:
+    """Return the evaluations of a run that has ended; none of one that diverged, which reaches no target."""
+    if run["state"] == "diverged":
+        return []
+    return [(step, math.inf if loss is None else loss) for step, loss in run["curve"]]
+
+
+def tuning_losses(results: Results, entrant: str) -> dict[float, float]:
+    """Return the final losses of an entrant's tuning runs that have ended, by learning rate."""
+    runs = [run for run in results["runs"] if run["entrant"] == entrant and run["stage"] == TUNING]
+    return {run["learning_rate"]: final_loss(run) for run in runs if run["state"] != "not ended"}
+
+
+def layer_metrics(results: Results, entrant: str) -> dict[str, list[float]]:
+    """Return the metrics of layers, means over seeds, as lists over blocks."""
+    by_seed = [run["layers"] for run in seed_runs(results, entrant).values() if "layers" in run]
+    metrics: dict[str, list[float]] = {}
+    keys = sorted({key for layers in by_seed for key in layers}, key=lambda key: (key.split("/")[0], _block(key)))
+    for key in keys:
+        values = [layers[key] for layers in by_seed if key in layers]
+        metrics.setdefault(key.split("/")[0], []).append(statistics.fmean(values))
+    return metrics
+
+
+def _block(key: str) -> int:
+    return int(key.rpartition("/")[2])
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _target(losses: Mapping[int, float], seeds: list[int]) -> float | None:
+    return statistics.fmean(losses.values()) if set(losses) == set(seeds) else None
+
+
+def _logs(crossings: Mapping[int, float]) -> dict[int, float]:
+    return {seed: math.log(step) for seed, step in crossings.items()}
+
+
+def _tests(samples: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[str, Row]:
+    """Return the comparison of each sample with its reference, with p-values corrected over all of them."""
+    comparisons: dict[str, Comparison] = {name: compare(*pair) for name, pair in samples.items()}
+    corrected = holm({name: comparison.p for name, comparison in comparisons.items()})
+    return {name: {**comparison._asdict(), "holm": corrected[name]} for name, comparison in comparisons.items()}
+
+
+def _horizons(results: Results, entrant: str, target: float) -> dict[int, Row]:
+    """Return, by seed, the schedules that were trained with their final losses, and the shortest that reaches it."""
+    settings, by_seed = results["settings"], {}
+    for seed in settings["horizon_seeds"]:
+        runs = [run for run in results["runs"] if run["entrant"] == entrant and run["seed"] == seed]
+        losses = {
+            run["steps"] / settings["steps"]: final_loss(run)
+            for run in runs
+            if run["stage"] in (SEEDS, HORIZONS) and run["state"] != "not ended"
+        }
+        complete = 1.0 in losses and not any(run["state"] == "not ended" for run in runs if run["stage"] == HORIZONS)
+        if losses:
+            by_seed[seed] = {"losses": losses, "shortest": horizon(losses, target), "complete": complete}
+    return by_seed
+
+
+def _costs(results: Results, entrant: str, median_crossing: float) -> Row:
+    """Return the costs of a step relative to the target entrant's, and those of reaching the target."""
+    settings, about, times = results["settings"], results["entrants"][entrant], results["times"]
+    reference = results["entrants"][settings["target"]]
+    row: Row = {"step_seconds": None, "time_ratio": None}
+    if times is not None and {entrant, settings["target"]} <= times["rows"].keys():
+        row["step_seconds"] = times["rows"][entrant]["median_s"]
+        row["time_ratio"] = row["step_seconds"] / times["rows"][settings["target"]]["median_s"]
+    share = median_crossing / settings["steps"]
+    row["useful_ratio"] = about["useful_flops"] / reference["useful_flops"]
+    row["executed_ratio"] = about["executed_flops"] / reference["executed_flops"]
+    row["steps_to_target"] = share
+    for cost in ("useful", "executed", "time"):
+        row[f"{cost}_to_target"] = None if row[f"{cost}_ratio"] is None else share * row[f"{cost}_ratio"]
+    return row
+
+
+def _equal_budgets(results: Results, entrant: str) -> Row:
+    """Return mean losses at the useful and executed FLOPs and the seconds of the target entrant's whole training.
+
+    They are those of the curve at an earlier step, where the learning rate has not yet decayed to its end.
+    """
+    settings, curves = results["settings"], [curve_of(run) for run in seed_runs(results, entrant).values()]
+    costs: dict[str, Callable[[str], float | None]] = {
+        "useful": lambda name: results["entrants"][name]["useful_flops"],
+        "executed": lambda name: results["entrants"][name]["executed_flops"],
+        "time": lambda name: _step_seconds(results, name),
+    }
+    row: Row = {}
+    for cost, of in costs.items():
+        per_step, reference = of(entrant), of(settings["target"])
+        if per_step is None or reference is None or not curves:
+            row[f"loss_at_equal_{cost}"] = None
+            continue
+        step = settings["steps"] * reference / per_step
+        row[f"loss_at_equal_{cost}"] = statistics.fmean(loss_at(curve, step) for curve in curves)
+    return row
+
+
+def _step_seconds(results: Results, entrant: str) -> float | None:
+    rows = (results["times"] or {"rows": {}})["rows"]
+    return rows[entrant]["median_s"] if entrant in rows else None

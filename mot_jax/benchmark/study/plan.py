@@ -1,0 +1,381 @@
+"""A study and its runs.
+
+A study compares *entrants*, named configs of equal cost, in three stages:
+
+tuning: each entrant is trained at several learning rates. While the best one is at an end of the grid, the grid is
+    extended by one, at most `max_extensions` times.
+seeds: each entrant is trained at its best rate with fresh seeds. Runs of one seed have the same training batches.
+horizons: shorter schedules, to find the shortest one that reaches the target loss.
+
+`plan` is a function of the study and of the final losses so far, so that any process can continue a study.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mot_jax.benchmark.study.statistics import next_horizon
+from mot_jax.config import Config, check, leaves
+from mot_jax.config.files import call_in_file
+from mot_jax.cost.flops import executed_flops_per_token, flops_per_token
+from mot_jax.errors import UserError, nearest
+from mot_jax.modes import default_mode, trained_mode
+
+TUNING, SEEDS, HORIZONS = STAGES = ("tuning", "seeds", "horizons")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A comparison of training runs.
+
+    Attributes:
+        title: of the report.
+        entrants: configs by name. The learning rate of each is the middle of its grid, its seed is not used.
+        budget_hours: a study whose runs would take longer is refused, unless other hours are given.
+        seeds: of the runs that are compared.
+        tuning_seed: of the runs that choose the learning rate.
+        rate_factors: the grid of learning rates, as multiples of the entrant's.
+        max_extensions: how often the grid is extended by a factor of 2.
+        horizons: schedules to try, as shares of the steps.
+        horizon_seeds: the seeds with which they are tried.
+        target: the entrant whose mean final loss is the target of the others.
+        compared: the entrant with which every other is compared in tests.
+        flops_per_second: for the estimate of hours before any run has finished; an entrant's finished runs replace it.
+        overhead_seconds: time of a run in addition to its steps, mainly for compilation; also for the estimate only.
+    """
+
+    title: str
+    entrants: Mapping[str, Config]
+    budget_hours: float
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    tuning_seed: int = 0
+    rate_factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    max_extensions: int = 2
+    horizons: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    horizon_seeds: tuple[int, ...] = (1,)
+    target: str = "dense"
+    compared: str = "mixture_of_tokens"
+    flops_per_second: float = 1e10
+    overhead_seconds: float = 20.0
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of every run but those of shorter schedules."""
+        return self.entrants[self.target].training.steps
+
+
+class Run(NamedTuple):
+    """A training run of a study.
+
+    config: None if the learning rate has not been chosen yet. needs: the runs that choose it.
+    """
+
+    name: str
+    entrant: str
+    stage: str
+    seed: int
+    steps: int
+    config: Config | None
+    needs: tuple[str, ...] = ()
+
+
+class Tuning(NamedTuple):
+    """The tuning of an entrant so far.
+
+    rates: of the grid, with its extensions, increasing. chosen: the best one; None until all are trained, or if the
+    loss of none is finite. at_end: the best rate is at an end of the grid, which is not extended further.
+    """
+
+    rates: tuple[float, ...]
+    chosen: float | None = None
+    complete: bool = False
+    at_end: bool = False
+
+
+class Plan(NamedTuple):
+    """All runs of a study that are known so far, in the order in which they are trained.
+
+    tunings: by entrant. steps_left: upper bound of the steps of schedules that are not known yet, by entrant.
+    """
+
+    runs: list[Run]
+    tunings: dict[str, Tuning]
+    steps_left: dict[str, int]
+
+    def run(self, name: str) -> Run:
+        """The run of this name. Raises UserError."""
+        runs = {run.name: run for run in self.runs}
+        if name not in runs:
+            raise UserError(f"--run = {name}: the study has no such run now{nearest(name, runs)}")
+        return runs[name]
+
+
+# --- study files ------------------------------------------------------------------------------------------------------
+
+
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Load the study of a Python file, which defines `get_study() -> Study`. Raises UserError."""
+    study = call_in_file("STUDY", Path(path), "get_study() -> Study", "configs/studies/smoke.py")
+    if not isinstance(study, Study):
+        raise UserError(f"STUDY = {path}: get_study() must return a Study, and returned {study!r}")
+    check_study(study)
+    return study
+
+
+def check_study(study: Study) -> None:
+    """Raise UserError with every error of a study."""
+    faults = [*_own_faults(study)]
+    for name, config in study.entrants.items():
+        try:
+            check(config)
+        except UserError as error:
+            faults += [f"entrants[{name!r}]: {fault}" for fault in error.faults]
+    if not faults:
+        faults += _entrant_faults(study)
+    if faults:
+        raise UserError(*faults)
+
+
+def _own_faults(study: Study) -> Iterator[str]:
+    for name in study.entrants:
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            yield f"entrants: {name!r} must have small letters, digits and _ only; try {_plain(name)!r}"
+    for role in ("target", "compared"):
+        if (name := getattr(study, role)) not in study.entrants:
+            yield f"{role} = {name!r}: must be an entrant{nearest(name, study.entrants)}"
+    factors = sorted(study.rate_factors)
+    if len(factors) < 3 or any(high != 2 * low for low, high in itertools.pairwise(factors)):
+        yield f"rate_factors = {study.rate_factors}: must be 3 or more, each twice the one before; try (0.5, 1.0, 2.0)"
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        yield f"seeds = {study.seeds}: must be different numbers, at least one; try (1, 2, 3, 4, 5)"
+    if study.tuning_seed in study.seeds:
+        yield f"tuning_seed = {study.tuning_seed}: must not be one of seeds = {study.seeds}; try {max(study.seeds) + 1}"
+    if not set(study.horizon_seeds) <= set(study.seeds):
+        yield f"horizon_seeds = {study.horizon_seeds}: must be among seeds = {study.seeds}; try {study.seeds[:1]}"
+    if not all(0 < share < 1 for share in study.horizons):
+        yield f"horizons = {study.horizons}: must be between 0 and 1; try (0.5,)"
+    if study.max_extensions < 0:
+        yield f"max_extensions = {study.max_extensions}: must be at least 0; try 2"
+    for name in ("budget_hours", "flops_per_second"):
+        if getattr(study, name) <= 0:
+            yield f"{name} = {getattr(study, name)}: must be above 0; try 1"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "_", name.lower()) or "mine"
+
+
+def _entrant_faults(study: Study) -> Iterator[str]:
+    """Yield the fields of entrants that must be equal for a comparison, and are not."""
+    target = study.entrants[study.target]
+    for name, config in study.entrants.items():
+        if config.data.validation_windows is not None:
+            rule = "must be None, so that every evaluation scores the same windows; shorten data.validation_split"
+            yield f"entrants[{name!r}]: data.validation_windows = {config.data.validation_windows}: {rule}"
+        for field, value in _equal_fields(config).items():
+            expected = _equal_fields(target)[field]
+            if value != expected:
+                rule = f"must be that of {study.target}, {expected!r}"
+                yield f"entrants[{name!r}]: {field} = {value!r}: {rule}; try {expected!r}"
+        for share in study.horizons:
+            try:
+                check(_with(config, 1.0, 0, _steps(config.training.steps, share)))
+            except UserError as error:
+                yield from (f"entrants[{name!r}], schedule of {share} of the steps: {f}" for f in error.faults)
+
+
+def _equal_fields(config: Config) -> dict[str, Any]:
+    training, model, data = config.training, config.model, config.data
+    fields = {f"data.{name}": getattr(data, name) for name in vars(data) if name != "shuffle_group_size"}
+    fields |= {f"model.{name}": getattr(model, name) for name in ("objective", "context_length", "vocab_size")}
+    fields |= {f"training.{name}": getattr(training, name) for name in ("steps", "batch_size", "validate_every")}
+    return fields | {"data.shuffle_group_size (or the groups of the model)": config.group_size}
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+def tune(study: Study, entrant: str, losses: Mapping[float, float]) -> Tuning:
+    """Return the grid of an entrant, and the best rate in it, from the final losses so far by learning rate."""
+    middle = study.entrants[entrant].training.optimizer.learning_rate
+    rates = tuple(middle * factor for factor in sorted(study.rate_factors))
+    for extension in range(study.max_extensions + 1):
+        if any(rate not in losses for rate in rates):
+            return Tuning(rates)
+        best = min(rates, key=lambda rate: losses[rate])  # the lowest of equal ones
+        if best not in (rates[0], rates[-1]):
+            break
+        if extension < study.max_extensions:
+            rates = (best / 2, *rates) if best == rates[0] else (*rates, best * 2)
+    at_end = best in (rates[0], rates[-1])
+    return Tuning(rates, best if math.isfinite(losses[best]) else None, True, at_end)
+
+
+def target_loss(study: Study, losses: Mapping[str, float]) -> float | None:
+    """Return the target: the mean over the seeds of the target entrant's final loss; None until all are trained."""
+    names = [_seed_run(study.target, seed) for seed in study.seeds]
+    if any(name not in losses for name in names):
+        return None
+    return sum(losses[name] for name in names) / len(names)
+
+
+def plan(study: Study, losses: Mapping[str, float]) -> Plan:
+    """Return the runs of a study.
+
+    Args:
+        losses: the final loss of each run that has ended, by name; infinite if it diverged.
+    """
+    tunings, tuning_runs = {}, []
+    for entrant, config in study.entrants.items():
+        rates = _rates_of(study, entrant, losses)
+        tunings[entrant] = tuning = tune(study, entrant, rates)
+        for rate in tuning.rates:
+            changed = _with(config, rate, study.tuning_seed, study.steps)
+            tuning_runs.append(
+                Run(_tuning_run(entrant, rate), entrant, TUNING, study.tuning_seed, study.steps, changed)
+            )
+    seed_runs = []
+    for seed in study.seeds:
+        for entrant in study.entrants:
+            tuning = tunings[entrant]
+            if not tuning.complete or tuning.chosen is not None:
+                seed_runs.append(_chosen_run(study, tuning, entrant, seed, study.steps))
+    horizon_runs, steps_left = [], dict.fromkeys(study.entrants, 0)
+    for seed in study.horizon_seeds:
+        for entrant in study.entrants:
+            if entrant == study.target or (tunings[entrant].complete and tunings[entrant].chosen is None):
+                continue
+            known, left = _horizon_runs(study, tunings[entrant], entrant, seed, losses)
+            horizon_runs += known
+            steps_left[entrant] += left
+    return Plan([*tuning_runs, *seed_runs, *horizon_runs], tunings, steps_left)
+
+
+def horizon_losses(study: Study, entrant: str, seed: int, losses: Mapping[str, float]) -> dict[float, float]:
+    """Return the final losses of an entrant's schedules so far, by their share of the steps."""
+    names = {share: _horizon_run(entrant, seed, _steps(study.steps, share)) for share in study.horizons}
+    names[1.0] = _seed_run(entrant, seed)
+    return {share: losses[name] for share, name in sorted(names.items()) if name in losses}
+
+
+def _horizon_runs(
+    study: Study, tuning: Tuning, entrant: str, seed: int, losses: Mapping[str, float]
+) -> tuple[list[Run], int]:
+    """Return the schedules of the bisection so far, with the next one, and a bound of the steps of those after it."""
+    shares = [*sorted(study.horizons), 1.0]
+    trained, target = horizon_losses(study, entrant, seed, losses), target_loss(study, losses)
+    at_most = len(study.horizons).bit_length()
+    runs = []
+    if 1.0 not in trained or target is None:
+        return [], at_most * _steps(study.steps, max(study.horizons, default=0.0))
+    bisected = {1.0: trained[1.0]}
+    while (share := next_horizon(shares, bisected, target)) is not None:
+        runs.append(_chosen_run(study, tuning, entrant, seed, _steps(study.steps, share)))
+        if share not in trained:
+            return runs, (at_most - len(runs)) * _steps(study.steps, max(study.horizons))
+        bisected[share] = trained[share]
+    return runs, 0
+
+
+def _chosen_run(study: Study, tuning: Tuning, entrant: str, seed: int, steps: int) -> Run:
+    """Return a run at the chosen rate."""
+    full = steps == study.steps
+    name, stage = (_seed_run(entrant, seed), SEEDS) if full else (_horizon_run(entrant, seed, steps), HORIZONS)
+    config = None if tuning.chosen is None else _with(study.entrants[entrant], tuning.chosen, seed, steps)
+    needs = () if config else tuple(_tuning_run(entrant, rate) for rate in tuning.rates)
+    return Run(name, entrant, stage, seed, steps, config, needs)
+
+
+def _rates_of(study: Study, entrant: str, losses: Mapping[str, float]) -> dict[float, float]:
+    """Return the losses of an entrant's tuning runs, by rate: of all rates that its grid can have."""
+    middle = study.entrants[entrant].training.optimizer.learning_rate
+    factors, more = sorted(study.rate_factors), range(1, study.max_extensions + 1)
+    factors = [*(factors[0] / 2**n for n in more), *factors, *(factors[-1] * 2**n for n in more)]
+    names = {middle * factor: _tuning_run(entrant, middle * factor) for factor in factors}
+    return {rate: losses[name] for rate, name in names.items() if name in losses}
+
+
+def _tuning_run(entrant: str, rate: float) -> str:
+    return f"{entrant}-rate-{rate:.6g}"
+
+
+def _seed_run(entrant: str, seed: int) -> str:
+    return f"{entrant}-seed-{seed}"
+
+
+def _horizon_run(entrant: str, seed: int, steps: int) -> str:
+    return f"{entrant}-seed-{seed}-steps-{steps}"
+
+
+def seed_runs(study: Study, entrant: str) -> dict[int, str]:
+    """Return the names of an entrant's runs at its best rate, by seed."""
+    return {seed: _seed_run(entrant, seed) for seed in study.seeds}
+
+
+def tuning_runs(entrant: str, tuning: Tuning) -> dict[float, str]:
+    """Return the names of an entrant's tuning runs, by learning rate."""
+    return {rate: _tuning_run(entrant, rate) for rate in tuning.rates}
+
+
+def _steps(steps: int, share: float) -> int:
+    return max(1, round(share * steps))
+
+
+def _with(config: Config, rate: float, seed: int, steps: int) -> Config:
+    """Return the config of a run. Only its last checkpoint is retained, and it writes nothing that is not read."""
+    optimizer = dataclasses.replace(config.training.optimizer, learning_rate=rate)
+    training = dataclasses.replace(config.training, optimizer=optimizer, seed=seed, steps=steps)
+    logging = dataclasses.replace(config.logging, tensorboard=False, wandb=False, sample_tokens=0)
+    checkpoint = dataclasses.replace(config.checkpoint, max_to_keep=1, keep_every=0, keep_best=0)
+    return dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint)
+
+
+# --- identity and cost of a run ---------------------------------------------------------------------------------------
+
+# Fields that may differ when a run is resumed, and on which the evaluations of a study depend.
+_EVALUATION = ("data.validation_windows", "training.validate_every")
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Return the fields on which the result of a run depends, except for its text, which has fingerprints."""
+    fields = {"model.feed_forward.kind": config.model.feed_forward.kind}
+    for name, field, _, value in leaves(config):
+        if field.metadata.get("resume", "identity") not in ("free", "content") or name in _EVALUATION:
+            fields[name] = value
+    return fields
+
+
+def identity_hash(config: Config) -> str:
+    """Return a hash of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def headline_mode(config: Config) -> str:
+    """Return the inference mode whose loss is compared: one in which no sequence depends on another, if there is one.
+
+    `trained` if the evaluations during training are in this mode already.
+    """
+    mode, _ = default_mode(config)
+    return "trained" if mode == trained_mode(config) else mode
+
+
+def run_flops(config: Config, steps: int) -> tuple[float, float]:
+    """Return the useful and the executed FLOPs of a number of training steps."""
+    tokens = config.training.batch_size * config.model.context_length * steps
+    return flops_per_token(config) * tokens, executed_flops_per_token(config) * tokens
+
+
+def seconds_of(study: Study, entrant: str, steps: int, runs: int, step_seconds: Mapping[str, float]) -> float:
+    """Estimate the time of an entrant's runs, by the time of a step where one is known."""
+    known = step_seconds.get(entrant)
+    executed = run_flops(study.entrants[entrant], 1)[1]
+    return runs * study.overhead_seconds + steps * (known or executed / study.flops_per_second)

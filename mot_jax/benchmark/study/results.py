@@ -1,0 +1,165 @@
+"""The results of a study as plain data, `results.json`: all that its report depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import statistics
+from typing import Any
+
+from etils import epath
+
+from mot_jax.benchmark.study import plan as plans
+from mot_jax.benchmark.study.execute import Directory, Outcome, read_record, workdir_of
+from mot_jax.benchmark.study.plan import SEEDS, Plan, Run
+from mot_jax.benchmark.study.times import read_times
+from mot_jax.config import Config, MixtureOfTokensConfig, to_json
+from mot_jax.cost.flops import forward_flops
+from mot_jax.cost.memory import memory_bytes
+from mot_jax.cost.parameters import active_parameters, count_parameters
+from mot_jax.runs.metrics import Row, read_rows
+from mot_jax.runtime import strict_json
+from mot_jax.runtime.paths import replace_file
+
+FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 1
+_LAST_PART = 0.1  # of the steps, over which the metrics of layers are averaged
+_EVERY = 50  # training rows of which one is published
+_TIMES = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
+
+
+def collect(directory: Directory, command: str) -> dict[str, Any]:
+    """The results of a study so far. command: with which its runs were trained."""
+    study, plan = directory.study, directory.plan()
+    records = {run.name: read_record(workdir_of(directory.folder, run.name)) for run in plan.runs}
+    begun = [record for record in records.values() if record]
+    settings = {name: value for name, value in vars(study).items() if name not in ("title", "entrants")}
+    return {
+        "format": FORMAT,
+        "study": directory.name,
+        "title": study.title,
+        "command": command,
+        "settings": settings | {"steps": study.steps},
+        "machines": _distinct([_machine(record["machine"]) for record in begun if "machine" in record]),
+        "commits": _distinct([commit for record in begun for commit in record.get("commits", [])]),
+        "data": _data(directory, plan, begun),
+        "entrants": {name: _entrant(config, plan.tunings[name]) for name, config in study.entrants.items()},
+        "runs": [_run(directory, run, records[run.name]) for run in plan.runs],
+        "other_runs": directory.other_runs(plan),
+        "times": read_times(directory),
+    }
+
+
+def write(directory: Directory, command: str) -> dict[str, Any]:
+    """Write `results.json`, and the rows of metrics; return the results, as they are read again."""
+    content = strict_json.dumps(collect(directory, command), indent=1) + "\n"
+    replace_file(directory.folder / FILE, content.encode())
+    lines = "".join(strict_json.dumps(row) + "\n" for row in _published_rows(directory))
+    replace_file(directory.folder / ROWS_FILE, gzip.compress(lines.encode(), mtime=0))
+    return json.loads(content)
+
+
+def load(folder: epath.Path) -> dict[str, Any]:
+    """The results in a directory. Raises UserError."""
+    return strict_json.load(folder / FILE, dict, "try the --workdir of mot bench train")
+
+
+def _machine(machine: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in machine.items() if name != "date"}
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    return [value for index, value in enumerate(values) if value not in values[:index]]
+
+
+def _data(directory: Directory, plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The text: corpus and splits, fingerprints, windows, and the epochs of a run of all steps."""
+    study = directory.study
+    config = study.entrants[study.target]
+    about: dict[str, Any] = {"corpus": config.data.corpus, "train": config.data.train_split}
+    about |= {"validation": config.data.validation_split, "tokenizer": config.data.tokenizer}
+    if records:
+        windows = records[0].get("train_windows")
+        epochs = study.steps * config.training.batch_size / windows if windows else None
+        about |= {"train_windows": windows, "epochs": epochs}
+        about |= {name: records[0].get(name) for name in ("fingerprints", "validation_filled", "warnings")}
+    for run in plan.runs:
+        outcome = directory.outcome(run.name)
+        rows = _validations(workdir_of(directory.folder, run.name)) if outcome else []
+        if outcome and outcome.state == "finished" and rows:
+            last = rows[-1]
+            about |= {"validation_windows": last["windows"], "validation_tokens": last["tokens"]}
+            about["bits_per_nat"] = last["bits_per_byte"] / last["loss"]
+            break
+    return about
+
+
+def _entrant(config: Config, tuning: plans.Tuning) -> dict[str, Any]:
+    """An entrant: its config, its tuning, and its costs, of a step of training."""
+    useful, executed = plans.run_flops(config, 1)
+    memory, mode, kind = memory_bytes(config), plans.headline_mode(config), config.model.feed_forward
+    defaults = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=type(kind)()))
+    return {
+        "kind": kind.kind,
+        "config": json.loads(to_json(config)),
+        "kind_defaults": json.loads(to_json(defaults))["model"]["feed_forward"],
+        "tuning": tuning._asdict(),
+        "headline_mode": mode,
+        "independent": mode != "trained" or config.model.group_size == 1,
+        "headline_flops": _headline_flops(config, mode),
+        "parameters": sum(count_parameters(config.model).values()),
+        "active_parameters": active_parameters(config.model),
+        "state_bytes": memory["parameters"] + memory["optimizer state"],
+        "useful_flops": useful,
+        "executed_flops": executed,
+    }
+
+
+def _headline_flops(config: Config, mode: str) -> float:
+    """FLOPs per token of the headline mode, relative to the forward pass of training.
+
+    With companions, every sequence has mixtures for all experts, instead of one set for its group.
+    """
+    kind, parts = config.model.feed_forward, forward_flops(config.model)
+    if mode != "companions" or not isinstance(kind, MixtureOfTokensConfig):
+        return 1.0
+    return 1.0 + (kind.group_size - 1) * parts.get("experts", 0.0) / sum(parts.values())
+
+
+def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """A run and its losses. The metrics of layers are those of the seeds' runs."""
+    outcome = directory.outcome(run.name) or Outcome("not ended", float("nan"), [], [])
+    rate = None if run.config is None else run.config.training.optimizer.learning_rate
+    row = {"name": run.name, "entrant": run.entrant, "stage": run.stage, "seed": run.seed, "steps": run.steps}
+    row |= {"learning_rate": rate, "state": outcome.state, "curve": outcome.curve}
+    row |= {"trained_curve": outcome.trained_curve, "loss": outcome.loss}
+    row |= {name: record.get(name) for name in ("config_hash", "commits", "reason") if name in record}
+    if run.stage == SEEDS and outcome.state == "finished":
+        row["layers"] = _layer_metrics(read_rows(workdir_of(directory.folder, run.name)), run.steps)
+    return row
+
+
+def _layer_metrics(rows: list[Row], steps: int) -> dict[str, float]:
+    """Means over the last tenth of training of the metrics of each block, `NAME/BLOCK`, such as drops and load."""
+    last = [row for row in rows if row["split"] == "train" and row["step"] > steps * (1 - _LAST_PART)]
+    names = {name for row in last for name, value in row.items() if "/" in name and isinstance(value, float)}
+    return {name: statistics.fmean(row[name] for row in last if row.get(name) is not None) for name in sorted(names)}
+
+
+def _validations(workdir: epath.Path) -> list[Row]:
+    return [row for row in read_rows(workdir) if row["split"] == "validation"]
+
+
+def _published_rows(directory: Directory) -> list[Row]:
+    """All evaluation rows and every fiftieth training row of the runs that have ended, without times."""
+    published = []
+    for run in directory.plan().runs:
+        if directory.outcome(run.name) is None:
+            continue
+        rows = read_rows(workdir_of(directory.folder, run.name))
+        steps = {row["step"] for row in [row for row in rows if row["split"] == "train"][::_EVERY]}
+        for row in rows:
+            if row["split"] == "validation" or row["step"] in steps:
+                values = {name: value for name, value in row.items() if name not in _TIMES}
+                published.append({"run": run.name, **values})
+    return published

@@ -1,0 +1,149 @@
+"""The statistics of a study, as functions of losses by step and by seed.
+
+A loss that is missing, since the run has diverged, and a target that is never reached are infinite; none is omitted.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+Curve = Sequence[tuple[float, float]]  # (step, loss) of each evaluation, by step
+SIGNIFICANCE = 0.05
+_CONFIDENCE = 0.95
+
+
+# --- reaching a loss --------------------------------------------------------------------------------------------------
+
+
+def crossing(curve: Curve, target: float) -> float:
+    """Return the step at which a curve first reaches the target; infinity if it does not.
+
+    Between two evaluations the loss is interpolated linearly. Where the curve is convex, it is below that line, so that
+    the step is not too early.
+    """
+    before: tuple[float, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None or not math.isfinite(before[1]):
+                return step
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = step, loss
+    return math.inf
+
+
+def loss_at(curve: Curve, step: float) -> float:
+    """Return the loss at a step, interpolated linearly between evaluations.
+
+    After the last evaluation it is the last loss. Before the first one it is unknown, hence infinite.
+    """
+    before: tuple[float, float] | None = None
+    for next_step, loss in curve:
+        if next_step >= step:
+            if next_step == step:
+                return loss
+            if before is None:
+                return math.inf
+            return before[1] + (step - before[0]) * (loss - before[1]) / (next_step - before[0])
+        before = next_step, loss
+    return math.inf if before is None else before[1]
+
+
+def horizon(losses: Mapping[float, float], target: float) -> float:
+    """Return the shortest schedule whose final loss reaches the target, from final losses by the share of the steps.
+
+    Infinity if none reaches it.
+    """
+    return min((share for share, loss in losses.items() if loss <= target), default=math.inf)
+
+
+def next_horizon(shares: Sequence[float], losses: Mapping[float, float], target: float) -> float | None:
+    """Return the schedule to train next in a bisection for the shortest that reaches the target; None at its end.
+
+    The bisection assumes that a longer schedule does not end with a higher loss.
+
+    Args:
+        shares: of the steps, increasing; the last one is 1 and has been trained.
+        losses: final losses so far, by share.
+        target: the loss to reach.
+    """
+    reached = horizon(losses, target)
+    missed = max((share for share, loss in losses.items() if loss > target and share < reached), default=0.0)
+    between = [share for share in shares if missed < share < reached]
+    return between[len(between) // 2] if between and math.isfinite(reached) else None
+
+
+# --- comparing losses of several seeds --------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """A paired comparison of two samples.
+
+    Attributes:
+        difference: mean of the differences, the sample minus the reference; None if it is not finite.
+        low, high: bounds of its confidence interval of 95 %.
+        p: of the paired two-sided t-test; None if there is no test.
+        reason: why there is no test; empty otherwise.
+    """
+
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    reason: str = ""
+
+
+def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comparison:
+    """Compare two samples with the same seeds by a paired two-sided t-test.
+
+    There is no test with fewer than two seeds, nor if a value is infinite.
+    """
+    seeds = sorted(sample.keys() & reference.keys())
+    differences = [sample[seed] - reference[seed] for seed in seeds]
+    missed = sum(not (math.isfinite(sample[seed]) and math.isfinite(reference[seed])) for seed in seeds)
+    if missed:
+        return Comparison(reason=f"{missed} of {len(seeds)} seeds miss")
+    if len(seeds) < 2:
+        return Comparison(
+            next(iter(differences), None), reason=f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; the test needs 2"
+        )
+    mean = statistics.fmean(differences)
+    if min(differences) == max(differences):  # the variance is 0, and so is the denominator of t
+        return Comparison(mean, mean, mean, reason="all differences are equal")
+    import scipy.stats  # here, since it takes more than a second, and only reports have tests
+
+    test = scipy.stats.ttest_rel([sample[seed] for seed in seeds], [reference[seed] for seed in seeds])
+    interval = test.confidence_interval(_CONFIDENCE)
+    return Comparison(mean, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Correct p-values of several tests by Holm's method.
+
+    A test that could not be made counts as one of them, with p = 1, and stays None.
+    """
+    corrected: dict[str, float | None] = {}
+    largest = 0.0
+    ordered = sorted(p_values.items(), key=lambda item: 1.0 if item[1] is None else item[1])
+    for index, (name, p) in enumerate(ordered):
+        if p is not None:
+            largest = max(largest, min(1.0, (len(ordered) - index) * p))
+        corrected[name] = None if p is None else largest
+    return {name: corrected[name] for name in p_values}
+
+
+def summary(values: Mapping[int, float]) -> dict[str, float | int]:
+    """Return `reached`, the number of finite values, `of` all, their `median`, and `mean` and `sd` if all are finite.
+
+    The median is of all values, so that it is infinite if half of them are. The standard deviation needs two values.
+    """
+    finite = [value for value in values.values() if math.isfinite(value)]
+    figures: dict[str, float | int] = {"reached": len(finite), "of": len(values)}
+    figures["median"] = statistics.median(values.values()) if values else math.inf
+    if finite and len(finite) == len(values):
+        figures["mean"] = statistics.fmean(finite)
+        if len(finite) > 1:
+            figures["sd"] = statistics.stdev(finite)
+    return figures

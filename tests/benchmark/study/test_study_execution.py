@@ -1,0 +1,256 @@
+"""Studies are trained by the command, killed, resumed and refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from mot_jax import cli
+from mot_jax.benchmark.study import execute, load_study
+from mot_jax.config import to_json
+from mot_jax.errors import DivergedError, UserError
+
+# A study of two kinds and 12 steps: 3 rates, 1 seed and at most one shorter schedule.
+STUDY = """
+import dataclasses
+import importlib.util
+
+spec = importlib.util.spec_from_file_location("smoke", {smoke!r})
+smoke = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(smoke)
+
+
+def get_study():
+    study = smoke.get_study()
+    entrants = {{}}
+    for name in ("dense", "mixture_of_tokens"):
+        config = study.entrants[name]
+        optimizer = dataclasses.replace(config.training.optimizer, warmup_steps=2)
+        training = dataclasses.replace(config.training, steps=12, validate_every=6, checkpoint_every=4, log_every=2)
+        training = dataclasses.replace(training, optimizer=optimizer)
+        data = dataclasses.replace(config.data, directory={data!r}, validation_split="validation[:1%]")
+        model = dataclasses.replace(config.model, num_blocks=1)
+        entrants[name] = dataclasses.replace(config, training=training, data=data, model=model)
+    return dataclasses.replace(study, entrants=entrants, seeds=(1,), max_extensions=0, horizons=(0.5,){more})
+"""
+SMOKE = Path(__file__).parents[3] / "configs" / "studies" / "smoke.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def write_study(folder: Path, data: Path, more: str = "", name: str = "small.py") -> str:
+    path = folder / name
+    path.write_text(STUDY.format(smoke=str(SMOKE), data=str(data), more=more))
+    return str(path)
+
+
+def directory(study: str, folder: Path) -> execute.Directory:
+    return execute.Directory(load_study(study), Path(study).stem, epath.Path(folder))
+
+
+def refusal(capsys, *arguments: str) -> tuple[int, list[str]]:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "train", *arguments])
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err.splitlines()
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(capsys, tmp_path, data):
+    study, out = write_study(tmp_path, data), tmp_path / "out"
+    cli.main(["bench", "train", study, "--workdir", str(out), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    expected = [f"{name}-rate-{r}" for name in ("dense", "mixture_of_tokens") for r in ("0.005", "0.01", "0.02")]
+    expected += ["dense-seed-1", "mixture_of_tokens-seed-1"]
+    assert rows[1:] == expected
+    assert any("the budget is 0.2" in line for line in lines) and not out.exists()
+
+
+def test_a_study_above_its_budget_is_refused_before_anything_is_trained(capsys, tmp_path, data):
+    study, out = write_study(tmp_path, data, ", budget_hours=1e-6"), tmp_path / "out"
+    code, (line,) = refusal(capsys, study, "--workdir", str(out))
+    assert code == 2 and line.startswith("error: budget_hours = 1e-06: ") and "try --hours 1" in line
+    assert not (out / "runs").exists()
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--hours", "0")
+    assert code == 2 and line.startswith("error: --hours = 0: ")
+
+
+def test_a_run_whose_rate_is_not_chosen_can_be_retried_later(capsys, tmp_path, data):
+    study, out = write_study(tmp_path, data), tmp_path / "out"
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1")
+    assert code == 75 and "try again after dense-rate-0.005, dense-rate-0.01, dense-rate-0.02" in line
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--dry-run")
+    assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --dry-run")
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-rate-0.02.")
+    assert code == 2 and "did you mean 'dense-rate-0.02'?" in line
+
+
+def test_a_directory_has_one_study(capsys, tmp_path, data):
+    first, second = write_study(tmp_path, data), write_study(tmp_path, data, name="other.py")
+    out = tmp_path / "out"
+    directory(first, out).claim()
+    code, (line,) = refusal(capsys, second, "--workdir", str(out))
+    assert code == 2 and "has the study 'small', not 'other'" in line
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    code, (line,) = refusal(capsys, first, "--workdir", str(tmp_path / "full"))
+    assert code == 2 and "has files, but no study" in line
+
+
+def finished_run(study: execute.Directory, name: str, loss: float | None) -> Path:
+    """Write the files of a run that has ended, as training does."""
+    run = study.plan().run(name)
+    assert run.config is not None
+    workdir = Path(execute.workdir_of(study.folder, name))
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(to_json(run.config))
+    row = {"step": run.steps, "split": "validation", "loss": loss}
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (workdir / "result.json").write_text(json.dumps({"steps": run.steps}))
+    return workdir
+
+
+def test_outcomes_are_read_from_the_files_of_runs(tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    for rate, loss in (("0.005", 3.0), ("0.01", None), ("0.02", 2.0)):
+        finished_run(study, f"dense-rate-{rate}", loss)
+    diverged = finished_run(study, "mixture_of_tokens-rate-0.01", 1.0)
+    (diverged / "result.json").unlink()
+    assert study.plan().run("mixture_of_tokens-rate-0.01").name not in study.losses()
+    (diverged / "record.json").write_text(json.dumps({"state": "diverged"}))
+    plan = study.plan()
+    assert study.losses() == {
+        "dense-rate-0.005": 3.0,
+        "dense-rate-0.01": float("inf"),
+        "dense-rate-0.02": 2.0,
+        "mixture_of_tokens-rate-0.01": float("inf"),
+    }
+    assert plan.tunings["dense"].chosen == 0.02 and plan.run("dense-seed-1").config is not None
+
+
+def test_a_run_that_no_study_has_evaluated_is_refused(tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    workdir = finished_run(study, "mixture_of_tokens-rate-0.01", 3.0)
+    with pytest.raises(UserError, match=f"{workdir}: has ended without an evaluation in the mode companions; try mv"):
+        study.plan()
+
+
+def test_a_run_that_diverges_is_recorded_and_the_study_resumes_with_the_next(monkeypatch, tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    called: list[str] = []
+
+    def train(config, workdir, hooks, quiet):
+        called.append(workdir.name)
+        if len(called) == 3:
+            raise KeyboardInterrupt
+        workdir.mkdir(parents=True)
+        raise DivergedError("is not finite")
+
+    monkeypatch.setattr(execute, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        list(execute.train_study(study, None))
+    assert called == ["dense-rate-0.005", "dense-rate-0.01", "dense-rate-0.02"]
+    again = directory(write_study(tmp_path, data), tmp_path / "out")
+    assert again.plan() and again.losses() == dict.fromkeys(called[:2], float("inf"))
+
+
+def test_runs_of_a_study_that_was_changed_are_named(capsys, tmp_path, data):
+    study, out = write_study(tmp_path, data), tmp_path / "out"
+    current = directory(study, out)
+    current.claim()
+    names = ["dense-rate-0.005", "dense-rate-0.01"]
+    for name in names:
+        finished_run(current, name, 3.0)
+    changed = Path(study).read_text().replace("num_blocks=1", "num_blocks=3")
+    Path(study).write_text(changed)
+    code, lines = refusal(capsys, study, "--workdir", str(out), "--dry-run")
+    assert code == 2 and [line.split(":")[1].strip() for line in lines] == names
+    assert "is stale: model.num_blocks was 1, now 3" in lines[0] and f"mv {out}/runs/{names[0]} " in lines[0]
+
+
+def test_a_run_is_not_resumed_on_another_machine(tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    run = study.plan().run("dense-rate-0.01")
+    workdir = execute.workdir_of(study.folder, run.name)
+    workdir.mkdir(parents=True)
+    (workdir / "record.json").write_text(json.dumps({"state": "begun", "machine": {"python": "2.7"}}))
+    with pytest.raises(UserError, match=r"dense-rate-0.01: was begun on another machine .*python 2.7, now 3"):
+        execute.train_run(study, run, lambda steps: None)
+
+
+# --- whole studies ----------------------------------------------------------------------------------------------------
+
+
+def command(study: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", "mot_jax", "bench", "train", study, "--workdir", str(out)]
+
+
+def results_without_times(out: Path) -> dict:
+    results = json.loads((out / "results.json").read_text())
+    assert results.pop("times")["rows"].keys() == {"dense", "mixture_of_tokens"}
+    del results["command"], results["commits"]
+    for run in results["runs"]:
+        del run["commits"]  # more than one if the source has changed since
+    return results
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data) -> tuple[str, Path]:
+    """A study that was trained without a disturbance; tests must not change it."""
+    folder = tmp_path_factory.mktemp("study")
+    study, out = write_study(folder, data), folder / "out"
+    subprocess.run(command(study, out), check=True, capture_output=True)
+    return study, out
+
+
+@pytest.mark.slow
+def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
+    study, out = trained
+    results = results_without_times(out)
+    runs = {run["name"]: run for run in results["runs"]}
+    assert {run["state"] for run in runs.values()} == {"finished"} and 8 <= len(runs) <= 9
+    mot = runs["mixture_of_tokens-seed-1"]
+    assert [step for step, _ in mot["curve"]] == [step for step, _ in mot["trained_curve"]] == [6, 12]
+    assert all(a[1] != b[1] for a, b in zip(mot["curve"], mot["trained_curve"], strict=True))
+    assert runs["dense-seed-1"]["curve"] == runs["dense-seed-1"]["trained_curve"]
+    assert len({run["config_hash"] for run in runs.values()}) == len(runs)
+    assert "<svg" in (out / "report.html").read_text() and "How to refute this" in (out / "report.md").read_text()
+    before = (out / "report.html").read_bytes()
+    cli.main(["bench", "train", study, "--workdir", str(out)])
+    assert (out / "report.html").read_bytes() == before  # nothing was trained or timed again
+    shutil.copy(out / "results.json", tmp_path)
+    cli.main(["bench", "report", str(tmp_path)])
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_ends_with_the_same_results(trained, tmp_path):
+    """Of a finished study, some runs of each stage are removed, and trained again between kills."""
+    study, undisturbed = trained
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    removed = ["mixture_of_tokens-rate-0.02", "dense-seed-1", "mixture_of_tokens-seed-1"]
+    for name in removed:
+        shutil.rmtree(out / "runs" / name)
+    for name in ("results.json", "times.json"):
+        (out / name).unlink()
+    for file in (f"{removed[0]}/checkpoints/4", f"{removed[1]}/metrics.jsonl", f"{removed[2]}/config.json"):
+        process = subprocess.Popen(command(study, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (out / "runs" / file).exists():
+            time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1]
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    subprocess.run(command(study, out), check=True, capture_output=True)
+    assert results_without_times(out) == results_without_times(undisturbed)

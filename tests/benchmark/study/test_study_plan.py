@@ -1,0 +1,216 @@
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from mot_jax.benchmark.study import plan as plans
+from mot_jax.benchmark.study.plan import Study, load_study, plan, tune
+from mot_jax.config import ExpertChoiceConfig, check
+from mot_jax.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def smoke() -> Study:
+    return load_study(ROOT / "configs" / "studies" / "smoke.py")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_file_has_its_command_and_time(path):
+    assert isinstance(load_study(path), Study)
+    text = path.read_text()
+    assert f"\nCommand: mot bench train configs/studies/{path.name} --workdir" in text and "\nHere:    " in text
+
+
+# --- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def tuned(study: Study, best: float) -> plans.Tuning:
+    """The tuning of an entrant whose loss is lowest at `best` times its rate, with all runs that it asks for."""
+    middle, losses = study.entrants["dense"].training.optimizer.learning_rate, {}
+    while not (tuning := tune(study, "dense", losses)).complete:
+        losses |= {rate: abs(math.log2(rate / (best * middle))) for rate in tuning.rates}
+    return tuning
+
+
+@pytest.mark.parametrize(
+    ("best", "rates", "chosen", "at_end"),
+    [
+        (1, [0.25, 0.5, 1, 2, 4], 1, False),
+        (2, [0.25, 0.5, 1, 2, 4], 2, False),
+        (4, [0.25, 0.5, 1, 2, 4, 8], 4, False),
+        (0.125, [0.0625, 0.125, 0.25, 0.5, 1, 2, 4], 0.125, False),
+        (64, [0.25, 0.5, 1, 2, 4, 8, 16], 16, True),
+    ],
+)
+def test_the_grid_is_extended_by_one_while_the_best_rate_is_at_an_end(smoke, best, rates, chosen, at_end):
+    study = dataclasses.replace(smoke, rate_factors=(0.25, 0.5, 1.0, 2.0, 4.0), max_extensions=2)
+    tuning, middle = tuned(study, best), study.entrants["dense"].training.optimizer.learning_rate
+    assert tuning.rates == tuple(middle * factor for factor in rates)
+    assert (tuning.chosen, tuning.at_end) == (middle * chosen, at_end)
+
+
+def test_an_entrant_that_always_diverges_has_no_rate_and_no_further_runs(smoke):
+    losses = trained(smoke, diverging="token_choice")
+    current = plan(smoke, losses)
+    tuning = current.tunings["token_choice"]
+    assert tuning.complete and tuning.chosen is None and len(tuning.rates) == 4
+    stages = {run.stage for run in current.runs if run.entrant == "token_choice"}
+    assert stages == {plans.TUNING} and current.steps_left["token_choice"] == 0
+
+
+# --- the runs of a study ----------------------------------------------------------------------------------------------
+
+
+OFFSETS = {"dense": 0.1, "mixture_of_tokens": 0.0, "token_choice": 0.05}
+
+
+def loss_of(run: plans.Run) -> float:
+    """A loss as of a model: lower with more steps, lowest at some rate, with some noise between seeds."""
+    assert run.config is not None
+    rate = abs(math.log2(run.config.training.optimizer.learning_rate / 0.01))
+    return 1.0 + OFFSETS[run.entrant] + 0.01 * rate + 6 / run.steps + 1e-4 * run.seed
+
+
+def trained(study: Study, diverging: str = "") -> dict[str, float]:
+    """The losses of all runs of a study, trained in the order of its plan."""
+    losses: dict[str, float] = {}
+    while todo := [run for run in plan(study, losses).runs if run.config and run.name not in losses]:
+        losses[todo[0].name] = math.inf if todo[0].entrant == diverging else loss_of(todo[0])
+    return losses
+
+
+def test_all_runs_of_a_study_are_valid_and_have_the_seeds_of_their_stage(smoke):
+    losses = trained(smoke)
+    runs = plan(smoke, losses).runs
+    assert {run.name for run in runs} == set(losses) and len(runs) == len(losses)
+    by_stage = {stage: [r for r in runs if r.stage == stage] for stage in plans.STAGES}
+    assert {run.seed for run in by_stage[plans.TUNING]} == {smoke.tuning_seed}
+    assert len(by_stage[plans.SEEDS]) == 6 and {run.seed for run in by_stage[plans.SEEDS]} == {1, 2}
+    for run in runs:
+        assert run.config is not None
+        check(run.config)
+        training = run.config.training
+        assert (training.seed, training.steps) == (run.seed, run.steps)
+        chosen = plan(smoke, losses).tunings[run.entrant].chosen
+        assert run.stage == plans.TUNING or training.optimizer.learning_rate == chosen
+
+
+def test_the_shortest_schedule_is_searched_for_all_but_the_target(smoke):
+    losses = trained(smoke)
+    target = plans.target_loss(smoke, losses)
+    assert target == pytest.approx(sum(losses[f"dense-seed-{seed}"] for seed in (1, 2)) / 2)
+    assert not [name for name in losses if name.startswith("dense-seed") and "steps" in name]
+    for entrant in ("mixture_of_tokens", "token_choice"):
+        by_share = plans.horizon_losses(smoke, entrant, 1, losses)
+        reached = [share for share in (0.5, 0.75, 1.0) if 1 + 6 / (60 * share) + OFFSETS[entrant] + 1e-4 <= target]
+        assert min(share for share, loss in by_share.items() if loss <= target) == min(reached)
+
+
+def test_a_plan_depends_on_the_losses_and_not_on_their_order(smoke):
+    """As after a kill, or with several jobs: from any part of the losses, the same runs remain."""
+    losses = trained(smoke)
+    generator = random.Random(0)
+    for _ in range(5):
+        done: dict[str, float] = {}
+        while todo := [run for run in plan(smoke, done).runs if run.config and run.name not in done]:
+            for run in generator.sample(todo, generator.randint(1, len(todo))):
+                done[run.name] = loss_of(run)
+        assert done == losses and plan(smoke, done) == plan(smoke, losses)
+
+
+def test_runs_that_wait_for_a_learning_rate_name_the_runs_that_they_need(smoke):
+    current = plan(smoke, {})
+    waiting = [run for run in current.runs if run.config is None]
+    assert [run.stage for run in waiting] == [plans.SEEDS] * 6
+    for run in waiting:
+        assert run.needs == tuple(plans.tuning_runs(run.entrant, current.tunings[run.entrant]).values())
+    assert current.steps_left["dense"] == 0 and current.steps_left["token_choice"] > 0
+    with pytest.raises(UserError, match="did you mean 'dense-seed-1'"):
+        current.run("dense-sed-1")
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_a_run_changes_with_every_field_that_its_result_depends_on(smoke):
+    config = smoke.entrants["dense"]
+    changes = {
+        "checkpoint_every": (dataclasses.replace(config.training, checkpoint_every=7), False),
+        "log_every": (dataclasses.replace(config.training, log_every=7), False),
+        "validate_every": (dataclasses.replace(config.training, validate_every=7), True),
+        "steps": (dataclasses.replace(config.training, steps=61), True),
+        "seed": (dataclasses.replace(config.training, seed=7), True),
+    }
+    for name, (training, differs) in changes.items():
+        changed = dataclasses.replace(config, training=training)
+        assert (plans.identity_hash(changed) != plans.identity_hash(config)) == differs, name
+    hashes = {plans.identity_hash(entrant) for entrant in smoke.entrants.values()}
+    assert len(hashes) == len(smoke.entrants)
+
+
+def test_the_headline_mode_keeps_sequences_independent_where_it_can(smoke):
+    modes = {name: plans.headline_mode(config) for name, config in smoke.entrants.items()}
+    assert modes == {"dense": "trained", "mixture_of_tokens": "companions", "token_choice": "trained"}
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def with_dense(study: Study, **groups) -> Study:
+    """The study with other groups of fields of its dense entrant."""
+    return dataclasses.replace(
+        study, entrants={**study.entrants, "dense": dataclasses.replace(study.entrants["dense"], **groups)}
+    )
+
+
+def faulty_studies(study: Study):
+    dense, mot = (study.entrants[name] for name in ("dense", "mixture_of_tokens"))
+    replace = dataclasses.replace
+    over_tokens = replace(mot.model, feed_forward=ExpertChoiceConfig(group_size=8, num_experts=16, over="tokens"))
+    yield replace(study, target="dens"), "target = 'dens': must be an entrant; did you mean 'dense'?"
+    yield replace(study, seeds=(1, 1)), "seeds = .*must be different numbers"
+    yield replace(study, seeds=(0, 1)), "tuning_seed = 0: must not be one of seeds"
+    yield replace(study, horizon_seeds=(9,)), r"horizon_seeds = \(9,\): must be among seeds"
+    yield replace(study, horizons=(0.5, 1.5)), "horizons = .*: must be between 0 and 1"
+    yield replace(study, rate_factors=(0.5, 1.0, 3.0)), "rate_factors = .*each twice the one before"
+    yield replace(study, budget_hours=0), "budget_hours = 0: must be above 0"
+    yield replace(study, entrants={**study.entrants, "a-b": dense}), "'a-b' must have small letters.*; try 'a_b'"
+    yield with_dense(study, data=replace(dense.data, validation_windows=4)), "validation_windows = 4: must be None"
+    yield with_dense(study, training=replace(dense.training, steps=61)), "mixture.*training.steps = 60: must be that of"
+    yield with_dense(study, data=replace(dense.data, shuffle_group_size=None)), "shuffle_group_size"
+    yield with_dense(study, model=over_tokens), r"entrants\['dense'\]: .*over = 'tokens'.*causal"
+
+
+def test_a_study_that_compares_unequal_things_is_refused(smoke):
+    for study, line in faulty_studies(smoke):
+        with pytest.raises(UserError, match=line):
+            plans.check_study(study)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", r"must define get_study\(\) -> Study"),
+        ("def get_study():\n    return 1\n", r"get_study\(\) must return a Study, and returned 1"),
+        ("def get_study():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("x = (", "line 1: SyntaxError"),
+    ],
+)
+def test_a_broken_study_file_is_refused_in_one_line(tmp_path, text, line):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=line) as error:
+        load_study(path)
+    assert str(error.value).startswith(f"STUDY = {path}")
+
+
+def test_estimates_replace_flops_by_measured_steps(smoke):
+    executed = plans.run_flops(smoke.entrants["dense"], 1)[1]
+    study = dataclasses.replace(smoke, flops_per_second=executed, overhead_seconds=3.0)
+    assert plans.seconds_of(study, "dense", 10, 2, {}) == pytest.approx(16)
+    assert plans.seconds_of(study, "dense", 10, 2, {"dense": 0.5}) == pytest.approx(11)

@@ -1,0 +1,222 @@
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from mot_jax import cli
+from mot_jax.benchmark.study.analysis import analyze
+from mot_jax.benchmark.study.report import report, to_html, to_markdown
+
+DENSE, MOT, ROUTED = "dense", "mixture_of_tokens", "token_choice"
+# Final losses by entrant and seed: dense 2.0 on average; token choice misses that with seed 2.
+FINAL = {DENSE: {1: 1.9, 2: 2.1}, MOT: {1: 1.0, 2: 1.3}, ROUTED: {1: 1.95, 2: 2.05}}
+FLOPS = {DENSE: (100.0, 100.0), MOT: (125.0, 125.0), ROUTED: (100.0, 200.0)}  # useful, executed, of a step
+
+
+def run(entrant: str, stage: str, seed: int, steps: int, loss: float, rate: float = 0.01) -> dict:
+    """A run whose loss falls from 4 at half of its steps, linearly."""
+    names = {"tuning": f"-rate-{rate:g}", "seeds": f"-seed-{seed}", "horizons": f"-seed-{seed}-steps-{steps}"}
+    row = {"name": entrant + names[stage], "entrant": entrant, "stage": stage, "seed": seed, "steps": steps}
+    row |= {"learning_rate": rate, "state": "finished", "loss": loss, "curve": [[steps / 2, 4.0], [steps, loss]]}
+    row |= {"trained_curve": row["curve"], "commits": ["abc"], "config_hash": "0"}
+    if stage == "seeds":
+        row["layers"] = {"dropped/0": 0.25 * seed, "dropped/1": 0.0, "router_entropy/0": 0.5}
+    return row
+
+
+@pytest.fixture
+def results() -> dict:
+    """Three entrants, two seeds, 100 steps; as read from results.json."""
+    runs = []
+    for entrant, losses in FINAL.items():
+        runs += [run(entrant, "tuning", 0, 100, loss, rate) for rate, loss in ((0.005, 2.2), (0.01, 2.0), (0.02, 2.1))]
+        runs += [run(entrant, "seeds", seed, 100, loss) for seed, loss in losses.items()]
+    runs += [run(MOT, "horizons", 1, 50, 1.9), run(MOT, "horizons", 1, 30, 2.5)]
+    runs += [run(ROUTED, "horizons", 1, 50, 2.5)]
+    entrants = {
+        name: {
+            "kind": name,
+            "config": {
+                "training": {"optimizer": {"learning_rate": 0.01}},
+                "model": {"feed_forward": {"kind": name, f"{name}_a": 1, f"{name}_b": 3}},
+            },
+            "kind_defaults": {"kind": name, f"{name}_a": 1, f"{name}_b": 2},
+            "tuning": {"rates": [0.005, 0.01, 0.02], "chosen": 0.01, "complete": True, "at_end": name == DENSE},
+            "headline_mode": "companions" if name == MOT else "trained",
+            "independent": True,
+            "headline_flops": 3.0 if name == MOT else 1.0,
+            "parameters": 1000,
+            "active_parameters": 1000,
+            "state_bytes": 12000,
+            "useful_flops": FLOPS[name][0],
+            "executed_flops": FLOPS[name][1],
+        }
+        for name in FINAL
+    }
+    seconds = {DENSE: 0.1, MOT: 0.2, ROUTED: 0.3}
+    timed = {
+        name: {"median_s": value, "spread": 0.05, "compiler_flops": 1e9, "temporaries": 1}
+        for name, value in seconds.items()
+    }
+    machine = {"device": "1 x cpu", "python": "3.13.0"}
+    settings = {"seeds": [1, 2], "tuning_seed": 0, "horizon_seeds": [1], "max_extensions": 2, "steps": 100}
+    data = {"corpus": ["a", "b"], "train": "train", "validation": "validation", "tokenizer": "bytes"}
+    data |= {"fingerprints": {"train": "f1"}, "train_windows": 50, "epochs": 0.5, "bits_per_nat": 1 / math.log(2)}
+    data |= {"validation_filled": 0.25, "warnings": ["warning: text trained on"]}
+    return {
+        "format": 1,
+        "study": "mine",
+        "title": "Three <kinds> & more",
+        "command": "mot bench train mine.py --workdir out",
+        "settings": settings | {"target": DENSE, "compared": MOT},
+        "machines": [machine],
+        "commits": ["abc"],
+        "data": data,
+        "entrants": entrants,
+        "runs": runs,
+        "other_runs": [],
+        "times": {"rows": timed, "rounds": 20, "load_before": 0.1, "machine": machine, "runs": {}},
+    }
+
+
+def diverge(results: dict, *names: str) -> dict:
+    changed = copy.deepcopy(results)
+    for row in changed["runs"]:
+        if row["name"] in names:
+            row |= {"state": "diverged", "loss": None}
+    return changed
+
+
+def test_the_target_and_the_cost_of_reaching_it(results):
+    """MoT falls from 4 to 1.0 and 1.3 in the last 50 steps: it reaches 2.0 after 2 / 3 and 2 / 2.7 of them."""
+    figures = analyze(results)
+    rows = figures["entrants"]
+    assert figures["target"] == pytest.approx(2.0)
+    steps = {1: 50 + 50 * 2 / 3, 2: 50 + 50 * 2 / 2.7}
+    assert rows[MOT]["crossings"] == pytest.approx(steps)
+    share = sum(steps.values()) / 200
+    assert rows[MOT]["steps_to_target"] == pytest.approx(share)
+    assert rows[MOT]["useful_to_target"] == pytest.approx(1.25 * share)
+    assert rows[MOT]["time_to_target"] == pytest.approx(2 * share)
+    assert rows[MOT]["horizon"] == {1: {"losses": {1.0: 1.0, 0.5: 1.9, 0.3: 2.5}, "shortest": 0.5, "complete": True}}
+
+
+def test_a_seed_that_misses_makes_the_median_infinite_and_prevents_the_test(results):
+    row = analyze(results)["entrants"][ROUTED]
+    assert row["crossing"]["reached"] == 1 and row["steps_to_target"] == math.inf
+    assert row["crossing_test"]["reason"] == "1 of 2 seeds miss" and row["crossing_test"]["holm"] is None
+    assert row["loss_test"]["difference"] == pytest.approx(0.85)
+
+
+def test_losses_at_equal_budgets_are_those_at_an_earlier_step(results):
+    """MoT's step costs 1.25 times dense's, which leaves it 80 of 100 steps; token choice executes twice as much."""
+    rows = analyze(results)["entrants"]
+    at_80 = [4 - 3.0 * 30 / 50, 4 - 2.7 * 30 / 50]
+    assert rows[MOT]["loss_at_equal_useful"] == pytest.approx(sum(at_80) / 2)
+    assert rows[MOT]["loss_at_equal_time"] == pytest.approx(4.0)
+    assert rows[ROUTED]["loss_at_equal_useful"] == pytest.approx(2.0)
+    assert rows[ROUTED]["loss_at_equal_executed"] == pytest.approx(4.0)
+    assert rows[ROUTED]["loss_at_equal_time"] == math.inf  # before its first evaluation
+
+
+def test_a_run_that_diverged_is_a_miss(results):
+    figures = analyze(diverge(results, f"{MOT}-seed-2", f"{ROUTED}-seed-1"))
+    assert figures["entrants"][MOT]["crossing"] == {"reached": 1, "of": 2, "median": math.inf}
+    assert figures["entrants"][ROUTED]["loss_test"]["reason"] == "2 of 2 seeds miss"
+    assert analyze(diverge(results, f"{DENSE}-seed-1"))["target"] == math.inf
+
+
+def test_an_entrant_that_never_trains_has_a_row_of_misses(results):
+    results["runs"] = [row for row in results["runs"] if row["entrant"] != ROUTED or row["stage"] == "tuning"]
+    results["entrants"][ROUTED]["tuning"] |= {"chosen": None}
+    row = analyze(results)["entrants"][ROUTED]
+    assert row["loss"]["reached"] == 0 and row["loss"]["of"] == 2
+    assert "no rate of the grid trains" in to_markdown("", list(report(results)))
+
+
+class Page(HTMLParser):
+    """Collects the attributes that refer to other files, and checks that elements are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "path", "use"):
+            self.open.append(tag)
+        self.references += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.references += [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_page_is_complete_in_itself(results):
+    text = to_html(results["title"], list(report(results)))
+    page = Page()
+    page.feed(text)
+    assert not page.open and not page.references and "@import" not in text and "url(http" not in text
+    assert text.count("<svg") == 2 and "Three &lt;kinds&gt; &amp; more" in text
+    identifiers = re.findall(r'<clipPath id="(\w+)"', text)
+    assert len(identifiers) == len(set(identifiers)) == 2
+    for part in (
+        "How to refute this",
+        "filled to 25%",
+        "warning: text trained on",
+        "at an end of the grid",
+        "companions, 3.0 x the FLOPs",
+        "1 of 2 seeds miss",
+    ):
+        assert part in page.text
+
+
+def test_the_tables_have_the_figures(results):
+    """Losses of dense are higher by 0.9 and 0.8: t = 17 with 1 degree of freedom, p = 0.037, twice that by Holm."""
+    text = to_markdown(results["title"], list(report(results)))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert any(line.startswith("| dense | +0.8500 (+0.2147 to +1.4853) | 0.075 | not significant |") for line in lines)
+    assert "| mixture_of_tokens | dropped | 0.375 0 |" in lines
+    assert "| mixture_of_tokens | 2 of 2 | 0.85 | 1.06 | 1.06 | 1.70 | 0.50 | 0.0 MB |" in lines
+    differences = [line for line in lines if line.startswith("| token_choice | model.feed_forward.")]
+    assert [line.split(" | ")[1:] for line in differences] == [
+        ["model.feed_forward.kind", "dense", "token_choice |"],
+        ["model.feed_forward.dense_b", "3", "- |"],
+        ["model.feed_forward.token_choice_b", "-", "3 |"],
+    ]
+
+
+def test_a_report_of_unfinished_runs_is_preliminary(results):
+    for row in results["runs"]:
+        if row["name"] == f"{DENSE}-seed-2" or row["stage"] == "horizons":
+            row |= {"state": "not ended", "loss": None, "curve": [], "trained_curve": []}
+    results["times"] = None
+    text = to_markdown(results["title"], list(report(results)))
+    assert "Preliminary: 4 runs have not ended" in text and "The target is not known yet" in text
+    assert "Cost of reaching the target" not in text and "have not been measured" in text
+
+
+def test_the_report_is_rebuilt_from_the_results_alone(results, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    contents = []
+    for output, flags in ((tmp_path, []), (tmp_path / "other", ["--output", str(tmp_path / "other")])):
+        files = [output / "report.html", output / "report.md"]
+        cli.main(["bench", "report", str(tmp_path), *flags])
+        assert capsys.readouterr().out.split() == [str(path) for path in files]
+        contents.append([path.read_bytes() for path in files])
+    assert contents[0] == contents[1]
+
+
+def test_a_directory_without_results_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "report", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and "results.json" in line and "mot bench train" in line
