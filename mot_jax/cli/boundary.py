@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from mot_jax.errors import DivergedError, ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime import distributed, exit_codes, interrupts, output
-from mot_jax.runtime.paths import FULL, is_passing, is_store_error
+from mot_jax.runtime.paths import FULL, is_io_error, is_passing, is_store_error
 
 # Errors of the operating system, and a remedy for each. Others are a full disk, passing ones or bugs, or are handled
 # where they may occur.
@@ -97,7 +97,7 @@ def _system_error(error: Exception) -> ReportedError | None:
         return UserError(f"no space left on the disk ({error_words(error)}); {advice}")
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) or (isinstance(cause, Exception) and is_store_error(cause)):
+        if is_io_error(cause):
             filename, number = getattr(cause, "filename", None), getattr(cause, "errno", None)
             path = "" if filename is None else f"{_printable(filename)}: "
             if number in _REMEDIES:

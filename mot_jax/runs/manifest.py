@@ -24,7 +24,7 @@ from etils import epath
 
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
 from mot_jax.runtime import distributed, strict_json
-from mot_jax.runtime.paths import await_visible, is_passing, is_remote, replace_file, sync
+from mot_jax.runtime.paths import await_visible, is_io_error, is_passing, is_remote, replace_file, sync
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -169,10 +169,10 @@ def _reading(checkpoint: epath.Path) -> Iterator[None]:
         yield
     except (DamageError, ReportedError):
         raise
-    except Exception as error:  # those of a store are of many classes
+    except Exception as error:
         if is_passing(error):
             raise RetryableError(f"{checkpoint}: cannot be read now ({error_words(error)})") from None
-        if not isinstance(error, OSError) and not is_remote(checkpoint):
+        if not is_io_error(error):
             raise
         raise UserError(f"{checkpoint}: cannot be read ({error_words(error)}); try chmod -R u+rX") from None
 

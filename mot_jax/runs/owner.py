@@ -24,7 +24,7 @@ from etils import epath
 
 from mot_jax.errors import RetryableError, UserError
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import create_file, is_remote, is_store_error, make_directory
+from mot_jax.runtime.paths import create_file, is_io_error, is_remote, make_directory
 
 FILE = "owner.json"
 BEAT_SECONDS = 60.0  # between two writes of the file by a run in progress
@@ -109,7 +109,7 @@ def check(workdir: epath.Path, now: bool = False) -> None:
         try:
             ownership.is_owner()
         except Exception as error:  # a store that fails now is no sign of another owner
-            if not (isinstance(error, OSError) or is_store_error(error)):
+            if not is_io_error(error):
                 raise
     if ownership.successor is not None:
         _held.pop(str(workdir))

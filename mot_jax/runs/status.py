@@ -24,7 +24,7 @@ from mot_jax.errors import RetryableError, UserError, error_words
 from mot_jax.runs import owner
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import is_passing, is_remote, replace_file
+from mot_jax.runtime.paths import is_io_error, is_passing, replace_file
 from mot_jax.runtime.progress import duration
 
 FILE = "status.json"
@@ -149,7 +149,7 @@ def _report(workdir: epath.Path) -> dict[str, Any]:
     try:
         return report(workdir)
     except Exception as error:
-        if not (isinstance(error, OSError) or is_remote(workdir)):
+        if not is_io_error(error):
             raise
         unknown = dict.fromkeys(FIELDS)
         return unknown | {"workdir": str(workdir), "state": "unreadable", "remark": error_words(error)}

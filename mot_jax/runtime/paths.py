@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 from etils import epath
 
@@ -96,6 +97,11 @@ def is_passing(error: Exception) -> bool:
 def is_store_error(error: BaseException) -> bool:
     """Whether the class of an error is of a package that accesses stores. Such an error need not be an OSError."""
     return f"{type(error).__module__}.".startswith(_STORE_PACKAGES)
+
+
+def is_io_error(error: BaseException) -> TypeGuard[Exception]:
+    """Whether an error is of the operating system or of an object store."""
+    return isinstance(error, OSError) or (isinstance(error, Exception) and is_store_error(error))
 
 
 def _status(error: Exception) -> int | None:

@@ -36,7 +36,7 @@ from mot_jax.runs.restore import check_data, load_run
 from mot_jax.runs.scores import Score, check_scores, record_score, score_of
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
-from mot_jax.runtime.paths import is_remote
+from mot_jax.runtime.paths import is_io_error
 from mot_jax.runtime.progress import Advance, progress
 from mot_jax.training.step import make_eval_step
 
@@ -145,7 +145,7 @@ def _recorded(workdir: epath.PathLike, score: Score) -> bool:
     try:
         record_score(workdir, score)
     except Exception as error:
-        if not isinstance(error, OSError) and not is_remote(workdir):  # a store raises errors of its libraries
+        if not is_io_error(error):
             raise
         print(f"warning: {workdir}/modes.json: scores are not recorded ({error_words(error)})", file=sys.stderr)
         return False
