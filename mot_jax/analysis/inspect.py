@@ -67,9 +67,8 @@ def inspect(
     config = load_run_config(workdir)
     kind, length = config.model.feed_forward, config.model.context_length
     if MixtureOfTokensConfig not in map(type, config.model.block_kinds()):
-        raise UserError(
-            f"workdir = {workdir}: holds a {kind.kind} model, which mixes nothing; try a Mixture-of-Tokens run"
-        )
+        rule = f"holds a {kind.kind} model, and mixing weights are those of mixture_of_tokens"
+        raise UserError(f"workdir = {workdir}: {rule}; try a Mixture-of-Tokens run")
     assert isinstance(kind, MixtureOfTokensConfig)
     run = load_run(workdir)
     tokenizer = open_tokenizer(config)

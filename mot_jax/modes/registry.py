@@ -341,7 +341,9 @@ def _as_mixture_of_tokens(config: Config, option: str) -> Config:
     if isinstance(kind, TokenChoiceConfig) and kind.mixture is not None:
         return _with_whole_groups(with_kind(config, kind.mixture))
     if not isinstance(kind, MixtureOfTokensConfig):
-        raise UserError(f"{option}: must be left out, since the model's layers mix nothing: they are {kind.kind}")
+        raise UserError(
+            f"{option}: must be left out, since it is for mixture_of_tokens, and the model has {kind.kind} layers"
+        )
     return config
 
 

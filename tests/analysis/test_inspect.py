@@ -171,7 +171,7 @@ def test_invalid_runs_and_options_are_errors_of_one_line(workdir, tmp_path):
     config = load_run(workdir).config
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=DenseConfig()))
     (tmp_path / "config.json").write_text(to_json(dense))
-    with pytest.raises(UserError, match=r"holds a dense model, which mixes nothing; try"):
+    with pytest.raises(UserError, match=r"holds a dense model, and mixing weights are those of mixture_of_tokens; try"):
         inspect(tmp_path)
     with pytest.raises(UserError, match=r"--group = -1: must be 0 to \d+; try 0$"):
         inspect(workdir, group=-1)
