@@ -158,6 +158,11 @@ class _FeedForwardKind(_PlainData):
         """Number of experts that a token is sent to at inference; None: a batch runs all experts."""
         return None
 
+    @property
+    def sizes_over_fsdp(self) -> dict[str, int]:
+        """Sizes other than `d_model` that the mesh axis `fsdp` shards, by the names of their fields."""
+        return {}
+
     def shared_dim(self, d_ff: int) -> int:
         """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
         return getattr(self, "shared_expert_dim", 0)
@@ -500,6 +505,11 @@ class SoftMoEConfig(_FeedForwardKind):
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""
         return self.expert_dim if self.expert_dim is not None else d_ff - self.shared_expert_dim
+
+    @property
+    def sizes_over_fsdp(self) -> dict[str, int]:
+        """E, of the controller [D, E, P], whose norms over D are then local to a device."""
+        return {"num_experts": self.num_experts}
 
     def slots(self, context_length: int) -> int:
         """P: `slots_per_expert` as given, or by the rule for a context length."""

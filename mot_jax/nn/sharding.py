@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, DenseConfig, MeshConfig, ModelConfig, SoftMoEConfig, platform_errors
+from mot_jax.config import Config, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
 from mot_jax.runtime.compilation import default_promotion, disable_cache_for_cpu_mesh
 
@@ -175,11 +175,10 @@ def _model_faults(config: Config, data: int, fsdp: int, expert: int, tensor: int
     sharded += [("tensor", tensor, "model.d_ff", m.d_ff), ("fsdp", fsdp, "model.d_model", m.d_model)]
     if m.d_model % fsdp == 0:
         sharded += [("tensor", tensor, "model.d_model / mesh.fsdp", m.d_model // fsdp)]
-    if not isinstance(kind, DenseConfig):
-        sharded += [("tensor", tensor, "model.feed_forward.expert_dim", kind.hidden_dim(m.d_ff))]
+    if (hidden_dim := getattr(kind, "hidden_dim", None)) is not None:
+        sharded += [("tensor", tensor, "model.feed_forward.expert_dim", hidden_dim(m.d_ff))]
         sharded += [("tensor", tensor, "model.feed_forward.shared_expert_dim", kind.shared_dim(m.d_ff))]
-    if isinstance(kind, SoftMoEConfig):
-        sharded += [("fsdp", fsdp, "model.feed_forward.num_experts", kind.num_experts)]
+    sharded += [("fsdp", fsdp, f"model.feed_forward.{name}", size) for name, size in kind.sizes_over_fsdp.items()]
     for axis, size, name, width in sharded:
         if width % size:
             yield f"mesh.{axis} = {size}: must divide {name} = {width}; try {math.gcd(size, width)}"
