@@ -6,7 +6,7 @@ tokens of the G sequences of a group. Dimensions as in `mot_jax.nn.mixing`, and
     C  capacity: the number of tokens that an expert takes from a group at a position     c: its einsum letter
 
 All shapes are static: every expert takes C tokens. They are gathered, and their outputs distributed, by products with
-one-hot matrices: expert choice is the merge and emit of Mixture of Tokens, with C one-hot columns of merge weights for
+one-hot matrices: expert choice is the merge and emit of Mixture of Tokens, with C one-hot vectors of merge weights for
 each expert and the probabilities as emit weights. Gathers by index would need scatter-adds, which are slow on CPUs and
 TPUs, and whose order of summation is not fixed on GPUs. Sharding, exchanges and the backward pass are those of
 `mixing.merge_experts_emit`.
@@ -101,7 +101,7 @@ class ExpertChoice(ExpertFeedForward):
         """x [N, G, S, D], chosen [N, G, S, E, C], probabilities [N, G, S, E] -> sum of expert outputs [N, G, S, D]."""
         places = spec(*axes_of(x)[:3], None)
 
-        def columns(weights: jax.Array) -> jax.Array:
+        def by_expert_place(weights: jax.Array) -> jax.Array:
             """[N, G, S, E, C] -> [N, G, S, E C]."""
             return jnp.reshape(weights, (*weights.shape[:3], -1), out_sharding=places)
 
@@ -109,8 +109,8 @@ class ExpertChoice(ExpertFeedForward):
         project = _projections(self.activation, chosen.shape[-1])
         w_in = {"w": self.w_in[...], "gate": value(self.w_gate), "norm": None}
         w_out = {"w": self.w_out[...], "norm": None}
-        merge = columns(chosen.astype(x.dtype))
-        return mixing.merge_experts_emit(*project, "all", x, merge, w_in, w_out, columns(gates))
+        merge = by_expert_place(chosen.astype(x.dtype))
+        return mixing.merge_experts_emit(*project, "all", x, merge, w_in, w_out, by_expert_place(gates))
 
 
 @functools.cache  # one pair of functions per activation and capacity: JAX caches compiled functions by identity
@@ -129,11 +129,11 @@ def _projections(activation: str, capacity: int) -> tuple[mixing.Projection, mix
     def to_places(h: tuple[jax.Array, jax.Array | None], w_out: dict[str, Any]) -> jax.Array:
         """Pre-activations and gate [E, N C, S, F] -> outputs [N, S, E C, D]."""
         o = project_out(activation)(h, w_out)
-        rows, s, e, d = o.shape
+        n_c, s, e, d = o.shape
         groups, positions, experts, _ = axes_of(o)
-        shape: tuple[int, ...] = (rows // capacity, capacity, s, e, d)
+        shape: tuple[int, ...] = (n_c // capacity, capacity, s, e, d)
         o = jnp.moveaxis(jnp.reshape(o, shape, out_sharding=spec(groups, None, positions, experts, None)), 1, 3)
-        shape = (rows // capacity, s, e * capacity, d)
+        shape = (n_c // capacity, s, e * capacity, d)
         return jnp.reshape(o, shape, out_sharding=spec(groups, positions, experts, None))
 
     return from_places, to_places
