@@ -65,7 +65,8 @@ class Case:
             position. `group`: those of all sequences of its group up to its position. `order`: the earlier tokens of
             its routing group, sequence after sequence. `sequence`: all of its sequence, which a causal model refuses.
         drops: whether some tokens are dropped: their number is then limited by so small a capacity.
-        slow: whether only the slow suite has this case: a further variant of a kind, or a kind without experts.
+        slow: whether only the slow suite has this case: a further variant of a kind, or a kind with fewer parts than
+            `expert_threshold` has.
     """
 
     config: FeedForwardConfig
@@ -105,8 +106,8 @@ CASES = {
     "expert_choice, over tokens": Case(
         ExpertChoiceConfig(8, 8, top_k=2, over="tokens", layer_norm=True), "sequence", slow=True
     ),
-    "relu_routing": Case(ReluRoutingConfig(8, top_k=2, shared_expert_dim=8, l1_weight=0.1), "past"),
-    "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past"),
+    "relu_routing": Case(ReluRoutingConfig(8, top_k=2, shared_expert_dim=8, l1_weight=0.1), "past", slow=True),
+    "hash": Case(HashConfig(8, top_k=2, shared_expert_dim=8), "past", slow=True),
     "soft_moe": Case(SoftMoEConfig(8, shared_expert_dim=8), "sequence"),
     "token_choice, dropless": Case(dataclasses.replace(ROUTED, capacity_factor=None), "past", slow=True),
 }
