@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -178,12 +179,7 @@ class MixtureOfTokens:
                 d_logits = weights * (d_weights - (weights * d_weights).sum(axis=0)) / self.temperature
                 d["controller"] += tokens.T @ d_logits
                 d["x"][rows, s] += d_logits @ p["controller"].T
-        if "kernel_in" in p:
-            h = x @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
-            d["kernel_in"] += np.einsum("bsd,bsf->df", x, d_h)
-            d["x"] += d_h @ p["kernel_in"].T
+        add_shared_expert(p, dy, np.zeros(x.shape), d)
         return d
 
 
@@ -238,21 +234,10 @@ class TokenChoice:
                     if self.capacity is not None and taken[e] == self.capacity:
                         continue
                     taken[e] += 1
-                    h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
-                    hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
-                    output = hidden @ p["w_out"][e]
+                    output, d_token = run_expert(p, e, x[t], weights[i, e] * dy[t], d)
                     y[t] += weights[i, e] * output
                     d_weights[i, e] += output @ dy[t]
-                    d_output = weights[i, e] * dy[t]
-                    d["w_out"][e] += np.outer(hidden, d_output)
-                    d_hidden = p["w_out"][e] @ d_output
-                    if gate is None:
-                        parts = {"w_in": d_hidden * (h > 0)}
-                    else:
-                        parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-                    for name, part in parts.items():
-                        d[name][e] += np.outer(x[t], part)
-                        dx[t] += p[name][e] @ part
+                    dx[t] += d_token
             if self.sigmoid:
                 if self.top_k > 1:
                     d_weights = is_chosen * (d_weights - (weights * d_weights).sum(axis=1, keepdims=True)) / divisor
@@ -264,13 +249,7 @@ class TokenChoice:
                 d_logits += probabilities * centered
             d["controller"] += x[group].T @ d_logits
             dx[group] += d_logits @ p["controller"].T
-        if "kernel_in" in p:
-            h = x @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.maximum(h, 0).T @ dy
-            d["kernel_in"] += x.T @ d_h
-            dx += d_h @ p["kernel_in"].T
+        add_shared_expert(p, dy, y, d)
         return y.reshape(p["x"].shape), loss, d
 
 
@@ -331,29 +310,12 @@ class ExpertThreshold:
                 continue
             placed[t, e] = True
             weight = 1 / (1 + np.exp(-logits[t, e]))
-            h, gate = x[t] @ p["w_in"][e], x[t] @ p["w_gate"][e] if "w_gate" in p else None
-            hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
-            output, d_output = hidden @ p["w_out"][e], weight * dy[t]
+            output, d_token = run_expert(p, e, x[t], weight * dy[t], d)
             y[t] += weight * output
             d_logit = (output @ dy[t]) * weight * (1 - weight)
             d["controller"][:, e] += d_logit * x[t]
-            dx[t] += d_logit * p["controller"][:, e]
-            d["w_out"][e] += np.outer(hidden, d_output)
-            d_hidden = p["w_out"][e] @ d_output
-            if gate is None:
-                parts = {"w_in": d_hidden * (h > 0)}
-            else:
-                parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-            for name, part in parts.items():
-                d[name][e] += np.outer(x[t], part)
-                dx[t] += p[name][e] @ part
-        if "kernel_in" in p:
-            h = x @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.maximum(h, 0).T @ dy
-            d["kernel_in"] += x.T @ d_h
-            dx += d_h @ p["kernel_in"].T
+            dx[t] += d_token + d_logit * p["controller"][:, e]
+        add_shared_expert(p, dy, y, d)
         mask = np.ones(p["x"].shape[:2], bool) if self.mask is None else self.mask
         scores = 1 / (1 + np.exp(-logits.reshape(*mask.shape, count)))
         shares = scores / scores.sum(axis=-1, keepdims=True)
@@ -407,8 +369,8 @@ class ExpertChoice:
             update, experts = np.zeros(tokens.shape), range(chosen.shape[1])
             np.add.at(experts_per_token, (sequences[chosen], places[chosen]), 1)
             for e in experts:
-                _, hidden = self.hidden(p, e, tokens[chosen[:, e]])
-                update[chosen[:, e]] += probabilities[chosen[:, e], e, None] * (hidden @ p["w_out"][e])
+                outputs = run_expert(p, e, tokens[chosen[:, e]])[0]
+                update[chosen[:, e]] += probabilities[chosen[:, e], e, None] * outputs
             y[sequences, places] = np.stack([normed(vector, p.get("output_norm")) for vector in update])
             if "output_norm" in p:
                 centered = update - update.mean(axis=1, keepdims=True)
@@ -421,35 +383,16 @@ class ExpertChoice:
             d_probabilities, d_tokens = np.zeros(probabilities.shape), np.zeros(tokens.shape)
             for e in experts:
                 taken = chosen[:, e]
-                (h, gate), hidden = self.hidden(p, e, tokens[taken])
-                d_probabilities[taken, e] = (hidden @ p["w_out"][e] * d_update[taken]).sum(axis=1)
-                d_output = probabilities[taken, e, None] * d_update[taken]
-                d["w_out"][e] += hidden.T @ d_output
-                d_hidden = d_output @ p["w_out"][e].T
-                if gate is None:
-                    parts = {"w_in": d_hidden * (h > 0)}
-                else:
-                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-                for name, part in parts.items():
-                    d[name][e] += tokens[taken].T @ part
-                    d_tokens[taken] += part @ p[name][e].T
+                d_outputs = probabilities[taken, e, None] * d_update[taken]
+                outputs, d_taken = run_expert(p, e, tokens[taken], d_outputs, d)
+                d_probabilities[taken, e] = (outputs * d_update[taken]).sum(axis=1)
+                d_tokens[taken] += d_taken
             d_logits = probabilities * (d_probabilities - (probabilities * d_probabilities).sum(axis=1, keepdims=True))
             d_logits += self.z * 2 * sums[:, None] * probabilities / count
             d["controller"] += tokens.T @ d_logits
             d["x"][sequences, places] += d_tokens + d_logits @ p["controller"].T
-        if "kernel_in" in p:
-            h = x @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
-            d["kernel_in"] += np.einsum("bsd,bsf->df", x, d_h)
-            d["x"] += d_h @ p["kernel_in"].T
+        add_shared_expert(p, dy, y, d)
         return y, loss, d, experts_per_token
-
-    def hidden(self, p: dict[str, np.ndarray], e: int, tokens: np.ndarray) -> tuple[tuple, np.ndarray]:
-        """Pre-activations and gate (or None), and the hidden layer, of expert e for tokens [C, D]."""
-        h, gate = tokens @ p["w_in"][e], tokens @ p["w_gate"][e] if "w_gate" in p else None
-        return (h, gate), np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
 
 
 @dataclasses.dataclass
@@ -479,29 +422,12 @@ class ReluRouting:
                 active[e] += 1
                 gate_sum += logit
                 loss += p["l1_weight"] * p["load"][e] * logit / len(tokens)
-                h, factor = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
-                hidden = np.maximum(h, 0) if factor is None else np.maximum(factor, 0) * h
-                output = hidden @ p["w_out"][e]
+                output, d_token = run_expert(p, e, x, logit * d_y, d)
                 y[index] += logit * output
                 d_logit = output @ d_y + p["l1_weight"] * p["load"][e] / len(tokens)
                 d["controller"][:, e] += d_logit * x
-                d["x"][index] += d_logit * p["controller"][:, e]
-                d["w_out"][e] += np.outer(hidden, logit * d_y)
-                d_hidden = p["w_out"][e] @ (logit * d_y)
-                if factor is None:
-                    parts = {"w_in": d_hidden * (h > 0)}
-                else:
-                    parts = {"w_in": d_hidden * np.maximum(factor, 0), "w_gate": d_hidden * h * (factor > 0)}
-                for name, part in parts.items():
-                    d[name][e] += np.outer(x, part)
-                    d["x"][index] += p[name][e] @ part
-            if "kernel_in" in p:
-                h = x @ p["kernel_in"]
-                d_h = (p["kernel_out"] @ d_y) * (h > 0)
-                y[index] += np.maximum(h, 0) @ p["kernel_out"]
-                d["kernel_out"] += np.outer(np.maximum(h, 0), d_y)
-                d["kernel_in"] += np.outer(x, d_h)
-                d["x"][index] += p["kernel_in"] @ d_h
+                d["x"][index] += d_token + d_logit * p["controller"][:, e]
+        add_shared_expert(p, dy, y, d)
         metrics = {
             "gate_l1": gate_sum / len(tokens),
             "sparsity": 1 - active.sum() / (experts * len(tokens)),
@@ -532,26 +458,10 @@ class Hash:
             x, chosen = p["x"][token], self.table[self.ids[token]]
             for e in chosen:
                 load[e] += 1
-                h, gate = x @ p["w_in"][e], x @ p["w_gate"][e] if "w_gate" in p else None
-                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
-                y[token] += hidden @ p["w_out"][e] / len(chosen)
-                d_output = dy[token] / len(chosen)
-                d["w_out"][e] += np.outer(hidden, d_output)
-                d_hidden = p["w_out"][e] @ d_output
-                if gate is None:
-                    parts = {"w_in": d_hidden * (h > 0)}
-                else:
-                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-                for name, part in parts.items():
-                    d[name][e] += np.outer(x, part)
-                    d["x"][token] += p[name][e] @ part
-        if "kernel_in" in p:
-            h = p["x"] @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
-            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
-            d["x"] += d_h @ p["kernel_in"].T
+                output, d_token = run_expert(p, e, x, dy[token] / len(chosen), d)
+                y[token] += output / len(chosen)
+                d["x"][token] += d_token
+        add_shared_expert(p, dy, y, d)
         return y, d, len(load) * load.max() / load.sum()
 
 
@@ -587,19 +497,7 @@ class SoftMoE:
             u = dispatch.T @ x
             d_o, o, du = combine.T @ d_update, np.zeros(u.shape), np.zeros(u.shape)
             for c in range(len(u)):
-                e = c // slots
-                h, gate = u[c] @ p["w_in"][e], u[c] @ p["w_gate"][e] if "w_gate" in p else None
-                hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
-                o[c] = hidden @ p["w_out"][e]
-                d["w_out"][e] += np.outer(hidden, d_o[c])
-                d_hidden = p["w_out"][e] @ d_o[c]
-                if gate is None:
-                    parts = {"w_in": d_hidden * (h > 0)}
-                else:
-                    parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
-                for name, part in parts.items():
-                    d[name][e] += np.outer(u[c], part)
-                    du[c] += p[name][e] @ part
+                o[c], du[c] = run_expert(p, c // slots, u[c], d_o[c], d)
             y[b, members] = combine @ o
             d_dispatch, d_combine = x @ du.T, d_update @ o.T
             d_logits = dispatch * (d_dispatch - (dispatch * d_dispatch).sum(axis=0))
@@ -608,16 +506,75 @@ class SoftMoE:
             d_units += p["scale"] * x_units.T @ d_logits
             d["x"][b, members] += dispatch @ du + unit_gradient(x.T, (p["scale"] * d_logits @ units.T).T).T
         d["controller"] += unit_gradient(columns, d_units).reshape(p["controller"].shape)
-        if "kernel_in" in p:
-            h = p["x"] @ p["kernel_in"]
-            d_h = (dy @ p["kernel_out"].T) * (h > 0)
-            y += np.maximum(h, 0) @ p["kernel_out"]
-            d["kernel_out"] += np.einsum("bsf,bsd->fd", np.maximum(h, 0), dy)
-            d["kernel_in"] += np.einsum("bsd,bsf->df", p["x"], d_h)
-            d["x"] += d_h @ p["kernel_in"].T
+        add_shared_expert(p, dy, y, d)
         metrics = {"load_max": experts * load.max() / load.sum()}
         metrics |= {"dispatch_entropy": np.mean(dispatch_entropies), "combine_entropy": np.mean(combine_entropies)}
         return y, d, metrics
+
+
+def run_expert(
+    p: dict[str, np.ndarray],
+    e: int,
+    x: np.ndarray,
+    d_output: np.ndarray | None = None,
+    d: dict[str, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Apply expert e to x [D] or [n, D].
+
+    Args:
+        p: w_in, w_out and, for gated experts, w_gate.
+        d_output: the cotangent of the output; None for the forward pass only.
+        d: the gradients of `p`, to which those of the expert are added.
+
+    Returns:
+        The output, and the gradient of x or None.
+    """
+    tokens = np.atleast_2d(x)
+    h, gate = tokens @ p["w_in"][e], tokens @ p["w_gate"][e] if "w_gate" in p else None
+    hidden = np.maximum(h, 0) if gate is None else np.maximum(gate, 0) * h
+    output = (hidden @ p["w_out"][e]).reshape(x.shape)
+    if d_output is None or d is None:
+        return output, None
+    d_output = np.atleast_2d(d_output)
+    d["w_out"][e] += hidden.T @ d_output
+    d_hidden = d_output @ p["w_out"][e].T
+    if gate is None:
+        parts = {"w_in": d_hidden * (h > 0)}
+    else:
+        parts = {"w_in": d_hidden * np.maximum(gate, 0), "w_gate": d_hidden * h * (gate > 0)}
+    for name, part in parts.items():
+        d[name][e] += tokens.T @ part
+    return output, sum(part @ p[name][e].T for name, part in parts.items()).reshape(x.shape)
+
+
+def add_shared_expert(p: dict[str, np.ndarray], dy: np.ndarray, y: np.ndarray, d: dict[str, np.ndarray]) -> None:
+    """Add the output of the shared expert, if `p` has one, to y, and its gradients to d."""
+    if "kernel_in" not in p:
+        return
+    x, dy = (a.reshape(-1, a.shape[-1]) for a in (p["x"], dy))
+    h = x @ p["kernel_in"]
+    d_h = (dy @ p["kernel_out"].T) * (h > 0)
+    y += (np.maximum(h, 0) @ p["kernel_out"]).reshape(y.shape)
+    d["kernel_out"] += np.maximum(h, 0).T @ dy
+    d["kernel_in"] += x.T @ d_h
+    d["x"] += (d_h @ p["kernel_in"].T).reshape(d["x"].shape)
+
+
+def check_gradients(
+    total: Callable[[dict[str, np.ndarray]], float],
+    p: dict[str, np.ndarray],
+    gradients: dict[str, np.ndarray],
+    rtol: float = 1e-5,
+) -> None:
+    """Compare the gradients of `total` at p with central differences along random directions.
+
+    The differences have step 1e-6, and an error of about 1e-9 away from kinks.
+    """
+    for name, gradient in gradients.items():
+        direction = np.random.default_rng(3).normal(size=gradient.shape)
+        up, down = (total(p | {name: p[name] + step * direction}) for step in (1e-6, -1e-6))
+        actual = (gradient * direction).sum()
+        np.testing.assert_allclose(actual, (up - down) / 2e-6, rtol=rtol, atol=1e-6, err_msg=name)
 
 
 def unit_gradient(x: np.ndarray, d_unit: np.ndarray) -> np.ndarray:
