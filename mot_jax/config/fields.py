@@ -489,7 +489,7 @@ class SoftMoEConfig(_FeedForwardKind):
     """Number of experts E."""
     slots_per_expert: int | None = None
     """Number of slots P of an expert, each an average of the tokens of a sequence.
-    None: the context length / num_experts, rounded, at least 1."""
+    None: the context length / num_experts, rounded, at least 1. `mot describe --matched` sets k times as many."""
     expert_dim: int | None = None
     """Hidden width F of an expert.
     None: d_ff - shared_expert_dim, which costs the FLOPs of the dense layer if there are as many slots as tokens."""

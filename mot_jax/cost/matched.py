@@ -1,7 +1,9 @@
 """A config with another feed-forward kind at the same cost.
 
 The number of experts E and the number k of them that process a token stay, so that one width remains to be chosen:
-`expert_dim`, or `d_ff` of a dense model. It follows from the cost that is to be equal:
+`expert_dim`, or `d_ff` of a dense model. Soft MoE has k S slots for a sequence of S tokens, k S / E of an expert, not
+its default of S / E: then its experts also process k vectors per token. The width follows from the cost that is to be
+equal:
 
 `layer_flops`: FLOPs of the whole layer: router, mixing and experts.
 `expert_flops`: FLOPs of the experts only. If they follow the paper's rule E F = G d_ff, these are the FLOPs of a dense
@@ -188,6 +190,8 @@ def _replaced(config: Config, kind: str) -> Config:
     group_size, num_experts, top_k = _sizes(config)
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "group_size": group_size}
+    # Slots of k experts for each token: a slot is to soft MoE what a token is to the other kinds.
+    values["slots_per_expert"] = max(1, round(top_k * model.context_length / num_experts))
     values["routing_group_tokens"] = config.group_size * model.context_length
     values["shared_expert_dim"] = old.shared_dim(model.d_ff) or getattr(new, "shared_expert_dim", 0)
     values |= {name: getattr(old, name) for name in _COMMON_FIELDS if hasattr(old, name)}
