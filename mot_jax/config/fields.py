@@ -398,6 +398,9 @@ class ExpertChoiceConfig(_FeedForwardKind):
     """Factor on the standard deviation of `model.init` for the experts' first matrices."""
     w_out_init_scale: float = 1.0
     """Factor on the standard deviation of `model.init` for the experts' second matrices, whose fan-in is top_k F."""
+    save_for_backward: Literal["nothing", "pre_activations", "all"] = _free("all")
+    """Saved for the backward pass in addition to the layer's input, the choice and its probabilities.
+    `nothing`, the experts' `pre_activations`, or `all` (also their inputs and outputs). The rest is recomputed."""
 
     def hidden_dim(self, d_ff: int) -> int:
         """F: `expert_dim` as given, or by the rule for the dense width `d_ff`."""

@@ -191,6 +191,17 @@ def _inputs(*names: str) -> tuple[str, ...]:
     return tuple(f"{name} {layer}" for name in names for layer in ("input", "gate"))
 
 
+def _recomputed(dispatch: str, config: MixtureOfTokensConfig | ExpertChoiceConfig) -> tuple[str, ...]:
+    """The products, of that which makes the experts' inputs and of those of the experts, that are run again."""
+    outputs = (dispatch, *_outputs("experts"))
+    return {"nothing": (*outputs, *_inputs("experts")), "pre_activations": outputs, "all": ()}[config.save_for_backward]
+
+
+def _save_policies(config: MixtureOfTokensConfig | ExpertChoiceConfig) -> dict[str, FeedForwardConfig]:
+    choices: tuple[Literal["nothing", "pre_activations", "all"], ...] = ("nothing", "pre_activations", "all")
+    return {f"save_for_backward: {c}": dataclasses.replace(config, save_for_backward=c) for c in choices}
+
+
 class DenseCost(FeedForwardCost):
     """One network of width d_ff."""
 
@@ -239,10 +250,7 @@ class MixtureOfTokensCost(FeedForwardCost):
 
     def recomputed_products(self) -> tuple[str, ...]:
         """By `save_for_backward`: the merge and the experts' products whose results are not saved."""
-        outputs = ("merge", *_outputs("experts"))
-        return {"nothing": (*outputs, *_inputs("experts")), "pre_activations": outputs, "all": ()}[
-            self.config.save_for_backward
-        ]
+        return _recomputed("merge", self.config)
 
     def final_products(self) -> tuple[str, ...]:
         return ("emit", *_outputs("shared experts"))
@@ -262,11 +270,7 @@ class MixtureOfTokensCost(FeedForwardCost):
         return sizes | {"groups_per_microbatch": microbatch_size // g}
 
     def save_policies(self) -> dict[str, FeedForwardConfig]:
-        choices: tuple[Literal["nothing", "pre_activations", "all"], ...] = ("nothing", "pre_activations", "all")
-        return {
-            f"save_for_backward: {choice}": dataclasses.replace(self.config, save_for_backward=choice)
-            for choice in choices
-        }
+        return _save_policies(self.config)
 
     @classmethod
     def flop_matched(cls, group_size: int, num_experts: int, length: int) -> MixtureOfTokensConfig:
@@ -389,6 +393,17 @@ class ExpertChoiceCost(FeedForwardCost):
     def executed_flops(self) -> float:
         """Dispatch and combine are products with one-hot matrices, D E C each, which only move tokens."""
         return super().executed_flops() + 2 * self._product(self._taken())
+
+    def executed_product_flops(self, *names: str) -> float:
+        """Dispatch is executed, and no useful product."""
+        return super().executed_product_flops(*names) + self._product(self._taken() if "dispatch" in names else 0)
+
+    def recomputed_products(self) -> tuple[str, ...]:
+        """By `save_for_backward`: dispatch and the experts' products whose results are not saved."""
+        return _recomputed("dispatch", self.config)
+
+    def save_policies(self) -> dict[str, FeedForwardConfig]:
+        return _save_policies(self.config)
 
     def final_products(self) -> tuple[str, ...]:
         return _outputs("shared experts")

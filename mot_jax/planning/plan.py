@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from mot_jax.config import Config, MixtureOfTokensConfig, check
+from mot_jax.config import Config, check
 from mot_jax.cost.describe import table
 from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
@@ -320,7 +320,7 @@ def _advice(config: Config) -> list[str]:
     """Changes of the config that reduce the memory of a step."""
     m, t = config.model, config.training
     advice = ["a larger --mesh.fsdp or --mesh.expert, which split parameters and optimizer state"]
-    if isinstance(m.feed_forward, MixtureOfTokensConfig) and m.feed_forward.save_for_backward != "nothing":
+    if getattr(m.feed_forward, "save_for_backward", "nothing") != "nothing":
         advice.append("--model.feed-forward.save-for-backward nothing")
     if m.remat != "blocks":
         advice.append("--model.remat blocks")

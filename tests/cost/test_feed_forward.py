@@ -85,6 +85,17 @@ def test_products_recomputed_by_each_policy(gated):
         assert cost.product_flops(*cost.recomputed_products()) == flops
 
 
+def test_products_of_expert_choice_recomputed_by_each_policy():
+    """Dispatch, a product with 8 one-hot vectors per group, which is not useful work, and those of the experts."""
+    kind = ExpertChoiceConfig(4, 8, top_k=2, save_for_backward="nothing")
+    experts, dispatch = forward_flops(dataclasses.replace(MODEL, feed_forward=kind))["experts"], 2 * 48 * 8
+    expected = {"nothing": dispatch + experts, "pre_activations": dispatch + experts / 2, "all": 0}
+    for policy, config in feed_forward_cost(MODEL, kind).save_policies().items():
+        cost = feed_forward_cost(MODEL, config)
+        flops = cost.executed_product_flops(*cost.recomputed_products())
+        assert flops == expected[policy.removeprefix("save_for_backward: ")]
+
+
 def test_relu_routing_executes_and_saves_all_experts():
     """Experts of width 32, of which 2 of 8 are the target."""
     cost = feed_forward_cost(MODEL, ReluRoutingConfig(8, top_k=2, shared_expert_dim=32))

@@ -110,7 +110,8 @@ class ExpertChoice(ExpertFeedForward):
         w_in = {"w": self.w_in[...], "gate": value(self.w_gate), "norm": None}
         w_out = {"w": self.w_out[...], "norm": None}
         merge = by_expert_place(chosen.astype(x.dtype))
-        return mixing.merge_experts_emit(*project, "all", x, merge, w_in, w_out, by_expert_place(gates))
+        emit, saved = by_expert_place(gates), self.config.save_for_backward
+        return mixing.merge_experts_emit(*project, saved, x, merge, w_in, w_out, emit)
 
 
 @functools.cache  # one pair of functions per activation and capacity: JAX caches compiled functions by identity

@@ -35,9 +35,9 @@ class Case:
 
 
 CASES = {
-    "one token": Case(ExpertChoiceConfig(4, E, F), 1, masked=False),
+    "one token": Case(ExpertChoiceConfig(4, E, F, save_for_backward="pre_activations"), 1, masked=False),
     "fewer members than experts": Case(ExpertChoiceConfig(2, E, F, shared_expert_dim=4), 1),
-    "two tokens, gated": Case(ExpertChoiceConfig(4, E, F, top_k=2), 2, gated=True),
+    "two tokens, gated": Case(ExpertChoiceConfig(4, E, F, top_k=2, save_for_backward="nothing"), 2, gated=True),
     "all members, layer norm": Case(ExpertChoiceConfig(4, E, F, capacity_factor=9.0, layer_norm=True), 4),
     "over tokens, layer norm": Case(ExpertChoiceConfig(4, E, F, 2, over="tokens", layer_norm=True), 3),
 }
@@ -179,6 +179,24 @@ def test_parameters_output_losses_and_metrics():
     assert set(out.metrics) == {*metrics, "router_entropy"}
 
 
+def test_save_for_backward_decides_which_arrays_are_saved_and_recomputed():
+    """Counts the saved arrays of the pre-activations' and the chosen tokens' shapes, and FLOPs of the backward pass."""
+    groups, capacity, saved, flops = B // 4, 2, {}, {}
+    backward = jax.jit(lambda pull, dy: pull(dy))
+    for choice in ("nothing", "pre_activations", "all"):
+        case = Case(ExpertChoiceConfig(4, E, F, top_k=2, save_for_backward=choice), capacity)
+        p = {name: jnp.asarray(value, "float32") for name, value in values(case).items()}
+        pull = jax.vjp(lambda p, case=case: apply(case, "float32", p).y, p)[1]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(pull)]
+        saved[choice] = (
+            shapes.count((E, groups * capacity, S, F)),
+            shapes.count((groups, S, E * capacity, D)),
+        )
+        flops[choice] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
+    assert saved == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
+    assert flops["nothing"] > flops["pre_activations"] > flops["all"]
+
+
 def test_a_batch_without_whole_groups_is_refused():
     case = CASES["one token"]
     with pytest.raises(AssertionError, match="batch B = 6, group size G = 4"):
@@ -191,7 +209,8 @@ def test_a_batch_without_whole_groups_is_refused():
 @pytest.mark.parametrize("over, exchanges", [("batch", 8), pytest.param("tokens", 4, marks=pytest.mark.slow)])
 def test_experts_are_surrounded_by_two_all_to_alls(over, exchanges):
     """Forward, and as many backward; groups that span devices by two more."""
-    kind = ExpertChoiceConfig(8, 4, 4, top_k=2, over=over, layer_norm=True)
+    saved = "all" if over == "batch" else "nothing"
+    kind = ExpertChoiceConfig(8, 4, 4, top_k=2, over=over, layer_norm=True, save_for_backward=saved)
     model = ModelConfig(1, 8, 16, 2, context_length=8, feed_forward=kind, objective="masked")
     mesh = sharding.make_mesh(Config(model, training=TrainingConfig(batch_size=16), mesh=MeshConfig(1, 2, 2, 2)))
     graph, state = nnx.split(nnx.eval_shape(lambda: ExpertChoice(8, 16, kind, rngs=nnx.Rngs(params=KEY))))
