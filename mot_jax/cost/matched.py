@@ -190,7 +190,7 @@ def _replaced(config: Config, kind: str) -> Config:
     group_size, num_experts, top_k = _sizes(config)
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "group_size": group_size}
-    # Slots of k experts for each token: a slot is to soft MoE what a token is to the other kinds.
+    # k slots for each token, as k experts process a token of the other kinds.
     values["slots_per_expert"] = max(1, round(top_k * model.context_length / num_experts))
     values["routing_group_tokens"] = config.group_size * model.context_length
     values["shared_expert_dim"] = old.shared_dim(model.d_ff) or getattr(new, "shared_expert_dim", 0)

@@ -62,10 +62,17 @@ def place(mesh: jax.sharding.Mesh, config: Config, batch: Batch) -> Batch:
     return place_microbatches(mesh, jax.tree.map(lambda x: x[rows], batch), t.batch_size, t.gradient_accumulation_steps)
 
 
+@functools.cache
+def initial_state(config: Config) -> TrainState:
+    """The state of a run on one device, which tests on several devices place there without a compilation."""
+    return jax.device_get(create_state(config, make_mesh(config, jax.devices()[:1])))
+
+
 def compiled_step(config: Config):
     """(mesh, new state, compiled step)."""
+    initial = initial_state(dataclasses.replace(config, mesh=MeshConfig(data=1)))
     mesh = make_mesh(config, jax.devices()[: math.prod(dataclasses.astuple(config.mesh))])
-    state = create_state(config, mesh)
+    state = jax.device_put(initial, jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)))
     with jax.set_mesh(mesh):
         batch = place(mesh, config, batches(config, 1)[0])
         t = config.training
