@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from mot_jax.config.files import call_in_file
 from mot_jax.cost.flops import executed_flops_per_token, flops_per_token
 from mot_jax.errors import UserError, nearest
 from mot_jax.modes import default_mode, trained_mode
+from mot_jax.runtime import strict_json
 
 TUNING, SEEDS, HORIZONS = STAGES = ("tuning", "seeds", "horizons")
 
@@ -356,7 +356,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def identity_hash(config: Config) -> str:
     """Return a hash of `identity`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
 
 
 def headline_mode(config: Config) -> str:
