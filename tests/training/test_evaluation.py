@@ -153,17 +153,17 @@ def test_scores_that_cannot_be_recorded_are_printed_after_one_warning(run, capsy
     """Stores raise errors of their libraries, local files only those of the system."""
     _, workdir, _ = run
     calls = []
+    StoreError = type("StoreError", (Exception,), {"__module__": "botocore.exceptions"})  # noqa: N806
 
     def failing(*arguments: object) -> None:
         calls.append(arguments)
-        raise Exception("429, slow down") if remote else PermissionError(13, "Permission denied")
+        raise StoreError("429, slow down") if remote else PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(evaluation, "record_score", failing)
-    monkeypatch.setattr(evaluation, "is_remote", lambda workdir: remote)
     cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30"])
     output = capsys.readouterr()
     assert all(f"\n{name} " in output.out for name in MODES) and len(calls) == 1
-    reason = "Exception: 429, slow down" if remote else "PermissionError: [Errno 13] Permission denied"
+    reason = "StoreError: 429, slow down" if remote else "PermissionError: [Errno 13] Permission denied"
     (warning,) = [line for line in output.err.splitlines() if line.startswith("warning")]
     assert warning == f"warning: {workdir}/modes.json: scores are not recorded ({reason})"
 

@@ -1,0 +1,114 @@
+"""A study of small causal models of Python source: dense, Mixture of Tokens in two recipes, and the sparse baselines.
+
+Command: mot bench train configs/studies/demo.py --workdir runs/demo_study
+Here:    trains, and has not been run to the end.
+
+All feed-forward layers have the FLOPs of a dense layer of width 384 per token. All with experts, but one of the two
+Mixture of Tokens, have the same shared expert of a quarter of that width and four small experts per token. Soft MoE is
+not causal. ReLU routing runs all experts on all tokens; so that it takes hours and not days, it has 32 instead of 128.
+"""
+
+import dataclasses
+
+from mot_jax.benchmark.study import Study
+from mot_jax.config import (
+    Config,
+    DataConfig,
+    DenseConfig,
+    ExpertChoiceConfig,
+    ExpertThresholdConfig,
+    FeedForwardConfig,
+    HashConfig,
+    InitConfig,
+    LossWeights,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReluRoutingConfig,
+    TokenChoiceConfig,
+    TrainingConfig,
+)
+
+GROUP_SIZE, EXPERTS, PER_TOKEN, SHARED = 32, 128, 4, 96
+BATCH, CONTEXT = 32, 64
+ROUTING_GROUP = BATCH * CONTEXT  # a batch: the capacity of an expert is a share of all its tokens
+
+MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
+    group_size=GROUP_SIZE, num_experts=EXPERTS, shared_expert_dim=SHARED, controller_init_scale=3.0
+)
+# The layer of the paper's article: no shared expert, a controller that starts with nearly uniform mixing weights.
+PAPER = MixtureOfTokensConfig(group_size=GROUP_SIZE, num_experts=EXPERTS)
+# Capacity factor of the paper; the weight of its load-balancing loss is below.
+TOKEN_CHOICE = TokenChoiceConfig(
+    num_experts=EXPERTS,
+    top_k=PER_TOKEN,
+    shared_expert_dim=SHARED,
+    capacity_factor=1.25,
+    routing_group_tokens=ROUTING_GROUP,
+)
+BIAS_BALANCED = dataclasses.replace(TOKEN_CHOICE, scores="sigmoid", balance="bias", capacity_factor=None)
+EXPERT_THRESHOLD = ExpertThresholdConfig(
+    num_experts=EXPERTS,
+    top_k=PER_TOKEN,
+    shared_expert_dim=SHARED,
+    routing_group_tokens=ROUTING_GROUP,
+    group_size=GROUP_SIZE,
+)
+EXPERT_CHOICE = ExpertChoiceConfig(
+    group_size=GROUP_SIZE, num_experts=EXPERTS, top_k=PER_TOKEN, shared_expert_dim=SHARED, layer_norm=True
+)
+RELU_ROUTING = ReluRoutingConfig(num_experts=32, top_k=PER_TOKEN, shared_expert_dim=SHARED)
+HASH = HashConfig(num_experts=EXPERTS, top_k=PER_TOKEN, shared_expert_dim=SHARED)
+
+
+def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Config:
+    """A model of three blocks with this layer. Batches have 32 sequences of different documents for every layer."""
+    return Config(
+        model=ModelConfig(
+            num_blocks=3,
+            d_model=96,
+            d_ff=384,
+            num_heads=4,
+            context_length=CONTEXT,
+            feed_forward=layer,
+            final_norm=True,
+            init=InitConfig(scale=1.0),
+            loss_chunk=32,
+            scan_layers=False,  # a fifth faster on CPUs
+        ),
+        data=DataConfig(
+            corpus=("python_source/site_packages",), validation_split="validation[:4%]", shuffle_group_size=GROUP_SIZE
+        ),
+        training=TrainingConfig(
+            steps=1600,
+            batch_size=BATCH,
+            optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, beta2=0.95, clip_norm=1.0),
+            losses=losses,
+            log_every=20,
+            validate_every=200,
+            checkpoint_every=200,
+        ),
+        mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more
+    )
+
+
+def get_study() -> Study:
+    """The study."""
+    return Study(
+        title="Python source, 1,600 steps of models of 0.4 million active parameters",
+        entrants={
+            "dense": config(DenseConfig()),
+            "mixture_of_tokens": config(MIXTURE_OF_TOKENS),
+            "paper_mixture": config(PAPER),
+            "token_choice": config(TOKEN_CHOICE, LossWeights(load_balancing=0.01)),
+            "token_choice_bias": config(BIAS_BALANCED),
+            "expert_threshold": config(EXPERT_THRESHOLD),
+            "expert_choice": config(EXPERT_CHOICE),
+            "relu_routing": config(RELU_ROUTING),
+            "hash": config(HASH),
+        },
+        budget_hours=8,
+        horizons=(0.4, 0.6, 0.8),
+        flops_per_second=5e10,
+    )
