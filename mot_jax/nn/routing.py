@@ -300,7 +300,7 @@ def _earlier_tokens(chosen: jax.Array) -> jax.Array:
 def _place(
     experts: jax.Array, place: jax.Array, is_assigned: jax.Array, num_experts: int, capacity: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`of_assignment` and `of_slot` of assignments [N, T, m] with these places in the order of their experts' tokens."""
+    """`of_assignment` and `of_slot` of assignments [N, T, m], the place-th ones of their experts."""
     slots = jnp.where(is_assigned & (place < capacity), experts * capacity + place, num_experts * capacity)
     of_slot = jax.vmap(lambda s: _invert(s.reshape(-1), num_experts * capacity))(slots)
     return slots, of_slot.reshape(-1, num_experts, capacity)
