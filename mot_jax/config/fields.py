@@ -158,6 +158,11 @@ class _FeedForwardKind(_PlainData):
         """Number of experts that a token is sent to at inference; None: a batch runs all experts."""
         return None
 
+    @property
+    def experts_share_computation(self) -> bool:
+        """Whether the mesh axis `expert` divides the experts' computation in training, and not only their weights."""
+        return True
+
     def shared_dim(self, d_ff: int) -> int:
         """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
         return getattr(self, "shared_expert_dim", 0)
@@ -287,6 +292,10 @@ class TokenChoiceConfig(_FeedForwardKind):
     @property
     def experts_per_token(self) -> int:
         return self.top_k
+
+    @property
+    def experts_share_computation(self) -> bool:
+        return self.capacity_factor is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,6 +482,10 @@ class HashConfig(_FeedForwardKind):
     @property
     def experts_per_token(self) -> int:
         return self.top_k
+
+    @property
+    def experts_share_computation(self) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
