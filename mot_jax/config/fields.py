@@ -163,6 +163,11 @@ class _FeedForwardKind(_PlainData):
         """Sizes other than `d_model` that the mesh axis `fsdp` shards, by the names of their fields."""
         return {}
 
+    @property
+    def experts_share_computation(self) -> bool:
+        """Whether the mesh axis `expert` divides the experts' computation in training, and not only their weights."""
+        return True
+
     def shared_dim(self, d_ff: int) -> int:
         """Hidden width of the shared expert for the dense width `d_ff`; 0 without one."""
         return getattr(self, "shared_expert_dim", 0)
@@ -292,6 +297,10 @@ class TokenChoiceConfig(_FeedForwardKind):
     @property
     def experts_per_token(self) -> int:
         return self.top_k
+
+    @property
+    def experts_share_computation(self) -> bool:
+        return self.capacity_factor is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,6 +490,10 @@ class HashConfig(_FeedForwardKind):
     @property
     def experts_per_token(self) -> int:
         return self.top_k
+
+    @property
+    def experts_share_computation(self) -> bool:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -250,13 +250,23 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
 
 
 class Slots(NamedTuple):
-    """The map between assignments and slots, in both directions. An index past the end stands for none."""
+    """The map between assignments and slots, in both directions. An index past the end stands for none.
+
+    A token has m possible assignments: its k choices, or one for each of the E experts. Assignment t m + j is the j-th
+    one of token t; slot e C + c is the c-th one of expert e.
+    """
 
     of_assignment: jax.Array
-    """int32 [N, A], the slot c E + e of assignment t k + j, or C E if it is dropped."""
+    """int32 [N, T, m], the slot of each assignment."""
 
     of_slot: jax.Array
-    """int32 [N, C E], the assignment in a slot, or A if it is empty."""
+    """int32 [N, E, C], the assignment in each slot."""
+
+    of_token: jax.Array
+    """int32 [N, T, m], the slots of each token: `of_assignment`, or these in an order in which none is last."""
+
+    most: jax.Array | None
+    """int32 scalar, the largest number of slots of a token, if none is last in `of_token`."""
 
 
 def assign_slots(experts: jax.Array, num_experts: int, capacity: int) -> Slots:
@@ -264,40 +274,43 @@ def assign_slots(experts: jax.Array, num_experts: int, capacity: int) -> Slots:
 
     experts: int32 [N, T, k], E for no expert, as in `Choices`.
     """
-    n, t, k = experts.shape
-    chosen = _multi_hot(experts, num_experts)
-    earlier = jnp.cumsum(chosen, axis=1) - chosen  # the number of earlier tokens that have chosen the expert
-    slot = jnp.take_along_axis(earlier, jnp.minimum(experts, num_experts - 1), axis=-1)
-    has_slot = (experts < num_experts) & (slot < capacity)
-    of_assignment = jnp.where(has_slot, slot * num_experts + experts, capacity * num_experts).reshape(n, t * k)
-    return Slots(of_assignment, jax.vmap(lambda slots: _invert(slots, capacity * num_experts))(of_assignment))
+    place = jnp.take_along_axis(
+        _earlier_tokens(_multi_hot(experts, num_experts)), jnp.minimum(experts, num_experts - 1), axis=-1
+    )
+    of_assignment, of_slot = _place(experts, place, experts < num_experts, num_experts, capacity)
+    return Slots(of_assignment, of_slot, of_assignment, None)
+
+
+def fill_slots(chosen: jax.Array, capacity: int) -> Slots:
+    """As `assign_slots`, for tokens with a varying number of experts: chosen is bool [N, T, E]."""
+    num_experts = chosen.shape[-1]
+    place = _earlier_tokens(chosen.astype(jnp.int32))
+    of_assignment, of_slot = _place(jnp.arange(num_experts), place, chosen, num_experts, capacity)
+    has_slot = of_assignment < num_experts * capacity
+    order = jnp.argsort(~has_slot, axis=-1, stable=True)
+    of_token = jnp.take_along_axis(of_assignment, order, axis=-1)
+    return Slots(of_assignment, of_slot, of_token, has_slot.sum(axis=-1).max())
+
+
+def _earlier_tokens(chosen: jax.Array) -> jax.Array:
+    """The number of earlier tokens of the group that have chosen an expert: int32 [N, T, E], 0 or 1, -> [N, T, E]."""
+    return jnp.cumsum(chosen, axis=1) - chosen
+
+
+def _place(
+    experts: jax.Array, place: jax.Array, is_assigned: jax.Array, num_experts: int, capacity: int
+) -> tuple[jax.Array, jax.Array]:
+    """`of_assignment` and `of_slot` of assignments [N, T, m], the place-th ones of their experts."""
+    slots = jnp.where(is_assigned & (place < capacity), experts * capacity + place, num_experts * capacity)
+    of_slot = jax.vmap(lambda s: _invert(s.reshape(-1), num_experts * capacity))(slots)
+    return slots, of_slot.reshape(-1, num_experts, capacity)
 
 
 def dropped_share(experts: jax.Array, slots: Slots, num_experts: int) -> jax.Array:
     """Share of the non-padding tokens' assignments, int32 [N, T, k], that have no slot. Scalar."""
     assigned = (experts < num_experts).sum()
-    placed = (slots.of_slot < slots.of_assignment.shape[1]).sum()
+    placed = (slots.of_assignment < math.prod(slots.of_slot.shape[1:])).sum()
     return (assigned - placed) / jnp.maximum(assigned, 1)
-
-
-def dispatch(x: jax.Array, slots: Slots, num_experts: int) -> jax.Array:
-    """Copy tokens [N, T, D] into the experts' slots, [N, C, E, D]; an empty slot holds 0."""
-    chex.assert_rank(x, 3, custom_message="x is [N, T, D]: routing groups, tokens, width")
-    n, t, d = x.shape
-    k = slots.of_assignment.shape[1] // t
-    slots_of_token = slots.of_assignment.reshape(n, t, k)
-    return jax.vmap(_take_rows)(x, slots.of_slot // k, slots_of_token).reshape(n, -1, num_experts, d)
-
-
-def combine(outputs: jax.Array, slots: Slots, weights: jax.Array) -> jax.Array:
-    """Sum the expert outputs of each token by its weights; a dropped assignment adds 0.
-
-    outputs [N, C, E, D], weights [N, T, k] -> [N, T, D].
-    """
-    chex.assert_rank([outputs, weights], [4, 3], custom_message="outputs are [N, C, E, D], weights are [N, T, k]")
-    n, c, e, d = outputs.shape
-    by_assignment = jax.vmap(_take_rows)(outputs.reshape(n, c * e, d), slots.of_assignment, slots.of_slot[..., None])
-    return weighted_sum(by_assignment.reshape(*weights.shape, d), weights)
 
 
 def weighted_sum(outputs: jax.Array, weights: jax.Array) -> jax.Array:
@@ -332,84 +345,57 @@ def _take_rows_backward(positions_of_row, cotangent):
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
-class SlotsOfPairs(NamedTuple):
-    """The map between pairs of a token and an expert, t E + e, and slots, c E + e, for tokens with a varying number of
-    experts. An index past the end stands for none."""
+def combine(outputs: jax.Array, slots: Slots, weights: jax.Array) -> jax.Array:
+    """Sum the expert outputs of each token by its weights; an assignment without a slot adds 0.
 
-    of_pair: jax.Array
-    """int32 [N, T, E], the slot of each pair."""
-
-    of_slot: jax.Array
-    """int32 [N, C E], the pair in each slot."""
-
-    of_token: jax.Array
-    """int32 [N, T, E], the slots of each token in the order of its experts, then none."""
-
-    most: jax.Array
-    """int32 scalar, the largest number of slots of a token."""
-
-
-def fill_slots(chosen: jax.Array, capacity: int) -> SlotsOfPairs:
-    """Assign the slots of each expert to the tokens that it is chosen for, in token order, until none are left.
-
-    chosen: bool [N, T, E].
+    outputs [E, N, C, D], weights [N, T, m] of the assignments -> [N, T, D].
     """
-    n, t, e = chosen.shape
-    counts = chosen.astype(jnp.int32)
-    place = jnp.cumsum(counts, axis=1) - counts  # the number of earlier tokens that the expert is chosen for
-    has_slot = chosen & (place < capacity)
-    of_pair = jnp.where(has_slot, place * e + jnp.arange(e), capacity * e)
-    of_slot = jax.vmap(lambda slots: _invert(slots, capacity * e))(of_pair.reshape(n, t * e))
-    experts = jnp.argsort(~has_slot, axis=-1, stable=True)
-    return SlotsOfPairs(of_pair, of_slot, jnp.take_along_axis(of_pair, experts, axis=-1), has_slot.sum(axis=-1).max())
-
-
-def copy_to_slots(x: jax.Array, slots: SlotsOfPairs) -> jax.Array:
-    """Copy tokens [N, T, D] into the experts' slots, [N, C, E, D]; an empty slot holds 0."""
-    n, _, e = slots.of_pair.shape
-    return _copy_to_slots(x, slots).reshape(n, -1, e, x.shape[-1])
-
-
-def sum_slots(outputs: jax.Array, slots: SlotsOfPairs, weights: jax.Array) -> jax.Array:
-    """Sum the outputs [N, C, E, D] of each token's slots by its weights [N, T, E]: [N, T, D]."""
-    n, c, e, d = outputs.shape
-    weights, pairs = (a.reshape(n, -1)[..., None] for a in (weights, slots.of_pair))
-    by_slot = jax.vmap(_take_rows)(weights, slots.of_slot, pairs)
-    return _sum_slots(by_slot.astype(outputs.dtype) * outputs.reshape(n, c * e, d), slots)
+    chex.assert_rank([outputs, weights], [4, 3], custom_message="outputs are [E, N, C, D], weights are [N, T, m]")
+    n, e, c = slots.of_slot.shape
+    rows, positions = (a.reshape(n, -1, 1) for a in (weights, slots.of_assignment))
+    by_slot = jax.vmap(_take_rows)(rows, slots.of_slot.reshape(n, e * c), positions).reshape(n, e, c, 1)
+    return _sum_slots(jnp.swapaxes(by_slot, 0, 1).astype(outputs.dtype) * outputs, slots)
 
 
 @jax.custom_vjp
-def _copy_to_slots(x: jax.Array, slots: SlotsOfPairs) -> jax.Array:
-    """[N, T, D] -> [N, C E, D]. The backward pass is `_sum_slots`."""
-    tokens = slots.of_slot // slots.of_pair.shape[-1]
-    return jax.vmap(lambda x, tokens: jnp.take(x, tokens, axis=0, mode="fill", fill_value=0))(x, tokens)
+def dispatch(x: jax.Array, slots: Slots) -> jax.Array:
+    """Copy tokens [N, T, D] into the experts' slots, [E, N, C, D]; an empty slot holds 0.
+
+    Experts come first, so that their products need no transposes. The backward pass is `_sum_slots`.
+    """
+    chex.assert_rank(x, 3, custom_message="x is [N, T, D]: routing groups, tokens, width")
+    tokens = slots.of_slot // slots.of_assignment.shape[-1]
+    return jax.vmap(lambda x, t: x.at[t].get(mode="fill", fill_value=0), out_axes=1)(x, tokens)
 
 
 @jax.custom_vjp
-def _sum_slots(rows: jax.Array, slots: SlotsOfPairs) -> jax.Array:
-    """[N, C E, D] -> [N, T, D]. The backward pass is `_copy_to_slots`.
+def _sum_slots(rows: jax.Array, slots: Slots) -> jax.Array:
+    """Sum the rows of each token's slots, [E, N, C, D] -> [N, T, D]. The backward pass is `dispatch`.
 
-    A loop over the largest number of slots of a token gathers one for each token. (A scatter-add is slow, and on GPUs
-    its order of summation is not fixed. A gather of E slots for each token would mostly read empty ones.)
+    Each term gathers one slot of each token. (A scatter-add is slow, and on GPUs its order of summation is not fixed.)
+    Where the number of slots varies, a loop ends with the largest one, instead of mostly reading empty slots.
     """
+    capacity = rows.shape[2]
 
     def term(j: jax.Array | int) -> jax.Array:
-        of_token = jax.lax.dynamic_index_in_dim(slots.of_token, j, axis=-1, keepdims=False)
-        terms = jax.vmap(lambda rows, s: jnp.take(rows, s, axis=0, mode="fill", fill_value=0))(rows, of_token)
-        return terms.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        slots_of_tokens = jax.lax.dynamic_index_in_dim(slots.of_token, j, axis=-1, keepdims=False)
+        take = jax.vmap(lambda rows, s: rows.at[s // capacity, s % capacity].get(mode="fill", fill_value=0), (1, 0))
+        return take(rows, slots_of_tokens).astype(jnp.promote_types(rows.dtype, jnp.float32))
 
+    if slots.most is None:
+        return sum(map(term, range(1, slots.of_token.shape[-1])), term(0)).astype(rows.dtype)
     return jax.lax.fori_loop(1, slots.most, lambda j, y: y + term(j), term(0)).astype(rows.dtype)
 
 
-def _copy_to_slots_backward(slots, cotangent):
+def _dispatch_backward(slots, cotangent):
     return _sum_slots(cotangent, slots), None
 
 
 def _sum_slots_backward(slots, cotangent):
-    return _copy_to_slots(cotangent, slots), None
+    return dispatch(cotangent, slots), None
 
 
-_copy_to_slots.defvjp(lambda x, slots: (_copy_to_slots(x, slots), slots), default_promotion()(_copy_to_slots_backward))
+dispatch.defvjp(lambda x, slots: (dispatch(x, slots), slots), default_promotion()(_dispatch_backward))
 _sum_slots.defvjp(lambda rows, slots: (_sum_slots(rows, slots), slots), default_promotion()(_sum_slots_backward))
 
 
@@ -449,16 +435,16 @@ def apply_experts(
     (t, k), (_, m, d), e = experts.shape, inputs.shape, w_in.shape[0]
     if inputs.shape[0] != t or m not in (1, k):
         raise AssertionError(f"inputs {inputs.shape}, experts {experts.shape}: must be [T, 1 or k, D] and [T, k]")
-    slots, expert_of_block, b = _sort_into_blocks(experts.reshape(t * k), e)
-    slots_of_input = slots.of_assignment.reshape(t * m, k // m)
-    u = _take_rows(inputs.reshape(t * m, d), slots.of_slot // (k // m), slots_of_input).reshape(-1, b, d)
+    slot_of_assignment, assignment_of_slot, expert_of_block, b = _sort_into_blocks(experts.reshape(t * k), e)
+    slots_of_input = slot_of_assignment.reshape(t * m, k // m)
+    u = _take_rows(inputs.reshape(t * m, d), assignment_of_slot // (k // m), slots_of_input).reshape(-1, b, d)
 
     def project(w: jax.Array) -> jax.Array:
         return checkpoint_name(jnp.einsum("qbd,qdf->qbf", u, w[expert_of_block]), _SAVED)
 
     hidden = activate(project(w_in), None if w_gate is None else project(w_gate))
     o = jnp.einsum("qbf,qfd->qbd", hidden, w_out[expert_of_block]).reshape(-1, d)
-    return _take_rows(o, slots.of_assignment, slots.of_slot[:, None]).reshape(t, k, d)
+    return _take_rows(o, slot_of_assignment, assignment_of_slot[:, None]).reshape(t, k, d)
 
 
 def sum_experts(
@@ -599,12 +585,12 @@ def block_size(assignments: int, num_experts: int) -> int:
     return 2 ** min(7, max(0, round(math.log2(max(assignments, 1) / num_experts))))
 
 
-def _sort_into_blocks(experts: jax.Array, num_experts: int) -> tuple[Slots, jax.Array, int]:
+def _sort_into_blocks(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """Place assignments [A] in blocks of one expert each.
 
     Returns:
-        Slots (without N), where slot = block x b + row; the expert of each block, int32 [Q]; and b. Q is the largest
-        number of blocks that A assignments can occupy, partly filled ones included.
+        The slot of each assignment, block x b + row; the assignment in each slot; the expert of each block, int32 [Q];
+        and b. Q is the largest number of blocks that A assignments can occupy, partly filled ones included.
     """
     a, b = len(experts), block_size(len(experts), num_experts)
     partly_filled = min(a, num_experts)
@@ -619,7 +605,7 @@ def _sort_into_blocks(experts: jax.Array, num_experts: int) -> tuple[Slots, jax.
     slots = jnp.where(ordered < num_experts, slots, q * b).astype(experts.dtype)
     of_assignment = jnp.zeros_like(experts).at[order].set(slots)
     expert_of_block = jnp.minimum(jnp.searchsorted(ends, jnp.arange(q), side="right"), num_experts - 1)
-    return Slots(of_assignment, _invert(of_assignment, q * b)), expert_of_block, b
+    return of_assignment, _invert(of_assignment, q * b), expert_of_block, b
 
 
 def _check_mask(token_mask: jax.Array, of_experts: jax.Array) -> None:

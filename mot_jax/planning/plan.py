@@ -43,7 +43,7 @@ class Plan:
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
     times also if the device's figures are not known. efficiency: modeled MFU without and with overlap; None if the
-    times lack a part of the program that was not understood.
+    times lack a part of the program that was not understood. notes: limits of the config's sharding.
     """
 
     topology: str
@@ -60,6 +60,7 @@ class Plan:
     program: Program | None
     times: StepTimes | None
     efficiency: tuple[float, float] | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -75,7 +76,7 @@ class Plan:
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         memory = [(n, "unknown" if size is None else f"{size / 2**30:,.3f}") for n, size in self.memory.items()]
         title = f"{self.topology}: {self.chips:,} chips ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
-        out = [title, "", *table("GiB per chip", memory)]
+        out = [title, *self.notes, "", *table("GiB per chip", memory)]
         if not self.fits:
             out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
             return [*out, "Changes that reduce memory:", *(f"  {line}" for line in self.advice)]
@@ -198,7 +199,16 @@ def plan_training(
         efficiency=(ideal / times.serial, ideal / times.overlapped)
         if times and program and not program.unknown
         else None,
+        notes=_notes(config, mesh),
     )
+
+
+def _notes(config: Config, mesh: Mesh) -> tuple[str, ...]:
+    kind, devices = config.model.feed_forward, mesh.shape["expert"]
+    if kind.experts_share_computation or devices == 1:
+        return ()
+    rule = f"{kind.kind} without a capacity: each chip computes for the tokens of all {devices} chips along this axis"
+    return (f"mesh.expert = {devices}: {rule}, which divides the experts' weights and not their computation",)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_capacity(tokens, k, e, factor, expected):
 @partial(jax.jit, static_argnums=(0, 1))
 def dispatch_and_combine(e: int, capacity: int, x, experts, weights):
     slots = routing.assign_slots(experts, e, capacity)
-    in_slots = routing.dispatch(x, slots, e)
+    in_slots = routing.dispatch(x, slots)
     return in_slots, routing.combine(in_slots, slots, weights), routing.dropped_share(experts, slots, e)
 
 
@@ -41,13 +41,13 @@ def test_slots_are_assigned_in_token_order(seed, sizes):
     (k, capacity), n, t, e, rng = sizes, 2, 7, 5, np.random.default_rng(seed)
     experts = experts_of(rng, n, t, k=k, e=e)
     x = rng.normal(size=(n, t, 3)).astype("float32")
-    expected, has_slot = np.zeros((n, capacity, e, 3), "float32"), np.zeros((n, t, k), bool)
+    expected, has_slot = np.zeros((e, n, capacity, 3), "float32"), np.zeros((n, t, k), bool)
     for i in range(n):
         taken = [0] * e
         for token in range(t):
             for j, expert in enumerate(experts[i, token]):
                 if expert < e and taken[expert] < capacity:
-                    expected[i, taken[expert], expert] = x[i, token]
+                    expected[expert, i, taken[expert]] = x[i, token]
                     has_slot[i, token, j] = True
                     taken[expert] += 1
     weights = rng.random((n, t, k)).astype("float32")

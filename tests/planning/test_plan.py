@@ -24,6 +24,7 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
+    TokenChoiceConfig,
     TrainingConfig,
 )
 from mot_jax.cost.hardware import HARDWARE, parse_topology, peak_flops
@@ -84,6 +85,18 @@ def test_experts_need_four_all_to_alls_per_layer():
     assert collective_bytes(result, "all-to-all", "expert") == 4 * (1 * 32 * 8 * 64) * 4
     experts = count_parameters(config.model)["experts"]
     assert collective_bytes(result, "all-reduce", "data") == 4 * experts / 2
+
+
+@pytest.mark.slow
+def test_without_a_capacity_experts_on_more_chips_compute_no_less_and_the_plan_states_it():
+    flops, notes = {}, {}
+    for factor in (1.0, None):
+        kind = TokenChoiceConfig(4, capacity_factor=factor, routing_group_tokens=32)
+        result = plan_training(small_config(kind, expert=4), "local:4")
+        flops[factor], notes[factor] = result.program.flops, [line for line in result.lines() if "computation" in line]
+    assert not notes[1.0] and len(notes[None]) == 1 and "mesh.expert = 4: token_choice" in notes[None][0]
+    experts = 3 * 4 * 64 * 128 * 16 * 32 / 4  # FLOPs of a chip's share, forward and backward
+    assert flops[None] - flops[1.0] > 2.5 * experts
 
 
 def test_a_mesh_that_leaves_chips_idle_is_refused():

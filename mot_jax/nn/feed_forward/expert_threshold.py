@@ -90,9 +90,8 @@ class ExpertThreshold(ExpertFeedForward):
         tokens, taken, weights = (routing.group_tokens(a, config.routing_group_tokens) for a in (x, taken, weights))
         capacity = routing.capacity(tokens.shape[1], config.top_k, config.num_experts, config.capacity_factor or 0)
         slots = routing.fill_slots(taken, capacity)
-        outputs = self._apply_to_slots(routing.copy_to_slots(tokens, slots))
-        y = routing.sum_slots(outputs, slots, weights)
-        placed = slots.of_pair < capacity * config.num_experts
+        y = routing.combine(self._apply_to_slots(routing.dispatch(tokens, slots)), slots, weights)
+        placed = slots.of_assignment < capacity * config.num_experts
         return routing.ungroup_tokens(y, length), routing.ungroup_tokens(placed, length)
 
     def _statistics(self, logits: jax.Array, mask: jax.Array | None) -> dict[str, jax.Array]:

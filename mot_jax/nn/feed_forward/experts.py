@@ -53,21 +53,21 @@ class ExpertFeedForward(FeedForward):
         return self.w_in[...], self.w_out[...], value(self.w_gate)
 
     def _apply_to_slots(self, u: jax.Array) -> jax.Array:
-        """Apply each expert to its slots, [N, C, E, D] -> [N, C, E, D]: N routing groups, each with C slots.
+        """Apply each expert to its slots, [E, N, C, D] -> [E, N, C, D]: N routing groups, each with C slots.
 
         Takes one all-to-all along the mesh axis `expert` before the experts, and one after them.
         """
         w_in, w_out, w_gate = self._expert_parameters()
-        groups = axes_of(u)[0]
-        u = reshard(u, tuple(axis for axis in groups if axis not in DIMENSIONS["experts"]), None, "experts", None)
-        gate = None if w_gate is None else product("nced,edf->ncef", u, w_gate)
-        hidden = activate(self.activation, product("nced,edf->ncef", u, w_in), gate)
-        local_groups, _, experts, width = axes_of(hidden)
-        slots = (
-            () if hidden.shape[1] % num_shards(width) else width
-        )  # devices that share F each sum a part of the slots
-        o = product("ncef,efd->nced", hidden, w_out, spec(local_groups, slots, experts, None))
-        return reshard(o, groups, None, None, None)
+        groups = axes_of(u)[1]
+        u = reshard(u, "experts", tuple(axis for axis in groups if axis not in DIMENSIONS["experts"]), None, None)
+        gate = None if w_gate is None else product("encd,edf->encf", u, w_gate)
+        hidden = activate(self.activation, product("encd,edf->encf", u, w_in), gate)
+        experts, local_groups, _, width = axes_of(hidden)
+        # Devices that share F each sum a part of the slots.
+        slots = () if hidden.shape[2] % num_shards(width) else width
+        o = product("encf,efd->encd", hidden, w_out, spec(experts, local_groups, slots, None))
+        # First the all-to-all, then the all-gather along F's devices: in one step XLA would send more.
+        return reshard(reshard(o, None, groups, slots, None), None, groups, None, None)
 
 
 def value(param: nnx.Param | None) -> jax.Array | None:

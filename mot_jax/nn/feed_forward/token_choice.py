@@ -68,7 +68,7 @@ class TokenChoice(ExpertFeedForward):
         else:
             capacity = routing.capacity(tokens, config.top_k, config.num_experts, config.capacity_factor)
             slots = routing.assign_slots(choices.experts, config.num_experts, capacity)
-            u = routing.dispatch(routing.group_tokens(x, tokens), slots, config.num_experts)
+            u = routing.dispatch(routing.group_tokens(x, tokens), slots)
             y = routing.ungroup_tokens(routing.combine(self._apply_to_slots(u), slots, choices.weights), length)
             dropped = routing.dropped_share(choices.experts, slots, config.num_experts)
         y = reshard(y, *axes_of(x))

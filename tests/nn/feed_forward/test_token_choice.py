@@ -170,10 +170,9 @@ def test_slots_by_priority_of_the_choice_would_depend_on_later_tokens(monkeypatc
     def by_priority(experts, num_experts, capacity):
         n, t, k = experts.shape
         slots = assign_slots(experts.transpose(0, 2, 1).reshape(n, t * k, 1), num_experts, capacity)
-        of_assignment = slots.of_assignment.reshape(n, k, t).transpose(0, 2, 1).reshape(n, t * k)
-        return routing.Slots(
-            of_assignment, jax.vmap(lambda a: routing._invert(a, capacity * num_experts))(of_assignment)
-        )
+        of_assignment = slots.of_assignment.reshape(n, k, t).transpose(0, 2, 1)
+        of_slot = jnp.where(slots.of_slot < t * k, slots.of_slot % t * k + slots.of_slot // t, t * k)
+        return routing.Slots(of_assignment, of_slot, of_assignment, None)
 
     monkeypatch.setattr(routing, "assign_slots", by_priority)
     config = config_of(0.6)
