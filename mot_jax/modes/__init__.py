@@ -1,7 +1,8 @@
 """Inference modes: functions Config -> Config over the same weights.
 
 `registry` has the table of modes; `companions` chooses, stores and summarizes the reference sequences that some modes
-need; `thresholds` measures and stores those of mode `threshold`; `recording` reads values out of a forward pass. `docs/inference.md` compares the modes.
+need; `thresholds` measures and stores the thresholds of mode `threshold`; `recording` reads values out of a forward
+pass. `docs/inference.md` compares the modes.
 """
 
 from mot_jax.modes.registry import (

@@ -192,7 +192,7 @@ def threshold(config: Config) -> Config:
     """
     kind = config.model.feed_forward
     if not isinstance(kind, MixtureOfTokensConfig):
-        rule = f"must be left out, since it is for mixture_of_tokens layers: these are {kind.kind}"
+        rule = f"must be left out, since the model's layers mix nothing: they are {kind.kind}"
         raise UserError(f"--mode threshold: {rule}; try --mode {trained_mode(config)}")
     if config.model.group_size == 1:
         rule = "must be left out, since the model does not mix sequences"
@@ -277,7 +277,8 @@ def enter(
         The config of the mode, and parameters that load under it.
 
     Raises:
-        UserError: there is no such mode, the model does not have it, or companions or thresholds are missing or do not fit.
+        UserError: there is no such mode, the model does not have it, or companions or thresholds are missing or do not
+            fit.
     """
     changed = mode_of(mode).change(config)
     if needs_companions(changed):

@@ -85,7 +85,8 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool, quiet: bool) -> Row
             write_workdir(run)
         if needs_thresholds(run, steps):
             with jax.set_mesh(run.mesh):
-                record_thresholds(run, load_run(run.workdir, run.mesh).params, steps)
+                trained = load_run(run.workdir, run.mesh)
+                record_thresholds(run, trained.params, trained.step)
         console.line(f"{run.workdir} has its {steps} steps: nothing left to train")
         return _report(run, console)
     start = begin(run, take_over)

@@ -22,7 +22,7 @@ from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.companions import Summary
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
-from mot_jax.nn.sharding import axes_of, reshard
+from mot_jax.nn.sharding import axes_of, product, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -60,6 +60,9 @@ class Threshold(MixtureOfTokens):
 
 
 def scaled_logits(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardContext) -> jax.Array:
-    """x [B, S, D] -> the controller's logits divided by the temperature of the step, float32 (or wider) [B, S, E]."""
-    logits, _ = layer.logits(x.astype(layer.dtype)[:, None])
-    return logits[:, 0] / layer.temperatures(context)[0]
+    """x [B, S, D] -> the controller's logits divided by the temperature of the step, [B, S, E].
+
+    Computed in float32 (or wider), since a rounded logit may be on the other side of its threshold.
+    """
+    wide = x.astype(layer.dtype).astype(jnp.promote_types(layer.dtype, jnp.float32))
+    return product("bsd,de->bse", wide, layer.controller[...]) / layer.temperatures(context)[0]
