@@ -14,9 +14,11 @@ from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
 from mot_jax.benchmark.workloads import dense_of_equal_active_parameters
 from mot_jax.config import Config, ModelConfig
+from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
-from mot_jax.modes import MODES, enter, lacking
+from mot_jax.modes import MODES, enter, lacking, offers
+from mot_jax.modes.thresholds import Thresholds, measure
 from mot_jax.nn.transformer import Params, init_variables, unroll
 from mot_jax.runtime.progress import progress as bar
 
@@ -58,10 +60,11 @@ def bench_decoding(
     companions[1] = 0  # each sequence is one document
     dense = dense_of_equal_active_parameters(config)
     models = {"dense": (dense.model, _random_variables(dense.model))}
-    modes = [mode for mode in MODES if mode != "without" and lacking(mode, config, companions) is None]
+    thresholds = _thresholds(config, params, companions)
+    modes = [mode for mode in MODES if mode != "without" and lacking(mode, config, companions, thresholds) is None]
     with bar("preparing the parameters of the modes", len(modes)) as advance:
         for mode in modes:
-            mode_config, mode_params = enter(mode, config, params, 0, companions)
+            mode_config, mode_params = enter(mode, config, params, 0, companions, thresholds)
             models[mode] = (mode_config.model, mode_params)
             advance(1)
     rows = []
@@ -112,6 +115,15 @@ def _random_variables(model: ModelConfig) -> Params:
     """Initial parameters and router state."""
     params, router = jax.jit(partial(init_variables, model))(jax.random.key(0))
     return params | router
+
+
+def _thresholds(config: Config, params: Params, texts: np.ndarray) -> Thresholds | None:
+    """Those that E / G experts of a token reach on random texts [2, G, S]; None for a model without the mode."""
+    if not offers("threshold", config):
+        return None
+    tokens, segments = texts
+    every = np.ones(tokens.shape, bool)
+    return measure(config.model, params, 0, [Batch(tokens, tokens, every, every, segments)])
 
 
 class _Generation:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from mot_jax.benchmark.layers import Variables, as_function, create_layer, forward_and_backward
 from mot_jax.benchmark.report import Column, number
-from mot_jax.config import CompanionsConfig, FeedForwardConfig, kernel_runs_on, without_kernel
+from mot_jax.config import CompanionsConfig, FeedForwardConfig, ThresholdConfig, kernel_runs_on, without_kernel
 from mot_jax.cost.layers import SHAPES, Shape
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward.companions import Summary
@@ -33,7 +33,11 @@ TOLERANCES = {"float32": (2e-5, 2e-5), "bfloat16": (2e-2, 6e-2)}
 def configs_to_check(shape: Shape, device: jax.Device) -> dict[str, FeedForwardConfig]:
     """Every kind, those for inference only included, and every implementation that such a device supports."""
     supported = {name: config for name, config in shape.implementations().items() if kernel_runs_on(config, device)}
-    return supported | {"companions": CompanionsConfig(shape.group_size, shape.num_experts)}
+    inference = (
+        CompanionsConfig(shape.group_size, shape.num_experts),
+        ThresholdConfig(shape.group_size, shape.num_experts),
+    )
+    return supported | {config.kind: config for config in inference}
 
 
 def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
@@ -92,7 +96,7 @@ def _outputs(
     forward: Any, variables: Variables, x: jax.Array, dy: jax.Array, config: FeedForwardConfig
 ) -> list[jax.Array]:
     """y, and for kinds that train the gradients of the parameters and of x."""
-    if isinstance(config, CompanionsConfig):
+    if isinstance(config, (CompanionsConfig, ThresholdConfig)):
         return jax.tree.leaves(jax.jit(forward)(variables, x))
     return jax.tree.leaves(jax.jit(forward_and_backward(forward))(variables, x, dy))
 

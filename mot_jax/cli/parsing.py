@@ -455,7 +455,7 @@ def _build(prog: str, command: type[Options], arguments: list[str]) -> Options:
 _PATHS = ("FILE", "DIR", "CONFIG", "WORKDIR")
 # Paths of a run's or an export's files in its directory.
 RUN_FILES = (
-    r"(config|data|result|status|owner|modes|transition)\.json|metrics\.jsonl|companions\.npy|tokenizer\.\w+|"
+    r"(config|data|result|status|owner|modes|transition)\.json|metrics\.jsonl|companions\.npy|thresholds\.json|tokenizer\.\w+|"
     r"(error(_\d+)?|sample)\.txt|(loss|transition)\.png|.*\.safetensors(\.index\.json)?|"
     r"(checkpoints|metrics|tensorboard)/.*"
 )

@@ -166,13 +166,17 @@ def evaluate(arguments: list[str]) -> None:
         mode_of(mode, also=["all"]).change(config)  # raises UserError if the config has no such mode
     distributed.connect(process(options, config), config.mesh, trains=False)
     from mot_jax.modes.companions import load_companions
+    from mot_jax.modes.thresholds import load_thresholds
     from mot_jax.runs import scores
+    from mot_jax.runs.restore import newest_step
     from mot_jax.training import evaluation
 
     reasons = {}  # why a mode is left out
     if mode == "all":
-        companions = load_companions(options.workdir)
-        reasons = {name: reason for name in MODES if (reason := lacking(name, config, companions))}
+        workdir = user_path("workdir", options.workdir)
+        step = newest_step(workdir / "checkpoints") if options.step is None else options.step
+        stored = load_companions(workdir), load_thresholds(workdir), step
+        reasons = {name: reason for name in MODES if (reason := lacking(name, config, *stored))}
     modes = [name for name in MODES if name not in reasons] if mode == "all" else [mode]
     results = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes, options.step)
     if not distributed.is_first():

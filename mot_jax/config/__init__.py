@@ -21,6 +21,7 @@ from mot_jax.config.fields import (
     OptimizerConfig,
     ReluRoutingConfig,
     SoftMoEConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
     TrainingConfig,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "OptimizerConfig",
     "ReluRoutingConfig",
     "SoftMoEConfig",
+    "ThresholdConfig",
     "TokenChoiceConfig",
     "TrainingConfig",
     "attention_error",

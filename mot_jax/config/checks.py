@@ -26,6 +26,7 @@ from mot_jax.config.fields import (
     ModelConfig,
     ReluRoutingConfig,
     SoftMoEConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
     TrainingConfig,
 )
@@ -402,6 +403,7 @@ _KIND_ERRORS: dict[type, Callable[[ModelConfig, Any], Iterator[str]]] = {
     DenseConfig: _dense_errors,
     MixtureOfTokensConfig: _mixture_errors,
     CompanionsConfig: _mixture_errors,
+    ThresholdConfig: _mixture_errors,
     TokenChoiceConfig: _token_choice_errors,
     ExpertThresholdConfig: _expert_threshold_errors,
     ExpertChoiceConfig: _expert_choice_errors,

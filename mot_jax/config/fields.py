@@ -246,6 +246,26 @@ class CompanionsConfig(MixtureOfTokensConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ThresholdConfig(MixtureOfTokensConfig):
+    """A trained Mixture-of-Tokens layer whose experts process the unmixed tokens that reach their thresholds.
+
+    Only an inference mode builds it; it cannot be trained. An expert takes E / G of E of the training tokens
+    (`feed_forward.threshold`).
+    """
+
+    kind: ClassVar[str] = "threshold"
+
+    @property
+    def mixed_sequences(self) -> int:
+        return 1
+
+    @property
+    def experts_per_token(self) -> int:
+        """E / G, at least 1: the number of a training token, on average."""
+        return max(1, self.num_experts // self.group_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenChoiceConfig(_FeedForwardKind):
     """A token-choice (top-k routed) mixture of experts (`docs/paper.md`, section 4)."""
 

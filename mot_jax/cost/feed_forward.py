@@ -30,6 +30,7 @@ from mot_jax.config import (
     ModelConfig,
     ReluRoutingConfig,
     SoftMoEConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
 )
 from mot_jax.nn import routing
@@ -567,7 +568,13 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
 
 
 def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwardCost:
-    """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends."""
+    """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends.
+
+    `threshold` has that of `expert_threshold`.
+    """
+    if isinstance(kind, ThresholdConfig):
+        width, top_k = kind.hidden_dim(model.d_ff), kind.experts_per_token
+        kind = ExpertThresholdConfig(kind.num_experts, width, top_k, kind.shared_expert_dim, capacity_factor=None)
     cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
     return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length)
 

@@ -1,4 +1,4 @@
-"""`data.json` in the directory of a run or an export: fingerprints of its text, and the digest of `companions.npy`."""
+"""`data.json` in the directory of a run or an export: fingerprints of its text, digests of some files."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from mot_jax.inference.sequences import GeneratedSequence
 from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
 from mot_jax.modes import default_mode, enter, mode_of, needs_companions, trained_mode
 from mot_jax.modes.companions import load_companions
+from mot_jax.modes.thresholds import load_thresholds
 from mot_jax.nn import transformer
 from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
@@ -449,7 +450,8 @@ def load(
     check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        config, params = enter(mode, run.config, run.params, run.step, companions := load_companions(workdir))
+        companions, thresholds = load_companions(workdir), load_thresholds(workdir) if mode == "threshold" else None
+        config, params = enter(mode, run.config, run.params, run.step, companions, thresholds)
         digest = "" if companions is None else hashlib.sha256(companions.tobytes()).hexdigest()[:16]
         digest = digest if needs_companions(config) else ""
         if unroll:

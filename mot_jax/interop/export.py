@@ -1,7 +1,7 @@
 """Export of trained models as safetensors (`mot export`).
 
 An export is a directory with the tensors, `config.json`, the tokenizer's file, and the workdir's `data.json` and
-`companions.npy`. It is accepted wherever a workdir is read, but training cannot resume from it.
+`companions.npy` and `thresholds.json`. It is accepted wherever a workdir is read, but training cannot resume from it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import COPIES, tokenizer_copy
 from mot_jax.errors import RetryableError, UserError, error_words, nearest
 from mot_jax.modes.companions import load_companions
+from mot_jax.modes.thresholds import load_thresholds
 from mot_jax.runs.restore import check_data, load_run, load_run_config, router_kinds
 from mot_jax.runs.state import fetch
 from mot_jax.runs.tensor_files import INDEX, MODEL, SHARD_BYTES, write_tensors
@@ -28,7 +29,7 @@ from mot_jax.runtime import distributed
 from mot_jax.runtime.paths import is_passing, make_directory, read_file, replace_file, user_path
 
 DTYPES = ("float32", "bfloat16")
-_COPIED = ("data.json", "companions.npy")
+_COPIED = ("data.json", "companions.npy", "thresholds.json")
 _FILES = ("config.json", "modes.json", MODEL, INDEX, *COPIES, *_COPIED)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -91,6 +92,7 @@ def copies_of(source: epath.Path) -> dict[str, bytes]:
     Raises UserError if one of them is damaged or cannot be read.
     """
     load_companions(source)
+    load_thresholds(source)
     advice = "try another copy of this run"
     return {name: read_file(source / name, advice) for name in _COPIED if (source / name).exists()}
 

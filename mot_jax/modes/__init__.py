@@ -1,7 +1,8 @@
 """Inference modes: functions Config -> Config over the same weights.
 
 `registry` has the table of modes; `companions` chooses, stores and summarizes the reference sequences that some modes
-need; `recording` reads values out of a forward pass. `docs/inference.md` compares the modes.
+need; `thresholds` measures and stores the thresholds of mode `threshold`; `recording` reads values out of a forward
+pass. `docs/inference.md` compares the modes.
 """
 
 from mot_jax.modes.registry import (
@@ -12,6 +13,7 @@ from mot_jax.modes.registry import (
     lacking,
     mode_of,
     needs_companions,
+    offers,
     regrouped,
     token_choice,
     trained_mode,
@@ -26,6 +28,7 @@ __all__ = [
     "lacking",
     "mode_of",
     "needs_companions",
+    "offers",
     "regrouped",
     "token_choice",
     "trained_mode",

@@ -62,8 +62,9 @@ def save_companions(workdir: epath.Path, companions: np.ndarray | None, fingerpr
     leaves no file next to the digest of another one. A file of an earlier version, without a digest, gets one.
     """
     path, content = workdir / FILE, None
+    fingerprints = load_fingerprints(workdir) | fingerprints  # with the digest of `thresholds.json`
     if path.exists():
-        digest = load_fingerprints(workdir).get(_KEY) or _digest(read_file(path, _ADVICE))
+        digest = fingerprints.get(_KEY) or _digest(read_file(path, _ADVICE))
         fingerprints = fingerprints | {_KEY: digest}
     elif companions is not None:
         file = io.BytesIO()

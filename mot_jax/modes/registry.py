@@ -22,6 +22,7 @@ from mot_jax.config import (
     LossWeights,
     MixingConfig,
     MixtureOfTokensConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
     check,
     kernel_runs_on,
@@ -32,6 +33,7 @@ from mot_jax.errors import UserError, nearest
 if TYPE_CHECKING:  # commands that run no model do not import JAX
     import numpy as np
 
+    from mot_jax.modes.thresholds import Thresholds
     from mot_jax.nn.transformer import Params
 
 
@@ -134,7 +136,7 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     """
     kind = config.model.feed_forward
     if isinstance(kind, MixtureOfTokensConfig):
-        if errors := list(_router_errors(kind.mixing)):
+        if errors := list(_router_errors("token_choice", kind.mixing)):
             raise UserError(*errors)
         kind = TokenChoiceConfig(
             num_experts=kind.num_experts,
@@ -163,8 +165,8 @@ def token_choice(config: Config, experts: int | None = None) -> Config:
     return changed
 
 
-def _router_errors(mixing: MixingConfig) -> Iterator[str]:
-    """Yield the reasons why the controller of Mixture-of-Tokens layers cannot be a router."""
+def _router_errors(mode: str, mixing: MixingConfig) -> Iterator[str]:
+    """Yield the reasons why the controller of Mixture-of-Tokens layers cannot be the router of a mode."""
     required = {"merge": "softmax", "controllers": "shared", "layer_norm": False}
     reasons = {
         "merge": "the controller was not trained as the logits of a softmax",
@@ -173,9 +175,40 @@ def _router_errors(mixing: MixingConfig) -> Iterator[str]:
     }
     for name, value in required.items():
         if getattr(mixing, name) != value:
-            yield f"--mode token_choice: has no meaning with mixing.{name} = {getattr(mixing, name)!r}: {reasons[name]}"
-    if mixing.learned_temperature == "per_expert":
+            yield f"--mode {mode}: has no meaning with mixing.{name} = {getattr(mixing, name)!r}: {reasons[name]}"
+    if mode == "token_choice" and mixing.learned_temperature == "per_expert":
         yield "--mode token_choice: has no meaning with a temperature learned for each expert, by which choices differ"
+
+
+def threshold(config: Config) -> Config:
+    """Run each expert on the unmixed tokens whose expected mixing weight is among the largest E / G of E in training.
+
+    No token depends on another sequence. The weights and thresholds are measured on training tokens
+    (`modes.thresholds`).
+
+    Raises:
+        UserError: the layers are of another kind or do not mix sequences, or their weights are no softmax of one
+            controller's logits at a temperature above 0.
+    """
+    kind = config.model.feed_forward
+    if not isinstance(kind, MixtureOfTokensConfig):
+        rule = f"must be left out, since the model's layers mix nothing: they are {kind.kind}"
+        raise UserError(f"--mode threshold: {rule}; try --mode {trained_mode(config)}")
+    if config.model.group_size == 1:
+        rule = "must be left out, since the model does not mix sequences"
+        raise UserError(f"--mode threshold: {rule}; try --mode grouped")
+    mixing, errors = kind.mixing, list(_router_errors("threshold", kind.mixing))
+    needed = {"emit": mixing.emit == "merge", "temperature": mixing.annealing != "none" or mixing.temperature != 0}
+    needed["final_temperature"] = mixing.annealing == "none" or mixing.final_temperature != 0
+    rules = {"emit": "'merge'"}
+    errors += [
+        f"--mode threshold: needs mixing.{name} = {rules.get(name, 'above 0')}, and it is {getattr(mixing, name)!r}"
+        for name, valid in needed.items()
+        if not valid
+    ]
+    if errors:
+        raise UserError(*(f"{error}; try --mode companions" for error in errors))
+    return _with_kind_in_order(config, ThresholdConfig(**vars(kind)))
 
 
 MODES = {
@@ -189,6 +222,9 @@ MODES = {
     ),
     "token_choice": Mode(
         token_choice, "each token is routed to its most likely experts, none dropped", independent=True, chooses=True
+    ),
+    "threshold": Mode(
+        threshold, "each expert takes the tokens of large expected weight, which are not mixed", independent=True
     ),
     "discrete": Mode(discrete, "each expert processes one token of the group"),
     "without": Mode(without, "no expert output: measures the contribution of mixing", independent=True),
@@ -219,7 +255,12 @@ def mode_of(name: str, also: Sequence[str] = ()) -> Mode:
 
 
 def enter(
-    mode: str, config: Config, params: Params, step: int, companions: np.ndarray | None = None
+    mode: str,
+    config: Config,
+    params: Params,
+    step: int,
+    companions: np.ndarray | None = None,
+    thresholds: Thresholds | None = None,
 ) -> tuple[Config, Params]:
     """Convert a trained model to a mode, on the mesh that is set.
 
@@ -230,12 +271,14 @@ def enter(
         step: the number of training steps.
         companions: reference sequences, int32 [2, G, S], see `modes.companions`; used by the modes whose config
             `needs_companions`.
+        thresholds: of the experts, see `modes.thresholds`; used by the mode `threshold`.
 
     Returns:
         The config of the mode, and parameters that load under it.
 
     Raises:
-        UserError: there is no such mode, the model does not have it, or the companions are missing or do not fit.
+        UserError: there is no such mode, the model does not have it, or companions or thresholds are missing or do not
+            fit.
     """
     changed = mode_of(mode).change(config)
     if needs_companions(changed):
@@ -246,6 +289,12 @@ def enter(
         kind = changed.model.feed_forward
         assert isinstance(kind, CompanionsConfig) and companions is not None
         params = params | summaries(trained, params, step, companions, kind)
+    if isinstance(changed.model.feed_forward, ThresholdConfig):
+        from mot_jax.modes.thresholds import check_thresholds, constants
+
+        check_thresholds(thresholds, config, step)
+        assert thresholds is not None
+        params = params | constants(config.model, thresholds)
     if mode == "without":
         zeroed = ("feed_forward/w_out", "feed_forward/output_norm")
         params = {name: 0 * value if name.endswith(zeroed) else value for name, value in params.items()}
@@ -262,16 +311,36 @@ def _with_runnable_kernel(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=without_kernel(kind)))
 
 
-def lacking(mode: str, config: Config, companions: np.ndarray | None) -> str | None:
+def lacking(
+    mode: str,
+    config: Config,
+    companions: np.ndarray | None,
+    thresholds: Thresholds | None = None,
+    step: int | None = None,
+) -> str | None:
     """Return the reason why a model does not have a mode; None if it does. The arguments are those of `enter`."""
     try:
-        if needs_companions(mode_of(mode).change(config)):
+        changed = mode_of(mode).change(config)
+        if needs_companions(changed):
             from mot_jax.modes.companions import check_companions
 
             check_companions(companions, _as_mixture_of_tokens(config, mode).model)
+        if isinstance(changed.model.feed_forward, ThresholdConfig):
+            from mot_jax.modes.thresholds import check_thresholds
+
+            check_thresholds(thresholds, config, step)
     except UserError as error:
         return str(error)
     return None
+
+
+def offers(mode: str, config: Config) -> bool:
+    """Whether the config of a trained model has a mode; `lacking` also checks the files that the mode needs."""
+    try:
+        mode_of(mode).change(config)
+    except UserError:
+        return False
+    return True
 
 
 def default_mode(config: Config) -> tuple[str, str]:

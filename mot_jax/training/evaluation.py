@@ -22,6 +22,7 @@ from mot_jax.data.windows import Windows
 from mot_jax.errors import error_words
 from mot_jax.modes import enter, mode_of, trained_mode
 from mot_jax.modes.companions import load_companions
+from mot_jax.modes.thresholds import load_thresholds
 from mot_jax.nn.sharding import (
     DIMENSIONS,
     batch_multiple,
@@ -125,6 +126,7 @@ def evaluate_run(
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
         companions = load_companions(workdir)
+        thresholds = load_thresholds(workdir) if "threshold" in modes else None
         check_scores(workdir)
     scores, title = [], f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows"
     may_record = distributed.is_first()
@@ -132,7 +134,7 @@ def evaluate_run(
     with jax.set_mesh(mesh), progress(title, total, quiet=not distributed.is_first()) as advance:
         run = load_run(workdir, mesh, step)
         for mode in modes:
-            changed, params = enter(mode, config, run.params, run.step, companions)
+            changed, params = enter(mode, config, run.params, run.step, companions, thresholds)
             evaluate = make_evaluation(changed, mesh, windows, tokenizer, advance)
             result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
             scores.append(score_of(mode, split, config, result))

@@ -18,10 +18,22 @@ from mot_jax.data.text import text_warnings
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import Console, Row, validation_line
+from mot_jax.runs.restore import load_run
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
 from mot_jax.training.hooks import default_hooks
-from mot_jax.training.run import Run, begin, finish, is_finished, is_outdated, last_validation, prepare, write_workdir
+from mot_jax.training.run import (
+    Run,
+    begin,
+    finish,
+    is_finished,
+    is_outdated,
+    last_validation,
+    needs_thresholds,
+    prepare,
+    record_thresholds,
+    write_workdir,
+)
 from mot_jax.training.trainer import Hook, Trainer
 
 _FILLED = 0.5  # the share of filled places in validation groups below which a warning is printed
@@ -71,6 +83,10 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool, quiet: bool) -> Row
     if is_finished(run):
         if is_outdated(run):
             write_workdir(run)
+        if needs_thresholds(run, steps):
+            with jax.set_mesh(run.mesh):
+                trained = load_run(run.workdir, run.mesh)
+                record_thresholds(run, trained.params, trained.step)
         console.line(f"{run.workdir} has its {steps} steps: nothing left to train")
         return _report(run, console)
     start = begin(run, take_over)
@@ -83,6 +99,8 @@ def _train(run: Run, hooks: Sequence[Hook], take_over: bool, quiet: bool) -> Row
         with Trainer(run, start) as trainer:
             console.line(f"compiled the training step in {trainer.compile_seconds:.1f} s")
             trainer.train(default_hooks(config, console, hooks))
+            if trainer.at_last_step and needs_thresholds(run, steps):
+                record_thresholds(run, trainer.state.variables, steps)
         if not trainer.at_last_step:
             return last_validation(run)
         finish(run)

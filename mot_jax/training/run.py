@@ -26,9 +26,10 @@ from mot_jax.data.text import open_text, open_tokenizer, store_text_once, with_a
 from mot_jax.data.tokenizers import Tokenizer, tokenizer_copy
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError
-from mot_jax.modes import companions
+from mot_jax.modes import companions, offers
+from mot_jax.modes.thresholds import first_batches, load_thresholds, measure, measured_tokens, save_thresholds
 from mot_jax.nn.sharding import make_mesh
-from mot_jax.nn.transformer import initial_router
+from mot_jax.nn.transformer import Params, initial_router
 from mot_jax.runs import owner, status
 from mot_jax.runs.checkpoint import Checkpoints, Restored
 from mot_jax.runs.manifest import left_out_lines, steps_of
@@ -215,6 +216,35 @@ def is_outdated(run: Run) -> bool:
 
 
 # --- after the steps --------------------------------------------------------------------------------------------------
+
+
+def needs_thresholds(run: Run, step: int) -> bool:
+    """Whether `thresholds.json` is to be written: the model has the mode, and no intact file of this step exists.
+
+    False for a workdir that cannot be written. As process 0 sees it.
+    """
+    if not offers("threshold", run.config) or not measured_tokens(run.config):
+        return False
+    try:
+        thresholds = load_thresholds(run.workdir)
+    except UserError:  # a damaged file, or that of another run, is replaced
+        thresholds = None
+    current = thresholds is not None and thresholds.step == step
+    writable = is_remote(run.workdir) or os.access(run.workdir, os.W_OK)
+    return distributed.gather(writable and not current)[0]
+
+
+def record_thresholds(run: Run, params: Params, step: int) -> None:
+    """Measure the thresholds of the inference mode `threshold` on training text, and write `thresholds.json`.
+
+    The run's mesh is set. With several processes, each calls this, and process 0 writes.
+    """
+    objective = Objective.of(run.config, run.tokenizer)
+    batches = first_batches(run.config, run.mesh, run.windows, run.order, objective)
+    thresholds = measure(run.config.model, params, step, batches)
+    with distributed.together():
+        if distributed.is_first():
+            save_thresholds(run.workdir, thresholds)
 
 
 def finish(run: Run) -> Row:

@@ -28,8 +28,9 @@ from mot_jax.config import (
 )
 from mot_jax.errors import UserError, nearest
 from mot_jax.modes.companions import load_companions
+from mot_jax.modes.thresholds import load_thresholds
 from mot_jax.runs.metrics import png, read_rows
-from mot_jax.runs.restore import load_run_config, load_training
+from mot_jax.runs.restore import load_run_config, load_training, newest_step
 from mot_jax.runs.scores import Score
 from mot_jax.runs.state import TrainState, create_router, create_state
 from mot_jax.runtime import distributed, strict_json
@@ -248,8 +249,12 @@ def _read_report(path: epath.Path) -> dict[str, Any]:
 
 def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[str, Score]:
     """The scores of a run in all inference modes that it has, by mode."""
-    companions = load_companions(workdir)
-    available = [mode for mode in modes.MODES if modes.lacking(mode, config, companions) is None]
+    stored = (
+        load_companions(workdir),
+        load_thresholds(workdir),
+        newest_step(user_path("workdir", workdir) / "checkpoints"),
+    )
+    available = [mode for mode in modes.MODES if modes.lacking(mode, config, *stored) is None]
     return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, limit, available)}
 
 

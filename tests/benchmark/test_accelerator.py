@@ -33,6 +33,7 @@ OTHERS = (
     "hash",
     "soft_moe",
     "companions",
+    "threshold",
 )
 OTHERS += ("mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts")
 
@@ -49,7 +50,7 @@ def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
     rows = numerics.bench_numerics(True, quiet)
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] and all(row["ok"] for row in rows)
     assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # rounding to bfloat16 is visible
-    assert (rows[0]["gradient_error"] is None) == (kind == "companions")
+    assert (rows[0]["gradient_error"] is None) == (kind in ("companions", "threshold"))
     outputs = numerics._outputs
     on_accelerator = iter([True, False] * 2)
 

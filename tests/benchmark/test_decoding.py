@@ -97,10 +97,10 @@ def test_the_command_has_a_row_for_each_mode_and_the_dense_model(tmp_path, capsy
     config, output = write_config(tmp_path / "tiny.py", Config(model=MODEL)), str(tmp_path / "rows.json")
     cli.main(["bench", "decoding", config, "--batch", "2", "--rounds", "3", "--json", output])
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    modes = ["dense", "grouped", "companions", "sparse", "mean_field", "token_choice", "discrete"]
+    modes = ["dense", "grouped", "companions", "sparse", "mean_field", "token_choice", "threshold", "discrete"]
     assert [row["mode"] for row in rows] == modes
     assert all(row["seconds_per_step"] > 0 and row["temporaries"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("\n| ") == 8
+    assert capsys.readouterr().out.count("\n| ") == 9
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from mot_jax.inference.generate import Sampler, likeliest_tokens, prefill
 from mot_jax.inference.scoring import score
 from mot_jax.modes import MODES, enter
 from mot_jax.modes.companions import choose, load_companions, save_companions
+from mot_jax.modes.thresholds import Thresholds
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.feed_forward import companions as companions_layer
 from mot_jax.nn.sharding import parameter_spec, place_sequences
@@ -31,6 +32,7 @@ MODEL = ModelConfig(4, 16, 32, 4, context_length=S, loss_chunk=S, feed_forward=K
 CONFIG = Config(model=dataclasses.replace(MODEL, moe_blocks="every_other"))
 INDEPENDENT = [name for name, mode in MODES.items() if mode.independent]
 COMPANIONS = np.stack([np.random.default_rng(7).integers(0, 256, (G, S)), np.zeros((G, S))]).astype(np.int32)
+THRESHOLDS = Thresholds(3, G, 100, np.zeros((2, 8), np.float32), np.full((2, 8), 0.7, np.float32))
 COMPANIONS[0, :, 0] = 256
 COMPANIONS[:, 1, 4:] = [[256, 8, 8, 8], [1, 1, 1, 1]]  # a second document
 
@@ -45,7 +47,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def entered(params) -> Callable[[str], tuple[Config, Params]]:
-    return functools.cache(lambda mode: enter(mode, CONFIG, params, 3, COMPANIONS))
+    return functools.cache(lambda mode: enter(mode, CONFIG, params, 3, COMPANIONS, THRESHOLDS))
 
 
 def some_slow(modes: Iterable[str], *fast: str) -> list:
@@ -135,12 +137,12 @@ def test_batch_size_and_left_padding_do_not_matter(entered, mode):
 )
 def test_modes_on_a_mesh_equal_modes_on_one_device(params, entered, mesh_of, shape):
     tokens, mesh = random_tokens(1, 8), mesh_of(**shape)
-    for mode in ("companions", "sparse", "mean_field"):
+    for mode in ("companions", "sparse", "mean_field", "threshold"):
         config, params_of_mode = entered(mode)
         expected = np.asarray(logits(config.model, params_of_mode, tokens))
         with jax.set_mesh(mesh):
             sharded = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
-            config, params_of_mode = enter(mode, CONFIG, sharded, 3, COMPANIONS)
+            config, params_of_mode = enter(mode, CONFIG, sharded, 3, COMPANIONS, THRESHOLDS)
             on_mesh = logits(config.model, params_of_mode, place_sequences(mesh, tokens, 8))
             np.testing.assert_allclose(on_mesh, expected, rtol=1e-4, atol=1e-4)
 

@@ -18,6 +18,7 @@ from mot_jax.config import (
     ModelConfig,
     ReluRoutingConfig,
     SoftMoEConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
 )
 from mot_jax.nn.feed_forward.companions import Companions
@@ -29,12 +30,14 @@ from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, F
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.relu_routing import ReluRouting
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
+from mot_jax.nn.feed_forward.threshold import Threshold
 from mot_jax.nn.feed_forward.token_choice import TokenChoice
 
 KINDS: dict[type, type[FeedForward]] = {
     DenseConfig: Dense,
     MixtureOfTokensConfig: MixtureOfTokens,
     CompanionsConfig: Companions,
+    ThresholdConfig: Threshold,
     TokenChoiceConfig: TokenChoice,
     ExpertThresholdConfig: ExpertThreshold,
     ExpertChoiceConfig: ExpertChoice,
@@ -57,6 +60,7 @@ __all__ = [
     "ReluRouting",
     "RouterState",
     "SoftMoE",
+    "Threshold",
     "TokenChoice",
     "make_feed_forward",
 ]
