@@ -10,7 +10,7 @@ dense layer is not a good baseline.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,18 +19,20 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
+from mot_jax.benchmark.peers import PEERS, Peer, PeerError
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
+from mot_jax.benchmark.trained_layer import TrainedLayer, Variables
 from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
-from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_parts
+from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_cost, layer_parts
 from mot_jax.errors import UserError, nearest
 from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState
+from mot_jax.nn.feed_forward.interface import activate
 from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
 Row = dict[str, Any]
-Variables = tuple[Any, Any]  # parameters and router state, which has no gradient
 _TOKEN_IDS = 256
 
 
@@ -68,6 +70,8 @@ def bench_layers(
     profile: str | None = None,
     directions: Sequence[str] = DIRECTIONS,
     has_time: Callable[[], bool] = lambda: True,
+    trained: TrainedLayer | None = None,
+    peers: bool = False,
 ) -> tuple[list[Row], float]:
     """Time one layer of each kind at each shape.
 
@@ -82,14 +86,17 @@ def bench_layers(
         profile: Directory for a trace of the timed rounds; tracing slows them down.
         directions: A subset of `DIRECTIONS`.
         has_time: Called before each shape and direction; the benchmark ends when it returns False.
+        trained: The layer of a run, of whose shape `shapes` consists: its activations and its router. None: random.
+        peers: Also time the layers of other packages (`benchmark.peers`).
 
     Returns:
         Rows, and the measured bandwidth of the memory in bytes/s. A row has shape, direction, kind; dtype, param_dtype;
         median_s; spread; ratio_to_dense, and void, whether the ratio is invalid; dense_share, the share of the measured
         peak that the dense layer reached; flops, without recomputation; flops_per_second, peak_share of the measured
-        peak, and peak; bytes, the minimum (`cost.layers`), and bound_s, these over the measured bandwidth; floor_s, for
-        each pass the larger of that and of FLOPs over the peak; temporaries, program_bytes, copies, compile_s
-        (`timing.Program`).
+        peak, and peak; executed_flops, with empty slots, without recomputation; bytes, the minimum (`cost.layers`), and
+        bound_s, these over the measured bandwidth; floor_s, for each pass the larger of that and of FLOPs over the
+        peak; temporaries, program_bytes, copies, compile_s
+        (`timing.Program`). The row of a peer that cannot run has shape, direction, kind, and the reason.
 
     Raises:
         UserError: For an unknown kind.
@@ -101,12 +108,17 @@ def bench_layers(
             if not has_time():
                 progress(f"{shape.name}, {direction}: skipped, no time left")
                 return rows, rate
-            progress(f"{shape.name}, {direction}: compiling {len(names) + 2} programs")
-            programs = _compile_programs(shape, names, dtype, param_dtype, direction, progress)
+            progress(f"{shape.name}, {direction}: compiling {len(names) + 2 + peers * len(PEERS)} programs")
+            programs, absent = _compile_programs(
+                shape, names, dtype, param_dtype, direction, progress, trained, PEERS if peers else {}
+            )
             progress(f"{shape.name}, {direction}: {rounds} rounds")
             with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
                 timings = in_turns(programs, rounds)
             rows += _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
+            rows += [
+                {"shape": shape.name, "direction": direction, "kind": n, "reason": why} for n, why in absent.items()
+            ]
             del programs
     return rows, rate
 
@@ -127,8 +139,12 @@ def _timing_rows(
     rows = []
     for name, program in programs.items():
         kind = name.partition(":")[0] if name in shape.implementations() else "dense"
-        cost = layer_parts(shape, kind, dtype, param_dtype)[-1]
+        cost = layer_parts(shape, "token_choice" if name in PEERS else kind, dtype, param_dtype)[-1]
         flops, size = cost.of(direction)
+        if name in PEERS:
+            executed = PEERS[name].executed_flops(shape)
+        else:
+            executed = shape.tokens * layer_cost(shape, shape.kinds()[kind]).executed_flops()
         median = timings[name].median
         rows.append(
             {
@@ -143,6 +159,7 @@ def _timing_rows(
                 "void": dense_share < min_peak_share(),
                 "dense_share": dense_share,
                 "flops": flops,
+                "executed_flops": executed * (1 if direction == "forward" else 3),
                 "flops_per_second": flops / median,
                 "peak_share": flops / median / peak,
                 "peak": peak,
@@ -168,30 +185,41 @@ def _compile_programs(
     param_dtype: str,
     direction: str,
     progress: Callable[[str], None],
-) -> dict[str, Program]:
+    trained: TrainedLayer | None,
+    peers: Mapping[str, Peer],
+) -> tuple[dict[str, Program], dict[str, str]]:
+    """The programs by name, and the reasons why peers are missing."""
     x, dy = (
         jax.random.normal(jax.random.key(seed), (shape.sequences, shape.length, shape.d_model), dtype)
         for seed in (0, 1)
     )
+    x = x if trained is None else trained.x.astype(dtype)
+    absent = {}
     programs = {"products": Program(*_dense_products(shape, dtype, direction))}
     variables_of: dict[str, Variables] = {}  # by kind; all of its implementations share them
-    for name in (*kinds, "dense_flat"):
+    for name in (*kinds, "dense_flat", *peers):
         try:
             if name == "dense_flat":
                 forward, variables = _flat_dense(shape, dtype, param_dtype)
             else:
-                kind = name.partition(":")[0]
-                forward, variables = layer_function(shape, name, dtype, param_dtype, variables_of.get(kind))
+                kind = "token_choice" if name in peers else name.partition(":")[0]
+                layer = kind if name in peers else name
+                forward, variables = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind))
+                variables = variables if trained is None else trained.with_router(variables)
                 variables_of[kind] = variables
+                if name in peers:
+                    forward = peers[name].function(shape, dtype)
             if direction == "forward":
                 programs[name] = Program(forward, variables, x)
             else:
                 programs[name] = Program(forward_and_backward(forward), variables, x, dy)
+        except PeerError as error:
+            absent[name] = str(error)
         except (UserError, jax.errors.JaxRuntimeError) as error:  # an unsupported kernel, or out of memory
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             progress(f"{shape.name}, {name}: {str(error).splitlines()[0]}")
-    return programs
+    return programs, absent
 
 
 def layer_function(
@@ -210,7 +238,12 @@ def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx
     """Initialize a layer. options: further arguments that all kinds take, such as `dtype`."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
     config = config.for_model(ModelConfig(vocab_size=_TOKEN_IDS, context_length=shape.length))
+    options = {**_networks(shape), **options}
     return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
+
+
+def _networks(shape: Shape) -> dict[str, Any]:
+    return {"gated": shape.gated, "activation": shape.activation}
 
 
 def as_function(layer: nnx.Module) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
@@ -244,13 +277,17 @@ def forward_and_backward(
 def _flat_dense(
     shape: Shape, dtype: str, param_dtype: str
 ) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
-    keys = jax.random.split(jax.random.key(2))
-    sizes = [(shape.d_model, shape.d_ff), (shape.d_ff, shape.d_model)]
-    kernels = [jax.random.normal(k, s, param_dtype) / s[0] ** 0.5 for k, s in zip(keys, sizes, strict=True)]
+    keys = jax.random.split(jax.random.key(2), 3)
+    sizes = [(shape.d_model, shape.d_ff), (shape.d_ff, shape.d_model), (shape.d_model, shape.d_ff)][: 2 + shape.gated]
+    kernels = [
+        jax.random.normal(k, s, param_dtype) / s[0] ** 0.5 for k, s in zip(keys[: len(sizes)], sizes, strict=True)
+    ]
 
     def forward(variables: Variables, x: jax.Array) -> jax.Array:
-        first, second = (kernel.astype(dtype) for kernel in variables[0])
-        return (jax.nn.relu(x.reshape(-1, shape.d_model) @ first) @ second).reshape(x.shape)
+        first, second, *gate = (kernel.astype(dtype) for kernel in variables[0])
+        flat = x.reshape(-1, shape.d_model)
+        hidden = activate(shape.activation, flat @ first, flat @ gate[0] if gate else None)
+        return (hidden @ second).reshape(x.shape)
 
     return forward, (kernels, None)
 
@@ -258,33 +295,40 @@ def _flat_dense(
 def _dense_products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:
     """The matrix products of the dense layer, independent of each other, and their operands."""
     t, d, f = shape.tokens, shape.d_model, shape.d_ff
-    keys = jax.random.split(jax.random.key(3), 6)
-    sizes = [(t, d), (t, f), (d, f), (f, d), (t, d), (t, f)]
-    x, h, w_in, w_out, dy, dh = (jax.random.normal(k, s, dtype) for k, s in zip(keys, sizes, strict=True))
+    keys = jax.random.split(jax.random.key(3), 8)
+    sizes = [(t, d), (t, f), (d, f), (f, d), (t, d), (t, f), (d, f), (t, f)]
+    arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, sizes, strict=True)]
+    x, h, w_in, w_out, dy, dh, w_gate, dgate = arrays
 
-    def forward(x, h, w_in, w_out):
-        return x @ w_in, h @ w_out
+    def forward(x, h, w_in, w_out, *gate):
+        return x @ w_in, h @ w_out, *(x @ w for w in gate)
 
-    def all_products(x, h, w_in, w_out, dy, dh):
-        return *forward(x, h, w_in, w_out), dy @ w_out.T, h.T @ dy, dh @ w_in.T, x.T @ dh
+    def all_products(x, h, w_in, w_out, dy, dh, *gate):
+        first = *forward(x, h, w_in, w_out, *gate[:1]), dy @ w_out.T, h.T @ dy, dh @ w_in.T, x.T @ dh
+        return (*first, gate[1] @ gate[0].T, x.T @ gate[1]) if gate else first
 
-    return (forward, x, h, w_in, w_out) if direction == "forward" else (all_products, x, h, w_in, w_out, dy, dh)
+    if direction == "forward":
+        return forward, x, h, w_in, w_out, *([w_gate] if shape.gated else [])
+    return all_products, x, h, w_in, w_out, dy, dh, *([w_gate, dgate] if shape.gated else [])
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def _ratio(row: Row) -> str:
-    return f"{row['ratio_to_dense']:.2f}" + (" void" if row["void"] else "")
+    return (
+        "-" if row.get("ratio_to_dense") is None else f"{row['ratio_to_dense']:.2f}" + (" void" if row["void"] else "")
+    )
 
 
 COLUMNS: list[Column] = [
     ("shape", lambda row: row["shape"]),
     ("direction", lambda row: row["direction"].replace("_", " + ")),
-    ("kind", lambda row: row["kind"]),
+    ("kind", lambda row: f"{row['kind']} ({row['reason']})" if "reason" in row else row["kind"]),
     ("ms", partial(number, "median_s", 1e3, ".3f")),
     ("spread", partial(number, "spread", 1, ".0%")),
     ("ratio to dense", _ratio),
+    ("GFLOP executed", partial(number, "executed_flops", 1e-9, ",.2f")),
     ("GFLOP/s", partial(number, "flops_per_second", 1e-9, ",.1f")),
     ("share of peak", partial(number, "peak_share", 1, ".0%")),
     ("ms bandwidth bound", partial(number, "bound_s", 1e3, ".3f")),
@@ -296,12 +340,14 @@ COLUMNS: list[Column] = [
 ]
 
 
-def plot(rows: Sequence[Row]) -> bytes:
+def plot(rows: Sequence[Row], title: str | None = None) -> bytes:
     """A PNG of each kind's ratio to dense at each shape, with a panel for each direction; void ones are hatched."""
+    rows = [row for row in rows if "reason" not in row]
     kinds = [k for k in dict.fromkeys(row["kind"] for row in rows) if k not in (*BASELINES, "products")]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     figure = Figure(figsize=(4.5 * len(directions), 4), layout="constrained")
+    figure.suptitle(title or "")
     panels = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0]
     width = 0.8 / max(len(kinds), 1)
     for axes, direction in zip(panels, directions, strict=True):

@@ -18,5 +18,5 @@ def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: 
 
 
 def number(name: str, scale: float, form: str, row: Mapping[str, Any]) -> str:
-    """A value of a row times `scale`, formatted; a dash if it is None."""
-    return "-" if row[name] is None else format(row[name] * scale, form)
+    """A value of a row times `scale`, formatted; a dash if it is None or missing."""
+    return "-" if row.get(name) is None else format(row[name] * scale, form)

@@ -53,6 +53,13 @@ class LayersOptions(JsonOptions):
     """Data type of the parameters."""
     rounds: RoundsOrNone = None
     """Number of rounds, in each of which all programs run. None: 20."""
+    routing: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """Workdir of a finished run, whose widths, activations and controller are used, or `random`.
+    None: `random`; with `--peers` it must be given."""
+    block: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Block of the run, whose layer is timed. None: the middle one."""
+    peers: Flag = False
+    """Also time MaxText's and tokamax's layers and `jax.lax.ragged_dot`; all experts are gated."""
     counts: Flag = False
     """Print FLOPs, least bytes and lower bounds; nothing is run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
@@ -67,7 +74,8 @@ def _layers(arguments: list[str]) -> None:
     """Time one layer of each kind in comparison with the dense one."""
     options = parse("mot bench layers", LayersOptions, arguments)
     if options.topology and not options.counts:
-        _refuse_timing(options, "kinds", "rounds", "plot", "profile")
+        _refuse_timing(options, "kinds", "rounds", "plot", "profile", "routing", "block")
+    _check_routing(options)
     rounds = options.rounds or 20
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
 
@@ -98,13 +106,50 @@ def _layers(arguments: list[str]) -> None:
     on_cpu = jax.default_backend() == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     kinds = options.kinds.split(",") if options.kinds else None
+    trained, routing = None, "random routing"
+    if options.routing not in (None, "random"):
+        from mot_jax.benchmark.trained_layer import read_trained_layer
+
+        trained = read_trained_layer(options.routing, options.block)
+        routing = f"routing of {options.routing}, block {trained.block}, step {trained.step}"
+        shapes = [trained.shape]
+    shapes = shapes or paper_shapes(on_cpu)
+    if options.peers:
+        from mot_jax.benchmark.peers import comparable
+
+        shapes = [comparable(shape) for shape in shapes]
     rows, bandwidth = layers.bench_layers(
-        shapes or paper_shapes(on_cpu), kinds, dtype, rounds, _progress, options.param_dtype, options.profile
+        shapes,
+        kinds,
+        dtype,
+        rounds,
+        _progress,
+        options.param_dtype,
+        options.profile,
+        trained=trained,
+        peers=options.peers,
     )
+    title = f"{routing}, gated experts" if options.peers else routing
     about = machine() | {"memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s", "dtype": dtype, "rounds": str(rounds)}
-    _report(options.json, about, rows, layers.COLUMNS, machine=about, bandwidth=bandwidth)
+    print(f"Layers on {title}")
+    _report(options.json, about, rows, layers.COLUMNS, title=title, machine=about, bandwidth=bandwidth)
     if options.plot:
-        _write("--plot", options.plot, layers.plot(rows))
+        _write("--plot", options.plot, layers.plot(rows, title))
+
+
+def _check_routing(options: LayersOptions) -> None:
+    """Raise UserError for options of the routing that contradict others."""
+    run = None if options.routing == "random" else options.routing
+    if options.peers and (options.counts or options.topology):
+        raise UserError("--peers: has no part in --counts and --topology, which time nothing; try without --peers")
+    if options.counts and options.routing is not None:
+        raise UserError(f"--routing = {options.routing}: has no part in --counts; try without --routing")
+    if options.peers and options.routing is None:
+        raise UserError("--routing: must be given with --peers, whose times depend on it; try RUN, or random")
+    if options.block is not None and run is None:
+        raise UserError(f"--block = {options.block}: needs the run that has this block; try with --routing RUN")
+    if run is not None and options.shapes:
+        raise UserError(f"--shapes = {options.shapes}: the sizes are those of --routing = {run}; try without --shapes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

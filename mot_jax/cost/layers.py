@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mot_jax.config import FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
-from mot_jax.cost.feed_forward import Arrays, feed_forward_cost, flop_matched_kinds
+from mot_jax.cost.feed_forward import Arrays, FeedForwardCost, feed_forward_cost, flop_matched_kinds
 from mot_jax.cost.hardware import HARDWARE, peak_flops
 from mot_jax.errors import UserError, nearest
 
@@ -31,9 +31,10 @@ FLOORS = {"H100": "h100", "v5p": "v5p"}  # title in tables: key of `hardware.HAR
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one layer and of its input. F = G d_ff / E, by the paper's rule.
+    """Sizes of one layer and of its input. F = G d_ff / E, by the paper's rule, unless `configs` has other widths.
 
-    sequences: number of sequences, each of `length` tokens.
+    sequences: number of sequences, each of `length` tokens. gated, activation: those of all networks. configs: the
+    kinds; empty for those with the FLOPs of the dense layer.
     """
 
     name: str
@@ -43,6 +44,9 @@ class Shape:
     num_experts: int
     sequences: int
     length: int
+    gated: bool = False
+    activation: str = "relu"
+    configs: tuple[FeedForwardConfig, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -56,11 +60,15 @@ class Shape:
         `d_ff` (one if the experts have that width). `companions` is for inference only, at G times the FLOPs: see
         `mot bench decoding`.
         """
+        if self.configs:
+            return {config.kind: config for config in self.configs}
         return flop_matched_kinds(self.group_size, self.num_experts, self.length)
 
     def implementations(self) -> dict[str, FeedForwardConfig]:
         """The kinds, and further implementations of the mixture as `mixture_of_tokens:NAME`."""
         kinds = self.kinds()
+        if MIXTURE not in kinds:
+            return kinds
         others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in IMPLEMENTATIONS.items()}
         return kinds | {f"{MIXTURE}:{name}": config for name, config in others.items()}
 
@@ -122,6 +130,12 @@ class LayerPart:
         return sum(max(flops / peak, size / bandwidth) for flops, size in passes)
 
 
+def layer_cost(shape: Shape, config: FeedForwardConfig) -> FeedForwardCost:
+    """The cost of a layer per token."""
+    model = ModelConfig(1, shape.d_model, shape.d_ff, 1, context_length=shape.length, gated=shape.gated)
+    return feed_forward_cost(model, config)
+
+
 def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: str = "float32") -> list[LayerPart]:
     """The parts of one layer, each executed separately, and last the layer `at once`.
 
@@ -129,8 +143,7 @@ def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: s
     """
     dtypes = (dtype, jnp.promote_types(dtype, "float32"), param_dtype)
     itemsizes = [jnp.dtype(name).itemsize for name in dtypes]
-    model = ModelConfig(1, shape.d_model, shape.d_ff, 1, context_length=shape.length)
-    cost = feed_forward_cost(model, shape.kinds()[kind])
+    cost = layer_cost(shape, shape.kinds()[kind])
     parts = cost.parts()
 
     def part_of(name: str, flops: float, forward: Arrays, backward: Arrays, saved: Arrays) -> LayerPart:

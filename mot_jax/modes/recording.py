@@ -1,19 +1,20 @@
-"""Record values of the Mixture-of-Tokens layers (their inputs, weights, …) during a forward pass of the model."""
+"""Record values of the feed-forward layers (their inputs, weights, …) during a forward pass of the model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 from mot_jax.config import ModelConfig
-from mot_jax.nn.feed_forward import FeedForwardContext, FeedForwardOutput, MixtureOfTokens
+from mot_jax.nn.feed_forward import FeedForward, FeedForwardContext, FeedForwardOutput, MixtureOfTokens
 from mot_jax.nn.transformer import ModelOutput, Params, bind
 
 # (layer, its input [B, S, D], context) -> values by name.
-Recorder = Callable[[MixtureOfTokens, jax.Array, FeedForwardContext], dict[str, jax.Array]]
+Recorder = Callable[[Any, jax.Array, FeedForwardContext], dict[str, jax.Array]]
 
 _PREFIX = "recorded "  # of the recorded values among the metrics
 
@@ -21,7 +22,7 @@ _PREFIX = "recorded "  # of the recorded values among the metrics
 class _RecordingLayer(nnx.Module):
     """A layer that adds the values of a recorder to its metrics, which the scan over the blocks returns."""
 
-    def __init__(self, layer: MixtureOfTokens, recorder: Recorder):
+    def __init__(self, layer: FeedForward, recorder: Recorder):
         self.layer, self.recorder = layer, recorder
 
     def __call__(self, x: jax.Array, context: FeedForwardContext) -> FeedForwardOutput:
@@ -37,12 +38,13 @@ def record(
     context: FeedForwardContext,
     segments: jax.Array | None,
     recorder: Recorder,
+    layer_type: type[FeedForward] = MixtureOfTokens,
 ) -> tuple[ModelOutput, dict[str, dict[int, jax.Array]]]:
-    """Run the model on tokens [B, S]: its output, and the recorded values of each mixing layer by name and block."""
+    """Run the model on tokens [B, S]: its output, and the recorded values of each layer of a type by name and block."""
     model = bind(config, params)
     for stack in model.stacks:
         for block in stack:
-            if isinstance(block.feed_forward, MixtureOfTokens):
+            if isinstance(block.feed_forward, layer_type):
                 block.feed_forward = _RecordingLayer(block.feed_forward, recorder)
     out = model(tokens, context, segments)
     recorded: dict[str, dict[int, jax.Array]] = {}

@@ -1,0 +1,111 @@
+"""`mot bench layers --peers` and `--routing RUN`."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from mot_jax import cli
+from mot_jax.benchmark import layers
+from mot_jax.benchmark.peers import PEERS, comparable
+from mot_jax.benchmark.trained_layer import read_trained_layer
+from mot_jax.config import to_json
+from mot_jax.cost.layers import SHAPES
+from mot_jax.errors import UserError
+
+TINY = comparable(SHAPES["tiny"])
+
+
+def results(peer: str, shape, capacity_factor: float | None):
+    """Output and gradients of token choice and of a peer with the same parameters."""
+    config = dataclasses.replace(shape.kinds()["token_choice"], capacity_factor=capacity_factor)
+    configs = tuple(config if c.kind == "token_choice" else c for c in shape.configs)
+    shape = dataclasses.replace(shape, configs=configs)
+    ours, variables = layers.layer_function(shape, "token_choice", "float32")
+    x, dy = (jax.random.normal(jax.random.key(s), (shape.sequences, shape.length, shape.d_model)) for s in (0, 1))
+    for forward in (ours, PEERS[peer].function(shape, "float32")):
+        yield jax.jit(layers.forward_and_backward(forward))(variables, x, dy)
+
+
+def assert_equal(pair) -> None:
+    for ours, theirs in zip(*map(jax.tree.leaves, pair), strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5 * np.abs(ours).max())
+        assert jnp.any(ours)
+
+
+@pytest.mark.slow
+def test_the_grouped_product_of_jax_is_our_layer_without_a_capacity():
+    assert_equal(list(results("jax_ragged_dot", TINY, None)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "module", "factor"), [("maxtext", "maxtext", 1.0), ("tokamax_ragged_dot", "tokamax", None)]
+)
+def test_layers_of_other_packages_equal_ours(peer, module, factor):
+    """MaxText's with a capacity at which assignments are dropped."""
+    pytest.importorskip(module)
+    assert_equal(list(results(peer, TINY, factor)))
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_named_and_the_rest_is_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    monkeypatch.setitem(sys.modules, "maxtext.layers.moe", None)
+    output = tmp_path / "rows.json"
+    flags = ["--peers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", "--kinds", "token_choice"]
+    cli.main(["bench", "layers", *flags, "--json", str(output)])
+    content, table = json.loads(output.read_text()), capsys.readouterr().out
+    reasons = {row["kind"]: row.get("reason") for row in content["rows"]}
+    reason = "not installed: pip install -r requirements-peers.lock"
+    assert reasons.pop("maxtext") == reasons.pop("tokamax_ragged_dot") == reason
+    assert set(reasons) == {"products", "dense", "dense_flat", "token_choice", "jax_ragged_dot"}
+    assert not any(reasons.values()) and table.count(f"maxtext ({reason})") == 2
+    assert table.startswith("Layers on random routing, gated experts\n") and content["title"] in table
+
+
+@pytest.mark.slow
+def test_the_layer_of_a_run(finished):
+    layer = read_trained_layer(str(finished))
+    shape, mixture = layer.shape, layer.shape.kinds()["mixture_of_tokens"]
+    assert (layer.block, layer.step, mixture.expert_dim) == (1, 12, 12)
+    assert (shape.d_model, shape.group_size, shape.num_experts, layer.x.shape) == (16, 4, 8, (32, 16, 16))
+    assert shape.kinds()["token_choice"].top_k == 2 and shape.d_ff == 24
+    assert np.allclose(layer.x.mean(axis=-1), 0, atol=0.5) and np.std(layer.x) > 0.3  # after a layer norm
+    params, _ = layer.with_router(layers.layer_function(comparable(shape), "token_choice", "float32")[1])
+    assert np.array_equal(params["controller"][...], layer.router["controller"])
+    with pytest.raises(UserError, match=r"--block = 2: has no mixture_of_tokens layer in .*; try one of \[0, 1\]"):
+        read_trained_layer(str(finished), 2)
+
+
+def test_runs_that_have_no_routing(tmp_path, tiny):
+    workdir = epath.Path(tmp_path) / "run"
+    with pytest.raises(UserError, match=r"--routing: workdir = .*: no such directory"):
+        read_trained_layer(str(workdir))
+    workdir.mkdir()
+    with pytest.raises(UserError, match=r"--routing: workdir = .*: holds no run"):
+        read_trained_layer(str(workdir))
+    (workdir / "config.json").write_text(to_json(tiny))
+    with pytest.raises(UserError, match=r"--routing = .*: must be a finished run, and has no result.json"):
+        read_trained_layer(str(workdir))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peers"], "--routing: must be given with --peers"),
+        (["--peers", "--counts"], "--peers: has no part in --counts"),
+        (["--routing", "random", "--counts"], "--routing = random: has no part in --counts"),
+        (["--block", "1"], "--block = 1: needs the run that has this block"),
+        (["--routing", "run", "--shapes", "v1"], "--shapes = v1: the sizes are those of --routing = run"),
+    ],
+)
+def test_options_that_contradict_each_other(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench", "layers", *flags])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
