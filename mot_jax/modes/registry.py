@@ -192,7 +192,7 @@ def threshold(config: Config) -> Config:
     """
     kind = config.model.feed_forward
     if not isinstance(kind, MixtureOfTokensConfig):
-        rule = f"must be left out, since the model's layers mix nothing: they are {kind.kind}"
+        rule = f"must be left out, since it is for mixture_of_tokens, and the model has {kind.kind} layers"
         raise UserError(f"--mode threshold: {rule}; try --mode {trained_mode(config)}")
     if config.model.group_size == 1:
         rule = "must be left out, since the model does not mix sequences"
