@@ -78,7 +78,7 @@ def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Con
             scan_layers=False,  # a fifth faster on CPUs
         ),
         data=DataConfig(
-            corpus=("python_source/site_packages",), validation_split="validation[:4%]", shuffle_group_size=GROUP_SIZE
+            corpus=("python_source/site_packages",), validation_windows=2048, shuffle_group_size=GROUP_SIZE
         ),
         training=TrainingConfig(
             steps=1600,

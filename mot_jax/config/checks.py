@@ -91,7 +91,7 @@ _LARGEST = 3.4028234e38  # of float32
 _RANGES: dict[str, tuple[float, float]] = dict.fromkeys(
     "num_blocks d_model d_ff num_heads num_kv_heads context_length vocab_size loss_chunk num_experts group_size "
     "expert_dim steps batch_size gradient_accumulation_steps log_every validate_every checkpoint_every max_skipped "
-    "max_to_keep validation_windows top_k routing_group_tokens slots_per_expert".split(),
+    "max_to_keep validation_windows final_validation_windows top_k routing_group_tokens slots_per_expert".split(),
     (1, sys.maxsize),
 )
 _RANGES |= {"seed": (0, 2**32 - 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999), "min_lr_ratio": (0, 1)}

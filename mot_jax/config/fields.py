@@ -704,6 +704,8 @@ class DataConfig(_PlainData):
     None: `~/.cache/mot_jax`."""
     validation_windows: int | None = _free(None)
     """Maximum number of windows (sequences) of the validation split to evaluate on. None: all."""
+    final_validation_windows: int | None = _free(None)
+    """The same, for the last evaluation of a run. None: all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -351,10 +351,13 @@ def combine(outputs: jax.Array, slots: Slots, weights: jax.Array) -> jax.Array:
     outputs [E, N, C, D], weights [N, T, m] of the assignments -> [N, T, D].
     """
     chex.assert_rank([outputs, weights], [4, 3], custom_message="outputs are [E, N, C, D], weights are [N, T, m]")
-    n, e, c = slots.of_slot.shape
-    rows, positions = (a.reshape(n, -1, 1) for a in (weights, slots.of_assignment))
-    by_slot = jax.vmap(_take_rows)(rows, slots.of_slot.reshape(n, e * c), positions).reshape(n, e, c, 1)
-    return _sum_slots(jnp.swapaxes(by_slot, 0, 1).astype(outputs.dtype) * outputs, slots)
+
+    def by_slot(weights: jax.Array, of_slot: jax.Array, of_assignment: jax.Array) -> jax.Array:
+        rows = _take_rows(weights.reshape(-1)[:, None], of_slot.reshape(-1), of_assignment.reshape(-1)[:, None])
+        return rows[:, 0].reshape(of_slot.shape)[..., None]
+
+    of_slots = jax.vmap(by_slot, out_axes=1)(weights, slots.of_slot, slots.of_assignment)
+    return _sum_slots(of_slots.astype(outputs.dtype) * outputs, slots)
 
 
 @jax.custom_vjp

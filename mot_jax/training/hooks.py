@@ -127,7 +127,9 @@ class LogHook(Hook):
 
 
 class ValidateHook(Hook):
-    """Scores `data.validation_windows` windows every `training.validate_every` steps, and at the end the whole split.
+    """Scores `data.validation_windows` windows every `training.validate_every` steps.
+
+    At the end it scores `data.final_validation_windows`, by default the whole split.
 
     early: also before the first step and after steps 1, 2, 4, 8, ...: the loss of a transition rises only briefly.
     """
@@ -149,7 +151,8 @@ class ValidateHook(Hook):
             self._validate(trainer)
 
     def _validate(self, trainer: Trainer) -> None:
-        limit = None if trainer.at_last_step else trainer.run.config.data.validation_windows
+        data = trainer.run.config.data
+        limit = data.final_validation_windows if trainer.at_last_step else data.validation_windows
         with self._log.pause(trainer):
             row = {"step": trainer.step, "split": "validation", **trainer.evaluate(limit)}
             self._log.write(row, validation_line(row))

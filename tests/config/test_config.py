@@ -223,6 +223,7 @@ BROKEN = {
     "training.optimizer.learning_rate": float("nan"),
     "data.shuffle_group_size": 33,
     "data.validation_windows": 0,
+    "data.final_validation_windows": 0,
     "mesh.data": 0,
     "mesh.expert": -2,
     "mesh.wait_seconds": 0,
@@ -469,6 +470,7 @@ def test_json_is_strict(case):
 FREE = {
     "data.directory",
     "data.validation_windows",
+    "data.final_validation_windows",
     "mesh.data",
     "mesh.fsdp",
     "mesh.expert",

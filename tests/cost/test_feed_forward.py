@@ -16,6 +16,7 @@ from mot_jax.config import (
     ModelConfig,
     ReluRoutingConfig,
     SoftMoEConfig,
+    ThresholdConfig,
     TokenChoiceConfig,
 )
 from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
@@ -31,7 +32,7 @@ def test_every_kind_has_a_cost():
         cost = feed_forward_cost(MODEL, kind())
         assert cost.flops() == sum(part.flops for part in cost.parts()) > 0
     kinds = flop_matched_kinds(4, 8, 64)
-    assert {type(config) for config in kinds.values()} == set(KINDS) - {CompanionsConfig}
+    assert {type(config) for config in kinds.values()} == set(KINDS) - {CompanionsConfig, ThresholdConfig}
 
 
 @pytest.mark.parametrize(

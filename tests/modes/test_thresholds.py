@@ -127,7 +127,7 @@ def to_tuple(stored: Thresholds) -> tuple:
         (dataclasses.replace(KIND, mixing=MixingConfig(layer_norm=True)), "mixing.layer_norm = True: the experts"),
         (dataclasses.replace(KIND, mixing=MixingConfig(emit="softmax", controllers="separate")), "two controllers"),
         (dataclasses.replace(KIND, group_size=1), "does not mix sequences; try --mode grouped"),
-        (TokenChoiceConfig(), "layers mix nothing: they are token_choice; try --mode token_choice"),
+        (TokenChoiceConfig(), "the model has token_choice layers; try --mode token_choice"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value.kind,
 )

@@ -327,7 +327,7 @@ class StudyHook(Hook):
         config, params = enter(self._mode, run.config, trainer.state.variables, trainer.step, companions)
         if self._evaluate is None:
             self._evaluate = make_evaluation(config, run.mesh, run.validation_windows, run.tokenizer)
-        result = self._evaluate(params, trainer.state.step, None)
+        result = self._evaluate(params, trainer.state.step, run.config.data.validation_windows)
         score = score_of(self._mode, run.config.data.validation_split, run.config, {"step": trainer.step, **result})
         record_score(run.workdir, score)
 

@@ -178,9 +178,6 @@ def _entrant_faults(study: Study) -> Iterator[str]:
     """Yield the fields of entrants that must be equal for a comparison, and are not."""
     target = study.entrants[study.target]
     for name, config in study.entrants.items():
-        if config.data.validation_windows is not None:
-            rule = "must be None, so that every evaluation scores the same windows; shorten data.validation_split"
-            yield f"entrants[{name!r}]: data.validation_windows = {config.data.validation_windows}: {rule}"
         for field, value in _equal_fields(config).items():
             expected = _equal_fields(target)[field]
             if value != expected:
@@ -331,18 +328,23 @@ def _steps(steps: int, share: float) -> int:
 
 
 def _with(config: Config, rate: float, seed: int, steps: int) -> Config:
-    """Return the config of a run. Only its last checkpoint is retained, and it writes nothing that is not read."""
+    """Return the config of a run.
+
+    The last evaluation scores the windows of the others. Only the last checkpoint is retained, and nothing is written
+    that is not read.
+    """
     optimizer = dataclasses.replace(config.training.optimizer, learning_rate=rate)
     training = dataclasses.replace(config.training, optimizer=optimizer, seed=seed, steps=steps)
     logging = dataclasses.replace(config.logging, tensorboard=False, wandb=False, sample_tokens=0)
     checkpoint = dataclasses.replace(config.checkpoint, max_to_keep=1, keep_every=0, keep_best=0)
-    return dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint)
+    data = dataclasses.replace(config.data, final_validation_windows=config.data.validation_windows)
+    return dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint, data=data)
 
 
 # --- identity and cost of a run ---------------------------------------------------------------------------------------
 
 # Fields that may differ when a run is resumed, and on which the evaluations of a study depend.
-_EVALUATION = ("data.validation_windows", "training.validate_every")
+_EVALUATION = ("data.validation_windows", "data.final_validation_windows", "training.validate_every")
 
 
 def identity(config: Config) -> dict[str, Any]:

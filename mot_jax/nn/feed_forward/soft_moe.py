@@ -86,10 +86,10 @@ class SoftMoE(ExpertFeedForward):
         mask = None if context.token_mask is None else reshard(context.token_mask, sequences, positions)
         dispatch, combine = soft_weights(self.logits(x), mask)
         # Devices that share the positions of a sequence each add a part of the slots' sums.
-        out = spec(sequences, None, None, None)
-        u = jnp.einsum("bsep,bsd->bped", dispatch.astype(x.dtype), x, out_sharding=out)
+        out = spec(None, sequences, None, None)
+        u = jnp.einsum("bsep,bsd->ebpd", dispatch.astype(x.dtype), x, out_sharding=out)
         o = self._apply_to_slots(u)
-        y = reshard(jnp.einsum("bsep,bped->bsd", combine.astype(x.dtype), o), *axes_of(x))
+        y = reshard(jnp.einsum("bsep,ebpd->bsd", combine.astype(x.dtype), o), *axes_of(x))
         if self.shared is not None:
             y += self.shared(x, context).y
         return FeedForwardOutput(y, metrics=_metrics(*jax.lax.stop_gradient((dispatch, combine)), mask))

@@ -16,6 +16,7 @@ from mot_jax import cli
 from mot_jax.benchmark.study import execute, load_study
 from mot_jax.config import to_json
 from mot_jax.errors import DivergedError, UserError
+from mot_jax.runtime import strict_json
 
 # A study of two kinds and 12 steps: 3 rates, 1 seed and at most one shorter schedule.
 STUDY = """
@@ -35,7 +36,7 @@ def get_study():
         optimizer = dataclasses.replace(config.training.optimizer, warmup_steps=2)
         training = dataclasses.replace(config.training, steps=12, validate_every=6, checkpoint_every=4, log_every=2)
         training = dataclasses.replace(training, optimizer=optimizer)
-        data = dataclasses.replace(config.data, directory={data!r}, validation_split="validation[:1%]")
+        data = dataclasses.replace(config.data, directory={data!r}, validation_windows=32)
         model = dataclasses.replace(config.model, num_blocks=1)
         entrants[name] = dataclasses.replace(config, training=training, data=data, model=model)
     return dataclasses.replace(study, entrants=entrants, seeds=(1,), max_extensions=0, horizons=(0.5,){more})
@@ -224,6 +225,9 @@ def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
     assert [step for step, _ in mot["curve"]] == [step for step, _ in mot["trained_curve"]] == [6, 12]
     assert all(a[1] != b[1] for a, b in zip(mot["curve"], mot["trained_curve"], strict=True))
     assert runs["dense-seed-1"]["curve"] == runs["dense-seed-1"]["trained_curve"]
+    assert 32 <= results["data"]["validation_windows"] < 36  # in every evaluation, whole groups of 4
+    scores = strict_json.load(epath.Path(out / "runs/mixture_of_tokens-seed-1/modes.json"), list, "")
+    assert {score["windows"] for score in scores} == {results["data"]["validation_windows"]}
     assert len({run["config_hash"] for run in runs.values()}) == len(runs)
     assert "<svg" in (out / "report.html").read_text() and "How to refute this" in (out / "report.md").read_text()
     before = (out / "report.html").read_bytes()

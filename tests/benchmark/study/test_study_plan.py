@@ -180,7 +180,10 @@ def faulty_studies(study: Study):
     yield replace(study, rate_factors=(0.5, 1.0, 3.0)), "rate_factors = .*each twice the one before"
     yield replace(study, budget_hours=0), "budget_hours = 0: must be above 0"
     yield replace(study, entrants={**study.entrants, "a-b": dense}), "'a-b' must have small letters.*; try 'a_b'"
-    yield with_dense(study, data=replace(dense.data, validation_windows=4)), "validation_windows = 4: must be None"
+    yield (
+        with_dense(study, data=replace(dense.data, validation_windows=4)),
+        "mixture.*validation_windows = None: must be that of dense, 4",
+    )
     yield with_dense(study, training=replace(dense.training, steps=61)), "mixture.*training.steps = 60: must be that of"
     yield with_dense(study, data=replace(dense.data, shuffle_group_size=None)), "shuffle_group_size"
     yield with_dense(study, model=over_tokens), r"entrants\['dense'\]: .*over = 'tokens'.*causal"
