@@ -61,6 +61,13 @@ def restore_compilation_cache():
         compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs():
+    """Free the programs of a file: each has several memory maps, of which Linux allows a process 65,530 by default."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimized():
     """Compile with all optimizations, as for users: for tests of results to the last bit, or nearly."""
@@ -85,4 +92,5 @@ def mesh_of():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files with whole runs first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: "/training/" not in item.nodeid and "/runs/" not in item.nodeid)
+    first = ("/runtime/", "/training/", "/runs/")
+    items.sort(key=lambda item: next((rank for rank, name in enumerate(first) if name in item.nodeid), len(first)))

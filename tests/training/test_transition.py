@@ -226,7 +226,7 @@ def test_a_mistake_on_the_command_line_is_one_line(source, capsys, flags, words)
 def test_tuning_recovers_the_loss_of_the_conversion(tiny, small, tmp_path, capsys):
     """The command from end to end, on a small model that has learned to mix; again, it prints the report only."""
     small = dataclasses.replace(small, data=tiny.data)  # of documents enough to make whole groups
-    optimizer = dataclasses.replace(small.training.optimizer, learning_rate=1e-2)
+    optimizer = dataclasses.replace(small.training.optimizer, learning_rate=7e-3)
     often = {"log_every": 50, "validate_every": 500, "checkpoint_every": 500}
     training = dataclasses.replace(small.training, steps=500, optimizer=optimizer, **often)
     workdir, output = str(tmp_path / "mixed"), tmp_path / "mixed-token_choice"
