@@ -29,15 +29,18 @@ def analyze(results: Results) -> dict[str, Any]:
         for name, runs in by_entrant.items()
     }
     compared = settings["compared"]
+    logs = {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants}
+    logs[settings["target"]] = _logs_to_own_losses(results, by_entrant[settings["target"]], by_entrant[compared])
+    in_training = {name: {seed: trained_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
     tests = {
         "loss": _tests({name: (losses[name], losses[compared]) for name in entrants if name != compared}),
-        "crossing": _tests(
-            {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants if name != compared}
-        ),
+        "trained_loss": _tests({n: (in_training[n], in_training[compared]) for n in entrants if n != compared}),
+        "crossing": _tests({name: logs[name] for name in entrants if name != compared}),
     }
     rows = {}
     for name, entrant in entrants.items():
         row: Row = {"kind": entrant["kind"], "losses": losses[name], "loss": summary(losses[name])}
+        row["trained_loss"] = summary(in_training[name])
         row |= {"crossings": crossings[name], "crossing": summary(crossings[name])}
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
@@ -63,6 +66,12 @@ def seed_runs(results: Results, entrant: str) -> dict[int, Row]:
 def final_loss(run: Row) -> float:
     """Return the final loss of a run that has ended; infinity if it diverged."""
     return math.inf if run["state"] == "diverged" or run["loss"] is None else run["loss"]
+
+
+def trained_loss(run: Row) -> float:
+    """Return the final loss of a run that has ended, in the mode of training; infinity if it diverged."""
+    losses = [loss for _, loss in run.get("trained_curve", [])]
+    return math.inf if run["state"] == "diverged" or not losses or losses[-1] is None else losses[-1]
 
 
 def curve_of(run: Row) -> Curve:
@@ -102,6 +111,20 @@ def _target(losses: Mapping[int, float], seeds: list[int]) -> float | None:
 
 def _logs(crossings: Mapping[int, float]) -> dict[int, float]:
     return {seed: math.log(step) for seed, step in crossings.items()}
+
+
+def _logs_to_own_losses(
+    results: Results, runs: Mapping[int, Row], compared: Mapping[int, Row]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the logarithms of the steps to the final loss of each run of the target entrant, by seed.
+
+    The run itself reaches it at its last step. (The mean over the seeds is reached by some of these runs only.)
+    """
+    last = math.log(results["settings"]["steps"])
+    steps = {
+        seed: crossing(curve_of(compared[seed]), final_loss(run)) for seed, run in runs.items() if seed in compared
+    }
+    return dict.fromkeys(steps, last), _logs(steps)
 
 
 def _tests(samples: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[str, Row]:

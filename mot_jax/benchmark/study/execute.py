@@ -33,7 +33,7 @@ from mot_jax.modes.companions import load_companions
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import read_config
-from mot_jax.runs.scores import measured, record_score, score_of
+from mot_jax.runs.scores import record_score, score_of
 from mot_jax.runs.status import RESULT
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import create_file, make_directory, replace_file
@@ -81,15 +81,15 @@ def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
 
     Raises UserError for a run that has ended without an evaluation in this mode, which no study has trained.
     """
-    state = read_record(workdir).get("state")
+    record = read_record(workdir)
+    state = record.get("state")
     if state != "diverged" and not (workdir / RESULT).exists():
         return None
     rows = [row for row in read_rows(workdir) if row["split"] == "validation"]
     trained = [(row["step"], _loss(row["loss"])) for row in rows]
     curve = trained
     if mode != "trained":
-        scores = {step: measured(workdir, step).get(mode) for step, _ in trained}
-        curve = [(step, _loss(score["loss"])) for step, score in scores.items() if score]
+        curve = [(step, _loss(loss)) for step, loss in record.get("curve", [])]
     if state == "diverged":
         return Outcome("diverged", float("inf"), curve, trained)
     if not curve:
@@ -330,6 +330,8 @@ class StudyHook(Hook):
         result = self._evaluate(params, trainer.state.step, run.config.data.validation_windows)
         score = score_of(self._mode, run.config.data.validation_split, run.config, {"step": trainer.step, **result})
         record_score(run.workdir, score)
+        before = [[step, loss] for step, loss in self._record.get("curve", []) if step < trainer.step]
+        self.write(run.workdir, {"curve": [*before, [trainer.step, result["loss"]]]})
 
 
 def _check_machine(name: str, record: Mapping[str, Any]) -> None:

@@ -191,10 +191,15 @@ def _entrant_faults(study: Study) -> Iterator[str]:
 
 
 def _equal_fields(config: Config) -> dict[str, Any]:
+    """All but the layer, its auxiliary losses and the tuned rate, with the multipliers that name its parameters."""
     training, model, data = config.training, config.model, config.data
-    fields = {f"data.{name}": getattr(data, name) for name in vars(data) if name != "shuffle_group_size"}
-    fields |= {f"model.{name}": getattr(model, name) for name in ("objective", "context_length", "vocab_size")}
+    fields = {f"data.{name}": value for name, value in vars(data).items() if name != "shuffle_group_size"}
+    layer = ("feed_forward", "d_ff", "dense_bias", "moe_blocks")
+    fields |= {f"model.{name}": value for name, value in vars(model).items() if name not in layer}
     fields |= {f"training.{name}": getattr(training, name) for name in ("steps", "batch_size", "validate_every")}
+    tuned = ("learning_rate", "multipliers")
+    optimizer = vars(training.optimizer)
+    fields |= {f"training.optimizer.{name}": value for name, value in optimizer.items() if name not in tuned}
     return fields | {"data.shuffle_group_size (or the groups of the model)": config.group_size}
 
 

@@ -116,7 +116,7 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 _loss(mean) if mean is not None else f"{loss['reached']} of {loss['of']} finite",
                 _loss(loss.get("sd")),
                 "-" if mean is None or not bits else f"{mean * bits:.4f}",
-                _loss(_trained_loss(results, name)),
+                _loss(rows[name]["trained_loss"].get("mean")),
                 f"{loss['of']} of {seeds}",
                 f"{about['parameters']:,}",
             ]
@@ -136,13 +136,6 @@ def _mode(about: Mapping[str, Any]) -> str:
     if about["headline_flops"] != 1.0:
         mode += f", {about['headline_flops']:.1f} x the FLOPs"
     return mode if about["independent"] else f"{mode}, sequences depend on each other"
-
-
-def _trained_loss(results: Results, entrant: str) -> float | None:
-    """The mean of the final losses in the mode of training; None if a seed has none."""
-    losses = [run["trained_curve"][-1][1] if run.get("trained_curve") else None for run in _ended(results, entrant)]
-    finite = [loss for loss in losses if loss is not None]
-    return sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
 
 
 def _ended(results: Results, entrant: str) -> list[dict[str, Any]]:
@@ -212,7 +205,7 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     for name, row in figures["entrants"].items():
         if name == compared:
             continue
-        loss, steps = row["loss_test"], row["crossing_test"]
+        loss, trained, steps = row["loss_test"], row["trained_loss_test"], row["crossing_test"]
         factors = [None if steps[key] is None else math.exp(steps[key]) for key in _BOUNDS]
         table.append(
             [
@@ -220,18 +213,21 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 _interval([loss[key] for key in _BOUNDS], "+.4f"),
                 _p_value(loss),
                 _verdict(loss, "lower", "higher"),
+                _interval([trained[key] for key in _BOUNDS], "+.4f"),
+                _p_value(trained),
                 _interval(factors, ".3f"),
                 _p_value(steps),
                 _verdict(steps, "earlier", "later"),
             ]
         )
-    columns = ["entrant", "loss", "p", f"than {compared}", "steps to target, ratio", "p", f"than {compared}"]
-    yield Table(columns, table)
+    columns = ["entrant", "loss", "p", f"than {compared}", "loss as trained", "p", "steps to target, ratio", "p"]
+    yield Table([*columns, f"than {compared}"], table)
     yield Text(
         f"Mean differences of the final losses and mean ratios of the steps to the target, entrant and {compared} "
-        "paired by seed, with 95 % confidence intervals. p: of paired two-sided t-tests of the loss and of the "
-        "logarithm of the steps, each corrected over the entrants by Holm's method; significant below "
-        f"{SIGNIFICANCE}. There is no test where a seed misses the target."
+        "paired by seed, with 95 % confidence intervals. Loss: in the evaluated modes; as trained: both in the mode of "
+        "training. p: of paired two-sided t-tests of each loss and of the logarithm of the steps, corrected over the "
+        f"entrants by Holm's method; significant below {SIGNIFICANCE}. There is no test where a seed misses the "
+        f"target. Steps of {settings['target']}: all of them, and those of {compared} to its loss of the same seed."
     )
 
 

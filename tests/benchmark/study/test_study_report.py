@@ -111,6 +111,23 @@ def test_a_seed_that_misses_makes_the_median_infinite_and_prevents_the_test(resu
     assert row["loss_test"]["difference"] == pytest.approx(0.85)
 
 
+def test_the_target_entrant_is_compared_by_its_own_losses(results):
+    """MoT falls to 1.9 with seed 1 and to 2.1 with seed 2, where dense ends with 100 steps."""
+    test = analyze(results)["entrants"][DENSE]["crossing_test"]
+    steps = 50 + 50 * 2.1 / 3, 50 + 50 * 1.9 / 2.7
+    assert test["difference"] == pytest.approx(math.log(100) - (math.log(steps[0]) + math.log(steps[1])) / 2)
+    assert test["reason"] == "" and 0 < test["p"] < test["holm"] <= 1
+
+
+def test_losses_as_trained_are_compared_too(results):
+    for row in results["runs"]:
+        if row["entrant"] == MOT:
+            row["trained_curve"] = [[step, loss + 0.5] for step, loss in row["curve"]]
+    row = analyze(results)["entrants"][ROUTED]
+    assert row["trained_loss_test"]["difference"] == pytest.approx(0.85 - 0.5)
+    assert row["loss_test"]["difference"] == pytest.approx(0.85)
+
+
 def test_losses_at_equal_budgets_are_those_at_an_earlier_step(results):
     """MoT's step costs 1.25 times dense's, which leaves it 80 of 100 steps; token choice executes twice as much."""
     rows = analyze(results)["entrants"]
