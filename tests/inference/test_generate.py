@@ -11,12 +11,14 @@ from jax.sharding import NamedSharding
 from tokenizer_files import tokenizer_of
 
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, SoftMoEConfig
+from mot_jax.data.objectives import Batch
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference import generate
 from mot_jax.inference.generate import Sampler, left_padded, sample_tokens
 from mot_jax.inference.language_model import GAP, LanguageModel
 from mot_jax.modes import MODES, enter
+from mot_jax.modes.thresholds import measure
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import parameter_spec
 from mot_jax.nn.transformer import bind, init_params
@@ -50,7 +52,11 @@ def language_model(model: ModelConfig, mode: str = "grouped") -> LanguageModel:
     params = {name: 4.0 * v for name, v in initial_params(model).items()}
     companions = np.random.default_rng(5).integers(0, 256, (2, 4, model.context_length)).astype(np.int32)
     companions[1] = 0
-    config, params = enter(mode, Config(model=model), params, 0, companions)
+    thresholds = None
+    if mode == "threshold":
+        mask = np.ones(companions[0].shape, bool)
+        thresholds = measure(model, params, 0, [Batch(companions[0], companions[0], mask, mask, companions[1])])
+    config, params = enter(mode, Config(model=model), params, 0, companions, thresholds)
     return LanguageModel(config, params, ByteTokenizer(), mode, 0)
 
 
