@@ -4,7 +4,7 @@ Command: mot bench train configs/studies/demo.py --workdir runs/demo_study
 Here:    trains, and has not been run to the end.
 
 The experts that process a token, with a shared one, have the FLOPs of a dense layer of width 384: the paper's rule.
-Mixing and routers are not in it: the layer of Mixture of Tokens has 1.5 times these FLOPs, the sparse ones 1.17 times.
+Mixing and routers are not in it: the layer of Mixture of Tokens has 1.5 times these FLOPs, most sparse ones 1.17 times.
 `dense_equal_flops` is a dense model with as many FLOPs as that of Mixture of Tokens. No dense model here has as many
 parameters: its layers would be 24 times as wide.
 

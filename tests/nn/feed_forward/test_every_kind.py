@@ -132,9 +132,6 @@ def every_case(fast: Container[str]) -> pytest.MarkDecorator:
 
 
 EVERY_CASE = every_case([name for name, case in CASES.items() if not case.slow])
-EXTREME = [pytest.param(name, "float32", marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
-# In bfloat16 each kind once, without its variants.
-EXTREME += [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in CASES if "," not in name]
 TWO_CASES = every_case(["mixture_of_tokens", "token_choice, bias"])  # where compilation takes 10 seconds a case
 
 
@@ -339,7 +336,8 @@ def extreme_params(params: Params, extreme: str) -> Params:
     return params
 
 
-@pytest.mark.parametrize("name, dtype", EXTREME)
+@EVERY_CASE
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
     """A step whose loss or gradient is not finite would be skipped. Metrics have the same keys in every block."""
     config, state = config_of(name, dtype=dtype), initial_state(name)
