@@ -81,10 +81,16 @@ def curve_of(run: Row) -> Curve:
     return [(step, math.inf if loss is None else loss) for step, loss in run["curve"]]
 
 
-def tuning_losses(results: Results, entrant: str) -> dict[float, float]:
-    """Return the final losses of an entrant's tuning runs that have ended, by learning rate."""
+def tuning_losses(results: Results, entrant: str) -> dict[str, float]:
+    """Return the final losses of an entrant's tuning runs that have ended, by run."""
     runs = [run for run in results["runs"] if run["entrant"] == entrant and run["stage"] == TUNING]
-    return {run["learning_rate"]: final_loss(run) for run in runs if run["state"] != "not ended"}
+    return {run["name"]: final_loss(run) for run in runs if run["state"] != "not ended"}
+
+
+def grid_losses(results: Results, entrant: str) -> dict[float, float]:
+    """Return the final losses of those in the grid, by learning rate, increasing."""
+    losses, rates = tuning_losses(results, entrant), results["entrants"][entrant]["tuning"]["rates"]
+    return {rate: losses[run] for run, rate in rates.items() if run in losses}
 
 
 def layer_metrics(results: Results, entrant: str) -> dict[str, list[float]]:
