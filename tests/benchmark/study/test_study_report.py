@@ -218,6 +218,26 @@ def test_the_tables_have_the_figures(results):
     ]
 
 
+def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(results):
+    own = {"kind": ROUTED} | {key: results["entrants"][ROUTED][key] for key in ("config", "kind_defaults")}
+    other = copy.deepcopy(own)
+    other["config"]["model"]["feed_forward"]["token_choice_b"] = 9
+    best = f"{ROUTED}-other"
+    candidates = {ROUTED: {"run": f"{ROUTED}-rate-0.01", **own}, best: {"run": f"{best}-rate-0.01", **other}}
+    results["runs"].append({**run(ROUTED, "tuning", 0, 100, 9.5), "name": f"{best}-rate-0.01"})
+    results["entrants"][ROUTED] |= {"candidates": candidates, "candidate": ROUTED}
+    text = to_markdown("", list(report(results)))
+    assert "| token_choice | token_choice | the entrant's own | 2.0000 | chosen |" in text
+    fields = "model.feed_forward.token_choice_b = 9 instead of 3"
+    assert f"| token_choice | other | {fields} | 9.5000 |  |" in text
+    assert "| token_choice | 0.01 | 4 |  | 0.005: 2.2000, 0.01: 2.0000, 0.02: 2.1000 |" in text
+    assert "| dense | 0.01 | 3 |" in text and "--run dense-rate-0.01" in text
+    undecided = {"rates": {}, "chosen": None, "complete": False, "at_end": False}
+    results["entrants"][ROUTED] |= {"candidate": None, "tuning": undecided}
+    text = to_markdown("", list(report(results)))
+    assert "| token_choice | - | 4 | not complete |  |" in text and "| chosen |" not in text
+
+
 def test_a_report_of_unfinished_runs_is_preliminary(results):
     for row in results["runs"]:
         if row["name"] == f"{DENSE}-seed-2" or row["stage"] == "horizons":
