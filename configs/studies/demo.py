@@ -11,9 +11,13 @@ parameters: its layers would be 24 times as wide.
 All kinds with experts, but one of the two Mixture of Tokens, have the same shared expert of a quarter of that width and
 four of 128 small experts per token. Soft MoE is not causal. ReLU routing, which runs all experts on all tokens, is in
 a study of its own, with fewer experts.
+
+Two knobs are tuned: the learning rate of every entrant, and the scale of the initial weights of a learned controller,
+1 or 3, with one run more for each entrant that has a controller. The paper's mixture stays as it is in the paper.
+Expert choice has one candidate more, without its layer norm.
 """
 
-import dataclasses
+from dataclasses import replace
 
 from mot_jax.benchmark.study import Study
 from mot_jax.config import (
@@ -43,7 +47,7 @@ MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
 )
 # The layer of the paper's article: no shared expert, a controller that starts with nearly uniform mixing weights.
 PAPER = MixtureOfTokensConfig(group_size=GROUP_SIZE, num_experts=EXPERTS)
-# Capacity factor of the paper; the weight of its load-balancing loss is below.
+# Capacity factor and weight of the load-balancing loss of the paper.
 TOKEN_CHOICE = TokenChoiceConfig(
     num_experts=EXPERTS,
     top_k=PER_TOKEN,
@@ -51,7 +55,8 @@ TOKEN_CHOICE = TokenChoiceConfig(
     capacity_factor=1.25,
     routing_group_tokens=ROUTING_GROUP,
 )
-BIAS_BALANCED = dataclasses.replace(TOKEN_CHOICE, scores="sigmoid", balance="bias", capacity_factor=None)
+BALANCING = LossWeights(load_balancing=0.01)
+BIAS_BALANCED = replace(TOKEN_CHOICE, scores="sigmoid", balance="bias", capacity_factor=None)
 EXPERT_THRESHOLD = ExpertThresholdConfig(
     num_experts=EXPERTS,
     top_k=PER_TOKEN,
@@ -105,11 +110,21 @@ def get_study() -> Study:
             "dense_equal_flops": config(DenseConfig(), d_ff=576),
             "mixture_of_tokens": config(MIXTURE_OF_TOKENS),
             "paper_mixture": config(PAPER),
-            "token_choice": config(TOKEN_CHOICE, LossWeights(load_balancing=0.01)),
+            "token_choice": config(TOKEN_CHOICE, BALANCING),
             "token_choice_bias": config(BIAS_BALANCED),
             "expert_threshold": config(EXPERT_THRESHOLD),
             "expert_choice": config(EXPERT_CHOICE),
             "hash": config(HASH),
+        },
+        alternatives={
+            "mixture_of_tokens": {"scale_1": config(replace(MIXTURE_OF_TOKENS, controller_init_scale=1.0))},
+            "token_choice": {"scale_3": config(replace(TOKEN_CHOICE, controller_init_scale=3.0), BALANCING)},
+            "token_choice_bias": {"scale_3": config(replace(BIAS_BALANCED, controller_init_scale=3.0))},
+            "expert_threshold": {"scale_3": config(replace(EXPERT_THRESHOLD, controller_init_scale=3.0))},
+            "expert_choice": {
+                "scale_3": config(replace(EXPERT_CHOICE, controller_init_scale=3.0)),
+                "no_norm": config(replace(EXPERT_CHOICE, layer_norm=False)),
+            },
         },
         budget_hours=8,
         flops_per_second=7e10,

@@ -95,7 +95,7 @@ class Run(NamedTuple):
 class Tuning(NamedTuple):
     """The tuning of an entrant so far.
 
-    candidates: the configs of which it can still have one, by name: the chosen one alone as soon as it is known.
+    candidates: configs that the entrant can still have, by name; one if a candidate is chosen, or has no alternative.
     rates: of the grid, with its extensions, increasing, by run; none until a candidate is chosen. chosen: the best one;
     None until all are trained, or if the loss of none is finite. at_end: the best rate is at an end of the grid, which
     is not extended further.
