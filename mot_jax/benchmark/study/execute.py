@@ -133,13 +133,14 @@ class Directory:
         """The runs, from the outcomes so far. Outcomes do not change, so that each is read once."""
         while True:
             current = plans.plan(self.study, self.losses())
-            if not any(self._read(run) for run in current.runs if run.name not in self._outcomes):
+            if not any(self._read(run, current) for run in current.runs if run.name not in self._outcomes):
                 return current
 
-    def _read(self, run: Run) -> bool:
-        if run.config is None:
+    def _read(self, run: Run, plan: Plan) -> bool:
+        modes = {plans.headline_mode(config) for config in plan.configs(run)}
+        if len(modes) > 1:  # one for some candidates, another one for others
             return False
-        outcome = read_outcome(workdir_of(self.folder, run.name), plans.headline_mode(run.config))
+        outcome = read_outcome(workdir_of(self.folder, run.name), modes.pop())
         if outcome is not None:
             self._outcomes[run.name] = outcome
         return outcome is not None

@@ -41,8 +41,8 @@ class Study:
     Attributes:
         title: of the report.
         entrants: configs by name. The learning rate of each is the middle of its grid, its seed is not used.
-        alternatives: other configs of an entrant, by its name and a short one, with its learning rate. Of these and its
-            own config, the one with the lowest loss at this rate is tuned and compared; the own one, if it is equal.
+        alternatives: other configs of entrants, by the name of the entrant and a short one, with its learning rate. Of
+            its own config and these, the first with the lowest loss at this rate is tuned and compared.
         budget_hours: a study whose runs would take longer is refused, unless other hours are given.
         seeds: of the runs that are compared.
         tuning_seed: of the runs that choose the learning rate.
@@ -189,7 +189,7 @@ def _own_faults(study: Study) -> Iterator[str]:
 
 def _alternative_faults(study: Study) -> Iterator[str]:
     if study.alternatives and 1.0 not in study.rate_factors:
-        yield f"rate_factors = {study.rate_factors}: must have 1.0, at which alternatives run; try (0.5, 1.0, 2.0)"
+        yield f"rate_factors = {study.rate_factors}: must have 1.0, that of alternatives; try (0.5, 1.0, 2.0)"
     for entrant, alternatives in study.alternatives.items():
         place = f"alternatives[{entrant!r}]"
         if entrant not in study.entrants:

@@ -278,7 +278,7 @@ def test_a_study_with_alternatives_that_are_not_equal_is_refused(smoke):
         with pytest.raises(UserError, match=line):
             plans.check_study(dataclasses.replace(smoke, alternatives=alternatives))
     factors = dataclasses.replace(smoke, alternatives={"dense": {}}, rate_factors=(0.75, 1.5, 3.0))
-    with pytest.raises(UserError, match=r"rate_factors = .*: must have 1.0, at which alternatives run"):
+    with pytest.raises(UserError, match=r"rate_factors = .*: must have 1.0, that of alternatives"):
         plans.check_study(factors)
 
 
