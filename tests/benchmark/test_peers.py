@@ -14,7 +14,7 @@ from mot_jax import cli
 from mot_jax.benchmark import layers
 from mot_jax.benchmark.peers import PEERS, comparable
 from mot_jax.benchmark.trained_layer import read_trained_layer
-from mot_jax.config import to_json
+from mot_jax.config import DenseConfig, HashConfig, to_json
 from mot_jax.cost.layers import SHAPES
 from mot_jax.errors import UserError
 
@@ -93,6 +93,17 @@ def test_runs_that_have_no_routing(tmp_path, tiny):
     (workdir / "config.json").write_text(to_json(tiny))
     with pytest.raises(UserError, match=r"--routing = .*: must be a finished run, and has no result.json"):
         read_trained_layer(str(workdir))
+
+
+@pytest.mark.parametrize("kind", [DenseConfig(), HashConfig(8)])
+def test_a_run_without_a_controller_is_refused_before_its_weights_are_read(tmp_path, tiny, capsys, kind):
+    model = dataclasses.replace(tiny.model, feed_forward=kind)
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench", "layers", "--routing", str(tmp_path)])
+    rule = f"its kind {kind.kind} has no controller [D, E]; try a mixture_of_tokens run"
+    assert exit_info.value.code == 2 and capsys.readouterr().err == f"error: --routing = {tmp_path}: {rule}\n"
 
 
 @pytest.mark.parametrize(
