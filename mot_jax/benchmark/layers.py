@@ -25,7 +25,7 @@ from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
 from mot_jax.benchmark.trained_layer import TrainedLayer, Variables
 from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
-from mot_jax.cost.layers import FLOORS, MIXTURE, Shape, layer_cost, layer_parts
+from mot_jax.cost.layers import DROPLESS, FLOORS, MIXTURE, Shape, layer_cost, layer_parts
 from mot_jax.errors import UserError, nearest
 from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState
 from mot_jax.nn.feed_forward.interface import activate
@@ -45,11 +45,12 @@ def valid_peak_shares() -> tuple[float, float]:
     return 0.85 if jax.default_backend() == "cpu" else 0.75, 1.1
 
 
-def select_implementations(shapes: Sequence[Shape], kinds: Sequence[str] | None) -> list[str]:
+def select_implementations(shapes: Sequence[Shape], kinds: Sequence[str] | None, peers: bool = False) -> list[str]:
     """The names of `Shape.implementations` to time: `dense` and `kinds`.
 
-    By default all that run on the first device; on a CPU one for each kind. Raises UserError for an unknown name, and
-    for a kernel that the device does not support.
+    By default all that run on the first device; on a CPU one for each kind, and with `peers`, of which some have no
+    capacity, also token choice without one. Raises UserError for an unknown name, and for a kernel that the device does
+    not support.
     """
     implementations, device = shapes[0].implementations(), jax.devices()[0]
     supported = [name for name, config in implementations.items() if kernel_runs_on(config, device)]
@@ -60,7 +61,9 @@ def select_implementations(shapes: Sequence[Shape], kinds: Sequence[str] | None)
             raise UserError(
                 f"--kinds = {kind}: needs a TPU v5e, v5p or later; try --topology v5p:2x2x1, or --kinds {MIXTURE}"
             )
-    default = list(shapes[0].kinds()) if device.platform == "cpu" else supported
+    default = supported
+    if device.platform == "cpu":
+        default = [name for name in supported if name in shapes[0].kinds() or (peers and name == DROPLESS)]
     return list(dict.fromkeys(["dense", *(kinds or default)]))
 
 
@@ -105,7 +108,7 @@ def bench_layers(
     Raises:
         UserError: For an unknown kind.
     """
-    names, rate = select_implementations(shapes, kinds), bandwidth()
+    names, rate = select_implementations(shapes, kinds, peers), bandwidth()
     rows: list[Row] = []
     for shape in shapes:
         for direction in directions:
@@ -143,13 +146,13 @@ def _timing_rows(
     least, largest = valid_peak_shares()
     rows = []
     for name, program in programs.items():
-        kind = name.partition(":")[0] if name in shape.implementations() else "dense"
-        cost = layer_parts(shape, "token_choice" if name in PEERS else kind, dtype, param_dtype)[-1]
+        config = shape.implementations().get(name, shape.kinds()["dense"])
+        cost = layer_parts(shape, "token_choice" if name in PEERS else config.kind, dtype, param_dtype)[-1]
         flops, size = cost.of(direction)
         if name in PEERS:
             executed = PEERS[name].executed_flops(shape)
         else:
-            executed = shape.tokens * layer_cost(shape, shape.kinds()[kind]).executed_flops()
+            executed = shape.tokens * layer_cost(shape, config).executed_flops()
         median = timings[name].median
         rows.append(
             {

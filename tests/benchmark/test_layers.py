@@ -171,13 +171,15 @@ def replace_device(monkeypatch, platform: str, kind: str) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind=kind)])
 
 
-def test_implementations_of_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
+def test_further_implementations_are_timed_on_devices_that_support_them(monkeypatch):
     kinds = list(TINY.kinds())
     assert layers.select_implementations([TINY], None) == kinds
+    assert set(layers.select_implementations([TINY], None, peers=True)) == {*kinds, "token_choice:dropless"}
     kernels = ["all_saved", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         replace_device(monkeypatch, *device)
-        assert layers.select_implementations([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
+        names = [*(f"mixture_of_tokens:{name}" for name in others), "token_choice:dropless"]
+        assert layers.select_implementations([TINY], None) == kinds + names
 
 
 @pytest.mark.slow

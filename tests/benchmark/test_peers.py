@@ -58,13 +58,20 @@ def test_a_missing_package_is_named_and_the_rest_is_timed(monkeypatch, capsys, t
     monkeypatch.setitem(sys.modules, "tokamax", None)
     monkeypatch.setitem(sys.modules, "maxtext.layers.moe", None)
     output = tmp_path / "rows.json"
-    flags = ["--peers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", "--kinds", "token_choice"]
+    flags = ["--peers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", "--kinds", "token_choice:dropless"]
     cli.main(["bench", "layers", *flags, "--json", str(output)])
     content, table = json.loads(output.read_text()), capsys.readouterr().out
     reasons = {row["kind"]: row.get("reason") for row in content["rows"]}
     reason = "not installed: pip install -r requirements-peers.lock"
     assert reasons.pop("maxtext") == reasons.pop("tokamax_ragged_dot") == reason
-    assert set(reasons) == {"products", "dense", "dense_flat", "token_choice", "jax_ragged_dot"}
+    assert set(reasons) == {"products", "dense", "dense_flat", "token_choice:dropless", "jax_ragged_dot"}
+    dropless, ragged = (
+        {row["executed_flops"] for row in content["rows"] if row["kind"] == kind and row["direction"] == "forward"}
+        for kind in ("token_choice:dropless", "jax_ragged_dot")
+    )
+    router = 2 * TINY.tokens * TINY.d_model * TINY.num_experts
+    experts = 3 * 2 * TINY.tokens * TINY.d_model * TINY.d_ff
+    assert (dropless, ragged) == ({router + experts}, {router + TINY.num_experts * experts})  # all experts on a CPU
     assert not any(reasons.values()) and table.count(f"maxtext ({reason})") == 2
     assert table.startswith("Layers on random routing, gated experts\n") and content["title"] in table
 
