@@ -146,7 +146,7 @@ def test_one_weight_for_all_layers_follows_their_mean_sparsity():
 
 
 def test_layers_in_a_model_of_your_own_are_updated_together():
-    """The second layer alone would lower its weight; both together raise it."""
+    """The second layer by itself would lower its weight; both layers raise it."""
     config = ReluRoutingConfig(4, top_k=1, l1_weight=0.5)
     layers = [ReluRouting(2, 2, config, rngs=nnx.Rngs(0)) for _ in range(2)]
     active, tokens = jnp.array([[10.0, 9, 8, 7], [1, 2, 3, 4]]), jnp.array(10.0)
