@@ -35,8 +35,10 @@ if TYPE_CHECKING:
         Hash,
         MixtureOfTokens,
         ReluRouting,
+        RouterState,
         SoftMoE,
         TokenChoice,
+        update_router_state,
     )
     from mot_jax.nn.transformer import Transformer
     from mot_jax.training import Hook
@@ -60,6 +62,7 @@ __all__ = [
     "ModelConfig",
     "ReluRouting",
     "ReluRoutingConfig",
+    "RouterState",
     "SoftMoE",
     "SoftMoEConfig",
     "TokenChoice",
@@ -68,6 +71,7 @@ __all__ = [
     "load",
     "load_config",
     "train",
+    "update_router_state",
 ]
 
 try:
@@ -86,10 +90,12 @@ _LAZY = {
     "LanguageModel": "mot_jax.inference.language_model",
     "MixtureOfTokens": "mot_jax.nn.feed_forward",
     "ReluRouting": "mot_jax.nn.feed_forward",
+    "RouterState": "mot_jax.nn.feed_forward",
     "SoftMoE": "mot_jax.nn.feed_forward",
     "TokenChoice": "mot_jax.nn.feed_forward",
     "Transformer": "mot_jax.nn.transformer",
     "load": "mot_jax.inference.language_model",
+    "update_router_state": "mot_jax.nn.feed_forward",
 }
 
 

@@ -1,4 +1,4 @@
-"""The Python of README.md and docs/layer.md runs unchanged, its three layers agree, and shell commands are found."""
+"""The Python of README.md and docs/layer.md runs unchanged, its mixtures agree, and shell commands are found."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import mot_jax
 from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli, training
-from mot_jax.config import Config, mixing_errors
+from mot_jax.config import (
+    CompanionsConfig,
+    Config,
+    ModelConfig,
+    SoftMoEConfig,
+    ThresholdConfig,
+    mixing_errors,
+)
 from mot_jax.config.files import variants_of
+from mot_jax.modes import MODES, offers
+from mot_jax.nn.feed_forward import KINDS
 
 ROOT = Path(__file__).parent.parent
 README, LAYER, REPRODUCE = ROOT / "README.md", ROOT / "docs" / "layer.md", ROOT / "docs" / "reproduce.md"
@@ -36,18 +46,45 @@ def programs() -> list[dict]:
 
 
 def test_every_block_makes_a_loss_and_gradients(programs):
-    assert len(programs) == 3
+    assert len(programs) == 4
     for program in programs:
         assert np.isfinite(float(program["value"]))
         gradients = jax.tree.leaves(program["gradients"])
         assert gradients and all(jnp.isfinite(leaf).all() and jnp.any(leaf) for leaf in gradients)
-    for program in programs[:2]:  # embedding to logits: at first no better than chance
+    for program in programs[:3]:  # embedding to logits: at first no better than chance
         assert float(program["value"]) == pytest.approx(np.log(256), rel=0.3)
+
+
+def test_the_step_of_the_sparse_example_updates_its_router_state(programs):
+    """From 0, by the rate towards an even load, minus the mean of the changes."""
+    layer = programs[1]["model"].experts
+    bias = np.asarray(layer.balance_bias[...])
+    changes = np.round((bias - bias.min()) / layer.config.bias_rate, 3)
+    assert abs(bias.mean()) < 1e-9 and len(set(changes)) > 1 and set(changes) <= {0, 1, 2}
+
+
+def test_the_table_of_kinds_is_complete():
+    """Classes, router state, losses and inference modes of every kind that trains."""
+    rows = [line.split(" | ") for line in LAYER.read_text().splitlines() if "Config` |" in line]
+    by_class = {}
+    for _, classes, _, _, _, state, losses, modes, _ in rows:
+        layer, config = re.findall(r"`(\w+)`", classes)
+        by_class[getattr(mot_jax, config)] = (layer, *(set(re.findall(r"`(\w+)`", c)) for c in (state, losses, modes)))
+    kinds = {config: layer for config, layer in KINDS.items() if getattr(mot_jax, layer.__name__, None) is layer}
+    assert by_class.keys() == kinds.keys() == KINDS.keys() - {CompanionsConfig, ThresholdConfig}
+    for kind, (layer, state, losses, modes) in by_class.items():
+        sizes = {"vocab_size": 8, "slots_per_expert": 1, "balance": "bias", "scores": "sigmoid"}
+        config = kind(**{name: value for name, value in sizes.items() if hasattr(kind, name)})
+        variables = nnx.eval_shape(lambda: KINDS[kind](8, 32, config, rngs=nnx.Rngs(0)))  # noqa: B023
+        names = {path[0] for path, variable in nnx.to_flat_state(nnx.state(variables, mot_jax.RouterState))}
+        model = ModelConfig(feed_forward=kind(), objective="masked" if kind is SoftMoEConfig else "causal")
+        assert layer == KINDS[kind].__name__ and losses == set(kind.losses) and state - {"balance", "bias"} == names
+        assert modes == {name for name in MODES if offers(name, Config(model=model))}, layer
 
 
 @pytest.mark.parametrize("config", [MixingConfig(), MixingConfig(temperature=0.0)])
 def test_linen_and_bare_jax_give_the_output_of_the_nnx_layer(programs, config):
-    _, linen, bare = programs
+    *_, linen, bare = programs
     layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8, mixing=config), rngs=nnx.Rngs(0))
     params = {name: getattr(layer, name)[...] for name in ("controller", "w_in", "w_out")}
     x = jax.random.normal(jax.random.key(0), (8, 5, 16))
@@ -68,7 +105,7 @@ def test_linen_and_bare_jax_give_the_output_of_the_nnx_layer(programs, config):
 
 
 def test_linen_and_bare_jax_refuse_variants_that_they_do_not_implement(programs):
-    _, linen, bare = programs
+    *_, linen, bare = programs
     x, config = jnp.ones((8, 5, 16)), MixingConfig(layer_norm=True)
     with pytest.raises(AssertionError, match="layer_norm=True"):
         linen["MixtureOfTokens"](group_size=4, num_experts=8, expert_dim=16, config=config).init(jax.random.key(0), x)

@@ -5,12 +5,19 @@ Here:    trains, and has not been run to the end.
 
 The experts that process a token, with a shared one, have the FLOPs of a dense layer of width 384: the paper's rule.
 Mixing and routers are not in it: the layer of Mixture of Tokens has 1.5 times these FLOPs, most sparse ones 1.17 times.
-All with experts, but one of the two Mixture of Tokens, have the same shared expert of a quarter of that width and four
-small experts per token. Soft MoE is not causal. ReLU routing runs all experts on all tokens; so that it takes hours and
-not days, it has 32 instead of 128.
+`dense_equal_flops` is a dense model with as many FLOPs as that of Mixture of Tokens. No dense model here has as many
+parameters: its layers would be 24 times as wide.
+
+All kinds with experts, but one of the two Mixture of Tokens, have the same shared expert of a quarter of that width and
+four of 128 small experts per token. Soft MoE is not causal. ReLU routing, which runs all experts on all tokens, is in
+a study of its own, with fewer experts.
+
+Two knobs are tuned: the learning rate of every entrant, and the scale of the initial weights of a learned controller,
+1 or 3, with one run more for each entrant that has a controller. The paper's mixture stays as it is in the paper.
+Expert choice has one candidate more, without its layer norm.
 """
 
-import dataclasses
+from dataclasses import replace
 
 from mot_jax.benchmark.study import Study
 from mot_jax.config import (
@@ -27,7 +34,6 @@ from mot_jax.config import (
     MixtureOfTokensConfig,
     ModelConfig,
     OptimizerConfig,
-    ReluRoutingConfig,
     TokenChoiceConfig,
     TrainingConfig,
 )
@@ -41,7 +47,7 @@ MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
 )
 # The layer of the paper's article: no shared expert, a controller that starts with nearly uniform mixing weights.
 PAPER = MixtureOfTokensConfig(group_size=GROUP_SIZE, num_experts=EXPERTS)
-# Capacity factor of the paper; the weight of its load-balancing loss is below.
+# Capacity factor and weight of the load-balancing loss of the paper.
 TOKEN_CHOICE = TokenChoiceConfig(
     num_experts=EXPERTS,
     top_k=PER_TOKEN,
@@ -49,7 +55,8 @@ TOKEN_CHOICE = TokenChoiceConfig(
     capacity_factor=1.25,
     routing_group_tokens=ROUTING_GROUP,
 )
-BIAS_BALANCED = dataclasses.replace(TOKEN_CHOICE, scores="sigmoid", balance="bias", capacity_factor=None)
+BALANCING = LossWeights(load_balancing=0.01)
+BIAS_BALANCED = replace(TOKEN_CHOICE, scores="sigmoid", balance="bias", capacity_factor=None)
 EXPERT_THRESHOLD = ExpertThresholdConfig(
     num_experts=EXPERTS,
     top_k=PER_TOKEN,
@@ -60,17 +67,16 @@ EXPERT_THRESHOLD = ExpertThresholdConfig(
 EXPERT_CHOICE = ExpertChoiceConfig(
     group_size=GROUP_SIZE, num_experts=EXPERTS, top_k=PER_TOKEN, shared_expert_dim=SHARED, layer_norm=True
 )
-RELU_ROUTING = ReluRoutingConfig(num_experts=32, top_k=PER_TOKEN, shared_expert_dim=SHARED)
 HASH = HashConfig(num_experts=EXPERTS, top_k=PER_TOKEN, shared_expert_dim=SHARED)
 
 
-def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Config:
+def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights(), d_ff: int = 384) -> Config:
     """A model of three blocks with this layer. Batches have 32 sequences of different documents for every layer."""
     return Config(
         model=ModelConfig(
             num_blocks=3,
             d_model=96,
-            d_ff=384,
+            d_ff=d_ff,
             num_heads=4,
             context_length=CONTEXT,
             feed_forward=layer,
@@ -80,7 +86,7 @@ def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Con
             scan_layers=False,  # a fifth faster on CPUs
         ),
         data=DataConfig(
-            corpus=("python_source/site_packages",), validation_windows=2048, shuffle_group_size=GROUP_SIZE
+            corpus=("python_source/site_packages",), validation_windows=1024, shuffle_group_size=GROUP_SIZE
         ),
         training=TrainingConfig(
             steps=1600,
@@ -101,16 +107,26 @@ def get_study() -> Study:
         title="Python source, 1,600 steps of models of 0.4 million active parameters",
         entrants={
             "dense": config(DenseConfig()),
+            "dense_equal_flops": config(DenseConfig(), d_ff=576),
             "mixture_of_tokens": config(MIXTURE_OF_TOKENS),
             "paper_mixture": config(PAPER),
-            "token_choice": config(TOKEN_CHOICE, LossWeights(load_balancing=0.01)),
+            "token_choice": config(TOKEN_CHOICE, BALANCING),
             "token_choice_bias": config(BIAS_BALANCED),
             "expert_threshold": config(EXPERT_THRESHOLD),
             "expert_choice": config(EXPERT_CHOICE),
-            "relu_routing": config(RELU_ROUTING),
             "hash": config(HASH),
         },
+        alternatives={
+            "mixture_of_tokens": {"scale_1": config(replace(MIXTURE_OF_TOKENS, controller_init_scale=1.0))},
+            "token_choice": {"scale_3": config(replace(TOKEN_CHOICE, controller_init_scale=3.0), BALANCING)},
+            "token_choice_bias": {"scale_3": config(replace(BIAS_BALANCED, controller_init_scale=3.0))},
+            "expert_threshold": {"scale_3": config(replace(EXPERT_THRESHOLD, controller_init_scale=3.0))},
+            "expert_choice": {
+                "scale_3": config(replace(EXPERT_CHOICE, controller_init_scale=3.0)),
+                "no_norm": config(replace(EXPERT_CHOICE, layer_norm=False)),
+            },
+        },
         budget_hours=8,
-        horizons=(0.4, 0.6, 0.8),
-        flops_per_second=5e10,
+        flops_per_second=7e10,
+        overhead_seconds=40.0,
     )

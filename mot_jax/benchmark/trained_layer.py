@@ -20,7 +20,7 @@ from mot_jax.errors import UserError
 from mot_jax.modes.recording import record
 from mot_jax.nn.feed_forward import FeedForward, FeedForwardContext
 from mot_jax.nn.transformer import block_places, unroll
-from mot_jax.runs.restore import check_data, load_run, load_run_config
+from mot_jax.runs.restore import check_data, load_run, load_run_config, parameter_kinds
 from mot_jax.runs.status import RESULT
 from mot_jax.runs.tensor_files import holds_tensors
 from mot_jax.runtime.paths import user_path
@@ -78,18 +78,18 @@ def read_trained_layer(run: str, block: int | None = None) -> TrainedLayer:
         raise UserError(f"--routing = {run}: must be a finished run, and has no {RESULT}; try another, or resume it")
     kind, model = config.model.feed_forward, config.model
     blocks = [index for index, of_block in enumerate(model.block_kinds()) if of_block == kind]
-    trained = load_run(workdir)
-    unrolled, params = unroll(model, trained.params)
     block = blocks[len(blocks) // 2] if block is None else block
     if block not in blocks:
         raise UserError(f"--block = {block}: has no {kind.kind} layer in {run}; try one of {blocks}")
-    prefix = block_places(unrolled)[block][0] + "feed_forward/"
-    values = {name.removeprefix(prefix): value[0] for name, value in params.items() if name.startswith(prefix)}
-    controller = values.get("controller")
-    if controller is None or controller.ndim != 2:
+    controller = parameter_kinds(model).get(f"{block_places(model)[block][0]}feed_forward/controller")
+    if controller is None or len(controller.shape) != 3:  # stacked over layers
         raise UserError(
             f"--routing = {run}: its kind {kind.kind} has no controller [D, E]; try a mixture_of_tokens run"
         )
+    trained = load_run(workdir)
+    unrolled, params = unroll(model, trained.params)
+    prefix = block_places(unrolled)[block][0] + "feed_forward/"
+    values = {name.removeprefix(prefix): value[0] for name, value in params.items() if name.startswith(prefix)}
     weights = ("w_in", "w_out", "w_gate")
     router = {name: value for name, value in values.items() if "/" not in name and name not in weights}
     inference = dataclasses.replace(evaluated_config(config).model, scan_layers=False)

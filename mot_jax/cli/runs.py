@@ -28,7 +28,7 @@ from mot_jax.cli.parsing import (
 )
 from mot_jax.config import default_workdir
 from mot_jax.errors import ReportedError, UserError, error_words
-from mot_jax.modes import MODES, lacking, mode_of, regrouped, trained_mode
+from mot_jax.modes import mode_of, regrouped, trained_mode
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import user_path
 
@@ -165,20 +165,14 @@ def evaluate(arguments: list[str]) -> None:
     if mode != "all":
         mode_of(mode, also=["all"]).change(config)  # raises UserError if the config has no such mode
     distributed.connect(process(options, config), config.mesh, trains=False)
-    from mot_jax.modes.companions import load_companions
-    from mot_jax.modes.thresholds import load_thresholds
     from mot_jax.runs import scores
-    from mot_jax.runs.restore import newest_step
     from mot_jax.training import evaluation
 
-    reasons = {}  # why a mode is left out
+    of_run = options.workdir, config, split, options.windows
     if mode == "all":
-        workdir = user_path("workdir", options.workdir)
-        step = newest_step(workdir / "checkpoints") if options.step is None else options.step
-        stored = load_companions(workdir), load_thresholds(workdir), step
-        reasons = {name: reason for name in MODES if (reason := lacking(name, config, *stored))}
-    modes = [name for name in MODES if name not in reasons] if mode == "all" else [mode]
-    results = evaluation.evaluate_run(options.workdir, config, split, options.windows, modes, options.step)
+        results, reasons = evaluation.evaluate_all_modes(*of_run, options.step)
+    else:
+        results, reasons = evaluation.evaluate_run(*of_run, [mode], options.step), {}
     if not distributed.is_first():
         return
     scores.show(config, results)

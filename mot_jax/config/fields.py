@@ -703,7 +703,7 @@ class DataConfig(_PlainData):
     """Directory of the prepared datasets: local, or `gs://` or `s3://`, of which each host copies the windows.
     None: `~/.cache/mot_jax`."""
     validation_windows: int | None = _free(None)
-    """Maximum number of windows (sequences) of the validation split to evaluate on. None: all."""
+    """Maximum number of windows (sequences) of the validation split to evaluate on, spread over it. None: all."""
     final_validation_windows: int | None = _free(None)
     """The same, for the last evaluation of a run. None: all."""
 

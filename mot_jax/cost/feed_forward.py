@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mot_jax.config import (
     DenseConfig,
@@ -278,10 +278,26 @@ class MixtureOfTokensCost(FeedForwardCost):
         return MixtureOfTokensConfig(group_size, num_experts)
 
 
-class TokenChoiceCost(FeedForwardCost):
+class _TopKCost(FeedForwardCost):
+    """A layer in which a token pays FLOPs for k of E experts. k_name: of k in `mot describe`."""
+
+    config: TokenChoiceConfig | ExpertThresholdConfig | ReluRoutingConfig | HashConfig
+    k_name: ClassVar[str]
+
+    def active_experts(self, parameters: int) -> int:
+        """k/E."""
+        return parameters * self.config.top_k // self.config.num_experts
+
+    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
+        kind = self.config
+        return {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(self.d_ff), self.k_name: kind.top_k}
+
+
+class TokenChoiceCost(_TopKCost):
     """Router, dispatch to the k chosen experts of each token, experts, combine."""
 
     config: TokenChoiceConfig | ExpertThresholdConfig
+    k_name = "choices_k"
 
     def parts(self) -> tuple[Part, ...]:
         kind = self.config
@@ -311,14 +327,9 @@ class TokenChoiceCost(FeedForwardCost):
     def final_products(self) -> tuple[str, ...]:
         return _outputs("shared experts")
 
-    def active_experts(self, parameters: int) -> int:
-        """k/E."""
-        return parameters * self.config.top_k // self.config.num_experts
-
     def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
         kind, tokens = self.config, self.config.routing_group_tokens
-        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
-        sizes |= {"expert_dim_F": kind.hidden_dim(self.d_ff), "choices_k": kind.top_k, "routing_group_tokens_T": tokens}
+        sizes = super().sizes(batch_size, microbatch_size) | {"routing_group_tokens_T": tokens}
         if kind.capacity_factor is not None:
             sizes["capacity_C"] = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor)
         return sizes
@@ -425,10 +436,11 @@ class ExpertChoiceCost(FeedForwardCost):
         return ExpertChoiceConfig(group_size, num_experts, top_k=max(1, num_experts // group_size))
 
 
-class ReluRoutingCost(FeedForwardCost):
+class ReluRoutingCost(_TopKCost):
     """Router; all experts as one network of width E F, whose hidden layer is multiplied by the gates."""
 
     config: ReluRoutingConfig
+    k_name = "target_k"
 
     def parts(self) -> tuple[Part, ...]:
         kind, width = self.config, self.config.hidden_dim(self.d_ff)
@@ -455,24 +467,17 @@ class ReluRoutingCost(FeedForwardCost):
     def final_products(self) -> tuple[str, ...]:
         return _outputs("experts", "shared experts")
 
-    def active_experts(self, parameters: int) -> int:
-        """k/E, the target."""
-        return parameters * self.config.top_k // self.config.num_experts
-
-    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
-        kind = self.config
-        return {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(self.d_ff), "target_k": kind.top_k}
-
     @classmethod
     def flop_matched(cls, group_size: int, num_experts: int, length: int) -> ReluRoutingConfig:
         """The experts of a mixture, of which as many as have the FLOPs of the dense layer are the target."""
         return ReluRoutingConfig(num_experts, top_k=max(1, num_experts // group_size))
 
 
-class HashCost(FeedForwardCost):
+class HashCost(_TopKCost):
     """Dispatch to the k experts of each token, experts, combine with equal weights."""
 
     config: HashConfig
+    k_name = "experts_per_token_k"
 
     def parts(self) -> tuple[Part, ...]:
         kind = self.config
@@ -487,15 +492,6 @@ class HashCost(FeedForwardCost):
     def final_products(self) -> tuple[str, ...]:
         """The experts' outputs too, whose weights are constants."""
         return _outputs("experts", "shared experts")
-
-    def active_experts(self, parameters: int) -> int:
-        """k/E."""
-        return parameters * self.config.top_k // self.config.num_experts
-
-    def sizes(self, batch_size: int, microbatch_size: int) -> dict[str, int | float | str]:
-        kind = self.config
-        sizes: dict[str, int | float | str] = {"experts_E": kind.num_experts}
-        return sizes | {"expert_dim_F": kind.hidden_dim(self.d_ff), "experts_per_token_k": kind.top_k}
 
     @classmethod
     def flop_matched(cls, group_size: int, num_experts: int, length: int) -> HashConfig:

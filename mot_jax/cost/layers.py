@@ -14,12 +14,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mot_jax.config import FeedForwardConfig, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import FeedForwardConfig, MixtureOfTokensConfig, ModelConfig, TokenChoiceConfig
 from mot_jax.cost.feed_forward import Arrays, FeedForwardCost, feed_forward_cost, flop_matched_kinds
 from mot_jax.cost.hardware import HARDWARE, peak_flops
 from mot_jax.errors import UserError, nearest
 
-MIXTURE = MixtureOfTokensConfig.kind
+MIXTURE, DROPLESS = MixtureOfTokensConfig.kind, f"{TokenChoiceConfig.kind}:dropless"
 # Further implementations of the mixture, by name: fields of its config.
 IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
     "all_saved": {"save_for_backward": "all"},
@@ -65,12 +65,18 @@ class Shape:
         return flop_matched_kinds(self.group_size, self.num_experts, self.length)
 
     def implementations(self) -> dict[str, FeedForwardConfig]:
-        """The kinds, and further implementations of the mixture as `mixture_of_tokens:NAME`."""
-        kinds = self.kinds()
-        if MIXTURE not in kinds:
-            return kinds
-        others = {name: dataclasses.replace(kinds[MIXTURE], **fields) for name, fields in IMPLEMENTATIONS.items()}
-        return kinds | {f"{MIXTURE}:{name}": config for name, config in others.items()}
+        """The kinds; the mixture in further implementations, `mixture_of_tokens:NAME`; token choice without a capacity.
+
+        The latter, `token_choice:dropless`, is comparable with grouped products such as `jax.lax.ragged_dot`.
+        """
+        implementations = dict(self.kinds())
+        for kind, config in self.kinds().items():
+            if isinstance(config, MixtureOfTokensConfig):
+                others = {f"{kind}:{name}": fields for name, fields in IMPLEMENTATIONS.items()}
+            else:
+                others = {DROPLESS: {"capacity_factor": None}} if isinstance(config, TokenChoiceConfig) else {}
+            implementations |= {name: dataclasses.replace(config, **fields) for name, fields in others.items()}
+        return implementations
 
 
 SHAPES = {

@@ -6,6 +6,7 @@ only the sequences that its devices hold.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
@@ -119,12 +120,14 @@ def validation_batches(
         batch_size: Sequences of a whole batch: a multiple of `group_size`, or a divisor of it where sequences are not
             mixed.
         local_sequences: int [b], increasing: the sequences of the batch to read.
-        limit: Stop after the group with which that many windows are complete; None for all windows.
+        limit: Score only so many windows, in whole groups that are spread evenly over the text; None for all windows.
     """
     if batch_size % group_size and group_size % batch_size:
         raise ValueError(f"batch_size = {batch_size} must divide group_size = {group_size}, or be a multiple")
     groups = validation_order(windows.documents, group_size)
     if limit is not None:
+        # Multiples of the golden ratio modulo 1: any number of the first ones is spread evenly.
+        groups = groups[np.argsort(np.arange(len(groups)) * (math.sqrt(5) - 1) / 2 % 1)]
         groups = groups[: np.searchsorted((groups >= 0).sum(axis=1).cumsum(), limit) + 1]
     ids = groups.reshape(-1)
     ids = np.pad(ids, (0, -len(ids) % batch_size), constant_values=-1)

@@ -22,9 +22,7 @@ from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, l
 from mot_jax.inference.scoring import right_padded, score, scoring_windows
 from mot_jax.inference.sequences import GeneratedSequence
 from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
-from mot_jax.modes import default_mode, enter, mode_of, needs_companions, trained_mode
-from mot_jax.modes.companions import load_companions
-from mot_jax.modes.thresholds import load_thresholds
+from mot_jax.modes import default_mode, enter, mode_of, read_files, trained_mode
 from mot_jax.nn import transformer
 from mot_jax.nn.sharding import batch_multiple
 from mot_jax.nn.transformer import Params
@@ -450,10 +448,9 @@ def load(
     check_data({"tokenizer": tokenizer.fingerprint}, run.config, workdir)
     mode = default_mode(run.config)[0] if mode is None else mode
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        companions, thresholds = load_companions(workdir), load_thresholds(workdir) if mode == "threshold" else None
+        companions, thresholds = read_files(mode, run.config, workdir, run.step)
         config, params = enter(mode, run.config, run.params, run.step, companions, thresholds)
         digest = "" if companions is None else hashlib.sha256(companions.tobytes()).hexdigest()[:16]
-        digest = digest if needs_companions(config) else ""
         if unroll:
             model, params = transformer.unroll(config.model, params)
             config = dataclasses.replace(config, model=model)

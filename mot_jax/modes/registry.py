@@ -32,6 +32,7 @@ from mot_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:  # commands that run no model do not import JAX
     import numpy as np
+    from etils import epath
 
     from mot_jax.modes.thresholds import Thresholds
     from mot_jax.nn.transformer import Params
@@ -280,19 +281,17 @@ def enter(
         UserError: there is no such mode, the model does not have it, or companions or thresholds are missing or do not
             fit.
     """
-    changed = mode_of(mode).change(config)
-    if needs_companions(changed):
-        from mot_jax.modes.companions import check_companions, summaries
+    changed = _checked(mode, config, companions, thresholds, step)
+    kind = changed.model.feed_forward
+    if isinstance(kind, CompanionsConfig):
+        from mot_jax.modes.companions import summaries
 
+        assert companions is not None
         trained = _as_mixture_of_tokens(config, mode).model
-        check_companions(companions, trained)
-        kind = changed.model.feed_forward
-        assert isinstance(kind, CompanionsConfig) and companions is not None
         params = params | summaries(trained, params, step, companions, kind)
-    if isinstance(changed.model.feed_forward, ThresholdConfig):
-        from mot_jax.modes.thresholds import check_thresholds, constants
+    if isinstance(kind, ThresholdConfig):
+        from mot_jax.modes.thresholds import constants
 
-        check_thresholds(thresholds, config, step)
         assert thresholds is not None
         params = params | constants(config.model, thresholds)
     if mode == "without":
@@ -320,18 +319,45 @@ def lacking(
 ) -> str | None:
     """Return the reason why a model does not have a mode; None if it does. The arguments are those of `enter`."""
     try:
-        changed = mode_of(mode).change(config)
-        if needs_companions(changed):
-            from mot_jax.modes.companions import check_companions
-
-            check_companions(companions, _as_mixture_of_tokens(config, mode).model)
-        if isinstance(changed.model.feed_forward, ThresholdConfig):
-            from mot_jax.modes.thresholds import check_thresholds
-
-            check_thresholds(thresholds, config, step)
+        _checked(mode, config, companions, thresholds, step)
     except UserError as error:
         return str(error)
     return None
+
+
+def _checked(
+    mode: str, config: Config, companions: np.ndarray | None, thresholds: Thresholds | None, step: int | None
+) -> Config:
+    """The config of a mode. Raises UserError unless the model, its companions and thresholds have it."""
+    changed = mode_of(mode).change(config)
+    if needs_companions(changed):
+        from mot_jax.modes.companions import check_companions
+
+        check_companions(companions, _as_mixture_of_tokens(config, mode).model)
+    if isinstance(changed.model.feed_forward, ThresholdConfig):
+        from mot_jax.modes.thresholds import check_thresholds
+
+        check_thresholds(thresholds, config, step)
+    return changed
+
+
+def read_files(
+    mode: str, config: Config, workdir: epath.PathLike, step: int
+) -> tuple[np.ndarray | None, Thresholds | None]:
+    """Read the companions and the thresholds of a run for `enter`; None for those that the mode does not use.
+
+    Raises:
+        UserError: as `enter`, or a file is damaged.
+        RetryableError: a file cannot be read now.
+    """
+    from mot_jax.modes.companions import load_companions
+    from mot_jax.modes.thresholds import load_thresholds
+
+    changed = mode_of(mode).change(config)
+    companions = load_companions(workdir) if needs_companions(changed) else None
+    thresholds = load_thresholds(workdir) if isinstance(changed.model.feed_forward, ThresholdConfig) else None
+    _checked(mode, config, companions, thresholds, step)
+    return companions, thresholds
 
 
 def offers(mode: str, config: Config) -> bool:

@@ -170,7 +170,7 @@ def check_thresholds(thresholds: Thresholds | None, config: Config, step: int | 
             raise UserError(f"{FILE}: {rule}; try --mode grouped")
         raise UserError(f"{FILE}: is missing; {_REMEDY}")
     if step is not None and thresholds.step != step:
-        rule = f"is of step {thresholds.step}, and the checkpoint is of step {step}"
+        rule = f"is of step {thresholds.step}, and the model is of step {step}"
         raise UserError(f"{FILE}: {rule}; {_REMEDY}")
     if thresholds.group_size != model.group_size:
         rule = f"is for groups of {thresholds.group_size}, and the model has groups of {model.group_size}"

@@ -19,10 +19,8 @@ from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
-from mot_jax.errors import error_words
-from mot_jax.modes import enter, mode_of, trained_mode
-from mot_jax.modes.companions import load_companions
-from mot_jax.modes.thresholds import load_thresholds
+from mot_jax.errors import UserError, error_words
+from mot_jax.modes import MODES, enter, mode_of, read_files, trained_mode
 from mot_jax.nn.sharding import (
     DIMENSIONS,
     batch_multiple,
@@ -94,7 +92,6 @@ def make_evaluation(
     return evaluate
 
 
-@default_tracing()
 def evaluate_run(
     workdir: epath.PathLike,
     config: Config,
@@ -115,6 +112,30 @@ def evaluate_run(
     Raises:
         UserError: if the tokenizer or the validation text of the run has changed, or the model lacks a mode.
     """
+    return _evaluate(workdir, config, split, limit, modes, step)[0]
+
+
+def evaluate_all_modes(
+    workdir: epath.PathLike, config: Config, split: str, limit: int | None, step: int | None = None
+) -> tuple[list[Score], dict[str, str]]:
+    """`evaluate_run` in all inference modes that the model has.
+
+    Returns:
+        The scores; and by mode the reason why it is left out, such as a file of another step.
+    """
+    return _evaluate(workdir, config, split, limit, None, step)
+
+
+@default_tracing()
+def _evaluate(
+    workdir: epath.PathLike,
+    config: Config,
+    split: str,
+    limit: int | None,
+    modes: Sequence[str] | None,
+    step: int | None,
+) -> tuple[list[Score], dict[str, str]]:
+    """The scores in these modes; for None in all that the model has, and the reasons why others are left out."""
     with distributed.together() as same:
         same |= {"config": to_json(config), "workdir": str(workdir)}
         mesh, tokenizer = make_mesh(config, trains=False), open_tokenizer(config)
@@ -125,21 +146,30 @@ def evaluate_run(
         if split == config.data.validation_split:
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
-        companions = load_companions(workdir)
-        thresholds = load_thresholds(workdir) if "threshold" in modes else None
         check_scores(workdir)
-    scores, title = [], f"scoring {workdir}{f' in {len(modes)} modes' if len(modes) > 1 else ''}, windows"
-    may_record = distributed.is_first()
-    total = len(modes) * min(len(windows), len(windows) if limit is None else limit)
-    with jax.set_mesh(mesh), progress(title, total, quiet=not distributed.is_first()) as advance:
+    scores, files, reasons = [], {}, {}
+    with jax.set_mesh(mesh):
         run = load_run(workdir, mesh, step)
-        for mode in modes:
-            changed, params = enter(mode, config, run.params, run.step, companions, thresholds)
-            evaluate = make_evaluation(changed, mesh, windows, tokenizer, advance)
-            result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
-            scores.append(score_of(mode, split, config, result))
-            may_record = may_record and _recorded(workdir, scores[-1])
-    return scores
+        with distributed.together() as same:
+            for mode in MODES if modes is None else modes:
+                try:
+                    files[mode] = read_files(mode, config, workdir, run.step)
+                except UserError as error:
+                    if modes is not None:
+                        raise
+                    reasons[mode] = str(error)
+            same |= {"modes": ", ".join(files)}
+        title = f"scoring {workdir}{f' in {len(files)} modes' if len(files) > 1 else ''}, windows"
+        total = len(files) * min(len(windows), len(windows) if limit is None else limit)
+        may_record = distributed.is_first()
+        with progress(title, total, quiet=not distributed.is_first()) as advance:
+            for mode in files:
+                changed, params = enter(mode, config, run.params, run.step, *files[mode])
+                evaluate = make_evaluation(changed, mesh, windows, tokenizer, advance)
+                result = {"step": run.step, **evaluate(params, jnp.asarray(run.step), limit)}
+                scores.append(score_of(mode, split, config, result))
+                may_record = may_record and _recorded(workdir, scores[-1])
+    return scores, reasons
 
 
 def _recorded(workdir: epath.PathLike, score: Score) -> bool:

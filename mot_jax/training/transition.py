@@ -27,15 +27,13 @@ from mot_jax.config import (
     TokenChoiceConfig,
 )
 from mot_jax.errors import UserError, nearest
-from mot_jax.modes.companions import load_companions
-from mot_jax.modes.thresholds import load_thresholds
 from mot_jax.runs.metrics import png, read_rows
-from mot_jax.runs.restore import load_run_config, load_training, newest_step
+from mot_jax.runs.restore import load_run_config, load_training
 from mot_jax.runs.scores import Score
 from mot_jax.runs.state import TrainState, create_router, create_state
 from mot_jax.runtime import distributed, strict_json
 from mot_jax.runtime.paths import replace_file, user_path
-from mot_jax.training.evaluation import evaluate_run
+from mot_jax.training.evaluation import evaluate_all_modes, evaluate_run
 
 TARGETS = ("token_choice",)
 
@@ -249,13 +247,8 @@ def _read_report(path: epath.Path) -> dict[str, Any]:
 
 def _scores(config: Config, workdir: epath.PathLike, limit: int | None) -> dict[str, Score]:
     """The scores of a run in all inference modes that it has, by mode."""
-    stored = (
-        load_companions(workdir),
-        load_thresholds(workdir),
-        newest_step(user_path("workdir", workdir) / "checkpoints"),
-    )
-    available = [mode for mode in modes.MODES if modes.lacking(mode, config, *stored) is None]
-    return {s["mode"]: s for s in evaluate_run(workdir, config, config.data.validation_split, limit, available)}
+    scores, _ = evaluate_all_modes(workdir, config, config.data.validation_split, limit)
+    return {score["mode"]: score for score in scores}
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

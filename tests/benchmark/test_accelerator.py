@@ -27,6 +27,7 @@ def test_numerics_cover_every_kind():
 OTHERS = (
     "dense",
     "token_choice",
+    "token_choice:dropless",
     "expert_threshold",
     "expert_choice",
     "relu_routing",

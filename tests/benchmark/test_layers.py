@@ -120,9 +120,10 @@ def rows_at(dense_ms: float) -> list[dict]:
     return layers._timing_rows(TINY, "forward", "float32", "float32", dict.fromkeys(names, program), timings, 1e9)
 
 
-def test_ratios_are_over_the_faster_dense_layer_and_void_where_that_is_slow():
+def test_ratios_are_over_the_faster_dense_layer_and_void_where_its_rate_is_low_or_impossible():
     good, bad = rows_at(1 / 0.86), rows_at(1 / 0.84)
-    assert [row["void"] for row in good] == [False] * 4 and [row["void"] for row in bad] == [True] * 4
+    for rows, void in ((good, False), (rows_at(1 / 1.09), False), (bad, True), (rows_at(1 / 1.11), True)):
+        assert [row["void"] for row in rows] == [void] * 4
     assert good[-1]["ratio_to_dense"] == pytest.approx(3 * 0.86)
     assert good[2]["peak_share"] == good[0]["dense_share"] == pytest.approx(0.86)
     ratio = dict(layers.COLUMNS)["ratio to dense"]
@@ -170,13 +171,15 @@ def replace_device(monkeypatch, platform: str, kind: str) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform, device_kind=kind)])
 
 
-def test_implementations_of_the_mixture_are_timed_on_devices_that_support_them(monkeypatch):
+def test_further_implementations_are_timed_on_devices_that_support_them(monkeypatch):
     kinds = list(TINY.kinds())
     assert layers.select_implementations([TINY], None) == kinds
+    assert set(layers.select_implementations([TINY], None, peers=True)) == {*kinds, "token_choice:dropless"}
     kernels = ["all_saved", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         replace_device(monkeypatch, *device)
-        assert layers.select_implementations([TINY], None) == kinds + [f"mixture_of_tokens:{name}" for name in others]
+        names = [*(f"mixture_of_tokens:{name}" for name in others), "token_choice:dropless"]
+        assert layers.select_implementations([TINY], None) == kinds + names
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mot_jax import cli
 from mot_jax.benchmark import layers
 from mot_jax.benchmark.peers import PEERS, comparable
 from mot_jax.benchmark.trained_layer import read_trained_layer
-from mot_jax.config import to_json
+from mot_jax.config import DenseConfig, HashConfig, to_json
 from mot_jax.cost.layers import SHAPES
 from mot_jax.errors import UserError
 
@@ -58,13 +58,20 @@ def test_a_missing_package_is_named_and_the_rest_is_timed(monkeypatch, capsys, t
     monkeypatch.setitem(sys.modules, "tokamax", None)
     monkeypatch.setitem(sys.modules, "maxtext.layers.moe", None)
     output = tmp_path / "rows.json"
-    flags = ["--peers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", "--kinds", "token_choice"]
+    flags = ["--peers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", "--kinds", "token_choice:dropless"]
     cli.main(["bench", "layers", *flags, "--json", str(output)])
     content, table = json.loads(output.read_text()), capsys.readouterr().out
     reasons = {row["kind"]: row.get("reason") for row in content["rows"]}
     reason = "not installed: pip install -r requirements-peers.lock"
     assert reasons.pop("maxtext") == reasons.pop("tokamax_ragged_dot") == reason
-    assert set(reasons) == {"products", "dense", "dense_flat", "token_choice", "jax_ragged_dot"}
+    assert set(reasons) == {"products", "dense", "dense_flat", "token_choice:dropless", "jax_ragged_dot"}
+    dropless, ragged = (
+        {row["executed_flops"] for row in content["rows"] if row["kind"] == kind and row["direction"] == "forward"}
+        for kind in ("token_choice:dropless", "jax_ragged_dot")
+    )
+    router = 2 * TINY.tokens * TINY.d_model * TINY.num_experts
+    experts = 3 * 2 * TINY.tokens * TINY.d_model * TINY.d_ff
+    assert (dropless, ragged) == ({router + experts}, {router + TINY.num_experts * experts})  # all experts on a CPU
     assert not any(reasons.values()) and table.count(f"maxtext ({reason})") == 2
     assert table.startswith("Layers on random routing, gated experts\n") and content["title"] in table
 
@@ -93,6 +100,17 @@ def test_runs_that_have_no_routing(tmp_path, tiny):
     (workdir / "config.json").write_text(to_json(tiny))
     with pytest.raises(UserError, match=r"--routing = .*: must be a finished run, and has no result.json"):
         read_trained_layer(str(workdir))
+
+
+@pytest.mark.parametrize("kind", [DenseConfig(), HashConfig(8)])
+def test_a_run_without_a_controller_is_refused_before_its_weights_are_read(tmp_path, tiny, capsys, kind):
+    model = dataclasses.replace(tiny.model, feed_forward=kind)
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(tiny, model=model)))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench", "layers", "--routing", str(tmp_path)])
+    rule = f"its kind {kind.kind} has no controller [D, E]; try a mixture_of_tokens run"
+    assert exit_info.value.code == 2 and capsys.readouterr().err == f"error: --routing = {tmp_path}: {rule}\n"
 
 
 @pytest.mark.parametrize(

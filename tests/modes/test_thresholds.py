@@ -98,7 +98,7 @@ def test_a_file_that_does_not_fit_is_an_error_of_one_line(tmp_path):
     assert to_tuple(loaded) == to_tuple(STORED)
     others = {
         r"thresholds.json: is missing; the mot train command of a finished run, given again, writes it": None,
-        r"is of step 2, and the checkpoint is of step 3; the mot train": dataclasses.replace(STORED, step=2),
+        r"is of step 2, and the model is of step 3; the mot train": dataclasses.replace(STORED, step=2),
         r"is for groups of 8, .* of 4; try --group-size 8": dataclasses.replace(STORED, group_size=8),
         r"must have \[2, 8\] values, .* has \[2, 7\]": dataclasses.replace(STORED, logits=STORED.logits[:, 1:]),
     }

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from etils import epath
@@ -20,6 +21,7 @@ from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.corpora import open_corpus
 from mot_jax.errors import UserError
 from mot_jax.modes import MODES
+from mot_jax.modes.thresholds import Thresholds, save_thresholds
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.scores import measured, record_score
 from mot_jax.runtime import progress
@@ -108,7 +110,7 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
 def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path, capsys, monkeypatch):
     """In batches limited by the size of the mixtures; without companions, the modes that do not need them.
 
-    The run is too short for thresholds.
+    The run is too short for thresholds. An export has files that do not fit.
     """
     config, workdir, _ = run
     modes = [mode for mode in MODES if mode != "threshold"]
@@ -138,11 +140,18 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
         (line,) = [line for line in lines if line.startswith(f"{mode} ")]
         assert f"{score['bits_per_byte']:.4f}" in line and MODES[mode].about in line
     assert "threshold is left out: thresholds.json: is written by runs of at least 16,384 training tokens" in output.out
+    exported, values = tmp_path / "exported", np.zeros((2, 8), np.float32)
+    cli.main(["export", str(workdir), "--output", str(exported)])
+    save_thresholds(epath.Path(exported), Thresholds(3, 4, 100, values, values))
+    (exported / "companions.npy").write_bytes(b"")
+    cli.main(["evaluate", str(exported), "--mode", "all", "--windows", "30"])
+    output = capsys.readouterr().out
+    assert "threshold is left out: thresholds.json: is of step 3, and the model is of step 4; the mot train" in output
+    assert f"mean_field is left out: {exported}/companions.npy: is damaged" in output
+    assert list(measured(exported, 4)) == ["grouped", "token_choice", "discrete", "without"]
     companions = workdir / "companions.npy"
     moved = companions.rename(tmp_path / "companions.npy")
     try:
-        cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30"])
-        assert "mean_field is left out: companions.npy: is missing" in capsys.readouterr().out
         with pytest.raises(SystemExit):
             cli.main(["evaluate", str(workdir), "--mode", "sparse"])
         assert capsys.readouterr().err.startswith("error: companions.npy: is missing")

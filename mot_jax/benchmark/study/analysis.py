@@ -29,15 +29,18 @@ def analyze(results: Results) -> dict[str, Any]:
         for name, runs in by_entrant.items()
     }
     compared = settings["compared"]
+    logs = {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants}
+    logs[settings["target"]] = _logs_to_own_losses(results, by_entrant[settings["target"]], by_entrant[compared])
+    in_training = {name: {seed: trained_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
     tests = {
         "loss": _tests({name: (losses[name], losses[compared]) for name in entrants if name != compared}),
-        "crossing": _tests(
-            {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants if name != compared}
-        ),
+        "trained_loss": _tests({n: (in_training[n], in_training[compared]) for n in entrants if n != compared}),
+        "crossing": _tests({name: logs[name] for name in entrants if name != compared}),
     }
     rows = {}
     for name, entrant in entrants.items():
         row: Row = {"kind": entrant["kind"], "losses": losses[name], "loss": summary(losses[name])}
+        row["trained_loss"] = summary(in_training[name])
         row |= {"crossings": crossings[name], "crossing": summary(crossings[name])}
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
@@ -65,6 +68,12 @@ def final_loss(run: Row) -> float:
     return math.inf if run["state"] == "diverged" or run["loss"] is None else run["loss"]
 
 
+def trained_loss(run: Row) -> float:
+    """Return the final loss of a run that has ended, in the mode of training; infinity if it diverged."""
+    losses = [loss for _, loss in run.get("trained_curve", [])]
+    return math.inf if run["state"] == "diverged" or not losses or losses[-1] is None else losses[-1]
+
+
 def curve_of(run: Row) -> Curve:
     """Return the evaluations of a run that has ended; none of one that diverged, which reaches no target."""
     if run["state"] == "diverged":
@@ -72,10 +81,16 @@ def curve_of(run: Row) -> Curve:
     return [(step, math.inf if loss is None else loss) for step, loss in run["curve"]]
 
 
-def tuning_losses(results: Results, entrant: str) -> dict[float, float]:
-    """Return the final losses of an entrant's tuning runs that have ended, by learning rate."""
+def tuning_losses(results: Results, entrant: str) -> dict[str, float]:
+    """Return the final losses of an entrant's tuning runs that have ended, by run."""
     runs = [run for run in results["runs"] if run["entrant"] == entrant and run["stage"] == TUNING]
-    return {run["learning_rate"]: final_loss(run) for run in runs if run["state"] != "not ended"}
+    return {run["name"]: final_loss(run) for run in runs if run["state"] != "not ended"}
+
+
+def grid_losses(results: Results, entrant: str) -> dict[float, float]:
+    """Return the final losses of those in the grid, by learning rate, increasing."""
+    losses, rates = tuning_losses(results, entrant), results["entrants"][entrant]["tuning"]["rates"]
+    return {rate: losses[run] for run, rate in rates.items() if run in losses}
 
 
 def layer_metrics(results: Results, entrant: str) -> dict[str, list[float]]:
@@ -102,6 +117,20 @@ def _target(losses: Mapping[int, float], seeds: list[int]) -> float | None:
 
 def _logs(crossings: Mapping[int, float]) -> dict[int, float]:
     return {seed: math.log(step) for seed, step in crossings.items()}
+
+
+def _logs_to_own_losses(
+    results: Results, runs: Mapping[int, Row], compared: Mapping[int, Row]
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the logarithms of the steps to the final loss of each run of the target entrant, by seed.
+
+    The run itself reaches it at its last step. (The mean over the seeds is reached by some of these runs only.)
+    """
+    last = math.log(results["settings"]["steps"])
+    steps = {
+        seed: crossing(curve_of(compared[seed]), final_loss(run)) for seed, run in runs.items() if seed in compared
+    }
+    return dict.fromkeys(steps, last), _logs(steps)
 
 
 def _tests(samples: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[str, Row]:

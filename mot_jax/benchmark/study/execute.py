@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from mot_jax.benchmark.report import Column
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.plan import SEEDS, Plan, Run, Study
 from mot_jax.benchmark.timing import machine
-from mot_jax.config import Config
+from mot_jax.config import Config, ModelConfig
 from mot_jax.cost.flops import executed_flops_per_token
 from mot_jax.data.fingerprints import load_fingerprints
 from mot_jax.data.order import filled_share
@@ -33,7 +33,7 @@ from mot_jax.modes.companions import load_companions
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.restore import read_config
-from mot_jax.runs.scores import measured, record_score, score_of
+from mot_jax.runs.scores import record_score, score_of
 from mot_jax.runs.status import RESULT
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import create_file, make_directory, replace_file
@@ -81,15 +81,15 @@ def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
 
     Raises UserError for a run that has ended without an evaluation in this mode, which no study has trained.
     """
-    state = read_record(workdir).get("state")
+    record = read_record(workdir)
+    state = record.get("state")
     if state != "diverged" and not (workdir / RESULT).exists():
         return None
     rows = [row for row in read_rows(workdir) if row["split"] == "validation"]
     trained = [(row["step"], _loss(row["loss"])) for row in rows]
     curve = trained
     if mode != "trained":
-        scores = {step: measured(workdir, step).get(mode) for step, _ in trained}
-        curve = [(step, _loss(score["loss"])) for step, score in scores.items() if score]
+        curve = [(step, _loss(loss)) for step, loss in record.get("curve", [])]
     if state == "diverged":
         return Outcome("diverged", float("inf"), curve, trained)
     if not curve:
@@ -133,12 +133,14 @@ class Directory:
         """The runs, from the outcomes so far. Outcomes do not change, so that each is read once."""
         while True:
             current = plans.plan(self.study, self.losses())
-            if not any(self._read(run) for run in current.runs if run.name not in self._outcomes):
+            if not any(self._read(run, current) for run in current.runs if run.name not in self._outcomes):
                 return current
 
-    def _read(self, run: Run) -> bool:
-        mode = plans.headline_mode(self.study.entrants[run.entrant])
-        outcome = read_outcome(workdir_of(self.folder, run.name), mode)
+    def _read(self, run: Run, plan: Plan) -> bool:
+        modes = {plans.headline_mode(config) for config in plan.configs(run)}
+        if len(modes) > 1:  # one for some candidates, another one for others
+            return False
+        outcome = read_outcome(workdir_of(self.folder, run.name), modes.pop())
         if outcome is not None:
             self._outcomes[run.name] = outcome
         return outcome is not None
@@ -196,14 +198,14 @@ class Directory:
         runs, names = self.folder / "runs", {run.name for run in plan.runs}
         return sorted(child.name for child in runs.iterdir() if child.name not in names) if runs.exists() else []
 
-    def step_seconds(self) -> dict[str, float]:
-        """The mean time of a step of each entrant's finished runs, for estimates only."""
-        times: dict[str, list[float]] = {}
+    def step_seconds(self) -> dict[ModelConfig, float]:
+        """The mean time of a step of each model's finished runs, for estimates only."""
+        times: dict[ModelConfig, list[float]] = {}
         for run in plans.plan(self.study, self.losses()).runs:
             seconds = read_record(workdir_of(self.folder, run.name)).get("seconds_per_step")
-            if seconds:
-                times.setdefault(run.entrant, []).append(seconds)
-        return {entrant: sum(seconds) / len(seconds) for entrant, seconds in times.items()}
+            if seconds and run.config is not None:
+                times.setdefault(run.config.model, []).append(seconds)
+        return {model: sum(seconds) / len(seconds) for model, seconds in times.items()}
 
 
 # --- training them ----------------------------------------------------------------------------------------------------
@@ -228,9 +230,10 @@ def train_study(directory: Directory, hours: float | None) -> Iterator[str]:
         run, ended, begin = todo[0], len(directory.losses()), time.monotonic()
         title = f"run {ended + 1}, at most {ended + _at_most(directory, plan)}: {run.name}"
         total = done + _work_left(directory, plan)
+        weight = _weight(directory.study, plan.configs(run))
         with progress(title, round(total), quiet=not sys.stderr.isatty(), done=round(done)) as advance:
-            train_run(directory, run, _weighted(advance, _weight(directory.study, run)))
-        done += run.steps * _weight(directory.study, run)
+            train_run(directory, run, _weighted(advance, weight))
+        done += run.steps * weight
         plan = directory.plan()
         directory.check_stale(plan)
         left = duration(3600 * estimate(directory, plan))
@@ -330,6 +333,8 @@ class StudyHook(Hook):
         result = self._evaluate(params, trainer.state.step, run.config.data.validation_windows)
         score = score_of(self._mode, run.config.data.validation_split, run.config, {"step": trainer.step, **result})
         record_score(run.workdir, score)
+        before = [[step, loss] for step, loss in self._record.get("curve", []) if step < trainer.step]
+        self.write(run.workdir, {"curve": [*before, [trainer.step, result["loss"]]]})
 
 
 def _check_machine(name: str, record: Mapping[str, Any]) -> None:
@@ -359,14 +364,15 @@ def commit() -> str:
 
 
 def estimate(directory: Directory, plan: Plan) -> float:
-    """The hours of the runs that have not ended, with all horizons that may be tried."""
+    """The hours of the runs that have not ended, with those that are not known yet."""
     step_seconds, seconds = directory.step_seconds(), 0.0
     for run in plan.runs:
         if directory.outcome(run.name) is None:
-            seconds += plans.seconds_of(directory.study, run.entrant, run.steps, 1, step_seconds)
+            seconds += plans.seconds_of(directory.study, plan.configs(run), run.steps, 1, step_seconds)
     for entrant, steps in plan.steps_left.items():
         runs = -(-steps // directory.study.steps)
-        seconds += plans.seconds_of(directory.study, entrant, steps, runs, step_seconds)
+        configs = plan.tunings[entrant].candidates.values()
+        seconds += plans.seconds_of(directory.study, configs, steps, runs, step_seconds)
     return seconds / 3600
 
 
@@ -389,20 +395,20 @@ def dry_run(directory: Directory) -> tuple[list[dict[str, Any]], list[str]]:
     rows = []
     for run in plan.runs:
         outcome, config = directory.outcome(run.name), run.config
-        useful, executed = plans.run_flops(study.entrants[run.entrant], run.steps)
+        useful, executed = map(max, zip(*(plans.run_flops(c, run.steps) for c in plan.configs(run)), strict=True))
         state = outcome.state if outcome else "waits for the tuning" if config is None else "to train"
         if not outcome and (workdir_of(directory.folder, run.name) / RECORD).exists():
             state = "begun"
         rate = None if config is None else config.training.optimizer.learning_rate
-        hours = 0.0 if outcome else plans.seconds_of(study, run.entrant, run.steps, 1, step_seconds) / 3600
+        hours = 0.0 if outcome else plans.seconds_of(study, plan.configs(run), run.steps, 1, step_seconds) / 3600
         row = {"run": run.name, "stage": run.stage, "state": state, "learning_rate": rate, "seed": run.seed}
         rows.append(row | {"steps": run.steps, "useful": useful, "executed": executed, "hours": hours})
     lines = []
     if any(plan.steps_left.values()):
         further = sum(-(-steps // study.steps) for steps in plan.steps_left.values())
-        lines.append(f"and about {further} shorter schedules, which depend on the losses of these runs")
+        lines.append(f"and about {further} runs more, which depend on the losses of these")
     lines.append(
-        "hours are measured on finished runs of the entrant"
+        "hours are measured on finished runs of the same model"
         if step_seconds
         else f"hours are estimated at {study.flops_per_second:.0e} executed FLOP/s"
     )
@@ -426,22 +432,20 @@ COLUMNS: list[Column] = [
 ]
 
 
-def _weight(study: Study, run: Run) -> float:
-    """The executed FLOPs of a step relative to those of the target entrant: units of the progress bar."""
-    return executed_flops_per_token(study.entrants[run.entrant]) / executed_flops_per_token(
-        study.entrants[study.target]
-    )
+def _weight(study: Study, configs: Iterable[Config]) -> float:
+    """The most executed FLOPs of a step relative to those of the target entrant: units of the progress bar."""
+    return max(map(executed_flops_per_token, configs)) / executed_flops_per_token(study.entrants[study.target])
 
 
 def _work_left(directory: Directory, plan: Plan) -> float:
-    runs = [run for run in plan.runs if directory.outcome(run.name) is None]
-    cost = sum(run.steps * _weight(directory.study, run) for run in runs)
-    weights = {run.entrant: _weight(directory.study, run) for run in plan.runs}
-    return cost + sum(steps * weights[entrant] for entrant, steps in plan.steps_left.items())
+    study, runs = directory.study, [run for run in plan.runs if directory.outcome(run.name) is None]
+    work = sum(run.steps * _weight(study, plan.configs(run)) for run in runs)
+    candidates = {entrant: tuning.candidates.values() for entrant, tuning in plan.tunings.items()}
+    return work + sum(steps * _weight(study, candidates[entrant]) for entrant, steps in plan.steps_left.items())
 
 
 def _at_most(directory: Directory, plan: Plan) -> int:
-    """The number of runs that are left, with those of all horizons that may be tried."""
+    """The number of runs that are left, with those that are not known yet."""
     runs = sum(directory.outcome(run.name) is None for run in plan.runs)
     return runs + sum(-(-steps // directory.study.steps) for steps in plan.steps_left.values())
 

@@ -2,8 +2,9 @@
 
 A study compares *entrants*, named configs of equal cost, in three stages:
 
-tuning: each entrant is trained at several learning rates. While the best one is at an end of the grid, the grid is
-    extended by one, at most `max_extensions` times.
+tuning: an entrant that has alternatives is first trained once with each of its configs, its candidates, and the best
+    one is chosen. Each entrant is then trained at several learning rates. While the best one is at an end of the grid,
+    the grid is extended by one, at most `max_extensions` times.
 seeds: each entrant is trained at its best rate with fresh seeds. Runs of one seed have the same training batches.
 horizons: shorter schedules, to find the shortest one that reaches the target loss.
 
@@ -18,12 +19,12 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mot_jax.benchmark.study.statistics import next_horizon
-from mot_jax.config import Config, check, leaves
+from mot_jax.config import Config, ModelConfig, check, leaves
 from mot_jax.config.files import call_in_file
 from mot_jax.cost.flops import executed_flops_per_token, flops_per_token
 from mot_jax.errors import UserError, nearest
@@ -40,6 +41,8 @@ class Study:
     Attributes:
         title: of the report.
         entrants: configs by name. The learning rate of each is the middle of its grid, its seed is not used.
+        alternatives: other configs of entrants, by the name of the entrant and a short one, with its learning rate. Of
+            its own config and these, the first with the lowest loss at this rate is tuned and compared.
         budget_hours: a study whose runs would take longer is refused, unless other hours are given.
         seeds: of the runs that are compared.
         tuning_seed: of the runs that choose the learning rate.
@@ -66,6 +69,7 @@ class Study:
     compared: str = "mixture_of_tokens"
     flops_per_second: float = 1e10
     overhead_seconds: float = 20.0
+    alternatives: Mapping[str, Mapping[str, Config]] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -76,7 +80,7 @@ class Study:
 class Run(NamedTuple):
     """A training run of a study.
 
-    config: None if the learning rate has not been chosen yet. needs: the runs that choose it.
+    config: None if the candidate or the learning rate has not been chosen yet. needs: the runs that choose it.
     """
 
     name: str
@@ -91,11 +95,14 @@ class Run(NamedTuple):
 class Tuning(NamedTuple):
     """The tuning of an entrant so far.
 
-    rates: of the grid, with its extensions, increasing. chosen: the best one; None until all are trained, or if the
-    loss of none is finite. at_end: the best rate is at an end of the grid, which is not extended further.
+    candidates: configs that the entrant can still have, by name; one if a candidate is chosen, or has no alternative.
+    rates: of the grid, with its extensions, increasing, by run; none until a candidate is chosen. chosen: the best one;
+    None until all are trained, or if the loss of none is finite. at_end: the best rate is at an end of the grid, which
+    is not extended further.
     """
 
-    rates: tuple[float, ...]
+    candidates: dict[str, Config]
+    rates: dict[str, float]
     chosen: float | None = None
     complete: bool = False
     at_end: bool = False
@@ -104,12 +111,16 @@ class Tuning(NamedTuple):
 class Plan(NamedTuple):
     """All runs of a study that are known so far, in the order in which they are trained.
 
-    tunings: by entrant. steps_left: upper bound of the steps of schedules that are not known yet, by entrant.
+    tunings: by entrant. steps_left: upper bound of the steps of runs that are not known yet, by entrant.
     """
 
     runs: list[Run]
     tunings: dict[str, Tuning]
     steps_left: dict[str, int]
+
+    def configs(self, run: Run) -> list[Config]:
+        """The configs of which a run can have one, for estimates of its cost."""
+        return [*self.tunings[run.entrant].candidates.values()] if run.config is None else [run.config]
 
     def run(self, name: str) -> Run:
         """The run of this name. Raises UserError."""
@@ -133,22 +144,28 @@ def load_study(path: str | os.PathLike[str]) -> Study:
 
 def check_study(study: Study) -> None:
     """Raise UserError with every error of a study."""
-    faults = [*_own_faults(study)]
-    for name, config in study.entrants.items():
+    faults = [*_own_faults(study), *_alternative_faults(study)]
+    for place, config in _configs(study).items():
         try:
             check(config)
         except UserError as error:
-            faults += [f"entrants[{name!r}]: {fault}" for fault in error.faults]
+            faults += [f"{place}: {fault}" for fault in error.faults]
     if not faults:
-        faults += _entrant_faults(study)
+        faults += _unequal_fields(study)
     if faults:
         raise UserError(*faults)
 
 
+def _configs(study: Study) -> dict[str, Config]:
+    """Return the configs of entrants and alternatives, by their place in the study."""
+    configs = {f"entrants[{name!r}]": config for name, config in study.entrants.items()}
+    for entrant, alternatives in study.alternatives.items():
+        configs |= {f"alternatives[{entrant!r}][{name!r}]": config for name, config in alternatives.items()}
+    return configs
+
+
 def _own_faults(study: Study) -> Iterator[str]:
-    for name in study.entrants:
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            yield f"entrants: {name!r} must have small letters, digits and _ only; try {_plain(name)!r}"
+    yield from _name_faults("entrants", study.entrants)
     for role in ("target", "compared"):
         if (name := getattr(study, role)) not in study.entrants:
             yield f"{role} = {name!r}: must be an entrant{nearest(name, study.entrants)}"
@@ -170,51 +187,101 @@ def _own_faults(study: Study) -> Iterator[str]:
             yield f"{name} = {getattr(study, name)}: must be above 0; try 1"
 
 
+def _alternative_faults(study: Study) -> Iterator[str]:
+    if study.alternatives and 1.0 not in study.rate_factors:
+        yield f"rate_factors = {study.rate_factors}: must have 1.0, that of alternatives; try (0.5, 1.0, 2.0)"
+    for entrant, alternatives in study.alternatives.items():
+        place = f"alternatives[{entrant!r}]"
+        if entrant not in study.entrants:
+            yield f"{place}: must be of an entrant{nearest(entrant, study.entrants)}"
+            continue
+        yield from _name_faults(place, alternatives)
+        rate = study.entrants[entrant].training.optimizer.learning_rate
+        others = {"the entrant": study.entrants[entrant]}
+        for name, config in alternatives.items():
+            if (other_rate := config.training.optimizer.learning_rate) != rate:
+                rule = f"must be that of {entrant}, {rate!r}"
+                yield f"{place}[{name!r}]: training.optimizer.learning_rate = {other_rate!r}: {rule}; try {rate!r}"
+            for other in (other for other, known in others.items() if known == config):
+                yield f"{place}[{name!r}]: must differ from {other}, and has the same config; try to remove it"
+            others[name] = config
+
+
+def _name_faults(place: str, names: Mapping[str, Config]) -> Iterator[str]:
+    for name in names:
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            yield f"{place}: {name!r} must have small letters, digits and _ only; try {_plain(name)!r}"
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "_", name.lower()) or "mine"
 
 
-def _entrant_faults(study: Study) -> Iterator[str]:
-    """Yield the fields of entrants that must be equal for a comparison, and are not."""
+def _unequal_fields(study: Study) -> Iterator[str]:
+    """Yield the fields of entrants and alternatives that must be equal for a comparison, and are not."""
     target = study.entrants[study.target]
-    for name, config in study.entrants.items():
+    for place, config in _configs(study).items():
         for field, value in _equal_fields(config).items():
             expected = _equal_fields(target)[field]
             if value != expected:
                 rule = f"must be that of {study.target}, {expected!r}"
-                yield f"entrants[{name!r}]: {field} = {value!r}: {rule}; try {expected!r}"
+                yield f"{place}: {field} = {value!r}: {rule}; try {expected!r}"
         for share in study.horizons:
             try:
                 check(_with(config, 1.0, 0, _steps(config.training.steps, share)))
             except UserError as error:
-                yield from (f"entrants[{name!r}], schedule of {share} of the steps: {f}" for f in error.faults)
+                yield from (f"{place}, schedule of {share} of the steps: {f}" for f in error.faults)
 
 
 def _equal_fields(config: Config) -> dict[str, Any]:
+    """All but the layer, its auxiliary losses and the tuned rate, with the multipliers that name its parameters."""
     training, model, data = config.training, config.model, config.data
-    fields = {f"data.{name}": getattr(data, name) for name in vars(data) if name != "shuffle_group_size"}
-    fields |= {f"model.{name}": getattr(model, name) for name in ("objective", "context_length", "vocab_size")}
+    fields = {f"data.{name}": value for name, value in vars(data).items() if name != "shuffle_group_size"}
+    layer = ("feed_forward", "d_ff", "dense_bias", "moe_blocks")
+    fields |= {f"model.{name}": value for name, value in vars(model).items() if name not in layer}
     fields |= {f"training.{name}": getattr(training, name) for name in ("steps", "batch_size", "validate_every")}
+    tuned = ("learning_rate", "multipliers")
+    optimizer = vars(training.optimizer)
+    fields |= {f"training.optimizer.{name}": value for name, value in optimizer.items() if name not in tuned}
     return fields | {"data.shuffle_group_size (or the groups of the model)": config.group_size}
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def tune(study: Study, entrant: str, losses: Mapping[float, float]) -> Tuning:
-    """Return the grid of an entrant, and the best rate in it, from the final losses so far by learning rate."""
-    middle = study.entrants[entrant].training.optimizer.learning_rate
-    rates = tuple(middle * factor for factor in sorted(study.rate_factors))
+def candidates(study: Study, entrant: str) -> dict[str, Config]:
+    """Return the configs from which that of an entrant is chosen, its own first, by the prefix of their runs' names."""
+    alternatives = study.alternatives.get(entrant, {})
+    return {entrant: study.entrants[entrant]} | {f"{entrant}-{name}": c for name, c in alternatives.items()}
+
+
+def candidate_runs(study: Study, entrant: str) -> dict[str, str]:
+    """Return the names of the runs by which a candidate is chosen, those at the entrant's learning rate."""
+    return {name: _tuning_run(name, _middle(study, entrant)) for name in candidates(study, entrant)}
+
+
+def _middle(study: Study, entrant: str) -> float:
+    return study.entrants[entrant].training.optimizer.learning_rate
+
+
+def tune(study: Study, entrant: str, losses: Mapping[str, float]) -> Tuning:
+    """Return the chosen candidate of an entrant, its grid, and the best rate in it, from the losses so far by run."""
+    configs, runs = candidates(study, entrant), candidate_runs(study, entrant)
+    if len(configs) > 1 and any(run not in losses for run in runs.values()):
+        return Tuning(configs, {})
+    name = min(configs, key=lambda name: losses.get(runs[name], math.inf))  # the first of equal ones
+    rates = [_middle(study, entrant) * factor for factor in sorted(study.rate_factors)]
     for extension in range(study.max_extensions + 1):
-        if any(rate not in losses for rate in rates):
-            return Tuning(rates)
-        best = min(rates, key=lambda rate: losses[rate])  # the lowest of equal ones
+        grid = {_tuning_run(name, rate): rate for rate in rates}
+        if any(run not in losses for run in grid):
+            return Tuning({name: configs[name]}, grid)
+        best = grid[min(grid, key=lambda run: losses[run])]  # the lowest of equal ones
         if best not in (rates[0], rates[-1]):
             break
         if extension < study.max_extensions:
-            rates = (best / 2, *rates) if best == rates[0] else (*rates, best * 2)
-    at_end = best in (rates[0], rates[-1])
-    return Tuning(rates, best if math.isfinite(losses[best]) else None, True, at_end)
+            rates = [best / 2, *rates] if best == rates[0] else [*rates, best * 2]
+    at_end, trains = best in (rates[0], rates[-1]), math.isfinite(losses[_tuning_run(name, best)])
+    return Tuning({name: configs[name]}, grid, best if trains else None, True, at_end)
 
 
 def target_loss(study: Study, losses: Mapping[str, float]) -> float | None:
@@ -231,22 +298,19 @@ def plan(study: Study, losses: Mapping[str, float]) -> Plan:
     Args:
         losses: the final loss of each run that has ended, by name; infinite if it diverged.
     """
-    tunings, tuning_runs = {}, []
-    for entrant, config in study.entrants.items():
-        rates = _rates_of(study, entrant, losses)
-        tunings[entrant] = tuning = tune(study, entrant, rates)
-        for rate in tuning.rates:
-            changed = _with(config, rate, study.tuning_seed, study.steps)
-            tuning_runs.append(
-                Run(_tuning_run(entrant, rate), entrant, TUNING, study.tuning_seed, study.steps, changed)
-            )
+    tunings, tuning_runs, steps_left = {}, [], dict.fromkeys(study.entrants, 0)
+    for entrant in study.entrants:
+        tunings[entrant] = tuning = tune(study, entrant, losses)
+        tuning_runs += _tuning_runs(study, entrant, tuning)
+        if not tuning.rates:  # the names of these runs depend on the candidate
+            steps_left[entrant] = (len(study.rate_factors) - 1) * study.steps
     seed_runs = []
     for seed in study.seeds:
         for entrant in study.entrants:
             tuning = tunings[entrant]
             if not tuning.complete or tuning.chosen is not None:
                 seed_runs.append(_chosen_run(study, tuning, entrant, seed, study.steps))
-    horizon_runs, steps_left = [], dict.fromkeys(study.entrants, 0)
+    horizon_runs = []
     for seed in study.horizon_seeds:
         for entrant in study.entrants:
             if entrant == study.target or (tunings[entrant].complete and tunings[entrant].chosen is None):
@@ -262,6 +326,20 @@ def horizon_losses(study: Study, entrant: str, seed: int, losses: Mapping[str, f
     names = {share: _horizon_run(entrant, seed, _steps(study.steps, share)) for share in study.horizons}
     names[1.0] = _seed_run(entrant, seed)
     return {share: losses[name] for share, name in sorted(names.items()) if name in losses}
+
+
+def _tuning_runs(study: Study, entrant: str, tuning: Tuning) -> list[Run]:
+    """Return the runs of an entrant's candidates, then those of the grid of the chosen one."""
+    configs, middle, decided = candidates(study, entrant), _middle(study, entrant), bool(tuning.rates)
+    runs = candidate_runs(study, entrant).items()
+    points = [(run, configs[name], middle) for name, run in runs if not (decided and name in tuning.candidates)]
+    if decided:
+        (chosen,) = tuning.candidates.values()
+        points += [(run, chosen, rate) for run, rate in tuning.rates.items()]
+    return [
+        Run(run, entrant, TUNING, study.tuning_seed, study.steps, _with(config, rate, study.tuning_seed, study.steps))
+        for run, config, rate in points
+    ]
 
 
 def _horizon_runs(
@@ -284,21 +362,14 @@ def _horizon_runs(
 
 
 def _chosen_run(study: Study, tuning: Tuning, entrant: str, seed: int, steps: int) -> Run:
-    """Return a run at the chosen rate."""
+    """Return a run of the chosen candidate at the chosen rate."""
     full = steps == study.steps
     name, stage = (_seed_run(entrant, seed), SEEDS) if full else (_horizon_run(entrant, seed, steps), HORIZONS)
-    config = None if tuning.chosen is None else _with(study.entrants[entrant], tuning.chosen, seed, steps)
-    needs = () if config else tuple(_tuning_run(entrant, rate) for rate in tuning.rates)
-    return Run(name, entrant, stage, seed, steps, config, needs)
-
-
-def _rates_of(study: Study, entrant: str, losses: Mapping[str, float]) -> dict[float, float]:
-    """Return the losses of an entrant's tuning runs, by rate: of all rates that its grid can have."""
-    middle = study.entrants[entrant].training.optimizer.learning_rate
-    factors, more = sorted(study.rate_factors), range(1, study.max_extensions + 1)
-    factors = [*(factors[0] / 2**n for n in more), *factors, *(factors[-1] * 2**n for n in more)]
-    names = {middle * factor: _tuning_run(entrant, middle * factor) for factor in factors}
-    return {rate: losses[name] for rate, name in names.items() if name in losses}
+    if tuning.chosen is None:
+        needs = tuple(tuning.rates or candidate_runs(study, entrant).values())
+        return Run(name, entrant, stage, seed, steps, None, needs)
+    (candidate,) = tuning.candidates.values()
+    return Run(name, entrant, stage, seed, steps, _with(candidate, tuning.chosen, seed, steps))
 
 
 def _tuning_run(entrant: str, rate: float) -> str:
@@ -316,11 +387,6 @@ def _horizon_run(entrant: str, seed: int, steps: int) -> str:
 def seed_runs(study: Study, entrant: str) -> dict[int, str]:
     """Return the names of an entrant's runs at its best rate, by seed."""
     return {seed: _seed_run(entrant, seed) for seed in study.seeds}
-
-
-def tuning_runs(entrant: str, tuning: Tuning) -> dict[float, str]:
-    """Return the names of an entrant's tuning runs, by learning rate."""
-    return {rate: _tuning_run(entrant, rate) for rate in tuning.rates}
 
 
 def _steps(steps: int, share: float) -> int:
@@ -376,8 +442,9 @@ def run_flops(config: Config, steps: int) -> tuple[float, float]:
     return flops_per_token(config) * tokens, executed_flops_per_token(config) * tokens
 
 
-def seconds_of(study: Study, entrant: str, steps: int, runs: int, step_seconds: Mapping[str, float]) -> float:
-    """Estimate the time of an entrant's runs, by the time of a step where one is known."""
-    known = step_seconds.get(entrant)
-    executed = run_flops(study.entrants[entrant], 1)[1]
-    return runs * study.overhead_seconds + steps * (known or executed / study.flops_per_second)
+def seconds_of(
+    study: Study, configs: Iterable[Config], steps: int, runs: int, step_seconds: Mapping[ModelConfig, float]
+) -> float:
+    """Estimate the time of runs that have one of these configs, from measured times of a step where they are known."""
+    times = [step_seconds.get(config.model) or run_flops(config, 1)[1] / study.flops_per_second for config in configs]
+    return runs * study.overhead_seconds + steps * max(times)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from mot_jax.benchmark.study.analysis import (
     analyze,
     curve_of,
+    grid_losses,
     layer_metrics,
     seed_runs,
     tuning_losses,
@@ -116,7 +117,7 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 _loss(mean) if mean is not None else f"{loss['reached']} of {loss['of']} finite",
                 _loss(loss.get("sd")),
                 "-" if mean is None or not bits else f"{mean * bits:.4f}",
-                _loss(_trained_loss(results, name)),
+                _loss(rows[name]["trained_loss"].get("mean")),
                 f"{loss['of']} of {seeds}",
                 f"{about['parameters']:,}",
             ]
@@ -136,13 +137,6 @@ def _mode(about: Mapping[str, Any]) -> str:
     if about["headline_flops"] != 1.0:
         mode += f", {about['headline_flops']:.1f} x the FLOPs"
     return mode if about["independent"] else f"{mode}, sequences depend on each other"
-
-
-def _trained_loss(results: Results, entrant: str) -> float | None:
-    """The mean of the final losses in the mode of training; None if a seed has none."""
-    losses = [run["trained_curve"][-1][1] if run.get("trained_curve") else None for run in _ended(results, entrant)]
-    finite = [loss for loss in losses if loss is not None]
-    return sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
 
 
 def _ended(results: Results, entrant: str) -> list[dict[str, Any]]:
@@ -212,7 +206,7 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     for name, row in figures["entrants"].items():
         if name == compared:
             continue
-        loss, steps = row["loss_test"], row["crossing_test"]
+        loss, trained, steps = row["loss_test"], row["trained_loss_test"], row["crossing_test"]
         factors = [None if steps[key] is None else math.exp(steps[key]) for key in _BOUNDS]
         table.append(
             [
@@ -220,18 +214,21 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 _interval([loss[key] for key in _BOUNDS], "+.4f"),
                 _p_value(loss),
                 _verdict(loss, "lower", "higher"),
+                _interval([trained[key] for key in _BOUNDS], "+.4f"),
+                _p_value(trained),
                 _interval(factors, ".3f"),
                 _p_value(steps),
                 _verdict(steps, "earlier", "later"),
             ]
         )
-    columns = ["entrant", "loss", "p", f"than {compared}", "steps to target, ratio", "p", f"than {compared}"]
-    yield Table(columns, table)
+    columns = ["entrant", "loss", "p", f"than {compared}", "loss as trained", "p", "steps to target, ratio", "p"]
+    yield Table([*columns, f"than {compared}"], table)
     yield Text(
         f"Mean differences of the final losses and mean ratios of the steps to the target, entrant and {compared} "
-        "paired by seed, with 95 % confidence intervals. p: of paired two-sided t-tests of the loss and of the "
-        "logarithm of the steps, each corrected over the entrants by Holm's method; significant below "
-        f"{SIGNIFICANCE}. There is no test where a seed misses the target."
+        "paired by seed, with 95 % confidence intervals. Loss: in the evaluated modes; as trained: both in the mode of "
+        "training. p: of paired two-sided t-tests of each loss and of the logarithm of the steps, corrected over the "
+        f"entrants by Holm's method; significant below {SIGNIFICANCE}. There is no test where a seed misses the "
+        f"target. Steps of {settings['target']}: all of them, and those of {compared} to its loss of the same seed."
     )
 
 
@@ -259,22 +256,44 @@ def _tuning(results: Results) -> Iterator[Block]:
     settings, table = results["settings"], []
     yield Heading("Tuning")
     for name, entrant in results["entrants"].items():
-        tuning, losses = entrant["tuning"], tuning_losses(results, name)
+        tuning = entrant["tuning"]
         remark = "at an end of the grid" if tuning["at_end"] else ""
         if not tuning["complete"]:
             remark = "not complete"
         elif tuning["chosen"] is None:
             remark = "no rate of the grid trains"
-        points = ", ".join(f"{rate:.4g}: {_loss(loss)}" for rate, loss in sorted(losses.items()))
+        points = ", ".join(f"{rate:.4g}: {_loss(loss)}" for rate, loss in grid_losses(results, name).items())
         rate = "-" if tuning["chosen"] is None else f"{tuning['chosen']:.4g}"
-        table.append([name, rate, str(len(losses)), remark, points])
+        table.append([name, rate, str(len(tuning_losses(results, name))), remark, points])
     yield Table(["entrant", "learning rate", "runs", "remark", "final losses"], table)
     yield Text(
-        f"One knob, the peak learning rate, in factors of 2 around the entrant's default, {settings['steps']:,} steps "
-        f"each, seed {settings['tuning_seed']}; while the best rate was at an end, the grid was extended by one "
-        f"(limit: {settings['max_extensions']}). The compared runs have other seeds."
+        f"The peak learning rate, in factors of 2 around the entrant's default, {settings['steps']:,} steps each, seed "
+        f"{settings['tuning_seed']}; while the best rate was at an end, the grid was extended by one (limit: "
+        f"{settings['max_extensions']}). The compared runs have other seeds. Runs: all that tuned the entrant."
     )
+    yield from _alternatives(results)
     yield Plot(_tuning_plot(results), "Final loss over the learning rate; filled: chosen.")
+
+
+def _alternatives(results: Results) -> Iterator[Block]:
+    """Yield the table of the candidates of entrants that have alternatives."""
+    table = []
+    for name, entrant in results["entrants"].items():
+        losses = tuning_losses(results, name)
+        for candidate, about in entrant["candidates"].items():
+            differences = _differences(entrant["candidates"][name], about)
+            fields = ", ".join(f"{field} = {value} instead of {before}" for field, before, value in differences)
+            loss, remark = _loss(losses.get(about["run"])), "chosen" if candidate == entrant["candidate"] else ""
+            table.append([name, candidate.removeprefix(f"{name}-"), fields or "the entrant's own", loss, remark])
+    if not table:
+        yield Text("No other field was tuned.")
+        return
+    yield Table(["entrant", "candidate", "config", "final loss", "remark"], table)
+    yield Text(
+        "Alternatives: a second knob of these entrants. Each candidate was trained once, at the entrant's default "
+        "learning rate, with the seed of the tuning, and the one with the lowest final loss was chosen, the entrant's "
+        "own among equal ones. Its learning rate was then tuned, with this run as a point of the grid."
+    )
 
 
 def _balance(results: Results) -> Iterator[Block]:
@@ -338,7 +357,8 @@ def _configs(results: Results) -> Iterator[Block]:
     yield Table(["entrant", "field", settings["target"], "value"], table)
     yield Text(
         "All other fields are equal, except for those that only one of the two kinds has and that have their default; "
-        f"`{FILE}` has the whole configs. The learning rate is that before tuning."
+        f"`{FILE}` has the whole configs. The learning rate is that before tuning; the config of an entrant with "
+        "alternatives is that of the chosen candidate."
     )
 
 
@@ -404,8 +424,8 @@ def _refutation(results: Results) -> Iterator[Block]:
             "Fresh seeds: change `seeds` in the study file. A difference that is not significant may be one of chance; "
             "a significant one should remain.",
             f"A better learning rate of {settings['target']} or of any entrant outside of the grid above, above all "
-            "where the best one is at an end of it, or a second knob, such as the weight of an auxiliary loss, tuned "
-            "with the same number of runs for every entrant.",
+            "where the best one is at an end of it, or another knob, such as the weight of an auxiliary loss, tuned "
+            "with the same number of runs for every entrant (`alternatives` in the study file).",
             "A longer training or larger models, at which the order of the entrants changes: the study holds for its "
             f"{settings['steps']:,} steps and its sizes only.",
             "An entrant whose tokens depend on later ones: tests/nn/feed_forward/test_every_kind.py has the tests of "
@@ -417,13 +437,14 @@ def _refutation(results: Results) -> Iterator[Block]:
             "`mot bench report` computes this page from the former.",
         ]
     )
-    yield Code(
-        "\n".join(f"{command} --workdir again --run {name}-rate-{_default_rate(results, name)}" for name in seeds)
-    )
+    runs = [_default_run(name, results["entrants"][name]) for name in seeds]
+    yield Code("\n".join(f"{command} --workdir again --run {run}" for run in runs))
 
 
-def _default_rate(results: Results, entrant: str) -> str:
-    return f"{results['entrants'][entrant]['config']['training']['optimizer']['learning_rate']:.6g}"
+def _default_run(name: str, entrant: Mapping[str, Any]) -> str:
+    """The run of the chosen candidate at the learning rate before tuning, which needs no other run."""
+    rate = entrant["config"]["training"]["optimizer"]["learning_rate"]
+    return f"{entrant['candidate'] or name}-rate-{rate:.6g}"
 
 
 def _about(machine: Mapping[str, str]) -> str:
@@ -467,7 +488,7 @@ def _tuning_plot(results: Results) -> str:
     axes.set_xscale("log", base=2)
     rates: set[float] = set()
     for name, entrant in results["entrants"].items():
-        points = [(rate, loss) for rate, loss in sorted(tuning_losses(results, name).items()) if math.isfinite(loss)]
+        points = [(rate, loss) for rate, loss in grid_losses(results, name).items() if math.isfinite(loss)]
         if points:
             color, chosen = (
                 _color(results, name),

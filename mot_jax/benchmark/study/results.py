@@ -12,7 +12,7 @@ from etils import epath
 
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.execute import Directory, Outcome, read_record, workdir_of
-from mot_jax.benchmark.study.plan import SEEDS, Plan, Run
+from mot_jax.benchmark.study.plan import SEEDS, Plan, Run, Study
 from mot_jax.benchmark.study.times import read_times
 from mot_jax.config import Config, MixtureOfTokensConfig, to_json
 from mot_jax.cost.flops import forward_flops
@@ -33,7 +33,7 @@ def collect(directory: Directory, command: str) -> dict[str, Any]:
     study, plan = directory.study, directory.plan()
     records = {run.name: read_record(workdir_of(directory.folder, run.name)) for run in plan.runs}
     begun = [record for record in records.values() if record]
-    settings = {name: value for name, value in vars(study).items() if name not in ("title", "entrants")}
+    settings = {name: value for name, value in vars(study).items() if name not in ("title", "entrants", "alternatives")}
     return {
         "format": FORMAT,
         "study": directory.name,
@@ -43,7 +43,7 @@ def collect(directory: Directory, command: str) -> dict[str, Any]:
         "machines": _distinct([_machine(record["machine"]) for record in begun if "machine" in record]),
         "commits": _distinct([commit for record in begun for commit in record.get("commits", [])]),
         "data": _data(directory, plan, begun),
-        "entrants": {name: _entrant(config, plan.tunings[name]) for name, config in study.entrants.items()},
+        "entrants": {name: _entrant(study, name, plan.tunings[name]) for name in study.entrants},
         "runs": [_run(directory, run, records[run.name]) for run in plan.runs],
         "other_runs": directory.other_runs(plan),
         "times": read_times(directory),
@@ -94,16 +94,21 @@ def _data(directory: Directory, plan: Plan, records: list[dict[str, Any]]) -> di
     return about
 
 
-def _entrant(config: Config, tuning: plans.Tuning) -> dict[str, Any]:
-    """An entrant: its config, its tuning, and its costs, of a step of training."""
+def _entrant(study: Study, name: str, tuning: plans.Tuning) -> dict[str, Any]:
+    """An entrant: its config, its candidates if it has alternatives, its tuning, and the costs of a step of training.
+
+    While no candidate is chosen, config and costs are those without alternatives.
+    """
+    candidates, runs = plans.candidates(study, name), plans.candidate_runs(study, name)
+    candidate, config = next(iter(tuning.candidates.items()))
     useful, executed = plans.run_flops(config, 1)
-    memory, mode, kind = memory_bytes(config), plans.headline_mode(config), config.model.feed_forward
-    defaults = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=type(kind)()))
-    return {
-        "kind": kind.kind,
-        "config": json.loads(to_json(config)),
-        "kind_defaults": json.loads(to_json(defaults))["model"]["feed_forward"],
-        "tuning": tuning._asdict(),
+    memory, mode = memory_bytes(config), plans.headline_mode(config)
+    about: dict[str, Any] = {"candidate": candidate if tuning.rates else None, "candidates": {}}
+    if len(candidates) > 1:
+        about["candidates"] = {other: {"run": runs[other], **_config(candidates[other])} for other in candidates}
+    return about | {
+        **_config(config),
+        "tuning": {field: value for field, value in tuning._asdict().items() if field != "candidates"},
         "headline_mode": mode,
         "independent": mode != "trained" or config.model.group_size == 1,
         "headline_flops": _headline_flops(config, mode),
@@ -112,6 +117,16 @@ def _entrant(config: Config, tuning: plans.Tuning) -> dict[str, Any]:
         "state_bytes": memory["parameters"] + memory["optimizer state"],
         "useful_flops": useful,
         "executed_flops": executed,
+    }
+
+
+def _config(config: Config) -> dict[str, Any]:
+    kind = config.model.feed_forward
+    defaults = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=type(kind)()))
+    return {
+        "kind": kind.kind,
+        "config": json.loads(to_json(config)),
+        "kind_defaults": json.loads(to_json(defaults))["model"]["feed_forward"],
     }
 
 

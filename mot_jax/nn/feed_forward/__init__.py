@@ -26,7 +26,13 @@ from mot_jax.nn.feed_forward.dense import Dense
 from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
 from mot_jax.nn.feed_forward.expert_threshold import ExpertThreshold
 from mot_jax.nn.feed_forward.hash import Hash
-from mot_jax.nn.feed_forward.interface import FeedForward, FeedForwardContext, FeedForwardOutput, RouterState
+from mot_jax.nn.feed_forward.interface import (
+    FeedForward,
+    FeedForwardContext,
+    FeedForwardOutput,
+    RouterState,
+    update_router_state,
+)
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
 from mot_jax.nn.feed_forward.relu_routing import ReluRouting
 from mot_jax.nn.feed_forward.soft_moe import SoftMoE
@@ -63,6 +69,7 @@ __all__ = [
     "Threshold",
     "TokenChoice",
     "make_feed_forward",
+    "update_router_state",
 ]
 
 

@@ -7,7 +7,7 @@ layer, cost, tests.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, SupportsIndex
 
@@ -215,6 +215,23 @@ class FeedForward(nnx.Module):
         """
         del config, statistics
         return router
+
+
+def update_router_state(layers: Sequence[FeedForward], statistics: Sequence[Mapping[str, jax.Array]]) -> None:
+    """Set the router state of layers in a model other than `mot_jax.Transformer`, once per training step.
+
+    Args:
+        layers: all layers of the model that have this kind and config.
+        statistics: `FeedForwardOutput.statistics` of each layer in the step, summed over its microbatches.
+    """
+    if not any(statistics):
+        return  # a kind without router state, or whose state does not change
+    kind, names = layers[0], [name for name, value in vars(layers[0]).items() if isinstance(value, RouterState)]
+    router = {name: jnp.stack([getattr(layer, name)[...] for layer in layers]) for name in names}
+    sums = {name: jnp.stack([of_layer[name] for of_layer in statistics]) for name in statistics[0]}
+    for name, values in kind.update_router(kind.config, router, sums).items():
+        for layer, value in zip(layers, values, strict=True):
+            getattr(layer, name)[...] = value
 
 
 _ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}

@@ -13,12 +13,13 @@ import pytest
 from etils import epath
 
 from mot_jax import cli
-from mot_jax.benchmark.study import execute, load_study
+from mot_jax.benchmark.study import execute, load_study, results
 from mot_jax.config import to_json
 from mot_jax.errors import DivergedError, UserError
 from mot_jax.runtime import strict_json
 
-# A study of two kinds and 12 steps: 3 rates, 1 seed and at most one shorter schedule.
+# A study of two kinds and 12 steps: 3 rates, 1 seed and at most one shorter schedule. Its function `alternatives` has
+# another scale of the controller.
 STUDY = """
 import dataclasses
 import importlib.util
@@ -26,6 +27,12 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("smoke", {smoke!r})
 smoke = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(smoke)
+
+
+def alternatives(config):
+    layer = dataclasses.replace(config.model.feed_forward, controller_init_scale=1.0)
+    model = dataclasses.replace(config.model, feed_forward=layer)
+    return {{"mixture_of_tokens": {{"scale_1": dataclasses.replace(config, model=model)}}}}
 
 
 def get_study():
@@ -41,6 +48,7 @@ def get_study():
         entrants[name] = dataclasses.replace(config, training=training, data=data, model=model)
     return dataclasses.replace(study, entrants=entrants, seeds=(1,), max_extensions=0, horizons=(0.5,){more})
 """
+ALTERNATIVES = ", alternatives=alternatives(entrants['mixture_of_tokens'])"
 SMOKE = Path(__file__).parents[3] / "configs" / "studies" / "smoke.py"
 
 
@@ -76,6 +84,19 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(capsys, tmp_path, data):
     expected += ["dense-seed-1", "mixture_of_tokens-seed-1"]
     assert rows[1:] == expected
     assert any("the budget is 0.2" in line for line in lines) and not out.exists()
+
+
+def test_of_an_entrant_with_alternatives_the_candidates_are_listed_and_the_others_wait(capsys, tmp_path, data):
+    study, out = write_study(tmp_path, data, ALTERNATIVES), tmp_path / "out"
+    cli.main(["bench", "train", study, "--workdir", str(out), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines if line.startswith("| mixture")]
+    names = ["mixture_of_tokens-rate-0.01", "mixture_of_tokens-scale_1-rate-0.01"]
+    expected = [[name, "tuning", "to train"] for name in names]
+    assert rows == [*expected, ["mixture_of_tokens-seed-1", "seeds", "waits for the tuning"]]
+    assert "and about 3 runs more, which depend on the losses of these" in lines
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1")
+    assert code == 75 and line.endswith(f"try again after {', '.join(names)}")
 
 
 def test_a_study_above_its_budget_is_refused_before_anything_is_trained(capsys, tmp_path, data):
@@ -116,10 +137,23 @@ def finished_run(study: execute.Directory, name: str, loss: float | None) -> Pat
     workdir = Path(execute.workdir_of(study.folder, name))
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(to_json(run.config))
-    row = {"step": run.steps, "split": "validation", "loss": loss}
+    row = {"step": run.steps, "split": "validation", "loss": loss, "bits_per_byte": loss, "windows": 32, "tokens": 992}
     (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (workdir / "result.json").write_text(json.dumps({"steps": run.steps}))
     return workdir
+
+
+def test_results_have_the_chosen_candidate(tmp_path, data):
+    study = directory(write_study(tmp_path, data, ALTERNATIVES), tmp_path / "out")
+    for name, losses in (("", 3.0), ("-scale_1", 2.0)):
+        workdir = finished_run(study, f"mixture_of_tokens{name}-rate-0.01", losses)
+        (workdir / "record.json").write_text(json.dumps({"state": "finished", "curve": [[12, losses]]}))
+    entrant = json.loads(json.dumps(results.collect(study, "")))["entrants"]["mixture_of_tokens"]
+    assert entrant["candidate"] == "mixture_of_tokens-scale_1"
+    assert entrant["config"]["model"]["feed_forward"]["controller_init_scale"] == 1.0
+    assert [*entrant["tuning"]["rates"].values()] == [0.005, 0.01, 0.02]
+    runs = {name: candidate["run"] for name, candidate in entrant["candidates"].items()}
+    assert runs == {name: f"{name}-rate-0.01" for name in ("mixture_of_tokens", "mixture_of_tokens-scale_1")}
 
 
 def test_outcomes_are_read_from_the_files_of_runs(tmp_path, data):
@@ -198,19 +232,19 @@ def command(study: str, out: Path) -> list[str]:
 
 
 def results_without_times(out: Path) -> dict:
-    results = json.loads((out / "results.json").read_text())
-    assert results.pop("times")["rows"].keys() == {"dense", "mixture_of_tokens"}
-    del results["command"], results["commits"]
-    for run in results["runs"]:
+    content = json.loads((out / "results.json").read_text())
+    assert content.pop("times")["rows"].keys() == {"dense", "mixture_of_tokens"}
+    del content["command"], content["commits"]
+    for run in content["runs"]:
         del run["commits"]  # more than one if the source has changed since
-    return results
+    return content
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data) -> tuple[str, Path]:
     """A study that was trained without a disturbance; tests must not change it."""
     folder = tmp_path_factory.mktemp("study")
-    study, out = write_study(folder, data), folder / "out"
+    study, out = write_study(folder, data, ALTERNATIVES), folder / "out"
     subprocess.run(command(study, out), check=True, capture_output=True)
     return study, out
 
@@ -218,16 +252,22 @@ def trained(tmp_path_factory, data) -> tuple[str, Path]:
 @pytest.mark.slow
 def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
     study, out = trained
-    results = results_without_times(out)
-    runs = {run["name"]: run for run in results["runs"]}
-    assert {run["state"] for run in runs.values()} == {"finished"} and 8 <= len(runs) <= 9
+    content = results_without_times(out)
+    runs = {run["name"]: run for run in content["runs"]}
+    assert {run["state"] for run in runs.values()} == {"finished"} and 9 <= len(runs) <= 10
+    entrant, names = content["entrants"]["mixture_of_tokens"], ["mixture_of_tokens", "mixture_of_tokens-scale_1"]
+    chosen = min(names, key=lambda name: runs[f"{name}-rate-0.01"]["loss"])
+    assert entrant["candidate"] == chosen
+    assert entrant["tuning"]["rates"] == {f"{chosen}-rate-{rate}": rate for rate in (0.005, 0.01, 0.02)}
+    trained_layer = json.loads((out / "runs/mixture_of_tokens-seed-1/config.json").read_text())["model"]["feed_forward"]
+    assert trained_layer == entrant["candidates"][chosen]["config"]["model"]["feed_forward"]
     mot = runs["mixture_of_tokens-seed-1"]
     assert [step for step, _ in mot["curve"]] == [step for step, _ in mot["trained_curve"]] == [6, 12]
     assert all(a[1] != b[1] for a, b in zip(mot["curve"], mot["trained_curve"], strict=True))
     assert runs["dense-seed-1"]["curve"] == runs["dense-seed-1"]["trained_curve"]
-    assert 32 <= results["data"]["validation_windows"] < 36  # in every evaluation, whole groups of 4
+    assert 32 <= content["data"]["validation_windows"] < 36  # in every evaluation, whole groups of 4
     scores = strict_json.load(epath.Path(out / "runs/mixture_of_tokens-seed-1/modes.json"), list, "")
-    assert {score["windows"] for score in scores} == {results["data"]["validation_windows"]}
+    assert {score["windows"] for score in scores} == {content["data"]["validation_windows"]}
     assert len({run["config_hash"] for run in runs.values()}) == len(runs)
     assert "<svg" in (out / "report.html").read_text() and "How to refute this" in (out / "report.md").read_text()
     before = (out / "report.html").read_bytes()
@@ -240,11 +280,11 @@ def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_ends_with_the_same_results(trained, tmp_path):
-    """Of a finished study, some runs of each stage are removed, and trained again between kills."""
+    """Of a finished study, a candidate's run and some of the seeds are removed, and trained again between kills."""
     study, undisturbed = trained
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
-    removed = ["mixture_of_tokens-rate-0.02", "dense-seed-1", "mixture_of_tokens-seed-1"]
+    removed = ["mixture_of_tokens-scale_1-rate-0.01", "dense-seed-1", "mixture_of_tokens-seed-1"]
     for name in removed:
         shutil.rmtree(out / "runs" / name)
     for name in ("results.json", "times.json"):

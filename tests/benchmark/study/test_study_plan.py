@@ -7,7 +7,7 @@ import pytest
 
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.plan import Study, load_study, plan, tune
-from mot_jax.config import ExpertChoiceConfig, check
+from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, check
 from mot_jax.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -26,6 +26,24 @@ def test_every_study_file_has_its_command_and_time(path):
     assert f"\nCommand: mot bench train configs/studies/{path.name} --workdir" in text and "\nHere:    " in text
 
 
+@pytest.fixture(scope="module")
+def with_alternatives(smoke) -> Study:
+    """Token choice has the choice between three scales of its router's initial weights: 3, 1 and 9."""
+    config = smoke.entrants["token_choice"]
+    alternatives = {f"scale_{scale}": with_layer(config, controller_init_scale=float(scale)) for scale in (1, 9)}
+    return dataclasses.replace(smoke, alternatives={"token_choice": alternatives})
+
+
+def with_layer(config: Config, **fields) -> Config:
+    layer = dataclasses.replace(config.model.feed_forward, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=layer))
+
+
+def scale_of(config: Config | None) -> float:
+    assert config is not None and isinstance(config.model.feed_forward, TokenChoiceConfig)
+    return config.model.feed_forward.controller_init_scale
+
+
 # --- tuning -----------------------------------------------------------------------------------------------------------
 
 
@@ -33,7 +51,7 @@ def tuned(study: Study, best: float) -> plans.Tuning:
     """The tuning of an entrant whose loss is lowest at `best` times its rate, with all runs that it asks for."""
     middle, losses = study.entrants["dense"].training.optimizer.learning_rate, {}
     while not (tuning := tune(study, "dense", losses)).complete:
-        losses |= {rate: abs(math.log2(rate / (best * middle))) for rate in tuning.rates}
+        losses |= {run: abs(math.log2(rate / (best * middle))) for run, rate in tuning.rates.items()}
     return tuning
 
 
@@ -50,7 +68,7 @@ def tuned(study: Study, best: float) -> plans.Tuning:
 def test_the_grid_is_extended_by_one_while_the_best_rate_is_at_an_end(smoke, best, rates, chosen, at_end):
     study = dataclasses.replace(smoke, rate_factors=(0.25, 0.5, 1.0, 2.0, 4.0), max_extensions=2)
     tuning, middle = tuned(study, best), study.entrants["dense"].training.optimizer.learning_rate
-    assert tuning.rates == tuple(middle * factor for factor in rates)
+    assert tuple(tuning.rates.values()) == tuple(middle * factor for factor in rates)
     assert (tuning.chosen, tuning.at_end) == (middle * chosen, at_end)
 
 
@@ -111,16 +129,16 @@ def test_the_shortest_schedule_is_searched_for_all_but_the_target(smoke):
         assert min(share for share, loss in by_share.items() if loss <= target) == min(reached)
 
 
-def test_a_plan_depends_on_the_losses_and_not_on_their_order(smoke):
+def test_a_plan_depends_on_the_losses_and_not_on_their_order(with_alternatives):
     """As after a kill, or with several jobs: from any part of the losses, the same runs remain."""
-    losses = trained(smoke)
+    losses = trained(with_alternatives)
     generator = random.Random(0)
     for _ in range(5):
         done: dict[str, float] = {}
-        while todo := [run for run in plan(smoke, done).runs if run.config and run.name not in done]:
+        while todo := [run for run in plan(with_alternatives, done).runs if run.config and run.name not in done]:
             for run in generator.sample(todo, generator.randint(1, len(todo))):
                 done[run.name] = loss_of(run)
-        assert done == losses and plan(smoke, done) == plan(smoke, losses)
+        assert done == losses and plan(with_alternatives, done) == plan(with_alternatives, losses)
 
 
 def test_runs_that_wait_for_a_learning_rate_name_the_runs_that_they_need(smoke):
@@ -128,10 +146,60 @@ def test_runs_that_wait_for_a_learning_rate_name_the_runs_that_they_need(smoke):
     waiting = [run for run in current.runs if run.config is None]
     assert [run.stage for run in waiting] == [plans.SEEDS] * 6
     for run in waiting:
-        assert run.needs == tuple(plans.tuning_runs(run.entrant, current.tunings[run.entrant]).values())
+        assert run.needs == tuple(current.tunings[run.entrant].rates)
     assert current.steps_left["dense"] == 0 and current.steps_left["token_choice"] > 0
     with pytest.raises(UserError, match="did you mean 'dense-seed-1'"):
         current.run("dense-sed-1")
+
+
+# --- alternatives -----------------------------------------------------------------------------------------------------
+
+CANDIDATES = {"token_choice": 3.0, "token_choice-scale_1": 1.0, "token_choice-scale_9": 9.0}
+
+
+def test_until_a_candidate_is_chosen_only_the_candidates_can_be_trained(smoke, with_alternatives):
+    before, current = plan(smoke, {}), plan(with_alternatives, {})
+    runs = [run for run in current.runs if run.entrant == "token_choice"]
+    tuning = {run.name: scale_of(run.config) for run in runs if run.stage == plans.TUNING}
+    assert tuning == {f"{name}-rate-0.01": scale for name, scale in CANDIDATES.items()}
+    waiting = [run for run in runs if run.stage != plans.TUNING]
+    assert len(waiting) == 2 and all(run.needs == tuple(tuning) and run.config is None for run in waiting)
+    assert [scale_of(config) for config in current.configs(waiting[0])] == [*CANDIDATES.values()]
+    assert current.steps_left["token_choice"] == before.steps_left["token_choice"] + 2 * smoke.steps
+    others = [[run for run in one.runs if run.entrant != "token_choice"] for one in (before, current)]
+    assert others[0] == others[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        ((2.0, 2.0, 2.0), "token_choice"),
+        ((2.0, 1.9, 1.9), "token_choice-scale_1"),
+        ((2.0, 2.1, 1.9), "token_choice-scale_9"),
+        ((math.inf, 2.0, 2.1), "token_choice-scale_1"),
+        ((2.0, math.inf, 2.1), "token_choice"),
+    ],
+)
+def test_the_candidate_with_the_lowest_loss_is_tuned_and_compared(smoke, with_alternatives, losses, chosen):
+    done = {f"{name}-rate-0.01": loss for name, loss in zip(CANDIDATES, losses, strict=True)}
+    current = plan(with_alternatives, done)
+    assert [*current.tunings["token_choice"].rates] == [f"{chosen}-rate-{rate}" for rate in (0.005, 0.01, 0.02)]
+    assert all(run in [one.name for one in current.runs] for run in done)
+    done |= {f"{chosen}-rate-0.005": 1.0, f"{chosen}-rate-0.02": 3.0, f"{chosen}-rate-0.0025": 1.5}
+    current, own = plan(with_alternatives, done), plan(smoke, {})
+    compared = [run for run in current.runs if run.entrant == "token_choice" and run.stage == plans.SEEDS]
+    assert [run.name for run in compared] == ["token_choice-seed-1", "token_choice-seed-2"]
+    for run in compared:
+        assert run.config is not None and run.config.training.optimizer.learning_rate == 0.005
+        assert scale_of(run.config) == CANDIDATES[chosen]
+    assert current.steps_left == own.steps_left
+
+
+def test_an_entrant_whose_candidates_all_diverge_has_its_own_grid_and_no_rate(with_alternatives):
+    current = plan(with_alternatives, trained(with_alternatives, diverging="token_choice"))
+    tuning = current.tunings["token_choice"]
+    assert tuning.complete and tuning.chosen is None and [*tuning.candidates] == ["token_choice"]
+    assert len([run for run in current.runs if run.entrant == "token_choice"]) == len(tuning.rates) + 2
 
 
 # --- identity ---------------------------------------------------------------------------------------------------------
@@ -189,6 +257,31 @@ def faulty_studies(study: Study):
     yield with_dense(study, model=over_tokens), r"entrants\['dense'\]: .*over = 'tokens'.*causal"
 
 
+def faulty_alternatives(study: Study):
+    config, replace = study.entrants["token_choice"], dataclasses.replace
+    place = r"alternatives\['token_choice'\]"
+    other = with_layer(config, controller_init_scale=1.0)
+    optimizer = replace(config.training.optimizer, learning_rate=0.02)
+    rate = replace(other, training=replace(config.training, optimizer=optimizer))
+    steps = replace(other, training=replace(config.training, steps=61))
+    yield {"token_choise": {"a": other}}, r"alternatives\['token_choise'\]: must be of an .*did you mean 'token_choice'"
+    yield {"token_choice": {"a-b": other}}, f"{place}: 'a-b' must have small letters.*; try 'a_b'"
+    yield {"token_choice": {"a": rate}}, rf"{place}\['a'\]: training.optimizer.learning_rate = 0.02: .* try 0.01"
+    yield {"token_choice": {"a": steps}}, rf"{place}\['a'\]: training.steps = 61: must be that of dense, 60"
+    yield {"token_choice": {"a": config}}, rf"{place}\['a'\]: must differ from the entrant"
+    yield {"token_choice": {"a": other, "b": other}}, rf"{place}\['b'\]: must differ from a"
+    yield {"token_choice": {"a": with_layer(config, top_k=0)}}, rf"{place}\['a'\]: .*top_k = 0"
+
+
+def test_a_study_with_alternatives_that_are_not_equal_is_refused(smoke):
+    for alternatives, line in faulty_alternatives(smoke):
+        with pytest.raises(UserError, match=line):
+            plans.check_study(dataclasses.replace(smoke, alternatives=alternatives))
+    factors = dataclasses.replace(smoke, alternatives={"dense": {}}, rate_factors=(0.75, 1.5, 3.0))
+    with pytest.raises(UserError, match=r"rate_factors = .*: must have 1.0, that of alternatives"):
+        plans.check_study(factors)
+
+
 def test_a_study_that_compares_unequal_things_is_refused(smoke):
     for study, line in faulty_studies(smoke):
         with pytest.raises(UserError, match=line):
@@ -215,5 +308,8 @@ def test_a_broken_study_file_is_refused_in_one_line(tmp_path, text, line):
 def test_estimates_replace_flops_by_measured_steps(smoke):
     executed = plans.run_flops(smoke.entrants["dense"], 1)[1]
     study = dataclasses.replace(smoke, flops_per_second=executed, overhead_seconds=3.0)
-    assert plans.seconds_of(study, "dense", 10, 2, {}) == pytest.approx(16)
-    assert plans.seconds_of(study, "dense", 10, 2, {"dense": 0.5}) == pytest.approx(11)
+    dense = study.entrants["dense"]
+    assert plans.seconds_of(study, [dense], 10, 2, {}) == pytest.approx(16)
+    assert plans.seconds_of(study, [dense], 10, 2, {dense.model: 0.5}) == pytest.approx(11)
+    other = study.entrants["token_choice"]
+    assert plans.seconds_of(study, [dense, other], 10, 2, {dense.model: 0.5, other.model: 0.7}) == pytest.approx(13)

@@ -44,7 +44,14 @@ def results() -> dict:
                 "model": {"feed_forward": {"kind": name, f"{name}_a": 1, f"{name}_b": 3}},
             },
             "kind_defaults": {"kind": name, f"{name}_a": 1, f"{name}_b": 2},
-            "tuning": {"rates": [0.005, 0.01, 0.02], "chosen": 0.01, "complete": True, "at_end": name == DENSE},
+            "candidate": name,
+            "candidates": {},
+            "tuning": {
+                "rates": {f"{name}-rate-{rate}": rate for rate in (0.005, 0.01, 0.02)},
+                "chosen": 0.01,
+                "complete": True,
+                "at_end": name == DENSE,
+            },
             "headline_mode": "companions" if name == MOT else "trained",
             "independent": True,
             "headline_flops": 3.0 if name == MOT else 1.0,
@@ -108,6 +115,23 @@ def test_a_seed_that_misses_makes_the_median_infinite_and_prevents_the_test(resu
     row = analyze(results)["entrants"][ROUTED]
     assert row["crossing"]["reached"] == 1 and row["steps_to_target"] == math.inf
     assert row["crossing_test"]["reason"] == "1 of 2 seeds miss" and row["crossing_test"]["holm"] is None
+    assert row["loss_test"]["difference"] == pytest.approx(0.85)
+
+
+def test_the_target_entrant_is_compared_by_its_own_losses(results):
+    """MoT falls to 1.9 with seed 1 and to 2.1 with seed 2, where dense ends with 100 steps."""
+    test = analyze(results)["entrants"][DENSE]["crossing_test"]
+    steps = 50 + 50 * 2.1 / 3, 50 + 50 * 1.9 / 2.7
+    assert test["difference"] == pytest.approx(math.log(100) - (math.log(steps[0]) + math.log(steps[1])) / 2)
+    assert test["reason"] == "" and 0 < test["p"] < test["holm"] <= 1
+
+
+def test_losses_as_trained_are_compared_too(results):
+    for row in results["runs"]:
+        if row["entrant"] == MOT:
+            row["trained_curve"] = [[step, loss + 0.5] for step, loss in row["curve"]]
+    row = analyze(results)["entrants"][ROUTED]
+    assert row["trained_loss_test"]["difference"] == pytest.approx(0.85 - 0.5)
     assert row["loss_test"]["difference"] == pytest.approx(0.85)
 
 
@@ -192,6 +216,26 @@ def test_the_tables_have_the_figures(results):
         ["model.feed_forward.dense_b", "3", "- |"],
         ["model.feed_forward.token_choice_b", "-", "3 |"],
     ]
+
+
+def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(results):
+    own = {"kind": ROUTED} | {key: results["entrants"][ROUTED][key] for key in ("config", "kind_defaults")}
+    other = copy.deepcopy(own)
+    other["config"]["model"]["feed_forward"]["token_choice_b"] = 9
+    best = f"{ROUTED}-other"
+    candidates = {ROUTED: {"run": f"{ROUTED}-rate-0.01", **own}, best: {"run": f"{best}-rate-0.01", **other}}
+    results["runs"].append({**run(ROUTED, "tuning", 0, 100, 9.5), "name": f"{best}-rate-0.01"})
+    results["entrants"][ROUTED] |= {"candidates": candidates, "candidate": ROUTED}
+    text = to_markdown("", list(report(results)))
+    assert "| token_choice | token_choice | the entrant's own | 2.0000 | chosen |" in text
+    fields = "model.feed_forward.token_choice_b = 9 instead of 3"
+    assert f"| token_choice | other | {fields} | 9.5000 |  |" in text
+    assert "| token_choice | 0.01 | 4 |  | 0.005: 2.2000, 0.01: 2.0000, 0.02: 2.1000 |" in text
+    assert "| dense | 0.01 | 3 |" in text and "--run dense-rate-0.01" in text
+    undecided = {"rates": {}, "chosen": None, "complete": False, "at_end": False}
+    results["entrants"][ROUTED] |= {"candidate": None, "tuning": undecided}
+    text = to_markdown("", list(report(results)))
+    assert "| token_choice | - | 4 | not complete |  |" in text and "| chosen |" not in text
 
 
 def test_a_report_of_unfinished_runs_is_preliminary(results):

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from flax import nnx
 
+import mot_jax
 from mot_jax import Config, ModelConfig, ReluRouting, ReluRoutingConfig
 from mot_jax.config import LossWeights, TrainingConfig, check
 from mot_jax.errors import UserError
@@ -142,6 +143,17 @@ def test_one_weight_for_all_layers_follows_their_mean_sparsity():
         updated = ReluRouting.update_router(config, router, statistics)
         np.testing.assert_allclose(updated["l1_weight"], [0.5 * factor] * 2, rtol=1e-6)
         np.testing.assert_allclose(updated["load"], np.array([[10, 0, 0, 0], second_layer]) / 2.5, rtol=1e-6)
+
+
+def test_layers_in_a_model_of_your_own_are_updated_together():
+    """The second layer by itself would lower its weight; both layers raise it."""
+    config = ReluRoutingConfig(4, top_k=1, l1_weight=0.5)
+    layers = [ReluRouting(2, 2, config, rngs=nnx.Rngs(0)) for _ in range(2)]
+    active, tokens = jnp.array([[10.0, 9, 8, 7], [1, 2, 3, 4]]), jnp.array(10.0)
+    mot_jax.update_router_state(layers, [{"active": of_layer, "tokens": tokens} for of_layer in active])
+    for layer, of_layer in zip(layers, active, strict=True):
+        assert layer.l1_weight[...] == pytest.approx(0.6)
+        np.testing.assert_allclose(layer.load[...], of_layer / 2.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("active, limit", [(10.0, 1e6), (0.0, 1e-12)])

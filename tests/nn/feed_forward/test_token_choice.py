@@ -231,12 +231,16 @@ def test_biases_change_the_choice_but_not_the_weights():
 
 def test_statistics_count_the_choices_of_non_padding_tokens_in_training_only():
     config, p, mask = CASES["sigmoid with biases, masked"][0], values(0, biased=True), mask_of(1)
-    loads = apply(config, "float32", p, mask, train=True).statistics["load"]
+
+    def statistics(config: TokenChoiceConfig, train: bool) -> dict:
+        return jax.jit(lambda p: apply(config, "float32", p, mask, train=train).statistics)(p)
+
+    loads = statistics(config, train=True)["load"]
     scores = np.where(mask[..., None], 1 / (1 + np.exp(-p["x"] @ p["controller"])) + p["balance_bias"], -np.inf)
     kth = np.sort(scores, axis=-1)[..., -K, None]
     np.testing.assert_array_equal(loads, (mask[..., None] & (scores >= kth)).sum(axis=(0, 1)))
-    assert not apply(config, "float32", p, mask).statistics
-    assert not apply(dataclasses.replace(config, balance="loss"), "float32", p, mask, train=True).statistics
+    assert not statistics(config, train=False)
+    assert not statistics(dataclasses.replace(config, balance="loss"), train=True)
 
 
 def test_a_step_moves_the_biases_towards_an_even_load_with_mean_zero():
