@@ -13,8 +13,8 @@ four of 128 small experts per token. Soft MoE is not causal. ReLU routing, which
 a study of its own, with fewer experts.
 
 Two knobs are tuned: the learning rate of every entrant, and the scale of the initial weights of a learned controller,
-1 or 3, with one run more for each entrant that has a controller. The paper's mixture stays as it is in the paper.
-Expert choice has one candidate more, without its layer norm.
+1 or 3, with one run more for each entrant that has a controller. The paper's mixture stays as it is in the paper; the
+layer norm of expert choice is that of the paper's baseline.
 """
 
 from dataclasses import replace
@@ -121,10 +121,7 @@ def get_study() -> Study:
             "token_choice": {"scale_3": config(replace(TOKEN_CHOICE, controller_init_scale=3.0), BALANCING)},
             "token_choice_bias": {"scale_3": config(replace(BIAS_BALANCED, controller_init_scale=3.0))},
             "expert_threshold": {"scale_3": config(replace(EXPERT_THRESHOLD, controller_init_scale=3.0))},
-            "expert_choice": {
-                "scale_3": config(replace(EXPERT_CHOICE, controller_init_scale=3.0)),
-                "no_norm": config(replace(EXPERT_CHOICE, layer_norm=False)),
-            },
+            "expert_choice": {"scale_3": config(replace(EXPERT_CHOICE, controller_init_scale=3.0))},
         },
         budget_hours=8,
         flops_per_second=7e10,
