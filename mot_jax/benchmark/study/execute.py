@@ -7,6 +7,7 @@ commit is recorded and does not make a run stale.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
     return strict_json.load(path, dict, f"try rm {path}, and the run is trained to its end") if path.exists() else {}
 
 
+def add_to_record(workdir: epath.Path, content: Mapping[str, Any]) -> None:
+    """Add content to the record of a run, or replace it there."""
+    record = strict_json.dumps(read_record(workdir) | content, indent=1)
+    replace_file(workdir / RECORD, f"{record}\n".encode())
+
+
 def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
     """The outcome of a run; None if it has not ended. mode: the headline mode of its model.
 
@@ -92,8 +99,8 @@ def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
         curve = [(step, _loss(loss)) for step, loss in record.get("curve", [])]
     if state == "diverged":
         return Outcome("diverged", float("inf"), curve, trained)
-    if not curve:
-        where = f"{workdir}: has ended without an evaluation in the mode {mode}"
+    if not curve or curve[-1][0] != trained[-1][0]:
+        where = f"{workdir}: has ended without a last evaluation in the mode {mode}"
         raise UserError(f"{where}; try mv {workdir} {workdir}.old, and it is trained again")
     return Outcome("finished", curve[-1][1], curve, trained)
 
@@ -272,15 +279,13 @@ def train_run(directory: Directory, run: Run, advance: Advance) -> None:
     """Train a run, or resume it. That it has diverged is recorded, and no error."""
     assert run.config is not None
     workdir = workdir_of(directory.folder, run.name)
-    record = read_record(workdir)
-    _check_machine(run.name, record)
-    hook = StudyHook(run.config, run.stage == SEEDS, record, advance)
+    _check_machine(run.name, read_record(workdir))
     try:
-        train(run.config, workdir, [hook], quiet=True)
+        train(run.config, workdir, [StudyHook(run.config, run.stage == SEEDS, advance)], quiet=True)
     except DivergedError as error:
-        hook.write(workdir, {"state": "diverged", "reason": error.faults[0]})
+        add_to_record(workdir, {"state": "diverged", "reason": error.faults[0]})
     else:
-        hook.write(workdir, {"state": "finished"})
+        add_to_record(workdir, {"state": "finished"})
     jax.clear_caches()  # programs of this run, which no other run executes
 
 
@@ -292,31 +297,28 @@ class StudyHook(Hook):
 
     state = "validating"
 
-    def __init__(self, config: Config, curve: bool, record: Mapping[str, Any], advance: Advance):
+    def __init__(self, config: Config, curve: bool, advance: Advance):
         self._mode, self._curve, self._advance = plans.headline_mode(config), curve, advance
-        self._record = {"commits": [], **record}
         self._evaluate: Callable[..., Result] | None = None
-
-    def write(self, workdir: epath.Path, content: Mapping[str, Any]) -> None:
-        """Replace the record of the run, with further content."""
-        self._record |= content
-        replace_file(workdir / RECORD, (strict_json.dumps(self._record, indent=1) + "\n").encode())
 
     @contextlib.contextmanager
     def around(self, trainer: Trainer) -> Iterator[None]:
         run = trainer.run
-        commits = [*dict.fromkeys([*self._record["commits"], commit()])]
+        record = read_record(run.workdir)  # as another process may have left it, of which this one now owns the run
+        commits = [*dict.fromkeys([*record.get("commits", []), commit()])]
         about: dict[str, Any] = {"config_hash": plans.identity_hash(run.config), "fingerprints": run.fingerprints}
         about |= {"machine": machine(), "commits": commits, "state": "begun", "train_windows": len(run.windows)}
         about["validation_filled"] = filled_share(run.validation_windows.documents, run.config.group_size)
         about["warnings"] = text_warnings(run.config, run.tokenizer)
-        self.write(run.workdir, about)
+        about["environment"] = {n: v for n, v in sorted(os.environ.items()) if n == "XLA_FLAGS" or n.startswith("JAX_")}
+        start = {"time": _now(), "step": trainer.step}
+        add_to_record(run.workdir, about | {"starts": [*record.get("starts", []), start]})
         self._advance(trainer.step)
         begin, first = time.monotonic(), trainer.step
         yield
         if trainer.step > first:
             seconds = (time.monotonic() - begin) / (trainer.step - first)
-            self.write(run.workdir, {"seconds_per_step": seconds})
+            add_to_record(run.workdir, {"seconds_per_step": seconds, "end": _now()})
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self._advance(1)
@@ -333,8 +335,12 @@ class StudyHook(Hook):
         result = self._evaluate(params, trainer.state.step, run.config.data.validation_windows)
         score = score_of(self._mode, run.config.data.validation_split, run.config, {"step": trainer.step, **result})
         record_score(run.workdir, score)
-        before = [[step, loss] for step, loss in self._record.get("curve", []) if step < trainer.step]
-        self.write(run.workdir, {"curve": [*before, [trainer.step, result["loss"]]]})
+        before = [[step, loss] for step, loss in read_record(run.workdir).get("curve", []) if step < trainer.step]
+        add_to_record(run.workdir, {"curve": [*before, [trainer.step, result["loss"]]]})
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _check_machine(name: str, record: Mapping[str, Any]) -> None:
@@ -349,8 +355,12 @@ def _check_machine(name: str, record: Mapping[str, Any]) -> None:
         raise UserError(f"{name}: was begun on another machine ({'; '.join(changes)}); {advice}")
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of this package's source, with `-dirty` after changes; its version if it is installed."""
+    """The commit of this package's source, with `-dirty` after changes; its version if it is installed.
+
+    That of the process's first run: later changes are not executed by it.
+    """
     git = ["git", "-C", os.fspath(Path(__file__).parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)

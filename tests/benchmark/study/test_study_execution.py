@@ -177,7 +177,9 @@ def test_outcomes_are_read_from_the_files_of_runs(tmp_path, data):
 def test_a_run_that_no_study_has_evaluated_is_refused(tmp_path, data):
     study = directory(write_study(tmp_path, data), tmp_path / "out")
     workdir = finished_run(study, "mixture_of_tokens-rate-0.01", 3.0)
-    with pytest.raises(UserError, match=f"{workdir}: has ended without an evaluation in the mode companions; try mv"):
+    with pytest.raises(
+        UserError, match=f"{workdir}: has ended without a last evaluation in the mode companions; try mv"
+    ):
         study.plan()
 
 
