@@ -79,7 +79,7 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
 
 def add_to_record(workdir: epath.Path, content: Mapping[str, Any]) -> None:
     """Add content to the record of a run, or replace it there."""
-    record = strict_json.dumps(read_record(workdir) | content, indent=1)
+    record = strict_json.dumps({**read_record(workdir), **content}, indent=1)
     replace_file(workdir / RECORD, f"{record}\n".encode())
 
 

@@ -282,7 +282,10 @@ def test_a_study_is_trained_and_reported(trained, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_ends_with_the_same_results(trained, tmp_path):
-    """Of a finished study, a candidate's run and some of the seeds are removed, and trained again between kills."""
+    """Of a finished study, a candidate's run and some of the seeds are removed, and trained again between kills.
+
+    One of them is then trained by two processes at once, of which the second one waits.
+    """
     study, undisturbed = trained
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
@@ -298,5 +301,8 @@ def test_a_study_that_is_killed_ends_with_the_same_results(trained, tmp_path):
         assert process.poll() is None, process.communicate()[1]
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
+    run, null = [*command(study, out), "--run", removed[-1]], subprocess.DEVNULL
+    both = [subprocess.Popen(run, stdout=null, stderr=null) for _ in range(2)]
+    assert 0 in [process.wait(120) for process in both]
     subprocess.run(command(study, out), check=True, capture_output=True)
     assert results_without_times(out) == results_without_times(undisturbed)
