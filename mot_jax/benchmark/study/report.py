@@ -98,7 +98,7 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     target, seeds = figures["target"], len(settings["seeds"])
     yield Heading("Losses at equal steps")
     if target is None:
-        yield Text(f"The target is not known yet: runs of {settings['target']} have not ended.")
+        yield Text(f"There is no target, and no cost of reaching it: {figures['no_target']}.")
     else:
         text = f"Target: {_loss(target)} nats per token, the mean final loss of {settings['target']}"
         yield Text(f"{text} over {seeds} seed{'s' * (seeds != 1)}, at its tuned learning rate.")
@@ -476,7 +476,7 @@ def _curves_plot(results: Results, names: Sequence[str], target: float | None) -
         points = [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", color=_color(results, name), label=name)
-    if target is not None and math.isfinite(target):
+    if target is not None:
         axes.axhline(target, color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel="loss in nats per token")
     return _svg(figure, "curves")

@@ -94,7 +94,7 @@ def test_of_an_entrant_with_alternatives_the_candidates_are_listed_and_the_other
     names = ["mixture_of_tokens-rate-0.01", "mixture_of_tokens-scale_1-rate-0.01"]
     expected = [[name, "tuning", "to train"] for name in names]
     assert rows == [*expected, ["mixture_of_tokens-seed-1", "seeds", "waits for the tuning"]]
-    assert "and about 3 runs more, which depend on the losses of these" in lines
+    assert "and at most 3 runs more, which depend on the losses of these" in lines
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1")
     assert code == 75 and line.endswith(f"try again after {', '.join(names)}")
 
@@ -114,6 +114,8 @@ def test_a_run_whose_rate_is_not_chosen_can_be_retried_later(capsys, tmp_path, d
     assert code == 75 and "try again after dense-rate-0.005, dense-rate-0.01, dense-rate-0.02" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--dry-run")
     assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --dry-run")
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1-steps-6")
+    assert code == 75 and "whether the study has this run is not decided yet" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-rate-0.02.")
     assert code == 2 and "did you mean 'dense-rate-0.02'?" in line
 

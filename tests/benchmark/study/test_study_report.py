@@ -150,7 +150,19 @@ def test_a_run_that_diverged_is_a_miss(results):
     figures = analyze(diverge(results, f"{MOT}-seed-2", f"{ROUTED}-seed-1"))
     assert figures["entrants"][MOT]["crossing"] == {"reached": 1, "of": 2, "median": math.inf}
     assert figures["entrants"][ROUTED]["loss_test"]["reason"] == "2 of 2 seeds miss"
-    assert analyze(diverge(results, f"{DENSE}-seed-1"))["target"] == math.inf
+
+
+def test_without_a_target_the_report_has_the_reason(results):
+    """A target entrant of which one run diverged has an infinite mean, which no loss could miss."""
+    results = diverge(results, f"{DENSE}-seed-1")
+    figures = analyze(results)
+    rows = figures["entrants"]
+    assert figures["target"] is None and rows[MOT]["crossing"]["reached"] == 0 and rows[MOT]["horizon"] is None
+    assert rows[ROUTED]["crossing_test"]["reason"] == "no target"
+    assert rows[DENSE]["crossing_test"]["reason"] == "1 of 2 seeds miss"  # MoT reaches the loss of the other seed
+    text = to_markdown("", list(report(results)))
+    assert "There is no target, and no cost of reaching it: 1 of 2 runs of dense diverged" in text
+    assert "Cost of reaching the target" not in text
 
 
 def test_an_entrant_that_never_trains_has_a_row_of_misses(results):
@@ -244,7 +256,7 @@ def test_a_report_of_unfinished_runs_is_preliminary(results):
             row |= {"state": "not ended", "loss": None, "curve": [], "trained_curve": []}
     results["times"] = None
     text = to_markdown(results["title"], list(report(results)))
-    assert "Preliminary: 4 runs have not ended" in text and "The target is not known yet" in text
+    assert "Preliminary: 4 runs have not ended" in text and "runs of dense have not ended" in text
     assert "Cost of reaching the target" not in text and "have not been measured" in text
 
 
