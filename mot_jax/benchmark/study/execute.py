@@ -114,7 +114,8 @@ class Directory:
         """Create the directory for this study. Raises UserError if it has another one."""
         make_directory("--workdir", self.folder)
         path = self.folder / STUDY_FILE
-        if not path.exists() and any(self.folder.iterdir()):
+        others = [child.name for child in self.folder.iterdir() if not child.name.startswith(STUDY_FILE)]
+        if others and not path.exists():  # in this order: another process may begin the study now
             advice = f"try --workdir {self.folder / self.name}"
             raise UserError(f"--workdir = {self.folder}: has files, but no study (no {STUDY_FILE}); {advice}")
         create_file(path, (strict_json.dumps({"study": self.name}) + "\n").encode())
