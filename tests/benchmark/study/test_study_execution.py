@@ -1,5 +1,6 @@
 """Studies are trained by the command, killed, resumed and refused."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ from etils import epath
 
 from mot_jax import cli
 from mot_jax.benchmark.study import execute, load_study, results
-from mot_jax.config import to_json
+from mot_jax.config import ExpertChoiceConfig, ExpertThresholdConfig, to_json
 from mot_jax.errors import DivergedError, UserError
 from mot_jax.runtime import strict_json
 
@@ -169,6 +170,21 @@ def test_results_have_the_chosen_candidate(tmp_path, data):
     assert [*entrant["tuning"]["rates"].values()] == [0.005, 0.01, 0.02]
     runs = {name: candidate["run"] for name, candidate in entrant["candidates"].items()}
     assert runs == {name: f"{name}-rate-0.01" for name in ("mixture_of_tokens", "mixture_of_tokens-scale_1")}
+
+
+def test_results_state_whether_sequences_are_independent_where_they_are_evaluated(tmp_path, data):
+    """Expert threshold chooses along the batch in its warmup only, and by thresholds in evaluations."""
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    config = study.study.entrants["dense"]
+    layers = {"expert_threshold": ExpertThresholdConfig(group_size=4, num_experts=8)}
+    layers["expert_choice"] = ExpertChoiceConfig(group_size=4, num_experts=8)
+    for name, layer in layers.items():
+        entrant = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=layer))
+        study.study = dataclasses.replace(study.study, entrants={**study.study.entrants, name: entrant})
+    entrants = results.collect(study, "")["entrants"]
+    expected = {"dense": True, "mixture_of_tokens": True, "expert_threshold": True, "expert_choice": False}
+    assert {name: entrant["independent"] for name, entrant in entrants.items()} == expected
+    assert entrants["expert_threshold"]["headline_mode"] == "trained"
 
 
 def test_published_rows_are_all_evaluations_and_every_fiftieth_step(tmp_path, data):
