@@ -177,7 +177,7 @@ def test_results_state_whether_sequences_are_independent_where_they_are_evaluate
     study = directory(write_study(tmp_path, data), tmp_path / "out")
     config = study.study.entrants["dense"]
     layers = {"expert_threshold": ExpertThresholdConfig(group_size=4, num_experts=8)}
-    layers["expert_choice"] = ExpertChoiceConfig(group_size=4, num_experts=8)
+    layers["expert_choice"] = ExpertChoiceConfig(group_size=4, num_experts=4)
     for name, layer in layers.items():
         entrant = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=layer))
         study.study = dataclasses.replace(study.study, entrants={**study.study.entrants, name: entrant})
