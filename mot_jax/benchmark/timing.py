@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,34 @@ def count_copies(module: hlo.Module, min_bytes: int = 4096) -> int:
 
     not_fused = (computation for name, computation in computations.items() if name not in fused)
     return sum(copies(i) for computation in not_fused for i in computation.instructions.values())
+
+
+class CpuTimes(NamedTuple):
+    """Seconds of CPU time so far: total of all cores, idle or not; busy; and of these in this process (own)."""
+
+    total: float
+    busy: float
+    own: float
+
+
+def cpu_times(path: str = "/proc/stat") -> CpuTimes | None:
+    """Read the CPU times of the machine; None where the operating system has no such file."""
+    try:
+        with open(path) as file:
+            ticks = [int(word) for word in file.readline().split()[1:9]]  # user to steal; guests are part of user
+        total, idle = sum(ticks), ticks[3] + ticks[4]  # idle and iowait
+    except (OSError, ValueError, IndexError):
+        return None
+    per_second = os.sysconf("SC_CLK_TCK")
+    return CpuTimes(total / per_second, (total - idle) / per_second, time.process_time())
+
+
+def share_of_others(before: CpuTimes | None, after: CpuTimes | None) -> float | None:
+    """The share of the CPU time of all cores, between two readings, that other processes or virtual machines used."""
+    if before is None or after is None or after.total <= before.total:
+        return None
+    total, busy, own = (end - begin for begin, end in zip(before, after, strict=True))
+    return max(0.0, busy - own) / total
 
 
 def machine() -> dict[str, str]:

@@ -380,6 +380,12 @@ def default_mode(config: Config) -> tuple[str, str]:
     return "grouped", "no sequence of a batch depends on another"
 
 
+def is_independent(mode: str, config: Config) -> bool:
+    """Whether no sequence of a batch depends on another in a mode of a trained model."""
+    entry = mode_of(mode)
+    return entry.independent or entry.change(config).model.group_size == 1
+
+
 def trained_mode(config: Config) -> str:
     """Return the mode in which the model was trained, without the capacity limit of training."""
     return config.model.feed_forward.trained_mode

@@ -12,7 +12,7 @@ from etils import epath
 
 from mot_jax.config import Config
 from mot_jax.errors import UserError
-from mot_jax.modes import mode_of
+from mot_jax.modes import is_independent, mode_of
 from mot_jax.runs.metrics import validation_line
 from mot_jax.runs.restore import load_run_config
 from mot_jax.runtime import strict_json
@@ -28,9 +28,8 @@ def score_of(mode: str, split: str, config: Config, result: Score) -> Score:
 
     config: that of the run; its groups may differ. independent: whether no sequence depends on the others of its batch.
     """
-    mode_entry = mode_of(mode)
-    independent = mode_entry.independent or mode_entry.change(config).model.group_size == 1
-    settings = {"mode": mode, "split": split, "group_size": _group_size(config), "independent": independent}
+    settings = {"mode": mode, "split": split, "group_size": _group_size(config)}
+    settings |= {"independent": is_independent(mode, config)}
     return {**settings, **result, "perplexity": perplexity(result["loss"])}
 
 
@@ -57,7 +56,7 @@ def measured(workdir: epath.PathLike, step: int) -> dict[str, Score]:
     config = load_run_config(workdir)
     settings = {"split": config.data.validation_split, "step": step, "group_size": _group_size(config)}
     by_windows: dict[int, dict[str, Score]] = {}
-    for score in _read(user_path("workdir", workdir) / "modes.json"):
+    for score in read_scores(workdir):
         if all(score[key] == value for key, value in settings.items()):
             by_windows.setdefault(score["windows"], {})[score["mode"]] = score
     return max(by_windows.items(), key=lambda item: (len(item[1]), item[0]), default=(0, {}))[1]
@@ -69,9 +68,9 @@ def _group_size(config: Config) -> int:
     return config.model.group_size if mixture is None else mixture.group_size
 
 
-def check_scores(workdir: epath.PathLike) -> None:
-    """Raise UserError if the stored scores are damaged."""
-    _read(user_path("workdir", workdir) / "modes.json")
+def read_scores(workdir: epath.PathLike) -> list[Score]:
+    """The stored scores of the run in `workdir`. Raises UserError if they are damaged."""
+    return _read(user_path("workdir", workdir) / "modes.json")
 
 
 def _read(path: epath.Path) -> list[Score]:

@@ -12,6 +12,7 @@ import re
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
@@ -277,7 +278,11 @@ def replace_file(path: epath.Path, content: bytes) -> None:
 
 
 def create_file(path: epath.Path, content: bytes) -> bool:
-    """Create a file exclusively. Returns whether it did not exist."""
+    """Create a file exclusively. Returns whether it did not exist.
+
+    It appears with its whole content, so that a process that did not create it can read it at once; empty only on file
+    systems without hard links.
+    """
     try:
         if is_remote(path):
             import fsspec
@@ -285,11 +290,25 @@ def create_file(path: epath.Path, content: bytes) -> bool:
             filesystem, name = fsspec.core.url_to_fs(str(path))
             filesystem.pipe_file(name, content, mode="create")
         else:
-            with open(path, "xb") as file:
-                file.write(content)
+            _create_local_file(path, content)
     except FileExistsError:
         return False
     return True
+
+
+def _create_local_file(path: epath.Path, content: bytes) -> None:
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        new.write_bytes(content)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            raise
+        except OSError:  # not on every file system
+            with open(path, "xb") as file:
+                file.write(content)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def await_visible(is_visible: Callable[[], bool]) -> bool:

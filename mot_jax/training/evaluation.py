@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.data.windows import Windows
 from mot_jax.errors import UserError, error_words
 from mot_jax.modes import MODES, enter, mode_of, read_files, trained_mode
+from mot_jax.modes.thresholds import Thresholds
 from mot_jax.nn.sharding import (
     DIMENSIONS,
     batch_multiple,
@@ -32,7 +34,7 @@ from mot_jax.nn.sharding import (
 )
 from mot_jax.nn.transformer import Params
 from mot_jax.runs.restore import check_data, load_run
-from mot_jax.runs.scores import Score, check_scores, record_score, score_of
+from mot_jax.runs.scores import Score, read_scores, record_score, score_of
 from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
 from mot_jax.runtime.paths import is_io_error
@@ -146,7 +148,7 @@ def _evaluate(
         if split == config.data.validation_split:
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
-        check_scores(workdir)
+        read_scores(workdir)
     scores, files, reasons = [], {}, {}
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh, step)
@@ -159,6 +161,7 @@ def _evaluate(
                         raise
                     reasons[mode] = str(error)
             same |= {"modes": ", ".join(files)}
+            same |= {f"companions or thresholds of mode {mode}": _digest(*of_mode) for mode, of_mode in files.items()}
         title = f"scoring {workdir}{f' in {len(files)} modes' if len(files) > 1 else ''}, windows"
         total = len(files) * min(len(windows), len(windows) if limit is None else limit)
         may_record = distributed.is_first()
@@ -170,6 +173,14 @@ def _evaluate(
                 scores.append(score_of(mode, split, config, result))
                 may_record = may_record and _recorded(workdir, scores[-1])
     return scores, reasons
+
+
+def _digest(companions: np.ndarray | None, thresholds: Thresholds | None) -> str:
+    """The digest of the values of which a mode makes constants: each process reads them on its own file system."""
+    arrays = [] if companions is None else [companions]
+    if thresholds is not None:
+        arrays += [np.array([thresholds.step, thresholds.group_size]), thresholds.log_means, thresholds.logits]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def _recorded(workdir: epath.PathLike, score: Score) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import socket
 from pathlib import Path
 
@@ -159,6 +160,34 @@ def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
     paths.replace_file(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_a_created_file_appears_with_its_content_and_is_created_once(tmp_path, monkeypatch):
+    path, link = epath.Path(tmp_path / "owner.json"), os.link
+
+    def linked(source, target):
+        assert not path.exists() and epath.Path(source).read_bytes() == b"first"
+        link(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", linked)
+        assert paths.create_file(path, b"first")
+    assert not paths.create_file(path, b"second") and path.read_bytes() == b"first"
+
+    def refused(source, target):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", refused)
+    other = path.with_name("other.json")
+    assert (
+        not paths.create_file(path, b"second")
+        and paths.create_file(other, b"other")
+        and not paths.create_file(other, b"again")
+    )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        "owner.json": b"first",
+        "other.json": b"other",
+    }
 
 
 def test_orbax_takes_paths_from_the_root(monkeypatch, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.corpora import open_corpus
 from mot_jax.errors import UserError
 from mot_jax.modes import MODES
+from mot_jax.modes.companions import load_companions, save_companions
 from mot_jax.modes.thresholds import Thresholds, save_thresholds
 from mot_jax.runs.metrics import read_rows
 from mot_jax.runs.scores import measured, record_score
@@ -159,6 +162,32 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
         assert companions.read_bytes() == moved.read_bytes()
     finally:
         moved.rename(companions)
+
+
+def test_processes_must_have_the_same_companions(run, monkeypatch, tmp_path):
+    """Without a shared file system each process reads those of its own copy of the run."""
+    config, workdir, _ = run
+    other = epath.Path(shutil.copytree(workdir, tmp_path / "run"))
+    companions = load_companions(other)
+    assert companions is not None
+    (other / "companions.npy").unlink()
+    save_companions(other, companions[:, ::-1], {})
+    facts: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def together():
+        yield facts
+        if "modes" in facts:
+            raise KeyboardInterrupt  # before anything is scored
+
+    monkeypatch.setattr(evaluation.distributed, "together", together)
+    digests = []
+    for copy in (workdir, other):
+        facts.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_run(copy, config, "validation", None, ["grouped", "companions"])
+        digests.append({name.split()[-1]: digest for name, digest in facts.items() if name.startswith("companions")})
+    assert digests[0]["grouped"] == digests[1]["grouped"] and digests[0]["companions"] != digests[1]["companions"]
 
 
 @pytest.mark.slow

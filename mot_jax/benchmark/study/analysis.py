@@ -18,24 +18,27 @@ def analyze(results: Results) -> dict[str, Any]:
     """Return the figures of the report.
 
     Returns:
-        target: the loss to reach, None until all runs of the target entrant have ended. entrants: a row for each.
+        target: the loss to reach; None if there is none, for the reason `no_target`: runs of the target entrant have
+            not ended, or one has diverged, so that their mean is infinite.
+        entrants: a row for each.
     """
     settings, entrants = results["settings"], results["entrants"]
     by_entrant = {name: seed_runs(results, name) for name in entrants}
     losses = {name: {seed: final_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
-    target = _target(losses[settings["target"]], settings["seeds"])
+    target, no_target = _target(settings, losses[settings["target"]])
     crossings = {
         name: {seed: crossing(curve_of(run), target) for seed, run in runs.items()} if target is not None else {}
         for name, runs in by_entrant.items()
     }
     compared = settings["compared"]
     logs = {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants}
+    no_test = {} if target is not None else {name: "no target" for name in entrants if name != settings["target"]}
     logs[settings["target"]] = _logs_to_own_losses(results, by_entrant[settings["target"]], by_entrant[compared])
     in_training = {name: {seed: trained_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
     tests = {
         "loss": _tests({name: (losses[name], losses[compared]) for name in entrants if name != compared}),
         "trained_loss": _tests({n: (in_training[n], in_training[compared]) for n in entrants if n != compared}),
-        "crossing": _tests({name: logs[name] for name in entrants if name != compared}),
+        "crossing": _tests({name: logs[name] for name in entrants if name != compared}, no_test),
     }
     rows = {}
     for name, entrant in entrants.items():
@@ -45,7 +48,7 @@ def analyze(results: Results) -> dict[str, Any]:
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
         rows[name] = row | _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
-    return {"target": target, "entrants": rows}
+    return {"target": target, "no_target": no_target, "entrants": rows}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -111,8 +114,14 @@ def _block(key: str) -> int:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _target(losses: Mapping[int, float], seeds: list[int]) -> float | None:
-    return statistics.fmean(losses.values()) if set(losses) == set(seeds) else None
+def _target(settings: Mapping[str, Any], losses: Mapping[int, float]) -> tuple[float | None, str]:
+    """Return the mean final loss of the target entrant, or None and the reason why there is no target."""
+    name, seeds = settings["target"], settings["seeds"]
+    if diverged := [seed for seed in seeds if math.isinf(losses.get(seed, 0.0))]:
+        return None, f"{len(diverged)} of {len(seeds)} runs of {name} diverged, and an infinite mean is no target"
+    if set(losses) != set(seeds):
+        return None, f"runs of {name} have not ended"
+    return statistics.fmean(losses.values()), ""
 
 
 def _logs(crossings: Mapping[int, float]) -> dict[int, float]:
@@ -133,9 +142,17 @@ def _logs_to_own_losses(
     return dict.fromkeys(steps, last), _logs(steps)
 
 
-def _tests(samples: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]]) -> dict[str, Row]:
-    """Return the comparison of each sample with its reference, with p-values corrected over all of them."""
-    comparisons: dict[str, Comparison] = {name: compare(*pair) for name, pair in samples.items()}
+def _tests(
+    samples: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], no_test: Mapping[str, str] | None = None
+) -> dict[str, Row]:
+    """Return the comparison of each sample with its reference, with p-values corrected over all of them.
+
+    no_test: by name, the reason why there is no test.
+    """
+    reasons = no_test or {}
+    comparisons = {
+        name: Comparison(reason=reasons[name]) if name in reasons else compare(*pair) for name, pair in samples.items()
+    }
     corrected = holm({name: comparison.p for name, comparison in comparisons.items()})
     return {name: {**comparison._asdict(), "holm": corrected[name]} for name, comparison in comparisons.items()}
 

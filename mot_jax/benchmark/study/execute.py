@@ -121,7 +121,8 @@ class Directory:
         """Create the directory for this study. Raises UserError if it has another one."""
         make_directory("--workdir", self.folder)
         path = self.folder / STUDY_FILE
-        if not path.exists() and any(self.folder.iterdir()):
+        others = [child.name for child in self.folder.iterdir() if not child.name.startswith(STUDY_FILE)]
+        if others and not path.exists():  # in this order: another process may begin the study now
             advice = f"try --workdir {self.folder / self.name}"
             raise UserError(f"--workdir = {self.folder}: has files, but no study (no {STUDY_FILE}); {advice}")
         create_file(path, (strict_json.dumps({"study": self.name}) + "\n").encode())
@@ -252,7 +253,8 @@ def train_named(directory: Directory, name: str) -> str:
 
     Raises:
         UserError: if the study has no such run, or it is stale.
-        RetryableError: if its learning rate is not chosen yet, since runs that it needs have not ended.
+        RetryableError: if its learning rate is not chosen yet, or whether the study has this run is not decided, since
+            runs that it needs have not ended.
     """
     directory.claim()
     plan = directory.plan()
@@ -379,10 +381,9 @@ def estimate(directory: Directory, plan: Plan) -> float:
     for run in plan.runs:
         if directory.outcome(run.name) is None:
             seconds += plans.seconds_of(directory.study, plan.configs(run), run.steps, 1, step_seconds)
-    for entrant, steps in plan.steps_left.items():
-        runs = -(-steps // directory.study.steps)
-        configs = plan.tunings[entrant].candidates.values()
-        seconds += plans.seconds_of(directory.study, configs, steps, runs, step_seconds)
+    for further in plan.further:
+        configs, steps = plan.tunings[further.entrant].candidates.values(), further.at_most * further.steps
+        seconds += plans.seconds_of(directory.study, configs, steps, further.at_most, step_seconds)
     return seconds / 3600
 
 
@@ -414,9 +415,8 @@ def dry_run(directory: Directory) -> tuple[list[dict[str, Any]], list[str]]:
         row = {"run": run.name, "stage": run.stage, "state": state, "learning_rate": rate, "seed": run.seed}
         rows.append(row | {"steps": run.steps, "useful": useful, "executed": executed, "hours": hours})
     lines = []
-    if any(plan.steps_left.values()):
-        further = sum(-(-steps // study.steps) for steps in plan.steps_left.values())
-        lines.append(f"and about {further} runs more, which depend on the losses of these")
+    if at_most := sum(further.at_most for further in plan.further):
+        lines.append(f"and at most {at_most} runs more, which depend on the losses of these")
     lines.append(
         "hours are measured on finished runs of the same model"
         if step_seconds
@@ -451,13 +451,13 @@ def _work_left(directory: Directory, plan: Plan) -> float:
     study, runs = directory.study, [run for run in plan.runs if directory.outcome(run.name) is None]
     work = sum(run.steps * _weight(study, plan.configs(run)) for run in runs)
     candidates = {entrant: tuning.candidates.values() for entrant, tuning in plan.tunings.items()}
-    return work + sum(steps * _weight(study, candidates[entrant]) for entrant, steps in plan.steps_left.items())
+    return work + sum(some.at_most * some.steps * _weight(study, candidates[some.entrant]) for some in plan.further)
 
 
 def _at_most(directory: Directory, plan: Plan) -> int:
     """The number of runs that are left, with those that are not known yet."""
     runs = sum(directory.outcome(run.name) is None for run in plan.runs)
-    return runs + sum(-(-steps // directory.study.steps) for steps in plan.steps_left.values())
+    return runs + sum(further.at_most for further in plan.further)
 
 
 def _weighted(advance: Advance, weight: float) -> Advance:

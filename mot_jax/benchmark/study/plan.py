@@ -23,11 +23,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mot_jax.benchmark.study.statistics import next_horizon
+from mot_jax.benchmark.study.statistics import horizons_left, next_horizon
 from mot_jax.config import Config, ModelConfig, check, leaves
 from mot_jax.config.files import call_in_file
 from mot_jax.cost.flops import executed_flops_per_token, flops_per_token
-from mot_jax.errors import UserError, nearest
+from mot_jax.errors import RetryableError, UserError, nearest
 from mot_jax.modes import default_mode, trained_mode
 from mot_jax.runtime import strict_json
 
@@ -107,26 +107,54 @@ class Tuning(NamedTuple):
     complete: bool = False
     at_end: bool = False
 
+    @property
+    def fails(self) -> bool:
+        """Whether no rate of the grid trains, so that the entrant has no further runs."""
+        return self.complete and self.chosen is None
+
+
+class Further(NamedTuple):
+    """Runs that a study may have in addition to the known ones, depending on losses.
+
+    names: those that they can have. at_most: the largest number of them. steps: the most that one of them has. needs:
+    the runs that have not ended and on whose losses they depend.
+    """
+
+    entrant: str
+    names: tuple[str, ...]
+    at_most: int
+    steps: int
+    needs: tuple[str, ...]
+
 
 class Plan(NamedTuple):
     """All runs of a study that are known so far, in the order in which they are trained.
 
-    tunings: by entrant. steps_left: upper bound of the steps of runs that are not known yet, by entrant.
+    tunings: by entrant.
     """
 
     runs: list[Run]
     tunings: dict[str, Tuning]
-    steps_left: dict[str, int]
+    further: list[Further]
 
     def configs(self, run: Run) -> list[Config]:
         """The configs of which a run can have one, for estimates of its cost."""
         return [*self.tunings[run.entrant].candidates.values()] if run.config is None else [run.config]
 
     def run(self, name: str) -> Run:
-        """The run of this name. Raises UserError."""
+        """The run of this name.
+
+        Raises:
+            UserError: if the study has no such run.
+            RetryableError: if it may have it later.
+        """
         runs = {run.name: run for run in self.runs}
+        for further in self.further:
+            if name in further.names:
+                advice = f"try again after {', '.join(further.needs)}"
+                raise RetryableError(f"--run = {name}: whether the study has this run is not decided yet; {advice}")
         if name not in runs:
-            raise UserError(f"--run = {name}: the study has no such run now{nearest(name, runs)}")
+            raise UserError(f"--run = {name}: the study has no such run{nearest(name, runs)}")
         return runs[name]
 
 
@@ -234,12 +262,17 @@ def _unequal_fields(study: Study) -> Iterator[str]:
 
 
 def _equal_fields(config: Config) -> dict[str, Any]:
-    """All but the layer, its auxiliary losses and the tuned rate, with the multipliers that name its parameters."""
+    """All but the layer, its auxiliary losses and the tuned rate, with the multipliers that name its parameters.
+
+    The report lists the differences in these.
+    """
     training, model, data = config.training, config.model, config.data
     fields = {f"data.{name}": value for name, value in vars(data).items() if name != "shuffle_group_size"}
     layer = ("feed_forward", "d_ff", "dense_bias", "moe_blocks")
     fields |= {f"model.{name}": value for name, value in vars(model).items() if name not in layer}
-    fields |= {f"training.{name}": getattr(training, name) for name in ("steps", "batch_size", "validate_every")}
+    no_part = ("seed", "optimizer", "losses", "log_every", "checkpoint_every")
+    fields |= {f"training.{name}": value for name, value in vars(training).items() if name not in no_part}
+    fields["training.losses.head_z"] = training.losses.head_z  # the only loss that is not of layers
     tuned = ("learning_rate", "multipliers")
     optimizer = vars(training.optimizer)
     fields |= {f"training.optimizer.{name}": value for name, value in optimizer.items() if name not in tuned}
@@ -264,13 +297,18 @@ def _middle(study: Study, entrant: str) -> float:
     return study.entrants[entrant].training.optimizer.learning_rate
 
 
+def _grid(study: Study, entrant: str) -> list[float]:
+    """Return the learning rates of an entrant's grid without extensions, increasing."""
+    return [_middle(study, entrant) * factor for factor in sorted(study.rate_factors)]
+
+
 def tune(study: Study, entrant: str, losses: Mapping[str, float]) -> Tuning:
     """Return the chosen candidate of an entrant, its grid, and the best rate in it, from the losses so far by run."""
     configs, runs = candidates(study, entrant), candidate_runs(study, entrant)
     if len(configs) > 1 and any(run not in losses for run in runs.values()):
         return Tuning(configs, {})
     name = min(configs, key=lambda name: losses.get(runs[name], math.inf))  # the first of equal ones
-    rates = [_middle(study, entrant) * factor for factor in sorted(study.rate_factors)]
+    rates = _grid(study, entrant)
     for extension in range(study.max_extensions + 1):
         grid = {_tuning_run(name, rate): rate for rate in rates}
         if any(run not in losses for run in grid):
@@ -285,11 +323,12 @@ def tune(study: Study, entrant: str, losses: Mapping[str, float]) -> Tuning:
 
 
 def target_loss(study: Study, losses: Mapping[str, float]) -> float | None:
-    """Return the target: the mean over the seeds of the target entrant's final loss; None until all are trained."""
-    names = [_seed_run(study.target, seed) for seed in study.seeds]
-    if any(name not in losses for name in names):
-        return None
-    return sum(losses[name] for name in names) / len(names)
+    """Return the target: the mean over the seeds of the target entrant's final loss; None until all are trained.
+
+    Infinite if one of them has diverged: no run reaches it.
+    """
+    final = [losses[name] for name in seed_runs(study, study.target).values() if name in losses]
+    return sum(final) / len(final) if len(final) == len(study.seeds) or math.inf in final else None
 
 
 def plan(study: Study, losses: Mapping[str, float]) -> Plan:
@@ -298,27 +337,26 @@ def plan(study: Study, losses: Mapping[str, float]) -> Plan:
     Args:
         losses: the final loss of each run that has ended, by name; infinite if it diverged.
     """
-    tunings, tuning_runs, steps_left = {}, [], dict.fromkeys(study.entrants, 0)
+    tunings, tuning_runs, further = {}, [], []
     for entrant in study.entrants:
         tunings[entrant] = tuning = tune(study, entrant, losses)
         tuning_runs += _tuning_runs(study, entrant, tuning)
-        if not tuning.rates:  # the names of these runs depend on the candidate
-            steps_left[entrant] = (len(study.rate_factors) - 1) * study.steps
-    seed_runs = []
+        further.append(_further_tuning(study, entrant, tuning, losses))
+    compared_runs = []
     for seed in study.seeds:
         for entrant in study.entrants:
             tuning = tunings[entrant]
-            if not tuning.complete or tuning.chosen is not None:
-                seed_runs.append(_chosen_run(study, tuning, entrant, seed, study.steps))
+            if not tuning.fails:
+                compared_runs.append(_chosen_run(study, tuning, entrant, seed, study.steps))
     horizon_runs = []
     for seed in study.horizon_seeds:
         for entrant in study.entrants:
-            if entrant == study.target or (tunings[entrant].complete and tunings[entrant].chosen is None):
+            if entrant == study.target or tunings[entrant].fails or tunings[study.target].fails:
                 continue
-            known, left = _horizon_runs(study, tunings[entrant], entrant, seed, losses)
+            known, possible = _horizon_runs(study, tunings[entrant], entrant, seed, losses)
             horizon_runs += known
-            steps_left[entrant] += left
-    return Plan([*tuning_runs, *seed_runs, *horizon_runs], tunings, steps_left)
+            further.append(possible)
+    return Plan([*tuning_runs, *compared_runs, *horizon_runs], tunings, [some for some in further if some.at_most])
 
 
 def horizon_losses(study: Study, entrant: str, seed: int, losses: Mapping[str, float]) -> dict[float, float]:
@@ -342,23 +380,51 @@ def _tuning_runs(study: Study, entrant: str, tuning: Tuning) -> list[Run]:
     ]
 
 
+def _further_tuning(study: Study, entrant: str, tuning: Tuning, losses: Mapping[str, float]) -> Further:
+    """Return the grid, if the candidate is not chosen yet, and the extensions that are still possible."""
+    if tuning.complete:
+        return Further(entrant, (), 0, study.steps, ())
+    grid = _grid(study, entrant)
+    rates = [*tuning.rates.values()] or grid
+    best = min((losses[run] for run in tuning.rates if run in losses), default=math.inf)
+    at_least = {rate: losses.get(run, best) for run, rate in tuning.rates.items()}
+    ends = [(rate, factor) for rate, factor in ((rates[0], 0.5), (rates[-1], 2.0)) if at_least.get(rate, best) <= best]
+    extensions = study.max_extensions - (len(rates) - len(grid)) if ends else 0
+    untried = [] if tuning.rates else [rate for rate in grid if rate != _middle(study, entrant)]
+    possible = [*untried, *(rate * factor ** (i + 1) for rate, factor in ends for i in range(extensions))]
+    names = tuple(_tuning_run(name, rate) for name in tuning.candidates for rate in possible)
+    needed = tuning.rates or candidate_runs(study, entrant).values()
+    needs = tuple(run for run in needed if run not in losses)
+    return Further(entrant, names, len(untried) + extensions, study.steps, needs)
+
+
 def _horizon_runs(
     study: Study, tuning: Tuning, entrant: str, seed: int, losses: Mapping[str, float]
-) -> tuple[list[Run], int]:
-    """Return the schedules of the bisection so far, with the next one, and a bound of the steps of those after it."""
+) -> tuple[list[Run], Further]:
+    """Return the schedules of the bisection so far, with the next one, and those that may follow."""
     shares = [*sorted(study.horizons), 1.0]
     trained, target = horizon_losses(study, entrant, seed, losses), target_loss(study, losses)
-    at_most = len(study.horizons).bit_length()
-    runs = []
+    runs: list[Run] = []
+
+    def further(possible: list[float], at_most: int, needs: Iterable[str]) -> Further:
+        steps = [_steps(study.steps, share) for share in possible]
+        names = tuple(_horizon_run(entrant, seed, some) for some in steps)
+        return Further(entrant, names, at_most, max(steps, default=0), tuple(run for run in needs if run not in losses))
+
+    if math.inf in (target, trained.get(1.0)):
+        return [], further([], 0, ())
     if 1.0 not in trained or target is None:
-        return [], at_most * _steps(study.steps, max(study.horizons, default=0.0))
+        needs = dict.fromkeys([_seed_run(entrant, seed), *seed_runs(study, study.target).values()])
+        return [], further(shares[:-1], len(study.horizons).bit_length(), needs)
     bisected = {1.0: trained[1.0]}
-    while (share := next_horizon(shares, bisected, target)) is not None:
+    while left := horizons_left(shares, bisected, target):
+        share = next_horizon(left)
         runs.append(_chosen_run(study, tuning, entrant, seed, _steps(study.steps, share)))
         if share not in trained:
-            return runs, (at_most - len(runs)) * _steps(study.steps, max(study.horizons))
+            possible = [other for other in left if other != share]
+            return runs, further(possible, len(left).bit_length() - 1, [runs[-1].name])
         bisected[share] = trained[share]
-    return runs, 0
+    return runs, further([], 0, ())
 
 
 def _chosen_run(study: Study, tuning: Tuning, entrant: str, seed: int, steps: int) -> Run:

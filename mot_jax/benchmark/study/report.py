@@ -98,12 +98,13 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     target, seeds = figures["target"], len(settings["seeds"])
     yield Heading("Losses at equal steps")
     if target is None:
-        yield Text(f"The target is not known yet: runs of {settings['target']} have not ended.")
+        yield Text(f"There is no target, and no cost of reaching it: {figures['no_target']}.")
     else:
         text = f"Target: {_loss(target)} nats per token, the mean final loss of {settings['target']}"
         yield Text(f"{text} over {seeds} seed{'s' * (seeds != 1)}, at its tuned learning rate.")
     if not_ended := [run["name"] for run in results["runs"] if run["state"] == "not ended"]:
         yield Text(f"Preliminary: {len(not_ended)} runs have not ended, among them {', '.join(not_ended[:3])}.")
+    yield from _machine_warnings(results)
     bits = results["data"].get("bits_per_nat")
     table = []
     ordered = sorted(rows, key=lambda name: rows[name]["loss"]["median"])
@@ -127,9 +128,23 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     yield Text(
         "Loss: mean over seeds of the last evaluation, in nats per token, in the inference mode of the second column, "
         "one in which no sequence of a batch depends on another, where the entrant has one. As trained: the loss in "
-        "the mode of training. Every evaluation of a run scores the same windows."
+        "the mode of training, but without the capacity of token choice and expert threshold, so that no token is "
+        "dropped; the experts of expert threshold take tokens by their thresholds, as after the warmup. Every "
+        "evaluation of a run scores the same windows."
     )
     yield Plot(_curves_plot(results, ordered, target), "Loss in the evaluated mode, mean over seeds; dashed: target.")
+
+
+def _machine_warnings(results: Results) -> Iterator[Block]:
+    """Yield a warning for each seed whose runs, which are compared in pairs, are not of one machine and versions."""
+    by_seed: dict[int, dict[int, str]] = {}  # the first run of each machine
+    for run in results["runs"]:
+        if run["machine"] is not None:
+            by_seed.setdefault(run["seed"], {}).setdefault(run["machine"], run["name"])
+    for seed, names in by_seed.items():
+        if len(names) > 1:
+            where = ", ".join(f"{name} on machine {machine + 1}" for machine, name in sorted(names.items()))
+            yield Text(f"Warning: the runs of seed {seed} differ in machine or versions, listed below: {where}.")
 
 
 def _mode(about: Mapping[str, Any]) -> str:
@@ -342,9 +357,12 @@ def _costs(results: Results) -> Iterator[Block]:
     if times is None:
         yield Text("Step times have not been measured: mot bench train measures them after the last run.")
     else:
+        share, (before, after) = times["share_of_others"], times["load_averages"]
+        others = "an unknown share" if share is None else f"{share:.1%}"
         yield Text(
             f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
-            f"text, on {_about(times['machine'])}; load of the machine before: {times['load_before']:.1f}."
+            f"text, on {_about(times['machine'])}. Other processes used {others} of the CPU time of all cores during "
+            f"the timing; load averages before and after it, with the study's own load: {before:.1f} and {after:.1f}."
         )
 
 
@@ -355,10 +373,12 @@ def _configs(results: Results) -> Iterator[Block]:
     for name, about in entrants.items():
         table += [[name, *difference] for difference in _differences(target, about)]
     yield Table(["entrant", "field", settings["target"], "value"], table)
+    chosen = "the config of an entrant with alternatives is that of the chosen candidate"
+    if undecided := [name for name, about in entrants.items() if about["candidate"] is None]:
+        chosen += f", and without its alternatives while none is chosen, as for {_list(undecided)}"
     yield Text(
         "All other fields are equal, except for those that only one of the two kinds has and that have their default; "
-        f"`{FILE}` has the whole configs. The learning rate is that before tuning; the config of an entrant with "
-        "alternatives is that of the chosen candidate."
+        f"`{FILE}` has the whole configs. The learning rate is that before tuning; {chosen}."
     )
 
 
@@ -402,13 +422,17 @@ def _conditions(results: Results) -> Iterator[Block]:
     if data.get("fingerprints"):
         lines += [f"fingerprint of {name}: {value}" for name, value in sorted(data["fingerprints"].items())]
     lines.append(f"seeds {_list(settings['seeds'])}, of the initial values and of the order of the text")
-    lines += [f"machine: {_about(machine)}" for machine in results["machines"]]
+    lines += [f"machine {number}: {_about(machine)}" for number, machine in enumerate(results["machines"], 1)]
     lines += [f"commit: {commit}" for commit in results["commits"]]
     lines.append(f"command: {results['command']}")
     if results["other_runs"]:
         lines.append(f"runs in the directory that the study does not have: {', '.join(results['other_runs'])}")
     diverged = [run["name"] for run in results["runs"] if run["state"] == "diverged"]
     lines.append(f"diverged runs, each an infinite loss: {', '.join(diverged) or 'none'}")
+    skipped = [f"{run['name']} ({run['skipped_steps']})" for run in results["runs"] if run["skipped_steps"]]
+    lines.append(f"runs with skipped steps, whose loss or gradient was not finite: {', '.join(skipped) or 'none'}")
+    if others := [run["name"] for run in results["runs"] if run["same_text"] is False]:
+        lines.append(f"warning: runs with another text than the first one: {', '.join(others)}")
     yield Lines(lines)
 
 
@@ -476,7 +500,7 @@ def _curves_plot(results: Results, names: Sequence[str], target: float | None) -
         points = [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", color=_color(results, name), label=name)
-    if target is not None and math.isfinite(target):
+    if target is not None:
         axes.axhline(target, color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel="loss in nats per token")
     return _svg(figure, "curves")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -18,13 +20,15 @@ from mot_jax.config import Config, MixtureOfTokensConfig, to_json
 from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.memory import memory_bytes
 from mot_jax.cost.parameters import active_parameters, count_parameters
+from mot_jax.modes import is_independent, trained_mode
 from mot_jax.runs.metrics import Row, read_rows
+from mot_jax.runs.scores import read_scores
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
 FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 1
 _LAST_PART = 0.1  # of the steps, over which the metrics of layers are averaged
-_EVERY = 50  # training rows of which one is published
+_EVERY = 50  # steps of whose multiples the training rows are published
 _TIMES = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
 
 
@@ -33,6 +37,7 @@ def collect(directory: Directory, command: str) -> dict[str, Any]:
     study, plan = directory.study, directory.plan()
     records = {run.name: read_record(workdir_of(directory.folder, run.name)) for run in plan.runs}
     begun = [record for record in records.values() if record]
+    machines = _distinct([_machine(record) for record in begun if "machine" in record])
     settings = {name: value for name, value in vars(study).items() if name not in ("title", "entrants", "alternatives")}
     return {
         "format": FORMAT,
@@ -40,11 +45,13 @@ def collect(directory: Directory, command: str) -> dict[str, Any]:
         "title": study.title,
         "command": command,
         "settings": settings | {"steps": study.steps},
-        "machines": _distinct([_machine(record["machine"]) for record in begun if "machine" in record]),
+        "machines": machines,
         "commits": _distinct([commit for record in begun for commit in record.get("commits", [])]),
         "data": _data(directory, plan, begun),
         "entrants": {name: _entrant(study, name, plan.tunings[name]) for name in study.entrants},
-        "runs": [_run(directory, run, records[run.name]) for run in plan.runs],
+        "runs": [
+            _run(directory, run, records[run.name]) | _origin(records[run.name], machines, begun) for run in plan.runs
+        ],
         "other_runs": directory.other_runs(plan),
         "times": read_times(directory),
     }
@@ -64,8 +71,8 @@ def load(folder: epath.Path) -> dict[str, Any]:
     return strict_json.load(folder / FILE, dict, "try the --workdir of mot bench train")
 
 
-def _machine(machine: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in machine.items() if name != "date"}
+def _machine(record: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in record["machine"].items() if name != "date"}
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -110,7 +117,7 @@ def _entrant(study: Study, name: str, tuning: plans.Tuning) -> dict[str, Any]:
         **_config(config),
         "tuning": {field: value for field, value in tuning._asdict().items() if field != "candidates"},
         "headline_mode": mode,
-        "independent": mode != "trained" or config.model.group_size == 1,
+        "independent": is_independent(trained_mode(config) if mode == "trained" else mode, config),
         "headline_flops": _headline_flops(config, mode),
         "parameters": sum(count_parameters(config.model).values()),
         "active_parameters": active_parameters(config.model),
@@ -142,16 +149,30 @@ def _headline_flops(config: Config, mode: str) -> float:
 
 
 def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """A run and its losses. The metrics of layers are those of the seeds' runs."""
+    """A run, its losses, and the number of its skipped steps. The metrics of layers are those of the seeds' runs."""
     outcome = directory.outcome(run.name) or Outcome("not ended", float("nan"), [], [])
     rate = None if run.config is None else run.config.training.optimizer.learning_rate
     row = {"name": run.name, "entrant": run.entrant, "stage": run.stage, "seed": run.seed, "steps": run.steps}
     row |= {"learning_rate": rate, "state": outcome.state, "curve": outcome.curve}
     row |= {"trained_curve": outcome.trained_curve, "loss": outcome.loss}
     row |= {name: record.get(name) for name in ("config_hash", "commits", "reason") if name in record}
+    rows = read_rows(workdir_of(directory.folder, run.name)) if outcome.state != "not ended" else []
+    skipped = [training["skipped"] for training in rows if training["split"] == "train"]
+    row["skipped_steps"] = int(skipped[-1]) if skipped else None
     if run.stage == SEEDS and outcome.state == "finished":
-        row["layers"] = _layer_metrics(read_rows(workdir_of(directory.folder, run.name)), run.steps)
+        row["layers"] = _layer_metrics(rows, run.steps)
     return row
+
+
+def _origin(record: dict[str, Any], machines: list[dict[str, str]], begun: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine of a run, as an index into all of them, and whether its text is that of the study (`data`).
+
+    Both are None for a run that has not begun.
+    """
+    if "machine" not in record:
+        return {"machine": None, "same_text": None}
+    same = record.get("fingerprints") == begun[0].get("fingerprints")
+    return {"machine": machines.index(_machine(record)), "same_text": same}
 
 
 def _layer_metrics(rows: list[Row], steps: int) -> dict[str, float]:
@@ -165,16 +186,21 @@ def _validations(workdir: epath.Path) -> list[Row]:
     return [row for row in read_rows(workdir) if row["split"] == "validation"]
 
 
-def _published_rows(directory: Directory) -> list[Row]:
-    """All evaluation rows and every fiftieth training row of the runs that have ended, without times."""
-    published = []
-    for run in directory.plan().runs:
-        if directory.outcome(run.name) is None:
+def _published_rows(directory: Directory) -> Iterator[Row]:
+    """The rows of the runs that have ended, without times: all evaluations, and training rows of every fiftieth step.
+
+    An evaluation in the headline mode is a score of the run and has its `mode`; one in the mode of training has none.
+    """
+    plan = directory.plan()
+    for run in plan.runs:
+        outcome, workdir = directory.outcome(run.name), workdir_of(directory.folder, run.name)
+        if outcome is None:
             continue
-        rows = read_rows(workdir_of(directory.folder, run.name))
-        steps = {row["step"] for row in [row for row in rows if row["split"] == "train"][::_EVERY]}
+        rows = [row for row in read_rows(workdir) if row["split"] == "validation" or row["step"] % _EVERY == 0]
+        mode = plans.headline_mode(plan.configs(run)[0])
+        for score in read_scores(workdir) if mode != "trained" else ():
+            loss = math.inf if score["loss"] is None else score["loss"]
+            if score["mode"] == mode and (score["step"], loss) in outcome.curve:  # not of a later mot evaluate
+                rows.append(score | {"split": "validation"})
         for row in rows:
-            if row["split"] == "validation" or row["step"] in steps:
-                values = {name: value for name, value in row.items() if name not in _TIMES}
-                published.append({"run": run.name, **values})
-    return published
+            yield {"run": run.name, **{name: value for name, value in row.items() if name not in _TIMES}}

@@ -22,11 +22,11 @@ def crossing(curve: Curve, target: float) -> float:
     """Return the step at which a curve first reaches the target; infinity if it does not.
 
     Between two evaluations the loss is interpolated linearly. Where the curve is convex, it is below that line, so that
-    the step is not too early.
+    the step is not too early. An infinite target, of a run that diverged, is none: no curve reaches it.
     """
     before: tuple[float, float] | None = None
     for step, loss in curve:
-        if loss <= target:
+        if loss <= target < math.inf:
             if before is None or not math.isfinite(before[1]):
                 return step
             return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
@@ -54,15 +54,15 @@ def loss_at(curve: Curve, step: float) -> float:
 def horizon(losses: Mapping[float, float], target: float) -> float:
     """Return the shortest schedule whose final loss reaches the target, from final losses by the share of the steps.
 
-    Infinity if none reaches it.
+    Infinity if none reaches it, as with an infinite target.
     """
-    return min((share for share, loss in losses.items() if loss <= target), default=math.inf)
+    return min((share for share, loss in losses.items() if loss <= target < math.inf), default=math.inf)
 
 
-def next_horizon(shares: Sequence[float], losses: Mapping[float, float], target: float) -> float | None:
-    """Return the schedule to train next in a bisection for the shortest that reaches the target; None at its end.
+def horizons_left(shares: Sequence[float], losses: Mapping[float, float], target: float) -> list[float]:
+    """Return the schedules that are not trained yet and can be the shortest that reaches the target.
 
-    The bisection assumes that a longer schedule does not end with a higher loss.
+    A longer schedule is assumed not to end with a higher loss.
 
     Args:
         shares: of the steps, increasing; the last one is 1 and has been trained.
@@ -70,9 +70,15 @@ def next_horizon(shares: Sequence[float], losses: Mapping[float, float], target:
         target: the loss to reach.
     """
     reached = horizon(losses, target)
+    if math.isinf(reached):
+        return []
     missed = max((share for share, loss in losses.items() if loss > target and share < reached), default=0.0)
-    between = [share for share in shares if missed < share < reached]
-    return between[len(between) // 2] if between and math.isfinite(reached) else None
+    return [share for share in shares if missed < share < reached]
+
+
+def next_horizon(left: Sequence[float]) -> float:
+    """Return the schedule to train next in a bisection of those that are left."""
+    return left[len(left) // 2]
 
 
 # --- comparing losses of several seeds --------------------------------------------------------------------------------

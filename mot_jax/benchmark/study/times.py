@@ -1,7 +1,7 @@
 """The times of a study: training steps of the trained models in turns, on a batch of their own text.
 
 Routing depends on the state and on the tokens, and with it the time of kinds whose experts process a varying number of
-tokens. Nothing else should run on the machine; its load is recorded.
+tokens. Nothing else should run on the machine; the CPU time of other processes during the timing is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from etils import epath
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.execute import Directory, workdir_of
-from mot_jax.benchmark.timing import in_turns, machine
+from mot_jax.benchmark.timing import cpu_times, in_turns, machine, share_of_others
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import train_batches
@@ -51,13 +51,15 @@ def read_times(directory: Directory) -> dict[str, Any] | None:
 
 def measure(directory: Directory, say: Callable[[str], None]) -> None:
     """Time the step of every entrant's trained model in turns, and write `times.json`."""
-    runs, load = timed_runs(directory), os.getloadavg()[0]
-    programs = {}
+    runs, programs = timed_runs(directory), {}
     for entrant, name in runs.items():
         say(f"times: compiling the step of {name}")
         programs[entrant] = _program(workdir_of(directory.folder, name))
     say(f"times: {_ROUNDS} rounds")
+    before, loads = cpu_times(), [os.getloadavg()[0]]
     timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS)
+    others = share_of_others(before, cpu_times())
+    loads.append(os.getloadavg()[0])  # with the study's own, as the one before
     rows = {
         entrant: {
             "median_s": timing.median,
@@ -67,7 +69,8 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
         }
         for entrant, timing in timings.items()
     }
-    content = {"runs": runs, "machine": machine(), "rounds": _ROUNDS, "load_before": load, "rows": rows}
+    content = {"runs": runs, "machine": machine(), "rounds": _ROUNDS, "rows": rows}
+    content |= {"share_of_others": others, "load_averages": loads}
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
 
 

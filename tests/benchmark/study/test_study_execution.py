@@ -1,5 +1,7 @@
 """Studies are trained by the command, killed, resumed and refused."""
 
+import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from etils import epath
 
 from mot_jax import cli
 from mot_jax.benchmark.study import execute, load_study, results
-from mot_jax.config import to_json
+from mot_jax.config import ExpertChoiceConfig, ExpertThresholdConfig, to_json
 from mot_jax.errors import DivergedError, UserError
 from mot_jax.runtime import strict_json
 
@@ -94,7 +97,7 @@ def test_of_an_entrant_with_alternatives_the_candidates_are_listed_and_the_other
     names = ["mixture_of_tokens-rate-0.01", "mixture_of_tokens-scale_1-rate-0.01"]
     expected = [[name, "tuning", "to train"] for name in names]
     assert rows == [*expected, ["mixture_of_tokens-seed-1", "seeds", "waits for the tuning"]]
-    assert "and about 3 runs more, which depend on the losses of these" in lines
+    assert "and at most 3 runs more, which depend on the losses of these" in lines
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1")
     assert code == 75 and line.endswith(f"try again after {', '.join(names)}")
 
@@ -114,6 +117,8 @@ def test_a_run_whose_rate_is_not_chosen_can_be_retried_later(capsys, tmp_path, d
     assert code == 75 and "try again after dense-rate-0.005, dense-rate-0.01, dense-rate-0.02" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--dry-run")
     assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --dry-run")
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1-steps-6")
+    assert code == 75 and "whether the study has this run is not decided yet" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-rate-0.02.")
     assert code == 2 and "did you mean 'dense-rate-0.02'?" in line
 
@@ -128,6 +133,17 @@ def test_a_directory_has_one_study(capsys, tmp_path, data):
     (tmp_path / "full" / "file").touch()
     code, (line,) = refusal(capsys, first, "--workdir", str(tmp_path / "full"))
     assert code == 2 and "has files, but no study" in line
+
+
+def test_a_study_can_be_begun_by_several_processes_at_once(tmp_path, data):
+    studies = [directory(write_study(tmp_path, data), tmp_path / "0")] * 8
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "study.json.0123.new").touch()  # of a process that is about to begin it
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            studies = [execute.Directory(one.study, one.name, epath.Path(tmp_path / str(number))) for one in studies]
+            list(pool.map(execute.Directory.claim, studies))
+            assert "study.json" in [path.name for path in (tmp_path / str(number)).iterdir()]
 
 
 def finished_run(study: execute.Directory, name: str, loss: float | None) -> Path:
@@ -154,6 +170,57 @@ def test_results_have_the_chosen_candidate(tmp_path, data):
     assert [*entrant["tuning"]["rates"].values()] == [0.005, 0.01, 0.02]
     runs = {name: candidate["run"] for name, candidate in entrant["candidates"].items()}
     assert runs == {name: f"{name}-rate-0.01" for name in ("mixture_of_tokens", "mixture_of_tokens-scale_1")}
+
+
+def test_results_state_whether_sequences_are_independent_where_they_are_evaluated(tmp_path, data):
+    """Expert threshold chooses along the batch in its warmup only, and by thresholds in evaluations."""
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    config = study.study.entrants["dense"]
+    layers = {"expert_threshold": ExpertThresholdConfig(group_size=4, num_experts=8)}
+    layers["expert_choice"] = ExpertChoiceConfig(group_size=4, num_experts=4)
+    for name, layer in layers.items():
+        entrant = dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=layer))
+        study.study = dataclasses.replace(study.study, entrants={**study.study.entrants, name: entrant})
+    entrants = results.collect(study, "")["entrants"]
+    expected = {"dense": True, "mixture_of_tokens": True, "expert_threshold": True, "expert_choice": False}
+    assert {name: entrant["independent"] for name, entrant in entrants.items()} == expected
+    assert entrants["expert_threshold"]["headline_mode"] == "trained"
+
+
+def test_published_rows_are_all_evaluations_and_every_fiftieth_step(tmp_path, data):
+    """With a row of every 20 steps, those of 100 and 200; of the scores, that of the study in the headline mode."""
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    workdir = finished_run(study, "mixture_of_tokens-rate-0.01", 3.0)
+    rows = [{"step": step, "split": "train", "loss": 4.0, "skipped": 2.0, "mfu": 0.1} for step in range(20, 221, 20)]
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    score = {"mode": "companions", "split": "validation[:10%]", "step": 12, "windows": 32, "group_size": 4, "loss": 2.5}
+    others = [score | {"mode": "grouped", "loss": 3.0}, score | {"windows": 100, "loss": 2.6}]
+    (workdir / "modes.json").write_text(json.dumps([*others, score]))
+    record = {"state": "finished", "curve": [[12, 2.5]], "machine": {"python": "3", "date": "today"}}
+    (workdir / "record.json").write_text(json.dumps(record | {"fingerprints": {"train": "a"}}))
+    other = Path(execute.workdir_of(study.folder, "dense-rate-0.01"))
+    other.mkdir()
+    (other / "record.json").write_text(
+        json.dumps({"machine": {"python": "2", "date": "today"}, "fingerprints": {"train": "b"}, "state": "begun"})
+    )
+    content = results.write(study, "")
+    published = [
+        json.loads(line) for line in gzip.decompress((study.folder / "rows.jsonl.gz").read_bytes()).splitlines()
+    ]
+    assert {row["run"] for row in published} == {"mixture_of_tokens-rate-0.01"} and "mfu" not in published[-1]
+    assert [row["step"] for row in published if row["split"] == "train"] == [100, 200]
+    evaluations = [(row["step"], row.get("mode"), row["loss"]) for row in published if row["split"] == "validation"]
+    assert evaluations == [(12, None, 3.0), (12, "companions", 2.5)]
+    by_name = {run["name"]: run for run in content["runs"]}
+    rows = [
+        by_name[f"{name}-rate-{rate}"] for name, rate in (("dense", 0.01), ("mixture_of_tokens", 0.01), ("dense", 0.02))
+    ]
+    assert [(row["machine"], row["same_text"], row["skipped_steps"]) for row in rows] == [
+        (0, True, None),
+        (1, False, 2),
+        (None, None, None),
+    ]
 
 
 def test_outcomes_are_read_from_the_files_of_runs(tmp_path, data):

@@ -8,7 +8,7 @@ import pytest
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.plan import Study, load_study, plan, tune
 from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, check
-from mot_jax.errors import UserError
+from mot_jax.errors import RetryableError, UserError
 
 ROOT = Path(__file__).parents[3]
 STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
@@ -78,19 +78,20 @@ def test_an_entrant_that_always_diverges_has_no_rate_and_no_further_runs(smoke):
     tuning = current.tunings["token_choice"]
     assert tuning.complete and tuning.chosen is None and len(tuning.rates) == 4
     stages = {run.stage for run in current.runs if run.entrant == "token_choice"}
-    assert stages == {plans.TUNING} and current.steps_left["token_choice"] == 0
+    assert stages == {plans.TUNING} and not current.further
 
 
 # --- the runs of a study ----------------------------------------------------------------------------------------------
 
 
 OFFSETS = {"dense": 0.1, "mixture_of_tokens": 0.0, "token_choice": 0.05}
+BEST_RATES = {"dense": 0.01, "mixture_of_tokens": 0.0025, "token_choice": 0.01}  # that of MoT is outside of the grid
 
 
 def loss_of(run: plans.Run) -> float:
     """A loss as of a model: lower with more steps, lowest at some rate, with some noise between seeds."""
     assert run.config is not None
-    rate = abs(math.log2(run.config.training.optimizer.learning_rate / 0.01))
+    rate = abs(math.log2(run.config.training.optimizer.learning_rate / BEST_RATES[run.entrant]))
     return 1.0 + OFFSETS[run.entrant] + 0.01 * rate + 6 / run.steps + 1e-4 * run.seed
 
 
@@ -130,15 +131,27 @@ def test_the_shortest_schedule_is_searched_for_all_but_the_target(smoke):
 
 
 def test_a_plan_depends_on_the_losses_and_not_on_their_order(with_alternatives):
-    """As after a kill, or with several jobs: from any part of the losses, the same runs remain."""
+    """As after a kill, or with several jobs: from any part of the losses, the same runs remain.
+
+    Those that are not known yet have their names and bounds in the plan.
+    """
     losses = trained(with_alternatives)
-    generator = random.Random(0)
+    end, generator = plan(with_alternatives, losses), random.Random(0)
+    assert not end.further and "mixture_of_tokens-rate-0.0025" in losses
     for _ in range(5):
         done: dict[str, float] = {}
-        while todo := [run for run in plan(with_alternatives, done).runs if run.config and run.name not in done]:
+        while (current := plan(with_alternatives, done)) and len(done) < len(losses):
+            names = {run.name for run in current.runs}
+            later = [run for run in end.runs if run.name not in names]
+            possible = {name for further in current.further for name in further.names}
+            assert {run.name for run in later} <= possible and not possible & names
+            assert len(later) <= sum(further.at_most for further in current.further)
+            assert sum(run.steps for run in later) <= sum(some.at_most * some.steps for some in current.further)
+            assert all(some.needs and {*some.needs} <= names - done.keys() for some in current.further)
+            todo = [run for run in current.runs if run.config and run.name not in done]
             for run in generator.sample(todo, generator.randint(1, len(todo))):
                 done[run.name] = loss_of(run)
-        assert done == losses and plan(with_alternatives, done) == plan(with_alternatives, losses)
+        assert done == losses and current == end
 
 
 def test_runs_that_wait_for_a_learning_rate_name_the_runs_that_they_need(smoke):
@@ -147,9 +160,57 @@ def test_runs_that_wait_for_a_learning_rate_name_the_runs_that_they_need(smoke):
     assert [run.stage for run in waiting] == [plans.SEEDS] * 6
     for run in waiting:
         assert run.needs == tuple(current.tunings[run.entrant].rates)
-    assert current.steps_left["dense"] == 0 and current.steps_left["token_choice"] > 0
     with pytest.raises(UserError, match="did you mean 'dense-seed-1'"):
         current.run("dense-sed-1")
+
+
+def bounds(current: plans.Plan) -> dict[str, list[tuple[int, int]]]:
+    """The largest numbers of further runs, with their steps, by entrant: of tuning and of horizons."""
+    by_entrant: dict[str, list[tuple[int, int]]] = {}
+    for further in current.further:
+        by_entrant.setdefault(further.entrant, []).append((further.at_most, further.steps))
+    return by_entrant
+
+
+def test_extensions_that_are_still_possible_are_counted(smoke):
+    """The grid is extended by one rate at most; then two of the schedules of 30 and 45 steps are trained."""
+    horizons = (2, 45)
+    assert bounds(plan(smoke, {})) == {
+        "dense": [(1, 60)],
+        "mixture_of_tokens": [(1, 60), horizons],
+        "token_choice": [(1, 60), horizons],
+    }
+    inside = {"dense-rate-0.01": 1.0, "dense-rate-0.02": 1.1}
+    (extension,) = [further for further in plan(smoke, inside).further if further.entrant == "dense"]
+    assert extension.names == ("dense-rate-0.0025",) and extension.needs == ("dense-rate-0.005",)
+    assert "dense" not in bounds(plan(smoke, inside | {"dense-rate-0.005": 1.2}))
+    assert "dense" not in bounds(plan(smoke, inside | {"dense-rate-0.005": 0.9}))  # the extension is known
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("dense-rate-0.0025", "dense-rate-0.005, dense-rate-0.01, dense-rate-0.02"),
+        ("token_choice-scale_9-rate-0.02", "token_choice-rate-0.01, .*scale_1-rate-0.01, .*scale_9-rate-0.01"),
+        ("token_choice-scale_9-rate-0.04", "token_choice-rate-0.01, .*scale_1-rate-0.01, .*scale_9-rate-0.01"),
+        ("token_choice-seed-1-steps-45", "token_choice-seed-1, dense-seed-1, dense-seed-2"),
+    ],
+)
+def test_a_run_that_depends_on_losses_can_be_retried_until_it_is_ruled_out(with_alternatives, name, needs):
+    with pytest.raises(RetryableError, match=f"--run = {name}: .*is not decided yet; try again after {needs}$"):
+        plan(with_alternatives, {}).run(name)
+    with pytest.raises(UserError, match="the study has no such run"):
+        plan(with_alternatives, trained(with_alternatives, diverging="token_choice")).run(name)
+    for never in ("dense-seed-1-steps-45", "dense-rate-0.00125", "token_choice-seed-2-steps-45"):
+        with pytest.raises(UserError, match="the study has no such run"):
+            plan(with_alternatives, {}).run(never)
+
+
+def test_a_target_that_diverged_is_reached_by_no_schedule(smoke):
+    losses = trained(smoke)
+    losses = {name: loss for name, loss in losses.items() if "steps" not in name} | {"dense-seed-2": math.inf}
+    current = plan(smoke, losses)
+    assert not current.further and plans.HORIZONS not in {run.stage for run in current.runs}
 
 
 # --- alternatives -----------------------------------------------------------------------------------------------------
@@ -165,7 +226,8 @@ def test_until_a_candidate_is_chosen_only_the_candidates_can_be_trained(smoke, w
     waiting = [run for run in runs if run.stage != plans.TUNING]
     assert len(waiting) == 2 and all(run.needs == tuple(tuning) and run.config is None for run in waiting)
     assert [scale_of(config) for config in current.configs(waiting[0])] == [*CANDIDATES.values()]
-    assert current.steps_left["token_choice"] == before.steps_left["token_choice"] + 2 * smoke.steps
+    (tuning_before, horizons), other_bounds = bounds(before)["token_choice"], bounds(current)["token_choice"]
+    assert tuning_before == (1, smoke.steps) and other_bounds == [(3, smoke.steps), horizons]
     others = [[run for run in one.runs if run.entrant != "token_choice"] for one in (before, current)]
     assert others[0] == others[1]
 
@@ -186,13 +248,13 @@ def test_the_candidate_with_the_lowest_loss_is_tuned_and_compared(smoke, with_al
     assert [*current.tunings["token_choice"].rates] == [f"{chosen}-rate-{rate}" for rate in (0.005, 0.01, 0.02)]
     assert all(run in [one.name for one in current.runs] for run in done)
     done |= {f"{chosen}-rate-0.005": 1.0, f"{chosen}-rate-0.02": 3.0, f"{chosen}-rate-0.0025": 1.5}
-    current, own = plan(with_alternatives, done), plan(smoke, {})
+    current = plan(with_alternatives, done)
     compared = [run for run in current.runs if run.entrant == "token_choice" and run.stage == plans.SEEDS]
     assert [run.name for run in compared] == ["token_choice-seed-1", "token_choice-seed-2"]
     for run in compared:
         assert run.config is not None and run.config.training.optimizer.learning_rate == 0.005
         assert scale_of(run.config) == CANDIDATES[chosen]
-    assert current.steps_left == own.steps_left
+    assert bounds(current)["token_choice"] == bounds(plan(smoke, {}))["token_choice"][1:]
 
 
 def test_an_entrant_whose_candidates_all_diverge_has_its_own_grid_and_no_rate(with_alternatives):
@@ -253,6 +315,14 @@ def faulty_studies(study: Study):
         "mixture.*validation_windows = None: must be that of dense, 4",
     )
     yield with_dense(study, training=replace(dense.training, steps=61)), "mixture.*training.steps = 60: must be that of"
+    unequal = {"gradient_accumulation_steps": 2, "max_skipped": 3, "upcycle_from": "runs/a"}
+    for field, value in unequal.items():
+        training = replace(mot.training, **{field: value})
+        other = replace(study, entrants={**study.entrants, "mixture_of_tokens": replace(mot, training=training)})
+        yield other, rf"\['mixture_of_tokens'\]: training.{field} = {value!r}: must be that of dense"
+    head_z = replace(mot.training, losses=replace(mot.training.losses, head_z=1e-4))
+    other = replace(study, entrants={**study.entrants, "mixture_of_tokens": replace(mot, training=head_z)})
+    yield other, "training.losses.head_z = 0.0001: must be that of dense, 0.0"
     yield with_dense(study, data=replace(dense.data, shuffle_group_size=None)), "shuffle_group_size"
     yield with_dense(study, model=over_tokens), r"entrants\['dense'\]: .*over = 'tokens'.*causal"
 

@@ -22,6 +22,7 @@ def run(entrant: str, stage: str, seed: int, steps: int, loss: float, rate: floa
     row = {"name": entrant + names[stage], "entrant": entrant, "stage": stage, "seed": seed, "steps": steps}
     row |= {"learning_rate": rate, "state": "finished", "loss": loss, "curve": [[steps / 2, 4.0], [steps, loss]]}
     row |= {"trained_curve": row["curve"], "commits": ["abc"], "config_hash": "0"}
+    row |= {"machine": 0, "same_text": True, "skipped_steps": 0}
     if stage == "seeds":
         row["layers"] = {"dropped/0": 0.25 * seed, "dropped/1": 0.0, "router_entropy/0": 0.5}
     return row
@@ -40,7 +41,9 @@ def results() -> dict:
         name: {
             "kind": name,
             "config": {
-                "training": {"optimizer": {"learning_rate": 0.01}},
+                "training": {
+                    "optimizer": {"learning_rate": 0.01, "multipliers": [["controller", 0.0]] if name == MOT else []}
+                },
                 "model": {"feed_forward": {"kind": name, f"{name}_a": 1, f"{name}_b": 3}},
             },
             "kind_defaults": {"kind": name, f"{name}_a": 1, f"{name}_b": 2},
@@ -85,7 +88,8 @@ def results() -> dict:
         "entrants": entrants,
         "runs": runs,
         "other_runs": [],
-        "times": {"rows": timed, "rounds": 20, "load_before": 0.1, "machine": machine, "runs": {}},
+        "times": {"rows": timed, "rounds": 20, "machine": machine, "runs": {}}
+        | {"share_of_others": 0.034, "load_averages": [1.9, 1.8]},
     }
 
 
@@ -150,7 +154,19 @@ def test_a_run_that_diverged_is_a_miss(results):
     figures = analyze(diverge(results, f"{MOT}-seed-2", f"{ROUTED}-seed-1"))
     assert figures["entrants"][MOT]["crossing"] == {"reached": 1, "of": 2, "median": math.inf}
     assert figures["entrants"][ROUTED]["loss_test"]["reason"] == "2 of 2 seeds miss"
-    assert analyze(diverge(results, f"{DENSE}-seed-1"))["target"] == math.inf
+
+
+def test_without_a_target_the_report_has_the_reason(results):
+    """A target entrant of which one run diverged has an infinite mean, which no loss could miss."""
+    results = diverge(results, f"{DENSE}-seed-1")
+    figures = analyze(results)
+    rows = figures["entrants"]
+    assert figures["target"] is None and rows[MOT]["crossing"]["reached"] == 0 and rows[MOT]["horizon"] is None
+    assert rows[ROUTED]["crossing_test"]["reason"] == "no target"
+    assert rows[DENSE]["crossing_test"]["reason"] == "1 of 2 seeds miss"  # MoT reaches the loss of the other seed
+    text = to_markdown("", list(report(results)))
+    assert "There is no target, and no cost of reaching it: 1 of 2 runs of dense diverged" in text
+    assert "Cost of reaching the target" not in text
 
 
 def test_an_entrant_that_never_trains_has_a_row_of_misses(results):
@@ -199,6 +215,7 @@ def test_the_page_is_complete_in_itself(results):
         "at an end of the grid",
         "companions, 3.0 x the FLOPs",
         "1 of 2 seeds miss",
+        "Other processes used 3.4% of the CPU time",
     ):
         assert part in page.text
 
@@ -216,6 +233,8 @@ def test_the_tables_have_the_figures(results):
         ["model.feed_forward.dense_b", "3", "- |"],
         ["model.feed_forward.token_choice_b", "-", "3 |"],
     ]
+    multipliers = "training.optimizer.multipliers | [] | [['controller', 0.0]]"
+    assert f"| mixture_of_tokens | {multipliers} |" in lines
 
 
 def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(results):
@@ -236,6 +255,23 @@ def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(r
     results["entrants"][ROUTED] |= {"candidate": None, "tuning": undecided}
     text = to_markdown("", list(report(results)))
     assert "| token_choice | - | 4 | not complete |  |" in text and "| chosen |" not in text
+    assert "without its alternatives while none is chosen, as for token_choice." in text
+
+
+def test_the_report_names_runs_of_other_machines_and_texts_and_skipped_steps(results):
+    text = to_markdown("", list(report(results)))
+    assert "skipped steps, whose loss or gradient was not finite: none" in text and "arning: " not in text.replace(
+        "warning: text trained on", ""
+    )
+    results["machines"].append({"device": "1 x cpu", "python": "3.11.0"})
+    (row,) = [row for row in results["runs"] if row["name"] == f"{MOT}-seed-2"]
+    row |= {"machine": 1, "same_text": False, "skipped_steps": 3}
+    text = to_markdown("", list(report(results)))
+    where = "dense-seed-2 on machine 1, mixture_of_tokens-seed-2 on machine 2"
+    assert f"Warning: the runs of seed 2 differ in machine or versions, listed below: {where}." in text
+    assert "seed 1 differ" not in text and "- machine 2: device 1 x cpu, python 3.11.0" in text
+    assert "was not finite: mixture_of_tokens-seed-2 (3)" in text
+    assert "warning: runs with another text than the first one: mixture_of_tokens-seed-2" in text
 
 
 def test_a_report_of_unfinished_runs_is_preliminary(results):
@@ -244,7 +280,7 @@ def test_a_report_of_unfinished_runs_is_preliminary(results):
             row |= {"state": "not ended", "loss": None, "curve": [], "trained_curve": []}
     results["times"] = None
     text = to_markdown(results["title"], list(report(results)))
-    assert "Preliminary: 4 runs have not ended" in text and "The target is not known yet" in text
+    assert "Preliminary: 4 runs have not ended" in text and "runs of dense have not ended" in text
     assert "Cost of reaching the target" not in text and "have not been measured" in text
 
 

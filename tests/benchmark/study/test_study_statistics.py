@@ -5,14 +5,23 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.benchmark.study.statistics import compare, crossing, holm, horizon, loss_at, next_horizon, summary
+from mot_jax.benchmark.study.statistics import (
+    compare,
+    crossing,
+    holm,
+    horizon,
+    horizons_left,
+    loss_at,
+    next_horizon,
+    summary,
+)
 
 INF = math.inf
 CURVE = [(10, 4.0), (20, 3.0), (30, 2.0), (40, 2.5)]
 
 
 @pytest.mark.parametrize(
-    ("target", "step"), [(5.0, 10), (4.0, 10), (3.0, 20), (2.75, 22.5), (2.0, 30), (1.9, INF), (3.5, 15)]
+    ("target", "step"), [(5.0, 10), (4.0, 10), (3.0, 20), (2.75, 22.5), (2.0, 30), (1.9, INF), (3.5, 15), (INF, INF)]
 )
 def test_a_curve_crosses_the_target_between_two_evaluations(target, step):
     assert crossing(CURVE, target) == step
@@ -36,11 +45,13 @@ def test_bisection_finds_the_shortest_schedule_in_three_trainings(number_that_mi
     shares = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     final = {share: 2.0 if index < number_that_miss else 1.0 for index, share in enumerate(shares)}
     losses = {1.0: final[1.0]}
-    while (share := next_horizon(shares, losses, 1.5)) is not None:
+    while left := horizons_left(shares, losses, 1.5):
+        share = next_horizon(left)
         assert share not in losses
         losses[share] = final[share]
     assert len(losses) <= 4
     assert horizon(losses, 1.5) == ([*shares, INF][number_that_miss])
+    assert horizon(losses, INF) == INF and not horizons_left(shares, {1.0: INF}, INF)
 
 
 def test_the_paired_test_of_three_differences_by_hand():

@@ -1,0 +1,25 @@
+"""The CPU time that other processes use while programs are timed."""
+
+import os
+import time
+
+import pytest
+
+from mot_jax.benchmark import timing
+
+
+def test_the_cpu_time_of_other_processes_is_a_share_of_all_cores(tmp_path, monkeypatch):
+    """Two cores for 10 s, of which this process uses 8 s, others 3 s, another virtual machine 1 s."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(time, "process_time", iter([5.0, 13.0, 21.0]).__next__)
+    before = {"user": 100, "nice": 1, "system": 10, "idle": 500, "iowait": 7, "irq": 0, "softirq": 1, "steal": 2}
+    after = {"user": 109, "nice": 1, "system": 12, "idle": 507, "iowait": 8, "irq": 0, "softirq": 1, "steal": 3}
+    readings = []
+    for seconds in (before, after, after):
+        guest = [99 * ticks, 0]  # a part of user
+        line = " ".join(str(value) for value in [*(round(s * ticks) for s in seconds.values()), *guest])
+        (tmp_path / "stat").write_text(f"cpu  {line}\ncpu0 {line}\n")
+        readings.append(timing.cpu_times(str(tmp_path / "stat")))
+    assert timing.share_of_others(readings[0], readings[1]) == pytest.approx(4 / 20)
+    assert timing.share_of_others(readings[1], readings[2]) is None  # no time has passed
+    assert timing.cpu_times(str(tmp_path / "missing")) is None and timing.share_of_others(None, readings[0]) is None
