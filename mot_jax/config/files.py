@@ -154,7 +154,8 @@ def _load_module(
         if spec is None or spec.loader is None:
             raise UserError(f"{name} = {path}: must be a Python file; try {example}")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        # Not by the loader: its bytecode cache misses an edit within a second that does not change the size.
+        exec(compile(path.read_bytes(), path.absolute(), "exec"), vars(module))
     except ReportedError:
         raise
     except Exception as error:

@@ -1,7 +1,9 @@
 """The config files: valid, the paper's values, and documented variant by variant."""
 
 import dataclasses
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,14 @@ def test_a_dense_baseline_differs_in_its_layer_and_trains_on_the_same_batches(na
     assert dense.data.shuffle_group_size == mixture.model.group_size and dense.group_size == mixture.group_size
     for field in ("batch_size", "steps", "seed"):
         assert getattr(dense.training, field) == getattr(mixture.training, field)
+
+
+def test_an_edit_that_keeps_the_size_and_time_of_a_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)  # as for users
+    file, demo = tmp_path / "mine.py", (CONFIGS / "demo.py").read_text()
+    for steps in (1600, 1700):
+        assert "steps=1600," in demo
+        file.write_text(demo.replace("steps=1600,", f"steps={steps},"))
+        os.utime(file, (1, 1))
+        assert load_config(file).training.steps == steps
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
