@@ -155,6 +155,8 @@ def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path,
     companions = workdir / "companions.npy"
     moved = companions.rename(tmp_path / "companions.npy")
     try:
+        cli.main(["evaluate", str(workdir), "--mode", "all", "--windows", "30"])
+        assert "mean_field is left out: companions.npy: is missing" in capsys.readouterr().out
         with pytest.raises(SystemExit):
             cli.main(["evaluate", str(workdir), "--mode", "sparse"])
         assert capsys.readouterr().err.startswith("error: companions.npy: is missing")

@@ -99,7 +99,7 @@ def read_outcome(workdir: epath.Path, mode: str) -> Outcome | None:
         curve = [(step, _loss(loss)) for step, loss in record.get("curve", [])]
     if state == "diverged":
         return Outcome("diverged", float("inf"), curve, trained)
-    if not curve or curve[-1][0] != trained[-1][0]:
+    if not curve or not trained or curve[-1][0] != trained[-1][0]:
         where = f"{workdir}: has ended without a last evaluation in the mode {mode}"
         raise UserError(f"{where}; try mv {workdir} {workdir}.old, and it is trained again")
     return Outcome("finished", curve[-1][1], curve, trained)
