@@ -1,4 +1,4 @@
-"""Target GPUs: the wheels of the compiler, what it is given, and steps compiled for them."""
+"""Target GPUs: the wheels of the compiler, its description of a GPU, and compiled steps."""
 
 from __future__ import annotations
 
@@ -110,8 +110,9 @@ def test_a_step_on_eight_gpus(products):
     assert result.fits and not result.program.unknown and not result.notes
     assert 1.0 <= result.program.flops / result.model_flops < 1.3  # includes recomputation
     kinds = result.program.by_kind()
-    assert {"triton": "Triton product", "cublas": "cuBLAS product"}[products] in kinds
-    assert {"triton": "cuBLAS product", "cublas": "Triton product"}[products] not in kinds
+    # Sorted by FLOPs. XLA of jax 0.12 leaves some small products to cuBLAS.
+    assert next(iter(kinds)) == {"triton": "Triton product", "cublas": "cuBLAS product"}[products]
+    assert products == "triton" or "Triton product" not in kinds
     exchanges = [c for c in result.program.collectives if c.kind == "all-to-all" and c.axes == ("expert",)]
     # Of 64 / 8 sequences per GPU, 2 groups with E mixtures at 32 positions.
     assert sum(c.executions * c.bytes for c in exchanges) == 4 * (2 * 8 * 32 * 128) * 2
