@@ -26,6 +26,7 @@ from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
+from mot_jax.planning.checkpoints import BANDWIDTH, CheckpointBytes, checkpoint_bytes
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import StepTimes, label, model_times
@@ -43,7 +44,8 @@ class Plan:
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
     times also if the device's figures are not known. efficiency: modeled MFU without and with overlap; None if the
-    times lack a part of the program that was not understood. notes: limits of the config's sharding.
+    times lack a part of the program that was not understood. notes: limits of the config's sharding. checkpoint: of all
+    chips and of a host.
     """
 
     topology: str
@@ -61,6 +63,7 @@ class Plan:
     times: StepTimes | None
     efficiency: tuple[float, float] | None
     notes: tuple[str, ...] = ()
+    checkpoint: CheckpointBytes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -77,6 +80,9 @@ class Plan:
         memory = [(n, "unknown" if size is None else f"{size / 2**30:,.3f}") for n, size in self.memory.items()]
         title = f"{self.topology}: {self.chips:,} chips ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
         out = [title, *self.notes, "", *table("GiB per chip", memory)]
+        if self.checkpoint:
+            title = f"Checkpoint, GiB, and seconds at {BANDWIDTH / 1e9:.0f} GB/s per host"
+            out += table(title, self.checkpoint.rows())
         if not self.fits:
             out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
             return [*out, "Changes that reduce memory:", *(f"  {line}" for line in self.advice)]
@@ -200,6 +206,7 @@ def plan_training(
         if times and program and not program.unknown
         else None,
         notes=_notes(config, mesh),
+        checkpoint=checkpoint_bytes(state.content()),
     )
 
 

@@ -1,19 +1,8 @@
 """Modeled time of a step, from the work of its program (`program.py`) and the device's figures (`cost/hardware.py`).
 
-A body takes the larger of FLOPs / peak and HBM bytes / bandwidth. A collective of B bytes over n chips:
-
-    all-gather, reduce-scatter   (n - 1) / n x B / bandwidth         each chip receives, or sends, all but its own part
-    all-reduce                   twice that
-    all-to-all                   B / 4 x size / bandwidth            of the slowest dimension, see below
-    collective-permute           B x hops / bandwidth of one link
-
-The chips of a group extend along one or more dimensions of the torus, by their coordinates. A dimension gives each chip
-two links if it is a ring and the group covers all of it, else one, because the chip at the end of a line has no more.
-Chips at a distance of `stride` share their links with the groups between them, which divides the bandwidth by `stride`.
-Gathers and reductions use the links of all dimensions at once. An all-to-all sends B / n from each chip to each: in a
-ring of n, a message travels n / 4 links on average, so n chips x B x n / 4 pass over 2 n links; on a line, the middle
-link carries n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry
-their own share at the same time. A group whose coordinates do not form a box is modeled with one link for each chip.
+A body takes the larger of FLOPs / peak and HBM bytes / bandwidth. Collectives within a slice take the time of
+`mot_jax.runtime.network`, by which the order of devices is chosen, too. A group whose coordinates do not form a box is
+modeled with one link for each chip. A permutation of B bytes takes B x hops / bandwidth of one link.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
@@ -25,13 +14,13 @@ Latency and contention between collectives are not modeled: on hundreds of chips
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 
 import jax
 
 from mot_jax.cost.hardware import Hardware
 from mot_jax.planning.program import SLICES, Collective, Program
+from mot_jax.runtime.network import ring_share, torus_links, torus_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Network:
         """Seconds of one execution."""
         kind, size, n = collective.kind, collective.bytes, len(collective.members)
         if collective.axes == (SLICES,):
-            share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, _ring_share(kind, n))
+            share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, ring_share(kind, n))
             return size * share / self.hardware.dcn_bandwidth
         return self._ici(kind, size, list(collective.members))
 
@@ -73,26 +62,11 @@ class Network:
         bandwidth, n = self.hardware.link_bandwidth, len(members)
         if kind == "collective-permute":
             return size * self._hops(*members[:2]) / bandwidth
-        dimensions = self._links(members)
-        if dimensions is None:
-            share = _ring_share(kind, n) if kind != "all-to-all" else (n - 1) / n
-            return size * share / bandwidth
-        if kind == "all-to-all":
-            return max(size / 4 * length / (links * bandwidth) for length, links in dimensions)
-        return size * _ring_share(kind, n) / (bandwidth * sum(links for _, links in dimensions))
-
-    def _links(self, members: list[int]) -> list[tuple[int, float]] | None:
-        """(length, links per chip) for each dimension of the torus that a group extends along; None if it is no box."""
         lines = [sorted(set(at)) for at in zip(*(self.coords[m] for m in members), strict=True)]
         if math.prod(map(len, lines)) != len(members) or not lines:
-            return None
-        dimensions = []
-        for line, size, closed in zip(lines, self.torus, self.hardware.rings(self.torus), strict=True):
-            if len(line) > 1:
-                stride = max(b - a for a, b in itertools.pairwise(line))
-                ring = closed and size > 2 and len(line) * stride == size
-                dimensions.append((len(line), (2 if ring else 1) / stride))
-        return dimensions
+            share = ring_share(kind, n) if kind != "all-to-all" else (n - 1) / n
+            return size * share / bandwidth
+        return torus_seconds(kind, size, n, torus_links(lines, self.torus), bandwidth)
 
     def _hops(self, a: int, b: int) -> int:
         if not self.torus:
@@ -103,10 +77,6 @@ class Network:
         ):
             total += min(abs(x - y), size - abs(x - y)) if closed else abs(x - y)
         return max(total, 1)
-
-
-def _ring_share(kind: str, n: int) -> float:
-    return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
 def model_times(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> StepTimes:
