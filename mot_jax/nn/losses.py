@@ -103,7 +103,7 @@ cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _sum_over_devices(partial_sums: jax.Array, like: jax.Array) -> jax.Array:
-    """Sum [n, t, D, V], one entry per device, to [D, V], the gradient of `like`: a reduce-scatter where that is sharded."""
+    """Sum [n, t, D, V], one entry a device, to the gradient [D, V] of `like`: a reduce-scatter where it is sharded."""
     if deferred_axes(like):
         return sum_leading(partial_sums, 2, like)
     batch_axes, position_axes, *_ = axes_of(partial_sums)
