@@ -139,10 +139,10 @@ def _traffic(config: Config, sizes: Sizes) -> list[Traffic]:
     experts = getattr(kind, "num_experts", 0)
     num_moe = sum(hasattr(block, "num_experts") for block in m.block_kinds())
     attention = 2 * d * d * (1 + (m.num_kv_heads or m.num_heads) / m.num_heads)
-    dense = matrices * d * (m.d_ff * (m.num_blocks - num_moe) + kind.shared_dim(m.d_ff) * num_moe if experts else 0)
+    dense = matrices * d * (m.d_ff * (m.num_blocks - num_moe) + kind.shared_dim(m.d_ff) * num_moe)
     weights = width * (m.num_blocks * attention + dense) / tensor
-    expert_weights = width * num_moe * experts * matrices * d * (kind.hidden_dim(m.d_ff) if experts else 0)
-    expert_weights /= expert * tensor
+    hidden = getattr(kind, "hidden_dim", lambda d_ff: 0)(m.d_ff)
+    expert_weights = width * num_moe * experts * matrices * d * hidden / (expert * tensor)
     per_token = getattr(kind, "top_k", None) or experts / getattr(kind, "group_size", 1)
     mixtures = activations * per_token * (getattr(kind, "capacity_factor", None) or 1)
     whole_groups = _num_whole_group_axes(t.batch_size // steps, m.group_size, sizes) if not t.batch_size % steps else 3
@@ -543,7 +543,10 @@ def sum_leading(x: jax.Array, dimensions: int, like: jax.Array) -> jax.Array:
     axes = axes_of(x)
     summed = frozenset(itertools.chain(*axes[:dimensions]))
     partial_sums = PartitionSpec(*(a or None for a in axes[dimensions:]), unreduced=summed)
-    return _as_gradient(jax.lax.reduce_sum(x, axes=range(dimensions), out_sharding=partial_sums), like)
+    total = jax.lax.reduce_sum(x, axes=range(dimensions), out_sharding=partial_sums)
+    if any(axes[dimensions:]):  # gathered before it is sharded as `like`: one all-gather, as without deferral
+        total = jax.reshard(total, PartitionSpec(*[None] * total.ndim, unreduced=summed))
+    return _as_gradient(total, like)
 
 
 def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:

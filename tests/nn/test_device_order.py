@@ -80,6 +80,19 @@ def test_the_traffic_of_a_pod_is_that_of_its_compiled_program():
     assert len(by_kind) == 3
 
 
+def test_the_traffic_of_a_dense_model():
+    """Per block 4 D^2 of attention and 2 D F, in float32, and two tables V D: gathered twice, and summed once."""
+    config = load_config("configs/demo.py:dense")
+    m = config.model
+    blocks = 4 * m.num_blocks * (4 * m.d_model**2 + 2 * m.d_model * m.d_ff)
+    tables = 4 * 2 * m.vocab_size * m.d_model
+    assert sharding._traffic(config, (2, 2, 1, 1)) == [
+        ("all-gather", (1,), 2 * (blocks + tables)),
+        ("reduce-scatter", (1,), blocks + tables),
+        ("all-reduce", (0,), (blocks + tables) / 2),
+    ]
+
+
 def test_two_thousand_chips_communicate_as_fast_as_five_hundred():
     """Per chip the work is the same; JAX's order takes 1.7 times as long, on a ring of 16 x 2 chips."""
     times = {}
