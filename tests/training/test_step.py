@@ -180,7 +180,7 @@ def test_gradients_are_summed_over_devices_once_a_step(tiny, mesh):
     if MESHES[mesh].fsdp == 1:
         one, four = (sent[steps]["all-reduce", False] for steps in (1, 4))
         assert 0 <= four - one - 3 * 4 * elementwise <= scalars
-        assert one > 4 * (sum(x.size for x in state.params.values()) - elementwise) / 8 > 10 * scalars
+        assert one > 5 * scalars  # summed in each microbatch, the difference would be 3 times this
     else:
         shards = sum(
             4 * math.prod(x.sharding.shard_shape(x.shape))
