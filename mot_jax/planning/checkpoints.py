@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ def checkpoint_bytes(state: Any) -> CheckpointBytes:
 def _holders(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[tuple, list[int]]:
     """The hosts of the devices that hold each shard, by the place of the shard in the array."""
     holders: dict[tuple, list[int]] = defaultdict(list)
-    for device, index in sharding.devices_indices_map(shape).items():
+    indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+    for device, index in indices.items():
         holders[tuple(part.start or 0 for part in index)].append(device.process_index)
     return holders
