@@ -767,7 +767,8 @@ class TrainingConfig(_PlainData):
     batch_size: int = 64
     """Number of sequences in a batch, over the whole mesh."""
     gradient_accumulation_steps: int = 1
-    """Number of microbatches into which a batch is split."""
+    """Number of microbatches into which a batch is split, to need less memory for activations.
+    Gradients are summed over devices once a step; over `fsdp` in each microbatch."""
     seed: int = 0
     """Seed of the initial values, the order of the data, and masking."""
     upcycle_from: str | None = _directory(None)

@@ -25,6 +25,7 @@ import re
 import jax
 
 from mot_jax.errors import UserError, nearest
+from mot_jax.runtime.network import rings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Hardware(Device):
     dimensions: of the torus; 0 for GPUs, which a switch in each host connects, one link per GPU, and InfiniBand between
     hosts. hbm_bytes: available to programs. link_bandwidth: of one link in one direction; dcn_bandwidth: one chip's
     share of the network between slices, or between hosts of GPUs, in one direction. chips: in the largest slice, or
-    GPUs in a host. ring: a dimension of the torus closes to a ring where its size is a multiple
-    of this (of 16: a full pod); in three dimensions all sizes must be.
+    GPUs in a host.
     """
 
     name: str
@@ -54,7 +54,6 @@ class Hardware(Device):
     link_bandwidth: float
     dcn_bandwidth: float
     chips: int
-    ring: int
 
     @property
     def device_kind(self) -> str:
@@ -63,23 +62,21 @@ class Hardware(Device):
 
     def rings(self, torus: tuple[int, ...]) -> tuple[bool, ...]:
         """For each dimension of a slice, whether it closes to a ring."""
-        closed = [size % self.ring == 0 for size in torus]
-        return tuple(closed if self.dimensions == 2 else [all(closed)] * len(closed))
+        return rings(torus)
 
 
 _GIB = 2**30
 _DEVICES: tuple[Device, ...] = (
-    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book]. Rings: [cloud],
-    # "each dimension is a multiple of 4".
-    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096, 4),
-    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
-    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
-    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
+    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book].
+    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096),
+    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256),
+    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144),
+    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256),
     # [nvidia], [xla]. B200: an eighth of HGX B200, with 62 TB/s.
-    Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8, 1),
-    Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8, 1),
-    Hardware(("NVIDIA H200",), 989e12, 494e12, "h200", 0, 0.9 * 151397597184, 4.8e12, 4.5e11, 5e10, 8, 1),
-    Hardware(("NVIDIA B200",), 2250e12, 1125e12, "b200", 0, 0.9 * 191514411008, 7.7e12, 9e11, 5e10, 8, 1),
+    Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8),
+    Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8),
+    Hardware(("NVIDIA H200",), 989e12, 494e12, "h200", 0, 0.9 * 151397597184, 4.8e12, 4.5e11, 5e10, 8),
+    Hardware(("NVIDIA B200",), 2250e12, 1125e12, "b200", 0, 0.9 * 191514411008, 7.7e12, 9e11, 5e10, 8),
     Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12),  # NVIDIA A100 data sheet
     Device(("NVIDIA H100 PCIe",), 756e12, 378e12),  # NVIDIA H100 data sheet of 2022, PCIe
 )

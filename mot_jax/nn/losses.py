@@ -9,7 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mot_jax.nn.sharding import axes_of, num_shards, replicate, reshard, spec
+from mot_jax.nn.sharding import (
+    axes_of,
+    deferred_axes,
+    num_shards,
+    replicate,
+    reshard,
+    scale_gradient,
+    spec,
+    sum_leading,
+    undeferred,
+)
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -53,7 +63,7 @@ def cross_entropy_sum(
         head_z: weight of (log Z)^2 in the loss.
         accuracy: whether to count `correct`, which is 0 otherwise.
     """
-    parts, head = _chunks(chunk, hidden, targets, mask), replicate(head.astype(hidden.dtype))
+    parts, head = _chunks(chunk, hidden, targets, mask), replicate(undeferred(head).astype(hidden.dtype))
 
     def body(total: LossSums, part: tuple) -> tuple[LossSums, None]:
         return jax.tree.map(jnp.add, total, _chunk_loss(part, head, head_z, accuracy)[0]), None
@@ -64,7 +74,8 @@ def cross_entropy_sum(
 def _forward(hidden, head, targets, mask, chunk, head_z, accuracy):
     # Each device sums its own gradient of the head over all chunks, so that devices add theirs up once, after the scan,
     # and not once per chunk.
-    parts, replicated = _chunks(chunk, hidden, targets, mask), replicate(head.astype(hidden.dtype))
+    parts = _chunks(chunk, hidden, targets, mask)
+    replicated = replicate(undeferred(head).astype(hidden.dtype))
     batch_axes, position_axes, _ = axes_of(hidden)
     shape = (num_shards(batch_axes), num_shards(position_axes), *head.shape)
     d_head = jnp.zeros(shape, _wide(hidden), out_sharding=spec(batch_axes, position_axes, None, None))
@@ -85,14 +96,16 @@ def _forward(hidden, head, targets, mask, chunk, head_z, accuracy):
 @default_promotion()
 def _backward(chunk, head_z, accuracy, residuals, cotangents):
     (d_hidden, d_head), scale = residuals, cotangents.loss
-    return (d_hidden * scale).astype(d_hidden.dtype), (d_head * scale).astype(d_head.dtype), None, None
+    return (d_hidden * scale).astype(d_hidden.dtype), scale_gradient(d_head, scale).astype(d_head.dtype), None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)
 
 
 def _sum_over_devices(partial_sums: jax.Array, like: jax.Array) -> jax.Array:
-    """Sum [n, t, D, V], one entry per device, to [D, V] sharded as `like`: a reduce-scatter where that is sharded."""
+    """Sum [n, t, D, V], one entry a device, to the gradient [D, V] of `like`: a reduce-scatter where it is sharded."""
+    if deferred_axes(like):
+        return sum_leading(partial_sums, 2, like)
     batch_axes, position_axes, *_ = axes_of(partial_sums)
     summed_axes, out_axes = batch_axes + position_axes, axes_of(like)
     if num_shards(summed_axes) == 1:

@@ -30,11 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mot_jax.config import Config, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
+from mot_jax.nn.device_order import Traffic, arrange, slice_of
 from mot_jax.runtime.compilation import default_promotion, disable_cache_for_cpu_mesh
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -85,7 +85,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, trains: bool = True) -> Mesh:
-    """Build the Explicit mesh of `config.mesh`, laid out along the physical network of the devices.
+    """Build the Explicit mesh of `config.mesh`, laid out along the physical network of the devices (`device_order`).
 
     On several CPU devices this turns JAX's compilation cache off for the rest of the process, see
     `compilation.disable_cache_for_cpu_mesh`.
@@ -104,27 +104,61 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     if not trains:
         config = dataclasses.replace(config, mesh=_fitting_mesh(config, len(devices)))
     sizes = _axis_sizes(config.mesh, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({slice_of(device) for device in devices})
     faults = [*_model_faults(config, *sizes, slices), *(_batch_faults(config, sizes) if trains else ())]
     faults += platform_errors(config, devices[0]) if trains else ()
     if faults:
         raise UserError(*faults)
     requested = ", ".join(f"mesh.{name} = {size}" for name, size in zip(AXES, sizes, strict=True))
     used = math.prod(sizes)
-    if used < len(devices) and len({(d.process_index, getattr(d, "slice_index", 0)) for d in devices}) > 1:
+    if used < len(devices) and len({(d.process_index, slice_of(d)) for d in devices}) > 1:
         raise UserError(f"{requested}: leaves {len(devices) - used} of {len(devices)} devices idle; try mesh.data = -1")
     try:  # An axis may take a part of a dimension of the torus, for example expert = 8 on 4 x 4 x 4 chips.
-        if slices == 1:
-            array = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
-        else:
-            inside, outside = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
-            array = mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
+        array = arrange(sizes, devices[:used], _traffic(config, sizes))
     except (NotImplementedError, ValueError) as error:
         advice = "try axes that are products of the torus' sizes"
         raise UserError(f"{requested}: JAX cannot map these axes to this network; {advice}") from error
     mesh = Mesh(array, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     disable_cache_for_cpu_mesh(mesh)
     return mesh
+
+
+def _traffic(config: Config, sizes: Sizes) -> list[Traffic]:
+    """The collectives of a training step on one device, as estimates from the sizes of the model.
+
+    Along `expert` two all-to-alls of the mixtures per layer forward and two backward, and as many of the activations
+    where groups span devices; along `fsdp` two gathers of each weight and a reduce-scatter of its gradient per
+    microbatch; along `tensor` two gathers and two reduce-scatters of the activations per sub-layer, forward and
+    backward; and one sum of the gradients over the axes that do not shard the weight.
+    """
+    _, fsdp, expert, tensor = sizes
+    m, t, kind = config.model, config.training, config.model.feed_forward
+    steps, width = t.gradient_accumulation_steps, jnp.dtype(m.dtype).itemsize
+    d, matrices = m.d_model, 3 if m.gated else 2
+    activations = t.batch_size * m.context_length * d * width / math.prod(sizes[:3])
+    experts = getattr(kind, "num_experts", 0)
+    num_moe = sum(hasattr(block, "num_experts") for block in m.block_kinds())
+    attention = 2 * d * d * (1 + (m.num_kv_heads or m.num_heads) / m.num_heads)
+    dense = matrices * d * (m.d_ff * (m.num_blocks - num_moe) + kind.shared_dim(m.d_ff) * num_moe)
+    weights = width * (m.num_blocks * attention + dense) / tensor
+    hidden = getattr(kind, "hidden_dim", lambda d_ff: 0)(m.d_ff)
+    expert_weights = width * num_moe * experts * matrices * d * hidden / (expert * tensor)
+    per_token = getattr(kind, "top_k", None) or experts / getattr(kind, "group_size", 1)
+    mixtures = activations * per_token * (getattr(kind, "capacity_factor", None) or 1)
+    whole_groups = _num_whole_group_axes(t.batch_size // steps, m.group_size, sizes) if not t.batch_size % steps else 3
+    tables = 4 * 2 * m.vocab_size * d / tensor
+    collectives = [
+        Traffic("all-to-all", (2,), 4 * num_moe * mixtures),
+        Traffic("all-to-all", tuple(range(whole_groups, 3)), 4 * num_moe * activations),
+        Traffic("all-gather", (1,), 2 * steps * (weights + expert_weights + tables)),
+        Traffic("reduce-scatter", (1,), steps * (weights + expert_weights + tables)),
+        Traffic("all-gather", (3,), 4 * m.num_blocks * activations),
+        Traffic("reduce-scatter", (3,), 4 * m.num_blocks * activations),
+        Traffic("all-reduce", (0,), expert_weights / fsdp),
+        Traffic("all-reduce", (0, 2), (weights + tables) / fsdp),
+    ]
+    present = (c._replace(axes=tuple(axis for axis in c.axes if sizes[axis] > 1)) for c in collectives)
+    return [collective for collective in present if collective.axes and collective.bytes]
 
 
 def _fitting_mesh(config: Config, num_devices: int) -> MeshConfig:
@@ -263,7 +297,9 @@ def _explicit_axes() -> set[str]:
 def axes_of(x: jax.Array) -> list[Axes]:
     """The mesh axes, of `AXES`, that each dimension of `x` is sharded over, according to its type."""
     explicit = _explicit_axes()
-    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in jax.typeof(x).sharding.spec]
+    entries = [
+        (entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in jax.typeof(x).sharding.spec.partitions
+    ]
     entries += [()] * (x.ndim - len(entries))
     return [tuple(axis for axis in entry if axis in explicit) for entry in entries]
 
@@ -284,9 +320,12 @@ def spec(*dimensions: str | Axes | None) -> PartitionSpec | None:
 
 
 def reshard(x: jax.Array, *dimensions: str | Axes | None) -> jax.Array:
-    """`jax.reshard` to `spec(*dimensions)`: a collective where devices must exchange data."""
+    """`jax.reshard` to `spec(*dimensions)`: a collective where devices must exchange data.
+
+    A parameter whose gradient sums are deferred (`defer_gradient_sums`) remains one.
+    """
     target = spec(*dimensions)
-    return x if target is None else jax.reshard(x, target)
+    return x if target is None else jax.reshard(x, target.update(reduced=deferred_axes(x)))
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -372,7 +411,7 @@ def _product(
     equation: str, out: PartitionSpec | None, dtype: Any, fenced: bool, x: jax.Array, weight: jax.Array
 ) -> jax.Array:
     of_x, of_weight, of_y = _subscripts(equation)
-    weight = _gather_fsdp(weight.astype(x.dtype))
+    weight = _gather_fsdp(undeferred(weight).astype(x.dtype))
     x = _align(of_x, x, of_weight, weight, of_y)
     return jnp.einsum(equation, x, weight, out_sharding=out, preferred_element_type=dtype)
 
@@ -386,13 +425,18 @@ def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
     operands = (*residuals, cotangent.astype(residuals[0].dtype))
     x, weight, cotangent = jax.lax.optimization_barrier(operands) if fenced else operands
     of_x, of_weight, of_y = _subscripts(equation)
-    gathered = _gather_fsdp(weight.astype(x.dtype))
+    gathered = _gather_fsdp(undeferred(weight).astype(x.dtype))
     x_spec, weight_spec = (spec(*axes_of(a)) for a in (x, weight))
     cotangent = _align(of_y, cotangent, of_weight, gathered, of_x)
     dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", cotangent, gathered, out_sharding=x_spec)
     x = _align(of_x, x, of_weight, gathered, of_y)
-    dw = jnp.einsum(f"{of_x},{of_y}->{of_weight}", x, cotangent, out_sharding=weight_spec)
-    return dx, dw.astype(weight.dtype)
+    contract = partial(jnp.einsum, f"{of_x},{of_y}->{of_weight}", x, cotangent)
+    if not deferred_axes(weight):
+        return dx, contract(out_sharding=weight_spec).astype(weight.dtype)
+    axes = dict(zip(of_x + of_y, axes_of(x) + axes_of(cotangent), strict=True))
+    summed = frozenset(itertools.chain(*(axes[letter] for letter in axes if letter not in of_weight)))
+    dw = contract(out_sharding=PartitionSpec(*(axes[letter] or None for letter in of_weight), unreduced=summed))
+    return dx, _as_gradient(dw, weight).astype(weight.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -423,6 +467,132 @@ def _align(of_x: str, x: jax.Array, of_weight: str, weight: jax.Array, of_result
         return tuple(axis for axis in axes if letter_of_axis.get(axis, letter) == letter)
 
     return reshard(x, *map(aligned_axes, of_x, axes_of(x)))
+
+
+# --- gradients that are summed over devices once a step ---------------------------------------------------------------
+
+
+# Parameters that only products and look-ups read. Elementwise operations need the gradients of the others, scales and
+# biases, at once.
+DEFERRABLE = frozenset(
+    "token_embedding position_embedding head query key_value out kernel_in kernel_gate kernel_out controller "
+    "emit_controller w_in w_gate w_out".split()
+)
+
+
+def defer_gradient_sums(params: dict[str, jax.Array], model: ModelConfig) -> dict[str, jax.Array]:
+    """Return `params` with types whose gradients are partial sums: each device has that of its own sequences.
+
+    In terms of JAX's types: a parameter that is `reduced` over the mesh axes that shard sequences, except those that
+    shard the parameter, has a gradient that is `unreduced` over them. Such gradients can be added, and are summed over
+    devices by `sum_gradients`. Sums over the axes that shard the parameter, such as `fsdp`, are not deferred: the
+    partial sums would have the size of the whole parameter. The shards have the same sizes with and without.
+
+    Args:
+        params: by name.
+        model: experts that do not run as products, but in kernels of Pallas or without a capacity, are not deferred.
+    """
+    kind = model.feed_forward
+    products = getattr(kind, "kernel", "xla") == "xla" and kind.experts_share_computation
+    products &= getattr(kind, "capacity_factor", 1.0) is not None
+
+    def defer(name: str, x: jax.Array) -> jax.Array:
+        suffix, sharded_over = name.rpartition("/")[2], set(itertools.chain(*axes_of(x)))
+        batch_axes = (axis for axis in DIMENSIONS["sequences"] if axis_size(axis) > 1 and axis in _explicit_axes())
+        axes = frozenset(batch_axes) - sharded_over
+        if suffix not in DEFERRABLE or (not products and suffix in ("w_in", "w_gate", "w_out")) or not axes:
+            return x
+        return jax.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, reduced=axes))
+
+    return {name: defer(name, x) for name, x in params.items()}
+
+
+def deferred_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which the sum of the gradient of `x` is deferred."""
+    return jax.typeof(x).sharding.spec.reduced
+
+
+def undeferred(x: jax.Array) -> jax.Array:
+    """`x` with a gradient that is summed over devices at once."""
+    return jax.reshard(x, spec(*axes_of(x))) if deferred_axes(x) else x
+
+
+def _as_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum a gradient, unreduced over some mesh axes, over those that are not deferred, and shard it as `x`."""
+    return jax.reshard(gradient, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, unreduced=deferred_axes(x)))
+
+
+def sum_gradients(gradients: dict[str, jax.Array], model: ModelConfig) -> dict[str, jax.Array]:
+    """Sum partial sums over the devices.
+
+    In `model.dtype` where a step without accumulation does so, which is in products with weights.
+    """
+
+    def total(name: str, gradient: jax.Array) -> jax.Array:
+        if not jax.typeof(gradient).sharding.spec.unreduced:
+            return gradient
+        in_float32 = name.endswith(("embedding", "head", "controller"))
+        narrow = gradient if in_float32 else gradient.astype(model.dtype)
+        return jax.reshard(narrow, spec(*axes_of(gradient))).astype(gradient.dtype)
+
+    return {name: total(name, gradient) for name, gradient in gradients.items()}
+
+
+def sum_leading(x: jax.Array, dimensions: int, like: jax.Array) -> jax.Array:
+    """Sum x over so many leading dimensions, to a gradient of `like`, whose sums over devices are deferred."""
+    axes = axes_of(x)
+    summed = frozenset(itertools.chain(*axes[:dimensions]))
+    partial_sums = PartitionSpec(*(a or None for a in axes[dimensions:]), unreduced=summed)
+    total = jax.lax.reduce_sum(x, axes=range(dimensions), out_sharding=partial_sums)
+    if any(axes[dimensions:]):  # gathered before it is sharded as `like`: one all-gather, as without deferral
+        total = jax.reshard(total, PartitionSpec(*[None] * total.ndim, unreduced=summed))
+    return _as_gradient(total, like)
+
+
+def scale_gradient(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+    """The product of a gradient, whose sums over devices may be deferred, and a scalar."""
+    unreduced = jax.typeof(gradient).sharding.spec.unreduced
+    return gradient * (jax.reshard(factor, PartitionSpec(reduced=unreduced)) if unreduced else factor)
+
+
+def look_up(table: jax.Array, indices: jax.Array, out: PartitionSpec | None) -> jax.Array:
+    """The rows [B, S, D] of `table` [V, D] with these indices int32 [B, S]."""
+    if not deferred_axes(table):
+        return replicate(table).at[indices].get(out_sharding=out)
+    return _look_up(out, table, indices)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(out: PartitionSpec, table: jax.Array, indices: jax.Array) -> jax.Array:
+    return replicate(undeferred(table)).at[indices].get(out_sharding=out)
+
+
+def _look_up_backward(out, residuals, cotangent):
+    table, indices = residuals
+    summed = frozenset(itertools.chain(*axes_of(indices)))
+    partial_sums = PartitionSpec(None, None, unreduced=summed)
+    gradient = jnp.zeros(table.shape, cotangent.dtype).at[indices].add(cotangent, out_sharding=partial_sums)
+    return _as_gradient(gradient, table).astype(table.dtype), None
+
+
+_look_up.defvjp(lambda out, table, indices: (_look_up(out, table, indices), (table, indices)), _look_up_backward)
+
+
+def add_to_sequences(x: jax.Array, table: jax.Array) -> jax.Array:
+    """x [B, S, D] + table [S, D]."""
+    return x + (_broadcast(spec(*axes_of(x)), x.shape[0], table) if deferred_axes(table) else replicate(table))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _broadcast(out: PartitionSpec, batch: int, table: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(replicate(undeferred(table)), (batch, *table.shape), out_sharding=out)
+
+
+def _broadcast_backward(out, batch, table, cotangent):
+    return (sum_leading(cotangent, 1, table).astype(table.dtype),)
+
+
+_broadcast.defvjp(lambda out, batch, table: (_broadcast(out, batch, table), table), _broadcast_backward)
 
 
 # --- placing parameters and batches -----------------------------------------------------------------------------------

@@ -22,7 +22,15 @@ from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState, make
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels.fused_attention import same_document
 from mot_jax.nn.losses import LossSums, cross_entropy_sum
-from mot_jax.nn.sharding import pin_cotangent_sharding, positions_dimension, replicate, reshard, spec
+from mot_jax.nn.sharding import (
+    add_to_sequences,
+    look_up,
+    pin_cotangent_sharding,
+    positions_dimension,
+    replicate,
+    reshard,
+    spec,
+)
 from mot_jax.runtime.compilation import default_promotion
 
 Params = dict[str, jax.Array]
@@ -190,13 +198,13 @@ class Transformer(nnx.Module):
         positions = positions_dimension(tokens.shape[1])
         tokens = reshard(tokens, "sequences", positions)
         out_sharding = spec("sequences", positions, None)
-        x = replicate(self.token_embedding[...]).at[tokens].get(out_sharding=out_sharding)
+        x = look_up(self.token_embedding[...], tokens, out_sharding)
         if self.position_embedding is not None:
             if context.positions is None:
-                x += replicate(self.position_embedding[: tokens.shape[1]])
+                x = add_to_sequences(x, self.position_embedding[: tokens.shape[1]])
             else:
                 indices = reshard(context.positions, "sequences", positions)
-                x += replicate(self.position_embedding[...]).at[indices].get(out_sharding=out_sharding)
+                x += look_up(self.position_embedding[...], indices, out_sharding)
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}

@@ -26,6 +26,7 @@ from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
+from mot_jax.planning.checkpoints import BANDWIDTH, CheckpointBytes, checkpoint_bytes
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.nvidia import Products, compiler_options, devices_of_gpus, without_cudnn
 from mot_jax.planning.program import Collective, Program, read_program
@@ -47,7 +48,7 @@ class Plan:
     times also if the device's figures are not known. times_below_peak: with products at SHARE_OF_PEAK of the peak.
     efficiency: roofline MFU, that of `times`, without and with overlap; None if the times lack a part of the program
     that was not understood; efficiency_below_peak: that of `times_below_peak`. notes: about the sharding and the
-    attention of the program.
+    attention of the program. checkpoint: of all chips and of a host.
     """
 
     topology: str
@@ -67,6 +68,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     times_below_peak: StepTimes | None = None
     efficiency_below_peak: tuple[float, float] | None = None
+    checkpoint: CheckpointBytes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -87,6 +89,9 @@ class Plan:
         memory = [(n, "unknown" if size is None else f"{size / 2**30:,.3f}") for n, size in self.memory.items()]
         title = f"{self.topology}: {self.chips:,} chips ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
         out = [title, *self.notes, "", *table("GiB per chip", memory)]
+        if self.checkpoint:
+            title = f"Checkpoint, GiB, and seconds at {BANDWIDTH / 1e9:.0f} GB/s per host"
+            out += table(title, self.checkpoint.rows())
         if not self.fits:
             out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
             return [*out, "Changes that reduce memory:", *(f"  {line}" for line in self.advice)]
@@ -244,6 +249,7 @@ def plan_training(
         notes=(*notes, *_notes(config, mesh)),
         times_below_peak=times_below_peak,
         efficiency_below_peak=efficiency(times_below_peak),
+        checkpoint=checkpoint_bytes(state.content()),
     )
 
 

@@ -2,36 +2,16 @@
 
 A kernel takes the larger of FLOPs / peak and HBM bytes / bandwidth; the kernels of a body run one after the other.
 Asynchronous copies, and the memory traffic of collectives, run next to them, so that a body takes at least all its HBM
-bytes / bandwidth. float32 products have a peak of their own. A collective of B bytes over n chips:
+bytes / bandwidth. float32 products have a peak of their own.
 
-    all-gather, reduce-scatter   (n - 1) / n x B / bandwidth         each chip receives, or sends, all but its own part
-    all-reduce                   twice that
-    all-to-all                   B / 4 x size / bandwidth            of the slowest dimension, see below
-    collective-permute           B x hops / bandwidth of one link
-
-The chips of a group extend along one or more dimensions of the torus, by their coordinates. A dimension gives each chip
-two links if it is a ring and the group covers all of it, else one, because the chip at the end of a line has no more.
-Chips at a distance of `stride` share their links with the groups between them, which divides the bandwidth by `stride`.
-Gathers and reductions use the links of all dimensions at once. An all-to-all sends B / n from each chip to each: in a
-ring of n, a message travels n / 4 links on average, so n chips x B x n / 4 pass over 2 n links; on a line, the middle
-link carries n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry
-their own share at the same time. A group whose coordinates do not form a box is modeled with one link for each chip.
+Collectives within a slice, or of GPUs, take the time of `mot_jax.runtime.network`, by which the order of devices is
+chosen, too. A group of TPUs whose coordinates do not form a box is modeled with one link for each chip, and in an uneven
+group of GPUs the host with most members counts. A permutation of B bytes takes B x hops / bandwidth of one link, and
+between hosts of GPUs B / bandwidth of a port.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
 network; an all-to-all sends (n - 1) / n of its bytes there.
-
-GPUs of a host are connected by a switch with one link each, hosts by InfiniBand with one port per GPU. A group of n
-GPUs in h hosts, g = n / h in each, uses both at the same time, in pieces, and takes the longer of the two:
-
-                                 in the host, NVLink     between hosts, InfiniBand
-    all-gather, reduce-scatter   (g - 1) / g x B         (h - 1) / h x B / g
-    all-reduce                   twice that              twice that
-    all-to-all                   (g - 1) / n x B         (n - g) / n x B
-    collective-permute           B                       B, if any pair of GPUs is in different hosts
-
-This is the bound of a hierarchical algorithm, in which a GPU exchanges with those of its own place in the other hosts
-and then with those of its host; of a group that is uneven, the host with most members counts.
 
 Latency and contention between collectives are not modeled: on hundreds of chips, small collectives take longer.
 """
@@ -40,13 +20,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 
 import jax
 
 from mot_jax.cost.hardware import Hardware
 from mot_jax.planning.program import SLICES, Collective, Program
+from mot_jax.runtime.network import hosts_seconds, ring_share, torus_links, torus_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +62,7 @@ class Network:
         """Seconds of one execution."""
         kind, size, n = collective.kind, collective.bytes, len(collective.members)
         if collective.axes == (SLICES,):
-            share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, _ring_share(kind, n))
+            share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, ring_share(kind, n))
             return size * share / self.hardware.dcn_bandwidth
         members = list(collective.members)
         return self._ici(kind, size, members) if self.torus else self._switches(kind, size, members)
@@ -95,34 +75,17 @@ class Network:
             crosses = any(a != b for a, b in zip(hosts[::2], hosts[1::2], strict=True))
             return size / (between if crosses else inside)
         g, h = max(collections.Counter(hosts).values()), len(set(hosts))
-        if kind == "all-to-all":
-            return max((g - 1) / n * size / inside, (n - g) / n * size / between)
-        return max(_ring_share(kind, g) * size / inside, _ring_share(kind, h) * size / g / between)
+        return hosts_seconds(kind, size, h, n, g, inside, between)
 
     def _ici(self, kind: str, size: float, members: list[int]) -> float:
         bandwidth, n = self.hardware.link_bandwidth, len(members)
         if kind == "collective-permute":
             return size * self._hops(*members[:2]) / bandwidth
-        dimensions = self._links(members)
-        if dimensions is None:
-            share = _ring_share(kind, n) if kind != "all-to-all" else (n - 1) / n
-            return size * share / bandwidth
-        if kind == "all-to-all":
-            return max(size / 4 * length / (links * bandwidth) for length, links in dimensions)
-        return size * _ring_share(kind, n) / (bandwidth * sum(links for _, links in dimensions))
-
-    def _links(self, members: list[int]) -> list[tuple[int, float]] | None:
-        """(length, links per chip) for each dimension of the torus that a group extends along; None if it is no box."""
         lines = [sorted(set(at)) for at in zip(*(self.coords[m] for m in members), strict=True)]
         if math.prod(map(len, lines)) != len(members):
-            return None
-        dimensions = []
-        for line, size, closed in zip(lines, self.torus, self.hardware.rings(self.torus), strict=True):
-            if len(line) > 1:
-                stride = max(b - a for a, b in itertools.pairwise(line))
-                ring = closed and size > 2 and len(line) * stride == size
-                dimensions.append((len(line), (2 if ring else 1) / stride))
-        return dimensions
+            share = ring_share(kind, n) if kind != "all-to-all" else (n - 1) / n
+            return size * share / bandwidth
+        return torus_seconds(kind, size, n, torus_links(lines, self.torus), bandwidth)
 
     def _hops(self, a: int, b: int) -> int:
         total = 0
@@ -131,10 +94,6 @@ class Network:
         ):
             total += min(abs(x - y), size - abs(x - y)) if closed else abs(x - y)
         return max(total, 1)
-
-
-def _ring_share(kind: str, n: int) -> float:
-    return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
 def model_times(

@@ -15,7 +15,7 @@ import optax
 from mot_jax.config import LossWeights, ModelConfig, OptimizerConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import spec
+from mot_jax.nn.sharding import defer_gradient_sums, spec, sum_gradients
 from mot_jax.nn.transformer import Params, bind, update_router
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState
@@ -92,25 +92,28 @@ def make_train_step(
             model = bind(model_config, state.variables)
             counts = jax.tree.map(lambda c: c.sum(axis=0), jax.lax.map(model.loss_counts, batch.token_mask))
 
-        def microbatch(batch: Batch) -> tuple[jax.Array, jax.Array, Metrics, Params, Params]:
+        def microbatch(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Metrics, Params, Params]:
             gradient = jax.value_and_grad(loss, has_aux=True)
             (total, (value, metrics, statistics)), gradients = gradient(
-                state.params, state.router, batch, state.step, targets, counts
+                params, state.router, batch, state.step, targets, counts
             )
             metrics = jax.tree.map(lambda m: m / gradient_accumulation_steps, metrics)
             return total, value, metrics, statistics, gradients
 
         first = jax.tree.map(lambda x: x[0], batch)
         if gradient_accumulation_steps == 1:
-            total, value, metrics, statistics, gradients = microbatch(first)
+            total, value, metrics, statistics, gradients = microbatch(state.params, first)
         else:
-            shapes = jax.eval_shape(microbatch, first)
+            # Each device sums the gradients of its own sequences, and devices add them up after the last microbatch.
+            params = defer_gradient_sums(state.params, model_config)
+            shapes = jax.eval_shape(microbatch, params, first)
             # Sums in float32, also of bfloat16 gradients.
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _wide(s.dtype), device=s.sharding), shapes)
+            zeros = jax.tree.map(lambda s: _zeros(s, _wide(s.dtype)), shapes)
             add = partial(jax.tree.map, jnp.add)
             (total, value, metrics, statistics, gradients), _ = jax.lax.scan(
-                lambda sum, part: (add(sum, microbatch(part)), None), zeros, batch
+                lambda sum, part: (add(sum, microbatch(params, part)), None), zeros, batch
             )
+            gradients = sum_gradients(gradients, model_config)
             gradients = jax.tree.map(lambda g, s: g.astype(s.dtype), gradients, shapes[-1])
         gradient_rms = _rms(gradients)
         finite = _all_finite(total, gradient_rms)
@@ -165,6 +168,14 @@ def make_eval_step(
         return Evaluation(sums.nats.astype(jnp.float32), *(count.astype(jnp.float32) for count in counts))
 
     return eval_step
+
+
+def _zeros(like: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.Array:
+    """Zeros with the shape and the sharding of `like`, also where it is unreduced."""
+    sharding = like.sharding
+    if sharding is not None and sharding.spec.unreduced:
+        return jnp.zeros(like.shape, dtype, out_sharding=sharding.spec)
+    return jnp.zeros(like.shape, dtype, device=sharding)
 
 
 def _all_finite(*values: jax.Array) -> jax.Array:

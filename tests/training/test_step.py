@@ -27,7 +27,7 @@ from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches, place_sequences
+from mot_jax.nn.sharding import DEFERRABLE, local_sequences, make_mesh, place_microbatches, place_sequences
 from mot_jax.nn.transformer import Transformer, bind
 from mot_jax.planning import hlo
 from mot_jax.planning.program import read_program
@@ -157,6 +157,37 @@ def grouped(tiny: Config) -> tuple[Config, list[dict[str, float]]]:
     for row in rows:  # but for the mean of the microbatches' ratios, which is not the ratio of the batch
         row.pop("update_ratio/00"), row.pop("update_ratio/01")
     return dataclasses.replace(plain, model=model, training=training), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data 8", "expert 8", "data 2 x fsdp 2 x expert 2"])
+def test_gradients_are_summed_over_devices_once_a_step(tiny, mesh):
+    """Of four microbatches as of one, except scales and biases; over `fsdp`, which shards them, in each microbatch."""
+    training = dataclasses.replace(tiny.training, batch_size=64)
+    sent = {}
+    for steps in (1, 4):
+        config = dataclasses.replace(
+            tiny, mesh=MESHES[mesh], training=dataclasses.replace(training, gradient_accumulation_steps=steps)
+        )
+        on_mesh, state, step = compiled_step(config)
+        program = read_program(hlo.parse(step.as_text()), dict(on_mesh.shape))
+        assert not program.unknown
+        sent[steps] = Counter()
+        for c in program.collectives:
+            sent[steps][c.kind, "fsdp" in c.axes] += c.executions * c.bytes
+    elementwise = sum(x.size for name, x in state.params.items() if name.rpartition("/")[2] not in DEFERRABLE)
+    scalars = 1000  # bytes of losses and metrics, a few in each layer and microbatch
+    if MESHES[mesh].fsdp == 1:
+        one, four = (sent[steps]["all-reduce", False] for steps in (1, 4))
+        assert 0 <= four - one - 3 * 4 * elementwise <= scalars
+        assert one > 5 * scalars  # summed in each microbatch, the difference would be 3 times this
+    else:
+        shards = sum(
+            4 * math.prod(x.sharding.shard_shape(x.shape))
+            for name, x in state.params.items()
+            if name.rpartition("/")[2] in DEFERRABLE
+        )
+        assert 0 <= sent[4]["all-reduce", False] - shards <= scalars < shards
 
 
 def test_metrics_equal_their_definitions(tiny):

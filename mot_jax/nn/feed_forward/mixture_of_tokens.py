@@ -31,7 +31,7 @@ from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOut
 from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
 from mot_jax.nn.kernels.fused_mixture_tpu import fused_mixture
 from mot_jax.nn.kernels.pallas_tpu import TILE, Activation
-from mot_jax.nn.sharding import axes_of, num_shards, product, reshard
+from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, undeferred
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -149,7 +149,7 @@ class MixtureOfTokens(ExpertFeedForward):
         def controller_logits(controller: nnx.Param, base_weight: nnx.Param | None) -> jax.Array:
             kernel = controller[...]
             if self.base_controller is not None:
-                base = self.base_controller[...]
+                kernel, base = undeferred(kernel), self.base_controller[...]
                 a = value(base_weight)
                 kernel = kernel + base if a is None else a * kernel + (1 - a) * base
             wide = jnp.promote_types(self.dtype, jnp.float32)

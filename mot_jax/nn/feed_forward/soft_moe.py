@@ -24,7 +24,7 @@ from mot_jax.errors import UserError
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions
-from mot_jax.nn.sharding import axes_of, product, reshard, spec
+from mot_jax.nn.sharding import axes_of, product, reshard, spec, undeferred
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -97,7 +97,7 @@ class SoftMoE(ExpertFeedForward):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] -> `scale` times the cosines of tokens and controller, [B, S, E, P] in float32 (or wider)."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        controller = self.scale[...].astype(wide) * unit(self.controller[...].astype(wide), axis=0)
+        controller = self.scale[...].astype(wide) * unit(undeferred(self.controller[...]).astype(wide), axis=0)
         return product("bsd,dep->bsep", unit(x.astype(wide), axis=-1), controller)
 
 
