@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import sys
 from typing import Annotated, Literal
 
@@ -123,12 +122,10 @@ class PlanOptions(JsonOptions):
 def plan(arguments: list[str]) -> None:
     """Compile the training step ahead of time: memory, collectives, modelled time."""
     options, config = parse_with_config("mot plan", PlanOptions, arguments)
-    from mot_jax.cost.hardware import KNOWN, parse_topology
+    from mot_jax.cost.hardware import KNOWN
 
     if options.topology is None:
         raise UserError(f"--topology is missing; known: {KNOWN}")
-    if parse_topology(options.topology, options.slices).hardware:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the target devices are not attached
     from mot_jax.planning.plan import plan_training
 
     progress = functools.partial(print, flush=True)

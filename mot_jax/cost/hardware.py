@@ -67,16 +67,17 @@ class Hardware(Device):
 
 _GIB = 2**30
 _DEVICES: tuple[Device, ...] = (
-    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book].
-    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096),
-    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256),
-    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144),
-    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256),
-    # [nvidia], [xla]. B200: an eighth of HGX B200, with 62 TB/s.
+    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book]. Rings: [cloud],
+    # "each dimension is a multiple of 4".
+    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096, 4),
+    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
+    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
+    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
+    # [nvidia], [xla]; the bandwidth of B200, too, is from [xla]: data sheets of its systems round it up to 8 TB/s.
     Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8),
     Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8),
     Hardware(("NVIDIA H200",), 989e12, 494e12, "h200", 0, 0.9 * 151397597184, 4.8e12, 4.5e11, 5e10, 8),
-    Hardware(("NVIDIA B200",), 2250e12, 1125e12, "b200", 0, 0.9 * 191514411008, 7.7e12, 9e11, 5e10, 8),
+    Hardware(("NVIDIA B200",), 2250e12, 1125e12, "b200", 0, 0.9 * 191514411008, 7.672e12, 9e11, 5e10, 8),
     Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12),  # NVIDIA A100 data sheet
     Device(("NVIDIA H100 PCIe",), 756e12, 378e12),  # NVIDIA H100 data sheet of 2022, PCIe
 )

@@ -274,6 +274,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         if topology.chips and topology.chips > len(devices):
             raise UserError(f"--topology = {topology.name}: there are {len(devices)} devices; try local:{len(devices)}")
         return devices[: topology.chips]
+    jax.config.update("jax_platforms", "cpu")  # the target devices are not attached: no plugin looks for them
     if topology.hardware.name in GPUS:
         return devices_of_gpus(topology)
     if importlib.util.find_spec("libtpu") is None:

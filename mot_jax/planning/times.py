@@ -5,9 +5,9 @@ Asynchronous copies, and the memory traffic of collectives, run next to them, so
 bytes / bandwidth. float32 products have a peak of their own.
 
 Collectives within a slice, or of GPUs, take the time of `mot_jax.runtime.network`, by which the order of devices is
-chosen, too. A group of TPUs whose coordinates do not form a box is modeled with one link for each chip, and in an uneven
-group of GPUs the host with most members counts. A permutation of B bytes takes B x hops / bandwidth of one link, and
-between hosts of GPUs B / bandwidth of a port.
+chosen, too. A group of TPUs whose coordinates do not form a box is modeled with one link for each chip, and in an
+uneven group of GPUs the host with most members counts. A permutation of B bytes takes B x hops / bandwidth of one link,
+and between hosts of GPUs B / bandwidth of a port.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center

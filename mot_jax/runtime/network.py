@@ -14,8 +14,8 @@ ring of n, a message travels n / 4 links on average, so n chips x B x n / 4 pass
 link carries n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry
 their own share at the same time.
 
-GPUs of a host are connected by a switch with one link each, hosts by InfiniBand with one port per GPU. A group of n GPUs
-in h hosts, g = n / h in each, uses both at the same time, in pieces, and takes the longer of the two:
+GPUs of a host are connected by a switch with one link each, hosts by InfiniBand with one port per GPU. A group of n
+GPUs in h hosts, g = n / h in each, uses both at the same time, in pieces, and takes the longer of the two:
 
                                  in the host, NVLink     between hosts, InfiniBand
     all-gather, reduce-scatter   (g - 1) / g x B         (h - 1) / h x B / g

@@ -160,7 +160,6 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(module, "plan_training", does_not_fit)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # set by the command, and restored after the test
     flags = ["--slices", "2", "--products", "cublas", "--model.d-model", "32", "--json", str(tmp_path / "plan.json")]
     assert run("--topology", "v5p:2x2x1", *flags) == 1
     output = capsys.readouterr().out
