@@ -1,4 +1,6 @@
-"""`mot bench accelerator`: every benchmark of one device, in one command of a few minutes.
+"""`mot bench accelerator`: every benchmark of the attached accelerators, in one command of a few minutes.
+
+All parts but `mesh` and `collectives` use one device.
 
 A part that fails, or for which no time is left, is reported as not measured, and the other parts still run. The files
 are written after each part; several calls on the same day and device add their parts to the same files.
@@ -17,10 +19,11 @@ from typing import Any
 
 import jax
 
-from mot_jax.benchmark import decoding, headline, layers, numerics, step, workloads
+from mot_jax.benchmark import attention, decoding, headline, layers, mesh, numerics, step, workloads
+from mot_jax.benchmark.peers import comparable
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
-from mot_jax.config import Config, kernel_runs_on
+from mot_jax.config import Config, MeshConfig, kernel_runs_on
 from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 from mot_jax.runtime import strict_json
@@ -29,10 +32,14 @@ from mot_jax.runtime.paths import local_path
 Progress = Callable[[str], None]
 _TITLES: dict[str, tuple[str, list[Column]]] = {
     "numerics": ("Numerics compared with float64 on a CPU", numerics.COLUMNS),
+    "attention": ("Attention, forward and backward", attention.COLUMNS),
     "layers": ("Layers", layers.COLUMNS),
+    "peers": ("Layers of other packages, random routing", layers.COLUMNS),
     "step": ("The training step of v1", step.COLUMNS),
     "step_base_32e": ("The training step of Base/32E", step.COLUMNS),
     "step_d2048": ("The training step of two blocks of d_model 2,048, E 32", step.COLUMNS),
+    "mesh": ("The training step of v1 on one and on all devices", mesh.COLUMNS),
+    "collectives": ("Collectives over all devices", mesh.COLLECTIVE_COLUMNS),
     "decoding": ("Generation with v1", decoding.COLUMNS),
     "headline": ("The models of v1 after 4,000 steps on Python source", headline.COLUMNS),
 }
@@ -82,6 +89,9 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
                 results[part] = {"rows": _measure(part, folder, small, deadline, progress)}
             except ReportedError:
                 raise
+            except NotApplicableError as error:
+                progress(f"{part}: {error}")
+                results[part] = {"not_run": str(error), "rows": []}
             except Exception as error:  # the other parts may still succeed
                 progress(traceback.format_exc())
                 results[part] = {"not_run": error_words(error), "rows": []}
@@ -98,19 +108,35 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
     return failed
 
 
+class NotApplicableError(Exception):
+    """Why a part does not exist on this machine."""
+
+
 def _measure(part: str, folder: Path, small: bool, deadline: float, progress: Progress) -> list[dict[str, Any]]:
     rounds, on_cpu = 3 if small else 10, jax.default_backend() == "cpu"
     if part == "numerics":
         return numerics.bench_numerics(small, progress)
-    if part == "layers":
+    if part == "attention":
+        return attention.bench_attention(small, rounds, progress)
+    if part in ("layers", "peers"):
         shapes = [SHAPES["tiny"]] if small else paper_shapes(on_cpu)
+        peers = part == "peers"
+        if peers:
+            shapes = [comparable(shape) for shape in shapes if small or shape.name == PEER_SHAPE[on_cpu]]
         dtype = "float32" if on_cpu else "bfloat16"
         has_time = lambda: time.monotonic() < deadline  # noqa: E731
-        return layers.bench_layers(shapes, None, dtype, rounds, progress, has_time=has_time)[0]
+        return layers.bench_layers(shapes, None, dtype, rounds, progress, has_time=has_time, peers=peers)[0]
+    if part in ("mesh", "collectives"):
+        if jax.device_count() == 1:
+            raise NotApplicableError("there is one device")
+        if part == "mesh":
+            return mesh.bench_mesh(workloads.SMALL if small else workloads.v1_mot(), rounds, progress)
+        return mesh.bench_collectives(2**16 if small else 2**27, rounds, progress)
     if part == "headline":
         return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
     if part.startswith("step"):
         config = workloads.SMALL if small else STEP_WORKLOADS[part]()
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1))
         return step.bench_step(step_configs(part, config, jax.devices()[0]), rounds, progress)[0]
     config = workloads.SMALL if small else workloads.v1_mot()
     rows: list[dict[str, Any]] = []
@@ -120,6 +146,7 @@ def _measure(part: str, folder: Path, small: bool, deadline: float, progress: Pr
     return rows
 
 
+PEER_SHAPE = {True: "cpu_e32", False: "base_32e"}  # whether on a CPU: the shape of the layers of other packages
 STEP_WORKLOADS = {"step": workloads.v1_mot, "step_base_32e": workloads.v2_base_32e, "step_d2048": workloads.d2048}
 
 

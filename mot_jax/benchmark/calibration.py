@@ -1,0 +1,89 @@
+"""Modeled against measured times, and one factor per class of kernel that calibrates the model.
+
+A program's modeled time is a sum over classes c of kernels, m_c. The factors f_c >= 0 minimize
+
+    sum over programs of (sum over c of f_c m_c / measured - 1)^2  +  RIDGE^2 sum over c of (f_c / f - 1)^2
+
+so that every program counts the same, whether it takes a microsecond or a second. f is the median of measured over
+modeled times. The second term decides only where the first does not: a class that takes little of every program gets
+the factor f, and classes that are in the same proportion in every program get the same factor. The *resolution* of a
+factor, the diagonal of the resolution matrix of this least-squares problem, is then near 0 or a fraction; it is near 1
+for a factor that the measurements determine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from mot_jax.benchmark.report import Column, number
+
+RIDGE = 0.02
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Measured over modeled time of a class. share: the largest that it has of the modeled time of any program."""
+
+    factor: float
+    resolution: float
+    share: float
+
+
+def fit(modeled: Sequence[Mapping[str, float]], measured: Sequence[float]) -> dict[str, Factor]:
+    """The factor of each class that takes any time.
+
+    Args:
+        modeled: seconds of each class, for each program.
+        measured: seconds of each program.
+    """
+    names = sorted({name for row in modeled for name, seconds in row.items() if seconds > 0})
+    if not names:
+        return {}
+    seconds = np.array([[row.get(name, 0.0) for name in names] for row in modeled])
+    totals, times = seconds.sum(axis=1), np.asarray(measured)
+    overall = statistics.median(times / totals)
+    relative = seconds / times[:, None] * overall  # the unknowns are f_c / f
+    ridge = RIDGE * np.eye(len(names))
+    solution, _ = nnls(np.concatenate([relative, ridge]), np.concatenate([np.ones(len(times)), np.diag(ridge)]))
+    gram = relative.T @ relative
+    resolution = np.diag(np.linalg.solve(gram + ridge**2, gram))
+    shares = (seconds / totals[:, None]).max(axis=0)
+    values = zip(names, solution * overall, resolution, shares, strict=True)
+    return {name: Factor(*map(float, row)) for name, *row in values}
+
+
+def calibrate(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Factor]]:
+    """Add modeled, ratio, calibrated and calibrated_ratio to rows with a name, measured_s and modeled_s by class."""
+    rows = [row for row in rows if sum(row["modeled_s"].values()) > 0]
+    factors = fit([row["modeled_s"] for row in rows], [row["measured_s"] for row in rows])
+    table = []
+    for row in rows:
+        total = sum(row["modeled_s"].values())
+        calibrated = sum(factors[name].factor * seconds for name, seconds in row["modeled_s"].items() if seconds)
+        ratios = {"ratio": row["measured_s"] / total, "calibrated_ratio": row["measured_s"] / (calibrated or total)}
+        table.append(row | {"modeled_total_s": total, "calibrated_s": calibrated} | ratios)
+    return table, factors
+
+
+COLUMNS: list[Column] = [
+    ("program", lambda row: row["name"]),
+    ("modeled ms", partial(number, "modeled_total_s", 1e3, ",.3f")),
+    ("of it, by class", lambda row: ", ".join(f"{n} {1e3 * s:,.3f}" for n, s in row["modeled_s"].items() if s)),
+    ("measured ms", partial(number, "measured_s", 1e3, ",.3f")),
+    ("measured / modeled", partial(number, "ratio", 1, ".2f")),
+    ("measured / calibrated", partial(number, "calibrated_ratio", 1, ".2f")),
+]
+FACTOR_COLUMNS: list[Column] = [
+    ("class of kernel", lambda row: row["class"]),
+    ("factor", partial(number, "factor", 1, ".2f")),
+    ("determined by the measurements", partial(number, "resolution", 1, ".0%")),
+    ("largest share of a program", partial(number, "share", 1, ".0%")),
+]
