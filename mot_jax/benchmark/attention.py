@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mot_jax.benchmark.calibration import Model
 from mot_jax.benchmark.layers import forward_and_backward
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, in_turns
@@ -31,18 +32,18 @@ _SIZES = {
 _SMALL = {"tiny": (2, 128, ModelConfig(d_model=32, num_heads=2))}
 
 
-def bench_attention(small: bool, rounds: int, progress: Callable[[str], None]) -> list[Row]:
+def bench_attention(small: bool, rounds: int, model: Model, progress: Callable[[str], None]) -> list[Row]:
     """Time causal attention in bfloat16 at a few sizes.
 
     Rows: size; kernel, the one in use for `attention_kernel`, a fused one only if the device has it; median_s, spread;
-    ratio_to_xla; temporaries, bytes; compile_s.
+    ratio_to_xla; temporaries, bytes; compile_s; modeled_s, by class of kernel.
     """
     rows = []
-    for size, (sequences, length, model) in (_SMALL if small else _SIZES).items():
+    for size, (sequences, length, sizes) in (_SMALL if small else _SIZES).items():
         programs: dict[str, Program] = {}
         for setting in ("xla", "auto"):
             config = dataclasses.replace(
-                model, context_length=length, dtype="bfloat16", attention_kernel=setting, loss_chunk=length
+                sizes, context_length=length, dtype="bfloat16", attention_kernel=setting, loss_chunk=length
             )
             kernel = fused_attention.choose_kernel(config, length)
             if kernel not in programs:
@@ -52,7 +53,8 @@ def bench_attention(small: bool, rounds: int, progress: Callable[[str], None]) -
         for kernel, program in programs.items():
             row: Row = {"size": size, "kernel": kernel, "median_s": timings[kernel].median}
             row |= {"spread": timings[kernel].spread, "ratio_to_xla": timings[kernel].median / timings["xla"].median}
-            rows.append(row | {"temporaries": program.temporaries, "compile_s": program.seconds_to_compile})
+            row |= {"temporaries": program.temporaries, "compile_s": program.seconds_to_compile}
+            rows.append(row | {"modeled_s": model.seconds(program.compiled, "bfloat16")})
     return rows
 
 

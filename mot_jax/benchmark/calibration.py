@@ -14,18 +14,62 @@ for a factor that the measurements determine.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from scipy.optimize import nnls
 
 from mot_jax.benchmark.report import Column, number
+from mot_jax.benchmark.timing import bandwidth, matmul_peak
+from mot_jax.cost.hardware import Hardware, hardware_of, peak_flops
+from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.program import read_program
+from mot_jax.planning.times import model_times
 
 RIDGE = 0.02
 Row = dict[str, Any]
+
+
+class Model:
+    """The model of `mot plan` for programs of the attached devices.
+
+    measured: whether the device is not in `cost.hardware`, so that its peak and bandwidth are measured; the network is
+    then as fast as the memory, which holds for virtual CPU devices.
+    """
+
+    def __init__(self) -> None:
+        self._device = jax.devices()[0]
+        self.measured = hardware_of(self._device) is None
+
+    def seconds(self, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> dict[str, float]:
+        """Modeled seconds of an executable by class of kernel; empty if its text is not understood."""
+        devices = [self._device] if mesh is None else list(mesh.devices.flat)
+        try:
+            program = read_program(hlo.parse(compiled.as_text() or ""), {} if mesh is None else dict(mesh.shape))
+        except UnknownTextError:
+            return {}
+        times = model_times(program, self._hardware, self._peak(dtype), devices)
+        seconds = {"products": times.compute, "elementwise": times.hbm, "collectives": sum(times.collectives.values())}
+        return {name: value for name, value in seconds.items() if value}
+
+    @functools.cached_property
+    def _hardware(self) -> Hardware:
+        if known := hardware_of(self._device):
+            return known
+        kind, rate = self._device.device_kind, bandwidth()
+        return Hardware((kind,), 0.0, 0.0, kind, 0, math.inf, rate, rate, rate, jax.device_count(), 1)
+
+    @functools.cache  # noqa: B019  one model for each benchmark
+    def _peak(self, dtype: str) -> float:
+        return peak_flops(self._device, dtype) or matmul_peak(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from mot_jax.benchmark.calibration import Model
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.timing import in_turns
@@ -38,12 +39,12 @@ def meshes(config: Config, devices: int) -> dict[str, MeshConfig]:
     return table
 
 
-def bench_mesh(config: Config, rounds: int, progress: Callable[[str], None]) -> list[Row]:
+def bench_mesh(config: Config, rounds: int, model: Model, progress: Callable[[str], None]) -> list[Row]:
     """Train a few steps of `config` on each of `meshes`, from equal states and with equal batches, and time a step.
 
     Rows: mesh; devices; losses of the first steps; loss_difference, the largest relative one from the losses of one
     device; tolerance; ok; median_s, spread; speedup over one device, with the same batch; temporaries, bytes of a
-    device; compile_s.
+    device; compile_s; modeled_s, by class of kernel.
     """
     rows: list[Row] = []
     for name, mesh in meshes(config, jax.device_count()).items():
@@ -56,7 +57,8 @@ def bench_mesh(config: Config, rounds: int, progress: Callable[[str], None]) -> 
         row |= {"tolerance": tolerance, "ok": difference <= tolerance and all(map(math.isfinite, losses))}
         row |= {"median_s": timing.median, "spread": timing.spread}
         row["speedup"] = (rows[0]["median_s"] if rows else timing.median) / timing.median
-        rows.append(row | {"temporaries": run.temporaries, "compile_s": run.seconds_to_compile})
+        row |= {"temporaries": run.temporaries, "compile_s": run.seconds_to_compile}
+        rows.append(row | {"modeled_s": model.seconds(run.compiled, config.model.dtype, run.mesh)})
         del run
     return rows
 
@@ -84,11 +86,11 @@ COLUMNS: list[Column] = [
 # --- single collectives -----------------------------------------------------------------------------------------------
 
 
-def bench_collectives(size: int, rounds: int, progress: Callable[[str], None]) -> list[Row]:
+def bench_collectives(size: int, rounds: int, model: Model, progress: Callable[[str], None]) -> list[Row]:
     """Time each kind of collective over all devices, with a bfloat16 array of about `size` bytes on each.
 
     Rows: collective; devices; bytes, of the array that a device contributes, or receives from an all-gather; median_s,
-    spread; bytes_per_second, those that a device sends over the median.
+    spread; bytes_per_second, those that a device sends over the median; modeled_s, by class of kernel.
     """
     n = jax.device_count()
     mesh = Mesh(jax.devices(), ("x",), axis_types=(AxisType.Explicit,))
@@ -105,15 +107,17 @@ def bench_collectives(size: int, rounds: int, progress: Callable[[str], None]) -
         "collective-permute": (lambda a: jax.lax.ppermute(a, "x", ring), 1.0),
     }
     programs: dict[str, Callable[[], Callable[[], Any]]] = {}
+    modeled = {}
     for kind, (f, _) in kinds.items():
         sharded = jax.shard_map(f, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"), check_vma=False)
         compiled = jax.jit(sharded).lower(x).compile()
-        programs[kind] = partial(partial, compiled, x)
+        programs[kind], modeled[kind] = partial(partial, compiled, x), model.seconds(compiled, "bfloat16", mesh)
     timings = in_turns(programs, rounds)
     rows = []
     for kind, (_, sent) in kinds.items():
         row: Row = {"collective": kind, "devices": n, "bytes": size, "median_s": timings[kind].median}
         row |= {"spread": timings[kind].spread, "bytes_per_second": sent * size / timings[kind].median}
+        row["modeled_s"] = modeled[kind]
         rows.append(row)
     return rows
 

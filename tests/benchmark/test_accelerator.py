@@ -151,10 +151,13 @@ def test_each_axis_is_tried_that_the_model_allows():
 class StubRun:
     """Replaces a compiled step."""
 
-    temporaries, seconds_to_compile, mesh = 1, 1.0, SimpleNamespace(size=8)
+    compiled, temporaries, seconds_to_compile, mesh = None, 1, 1.0, SimpleNamespace(size=8)
 
     def step(self):
         return lambda: None
+
+
+NO_MODEL = SimpleNamespace(seconds=lambda *_: {})
 
 
 def test_a_loss_that_depends_on_the_mesh_is_wrong(monkeypatch):
@@ -165,11 +168,11 @@ def test_a_loss_that_depends_on_the_mesh_is_wrong(monkeypatch):
         return StubRun(), losses[axis]
 
     monkeypatch.setattr(mesh, "train_on", train)
-    rows = {row["mesh"]: row for row in bench_mesh(SMALL, 3, quiet)}
+    rows = {row["mesh"]: row for row in bench_mesh(SMALL, 3, NO_MODEL, quiet)}
     assert [row["ok"] for row in rows.values()] == [True, True, True, False] and rows["1 device"]["speedup"] == 1
     assert rows["expert 8"]["loss_difference"] == pytest.approx(0.025)
     monkeypatch.setattr(mesh, "train_on", lambda *_: (StubRun(), [math.nan] * 2))
-    assert not any(row["ok"] for row in bench_mesh(SMALL, 3, quiet))
+    assert not any(row["ok"] for row in bench_mesh(SMALL, 3, NO_MODEL, quiet))
 
 
 def test_parts_for_several_devices_are_left_out_on_one(tmp_path, monkeypatch):
@@ -194,8 +197,13 @@ def test_the_installed_package_alone_measures_and_writes_the_report(tmp_path):
     assert all(row["ok"] and len(row["losses"]) == 4 for row in rows["mesh"])
     assert len(rows["collectives"]) == 5 and all(row["bytes_per_second"] > 0 for row in rows["collectives"])
     assert len(rows["step"]) == 4
+    calibration = content["calibration"]
+    assert calibration["rates"] == "measured" and len(calibration["rows"]) == 15
+    assert {"products", "elementwise", "collectives"} <= calibration["factors"].keys()
+    for row in calibration["rows"]:
+        assert row["ratio"] == pytest.approx(row["measured_s"] / sum(row["modeled_s"].values()))
     page = next((tmp_path / "results").glob("*_small.md")).read_text()
-    assert page in result.stdout
+    assert page in result.stdout and "## Modeled against measured" in page
 
 
 def test_headline_models_are_version_1_s_with_a_small_vocabulary(tmp_path):
