@@ -1,6 +1,6 @@
 """Modeled against measured times, and one factor per class of kernel that calibrates the model.
 
-A program's modeled time is a sum over classes c of kernels, m_c. The factors f_c >= 0 minimize
+A program's modeled time is a sum over classes c of kernels, m_c. The factors f_c > 0 minimize
 
     sum over programs of (sum over c of f_c m_c / measured - 1)^2  +  RIDGE^2 sum over c of (f_c / f - 1)^2
 
@@ -8,7 +8,8 @@ so that every program counts the same, whether it takes a microsecond or a secon
 modeled times. The second term decides only where the first does not: a class that takes little of every program gets
 the factor f, and classes that are in the same proportion in every program get the same factor. The *resolution* of a
 factor, the diagonal of the resolution matrix of this least-squares problem, is then near 0 or a fraction; it is near 1
-for a factor that the measurements determine.
+for a factor that the measurements determine. A class whose best factor is not positive, because of noise or since it
+overlaps with others, gets f with a resolution of 0, and the others are fitted again.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from mot_jax.benchmark.timing import bandwidth, matmul_peak
 from mot_jax.cost.hardware import Hardware, hardware_of, peak_flops
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
-from mot_jax.planning.program import read_program
-from mot_jax.planning.times import model_times
+from mot_jax.planning.kernels import kernel_seconds
 
 RIDGE = 0.02
 Row = dict[str, Any]
@@ -52,13 +52,12 @@ class Model:
     def seconds(self, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> dict[str, float]:
         """Modeled seconds of an executable by class of kernel; empty if its text is not understood."""
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
+        shape = {} if mesh is None else dict(mesh.shape)
         try:
-            program = read_program(hlo.parse(compiled.as_text() or ""), {} if mesh is None else dict(mesh.shape))
+            module = hlo.parse(compiled.as_text() or "")
+            return kernel_seconds(module, shape, self._hardware, self._peak(dtype), devices)
         except UnknownTextError:
             return {}
-        times = model_times(program, self._hardware, self._peak(dtype), devices)
-        seconds = {"products": times.compute, "elementwise": times.hbm, "collectives": sum(times.collectives.values())}
-        return {name: value for name, value in seconds.items() if value}
 
     @functools.cached_property
     def _hardware(self) -> Hardware:
@@ -95,12 +94,20 @@ def fit(modeled: Sequence[Mapping[str, float]], measured: Sequence[float]) -> di
     totals, times = seconds.sum(axis=1), np.asarray(measured)
     overall = statistics.median(times / totals)
     relative = seconds / times[:, None] * overall  # the unknowns are f_c / f
-    ridge = RIDGE * np.eye(len(names))
-    solution, _ = nnls(np.concatenate([relative, ridge]), np.concatenate([np.ones(len(times)), np.diag(ridge)]))
-    gram = relative.T @ relative
-    resolution = np.diag(np.linalg.solve(gram + ridge**2, gram))
+    factors, resolution = np.ones(len(names)), np.zeros(len(names))
+    free = np.ones(len(names), bool)
+    while free.any():
+        columns, rest = relative[:, free], 1 - relative[:, ~free].sum(axis=1)
+        ridge = RIDGE * np.eye(free.sum())
+        factors[free], _ = nnls(np.concatenate([columns, ridge]), np.concatenate([rest, np.diag(ridge)]))
+        gram = columns.T @ columns
+        resolution[free] = np.diag(np.linalg.solve(gram + ridge**2, gram))
+        if (factors > 0).all():
+            break
+        resolution[factors == 0], free = 0.0, free & (factors > 0)
+        factors[factors == 0] = 1.0
     shares = (seconds / totals[:, None]).max(axis=0)
-    values = zip(names, solution * overall, resolution, shares, strict=True)
+    values = zip(names, factors * overall, resolution, shares, strict=True)
     return {name: Factor(*map(float, row)) for name, *row in values}
 
 

@@ -54,7 +54,9 @@ def test_rows_state_the_ratio_before_and_after():
     assert calibrate([]) == ([], {})
 
 
-def test_factors_are_not_negative():
-    """A class that is slower with every second of another one would need a negative factor."""
+def test_a_class_whose_factor_would_not_be_positive_has_the_overall_ratio():
+    """The second program is faster than the first, which it contains. Overall: the median of 2 / 1 and 1 / 2."""
     factors = fit([{"products": 1.0}, {"products": 1.0, "elementwise": 1.0}], [2.0, 1.0])
-    assert factors["elementwise"].factor >= 0 and factors["products"].factor > 0
+    assert factors["elementwise"].factor == 1.25 and factors["elementwise"].resolution == 0
+    assert factors["products"].factor > 0 and factors["products"].resolution > 0.99
+    assert fit([{}], [1.0]) == {}
