@@ -1,4 +1,4 @@
-"""Modeled seconds of a compiled program by class of kernel: what a measurement of the program can calibrate.
+"""Modeled seconds of a compiled program by class of kernel, which a measurement of the program can calibrate.
 
 A kernel is an instruction of the program that is executed on its own: a fusion, a call of a library, a collective. It
 takes the larger of FLOPs / peak and HBM bytes / bandwidth; a collective takes the time of the network (`times.py`).
