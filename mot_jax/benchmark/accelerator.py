@@ -24,7 +24,7 @@ from mot_jax.benchmark.peers import comparable
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
 from mot_jax.config import Config, MeshConfig, kernel_runs_on
-from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
+from mot_jax.cost.layers import DROPLESS, IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import local_path
@@ -123,13 +123,14 @@ def _measure(
         return attention.bench_attention(small, rounds, model, progress)
     if part in ("layers", "peers"):
         shapes = [SHAPES["tiny"]] if small else paper_shapes(on_cpu)
-        peers = part == "peers"
+        kinds, peers = None, part == "peers"
         if peers:
+            kinds = [MIXTURE, "token_choice", DROPLESS]
             shapes = [comparable(shape) for shape in shapes if small or shape.name == PEER_SHAPE[on_cpu]]
         dtype = "float32" if on_cpu else "bfloat16"
         has_time = lambda: time.monotonic() < deadline  # noqa: E731
         options: dict[str, Any] = {"has_time": has_time, "peers": peers, "model": model}
-        return layers.bench_layers(shapes, None, dtype, rounds, progress, **options)[0]
+        return layers.bench_layers(shapes, kinds, dtype, rounds, progress, **options)[0]
     if part in ("mesh", "collectives"):
         if jax.device_count() == 1:
             raise NotApplicableError("there is one device")

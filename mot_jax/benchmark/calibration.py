@@ -34,7 +34,7 @@ from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.kernels import kernel_seconds
 
-RIDGE = 0.02
+RIDGE = 0.05
 Row = dict[str, Any]
 
 
