@@ -21,12 +21,13 @@ from jax.sharding import AxisType, Mesh
 from mot_jax.config import Config, check
 from mot_jax.cost.describe import table
 from mot_jax.cost.flops import flops_per_token
-from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
+from mot_jax.cost.hardware import GPUS, Hardware, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.nvidia import Products, compiler_options, devices_of_gpus, without_cudnn
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import StepTimes, label, model_times
 from mot_jax.runs.state import TrainState, abstract_state
@@ -126,6 +127,7 @@ def plan_training(
     slices: int = 1,
     progress: Callable[[str], None] = lambda line: None,
     chips: int | None = None,
+    products: Products = "triton",
 ) -> Plan:
     """Compile the training step of `config` for `topology`.
 
@@ -135,6 +137,7 @@ def plan_training(
         slices: Number of slices of that topology.
         progress: Receives lines about the progress.
         chips: Use only so many of the chips, the first ones; None uses all.
+        products: Of a GPU: matrix products as Triton fusions or calls of cuBLAS.
 
     Returns:
         Memory, collectives and modeled times.
@@ -145,6 +148,10 @@ def plan_training(
     check(config)
     target = parse_topology(topology, slices)
     devices = devices_of(target)[:chips]
+    notes: list[str] = []
+    if target.hardware and target.hardware.name in GPUS:
+        config, note = without_cudnn(config)
+        notes += [note] if note else []
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = hardware_of(devices[0])
@@ -157,7 +164,7 @@ def plan_training(
         traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
         progress(f"compiling it for {topology}: a minute or more for large models")
         try:
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options(devices[0], products))
             program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), target.slices)
             memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
@@ -199,7 +206,7 @@ def plan_training(
         efficiency=(ideal / times.serial, ideal / times.overlapped)
         if times and program and not program.unknown
         else None,
-        notes=_notes(config, mesh),
+        notes=(*notes, *_notes(config, mesh)),
     )
 
 
@@ -215,7 +222,7 @@ def _notes(config: Config, mesh: Mesh) -> tuple[str, ...]:
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
-    """The devices of a topology: those of this process, or the target devices that libtpu compiles for."""
+    """The devices of a topology: those of this process, or target devices of libtpu or of XLA's CUDA plugin."""
     if topology.hardware is None:
         if topology.chips:
             with contextlib.suppress(RuntimeError):  # JAX is initialized and its number of devices fixed
@@ -224,6 +231,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         if topology.chips and topology.chips > len(devices):
             raise UserError(f"--topology = {topology.name}: there are {len(devices)} devices; try local:{len(devices)}")
         return devices[: topology.chips]
+    if topology.hardware.name in GPUS:
+        return devices_of_gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology = {topology.name}: needs libtpu, which is missing; try pip install 'jax[tpu]'")
     # libtpu reads these when it is initialized, and would otherwise look for a TPU or query the metadata server.
