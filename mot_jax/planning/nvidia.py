@@ -29,7 +29,7 @@ INSTALL_CUDNN = "pip install -c requirements.lock -e '.[cuda-aot,cuda-aot-cudnn]
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """What the compiler reads of a GPU: compute capability, multiprocessors, bytes, and the clock in GHz.
+    """Figures of a GPU for the compiler: compute capability, multiprocessors, bytes, and the clock in GHz.
 
     Source: openxla/xla, xla/backends/gpu/target_config/specs.
     """

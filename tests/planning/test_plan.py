@@ -174,7 +174,7 @@ def test_times_that_lack_a_kernel_are_lower_bounds_without_an_mfu():
         plan = Plan("v5e:2x2", "TPU", 4, 1, {}, 1.0, {}, True, [], [], 1.0, program, times, efficiency)
         return "\n".join(plan.lines())
 
-    assert "without overlap  100.00 ms, MFU 50.0%" in report((), (0.5, 0.5))
+    assert "without overlap  100.00 ms, roofline MFU 50.0%" in report((), (0.5, 0.5))
     output = report(("FLOPs of the custom call splash",), None)
     assert "without overlap  at least 100.00 ms; largest" in output and "MFU" not in output
 
