@@ -29,12 +29,22 @@ from scipy.optimize import nnls
 
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, matmul_peak
-from mot_jax.cost.hardware import Hardware, hardware_of, peak_flops
+from mot_jax.cost.hardware import Hardware, hardware_of
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
-from mot_jax.planning.kernels import kernel_seconds
+from mot_jax.planning.program import Program, read_program
+from mot_jax.planning.times import model_times
 
 RIDGE = 0.05
+# Classes of kernels, which have a factor each, by their kinds in `planning.program`; collectives are another class, and
+# all other kinds (copies, fusions without products) are `elementwise`.
+CLASSES = {
+    "Triton product": "products",
+    "cuBLAS product": "products",
+    "product": "products",
+    "cuDNN attention": "attention",
+    "custom call": "library",
+}
 Row = dict[str, Any]
 
 
@@ -54,21 +64,34 @@ class Model:
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
         shape = {} if mesh is None else dict(mesh.shape)
         try:
-            module = hlo.parse(compiled.as_text() or "")
-            return kernel_seconds(module, shape, self._hardware, self._peak(dtype), devices)
+            program = read_program(hlo.parse(compiled.as_text() or ""), shape)
         except UnknownTextError:
             return {}
+        return seconds_by_class(program, self._hardware, self._peak(dtype), devices)
 
     @functools.cached_property
     def _hardware(self) -> Hardware:
         if known := hardware_of(self._device):
             return known
-        kind, rate = self._device.device_kind, bandwidth()
-        return Hardware((kind,), 0.0, 0.0, kind, 0, math.inf, rate, rate, rate, jax.device_count(), 1)
+        kind, rate, peaks = self._device.device_kind, bandwidth(), (matmul_peak("bfloat16"), matmul_peak("float32"))
+        return Hardware((kind,), *peaks, kind, 0, math.inf, rate, rate, rate, jax.device_count(), 1)
 
-    @functools.cache  # noqa: B019  one model for each benchmark
     def _peak(self, dtype: str) -> float:
-        return peak_flops(self._device, dtype) or matmul_peak(dtype)
+        return self._hardware.bfloat16_peak if dtype == "bfloat16" else self._hardware.float32_peak
+
+
+def seconds_by_class(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> dict[str, float]:
+    """Modeled seconds of a program (`planning.times`) by class of kernel, for the classes that take any.
+
+    peak: FLOP/s of a device. devices: of the mesh, flattened.
+    """
+    times, seconds = model_times(program, hardware, peak, devices), dict[str, float]()
+    for kind, value in times.kernels.items():
+        name = CLASSES.get(kind, "elementwise")
+        seconds[name] = seconds.get(name, 0.0) + value
+    if times.collectives:
+        seconds["collectives"] = sum(times.collectives.values())
+    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
