@@ -2,7 +2,8 @@
 
 The plugin's compiler needs no driver, only a description of the GPU (XLA's GpuTargetConfigProto, in text form), ptxas
 and libdevice. Autotuning would need the device, so it is off: a matrix product becomes a Triton fusion with default
-tiles, or a call of cuBLAS (`products`). An autotuned program chooses between both, product by product.
+tiles, or a call of cuBLAS (`products`; XLA leaves some small ones to cuBLAS in any case). An autotuned program chooses
+between both, product by product.
 """
 
 from __future__ import annotations

@@ -109,8 +109,10 @@ class Plan:
 
     def _kernel_rows(self) -> list[tuple[str, int, float, float]]:
         assert self.program
-        rows = [(kind, *figures.values()) for kind, figures in self.program.by_kind().items()]
-        return [(kind, executions, flops / 1e9, size / 2**30) for kind, executions, flops, size in rows]
+        return [
+            (kind, int(total["executions"]), total["flops"] / 1e9, total["hbm_bytes"] / 2**30)
+            for kind, total in self.program.by_kind().items()
+        ]
 
     def _collective_rows(self) -> list[tuple[str, int, int, float, float]]:
         """A row for each set of equal collectives, the largest first; those of an axis below SMALL share one."""
