@@ -1,7 +1,8 @@
 #!/bin/bash
 # Trains on GPU nodes of a Slurm cluster: sbatch launch/slurm.sh [CONFIG] [--training.steps N ...]
 # Replace the sizes. The environment variable WORKDIR sets the workdir; without it, it is that of `mot train` below the
-# directory of sbatch, which must then be on a shared file system. launch/README.md explains the flags.
+# directory of sbatch, which must then be on a shared file system. With IMAGE, the tasks run in a container, by enroot and
+# pyxis. launch/README.md explains both, and the flags.
 #SBATCH --job-name=mot
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -27,13 +28,23 @@ export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
+container=()
+if [ -n "${IMAGE:-}" ]; then
+  mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}"
+  case "${WORKDIR:-}" in /*) # checkpoints written to a directory that is not mounted would be lost
+    mkdir -p "$WORKDIR" && mounts="$mounts,$WORKDIR:$WORKDIR" ;;
+  esac
+  container=("--container-image=$IMAGE" "--container-mounts=$mounts" "--container-workdir=$PWD")
+fi
+
 # When a task is lost the others end on their own; a task that still runs two minutes after the first has ended is stuck.
 # srun exits with the highest code of all tasks. If one exits with 2 (bad input), the others lose it and exit with 75 or
 # 134, so 200 is added to small codes, which must not restart the run. The trap makes a task's shell wait for the
 # checkpoint.
 # shellcheck disable=SC2016
 task='trap : TERM; "$@"; code=$?; if [ $code -gt 0 ] && [ $code -lt 50 ]; then exit $((200 + code)); fi; exit $code'
-srun --kill-on-bad-exit=0 --wait=120 bash -c "$task" task mot train "$config" ${WORKDIR:+--workdir "$WORKDIR"} "$@"
+srun --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
+  bash -c "$task" task mot train "$config" ${WORKDIR:+--workdir "$WORKDIR"} "$@"
 code=$?
 if [ $code -gt 200 ]; then code=$((code - 200)); fi
 

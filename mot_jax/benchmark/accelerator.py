@@ -1,4 +1,6 @@
-"""`mot bench accelerator`: every benchmark of one device, in one command of a few minutes.
+"""`mot bench accelerator`: every benchmark of the attached accelerators, in one command of a few minutes.
+
+All parts but `mesh` and `collectives` use one device.
 
 A part that fails, or for which no time is left, is reported as not measured, and the other parts still run. The files
 are written after each part; several calls on the same day and device add their parts to the same files.
@@ -17,11 +19,12 @@ from typing import Any
 
 import jax
 
-from mot_jax.benchmark import decoding, headline, layers, numerics, step, workloads
+from mot_jax.benchmark import attention, calibration, decoding, headline, layers, mesh, numerics, step, workloads
+from mot_jax.benchmark.peers import comparable
 from mot_jax.benchmark.report import Column, markdown
 from mot_jax.benchmark.timing import machine
-from mot_jax.config import Config, kernel_runs_on
-from mot_jax.cost.layers import IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
+from mot_jax.config import Config, MeshConfig, kernel_runs_on
+from mot_jax.cost.layers import DROPLESS, IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import local_path
@@ -29,10 +32,14 @@ from mot_jax.runtime.paths import local_path
 Progress = Callable[[str], None]
 _TITLES: dict[str, tuple[str, list[Column]]] = {
     "numerics": ("Numerics compared with float64 on a CPU", numerics.COLUMNS),
+    "attention": ("Attention, forward and backward", attention.COLUMNS),
     "layers": ("Layers", layers.COLUMNS),
+    "peers": ("Layers of other packages, random routing", layers.COLUMNS),
     "step": ("The training step of v1", step.COLUMNS),
     "step_base_32e": ("The training step of Base/32E", step.COLUMNS),
     "step_d2048": ("The training step of two blocks of d_model 2,048, E 32", step.COLUMNS),
+    "mesh": ("The training step of v1 on one and on all devices", mesh.COLUMNS),
+    "collectives": ("Collectives over all devices", mesh.COLLECTIVE_COLUMNS),
     "decoding": ("Generation with v1", decoding.COLUMNS),
     "headline": ("The models of v1 after 4,000 steps on Python source", headline.COLUMNS),
 }
@@ -68,7 +75,7 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         raise UserError(
             f"--out = {out}: results cannot be added to {path.name} ({error_words(error)}); try another directory"
         ) from None
-    failed = []
+    model, failed = calibration.Model(), []
     for part in parts:
         start = time.monotonic()
         if start >= deadline:
@@ -79,9 +86,12 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         else:
             progress(f"--- {part}, {deadline - start:.0f} s left")
             try:
-                results[part] = {"rows": _measure(part, folder, small, deadline, progress)}
+                results[part] = {"rows": _measure(part, folder, small, deadline, model, progress)}
             except ReportedError:
                 raise
+            except NotApplicableError as error:
+                progress(f"{part}: {error}")
+                results[part] = {"not_run": str(error), "rows": []}
             except Exception as error:  # the other parts may still succeed
                 progress(traceback.format_exc())
                 results[part] = {"not_run": error_words(error), "rows": []}
@@ -89,29 +99,50 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         results[part] |= {"seconds": time.monotonic() - start, "date": about["date"]}
         if any(not row.get("ok", True) for row in results[part]["rows"]):
             failed.append(part)
-        path.write_text(strict_json.dumps({"machine": about, "parts": results}, indent=1) + "\n")
-        path.with_suffix(".md").write_text("\n".join(_page(about, results)) + "\n")
+        content = {"machine": about, "parts": results, "calibration": _calibration(results, model.measured)}
+        path.write_text(strict_json.dumps(content, indent=1) + "\n")
+        path.with_suffix(".md").write_text("\n".join(_page(about, results, content["calibration"])) + "\n")
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))
-    print("\n".join(_page(about, results)))
+    print("\n".join(_page(about, results, _calibration(results, model.measured))))
     progress(f"written: {path} and {path.with_suffix('.md').name}")
     return failed
 
 
-def _measure(part: str, folder: Path, small: bool, deadline: float, progress: Progress) -> list[dict[str, Any]]:
+class NotApplicableError(Exception):
+    """Why a part does not exist on this machine."""
+
+
+def _measure(
+    part: str, folder: Path, small: bool, deadline: float, model: calibration.Model, progress: Progress
+) -> list[dict[str, Any]]:
     rounds, on_cpu = 3 if small else 10, jax.default_backend() == "cpu"
     if part == "numerics":
         return numerics.bench_numerics(small, progress)
-    if part == "layers":
+    if part == "attention":
+        return attention.bench_attention(small, rounds, model, progress)
+    if part in ("layers", "peers"):
         shapes = [SHAPES["tiny"]] if small else paper_shapes(on_cpu)
+        kinds, peers = None, part == "peers"
+        if peers:
+            kinds = [MIXTURE, "token_choice", DROPLESS]
+            shapes = [comparable(shape) for shape in shapes if small or shape.name == PEER_SHAPE[on_cpu]]
         dtype = "float32" if on_cpu else "bfloat16"
         has_time = lambda: time.monotonic() < deadline  # noqa: E731
-        return layers.bench_layers(shapes, None, dtype, rounds, progress, has_time=has_time)[0]
+        options: dict[str, Any] = {"has_time": has_time, "peers": peers, "model": model}
+        return layers.bench_layers(shapes, kinds, dtype, rounds, progress, **options)[0]
+    if part in ("mesh", "collectives"):
+        if jax.device_count() == 1:
+            raise NotApplicableError("there is one device")
+        if part == "mesh":
+            return mesh.bench_mesh(workloads.SMALL if small else workloads.v1_mot(), rounds, model, progress)
+        return mesh.bench_collectives(2**16 if small else 2**27, rounds, model, progress)
     if part == "headline":
         return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
     if part.startswith("step"):
         config = workloads.SMALL if small else STEP_WORKLOADS[part]()
-        return step.bench_step(step_configs(part, config, jax.devices()[0]), rounds, progress)[0]
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1))
+        return step.bench_step(step_configs(part, config, jax.devices()[0]), rounds, progress, model=model)[0]
     config = workloads.SMALL if small else workloads.v1_mot()
     rows: list[dict[str, Any]] = []
     for batch in (1, 32):
@@ -120,6 +151,7 @@ def _measure(part: str, folder: Path, small: bool, deadline: float, progress: Pr
     return rows
 
 
+PEER_SHAPE = {True: "cpu_e32", False: "base_32e"}  # whether on a CPU: the shape of the layers of other packages
 STEP_WORKLOADS = {"step": workloads.v1_mot, "step_base_32e": workloads.v2_base_32e, "step_d2048": workloads.d2048}
 
 
@@ -146,7 +178,27 @@ def _with_auto_attention(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="auto"))
 
 
-def _page(about: dict[str, str], results: dict[str, Any]) -> list[str]:
+_LABELS = ("shape", "direction", "kind", "config", "size", "kernel", "mesh", "collective")  # of a row of any part
+
+
+def _calibration(results: dict[str, Any], measured: bool) -> dict[str, Any]:
+    """Modeled and measured times of all programs with both, and the factors. measured: the rates of the model are."""
+    programs = [
+        {
+            "name": ", ".join([part, *(row[name] for name in _LABELS if name in row)]),
+            "modeled_s": row["modeled_s"],
+            "measured_s": row["median_s"],
+        }
+        for part, content in results.items()
+        for row in content["rows"]
+        if row.get("modeled_s")
+    ]
+    rows, factors = calibration.calibrate(programs)
+    by_class = {name: dataclasses.asdict(factor) for name, factor in factors.items()}
+    return {"rates": "measured" if measured else "data sheet", "rows": rows, "factors": by_class}
+
+
+def _page(about: dict[str, str], results: dict[str, Any], calibrated: dict[str, Any]) -> list[str]:
     lines = [f"# {about['device']}, {about['date']}", "", ", ".join(f"{n} {v}" for n, v in about.items()), ""]
     for part, (title, columns) in _TITLES.items():
         if part in results:
@@ -155,4 +207,10 @@ def _page(about: dict[str, str], results: dict[str, Any]) -> list[str]:
             lines += [f"Not measured: {content['not_run']}.", ""] if "not_run" in content else []
             lines += [*markdown({}, content["rows"], columns)[2:], ""] if content["rows"] else []
             lines += [f"Took {content['seconds']:.0f} s on {content['date']}.", ""]
+    if calibrated["rows"]:
+        factors = [{"class": name} | factor for name, factor in calibrated["factors"].items()]
+        lines += ["## Modeled against measured", ""]
+        lines += [f"Peak, bandwidth and network of the model: {calibrated['rates']}.", ""]
+        lines += [*markdown({}, calibrated["rows"], calibration.COLUMNS)[2:], ""]
+        lines += [*markdown({}, factors, calibration.FACTOR_COLUMNS)[2:], ""]
     return lines

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
+from mot_jax.benchmark.calibration import Model
 from mot_jax.benchmark.peers import PEERS, Peer, PeerError
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
@@ -79,6 +80,7 @@ def bench_layers(
     has_time: Callable[[], bool] = lambda: True,
     trained: TrainedLayer | None = None,
     peers: bool = False,
+    model: Model | None = None,
 ) -> tuple[list[Row], float]:
     """Time one layer of each kind at each shape.
 
@@ -95,6 +97,7 @@ def bench_layers(
         has_time: Called before each shape and direction; the benchmark ends when it returns False.
         trained: The layer of a run, of whose shape `shapes` consists: its activations and its router. None: random.
         peers: Also time the layers of other packages (`benchmark.peers`).
+        model: If given, rows have `modeled_s`, the modeled seconds by class of kernel.
 
     Returns:
         Rows, and the measured bandwidth of the memory in bytes/s. A row has shape, direction, kind; dtype, param_dtype;
@@ -122,7 +125,11 @@ def bench_layers(
             progress(f"{shape.name}, {direction}: {rounds} rounds")
             with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
                 timings = in_turns(programs, rounds)
-            rows += _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
+            timed = _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
+            if model:
+                modeled = {name: model.seconds(program.compiled, dtype) for name, program in programs.items()}
+                timed = [row | {"modeled_s": modeled[row["kind"]]} for row in timed]
+            rows += timed
             rows += [
                 {"shape": shape.name, "direction": direction, "kind": n, "reason": why} for n, why in absent.items()
             ]

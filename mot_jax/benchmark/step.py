@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mot_jax.benchmark.calibration import Model
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak, temporaries
 from mot_jax.config import Config, check
@@ -40,6 +41,7 @@ def bench_step(
     rounds: int,
     progress: Callable[[str], None],
     profile: str | None = None,
+    model: Model | None = None,
 ) -> tuple[list[Row], dict[str, float]]:
     """Time the training steps of several configs.
 
@@ -48,6 +50,7 @@ def bench_step(
         rounds: Number of timings of each program.
         progress: Receives lines about the progress.
         profile: Directory for a trace of the timed rounds.
+        model: If given, rows have `modeled_s`, the modeled seconds of the step by class of kernel.
 
     Returns:
         A row for each config, and the machine's `peak` in FLOP/s for the last config's dtype and `bandwidth` in
@@ -105,6 +108,8 @@ def bench_step(
                 "compile_s": run.seconds_to_compile,
             }
         )
+        if model:
+            rows[-1]["modeled_s"] = model.seconds(run.compiled, dtype, run.mesh)
     return rows, {"peak": devices * peaks[dtype], "bandwidth": devices * rate}
 
 

@@ -88,6 +88,7 @@ class Program:
     not that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
 
     Attributes:
+        compiled: the executable.
         seconds_to_compile: time of lowering and compilation.
         temporaries: bytes that XLA allocates in addition to arguments and results; None if it does not report them.
         copies: instructions of the compiled program that copy or transpose (`count_copies`).
@@ -105,13 +106,13 @@ class Program:
 
         start = time.perf_counter()
         jitted = jax.jit(with_donated_results, donate_argnums=1, keep_unused=True)
-        self._compiled = jitted.lower(arguments, self._results).compile()
+        self.compiled = jitted.lower(arguments, self._results).compile()
         self.seconds_to_compile = time.perf_counter() - start
-        self.temporaries = temporaries(self._compiled)
+        self.temporaries = temporaries(self.compiled)
         self.copies: int | None = None
         self.bytes: float | None = None
         with contextlib.suppress(UnknownTextError):
-            module = hlo.parse(self._compiled.as_text() or "")
+            module = hlo.parse(self.compiled.as_text() or "")
             self.copies = count_copies(module)
             self.bytes = read_program(module, {}).hbm_bytes
 
@@ -120,7 +121,7 @@ class Program:
         return self._execute
 
     def _execute(self) -> Any:
-        self._results = self._compiled(self._arguments, self._results)
+        self._results = self.compiled(self._arguments, self._results)
         return self._results
 
 

@@ -258,12 +258,14 @@ def _batch_sizes(text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AcceleratorOptions:
-    """Compare the numbers of one attached accelerator with those of the CPU, then time layers, steps and decoding."""
+    """Compare the numbers of an attached accelerator with those of the CPU, then time layers, steps and decoding."""
 
     out: Directory = "benchmarks/results"
     """Directory for the results as JSON and Markdown."""
-    parts: Annotated[str, tyro.conf.arg(metavar="PART,...")] = "numerics,layers,step,decoding"
-    """Parts to run, in this order. Further ones are `step_base_32e` and `step_d2048`."""
+    parts: Annotated[str, tyro.conf.arg(metavar="PART,...")] = (
+        "numerics,attention,mesh,collectives,step,layers,decoding"
+    )
+    """Parts to run, in this order. Further ones are `peers`, `step_base_32e` and `step_d2048`."""
     minutes: Positive = 7
     """Minutes after which no part starts and a training run stops."""
     small: Flag = False

@@ -1,18 +1,29 @@
 """`mot bench accelerator`: numerics, parts that fail, and the headline that stops after its time."""
 
+import dataclasses
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark import accelerator, numerics
+from mot_jax.benchmark import accelerator, mesh, numerics
 from mot_jax.benchmark.accelerator import bench_accelerator
 from mot_jax.benchmark.headline import bench_headline, headline_configs, headline_rows
+from mot_jax.benchmark.mesh import bench_mesh, meshes
+from mot_jax.benchmark.workloads import SMALL
 from mot_jax.config import DenseConfig, check
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
+
+ROOT = Path(__file__).parents[2]
 
 
 def quiet(line):
@@ -48,6 +59,7 @@ def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
         kind
     ]
     monkeypatch.setattr(numerics, "configs_to_check", lambda shape, device: {kind: config})
+    monkeypatch.setattr(numerics, "attention_to_check", lambda fused: {})
     rows = numerics.bench_numerics(True, quiet)
     assert [row["dtype"] for row in rows] == ["float32", "bfloat16"] and all(row["ok"] for row in rows)
     assert rows[0]["y_error"] < 1e-5 < rows[1]["y_error"]  # rounding to bfloat16 is visible
@@ -60,6 +72,17 @@ def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
 
     monkeypatch.setattr(numerics, "_outputs", wrong_on_accelerator)
     assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
+
+
+def test_attention_is_checked_by_the_fused_kernel_of_the_device(monkeypatch):
+    """cuDNN's attention computes in bfloat16 only."""
+    monkeypatch.setattr(numerics, "configs_to_check", lambda shape, device: {})
+    monkeypatch.setattr(numerics.fused_attention, "platform", lambda: "gpu")
+    kinds = [f"attention, {kernel}, {mask}" for kernel in ("xla", "cudnn") for mask in MASKS]
+    assert list(numerics.checks(small=True)) == [(k, "float32") for k in kinds[:3]] + [(k, "bfloat16") for k in kinds]
+
+
+MASKS = ("causal", "causal, documents", "bidirectional, padding")
 
 
 @pytest.mark.parametrize("part", ["step", "step_base_32e", "step_d2048"])
@@ -113,6 +136,73 @@ def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_pa
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["parts"]["numerics"] == results["numerics"]
     with pytest.raises(UserError, match="did you mean 'layers'"):
         bench_accelerator(str(tmp_path), ["layer"], False, 60, quiet)
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+def test_each_axis_is_tried_that_the_model_allows():
+    sizes = {name: dataclasses.astuple(mesh)[:4] for name, mesh in meshes(SMALL, 8).items()}
+    expected = {"1 device": (1, 1, 1, 1), "data 8": (8, 1, 1, 1), "fsdp 8": (1, 8, 1, 1), "expert 8": (1, 1, 8, 1)}
+    assert sizes == expected  # two heads: no tensor
+    assert list(meshes(SMALL, 1)) == ["1 device"] and "tensor 2" in meshes(SMALL, 2)
+
+
+class StubRun:
+    """Replaces a compiled step."""
+
+    compiled, temporaries, seconds_to_compile, mesh = None, 1, 1.0, SimpleNamespace(size=8)
+
+    def step(self):
+        return lambda: None
+
+
+NO_MODEL = SimpleNamespace(seconds=lambda *_: {})
+
+
+def test_a_loss_that_depends_on_the_mesh_is_wrong(monkeypatch):
+    losses = {"data": [5.0, 4.0], "fsdp": [5.0, 4.00001], "expert": [5.0, 4.1]}
+
+    def train(config, mesh, steps):
+        axis = next((name for name in losses if getattr(mesh, name) > 1), "data")
+        return StubRun(), losses[axis]
+
+    monkeypatch.setattr(mesh, "train_on", train)
+    rows = {row["mesh"]: row for row in bench_mesh(SMALL, 3, NO_MODEL, quiet)}
+    assert [row["ok"] for row in rows.values()] == [True, True, True, False] and rows["1 device"]["speedup"] == 1
+    assert rows["expert 8"]["loss_difference"] == pytest.approx(0.025)
+    monkeypatch.setattr(mesh, "train_on", lambda *_: (StubRun(), [math.nan] * 2))
+    assert not any(row["ok"] for row in bench_mesh(SMALL, 3, NO_MODEL, quiet))
+
+
+def test_parts_for_several_devices_are_left_out_on_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert bench_accelerator(str(tmp_path), ["mesh", "collectives"], True, 60, quiet) == []
+    assert next(tmp_path.glob("*.md")).read_text().count("Not measured: there is one device.") == 2
+
+
+@pytest.mark.slow
+def test_the_installed_package_alone_measures_and_writes_the_report(tmp_path):
+    """Two devices, from arguments to report, with no file of the checkout but the package."""
+    shutil.copytree(ROOT / "mot_jax", tmp_path / "site" / "mot_jax")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "mot_jax", "bench", "accelerator", "--small", "--out", "results"]
+    command += ["--parts", "attention,mesh,collectives"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    content = json.loads(next((tmp_path / "results").glob("*_small.json")).read_text())
+    rows = {part: values["rows"] for part, values in content["parts"].items()}
+    assert [row["kernel"] for row in rows["attention"]] == ["xla"]
+    assert [row["mesh"] for row in rows["mesh"]] == ["1 device", "data 2", "fsdp 2", "expert 2", "tensor 2"]
+    assert all(row["ok"] and len(row["losses"]) == 4 for row in rows["mesh"])
+    assert len(rows["collectives"]) == 5 and all(row["bytes_per_second"] > 0 for row in rows["collectives"])
+    calibration = content["calibration"]
+    assert calibration["rates"] == "measured" and len(calibration["rows"]) == 11
+    assert {"products", "elementwise", "collectives"} <= calibration["factors"].keys()
+    for row in calibration["rows"]:
+        assert row["ratio"] == pytest.approx(row["measured_s"] / sum(row["modeled_s"].values()))
+    page = next((tmp_path / "results").glob("*_small.md")).read_text()
+    assert page in result.stdout and "## Modeled against measured" in page
 
 
 def test_headline_models_are_version_1_s_with_a_small_vocabulary(tmp_path):

@@ -32,6 +32,7 @@ def test_steps_made_from_outside_are_those_of_a_run(finished, tiny, tmp_path):
     assert result.items() <= rows[-1].items()
 
 
+@pytest.mark.gpu
 def test_a_trainer_resumes_from_a_checkpoint(finished, tiny, tmp_path):
     workdir = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(workdir / "checkpoints" / "12")

@@ -1,0 +1,163 @@
+"""Modeled against measured times, and one factor per class of kernel that calibrates the model.
+
+A program's modeled time is a sum over classes c of kernels, m_c. The factors f_c > 0 minimize
+
+    sum over programs of (sum over c of f_c m_c / measured - 1)^2  +  RIDGE^2 sum over c of (f_c / f - 1)^2
+
+so that every program counts the same, whether it takes a microsecond or a second. f is the median of measured over
+modeled times. The second term decides only where the first does not: a class that takes little of every program gets
+the factor f, and classes that are in the same proportion in every program get the same factor. The *resolution* of a
+factor, the diagonal of the resolution matrix of this least-squares problem, is then near 0 or a fraction; it is near 1
+for a factor that the measurements determine. A class whose best factor is not positive, because of noise or since it
+overlaps with others, gets f with a resolution of 0, and the others are fitted again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from scipy.optimize import nnls
+
+from mot_jax.benchmark.report import Column, number
+from mot_jax.benchmark.timing import bandwidth, matmul_peak
+from mot_jax.cost.hardware import Hardware, hardware_of
+from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.program import Program, read_program
+from mot_jax.planning.times import model_times
+
+RIDGE = 0.05
+# Classes of kernels, which have a factor each, by their kinds in `planning.program`; collectives are another class, and
+# all other kinds (copies, fusions without products) are `elementwise`.
+CLASSES = {
+    "Triton product": "products",
+    "cuBLAS product": "products",
+    "product": "products",
+    "cuDNN attention": "attention",
+    "custom call": "library",
+}
+Row = dict[str, Any]
+
+
+class Model:
+    """The model of `mot plan` for programs of the attached devices.
+
+    measured: whether the device is not in `cost.hardware`, so that its peak and bandwidth are measured; the network is
+    then as fast as the memory, which holds for virtual CPU devices.
+    """
+
+    def __init__(self) -> None:
+        self._device = jax.devices()[0]
+        self.measured = hardware_of(self._device) is None
+
+    def seconds(self, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> dict[str, float]:
+        """Modeled seconds of an executable by class of kernel; empty if its text is not understood."""
+        devices = [self._device] if mesh is None else list(mesh.devices.flat)
+        shape = {} if mesh is None else dict(mesh.shape)
+        try:
+            program = read_program(hlo.parse(compiled.as_text() or ""), shape)
+        except UnknownTextError:
+            return {}
+        return seconds_by_class(program, self._hardware, self._peak(dtype), devices)
+
+    @functools.cached_property
+    def _hardware(self) -> Hardware:
+        if known := hardware_of(self._device):
+            return known
+        kind, rate, peaks = self._device.device_kind, bandwidth(), (matmul_peak("bfloat16"), matmul_peak("float32"))
+        return Hardware((kind,), *peaks, kind, 0, math.inf, rate, rate, rate, jax.device_count(), 1)
+
+    def _peak(self, dtype: str) -> float:
+        return self._hardware.bfloat16_peak if dtype == "bfloat16" else self._hardware.float32_peak
+
+
+def seconds_by_class(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> dict[str, float]:
+    """Modeled seconds of a program (`planning.times`) by class of kernel, for the classes that take any.
+
+    peak: FLOP/s of a device. devices: of the mesh, flattened.
+    """
+    times, seconds = model_times(program, hardware, peak, devices), dict[str, float]()
+    for kind, value in times.kernels.items():
+        name = CLASSES.get(kind, "elementwise")
+        seconds[name] = seconds.get(name, 0.0) + value
+    if times.collectives:
+        seconds["collectives"] = sum(times.collectives.values())
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """Measured over modeled time of a class. share: the largest that it has of the modeled time of any program."""
+
+    factor: float
+    resolution: float
+    share: float
+
+
+def fit(modeled: Sequence[Mapping[str, float]], measured: Sequence[float]) -> dict[str, Factor]:
+    """The factor of each class that takes any time.
+
+    Args:
+        modeled: seconds of each class, for each program.
+        measured: seconds of each program.
+    """
+    names = sorted({name for row in modeled for name, seconds in row.items() if seconds > 0})
+    if not names:
+        return {}
+    seconds = np.array([[row.get(name, 0.0) for name in names] for row in modeled])
+    totals, times = seconds.sum(axis=1), np.asarray(measured)
+    overall = statistics.median(times / totals)
+    relative = seconds / times[:, None] * overall  # the unknowns are f_c / f
+    factors, resolution = np.ones(len(names)), np.zeros(len(names))
+    free = np.ones(len(names), bool)
+    while free.any():
+        columns, rest = relative[:, free], 1 - relative[:, ~free].sum(axis=1)
+        ridge = RIDGE * np.eye(free.sum())
+        factors[free], _ = nnls(np.concatenate([columns, ridge]), np.concatenate([rest, np.diag(ridge)]))
+        gram = columns.T @ columns
+        resolution[free] = np.diag(np.linalg.solve(gram + ridge**2, gram))
+        if (factors > 0).all():
+            break
+        resolution[factors == 0], free = 0.0, free & (factors > 0)
+        factors[factors == 0] = 1.0
+    shares = (seconds / totals[:, None]).max(axis=0)
+    values = zip(names, factors * overall, resolution, shares, strict=True)
+    return {name: Factor(*map(float, row)) for name, *row in values}
+
+
+def calibrate(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Factor]]:
+    """Add modeled, ratio, calibrated and calibrated_ratio to rows with a name, measured_s and modeled_s by class."""
+    rows = [row for row in rows if sum(row["modeled_s"].values()) > 0]
+    factors = fit([row["modeled_s"] for row in rows], [row["measured_s"] for row in rows])
+    table = []
+    for row in rows:
+        total = sum(row["modeled_s"].values())
+        calibrated = sum(factors[name].factor * seconds for name, seconds in row["modeled_s"].items() if seconds)
+        ratios = {"ratio": row["measured_s"] / total, "calibrated_ratio": row["measured_s"] / (calibrated or total)}
+        table.append(row | {"modeled_total_s": total, "calibrated_s": calibrated} | ratios)
+    return table, factors
+
+
+COLUMNS: list[Column] = [
+    ("program", lambda row: row["name"]),
+    ("modeled ms", partial(number, "modeled_total_s", 1e3, ",.3f")),
+    ("of it, by class", lambda row: ", ".join(f"{n} {1e3 * s:,.3f}" for n, s in row["modeled_s"].items() if s)),
+    ("measured ms", partial(number, "measured_s", 1e3, ",.3f")),
+    ("measured / modeled", partial(number, "ratio", 1, ".2f")),
+    ("measured / calibrated", partial(number, "calibrated_ratio", 1, ".2f")),
+]
+FACTOR_COLUMNS: list[Column] = [
+    ("class of kernel", lambda row: row["class"]),
+    ("factor", partial(number, "factor", 1, ".2f")),
+    ("determined by the measurements", partial(number, "resolution", 1, ".0%")),
+    ("largest share of a program", partial(number, "share", 1, ".0%")),
+]
