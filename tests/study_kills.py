@@ -1,6 +1,6 @@
 """Kill a study at random times, resume it until it ends, and compare its results with those of an undisturbed one.
 
-    python tests/study_kills.py FOLDER [KILLS] [STUDY]     # ten kills of the smoke study in about 15 minutes on two cores
+    python tests/study_kills.py FOLDER [KILLS] [STUDY]     # ten kills of the smoke study, about 15 minutes
 
 A campaign, too long for the test suite. Both studies are in FOLDER, `undisturbed` and `killed`; FOLDER/kills.jsonl has
 a line for each kill, with which the command resumes after those. The exit code is 1 if results differ in more than

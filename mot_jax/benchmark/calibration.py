@@ -74,7 +74,7 @@ class Model:
         if known := hardware_of(self._device):
             return known
         kind, rate, peaks = self._device.device_kind, bandwidth(), (matmul_peak("bfloat16"), matmul_peak("float32"))
-        return Hardware((kind,), *peaks, kind, 0, math.inf, rate, rate, rate, jax.device_count(), 1)
+        return Hardware((kind,), *peaks, kind, 0, math.inf, rate, rate, rate, jax.device_count())
 
     def _peak(self, dtype: str) -> float:
         return self._hardware.bfloat16_peak if dtype == "bfloat16" else self._hardware.float32_peak

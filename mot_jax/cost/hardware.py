@@ -67,12 +67,11 @@ class Hardware(Device):
 
 _GIB = 2**30
 _DEVICES: tuple[Device, ...] = (
-    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book]. Rings: [cloud],
-    # "each dimension is a multiple of 4".
-    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096, 4),
-    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
-    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
-    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
+    # Peaks: [cloud], peak compute per chip. HBM: [libtpu], its bandwidth: [cloud]. ICI and DCN: [book].
+    Hardware(("TPU v4",), 275e12, 275e12, "v4", 3, 30.75 * _GIB, 1.2e12, 4.5e10, 3.1e9, 4096),
+    Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256),
+    Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144),
+    Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256),
     # [nvidia], [xla]; the bandwidth of B200, too, is from [xla]: data sheets of its systems round it up to 8 TB/s.
     Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8),
     Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8),
