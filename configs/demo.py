@@ -108,7 +108,7 @@ def masked() -> Config:
     Command:    python train.py configs/demo.py:masked
     Parameters: 5.6 M (0.4 M active)
     Here:       predicts 54.5 % of the masked bytes of the validation split correctly after 1,300 steps; the most
-                frequent byte is 27.5 % of them. `mot fill runs/demo_masked` fills gaps: docs/inference.md.
+                frequent byte is 27.5 % of them. `mot fill runs/demo_masked` fills gaps: docs/generate.md.
     """
     config = mot()
     model = dataclasses.replace(config.model, objective="masked", vocab_size=258)  # one more entry, for the mask

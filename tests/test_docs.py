@@ -28,7 +28,8 @@ from mot_jax.modes import MODES, offers
 from mot_jax.nn.feed_forward import KINDS
 
 ROOT = Path(__file__).parent.parent
-README, LAYER, REPRODUCE = ROOT / "README.md", ROOT / "docs" / "layer.md", ROOT / "docs" / "reproduce.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+LAYER, KINDS_PAGE, REPRODUCE = DOCS / "layer.md", DOCS / "kinds.md", DOCS / "reproduce.md"
 
 
 def blocks(path: Path) -> list[str]:
@@ -65,11 +66,14 @@ def test_the_step_of_the_sparse_example_updates_its_router_state(programs):
 
 def test_the_table_of_kinds_is_complete():
     """Classes, router state, losses and inference modes of every kind that trains."""
-    rows = [line.split(" | ") for line in LAYER.read_text().splitlines() if "Config` |" in line]
+    rows = [line.split(" | ") for line in KINDS_PAGE.read_text().splitlines() if re.match(r"\| `\w+` \| ", line)]
+    rest = {name: cells for name, *cells in rows if len(cells) == 3}
     by_class = {}
-    for _, classes, _, _, _, state, losses, modes, _ in rows:
-        layer, config = re.findall(r"`(\w+)`", classes)
-        by_class[getattr(mot_jax, config)] = (layer, *(set(re.findall(r"`(\w+)`", c)) for c in (state, losses, modes)))
+    for name, classes, *cells in rows:
+        if len(cells) == 4:
+            layer, config = re.findall(r"`(\w+)`", classes)
+            by_class[getattr(mot_jax, config)] = (layer, *(set(re.findall(r"`(\w+)`", cell)) for cell in rest[name]))
+    assert len(rest) == len(by_class)
     kinds = {config: layer for config, layer in KINDS.items() if getattr(mot_jax, layer.__name__, None) is layer}
     assert by_class.keys() == kinds.keys() == KINDS.keys() - {CompanionsConfig, ThresholdConfig}
     for kind, (layer, state, losses, modes) in by_class.items():
@@ -114,7 +118,7 @@ def test_linen_and_bare_jax_refuse_variants_that_they_do_not_implement(programs)
 
 
 def test_the_variants_of_the_table_are_valid():
-    configs = [eval(text) for text in re.findall(r"`(MixingConfig\(.*?\))`", LAYER.read_text())]
+    configs = [eval(text) for text in re.findall(r"`(MixingConfig\(.*?\))`", KINDS_PAGE.read_text())]
     assert len(configs) == len(set(configs)) >= 14
     for config in configs:
         assert not list(mixing_errors(config))
@@ -144,7 +148,7 @@ VENV = """#!/bin/sh
 test "$*" = "-m venv .venv" || exit 1
 mkdir -p .venv/bin
 echo 'PATH=$PWD/.venv/bin:$PATH' > .venv/bin/activate
-for name in python pip mot tfds pre-commit; do cp stub .venv/bin/$name; done
+for name in python pip mot tfds pre-commit mkdocs jupyter; do cp stub .venv/bin/$name; done
 """
 
 

@@ -1,6 +1,6 @@
 """The feed-forward layers, one kind per file, and the table from the config class of a kind to its layer.
 
-`CONTRIBUTING.md` has the steps that add a kind.
+`docs/add-a-kind.md` has the steps that add a kind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The interface of the feed-forward kinds: `layer(x, context) -> FeedForwardOutput`.
 
-The transformer depends on nothing else of a kind. `CONTRIBUTING.md` has the steps that add one: config, inference mode,
-layer, cost, tests.
+The transformer depends on nothing else of a kind. `docs/add-a-kind.md` has the steps that add one: config, inference
+mode, layer, cost, tests.
 """
 
 from __future__ import annotations
