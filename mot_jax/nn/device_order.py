@@ -6,6 +6,10 @@ Each mesh axis is a product of factors, each of them a part of one dimension of 
 axes within a dimension. JAX's own order (`jax.experimental.mesh_utils`) is used unless another one is faster by more
 than 5 %, and where the network is not known. The result depends only on the arguments, so that all processes of a run
 agree.
+
+GPUs are in the order of their numbers, in which those of a host follow each other: the last axes are inside a host,
+`expert` among them, and `data` is across hosts. Its sums of gradients can overlap with the backward pass, and the
+all-to-alls of `expert` cannot. XLA for GPUs supports no other order in all of its passes.
 """
 
 from __future__ import annotations
@@ -21,11 +25,9 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from mot_jax.runtime.network import hosts_seconds, torus_dimensions, torus_links, torus_seconds
+from mot_jax.runtime.network import torus_dimensions, torus_links, torus_seconds
 
 _TOLERANCE = 1.05  # the model's: differences below it do not change JAX's order
-# NVLink over the network of a host, per GPU: 450 GB/s and 50 GB/s (NVIDIA DGX H100 user guide). Only the ratio matters.
-_INSIDE, _BETWEEN = 9.0, 1.0
 
 
 class Traffic(NamedTuple):
@@ -58,6 +60,8 @@ def arrange(sizes: Sequence[int], devices: Sequence[jax.Device], traffic: Sequen
     Raises:
         NotImplementedError, ValueError: if the network is not known and JAX has no order for it.
     """
+    if devices[0].platform == "gpu":
+        return np.array(sorted(devices, key=lambda device: device.id), object).reshape(tuple(sizes))
     by_slice = defaultdict(list)
     for device in devices:
         by_slice[slice_of(device)].append(device)
@@ -75,7 +79,7 @@ def slice_of(device: jax.Device) -> int:
 
 
 def _arrange_slice(sizes: tuple[int, ...], devices: list[jax.Device], traffic: Sequence[Traffic]) -> np.ndarray:
-    if (network := _torus(devices) or _hosts(devices)) is None:
+    if (network := _torus(devices)) is None:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     shape = network.devices.shape
 
@@ -125,30 +129,6 @@ def _torus(devices: list[jax.Device]) -> Network | None:
     def seconds(kind: str, size: float, lines: list[list[int]]) -> float:
         n = math.prod(map(len, lines))
         return torus_seconds(kind, size, n, torus_links(lines, torus), 1.0) if n > 1 else 0.0
-
-    return Network(array, seconds)
-
-
-def _hosts(devices: list[jax.Device]) -> Network | None:
-    """GPUs in several hosts; None if the hosts are not known or do not have the same number of GPUs."""
-    if devices[0].platform != "gpu":
-        return None
-    by_host = defaultdict(list)
-    for device in devices:
-        by_host[getattr(device, "slice_index", 0) or 0, device.process_index].append(device)
-    if all(len(host) == 1 for host in by_host.values()):  # one process for each GPU
-        by_host.clear()
-        for device in devices:
-            by_host[getattr(device, "slice_index", 0) or 0, 0].append(device)
-    hosts = [sorted(by_host[key], key=lambda device: device.id) for key in sorted(by_host)]
-    if len(hosts) == 1 or len({len(host) for host in hosts}) > 1 or len(hosts[0]) == 1:
-        return None
-    array = np.empty((len(hosts), len(hosts[0])), object)
-    array[:] = hosts
-
-    def seconds(kind: str, size: float, lines: list[list[int]]) -> float:
-        hosts, gpus = map(len, lines)
-        return hosts_seconds(kind, size, hosts, hosts * gpus, gpus, _INSIDE, _BETWEEN)
 
     return Network(array, seconds)
 

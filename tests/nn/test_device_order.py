@@ -16,7 +16,7 @@ from jax.experimental import mesh_utils
 from mot_jax.config import load_config
 from mot_jax.cost.hardware import HARDWARE
 from mot_jax.nn import sharding
-from mot_jax.nn.device_order import Traffic, _hosts, _Layout, _layouts, _torus, arrange
+from mot_jax.nn.device_order import Traffic, _Layout, _layouts, _torus, arrange
 from mot_jax.planning.program import Collective
 from mot_jax.planning.times import Network
 from mot_jax.runtime.network import torus_dimensions
@@ -148,10 +148,14 @@ def test_on_gpus_experts_are_in_one_host_and_data_is_across(sizes, hosts, proces
     assert tuple(len(set(group.ravel().tolist())) for group in groups) == hosts
 
 
-def test_one_host_of_gpus_and_unknown_coordinates_have_the_order_of_jax():
-    assert _hosts(gpus(1, 8)) is None
+def test_gpus_are_in_the_order_of_their_numbers():
+    array = arrange((2, 1, 4, 2), gpus(2, 8)[::-1], [])
+    np.testing.assert_array_equal(np.vectorize(lambda device: device.id)(array).ravel(), np.arange(16))
+
+
+def test_unknown_coordinates_have_the_order_of_jax():
     missing = chips(4, 4, 4)[:-4]
-    assert _torus(missing) is None and _torus(gpus(2, 8)) is None
+    assert _torus(missing) is None and _torus(gpus(1, 8)) is None
     two_cores = chips(2, 2, 1)
     two_cores[0].core_on_chip = 1
     assert _torus(two_cores) is None
