@@ -24,6 +24,7 @@ from mot_jax.cost.layers import Shape
 from mot_jax.errors import UserError
 from mot_jax.nn.kernels import fused_experts_tpu, fused_mixture_tpu
 from mot_jax.planning import hlo
+from mot_jax.planning.nvidia import compiler_options
 from mot_jax.planning.plan import devices_of, plan_training
 from mot_jax.planning.program import read_program
 
@@ -38,7 +39,8 @@ def bytes_of_layers(
     Rows: shape, kind; hbm_bytes, from the compiled program's text, in which arrays in the core's own memory cost
     nothing; cost_bytes, of XLA's `cost_analysis()`, which counts them; ratio and cost_ratio, these over dense's.
     kernel_bytes: traffic of the hand-written kernels by their grids and block specs; in hbm_bytes it replaces the
-    kernels' operands and results, and in cost_bytes it is added to XLA's count. copies; temporaries, bytes; compile_s.
+    kernels' operands and results, and in cost_bytes it is added to XLA's count. For target GPUs XLA has no cost model:
+    cost_bytes and cost_ratio are None. copies; temporaries, bytes; compile_s.
     If a kernel does not support a shape, the row has the reason, `refused`, instead.
     """
     sharding = SingleDeviceSharding(devices_of(parse_topology(topology))[0])
@@ -59,9 +61,8 @@ def bytes_of_layers(
                 continue
             dense = dense or row
             ratios = {"ratio": "hbm_bytes", "cost_ratio": "cost_bytes"}
-            rows.append(
-                {"shape": shape.name, "kind": kind} | row | {name: row[of] / dense[of] for name, of in ratios.items()}
-            )
+            values = {name: row[of] / dense[of] if row[of] else None for name, of in ratios.items()}
+            rows.append({"shape": shape.name, "kind": kind} | row | values)
     return rows
 
 
@@ -69,8 +70,8 @@ def _compile_layer(
     shape: Shape, config: FeedForwardConfig, dtype: str, param_dtype: str, sharding: SingleDeviceSharding
 ) -> Row:
     kernel_bytes = 0
+    (device,) = sharding.device_set
     if isinstance(config, MixtureOfTokensConfig):
-        (device,) = sharding.device_set
         if not kernel_runs_on(config, device):
             raise UserError(f"kernel = {config.kernel!r}: needs a TPU v5e, v5p or later; try --topology v5p:2x2x1")
         n, (e, d, f) = (
@@ -86,13 +87,13 @@ def _compile_layer(
     x = jax.ShapeDtypeStruct((shape.sequences, shape.length, shape.d_model), dtype)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (variables, x, x))
     start = time.perf_counter()
-    compiled = jax.jit(forward_and_backward(forward), out_shardings=sharding).lower(*arguments).compile()
+    lowered = jax.jit(forward_and_backward(forward), out_shardings=sharding).lower(*arguments)
+    compiled = lowered.compile(compiler_options(device, "triton"))
     seconds, costs = time.perf_counter() - start, compiled.cost_analysis()
     module = hlo.parse(compiled.as_text() or "")
-    assert costs is not None
     return {
         "hbm_bytes": read_program(module, {}, kernels=not kernel_bytes).hbm_bytes + kernel_bytes,
-        "cost_bytes": costs["bytes accessed"] + kernel_bytes,
+        "cost_bytes": costs["bytes accessed"] + kernel_bytes if costs else None,
         "kernel_bytes": kernel_bytes,
         "copies": count_copies(module),
         "temporaries": temporaries(compiled),
@@ -105,8 +106,8 @@ COLUMNS: list[Column] = [
     ("kind", lambda row: row["kind"]),
     ("GB", lambda row: row.get("refused") or f"{row['hbm_bytes'] / 1e9:.2f}"),
     ("ratio to dense", lambda row: f"{row['ratio']:.2f}" if "ratio" in row else ""),
-    ("GB, cost model", lambda row: f"{row['cost_bytes'] / 1e9:.2f}" if "cost_bytes" in row else ""),
-    ("ratio to dense, cost model", lambda row: f"{row['cost_ratio']:.2f}" if "cost_ratio" in row else ""),
+    ("GB, cost model", lambda row: f"{row['cost_bytes'] / 1e9:.2f}" if row.get("cost_bytes") else ""),
+    ("ratio to dense, cost model", lambda row: f"{row['cost_ratio']:.2f}" if row.get("cost_ratio") else ""),
     ("GB of kernels", lambda row: f"{row['kernel_bytes'] / 1e9:.2f}" if row.get("kernel_bytes") else ""),
     ("copies", lambda row: f"{row['copies']}" if "copies" in row else ""),
     ("GB temporaries", lambda row: number("temporaries", 1e-9, ".2f", row) if "temporaries" in row else ""),

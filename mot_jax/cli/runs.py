@@ -113,9 +113,11 @@ class PlanOptions(JsonOptions):
     config: ConfigFile
     """Config file: `FILE.py`, or `FILE.py:VARIANT`; or the directory of a run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
-    """Target machine, for example `v5p:8x8x8`. Required; without it, the known ones are listed."""
+    """Target machine, for example `v5p:8x8x8` or `h100:8`. Required; without it, the known ones are listed."""
     slices: Positive = 1
     """Number of slices of this topology."""
+    products: Literal["triton", "cublas"] = "triton"
+    """Matrix products of a GPU's program: Triton fusions with default tiles, or calls of cuBLAS."""
 
 
 def plan(arguments: list[str]) -> None:
@@ -129,7 +131,8 @@ def plan(arguments: list[str]) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"  # the target devices are not attached
     from mot_jax.planning.plan import plan_training
 
-    result = plan_training(config, options.topology, options.slices, functools.partial(print, flush=True))
+    progress = functools.partial(print, flush=True)
+    result = plan_training(config, options.topology, options.slices, progress, products=options.products)
     for line in result.lines():
         print(line)
     if options.json:

@@ -8,7 +8,13 @@ are twice these. Bandwidths are bytes per second. Sources:
     [book] "How to Scale Your Model", jax-ml.github.io/scaling-book, part 2 ("How to think about TPUs"), table of ICI
         and DCN bandwidths. Its one-way 90 GB/s per link on v5p is the bandwidth reached in practice, of the 1,200 GB/s
         that [cloud] gives for six links in both directions (100 each way); the same holds for the other generations;
-    [libtpu] the available memory that libtpu 0.0.42 reports when a program does not fit, a little less than [cloud].
+    [libtpu] the available memory that libtpu 0.0.42 reports when a program does not fit, a little less than [cloud];
+    [nvidia] NVIDIA's data sheets of A100, H100, H200 (SXM) and HGX B200: peaks, HBM bandwidth, and NVLink, of which
+        they print both directions together; user guides of DGX A100, H100, H200 and B200: one InfiniBand port per GPU,
+        of 200 Gb/s in DGX A100 and 400 Gb/s in the others;
+    [xla] device_memory_size in XLA's descriptions of these GPUs (openxla/xla, xla/backends/gpu/target_config/specs).
+        Programs get 0.9 of it, which launch/slurm.sh lets JAX allocate (XLA_PYTHON_CLIENT_MEM_FRACTION; JAX's default
+        is 0.75): NCCL and CUDA need the rest.
 """
 
 from __future__ import annotations
@@ -34,9 +40,10 @@ class Device:
 class Hardware(Device):
     """A device whose memory and network are known as well.
 
-    dimensions: of the torus; 0 for a switch to which every chip has one link. hbm_bytes: available to programs.
-    link_bandwidth: of one link in one direction; dcn_bandwidth: one chip's share of the data-center network, in one
-    direction. chips: in the largest slice. ring: a dimension of the torus closes to a ring where its size is a multiple
+    dimensions: of the torus; 0 for GPUs, which a switch in each host connects, one link per GPU, and InfiniBand between
+    hosts. hbm_bytes: available to programs. link_bandwidth: of one link in one direction; dcn_bandwidth: one chip's
+    share of the network between slices, or between hosts of GPUs, in one direction. chips: in the largest slice, or
+    GPUs in a host. ring: a dimension of the torus closes to a ring where its size is a multiple
     of this (of 16: a full pod); in three dimensions all sizes must be.
     """
 
@@ -68,16 +75,22 @@ _DEVICES: tuple[Device, ...] = (
     Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256, 16),
     Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144, 4),
     Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256, 16),
-    # NVIDIA H100 data sheet, SXM: HBM3 3.35 TB/s, NVLink 900 GB/s in both directions, 80 GB. One host: no DCN.
-    Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 79.6 * _GIB, 3.35e12, 4.5e11, 0.0, 8, 1),
-    # NVIDIA A100 data sheet.
-    Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12),
+    # [nvidia], [xla]. B200: an eighth of HGX B200, with 62 TB/s.
+    Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8, 1),
+    Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8, 1),
+    Hardware(("NVIDIA H200",), 989e12, 494e12, "h200", 0, 0.9 * 151397597184, 4.8e12, 4.5e11, 5e10, 8, 1),
+    Hardware(("NVIDIA B200",), 2250e12, 1125e12, "b200", 0, 0.9 * 191514411008, 7.7e12, 9e11, 5e10, 8, 1),
+    Device(("NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12),  # NVIDIA A100 data sheet
     Device(("NVIDIA H100 PCIe",), 756e12, 378e12),  # NVIDIA H100 data sheet of 2022, PCIe
-    Device(("NVIDIA H200",), 989e12, 494e12),  # NVIDIA H200 data sheet, SXM
-    Device(("NVIDIA B200",), 2250e12, 1125e12),  # NVIDIA HGX B200 specifications, an eighth
 )
 HARDWARE = {device.name: device for device in _DEVICES if isinstance(device, Hardware)}
-KNOWN = "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (any even sizes up to the largest slice), local, local:8"
+TPUS = tuple(name for name, hardware in HARDWARE.items() if hardware.dimensions)
+GPUS = tuple(name for name, hardware in HARDWARE.items() if not hardware.dimensions)
+MAX_HOSTS = 1024  # of GPUs: a bound on typing errors
+KNOWN = (
+    "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 (any even sizes up to the largest slice), "
+    "a100, h100:8, h200:8, b200:8x8 (GPUs, or hosts x GPUs per host), local, local:8"
+)
 
 
 def _device_of(device_kind: str) -> Device | None:
@@ -102,8 +115,8 @@ def peak_flops(device: jax.Device | str, dtype: str) -> float | None:
 class Topology:
     """The devices that a program is compiled for.
 
-    hardware: None for `local`, the devices of this process. sizes: of the torus of one slice, or the number of local
-    devices.
+    hardware: None for `local`, the devices of this process. sizes: of the torus of one slice; hosts and GPUs per host;
+    or the number of local devices.
     """
 
     name: str
@@ -121,7 +134,7 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Parse a name such as `v5p:8x8x8`, `local` or `local:8`. Raises UserError."""
+    """Parse a name such as `v5p:8x8x8`, `h100:8`, `h100:8x8`, `local` or `local:8`. Raises UserError."""
     name, _, sizes_text = text.partition(":")
     sizes = tuple(int(size) for size in sizes_text.split("x")) if re.fullmatch(r"\d+(x\d+)*", sizes_text) else ()
     if name == "local":
@@ -130,10 +143,11 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         if len(sizes) > 1 or bool(sizes) != bool(sizes_text) or 0 in sizes:
             raise UserError(f"--topology = {text}: local may be followed by a number of devices only; try local:8")
         return Topology(text, None, sizes, 1)
-    tpus = [known for known, hardware in HARDWARE.items() if hardware.dimensions]
-    if name not in tpus:
-        raise UserError(f"--topology = {text}: no such topology{nearest(name, tpus)}; known: {KNOWN}")
+    if name not in HARDWARE:
+        raise UserError(f"--topology = {text}: no such topology{nearest(name, list(HARDWARE))}; known: {KNOWN}")
     hardware = HARDWARE[name]
+    if name in GPUS:
+        return _parse_gpus(text, hardware, sizes, slices, bare=not sizes_text)
     example = f"{name}:{'x'.join(['4'] * hardware.dimensions)}"
     if len(sizes) != hardware.dimensions:
         raise UserError(f"--topology = {text}: {name} has {hardware.dimensions} dimensions; try {example}")
@@ -145,3 +159,15 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     if (count := (topology.chips or 0) // slices) > hardware.chips:
         raise UserError(f"--topology = {text}: {count} chips; the largest slice has {hardware.chips}; try {example}")
     return topology
+
+
+def _parse_gpus(text: str, hardware: Hardware, sizes: tuple[int, ...], slices: int, bare: bool) -> Topology:
+    name, per_host = hardware.name, hardware.chips
+    if slices != 1:
+        raise UserError(f"--slices = {slices}: GPUs form no slices; try --topology {name}:{slices}x{per_host}")
+    sizes = (1,) if bare else sizes
+    hosts, gpus = (1, *sizes) if len(sizes) == 1 else sizes if len(sizes) == 2 else (0, 0)
+    if not (1 <= gpus <= per_host and 1 <= hosts <= MAX_HOSTS):
+        rule = f"a number of GPUs up to {per_host}, or hosts, up to {MAX_HOSTS:,}, x GPUs per host"
+        raise UserError(f"--topology = {text}: must have {rule}; try {name}:{per_host}, {name}:8x{per_host}")
+    return Topology(text, hardware, (hosts, gpus), 1)

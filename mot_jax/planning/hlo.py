@@ -1,7 +1,7 @@
 """Parser of XLA's text of an optimized program. Every assumption about the format of that text is in this module.
 
 The format is not stable: text that is not understood raises UnknownTextError, so that nothing is ignored silently.
-Tested with the XLA of jax 0.10 on CPU and with libtpu 0.0.42.
+Tested with the XLA of jax 0.10 and 0.12 on CPU, with libtpu 0.0.42, and with XLA's CUDA plugin for target GPUs.
 """
 
 from __future__ import annotations
@@ -253,6 +253,36 @@ def product_flops(instruction: Instruction, operands: list[Instruction]) -> floa
         whole = (left_size[str(d)] - 1) * left_holes + 1
         total *= ((at >= 0) & (at < whole) & (at % left_holes == 0)).sum()
     return float(total)
+
+
+def library_flops(instruction: Instruction, operands: list[Instruction], target: str) -> float | None:
+    """FLOPs of a call of cuBLAS, or of cuDNN's attention, from its configuration; None for another target.
+
+    cuDNN's attention has two products forward and five backward, which recomputes the scores. Under a causal mask those
+    of positions that attend to each other are counted: the kernels leave out the blocks above the diagonal.
+    """
+    if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
+        match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        if not match:
+            raise UnknownTextError(f"{target} without contracting dimensions: {instruction.name}")
+        left = operands[0].arrays[0].dims
+        return 2.0 * math.prod(instruction.arrays[0].dims) * math.prod(left[d] for d in _quoted(match[1]))
+    if target.startswith("__cudnn$fmha"):
+        pattern = r'"intermediate_tensor_shape":\{[^}]*?"dimensions":\[([^\]]*)\]'
+        match = re.search(pattern, instruction.attributes)
+        if not match:
+            raise UnknownTextError(f"{target} without the shape of its scores: {instruction.name}")
+        *batch, queries, keys = _quoted(match[1])
+        causal = re.search(r'"mask_type":"(?:PADDING_)?CAUSAL"', instruction.attributes)
+        pairs = sum(min(query + 1, keys) for query in range(queries)) if causal else queries * keys
+        products = 5 if "Backward" in target else 2
+        return 2.0 * products * math.prod(batch) * pairs * operands[0].arrays[0].dims[-1]
+    return None
+
+
+def _quoted(text: str) -> list[int]:
+    """`"1","0"` as numbers."""
+    return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def _group_count(instruction: Instruction, name: str) -> int:

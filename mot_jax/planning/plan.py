@@ -21,18 +21,20 @@ from jax.sharding import AxisType, Mesh
 from mot_jax.config import Config, check
 from mot_jax.cost.describe import table
 from mot_jax.cost.flops import flops_per_token
-from mot_jax.cost.hardware import Hardware, Topology, hardware_of, parse_topology, peak_flops
+from mot_jax.cost.hardware import GPUS, Hardware, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
+from mot_jax.planning.nvidia import Products, compiler_options, devices_of_gpus, without_cudnn
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import StepTimes, label, model_times
 from mot_jax.runs.state import TrainState, abstract_state
 from mot_jax.training.step import make_train_step
 
 LARGEST = 8  # number of tensors listed if a program does not fit
+SHARE_OF_PEAK = 0.7  # of matrix products, in the second set of times
 SMALL = 2**16  # bytes below which collectives share a row
 
 
@@ -42,8 +44,10 @@ class Plan:
 
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
-    times also if the device's figures are not known. efficiency: modeled MFU without and with overlap; None if the
-    times lack a part of the program that was not understood. notes: limits of the config's sharding.
+    times also if the device's figures are not known. times_below_peak: with products at SHARE_OF_PEAK of the peak.
+    efficiency: roofline MFU, that of `times`, without and with overlap; None if the times lack a part of the program
+    that was not understood; efficiency_below_peak: that of `times_below_peak`. notes: about the sharding and the
+    attention of the program.
     """
 
     topology: str
@@ -61,6 +65,8 @@ class Plan:
     times: StepTimes | None
     efficiency: tuple[float, float] | None
     notes: tuple[str, ...] = ()
+    times_below_peak: StepTimes | None = None
+    efficiency_below_peak: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -68,7 +74,11 @@ class Plan:
         if self.program:
             content["program"] |= {"flops": self.program.flops, "hbm_bytes": self.program.hbm_bytes}
             for collective in content["program"]["collectives"]:
-                collective["group_size"] = len(collective.pop("members"))
+                members = collective.pop("members")
+                collective["group_size"] = 2 if collective["kind"] == "collective-permute" else len(members)
+            for body, figures in zip(self.program.bodies, content["program"]["bodies"], strict=True):
+                figures |= {"flops": body.flops, "hbm_bytes": body.hbm_bytes, "kernels": len(body.kernels)}
+            content["program"]["kernels"] = self.program.by_kind()
         return content
 
     def lines(self) -> list[str]:
@@ -84,6 +94,10 @@ class Plan:
         flops = [("of the model, 3 x forward", self.model_flops / 1e9), ("of the program", self.program.flops / 1e9)]
         out += table("GFLOPs per chip and step", flops)
         out += table(
+            "Kernels, per chip and step",
+            [("", "executions", "GFLOPs", "GiB read and written"), *self._kernel_rows()],
+        )
+        out += table(
             "Collectives, per chip and step",
             [("", "in the program", "executions", "MiB per execution", "MiB"), *self._collective_rows()],
         )
@@ -92,6 +106,11 @@ class Plan:
 
     def _largest(self) -> list[tuple[str | float, ...]]:
         return [(description, size / 2**20) for size, description in self.largest]
+
+    def _kernel_rows(self) -> list[tuple[str, int, float, float]]:
+        assert self.program
+        rows = [(kind, *figures.values()) for kind, figures in self.program.by_kind().items()]
+        return [(kind, executions, flops / 1e9, size / 2**30) for kind, executions, flops, size in rows]
 
     def _collective_rows(self) -> list[tuple[str, int, int, float, float]]:
         """A row for each set of equal collectives, the largest first; those of an axis below SMALL share one."""
@@ -110,14 +129,24 @@ class Plan:
         if not (self.times and self.program):
             return ["No modeled time: the peak, memory bandwidth or network of these devices is not known."]
         t, at_least = self.times, "at least " if self.program.unknown else ""
-        serial, overlapped = (f", MFU {share:.1%}" for share in self.efficiency) if self.efficiency else ("", "")
-        parts = {"computation bound by FLOPs": t.compute, "computation bound by HBM": t.hbm, **t.collectives}
+        parts = {"kernels bound by FLOPs": t.compute, "kernels bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
-        return [
-            *table("Modeled milliseconds", rows),
-            f"  without overlap  {at_least}{1e3 * t.serial:,.2f} ms{serial}; largest part: {t.bound}",
-            f"  full overlap     {at_least}{1e3 * t.overlapped:,.2f} ms{overlapped}; bound by: {t.overlapped_bound}",
-        ]
+        lines = table("Modeled milliseconds", rows)
+        cases = [("", t, self.efficiency), (f", products at {SHARE_OF_PEAK:.0%} of peak", *self._below_peak)]
+        for case, times, efficiency in cases:
+            if times:
+                mfu = [f", roofline MFU {share:.1%}" for share in efficiency or ()] or ["", ""]
+                lines += [
+                    f"  without overlap{case}  {at_least}{1e3 * times.serial:,.2f} ms{mfu[0]}; "
+                    f"largest part: {times.bound}",
+                    f"  full overlap{case}     {at_least}{1e3 * times.overlapped:,.2f} ms{mfu[1]}; "
+                    f"bound by: {times.overlapped_bound}",
+                ]
+        return lines
+
+    @property
+    def _below_peak(self) -> tuple[StepTimes | None, tuple[float, float] | None]:
+        return self.times_below_peak, self.efficiency_below_peak
 
 
 def plan_training(
@@ -126,6 +155,7 @@ def plan_training(
     slices: int = 1,
     progress: Callable[[str], None] = lambda line: None,
     chips: int | None = None,
+    products: Products = "triton",
 ) -> Plan:
     """Compile the training step of `config` for `topology`.
 
@@ -135,6 +165,7 @@ def plan_training(
         slices: Number of slices of that topology.
         progress: Receives lines about the progress.
         chips: Use only so many of the chips, the first ones; None uses all.
+        products: Of a GPU: matrix products as Triton fusions or calls of cuBLAS.
 
     Returns:
         Memory, collectives and modeled times.
@@ -145,6 +176,10 @@ def plan_training(
     check(config)
     target = parse_topology(topology, slices)
     devices = devices_of(target)[:chips]
+    notes: list[str] = []
+    if target.hardware and target.hardware.name in GPUS:
+        config, note = without_cudnn(config)
+        notes += [note] if note else []
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     hardware = hardware_of(devices[0])
@@ -157,7 +192,7 @@ def plan_training(
         traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
         progress(f"compiling it for {topology}: a minute or more for large models")
         try:
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options(devices[0], products))
             program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), target.slices)
             memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]), devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
@@ -179,9 +214,16 @@ def plan_training(
     fits = program is not None and (needed is None or limit is None or needed <= limit)
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
     peak = peak_flops(devices[0], config.model.dtype)
-    ideal, times = model_flops / (peak or 1), None
+    ideal, times, times_below_peak = model_flops / (peak or 1), None, None
     if fits and program and hardware and peak and (hardware.dcn_bandwidth or mesh.size <= hardware.chips):
-        times = model_times(program, hardware, peak, list(mesh.devices.flat))
+        flat = list(mesh.devices.flat)
+        times = model_times(program, hardware, peak, flat)
+        times_below_peak = model_times(program, hardware, peak, flat, SHARE_OF_PEAK)
+    understood = program is not None and not program.unknown
+
+    def efficiency(times: StepTimes | None) -> tuple[float, float] | None:
+        return (ideal / times.serial, ideal / times.overlapped) if times and understood else None
+
     return Plan(
         topology=topology,
         device_kind=devices[0].device_kind,
@@ -196,10 +238,10 @@ def plan_training(
         model_flops=model_flops,
         program=program if fits else None,
         times=times,
-        efficiency=(ideal / times.serial, ideal / times.overlapped)
-        if times and program and not program.unknown
-        else None,
-        notes=_notes(config, mesh),
+        efficiency=efficiency(times),
+        notes=(*notes, *_notes(config, mesh)),
+        times_below_peak=times_below_peak,
+        efficiency_below_peak=efficiency(times_below_peak),
     )
 
 
@@ -215,7 +257,7 @@ def _notes(config: Config, mesh: Mesh) -> tuple[str, ...]:
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
-    """The devices of a topology: those of this process, or the target devices that libtpu compiles for."""
+    """The devices of a topology: those of this process, or target devices of libtpu or of XLA's CUDA plugin."""
     if topology.hardware is None:
         if topology.chips:
             with contextlib.suppress(RuntimeError):  # JAX is initialized and its number of devices fixed
@@ -224,6 +266,8 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         if topology.chips and topology.chips > len(devices):
             raise UserError(f"--topology = {topology.name}: there are {len(devices)} devices; try local:{len(devices)}")
         return devices[: topology.chips]
+    if topology.hardware.name in GPUS:
+        return devices_of_gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology = {topology.name}: needs libtpu, which is missing; try pip install 'jax[tpu]'")
     # libtpu reads these when it is initialized, and would otherwise look for a TPU or query the metadata server.

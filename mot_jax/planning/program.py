@@ -2,7 +2,9 @@
 
 A *body* is a part of the program that is executed a known number of times: the program itself, or the body of a loop.
     JAX's scans are loops; the text contains their trip count, or their condition implies it.
-FLOPs: those of dots and convolutions, a multiply-add being 2. Elementwise operations are not counted.
+A *kernel* is an instruction of a body that computes, reads or writes: a fusion, product, call, copy or collective.
+FLOPs: those of dots, convolutions, and calls of cuBLAS and of cuDNN's attention, a multiply-add being 2. Elementwise
+    operations are not counted.
 HBM bytes: read and written by the instructions of a body. A fusion is one instruction, whose intermediate values stay
     on the chip. An operand of which only a slice is read counts as that slice, and an in-place update as the updated
     part. Arrays in the core's own memory cost nothing. Padding of tiles and repeated reads are not counted: a lower
@@ -31,6 +33,8 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 _FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective is an instruction of its own
+# Calls without matrix products: of XLA for GPUs, and JAX's random numbers.
+_NO_PRODUCTS = ("__cub$", "__gpu$TopK", "cu_threefry2x32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Collective:
 
     axes: of the mesh; () if no set of axes has these groups; ("slices",) for the separate collectives that XLA creates
     between slices. bytes: per execution and chip. members: the devices of one group, as indices into the mesh; for a
-    permutation, one device and the device that it sends to. executions: per step.
+    permutation, every device that sends, each followed by the one that it sends to. executions: per step.
     """
 
     kind: str
@@ -51,13 +55,39 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel, with FLOPs and HBM bytes of one execution.
+
+    kind: `Triton product`, `cuBLAS product`, `cuDNN attention`, `product` (another, with elementwise operations fused
+    into it), `copy`, `collective`, `custom call`, or `other`. dtype: of the operands of its products, in XLA's names;
+    "" without products. overlaps: whether it runs next to other kernels: asynchronous copies, and collectives.
+    """
+
+    name: str
+    kind: str
+    flops: float
+    hbm_bytes: float
+    dtype: str = ""
+    overlaps: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Body:
-    """A body, with FLOPs and HBM bytes of one execution on one chip, and its executions per step."""
+    """A body: the kernels of one execution on one chip, and its executions per step."""
 
     name: str
     executions: int
-    flops: float
-    hbm_bytes: float
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one execution."""
+        return sum(kernel.flops for kernel in self.kernels)
+
+    @property
+    def hbm_bytes(self) -> float:
+        """HBM bytes of one execution."""
+        return sum(kernel.hbm_bytes for kernel in self.kernels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +111,17 @@ class Program:
     def hbm_bytes(self) -> float:
         """HBM bytes of one step on one chip."""
         return sum(body.executions * body.hbm_bytes for body in self.bodies)
+
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """`executions`, `flops` and `hbm_bytes` of a step on one chip by kind of kernel, the most FLOPs first."""
+        kinds: dict[str, dict[str, float]] = {}
+        for body in self.bodies:
+            for kernel in body.kernels:
+                total = kinds.setdefault(kernel.kind, {"executions": 0, "flops": 0.0, "hbm_bytes": 0.0})
+                total["executions"] += body.executions
+                total["flops"] += body.executions * kernel.flops
+                total["hbm_bytes"] += body.executions * kernel.hbm_bytes
+        return dict(sorted(kinds.items(), key=lambda item: (-item[1]["flops"], -item[1]["hbm_bytes"])))
 
 
 def read_program(module: Module, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
@@ -122,12 +163,12 @@ class _Reader:
 
     def _body(self, computation: Computation, executions: int, name: str) -> None:
         place = len(self.bodies)
-        flops, size = self._without_loops(computation, executions)
-        self.bodies.insert(place, Body(name, executions, flops, size))
+        kernels = tuple(self._without_loops(computation, executions))
+        self.bodies.insert(place, Body(name, executions, kernels))
 
-    def _without_loops(self, computation: Computation, executions: int) -> tuple[float, float]:
-        """FLOPs and bytes of a computation without its loops, which become separate bodies."""
-        flops = size = 0.0
+    def _without_loops(self, computation: Computation, executions: int) -> list[Kernel]:
+        """The kernels of a computation without those of its loops, which become separate bodies."""
+        kernels: list[Kernel] = []
         chains: set[str] = set()
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
@@ -142,13 +183,35 @@ class _Reader:
                     self.unknown[f"branch taken by {instruction.name}: all branches are counted"] = None
                 words = ("to_apply", "branch_computations", "true_computation", "false_computation")
                 for called in instruction.called(*words):
-                    called_flops, called_size = self._without_loops(self.computations[called], executions)
-                    flops, size = flops + called_flops, size + called_size
+                    kernels += self._without_loops(self.computations[called], executions)
             else:
-                flops += self._flops(computation, instruction)
-                size += self._bytes(computation, instruction)
+                kernels += self._kernels(computation, instruction)
                 self._collect(computation, instruction, executions, chains)
-        return flops, size
+        return kernels
+
+    def _kernels(self, computation: Computation, instruction: Instruction) -> list[Kernel]:
+        """The kernel of an instruction; [] for one that costs nothing."""
+        products = self._products(computation, instruction)
+        flops, size = sum(products.values()), self._bytes(computation, instruction)
+        if not flops and not size:
+            return []
+        dtype = max(products, key=products.__getitem__) if products else ""
+        kind = self._kind(instruction, flops)
+        overlaps = kind == "collective" or (instruction.opcode.endswith("-start") and not flops)
+        return [Kernel(instruction.name, kind, flops, size, dtype, overlaps)]
+
+    def _kind(self, instruction: Instruction, flops: float) -> str:
+        opcode = instruction.opcode
+        if opcode == "custom-call":
+            target = _target(instruction)
+            libraries = {"__cublas": "cuBLAS product", "__cudnn": "cuDNN attention"}
+            return next((kind for name, kind in libraries.items() if target.startswith(name)), "custom call")
+        if flops:
+            return "Triton product" if '"kind":"__triton' in instruction.attributes else "product"
+        inside = (i.opcode for c in self._inside(instruction) for i in c.instructions.values())
+        if any(name.removesuffix("-start") in KINDS for name in (opcode, *inside)):
+            return "collective"
+        return "copy" if opcode in ("copy", "transpose") or opcode.endswith("-start") else "other"
 
     def _inside(self, instruction: Instruction) -> list[Computation]:
         """The computations that a fusion or an asynchronous start executes."""
@@ -156,14 +219,25 @@ class _Reader:
             return []
         return [self.computations[name] for name in instruction.called("calls")]
 
-    def _flops(self, computation: Computation, instruction: Instruction) -> float:
+    def _products(self, computation: Computation, instruction: Instruction) -> dict[str, float]:
+        """FLOPs by the dtype of the operands: float32 where one of them is."""
+        operands, flops = computation.operands(instruction), None
         if instruction.opcode in ("dot", "convolution"):
-            return hlo.product_flops(instruction, computation.operands(instruction))
-        if instruction.opcode == "custom-call":
+            flops = hlo.product_flops(instruction, operands)
+        elif instruction.opcode == "custom-call":
             target = _target(instruction)
-            if target not in self.free_calls:
+            flops = hlo.library_flops(instruction, operands, target)
+            if flops is None and target not in self.free_calls and not target.startswith(_NO_PRODUCTS):
                 self.unknown[f"FLOPs of the custom call {target}"] = None
-        return sum(self._flops(c, i) for c in self._inside(instruction) for i in c.instructions.values())
+        if flops is not None:
+            dtypes = [operand.arrays[0].dtype for operand in operands[:2]]
+            return {"f32" if "f32" in dtypes else dtypes[0]: flops}
+        total: dict[str, float] = {}
+        for inside in self._inside(instruction):
+            for part in inside.instructions.values():
+                for dtype, part_flops in self._products(inside, part).items():
+                    total[dtype] = total.get(dtype, 0.0) + part_flops
+        return total
 
     # --- bytes --------------------------------------------------------------------------------------------------------
 
@@ -177,6 +251,8 @@ class _Reader:
         if kind in KINDS:
             return 2 * sum(a.hbm_bytes for operand in operands for a in operand.arrays)
         results = instruction.arrays
+        if opcode == "custom-call" and _target(instruction).startswith(("__cublas", "__cudnn")):
+            results = tuple(a for a in results if a.dtype != "s8") or results  # the library's workspace
         if opcode.endswith("-start") and opcode != "async-start":  # the result is one of the operation's arrays
             results = results[:1] if kind == "copy" else results[len(operands) : len(operands) + 1]
         if kind in ("dynamic-slice", "slice", "gather"):
@@ -284,12 +360,14 @@ class _Reader:
             self.collectives.append(Collective(kind, axes, size, members, executions, instruction.source))
 
     def _permutation(self, pairs: list[tuple[int, int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The axes along which data moves, and one device with the device that it sends to."""
+        """The axes along which data moves; each device that sends, followed by the one that it sends to."""
         moves = [pair for pair in pairs if pair[0] != pair[1]]
         if not moves:
             return (), ()
         a, b = (np.stack(np.unravel_index(ends, self.places.shape)) for ends in zip(*moves, strict=True))
-        return tuple(name for name, moved in zip(self.names, (a != b).any(axis=1), strict=True) if moved), moves[0]
+        return tuple(name for name, moved in zip(self.names, (a != b).any(axis=1), strict=True) if moved), tuple(
+            itertools.chain(*moves)
+        )
 
     # --- loops --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """Modeled time of a step, from the work of its program (`program.py`) and the device's figures (`cost/hardware.py`).
 
-A body takes the larger of FLOPs / peak and HBM bytes / bandwidth. A collective of B bytes over n chips:
+A kernel takes the larger of FLOPs / peak and HBM bytes / bandwidth; the kernels of a body run one after the other.
+Asynchronous copies, and the memory traffic of collectives, run next to them, so that a body takes at least all its HBM
+bytes / bandwidth. float32 products have a peak of their own. A collective of B bytes over n chips:
 
     all-gather, reduce-scatter   (n - 1) / n x B / bandwidth         each chip receives, or sends, all but its own part
     all-reduce                   twice that
@@ -19,11 +21,24 @@ Between slices, where XLA has separate collectives (an all-reduce over both beco
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
 network; an all-to-all sends (n - 1) / n of its bytes there.
 
+GPUs of a host are connected by a switch with one link each, hosts by InfiniBand with one port per GPU. A group of n
+GPUs in h hosts, g = n / h in each, uses both at the same time, in pieces, and takes the longer of the two:
+
+                                 in the host, NVLink     between hosts, InfiniBand
+    all-gather, reduce-scatter   (g - 1) / g x B         (h - 1) / h x B / g
+    all-reduce                   twice that              twice that
+    all-to-all                   (g - 1) / n x B         (n - g) / n x B
+    collective-permute           B                       B, if any pair of GPUs is in different hosts
+
+This is the bound of a hierarchical algorithm, in which a GPU exchanges with those of its own place in the other hosts
+and then with those of its host; of a group that is uneven, the host with most members counts.
+
 Latency and contention between collectives are not modeled: on hundreds of chips, small collectives take longer.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -38,9 +53,9 @@ from mot_jax.planning.program import SLICES, Collective, Program
 class StepTimes:
     """Seconds of a step on one chip.
 
-    compute, hbm: of the bodies that are bound by FLOPs and by HBM bandwidth. collectives: by kind and axes. serial: if
+    compute, hbm: of the kernels that are bound by FLOPs and by HBM bandwidth. collectives: by kind and axes. serial: if
     nothing overlaps. overlapped: if all collectives overlap with all computation. bound, overlapped_bound: the largest
-    contribution to each.
+    contribution to each. kernels: of compute and hbm together, by kind of kernel, and `exposed copies`.
     """
 
     compute: float
@@ -50,6 +65,7 @@ class StepTimes:
     overlapped: float
     bound: str
     overlapped_bound: str
+    kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Network:
@@ -58,6 +74,7 @@ class Network:
     def __init__(self, hardware: Hardware, devices: list[jax.Device]):
         self.hardware = hardware
         dimensions = hardware.dimensions
+        self.hosts = [getattr(device, "process_index", 0) for device in devices]
         self.coords = [tuple(device.coords)[:dimensions] if dimensions else () for device in devices]
         self.torus = tuple(max(at) + 1 for at in zip(*self.coords, strict=True)) if dimensions else ()
 
@@ -67,7 +84,20 @@ class Network:
         if collective.axes == (SLICES,):
             share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, _ring_share(kind, n))
             return size * share / self.hardware.dcn_bandwidth
-        return self._ici(kind, size, list(collective.members))
+        members = list(collective.members)
+        return self._ici(kind, size, members) if self.torus else self._switches(kind, size, members)
+
+    def _switches(self, kind: str, size: float, members: list[int]) -> float:
+        """GPUs: the longer of the transfers in hosts and between them."""
+        hosts, n = [self.hosts[member] for member in members], len(members)
+        inside, between = self.hardware.link_bandwidth, self.hardware.dcn_bandwidth
+        if kind == "collective-permute":
+            crosses = any(a != b for a, b in zip(hosts[::2], hosts[1::2], strict=True))
+            return size / (between if crosses else inside)
+        g, h = max(collections.Counter(hosts).values()), len(set(hosts))
+        if kind == "all-to-all":
+            return max((g - 1) / n * size / inside, (n - g) / n * size / between)
+        return max(_ring_share(kind, g) * size / inside, _ring_share(kind, h) * size / g / between)
 
     def _ici(self, kind: str, size: float, members: list[int]) -> float:
         bandwidth, n = self.hardware.link_bandwidth, len(members)
@@ -84,7 +114,7 @@ class Network:
     def _links(self, members: list[int]) -> list[tuple[int, float]] | None:
         """(length, links per chip) for each dimension of the torus that a group extends along; None if it is no box."""
         lines = [sorted(set(at)) for at in zip(*(self.coords[m] for m in members), strict=True)]
-        if math.prod(map(len, lines)) != len(members) or not lines:
+        if math.prod(map(len, lines)) != len(members):
             return None
         dimensions = []
         for line, size, closed in zip(lines, self.torus, self.hardware.rings(self.torus), strict=True):
@@ -95,8 +125,6 @@ class Network:
         return dimensions
 
     def _hops(self, a: int, b: int) -> int:
-        if not self.torus:
-            return 1
         total = 0
         for x, y, size, closed in zip(
             self.coords[a], self.coords[b], self.torus, self.hardware.rings(self.torus), strict=True
@@ -109,13 +137,40 @@ def _ring_share(kind: str, n: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
-def model_times(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> StepTimes:
-    """Model the time of a step. peak: FLOP/s of one chip. devices: of the mesh, flattened."""
+def model_times(
+    program: Program, hardware: Hardware, peak: float, devices: list[jax.Device], share_of_peak: float = 1.0
+) -> StepTimes:
+    """Model the time of a step.
+
+    Args:
+        program: of the step.
+        hardware: of the devices.
+        peak: FLOP/s of one chip for products of the model's dtype; those of float32 have the peak in `hardware`.
+        devices: of the mesh, flattened.
+        share_of_peak: share of the peak that products reach.
+
+    Returns:
+        Seconds on one chip.
+    """
     network = Network(hardware, devices)
-    parts = {"compute": 0.0, "HBM": 0.0}
+    parts, kernels = {"compute": 0.0, "HBM": 0.0}, dict[str, float]()
+
+    def add(part: str, kind: str, seconds: float) -> None:
+        parts[part] += seconds
+        kernels[kind] = kernels.get(kind, 0.0) + seconds
+
     for body in program.bodies:
-        compute, hbm = body.flops / peak, body.hbm_bytes / hardware.hbm_bandwidth
-        parts["compute" if compute >= hbm else "HBM"] += body.executions * max(compute, hbm)
+        busy = 0.0
+        for kernel in body.kernels:
+            kernel_peak = min(peak, hardware.float32_peak) if kernel.dtype == "f32" else peak
+            compute = kernel.flops / (kernel_peak * share_of_peak)
+            hbm = kernel.hbm_bytes / hardware.hbm_bandwidth
+            if not kernel.overlaps:
+                busy += max(compute, hbm)
+                add("compute" if compute >= hbm else "HBM", kernel.kind, body.executions * max(compute, hbm))
+        exposed = body.hbm_bytes / hardware.hbm_bandwidth - busy
+        if exposed > 0:
+            add("HBM", "exposed copies", body.executions * exposed)
     collectives: dict[str, float] = {}
     for collective in program.collectives:
         name, seconds = label(collective), collective.executions * network.seconds(collective)
@@ -131,6 +186,7 @@ def model_times(program: Program, hardware: Hardware, peak: float, devices: list
         overlapped=max(chip, net),
         bound=max(all_parts, key=all_parts.__getitem__, default="nothing"),
         overlapped_bound=max(longer, key=longer.__getitem__, default="nothing"),
+        kernels=kernels,
     )
 
 

@@ -27,7 +27,7 @@ def test_hardware_of_a_device_includes_its_peak(name, monkeypatch):
 
     assert hardware_of(Device()) is HARDWARE[name]
     assert peak_flops(Device(), "bfloat16") == HARDWARE[name].bfloat16_peak
-    monkeypatch.setattr(Device, "device_kind", "NVIDIA H200")  # its peak is known, its network is not
+    monkeypatch.setattr(Device, "device_kind", "NVIDIA H100 PCIe")  # its peak is known, its network is not
     assert hardware_of(Device()) is None and peak_flops(Device(), "bfloat16")
 
 
@@ -36,6 +36,14 @@ def test_topologies_by_name(name, chips):
     assert parse_topology(name).chips == chips
     if not name.startswith("local"):
         assert parse_topology(name, 2).chips == 2 * chips
+
+
+@pytest.mark.parametrize(
+    "name, hosts, gpus", [("a100", 1, 1), ("h100:8", 1, 8), ("h200:8x8", 8, 8), ("b200:7x2", 7, 2)]
+)
+def test_topologies_of_gpus_are_hosts_by_gpus(name, hosts, gpus):
+    topology = parse_topology(name)
+    assert (topology.sizes, topology.chips) == ((hosts, gpus), hosts * gpus)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +58,13 @@ def test_topologies_by_name(name, chips):
         ("v5p:4x4x0", 1, "even"),
         ("v6e:32x32", 1, "1024 chips; the largest slice has 256"),
         ("local:2x2", 1, "try local:8"),
+        ("h101:8", 1, "no such topology; did you mean h100|no such topology.*h100"),
+        ("h100:9", 1, "up to 8, .*; try h100:8, h100:8x8"),
+        ("h100:8x16", 1, "up to 8, "),
+        ("h100:0x8", 1, "up to 8, "),
+        ("h100:2x8x8", 1, "up to 8, "),
+        ("h100:x", 1, "up to 8, "),
+        ("h100:8", 2, "GPUs form no slices; try --topology h100:2x8"),
         ("local:x", 1, "try local:8"),
         ("local", 2, "try --slices 1"),
     ],

@@ -150,7 +150,8 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
     assert run("--topology", "v9:2x2") == 2 and "no such topology" in capsys.readouterr().err
     assert run("--topology", "v5e:2x2", "--slices", "none") == 2 and "--slices" in capsys.readouterr().err
 
-    def does_not_fit(config, topology, slices, progress):
+    def does_not_fit(config, topology, slices, progress, products):
+        assert products == "cublas"
         progress(f"{topology} {slices} {config.model.d_model}")
         memory = {"needed": 2.0**31, "HBM limit": None}
         return Plan(
@@ -160,7 +161,7 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "plan_training", does_not_fit)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # set by the command, and restored after the test
-    flags = ["--slices", "2", "--model.d-model", "32", "--json", str(tmp_path / "plan.json")]
+    flags = ["--slices", "2", "--products", "cublas", "--model.d-model", "32", "--json", str(tmp_path / "plan.json")]
     assert run("--topology", "v5p:2x2x1", *flags) == 1
     output = capsys.readouterr().out
     assert all(text in output for text in ("v5p:2x2x1 2 32", "2.000", "unknown", "float32[4]", "more chips"))
@@ -174,7 +175,7 @@ def test_times_that_lack_a_kernel_are_lower_bounds_without_an_mfu():
         plan = Plan("v5e:2x2", "TPU", 4, 1, {}, 1.0, {}, True, [], [], 1.0, program, times, efficiency)
         return "\n".join(plan.lines())
 
-    assert "without overlap  100.00 ms, MFU 50.0%" in report((), (0.5, 0.5))
+    assert "without overlap  100.00 ms, roofline MFU 50.0%" in report((), (0.5, 0.5))
     output = report(("FLOPs of the custom call splash",), None)
     assert "without overlap  at least 100.00 ms; largest" in output and "MFU" not in output
 

@@ -116,6 +116,51 @@ def test_an_all_to_all_and_a_permutation():
     assert collective.bytes == 4 * ROWS * WIDTH / 4
 
 
+GPU = """%fused (p: bf16[8,16], q: bf16[16,32]) -> bf16[8,32] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %q = bf16[16,32]{1,0} parameter(1)
+  %dot = bf16[8,32]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %relu = bf16[8,32]{1,0} negate(%dot)
+}
+
+ENTRY %main (x: bf16[8,16], w: bf16[16,32], v: f32[3,32,4], q: bf16[2,6,4,8]) -> bf16[2,6,4,8] {
+  %x = bf16[8,16]{1,0} parameter(0)
+  %w = bf16[16,32]{1,0} parameter(1)
+  %v = f32[3,32,4]{2,1,0} parameter(2)
+  %q = bf16[2,6,4,8]{3,2,1,0} parameter(3)
+  %triton = bf16[8,32]{1,0} fusion(%x, %w), kind=kCustom, calls=%fused, backend_config={"kind":"__triton_nested_gemm_fusion"}
+  %lt = (f32[3,4,4]{2,1,0}, s8[33554432]{0}) custom-call(%v, %v), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  %gemm = bf16[8,32]{1,0} custom-call(%x, %w), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %fwd = (bf16[2,6,4,8]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","4","6","6"]},"mask_type":"MASK"}}
+  %bwd = (bf16[2,6,4,8]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config":{"intermediate_tensor_shape":{"element_type":"BF16","dimensions":["2","4","6","6"]},"mask_type":"CAUSAL"}}
+  %other = (f32[8]{0}) custom-call(%v), custom_call_target="__gpu$xla.gpu.triton"
+  %start = bf16[8,16]{1,0} all-reduce-start(%x), replica_groups={{0}}, to_apply=%add
+  ROOT %out = bf16[2,6,4,8]{3,2,1,0} get-tuple-element(%fwd), index=0
+}
+"""  # noqa: E501
+
+
+def test_products_of_a_gpus_libraries_are_counted_and_told_apart():
+    program = read_program(hlo.parse(GPU), {"data": 1})
+    kernels = {kernel.name: kernel for kernel in program.bodies[0].kernels}
+    product = 2 * 8 * 16 * 32
+    kinds = {name: (kernel.kind, kernel.flops, kernel.dtype) for name, kernel in kernels.items()}
+    assert kinds["triton"] == ("Triton product", product, "bf16")
+    assert kinds["gemm"] == ("cuBLAS product", product, "bf16")
+    assert kinds["lt"] == ("cuBLAS product", 3 * 2 * 4 * 32 * 4, "f32")
+    assert kinds["fwd"] == ("cuDNN attention", 2 * (2 * 2 * 4 * 6 * 6 * 8), "bf16")
+    assert kinds["bwd"] == ("cuDNN attention", 5 * (2 * 2 * 4 * 21 * 8), "bf16")  # 21 of 36 pairs are causal
+    assert kernels["lt"].hbm_bytes == 4 * (2 * 3 * 32 * 4 + 3 * 4 * 4)  # without the workspace
+    assert kernels["triton"].hbm_bytes == 2 * (8 * 16 + 16 * 32 + 8 * 32)
+    assert kernels["start"].overlaps and kernels["start"].kind == "collective"
+    assert program.unknown == ("FLOPs of the custom call __gpu$xla.gpu.triton",)
+    assert program.by_kind()["cuBLAS product"] == {
+        "executions": 2,
+        "flops": product + 3 * 2 * 4 * 32 * 4,
+        "hbm_bytes": kernels["lt"].hbm_bytes + kernels["gemm"].hbm_bytes,
+    }
+
+
 SLICES = """ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %x = f32[8,4]{1,0} parameter(0)
   %t = token[] after-all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mot_jax.cost.hardware import HARDWARE
-from mot_jax.planning.program import Body, Collective, Program
+from mot_jax.planning.program import Body, Collective, Kernel, Program
 from mot_jax.planning.times import Network, model_times
 
 LINK = 9e10  # v5p, one direction
@@ -100,9 +100,56 @@ def test_a_switch_has_one_link_per_chip():
         assert Network(HARDWARE["h100"], devices).seconds(collective) == pytest.approx(share * SIZE / 4.5e11)
 
 
+@pytest.mark.parametrize(
+    "kind, members, expected",
+    [
+        # 4 hosts of 8 H100: NVLink 450 GB/s, InfiniBand 50 GB/s per GPU.
+        # All GPUs: 7 / 8 over NVLink takes longer than 3 / 4 / 8 over InfiniBand; with two GPUs of each host, shorter.
+        ("all-gather", range(32), 7 / 8 * SIZE / 4.5e11),
+        ("reduce-scatter", (0, 1, 8, 9, 16, 17, 24, 25), 3 / 4 * SIZE / 2 / 5e10),
+        ("all-reduce", (0, 1, 8, 9, 16, 17, 24, 25), 2 * 3 / 4 * SIZE / 2 / 5e10),
+        ("all-gather", range(0, 32, 8), 3 / 4 * SIZE / 5e10),  # one GPU of each host
+        ("all-gather", range(8, 16), 7 / 8 * SIZE / 4.5e11),  # all GPUs of one host
+        ("all-to-all", range(32), 24 / 32 * SIZE / 5e10),
+        ("all-to-all", range(16), 8 / 16 * SIZE / 5e10),
+        ("collective-permute", (0, 1, 1, 2), SIZE / 4.5e11),
+        ("collective-permute", (0, 1, 7, 8), SIZE / 5e10),  # one pair crosses
+    ],
+)
+def test_groups_that_span_hosts_take_the_longer_of_both_networks(kind, members, expected):
+    devices = [SimpleNamespace(process_index=number // 8) for number in range(32)]
+    collective = Collective(kind, ("x",), SIZE, tuple(members), 1, "")
+    assert Network(HARDWARE["h100"], devices).seconds(collective) == pytest.approx(expected)
+
+
+def test_kernels_run_one_after_the_other_and_asynchronous_copies_next_to_them():
+    peak, float32, hbm = 989e12, 494e12, 3.35e12
+    ms = 1e-3
+    kernels = (
+        Kernel("a", "Triton product", 2 * ms * peak, 1 * ms * hbm, "bf16"),  # 2 ms; 1 of HBM
+        Kernel("b", "cuBLAS product", 1 * ms * float32, 0.5 * ms * hbm, "f32"),  # 1 ms at float32's peak
+        Kernel("c", "Triton product", 1 * ms * peak, 3 * ms * hbm, "bf16"),  # 3 ms of HBM
+        Kernel("d", "other", 0.0, 0.5 * ms * hbm),
+        Kernel("e", "copy", 0.0, 1 * ms * hbm, overlaps=True),  # 6 ms of HBM in all, below 6.5 of kernels
+    )
+    devices = [SimpleNamespace()]
+    program = Program((Body("loop", 3, kernels),), (), ())
+    times = model_times(program, HARDWARE["h100"], peak, devices)
+    assert (times.compute, times.hbm) == pytest.approx((3 * 3 * ms, 3 * 3.5 * ms))
+    assert times.kernels == pytest.approx({"Triton product": 15 * ms, "cuBLAS product": 3 * ms, "other": 1.5 * ms})
+    # One maximum over the body would give 3 x 6 ms.
+    assert times.serial == times.overlapped == pytest.approx(19.5 * ms)
+    below = model_times(program, HARDWARE["h100"], peak, devices, 0.7)
+    assert below.serial == pytest.approx(3 * (2 / 0.7 + 1 / 0.7 + 3 + 0.5) * ms)
+    copies = Body("copies", 1, (*kernels, Kernel("f", "copy", 0.0, 2 * ms * hbm, overlaps=True)))  # 8 ms of HBM
+    times = model_times(Program((copies,), (), ()), HARDWARE["h100"], peak, devices)
+    assert times.serial == pytest.approx(8 * ms) and times.kernels["exposed copies"] == pytest.approx(1.5 * ms)
+
+
 def test_a_step_takes_the_sum_or_the_maximum_of_its_parts():
     peak, hbm = 1e14, 2.765e12
-    bodies = Body("a", 1, 1e12, 0), Body("b", 4, 1e10, hbm / 100)  # 10 ms of FLOPs; 4 x 10 ms of HBM, not 4 x 0.1
+    products = Kernel("a", "product", 1e12, 0, "bf16"), Kernel("b", "product", 1e10, hbm / 100, "bf16")
+    bodies = Body("a", 1, products[:1]), Body("b", 4, products[1:])  # 10 ms of FLOPs; 4 x 10 ms of HBM, not 4 x 0.1
     one = Collective("all-reduce", ("data",), LINK / 100, (0, 1), 3, "")  # a line of 2: 2 x 1/2 x 10 ms
     two = Collective("all-gather", ("data",), LINK / 100, (0, 1), 1, "")  # 5 ms
     times = model_times(Program(bodies, (one, two), ()), HARDWARE["v5p"], peak, chips(2, 2, 1)[::2])

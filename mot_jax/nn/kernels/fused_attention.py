@@ -40,13 +40,15 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
 def platform() -> str:
     """Return `tpu`, `gpu` or `cpu`: the platform of the mesh, which may consist of target devices, or JAX's default.
 
-    A GPU that does not run cuDNN's attention (of AMD, or older than NVIDIA's Ampere) counts as `cpu`.
+    A GPU that does not run cuDNN's attention (of AMD, or older than NVIDIA's Ampere) counts as `cpu`. Target GPUs,
+    which are not attached, all run it.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     name = device.platform if device else jax.default_backend()
     if name not in ("gpu", "cuda"):
         return "cpu" if name == "rocm" else name
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0")  # absent, or a name, on AMD
+    attached = [other for other in jax.local_devices() if device is None or other.device_kind == device.device_kind]
+    capability = getattr(attached[0], "compute_capability", "0") if attached else "8.0"  # absent, or a name, on AMD
     return "gpu" if capability[0].isdigit() and float(capability) >= 8 else "cpu"
 
 
