@@ -447,8 +447,9 @@ def _backward(project_in, project_out, save_for_backward, fence_saved, residuals
         o, du = _to_groups(x, reshard(o, *axes_of(du)), du)
     dx = emit(weights, du)  # the transpose of merge
     d_merge, d_emit = map(_weights_gradient, (x, dy), (du, o))
-    d_merge, d_emit = (d_merge + d_emit, None) if emit_weights is None else (d_merge, d_emit)
-    return dx, *jax.tree.map(lambda of, d: d.astype(of.dtype), others, [d_merge, dw_in, dw_out, d_emit])
+    of_weights = (d_merge + d_emit, None) if emit_weights is None else (d_merge, d_emit)
+    gradients = [of_weights[0], dw_in, dw_out, of_weights[1]]
+    return dx, *jax.tree.map(lambda of, gradient: gradient.astype(of.dtype), others, gradients)
 
 
 merge_experts_emit.defvjp(_forward, _backward)

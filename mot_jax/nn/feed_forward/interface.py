@@ -245,7 +245,7 @@ _relu.defvjp(
     lambda x: (jax.nn.relu(x),) * 2,
     lambda y, cotangent: (jax.lax.select(y != 0, cotangent, jnp.zeros_like(cotangent)),),
 )
-_ACTIVATIONS = {"relu": _relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": _relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def activate(name: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
