@@ -403,8 +403,8 @@ def merge_experts_emit(
         weights: mixing weights [N, G, S, E], used by merge, and by emit unless `emit_weights` are given.
         w_in, w_out: the experts' parameters, sharded over the mesh axis `expert` along E.
         emit_weights: [N, G, S, E], if different from `weights`.
-        fence_saved: whether an optimization barrier keeps the compiler from also saving what `project_out` computes
-            elementwise from the pre-activations. False where that is the pre-activations themselves.
+        fence_saved: whether, on GPUs, an optimization barrier keeps the compiler from also saving what `project_out`
+            computes elementwise from the pre-activations. False where that is the pre-activations themselves.
 
     Returns:
         The update [N, G, S, D] in x's dtype. Has reverse-mode derivatives of any order, and none of forward mode.
@@ -428,9 +428,8 @@ def _backward(project_in, project_out, save_for_backward, fence_saved, residuals
     # Without the barrier the compiler finds the same expressions in the forward pass and saves their values, which
     # are meant to be recomputed.
     x, *others, saved = residuals
-    fenced = _fenced_casts((x, *others, dy, saved if fence_saved else ()), x.dtype)
-    x, weights, w_in, w_out, emit_weights, dy, fenced_saved = fenced
-    saved = fenced_saved if fence_saved else saved
+    fenced, saved = _fenced_casts((x, *others, dy), saved, x.dtype, fence_saved)
+    x, weights, w_in, w_out, emit_weights, dy = fenced
     do = merge(weights if emit_weights is None else emit_weights, dy)  # the transpose of emit
     if save_for_backward == "all":
         u, (do,) = saved[1], _to_experts(do)
@@ -455,23 +454,26 @@ def _backward(project_in, project_out, save_for_backward, fence_saved, residuals
 merge_experts_emit.defvjp(_forward, _backward)
 
 
-def _fenced_casts(tree: Any, dtype: Any) -> Any:
-    """Pass a tree of arrays through an optimization barrier, and cast those of rank 3 and more to `dtype`.
+def _fenced_casts(tree: Any, saved: Any, dtype: Any, fence_saved: bool) -> tuple[Any, Any]:
+    """Pass trees of arrays through an optimization barrier, and cast those of rank 3 and more in `tree` to `dtype`.
 
     XLA does not fuse the cast into products on a GPU. There the barrier follows the cast, so that the forward pass and
-    the backward pass share its result; elsewhere it precedes it.
+    the backward pass share its result; elsewhere it precedes it. `fence_saved`, see above, is for GPUs, too.
     """
 
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, tree)
 
-    def cast_first(tree: Any) -> Any:
-        return jax.lax.optimization_barrier(cast(tree))
+    def cast_first(tree: Any, saved: Any) -> tuple[Any, Any]:
+        if fence_saved:
+            return jax.lax.optimization_barrier((cast(tree), saved))
+        return jax.lax.optimization_barrier(cast(tree)), saved
 
-    def cast_last(tree: Any) -> Any:
-        return cast(jax.lax.optimization_barrier(tree))
+    def cast_last(tree: Any, saved: Any) -> tuple[Any, Any]:
+        tree, saved = jax.lax.optimization_barrier((tree, saved))
+        return cast(tree), saved
 
-    return select_by_platform(cast_first, cast_last, tree)
+    return select_by_platform(cast_first, cast_last, tree, saved)
 
 
 def _weights_gradient(tokens: jax.Array, of_experts: jax.Array) -> jax.Array:
