@@ -131,7 +131,10 @@ def temporaries(compiled: jax.stages.Compiled) -> int | None:
     return None if analysis is None else analysis.temp_size_in_bytes
 
 
-def count_copies(module: hlo.Module, min_bytes: int = 4096) -> int:
+COPIES = ("copy", "copy-start", "transpose")
+
+
+def count_copies(module: hlo.Module, min_bytes: int = 4096, opcodes: tuple[str, ...] = COPIES) -> int:
     """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
     computations = module.computations
     instructions = (i for computation in computations.values() for i in computation.instructions.values())
@@ -141,8 +144,7 @@ def count_copies(module: hlo.Module, min_bytes: int = 4096) -> int:
         if instruction.opcode == "fusion":
             called = (computations[name] for name in instruction.called("calls"))
             return any(copies(i) for computation in called for i in computation.instructions.values())
-        is_copy = instruction.opcode in ("copy", "copy-start", "transpose")
-        return is_copy and instruction.arrays[0].bytes >= min_bytes
+        return instruction.opcode in opcodes and instruction.arrays[0].bytes >= min_bytes
 
     not_fused = (computation for name, computation in computations.items() if name not in fused)
     return sum(copies(i) for computation in not_fused for i in computation.instructions.values())

@@ -63,7 +63,9 @@ class LayersOptions(JsonOptions):
     counts: Flag = False
     """Print FLOPs, least bytes and lower bounds; nothing is run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
-    """Target device, as `v5p:2x2x1`: compile for it and count bytes; nothing is timed."""
+    """Target device, as `v5p:2x2x1` or `h100:1`: compile for it and count bytes; nothing is timed."""
+    products: Literal["both", "triton", "cublas"] = "both"
+    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both."""
     plot: PictureFileOrNone = None
     """File for a picture of the ratios to dense, a PNG."""
     profile: DirectoryOrNone = None
@@ -94,7 +96,8 @@ def _layers(arguments: list[str]) -> None:
 
         dtype = options.dtype or "bfloat16"
         shapes = shapes or paper_shapes(on_cpu=False)
-        rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress)
+        products = ahead_of_time.PRODUCTS if options.products == "both" else [options.products]
+        rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress, products)
         about = {"topology": options.topology, "dtype": str(dtype), "parameters in": options.param_dtype} | versions()
         _report(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
         return
@@ -163,7 +166,9 @@ class StepOptions(JsonOptions):
     rounds: RoundsOrNone = None
     """Number of rounds in which both models take turns. None: 20."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
-    """Target device, as `v5p:2x2x1`: compile for it and count memory; nothing is timed."""
+    """Target device, as `v5p:2x2x1` or `h100:1`: compile for it and count memory; nothing is timed."""
+    products: Literal["both", "triton", "cublas"] = "both"
+    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both."""
     profile: DirectoryOrNone = None
     """Directory for a trace for XProf, which slows the rounds down."""
 
@@ -191,7 +196,8 @@ def _step(arguments: list[str]) -> None:
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
-        rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress)
+        products = ahead_of_time.PRODUCTS if options.products == "both" else [options.products]
+        rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, products)
         about = {"topology": options.topology, "chips": "1"} | versions()
         _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
         return

@@ -4,6 +4,11 @@ FLOPs and memory traffic are those of `feed_forward.py`. The layer *at once* is 
 backward: mixtures, logits and expert outputs never reach memory. If a backward pass follows, forward saves
 pre-activations (`save_for_backward="pre_activations"`) in the activations' dtype, and mixing weights and router logits
 in float32. A *floor* is the larger of FLOPs over a device's peak and bytes over its bandwidth.
+
+*Product by product* is the layer as one program for each matrix product, which reads its operands once and writes its
+result once, parameters in their own dtype. Elementwise operations are inside products, also the derivative of the
+activation, for which a product reads the pre-activations; nothing is transposed. It bounds what a compiler can reach
+that fuses elementwise operations, but no products.
 """
 
 from __future__ import annotations
@@ -136,6 +141,65 @@ class LayerPart:
         return sum(max(flops / peak, size / bandwidth) for flops, size in passes)
 
 
+@dataclasses.dataclass(frozen=True)
+class ProductByProduct(LayerPart):
+    """A layer as one program for each product. passes: of forward and backward, FLOPs and bytes of each program."""
+
+    passes: tuple[tuple[tuple[float, float], ...], ...] = ()
+
+    def floor(self, peak: float, bandwidth: float, direction: str = "forward_backward") -> float:
+        """Seconds at a peak in FLOP/s and a bandwidth in bytes/s; programs do not overlap."""
+        passes = self.passes[:1] if direction == "forward" else self.passes
+        return sum(max(flops / peak, size / bandwidth) for products in passes for flops, size in products)
+
+
+# The programs of both passes: FLOPs as those of a product of the networks (n), of the mixing (m) or none, and the
+# arrays that they read or write: tokens (a), the networks' inputs or outputs (u), hidden arrays (h), logits or mixing
+# weights (l), a weight of the networks (w). A controller is small and is not counted.
+_NETWORKS = ("nuhw nhuw", "nuwhh nhuw nhwu nuhw")  # the third one reads h to mask its result
+_MIXING = ("mal ll malu mlua", "mlau maul maul mlua ll mal mlaa")  # the last one adds the other part of x's cotangent
+# Mixtures and outputs once more. W_out and the mixing weights are counted with the products that read them next.
+_RECOMPUTED = ("", "mau nhu")
+
+
+def product_by_product(
+    shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: str = "float32"
+) -> list[ProductByProduct]:
+    """The least bytes of a layer without fusion of products: of `dense`, or of the mixture by `save_for_backward`.
+
+    Empty for other kinds, and for gated networks.
+    """
+    config = shape.kinds()[kind]
+    if shape.gated or kind not in ("dense", MIXTURE):
+        return []
+    wide, (t, d) = jnp.promote_types(dtype, "float32"), (shape.tokens, shape.d_model)
+    experts = config.num_experts if isinstance(config, MixtureOfTokensConfig) else 1
+    per_token = experts / shape.group_size if kind == MIXTURE else 1
+    width = config.hidden_dim(shape.d_ff) if isinstance(config, MixtureOfTokensConfig) else shape.d_ff
+    item = jnp.dtype(dtype).itemsize
+    sizes = {"a": t * d * item, "u": t * per_token * d * item, "h": t * per_token * width * item}
+    sizes |= {"l": t * experts * wide.itemsize, "w": experts * d * width * jnp.dtype(param_dtype).itemsize}
+    flops = {"n": 2.0 * t * per_token * d * width, "m": 2.0 * t * d * experts}
+
+    def bound(name: str, *groups: tuple[str, str]) -> ProductByProduct:
+        passes = tuple(
+            tuple(
+                (flops.get(program[0], 0.0), float(sum(sizes.get(letter, 0) for letter in program)))
+                for group in groups
+                for program in group[direction].split()
+            )
+            for direction in (0, 1)
+        )
+        totals = [tuple(map(sum, zip(*programs, strict=True))) for programs in passes]
+        (forward, forward_bytes), (backward, backward_bytes) = totals
+        return ProductByProduct(name, (forward, backward), (forward_bytes, backward_bytes), passes=passes)
+
+    if kind == "dense":
+        return [bound("product by product", _NETWORKS)]
+    saved = ("product by product, all saved", _NETWORKS, _MIXING)
+    return [bound(*saved), bound("product by product, pre-activations saved", *saved[1:], _RECOMPUTED)]
+
+
 def layer_cost(shape: Shape, config: FeedForwardConfig) -> FeedForwardCost:
     """The cost of a layer per token."""
     model = ModelConfig(1, shape.d_model, shape.d_ff, 1, context_length=shape.length, gated=shape.gated)
@@ -170,7 +234,8 @@ def count_rows(shapes: Iterable[Shape], dtype: str, param_dtype: str = "float32"
     rows = []
     for shape in shapes:
         for kind in shape.kinds():
-            for part in layer_parts(shape, kind, dtype, param_dtype):
+            parts = layer_parts(shape, kind, dtype, param_dtype)
+            for part in [*parts, *product_by_product(shape, kind, dtype, param_dtype)]:
                 row = {"shape": shape.name, "kind": kind, "part": part.name, "flops": part.flops, "bytes": part.bytes}
                 floors = {}
                 for title, hardware in ((title, HARDWARE[name]) for title, name in FLOORS.items()):

@@ -42,7 +42,17 @@ import jax.numpy as jnp
 
 from mot_jax.config import MixingConfig, check_part
 from mot_jax.errors import UserError, nearest
-from mot_jax.nn.sharding import DIMENSIONS, Axes, axes_of, axis_size, reshard, spec, whole_group_axes
+from mot_jax.nn.sharding import (
+    DIMENSIONS,
+    Axes,
+    axes_of,
+    axis_size,
+    product,
+    reshard,
+    select_by_platform,
+    spec,
+    whole_group_axes,
+)
 from mot_jax.runtime.compilation import default_promotion
 
 SaveForBackward = Literal["nothing", "pre_activations", "all"]
@@ -240,7 +250,8 @@ def _masked_softmax(logits: jax.Array, valid: jax.Array, temperature: jax.typing
     # the division, so that neither a huge logit nor a tiny temperature overflows.
     scaled = jnp.where(valid, logits, jnp.finfo(logits.dtype).min)
     scaled = (scaled - scaled.max(axis=axis, keepdims=True)) / temperature
-    return jnp.where(valid, jax.nn.softmax(scaled, axis=axis), 0)
+    exponentials = jnp.exp(scaled)  # `jax.nn.softmax` would read everything once more to subtract the maximum, 0
+    return jnp.where(valid, exponentials / exponentials.sum(axis=axis, keepdims=True), 0)
 
 
 def _masked_softmax_forward(logits, valid, temperature, axis):
@@ -251,8 +262,8 @@ def _masked_softmax_forward(logits, valid, temperature, axis):
 @default_promotion()
 def _masked_softmax_backward(axis, residuals, cotangent):
     weights, temperature = residuals
-    product = weights * cotangent
-    return (product - weights * product.sum(axis=axis, keepdims=True)) / temperature, None, None
+    weighted = weights * cotangent
+    return (weighted - weights * weighted.sum(axis=axis, keepdims=True)) / temperature, None, None
 
 
 _masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)
@@ -305,6 +316,35 @@ def _has_entropy(token_mask: jax.Array, axis: int) -> jax.Array:
     return token_mask if axis == OVER_EXPERTS else token_mask.sum(axis=1) > 1
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def controller_logits(x: jax.Array, controller: jax.Array, dtype: Any) -> jax.Array:
+    """The product of x [N, G, S, D] and a controller [D, E]: [N, G, S, E] in `dtype`."""
+    return product("ngsd,de->ngse", x, controller, dtype=dtype)
+
+
+@default_promotion()
+def _controller_logits_backward(dtype, residuals, cotangent):
+    """On a GPU, with x and the cotangent by position, as merge and the softmax have them: elsewhere a copy of each."""
+
+    def natural(x, controller, cotangent):
+        return jax.vjp(partial(product, "ngsd,de->ngse", dtype=dtype), x, controller)[1](cotangent)
+
+    def by_position(x, controller, cotangent):
+        # Without the barrier XLA would transpose the original x once more. Letters of contracted dimensions are sorted
+        # by einsum, which would transpose x if their order were not that of the dimensions.
+        x = jax.lax.optimization_barrier(_by_position(x))
+        pull = jax.vjp(partial(product, "nstd,de->nste", dtype=dtype), x, controller)[1]
+        dx, d_controller = pull(_by_position(cotangent))
+        return _by_position(dx), d_controller
+
+    return select_by_platform(by_position, natural, *residuals, cotangent)
+
+
+controller_logits.defvjp(
+    lambda x, controller, dtype: (controller_logits(x, controller, dtype), (x, controller)), _controller_logits_backward
+)
+
+
 # --- merge, experts, emit ---------------------------------------------------------------------------------------------
 
 
@@ -334,7 +374,7 @@ def _by_position(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 8))
 def merge_experts_emit(
     project_in: Projection,
     project_out: Projection,
@@ -344,6 +384,7 @@ def merge_experts_emit(
     w_in: chex.ArrayTree,
     w_out: chex.ArrayTree,
     emit_weights: jax.Array | None = None,
+    fence_saved: bool = True,
 ) -> jax.Array:
     """Merge, experts and emit as one function with its own backward pass, which need not save the mixtures.
 
@@ -362,14 +403,16 @@ def merge_experts_emit(
         weights: mixing weights [N, G, S, E], used by merge, and by emit unless `emit_weights` are given.
         w_in, w_out: the experts' parameters, sharded over the mesh axis `expert` along E.
         emit_weights: [N, G, S, E], if different from `weights`.
+        fence_saved: whether, on GPUs, an optimization barrier keeps the compiler from also saving what `project_out`
+            computes elementwise from the pre-activations. False where that is the pre-activations themselves.
 
     Returns:
         The update [N, G, S, D] in x's dtype. Has reverse-mode derivatives of any order, and none of forward mode.
     """
-    return _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights)[0]
+    return _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights, fence_saved)[0]
 
 
-def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights):
+def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out, emit_weights, fence_saved):
     """Return the update, and the residuals that are saved for `_backward`."""
     (u,) = _to_experts(merge(weights, x))
     h = project_in(u, w_in)
@@ -380,11 +423,13 @@ def _forward(project_in, project_out, save_for_backward, x, weights, w_in, w_out
 
 
 @default_promotion()
-def _backward(project_in, project_out, save_for_backward, residuals, dy):
+def _backward(project_in, project_out, save_for_backward, fence_saved, residuals, dy):
     """Gradients of x, the weights, w_in, w_out and the emit weights; `dy` [N, G, S, D] is the update's cotangent."""
     # Without the barrier the compiler finds the same expressions in the forward pass and saves their values, which
     # are meant to be recomputed.
-    x, weights, w_in, w_out, emit_weights, saved, dy = jax.lax.optimization_barrier((*residuals, dy))
+    x, *others, saved = residuals
+    fenced, saved = _fenced_casts((x, *others, dy), saved, x.dtype, fence_saved)
+    x, weights, w_in, w_out, emit_weights, dy = fenced
     do = merge(weights if emit_weights is None else emit_weights, dy)  # the transpose of emit
     if save_for_backward == "all":
         u, (do,) = saved[1], _to_experts(do)
@@ -401,12 +446,34 @@ def _backward(project_in, project_out, save_for_backward, residuals, dy):
         o, du = _to_groups(x, reshard(o, *axes_of(du)), du)
     dx = emit(weights, du)  # the transpose of merge
     d_merge, d_emit = map(_weights_gradient, (x, dy), (du, o))
-    if emit_weights is None:
-        return dx, (d_merge + d_emit).astype(weights.dtype), dw_in, dw_out, None
-    return dx, d_merge.astype(weights.dtype), dw_in, dw_out, d_emit.astype(emit_weights.dtype)
+    of_weights = (d_merge + d_emit, None) if emit_weights is None else (d_merge, d_emit)
+    gradients = [of_weights[0], dw_in, dw_out, of_weights[1]]
+    return dx, *jax.tree.map(lambda of, gradient: gradient.astype(of.dtype), others, gradients)
 
 
 merge_experts_emit.defvjp(_forward, _backward)
+
+
+def _fenced_casts(tree: Any, saved: Any, dtype: Any, fence_saved: bool) -> tuple[Any, Any]:
+    """Pass trees of arrays through an optimization barrier, and cast those of rank 3 and more in `tree` to `dtype`.
+
+    XLA does not fuse the cast into products on a GPU. There the barrier follows the cast, so that the forward pass and
+    the backward pass share its result; elsewhere it precedes it. `fence_saved`, see above, is for GPUs, too.
+    """
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 2 else a, tree)
+
+    def cast_first(tree: Any, saved: Any) -> tuple[Any, Any]:
+        if fence_saved:
+            return jax.lax.optimization_barrier((cast(tree), saved))
+        return jax.lax.optimization_barrier(cast(tree)), saved
+
+    def cast_last(tree: Any, saved: Any) -> tuple[Any, Any]:
+        tree, saved = jax.lax.optimization_barrier((tree, saved))
+        return cast(tree), saved
+
+    return select_by_platform(cast_first, cast_last, tree, saved)
 
 
 def _weights_gradient(tokens: jax.Array, of_experts: jax.Array) -> jax.Array:

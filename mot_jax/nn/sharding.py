@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -422,8 +422,10 @@ def _product_forward(equation, out, dtype, fenced, x, weight):
 
 @default_promotion()
 def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
-    operands = (*residuals, cotangent.astype(residuals[0].dtype))
-    x, weight, cotangent = jax.lax.optimization_barrier(operands) if fenced else operands
+    x, weight = residuals
+    weight_dtype, cotangent = weight.dtype, cotangent.astype(x.dtype)
+    if fenced:
+        x, weight, cotangent = _fenced_operands(x, weight, cotangent)
     of_x, of_weight, of_y = _subscripts(equation)
     gathered = _gather_fsdp(undeferred(weight).astype(x.dtype))
     x_spec, weight_spec = (spec(*axes_of(a)) for a in (x, weight))
@@ -432,14 +434,40 @@ def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
     x = _align(of_x, x, of_weight, gathered, of_y)
     contract = partial(jnp.einsum, f"{of_x},{of_y}->{of_weight}", x, cotangent)
     if not deferred_axes(weight):
-        return dx, contract(out_sharding=weight_spec).astype(weight.dtype)
+        return dx, contract(out_sharding=weight_spec).astype(weight_dtype)
     axes = dict(zip(of_x + of_y, axes_of(x) + axes_of(cotangent), strict=True))
     summed = frozenset(itertools.chain(*(axes[letter] for letter in axes if letter not in of_weight)))
     dw = contract(out_sharding=PartitionSpec(*(axes[letter] or None for letter in of_weight), unreduced=summed))
-    return dx, _as_gradient(dw, weight).astype(weight.dtype)
+    return dx, _as_gradient(dw, weight).astype(weight_dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _fenced_operands(*operands: jax.Array) -> tuple[jax.Array, ...]:
+    """Pass x, weight and cotangent through a barrier, and cast the weight to x's dtype.
+
+    On a GPU only a weight that has to be gathered passes, after the cast: XLA fuses neither the cast nor an activation
+    function into a product, across a barrier, so that both passes would run them as programs of their own.
+    """
+    gathers = any("fsdp" in axes for axes in axes_of(operands[1])) and axis_size("fsdp") > 1
+
+    def default(x: jax.Array, weight: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        x, weight, cotangent = jax.lax.optimization_barrier((x, weight, cotangent))
+        return x, weight.astype(x.dtype), cotangent
+
+    def gpu(x: jax.Array, weight: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+        weight = weight.astype(x.dtype)
+        if gathers:
+            weight, cotangent = jax.lax.optimization_barrier((weight, cotangent))
+        return x, weight, cotangent
+
+    return select_by_platform(gpu, default, *operands)
+
+
+def select_by_platform(gpu: Callable[..., Any], default: Callable[..., Any], *operands: Any) -> Any:
+    """`gpu(*operands)` in a program compiled for GPUs, attached or not, else `default(*operands)`."""
+    return jax.lax.platform_dependent(*operands, cuda=gpu, rocm=gpu, default=default)
 
 
 def _subscripts(equation: str) -> tuple[str, str, str]:

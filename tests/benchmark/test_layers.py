@@ -15,7 +15,7 @@ from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, Timings, count_copies
 from mot_jax.config import CompanionsConfig, ModelConfig, ThresholdConfig
 from mot_jax.cost.flops import forward_flops
-from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes
+from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes, product_by_product
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
 from mot_jax.planning import hlo
@@ -69,6 +69,45 @@ def test_bytes_of_the_mixture_at_once_by_hand():
     extra = 4 * ((g - 1) * params + d * e)
     assert whole.bytes == (dense.bytes[0] + extra, dense.bytes[1] + 2 * extra + 4 * t * e)
     assert whole.saved == dense.saved + 4 * t * e
+
+
+@pytest.mark.parametrize(
+    ("shape", "gigabytes"),
+    [
+        ("base_32e", (3.48, 6.95, 7.66)),
+        ("medium_32e_8", (2.31, 10.67, 12.08)),
+        ("v1", (1.15, 9.66, 10.91)),
+        ("d2048", (4.97, 19.65, 20.59)),
+    ],
+)
+def test_bytes_of_a_layer_product_by_product_by_hand(shape, gigabytes):
+    """Six products of each network, and nine of the mixing: counted on paper, as multiples of a few arrays."""
+    s, g = SHAPES[shape], SHAPES[shape].group_size
+    a, h = 2 * s.tokens * s.d_model, 2 * s.tokens * s.d_ff
+    u, logits = a * s.num_experts / g, 4 * s.tokens * s.num_experts
+    weights = 4 * 2 * g * s.d_model * s.d_ff
+    (dense,) = product_by_product(s, "dense")
+    saved, pre_activations = product_by_product(s, "mixture_of_tokens")
+    assert dense.training_bytes == 6 * a + 7 * h + 3 * weights / g
+    assert saved.training_bytes == 10 * a + 12 * u + 7 * h + 13 * logits + 3 * weights
+    assert pre_activations.training_bytes - saved.training_bytes == a + 2 * u + h
+    for bound, expected in zip((dense, saved, pre_activations), gigabytes, strict=True):
+        assert bound.training_bytes / 1e9 == pytest.approx(expected, abs=0.006)
+        assert bound.floor(1e30, 1.0) == pytest.approx(bound.training_bytes)
+        assert bound.floor(1.0, 1e30) == pytest.approx(sum(bound.flops))
+    assert dense.flops == layer_parts(s, "dense")[-1].flops
+    assert saved.flops == layer_parts(s, "mixture_of_tokens")[-1].flops
+
+
+def test_the_floor_product_by_product_takes_the_larger_of_flops_and_bytes_of_each_product():
+    """At a peak where one FLOP takes as long as a byte; forward: input and output projection."""
+    t, d, f = 256, 32, 64
+    (bound,) = product_by_product(TINY, "dense")
+    moved = 2 * t * d + 2 * t * f + 4 * d * f  # by each of the two products
+    assert bound.bytes[0] == 2 * moved
+    assert bound.floor(1.0, 1.0, "forward") == 2 * max(moved, 2 * t * d * f)
+    assert bound.floor(100.0, 1.0, "forward") == 2 * max(moved, 2 * t * d * f / 100)
+    assert not product_by_product(TINY, "token_choice")
 
 
 def test_counts_are_printed_without_executing_anything(monkeypatch, capsys, tmp_path):

@@ -143,8 +143,12 @@ def test_a_step_that_does_not_fit_a_gpu_has_a_plan():
 def test_one_layer_on_a_gpu(tmp_path, capsys):
     file = tmp_path / "rows.json"
     cli.main(["bench", "layers", "--topology", "h100:1", "--shapes", "tiny", "--json", str(file)])
-    rows = {row["kind"]: row for row in json.loads(file.read_text())["rows"]}
+    all_rows = json.loads(file.read_text())["rows"]
+    assert [row["products"] for row in all_rows if row["kind"] == "dense"] == ["triton", "cublas"]
+    rows = {row["kind"]: row for row in all_rows if row["products"] == "triton"}
     dense, mixture = rows["dense"], rows["mixture_of_tokens"]
+    assert mixture["copies"] >= mixture["transposes"] > 0
+    assert dense["kernel_s"] >= dense["hbm_bytes"] / 3.35e12 > 0
     assert mixture["ratio"] == mixture["hbm_bytes"] / dense["hbm_bytes"] > 1
     assert dense["cost_bytes"] is None and dense["temporaries"] is not None
     assert "needs a TPU v5e, v5p or later" in rows["mixture_of_tokens:fused_mixture"]["refused"]

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from mot_jax.config import ExpertChoiceConfig
 from mot_jax.nn import mixing, routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward, layer_norm, project_in, project_out, value
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions
+from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, saves_result
 from mot_jax.nn.sharding import axes_of, product, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
@@ -111,7 +111,8 @@ class ExpertChoice(ExpertFeedForward):
         w_out = {"w": self.w_out[...], "norm": None}
         merge = by_expert_place(chosen.astype(x.dtype))
         emit, saved = by_expert_place(gates), self.config.save_for_backward
-        return mixing.merge_experts_emit(*project, saved, x, merge, w_in, w_out, emit)
+        fence = not saves_result(self.activation, self.w_gate is not None)
+        return mixing.merge_experts_emit(*project, saved, x, merge, w_in, w_out, emit, fence_saved=fence)
 
 
 @functools.cache  # one pair of functions per activation and capacity: JAX caches compiled functions by identity
@@ -125,7 +126,7 @@ def _projections(activation: str, capacity: int) -> tuple[mixing.Projection, mix
         shape: tuple[int, ...] = (n, s, places // capacity, capacity, d)
         u = jnp.moveaxis(jnp.reshape(u, shape, out_sharding=spec(groups, positions, experts, None, None)), 3, 1)
         shape = (n * capacity, s, places // capacity, d)
-        return project_in(jnp.reshape(u, shape, out_sharding=spec(groups, positions, experts, None)), w_in)
+        return project_in(activation)(jnp.reshape(u, shape, out_sharding=spec(groups, positions, experts, None)), w_in)
 
     def to_places(h: tuple[jax.Array, jax.Array | None], w_out: dict[str, Any]) -> jax.Array:
         """Pre-activations and gate [E, N C, S, F] -> outputs [N, S, E C, D]."""

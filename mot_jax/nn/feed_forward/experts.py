@@ -16,7 +16,7 @@ from flax import nnx
 from mot_jax.config import DenseConfig
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.dense import Dense
-from mot_jax.nn.feed_forward.interface import FeedForward, LayerOptions, activate
+from mot_jax.nn.feed_forward.interface import FeedForward, LayerOptions, activate, clip, saves_result
 from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard, spec
 
 
@@ -78,17 +78,25 @@ def value(param: nnx.Param | None) -> jax.Array | None:
 _product = functools.partial(product, fenced=False)  # `merge_experts_emit` has one barrier for all of its products
 
 
-def project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """Mixtures [N, S, E, D] -> pre-activations and gate (or None), [E, N, S, F].
-
-    Experts come first, so that neither product transposes the array between them.
-    """
-    u = layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
-    gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
-    return _product("ensd,edf->ensf", u, p["w"]), gate
-
-
 @functools.cache  # one function object per activation: JAX caches compiled functions by identity
+def project_in(activation: str) -> mixing.Projection:
+    """The first half of the experts, before this activation function."""
+
+    def project_in(u: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+        """Mixtures [N, S, E, D] -> pre-activations and gate (or None), [E, N, S, F].
+
+        Experts come first, so that neither product transposes the array between them. If the second half needs no more
+        of the pre-activations than their positive part, they are this part, which is saved for the backward pass.
+        """
+        u = layer_norm(jnp.moveaxis(u, 2, 0), p["norm"])
+        gate = None if p["gate"] is None else _product("ensd,edf->ensf", u, p["gate"])
+        h = _product("ensd,edf->ensf", u, p["w"])
+        return clip(h) if saves_result(activation, gate is not None) else h, gate
+
+    return project_in
+
+
+@functools.cache
 def project_out(activation: str) -> mixing.Projection:
     """The second half of the experts, with this activation function."""
 

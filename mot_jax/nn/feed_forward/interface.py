@@ -234,7 +234,18 @@ def update_router_state(layers: Sequence[FeedForward], statistics: Sequence[Mapp
             getattr(layer, name)[...] = value
 
 
-_ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
+@jax.custom_vjp
+def _relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), with a derivative that reads the result, which the next product saves anyway, and not x or a mask."""
+    return jax.nn.relu(x)
+
+
+# `!= 0`, because XLA simplifies `max(x, 0) > 0` to `x > 0`, and then has to save x as well.
+_relu.defvjp(
+    lambda x: (jax.nn.relu(x),) * 2,
+    lambda y, cotangent: (jax.lax.select(y != 0, cotangent, jnp.zeros_like(cotangent)),),
+)
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"relu": _relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def activate(name: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
@@ -243,3 +254,17 @@ def activate(name: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
     name: `relu`, `gelu` (tanh approximation) or `silu`.
     """
     return _ACTIVATIONS[name](h) if gate is None else _ACTIVATIONS[name](gate) * h
+
+
+def saves_result(name: str, gated: bool) -> bool:
+    """Whether the backward pass of `activate` needs its result only: `relu` without a gate."""
+    return name == "relu" and not gated
+
+
+@jax.custom_vjp
+def clip(h: jax.Array) -> jax.Array:
+    """max(h, 0), with the derivative 1: for a caller that applies `relu`, and so its derivative, to the result."""
+    return jax.nn.relu(h)
+
+
+clip.defvjp(lambda h: (jax.nn.relu(h), None), lambda _, cotangent: (cotangent,))

@@ -27,11 +27,17 @@ from mot_jax.config import MixtureOfTokensConfig, kernel_errors, mixing_errors
 from mot_jax.errors import UserError
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward, project_in, project_out, value
-from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
+from mot_jax.nn.feed_forward.interface import (
+    FeedForwardContext,
+    FeedForwardOutput,
+    LayerOptions,
+    activate,
+    saves_result,
+)
 from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
 from mot_jax.nn.kernels.fused_mixture_tpu import fused_mixture
 from mot_jax.nn.kernels.pallas_tpu import TILE, Activation
-from mot_jax.nn.sharding import axes_of, num_shards, product, reshard, undeferred
+from mot_jax.nn.sharding import axes_of, num_shards, reshard, undeferred
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -114,7 +120,15 @@ class MixtureOfTokens(ExpertFeedForward):
             return kernel(_activation(self.activation), grouped, weights, self.w_in[...], self.w_out[...])
         (project_in, w_in), (project_out, w_out) = self.experts()
         return mixing.merge_experts_emit(
-            project_in, project_out, config.save_for_backward, grouped, weights, w_in, w_out, emit_weights
+            project_in,
+            project_out,
+            config.save_for_backward,
+            grouped,
+            weights,
+            w_in,
+            w_out,
+            emit_weights,
+            fence_saved=not saves_result(self.activation, self.w_gate is not None),
         )
 
     def experts(self) -> tuple[tuple[mixing.Projection, dict], tuple[mixing.Projection, dict]]:
@@ -124,7 +138,7 @@ class MixtureOfTokens(ExpertFeedForward):
         """
         w_in = {"w": self.w_in[...], "gate": value(self.w_gate), "norm": value(self.mixture_norm)}
         w_out = {"w": self.w_out[...], "norm": value(self.output_norm)}
-        return (project_in, w_in), (project_out(self.activation), w_out)
+        return (project_in(self.activation), w_in), (project_out(self.activation), w_out)
 
     @default_promotion()
     def weights(
@@ -153,7 +167,7 @@ class MixtureOfTokens(ExpertFeedForward):
                 a = value(base_weight)
                 kernel = kernel + base if a is None else a * kernel + (1 - a) * base
             wide = jnp.promote_types(self.dtype, jnp.float32)
-            return product("ngsd,de->ngse", grouped, kernel, dtype=wide)
+            return mixing.controller_logits(grouped, kernel, wide)
 
         logits = controller_logits(self.controller, self.base_weight)
         if self.emit_controller is None:

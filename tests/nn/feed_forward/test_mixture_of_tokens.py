@@ -13,8 +13,10 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mot_jax.config import DenseConfig, InitConfig, MixingConfig, MixtureOfTokensConfig
+from mot_jax.config import DenseConfig, ExpertChoiceConfig, InitConfig, MixingConfig, MixtureOfTokensConfig
+from mot_jax.nn import mixing, sharding
 from mot_jax.nn.feed_forward import Dense, FeedForwardContext, MixtureOfTokens
+from mot_jax.nn.feed_forward.expert_choice import ExpertChoice
 
 B, S, D, G, E, F = 8, 3, 5, 4, 3, 6
 # This generator compiles in a fraction of the time.
@@ -291,6 +293,41 @@ def test_save_for_backward_decides_which_arrays_are_saved_and_recomputed():
         flops[save_for_backward] = backward.lower(pull, jnp.ones((B, S, D))).compile().cost_analysis()["flops"]
     assert saved == {"nothing": (0, 0), "pre_activations": (1, 0), "all": (1, 2)}
     assert flops["nothing"] > flops["pre_activations"] > flops["all"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("dense", "bfloat16"), ("mixture", "float32"), ("gated_mixture", "bfloat16"), ("expert_choice", "bfloat16")],
+)
+def test_programs_for_gpus_compute_the_same(monkeypatch, kind, dtype):
+    """Their branches of the backward pass, executed on this device, which differ in the order of sums only."""
+    options = {"dtype": dtype, "gated": kind == "gated_mixture", "rngs": nnx.Rngs(params=KEY)}
+    layer = {
+        "dense": lambda: Dense(D, 8, **options),
+        "expert_choice": lambda: ExpertChoice(D, 8, ExpertChoiceConfig(G, E), **options),
+    }.get(kind, lambda: MixtureOfTokens(D, 8, config_of(), **options))()
+    graph, variables = nnx.split(layer)
+    x, dy = (jax.random.normal(jax.random.key(seed), (B, S, D), dtype) for seed in (1, 2))
+
+    def results():
+        y, pull = jax.vjp(
+            lambda variables, x: nnx.merge(graph, variables)(x, FeedForwardContext(train=True)).y, variables, x
+        )
+        return y, pull(dy)
+
+    expected = jax.jit(results)()
+    branches = []
+
+    def gpu_branch(gpu, default, *operands):
+        branches.append(gpu)
+        return gpu(*operands)
+
+    for module in (mixing, sharding):
+        monkeypatch.setattr(module, "select_by_platform", gpu_branch)
+    chex.assert_trees_all_close(
+        jax.jit(lambda: results())(), expected, rtol=1e-5 if dtype == "float32" else 0.02, atol=1e-5
+    )
+    assert branches
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
