@@ -260,7 +260,7 @@ def test_characters_that_an_encoding_lacks_are_replaced():
 def test_a_platform_that_is_missing_is_one_line(tmp_path, platform, reason):
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if platform == "cuda" and any("cuda" in plugin.name for plugin in plugins):
-        pytest.skip("XLA's CUDA plugin is installed, for target devices, and logs what it does not find")
+        pytest.skip("XLA's CUDA plugin is installed, for target devices, and logs missing libraries")
     result = mot("train", DEMO, "--workdir", str(tmp_path / "run"), env={"JAX_PLATFORMS": platform})
     assert result.returncode == exit_codes.USER_ERROR
     assert "Traceback" not in result.stderr
