@@ -7,8 +7,8 @@ in float32. A *floor* is the larger of FLOPs over a device's peak and bytes over
 
 *Product by product* is the layer as one program for each matrix product, which reads its operands once and writes its
 result once, parameters in their own dtype. Elementwise operations are inside products, also the derivative of the
-activation, for which a product reads the pre-activations; nothing is transposed. It bounds what a compiler can reach
-that fuses elementwise operations, but no products.
+activation, for which a product reads the pre-activations; nothing is transposed. This is the bound of a compiler that
+fuses elementwise operations, but no products.
 """
 
 from __future__ import annotations

@@ -403,8 +403,8 @@ def merge_experts_emit(
         weights: mixing weights [N, G, S, E], used by merge, and by emit unless `emit_weights` are given.
         w_in, w_out: the experts' parameters, sharded over the mesh axis `expert` along E.
         emit_weights: [N, G, S, E], if different from `weights`.
-        fence_saved: whether, on GPUs, an optimization barrier keeps the compiler from also saving what `project_out`
-            computes elementwise from the pre-activations. False where that is the pre-activations themselves.
+        fence_saved: whether, on GPUs, an optimization barrier keeps the compiler from also saving the elementwise
+            results of `project_out`. False where these are the pre-activations themselves.
 
     Returns:
         The update [N, G, S, D] in x's dtype. Has reverse-mode derivatives of any order, and none of forward mode.
