@@ -40,7 +40,7 @@ def results(workdir: Path) -> dict[str, Any]:
     content = json.loads((workdir / "results.json").read_text())
     del content["times"], content["command"], content["commits"]
     for run in content["runs"]:
-        del run["commits"]
+        del run["commits"]  # more than one if the source has changed since
     return content
 
 

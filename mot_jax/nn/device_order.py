@@ -38,17 +38,6 @@ class Traffic(NamedTuple):
     bytes: float
 
 
-class Network(NamedTuple):
-    """A physical network.
-
-    devices: an array with its dimensions. seconds: of a collective among devices with these coordinates in each
-    dimension, and all combinations of them, given its kind and bytes.
-    """
-
-    devices: np.ndarray
-    seconds: Callable[[str, float, list[list[int]]], float]
-
-
 def arrange(sizes: Sequence[int], devices: Sequence[jax.Device], traffic: Sequence[Traffic]) -> np.ndarray:
     """An array of these devices with the shape `sizes`, for a mesh.
 
@@ -73,29 +62,28 @@ def arrange(sizes: Sequence[int], devices: Sequence[jax.Device], traffic: Sequen
 def slice_of(device: jax.Device) -> int:
     """The TPU slice of a device, of which several are joined by a slower network; 0 for other devices.
 
-    JAX gives GPUs of several hosts different slices, too, but their network is part of the order here.
+    JAX gives GPUs of several hosts different slices, too, but any mesh axis may span hosts.
     """
     return 0 if device.platform == "gpu" else getattr(device, "slice_index", 0) or 0
 
 
 def _arrange_slice(sizes: tuple[int, ...], devices: list[jax.Device], traffic: Sequence[Traffic]) -> np.ndarray:
-    if (network := _torus(devices)) is None:
+    if (torus := _torus(devices)) is None:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    shape = network.devices.shape
 
     def seconds(lines_of: Callable[[tuple[int, ...]], list[list[int]]]) -> float:
-        return sum(network.seconds(kind, size, lines_of(axes)) for kind, axes, size in traffic)
+        return sum(_seconds(kind, size, lines_of(axes), torus.shape) for kind, axes, size in traffic)
 
     best, layout = min(
-        ((seconds(layout.lines), layout) for layout in _layouts(shape, sizes)),
+        ((seconds(layout.lines), layout) for layout in _layouts(torus.shape, sizes)),
         key=lambda pair: (pair[0], pair[1].number_of_parts()),
     )
-    array = layout.array(network.devices)
+    array = layout.array(torus)
     try:
         default = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError):
         return array
-    coordinates = {device.id: at for at, device in np.ndenumerate(network.devices)}
+    coordinates = {device.id: at for at, device in np.ndenumerate(torus)}
 
     def lines_of_default(axes: tuple[int, ...]) -> list[list[int]] | None:
         group = default[tuple(slice(None) if axis in axes else 0 for axis in range(len(sizes)))].ravel()
@@ -109,11 +97,8 @@ def _arrange_slice(sizes: tuple[int, ...], devices: list[jax.Device], traffic: S
     return array
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
-
-
-def _torus(devices: list[jax.Device]) -> Network | None:
-    """The torus of TPUs with one core each; None if the coordinates are not those of a whole one."""
+def _torus(devices: list[jax.Device]) -> np.ndarray | None:
+    """TPUs with one core each by their coordinates in the torus; None if these are not those of a whole one."""
     if devices[0].platform != "tpu" or any(getattr(device, "core_on_chip", 0) for device in devices):
         return None
     dimensions = torus_dimensions(devices[0].device_kind)
@@ -125,12 +110,13 @@ def _torus(devices: list[jax.Device]) -> Network | None:
     array = np.empty(torus, object)
     for at, device in zip(coordinates, devices, strict=True):
         array[tuple(at)] = device
+    return array
 
-    def seconds(kind: str, size: float, lines: list[list[int]]) -> float:
-        n = math.prod(map(len, lines))
-        return torus_seconds(kind, size, n, torus_links(lines, torus), 1.0) if n > 1 else 0.0
 
-    return Network(array, seconds)
+def _seconds(kind: str, size: float, lines: list[list[int]], torus: tuple[int, ...]) -> float:
+    """Time of a collective among the chips with these coordinates in each dimension, in units of one link's."""
+    n = math.prod(map(len, lines))
+    return torus_seconds(kind, size, n, torus_links(lines, torus), 1.0) if n > 1 else 0.0
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class Plan:
         parts = {"kernels bound by FLOPs": t.compute, "kernels bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
         lines = table("Modeled milliseconds", rows)
-        cases = [("", t, self.efficiency), (f", products at {SHARE_OF_PEAK:.0%} of peak", *self._below_peak)]
+        below_peak = f", products at {SHARE_OF_PEAK:.0%} of peak"
+        cases = [("", t, self.efficiency), (below_peak, self.times_below_peak, self.efficiency_below_peak)]
         for case, times, efficiency in cases:
             if times:
                 mfu = [f", roofline MFU {share:.1%}" for share in efficiency or ()] or ["", ""]
@@ -150,10 +151,6 @@ class Plan:
                     f"bound by: {times.overlapped_bound}",
                 ]
         return lines
-
-    @property
-    def _below_peak(self) -> tuple[StepTimes | None, tuple[float, float] | None]:
-        return self.times_below_peak, self.efficiency_below_peak
 
 
 def plan_training(

@@ -365,9 +365,8 @@ class _Reader:
         if not moves:
             return (), ()
         a, b = (np.stack(np.unravel_index(ends, self.places.shape)) for ends in zip(*moves, strict=True))
-        return tuple(name for name, moved in zip(self.names, (a != b).any(axis=1), strict=True) if moved), tuple(
-            itertools.chain(*moves)
-        )
+        axes = (name for name, moved in zip(self.names, (a != b).any(axis=1), strict=True) if moved)
+        return tuple(axes), tuple(itertools.chain(*moves))
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
