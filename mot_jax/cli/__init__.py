@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
-    platforms.skip_absent_tpu()
+    platforms.skip_absent_accelerators()
     command = {" ".join(arguments[:1]), " ".join(arguments[:2])}
     if not command.isdisjoint(LARGE_ARRAYS):
         allocator.retain_freed_memory()

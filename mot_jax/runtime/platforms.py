@@ -6,9 +6,11 @@ import glob
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 
-# A driver's files: of TPUs on older and on newer VMs, of GPUs of NVIDIA, also under WSL, and of AMD.
-_DEVICE_FILES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/kfd")
+# A driver's files: of TPUs on older and on newer VMs, of GPUs of NVIDIA, also under WSL and on Jetson, and of AMD.
+_DEVICE_FILES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/kfd")
+_CUDA_PLUGINS = {"xla_cuda12", "xla_cuda13"}  # of the extras cuda12, cuda13 and cuda-aot
 _VARIABLES = ("TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT")  # set on TPU hosts, or by a user who has one
 _NO_HINTS = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")  # set by importing JAX and libtpu, inherited by processes
 
@@ -17,17 +19,25 @@ def only_cpus() -> bool:
     """Whether JAX can have no devices but CPUs; False if in doubt."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    if importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins"):
+    if _plugins() - _CUDA_PLUGINS:
         return False
     variables = (name for name in os.environ if name not in _NO_HINTS)
     return not any(map(glob.glob, _DEVICE_FILES)) and not any(name.startswith(_VARIABLES) for name in variables)
 
 
-def skip_absent_tpu() -> None:
-    """Set JAX_PLATFORMS to `cpu` where libtpu is installed but JAX can have no devices but CPUs.
+def skip_absent_accelerators() -> None:
+    """Set JAX_PLATFORMS to `cpu` where libtpu or XLA's CUDA plugin is installed but JAX can have no devices but CPUs.
 
-    JAX would otherwise load libtpu, whose search for a TPU prints errors. Call it before JAX is imported, which reads
-    the variable then.
+    JAX would otherwise load them, and their search for a TPU and for CUDA's libraries prints errors. Compiling for
+    described devices does not depend on the variable. Call it before JAX is imported, which reads the variable then.
     """
-    if importlib.util.find_spec("libtpu") and only_cpus():
+    if (importlib.util.find_spec("libtpu") or _plugins()) and only_cpus():
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _plugins() -> set[str]:
+    """Names of the plugins that JAX would load: modules in `jax_plugins` and entry points of that group."""
+    package = importlib.util.find_spec("jax_plugins")
+    modules = pkgutil.iter_modules((package and package.submodule_search_locations) or ())
+    entry_points = importlib.metadata.entry_points(group="jax_plugins")
+    return {module.name for module in modules} | {entry_point.name for entry_point in entry_points}

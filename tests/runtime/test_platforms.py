@@ -32,8 +32,14 @@ def machine(tmp_path, monkeypatch):
     return tmp_path
 
 
+def install_plugin(machine: Path, name: str) -> None:
+    (machine / "jax_plugins" / name).mkdir(parents=True)
+    (machine / "jax_plugins" / name / "__init__.py").touch()
+    importlib.invalidate_caches()
+
+
 def selected() -> str | None:
-    platforms.skip_absent_tpu()
+    platforms.skip_absent_accelerators()
     return os.environ.get("JAX_PLATFORMS")
 
 
@@ -53,9 +59,18 @@ def test_an_accelerator_is_not_hidden(machine, monkeypatch):
     (machine / "dev" / "accel0").touch()
     assert is_left_alone()
     (machine / "dev" / "accel0").unlink()
-    (machine / "jax_plugins").mkdir()
-    importlib.invalidate_caches()
+    install_plugin(machine, "other")
     assert is_left_alone()
+
+
+def test_the_cuda_plugin_alone_is_no_gpu(machine):
+    (machine / "libtpu" / "__init__.py").unlink()
+    (machine / "libtpu").rmdir()
+    install_plugin(machine, "xla_cuda13")
+    (machine / "dev" / "accel0").touch()
+    assert not platforms.only_cpus() and selected() is None
+    (machine / "dev" / "accel0").unlink()
+    assert platforms.only_cpus() and selected() == "cpu"
 
 
 @pytest.mark.parametrize(("named", "cpus"), [("cuda,cpu", False), ("tpu", False), ("cpu", True)])
@@ -73,10 +88,12 @@ def test_without_libtpu_nothing_is_set(machine):
     assert platforms.only_cpus() and selected() is None
 
 
-@pytest.mark.slow  # as all tests that need libtpu
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.slow  # as all tests that need libtpu or the CUDA plugin
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))), reason="needs libtpu or XLA's CUDA plugin"
+)
 @pytest.mark.skipif(any(map(platforms.glob.glob, platforms._DEVICE_FILES)), reason="an accelerator may be attached")
-def test_a_command_prints_no_errors_of_libtpu_where_there_is_no_tpu():
+def test_a_command_prints_no_errors_of_absent_accelerators():
     code = "from mot_jax import cli; cli.COMMANDS['list'] = lambda _: print(__import__('jax').devices()); cli.main()"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     environment["PYTHONPATH"] = str(ROOT)
