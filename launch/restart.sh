@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs a command again while it ends with an exit code that a restart can remedy (launch/README.md has the table), until
+# Runs a command again while it ends with an exit code that a restart can remedy (docs/run-directory.md), until
 # this script receives a signal to stop: launch/restart.sh mot train configs/demo.py
 # Gives up after MOST_FAILURES (5) consecutive runs of less than SHORT (600) seconds. This is longer than processes wait
 # for each other, so that hosts do not wait forever for one that is not restarted.

@@ -48,7 +48,7 @@ srun --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
 code=$?
 if [ $code -gt 200 ]; then code=$((code - 200)); fi
 
-case $code in # launch/README.md has the table of exit codes
+case $code in # docs/run-directory.md has the table of exit codes
   0) echo "finished" ;;
   75 | 134 | 135 | 137 | 139 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "$most_restarts" ]; then
