@@ -2,10 +2,10 @@
 `mot_jax.runtime.network`.
 
 Each mesh axis is a product of factors, each of them a part of one dimension of the physical network: 32 chips of an
-8 x 16 x 16 torus can be 8 x 4 x 1 or 2 x 16 x 1 chips. All such factorizations are compared, with each order of the
-axes within a dimension. JAX's own order (`jax.experimental.mesh_utils`) is used unless another one is faster by more
-than 5 %, and where the network is not known. The result depends only on the arguments, so that all processes of a run
-agree.
+8 x 16 x 16 torus can be 8 x 4 x 1 or 2 x 16 x 1 chips. The two devices of a TPU7x chip are one more dimension. All such
+factorizations are compared, with each order of the axes within a dimension. JAX's own order
+(`jax.experimental.mesh_utils`) is used unless another one is faster by more than 5 %, and where the network is not
+known. The result depends only on the arguments, so that all processes of a run agree.
 
 GPUs are in the order of their numbers, in which those of a host follow each other: the last axes are inside a host,
 `expert` among them, and `data` is across hosts. Its sums of gradients can overlap with the backward pass, and the
@@ -72,7 +72,7 @@ def _arrange_slice(sizes: tuple[int, ...], devices: list[jax.Device], traffic: S
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
     def seconds(lines_of: Callable[[tuple[int, ...]], list[list[int]]]) -> float:
-        return sum(_seconds(kind, size, lines_of(axes), torus.shape) for kind, axes, size in traffic)
+        return sum(_seconds(kind, size, lines_of(axes), torus.shape[:-1]) for kind, axes, size in traffic)
 
     best, layout = min(
         ((seconds(layout.lines), layout) for layout in _layouts(torus.shape, sizes)),
@@ -98,11 +98,11 @@ def _arrange_slice(sizes: tuple[int, ...], devices: list[jax.Device], traffic: S
 
 
 def _torus(devices: list[jax.Device]) -> np.ndarray | None:
-    """TPUs with one core each by their coordinates in the torus; None if these are not those of a whole one."""
-    if devices[0].platform != "tpu" or any(getattr(device, "core_on_chip", 0) for device in devices):
+    """TPUs by their coordinates in the torus and core on the chip; None if these are not those of a whole torus."""
+    if devices[0].platform != "tpu":
         return None
     dimensions = torus_dimensions(devices[0].device_kind)
-    coordinates = np.array([device.coords for device in devices])[:, :dimensions]
+    coordinates = np.array([(*device.coords[:dimensions], device.core_on_chip) for device in devices])
     coordinates -= coordinates.min(axis=0)
     torus = tuple(int(n) for n in coordinates.max(axis=0) + 1)
     if math.prod(torus) != len(devices) or len(np.unique(coordinates, axis=0)) != len(devices):
@@ -114,9 +114,9 @@ def _torus(devices: list[jax.Device]) -> np.ndarray | None:
 
 
 def _seconds(kind: str, size: float, lines: list[list[int]], torus: tuple[int, ...]) -> float:
-    """Time of a collective among the chips with these coordinates in each dimension, in units of one link's."""
-    n = math.prod(map(len, lines))
-    return torus_seconds(kind, size, n, torus_links(lines, torus), 1.0) if n > 1 else 0.0
+    """Time of a collective among the devices with these coordinates, the core last, in units of one link's."""
+    n, (*lines, cores) = math.prod(map(len, lines)), lines
+    return torus_seconds(kind, size, n, torus_links(lines, torus), 1.0, len(cores)) if n > 1 else 0.0
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

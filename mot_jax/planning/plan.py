@@ -41,14 +41,14 @@ SMALL = 2**16  # bytes below which collectives share a row
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A training step on a topology. All bytes, FLOPs and seconds are for one chip and one step.
+    """A training step on a topology. All bytes, FLOPs and seconds are for one device and one step.
 
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
     times also if the device's figures are not known. times_below_peak: with products at SHARE_OF_PEAK of the peak.
     efficiency: roofline MFU, that of `times`, without and with overlap; None if the times lack a part of the program
     that was not understood; efficiency_below_peak: that of `times_below_peak`. notes: about the sharding and the
-    attention of the program. checkpoint: of all chips and of a host.
+    attention of the program. checkpoint: of all devices and of a host.
     """
 
     topology: str
@@ -87,23 +87,23 @@ class Plan:
         """Plain text for a terminal."""
         mesh = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
         memory = [(n, "unknown" if size is None else f"{size / 2**30:,.3f}") for n, size in self.memory.items()]
-        title = f"{self.topology}: {self.chips:,} chips ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
-        out = [title, *self.notes, "", *table("GiB per chip", memory)]
+        title = f"{self.topology}: {self.chips:,} devices ({self.device_kind}), {self.slices} slice(s), mesh {mesh}"
+        out = [title, *self.notes, "", *table("GiB per device", memory)]
         if self.checkpoint:
             title = f"Checkpoint, GiB, and seconds at {BANDWIDTH / 1e9:.0f} GB/s per host"
             out += table(title, self.checkpoint.rows())
         if not self.fits:
-            out += table("It does not fit. Largest tensors (some may be fused away), MiB per chip", self._largest())
+            out += table("It does not fit. Largest tensors (some may be fused away), MiB per device", self._largest())
             return [*out, "Changes that reduce memory:", *(f"  {line}" for line in self.advice)]
         assert self.program
         flops = [("of the model, 3 x forward", self.model_flops / 1e9), ("of the program", self.program.flops / 1e9)]
-        out += table("GFLOPs per chip and step", flops)
+        out += table("GFLOPs per device and step", flops)
         out += table(
-            "Kernels, per chip and step",
+            "Kernels, per device and step",
             [("", "executions", "GFLOPs", "GiB read and written"), *self._kernel_rows()],
         )
         out += table(
-            "Collectives, per chip and step",
+            "Collectives, per device and step",
             [("", "in the program", "executions", "MiB per execution", "MiB"), *self._collective_rows()],
         )
         out += [f"not understood: {description}" for description in self.program.unknown]
@@ -168,7 +168,7 @@ def plan_training(
         topology: Name of the target topology (`cost.hardware.parse_topology`).
         slices: Number of slices of that topology.
         progress: Receives lines about the progress.
-        chips: Use only so many of the chips, the first ones; None uses all.
+        chips: Use only so many of the devices, the first ones; None uses all.
         products: Of a GPU: matrix products as Triton fusions or calls of cuBLAS.
 
     Returns:
@@ -219,7 +219,7 @@ def plan_training(
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
     peak = peak_flops(devices[0], config.model.dtype)
     ideal, times, times_below_peak = model_flops / (peak or 1), None, None
-    if fits and program and hardware and peak and (hardware.dcn_bandwidth or mesh.size <= hardware.chips):
+    if fits and program and hardware and peak:
         flat = list(mesh.devices.flat)
         times = model_times(program, hardware, peak, flat)
         times_below_peak = model_times(program, hardware, peak, flat, SHARE_OF_PEAK)
@@ -254,7 +254,7 @@ def _notes(config: Config, mesh: Mesh) -> tuple[str, ...]:
     kind, devices = config.model.feed_forward, mesh.shape["expert"]
     if kind.experts_share_computation or devices == 1:
         return ()
-    rule = f"{kind.kind} without a capacity: each chip computes for the tokens of all {devices} chips along this axis"
+    rule = f"{kind.kind} without a capacity: each device computes for the tokens of all {devices} along this axis"
     return (f"mesh.expert = {devices}: {rule}, which divides the experts' weights and not their computation",)
 
 
@@ -293,7 +293,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
 def _mesh(config: Config, devices: list[jax.Device]) -> Mesh:
     mesh = make_mesh(config, devices)
     if mesh.size != len(devices):
-        raise UserError(f"mesh = {dict(mesh.shape)}: leaves some of the {len(devices)} chips idle; try --mesh.data -1")
+        raise UserError(f"mesh = {dict(mesh.shape)}: leaves some of {len(devices)} devices idle; try --mesh.data -1")
     return mesh
 
 
@@ -354,7 +354,7 @@ def _refused_bytes(message: str, limit: float | None) -> dict[str, float | None]
 
 
 def largest_tensors(jaxpr: Any) -> list[tuple[float, str]]:
-    """(bytes per chip; dtype, shape and origin) of the results of a traced program's equations, the largest first."""
+    """(bytes per device; dtype, shape and origin) of the results of a traced program's equations, the largest first."""
     sizes: dict[str, float] = {}
     for equation in _equations(jaxpr):
         for variable in equation.outvars:
@@ -388,4 +388,4 @@ def _advice(config: Config) -> list[str]:
     advice.append(
         f"--training.gradient-accumulation-steps {steps}, if a microbatch still has whole groups on every chip"
     )
-    return [*advice, f"--training.batch-size {t.batch_size // 2}", "more chips"]
+    return [*advice, f"--training.batch-size {t.batch_size // 2}", "more devices"]

@@ -7,7 +7,7 @@ bytes / bandwidth. float32 products have a peak of their own.
 Collectives within a slice, or of GPUs, take the time of `mot_jax.runtime.network`, by which the order of devices is
 chosen, too. A group of TPUs whose coordinates do not form a box is modeled with one link for each chip, and in an
 uneven group of GPUs the host with most members counts. A permutation of B bytes takes B x hops / bandwidth of one link,
-and between hosts of GPUs B / bandwidth of a port.
+between the two devices of a chip B / bandwidth of their connection, and between hosts of GPUs B / bandwidth of a port.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
@@ -26,7 +26,7 @@ import jax
 
 from mot_jax.cost.hardware import Hardware
 from mot_jax.planning.program import SLICES, Collective, Program
-from mot_jax.runtime.network import hosts_seconds, ring_share, torus_links, torus_seconds
+from mot_jax.runtime.network import CORE_LINKS, hosts_seconds, ring_share, torus_links, torus_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Network:
         dimensions = hardware.dimensions
         self.hosts = [getattr(device, "process_index", 0) for device in devices]
         self.coords = [tuple(device.coords)[:dimensions] if dimensions else () for device in devices]
+        self.cores = [getattr(device, "core_on_chip", 0) for device in devices]
         self.torus = tuple(max(at) + 1 for at in zip(*self.coords, strict=True)) if dimensions else ()
 
     def seconds(self, collective: Collective) -> float:
@@ -80,12 +81,16 @@ class Network:
     def _ici(self, kind: str, size: float, members: list[int]) -> float:
         bandwidth, n = self.hardware.link_bandwidth, len(members)
         if kind == "collective-permute":
-            return size * self._hops(*members[:2]) / bandwidth
+            a, b = members[:2]
+            if self.coords[a] == self.coords[b] and a != b:
+                return size / (CORE_LINKS * bandwidth)
+            return size * self._hops(a, b) / bandwidth
         lines = [sorted(set(at)) for at in zip(*(self.coords[m] for m in members), strict=True)]
-        if math.prod(map(len, lines)) != len(members):
+        cores = len({self.cores[m] for m in members})
+        if cores * math.prod(map(len, lines)) != n:
             share = ring_share(kind, n) if kind != "all-to-all" else (n - 1) / n
             return size * share / bandwidth
-        return torus_seconds(kind, size, n, torus_links(lines, self.torus), bandwidth)
+        return torus_seconds(kind, size, n, torus_links(lines, self.torus), bandwidth, cores)
 
     def _hops(self, a: int, b: int) -> int:
         total = 0

@@ -14,6 +14,10 @@ ring of n, a message travels n / 4 links on average, so n chips x B x n / 4 pass
 link carries n / 2 x n / 2 x B / n in each direction. Both are B / 4 x n / (links x bandwidth); other dimensions carry
 their own share at the same time.
 
+A chip of TPU7x has two devices, c = 1 or 2 of which are in a group. They share the links of the chip, half of the
+bandwidth each, and have a connection of their own. As in hosts of GPUs, below, a gather or reduction passes (c - 1) / c
+of B over this connection and B / c over the torus, an all-to-all (c - 1) / n and the rest, in pieces, at the same time.
+
 GPUs of a host are connected by a switch with one link each, hosts by InfiniBand with one port per GPU. A group of n
 GPUs in h hosts, g = n / h in each, uses both at the same time, in pieces, and takes the longer of the two:
 
@@ -35,6 +39,10 @@ from collections.abc import Sequence
 # dimensions all sizes must be (cloud.google.com/tpu/docs/v4, /v5p); in two, 16 is a full pod (/v5e, /v6e).
 _RING = {2: 16, 3: 4}
 _FLAT = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")  # device kinds with a torus of two dimensions
+
+# Bandwidth between the two devices of a chip: that of six links (cloud.google.com/tpu/docs/tpu7x), of each of which a
+# device has a half.
+CORE_LINKS = 12
 
 
 def torus_dimensions(device_kind: str) -> int:
@@ -70,19 +78,25 @@ def ring_share(kind: str, n: int) -> float:
     return (2 if kind == "all-reduce" else 1) * (n - 1) / n
 
 
-def torus_seconds(kind: str, size: float, n: int, dimensions: list[tuple[int, float]], bandwidth: float) -> float:
-    """Seconds of a collective of `size` bytes over n chips.
+def torus_seconds(
+    kind: str, size: float, n: int, dimensions: list[tuple[int, float]], bandwidth: float, cores: int = 1
+) -> float:
+    """Seconds of a collective of `size` bytes over n devices.
 
     Args:
         kind: `all-gather`, `reduce-scatter`, `all-reduce` or `all-to-all`.
         size: B.
-        n: number of chips.
+        n: number of devices.
         dimensions: the result of `torus_links`.
-        bandwidth: bytes per second of one link in one direction.
+        bandwidth: bytes per second of one device's share of a link in one direction.
+        cores: devices of the group in each of its chips.
     """
+    core = CORE_LINKS * bandwidth
     if kind == "all-to-all":
-        return max(size / 4 * length / (links * bandwidth) for length, links in dimensions)
-    return size * ring_share(kind, n) / (bandwidth * sum(links for _, links in dimensions))
+        torus = [size / 4 * length / (links * bandwidth) for length, links in dimensions]
+        return max(size * (cores - 1) / n / core, *torus, 0.0)
+    inside, links = size * ring_share(kind, cores) / core, sum(links for _, links in dimensions)
+    return max(inside, size / cores * ring_share(kind, n // cores) / (bandwidth * links)) if links else inside
 
 
 def hosts_seconds(kind: str, size: float, hosts: int, n: int, gpus: int, inside: float, between: float) -> float:

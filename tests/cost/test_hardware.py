@@ -31,7 +31,9 @@ def test_hardware_of_a_device_includes_its_peak(name, monkeypatch):
     assert hardware_of(Device()) is None and peak_flops(Device(), "bfloat16")
 
 
-@pytest.mark.parametrize("name, chips", [("v5p:8x8x8", 512), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("local:8", 8)])
+@pytest.mark.parametrize(
+    "name, chips", [("v5p:8x8x8", 512), ("v5e:16x16", 256), ("v4:2x2x1", 4), ("tpu7x:4x4x4", 64), ("local:8", 8)]
+)
 def test_topologies_by_name(name, chips):
     assert parse_topology(name).chips == chips
     if not name.startswith("local"):

@@ -42,6 +42,15 @@ def chips(*sizes: int, kind: str = "v5p", first: int = 0, slice_index: int | Non
     ]
 
 
+def chips_of_two(*sizes: int) -> list:
+    """The devices of a slice of TPU7x, in JAX's order."""
+    return [
+        SimpleNamespace(**{**vars(chip), "id": 2 * chip.id + core, "core_on_chip": core})
+        for chip in chips(*sizes, kind="tpu7x")
+        for core in (0, 1)
+    ]
+
+
 def gpus(hosts: int, gpus_per_host: int, processes_per_host: int = 1) -> list:
     per_process = gpus_per_host // processes_per_host
     return [
@@ -114,6 +123,14 @@ def test_where_jax_is_as_fast_its_order_remains():
     devices = chips(8, 8, 8)
     default = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     np.testing.assert_array_equal(arrange(sizes, devices, traffic), default)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_axis_with_most_traffic_has_both_devices_of_a_chip(size):
+    devices, sizes = chips_of_two(4, 4, 4), (128 // size, 1, size, 1)
+    array = arrange(sizes, devices, [Traffic("all-to-all", (2,), 1e9), Traffic("all-reduce", (0,), 1e8)])
+    assert array.shape == sizes and {device.id for device in array.ravel()} == set(range(128))
+    assert len({tuple(device.coords) for device in array[0, 0, :, 0]}) == size / 2
 
 
 def test_slices_are_along_the_first_axis_and_alike():

@@ -21,6 +21,11 @@ def chips(*sizes: int) -> list:
     return [SimpleNamespace(coords=at) for at in itertools.product(*map(range, sizes))]
 
 
+def chips_of_two(*sizes: int) -> list:
+    """Devices of a slice of TPU7x."""
+    return [SimpleNamespace(coords=chip.coords, core_on_chip=core) for chip in chips(*sizes) for core in (0, 1)]
+
+
 def seconds(name: str, sizes: tuple[int, ...], kind: str, axes: tuple[int, ...], step: int = 1) -> float:
     """Seconds of a collective of SIZE bytes over every `step`th chip along these axes, with other coordinates 0."""
     devices = chips(*sizes)
@@ -86,6 +91,31 @@ def test_chips_at_a_distance_share_their_links():
 def test_a_permutation_takes_the_shorter_way(target, hops):
     permutation = Collective("collective-permute", ("x",), SIZE, (0, target), 1, "")
     assert Network(HARDWARE["v5p"], chips(8, 8, 8)).seconds(permutation) == pytest.approx(hops * SIZE / LINK)
+
+
+LINK_SHARE, CORE = LINK / 2, 6 * LINK  # of TPU7x: a device's share of a link, and the connection of a chip's devices
+RING = range(16)  # of 8 chips in a slice of 4 x 4 x 8
+
+
+@pytest.mark.parametrize(
+    "kind, members, expected",
+    [
+        ("all-reduce", (0, 1), 2 / 2 * SIZE / CORE),
+        ("all-to-all", (0, 1), 1 / 2 * SIZE / CORE),
+        ("collective-permute", (0, 1), SIZE / CORE),
+        ("collective-permute", (0, 2), SIZE / LINK_SHARE),
+        # One device of each chip; both, each of which receives a half.
+        ("all-gather", RING[::2], 7 / 8 * SIZE / (2 * LINK_SHARE)),
+        ("all-gather", RING, 7 / 8 * SIZE / 2 / (2 * LINK_SHARE)),
+        # Four messages between two chips, over links of which a device has a half.
+        ("all-to-all", RING, 4 * SIZE / 16 * brute_all_to_all(True, 8) / LINK),
+        # Not a box: one device of the first chip, both of the second.
+        ("all-gather", (0, 2, 3), 2 / 3 * SIZE / LINK_SHARE),
+    ],
+)
+def test_two_devices_of_a_chip_share_its_links(kind, members, expected):
+    collective = Collective(kind, ("x",), SIZE, tuple(members), 1, "")
+    assert Network(HARDWARE["tpu7x"], chips_of_two(4, 4, 8)).seconds(collective) == pytest.approx(expected)
 
 
 def test_collectives_between_slices_use_the_data_center_network():
