@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mot_jax.config import Config, MeshConfig, ModelConfig, platform_errors
+from mot_jax.config import Config, FeedForwardConfig, MeshConfig, ModelConfig, platform_errors
 from mot_jax.errors import UserError
 from mot_jax.nn.device_order import Traffic, arrange, slice_of
 from mot_jax.runtime.compilation import default_promotion, disable_cache_for_cpu_mesh
@@ -113,8 +113,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None, train
     used = math.prod(sizes)
     if used < len(devices) and len({(d.process_index, slice_of(d)) for d in devices}) > 1:
         raise UserError(f"{requested}: leaves {len(devices) - used} of {len(devices)} devices idle; try mesh.data = -1")
+    traffic = _traffic(config, sizes)
     try:  # An axis may take a part of a dimension of the torus, for example expert = 8 on 4 x 4 x 4 chips.
-        array = arrange(sizes, devices[:used], _traffic(config, sizes))
+        array = arrange(sizes, devices[:used], traffic)
     except (NotImplementedError, ValueError) as error:
         advice = "try axes that are products of the torus' sizes"
         raise UserError(f"{requested}: JAX cannot map these axes to this network; {advice}") from error
@@ -129,7 +130,8 @@ def _traffic(config: Config, sizes: Sizes) -> list[Traffic]:
     Along `expert` two all-to-alls of the mixtures per layer forward and two backward, and as many of the activations
     where groups span devices; along `fsdp` two gathers of each weight and a reduce-scatter of its gradient per
     microbatch; along `tensor` two gathers and two reduce-scatters of the activations per sub-layer, forward and
-    backward; and one sum of the gradients over the axes that do not shard the weight.
+    backward; and one sum of the gradients over the axes that do not shard the weight, or one per microbatch for
+    experts whose sums are not deferred.
     """
     _, fsdp, expert, tensor = sizes
     m, t, kind = config.model, config.training, config.model.feed_forward
@@ -154,7 +156,7 @@ def _traffic(config: Config, sizes: Sizes) -> list[Traffic]:
         Traffic("reduce-scatter", (1,), steps * (weights + expert_weights + tables)),
         Traffic("all-gather", (3,), 4 * m.num_blocks * activations),
         Traffic("reduce-scatter", (3,), 4 * m.num_blocks * activations),
-        Traffic("all-reduce", (0,), expert_weights / fsdp),
+        Traffic("all-reduce", (0,), expert_weights / fsdp * (1 if _defers_experts(kind) else steps)),
         Traffic("all-reduce", (0, 2), (weights + tables) / fsdp),
     ]
     present = (c._replace(axes=tuple(axis for axis in c.axes if sizes[axis] > 1)) for c in collectives)
@@ -271,7 +273,7 @@ def _num_batch_axes(batch: int, length: int, group_size: int, sizes: Sizes) -> i
 
 def _num_whole_group_axes(batch: int, group_size: int, sizes: Sizes) -> int:
     """As `_num_batch_axes`, whatever the length."""
-    return max(k for k in range(4) if batch % (math.prod(sizes[:k]) * group_size) == 0)
+    return max((k for k in range(4) if batch % (math.prod(sizes[:k]) * group_size) == 0), default=0)
 
 
 # --- the shardings of arrays, and changing them -----------------------------------------------------------------------
@@ -520,19 +522,23 @@ def defer_gradient_sums(params: dict[str, jax.Array], model: ModelConfig) -> dic
         params: by name.
         model: experts that do not run as products, but in kernels of Pallas or without a capacity, are not deferred.
     """
-    kind = model.feed_forward
-    products = getattr(kind, "kernel", "xla") == "xla" and kind.experts_share_computation
-    products &= getattr(kind, "capacity_factor", 1.0) is not None
+    experts = _defers_experts(model.feed_forward)
 
     def defer(name: str, x: jax.Array) -> jax.Array:
         suffix, sharded_over = name.rpartition("/")[2], set(itertools.chain(*axes_of(x)))
         batch_axes = (axis for axis in DIMENSIONS["sequences"] if axis_size(axis) > 1 and axis in _explicit_axes())
         axes = frozenset(batch_axes) - sharded_over
-        if suffix not in DEFERRABLE or (not products and suffix in ("w_in", "w_gate", "w_out")) or not axes:
+        if suffix not in DEFERRABLE or (not experts and suffix in ("w_in", "w_gate", "w_out")) or not axes:
             return x
         return jax.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, reduced=axes))
 
     return {name: defer(name, x) for name, x in params.items()}
+
+
+def _defers_experts(kind: FeedForwardConfig) -> bool:
+    """Whether the gradients of the experts are deferred: whether they run as products in XLA, on their own devices."""
+    has_capacity = getattr(kind, "capacity_factor", 1.0) is not None
+    return getattr(kind, "kernel", "xla") == "xla" and kind.experts_share_computation and has_capacity
 
 
 def deferred_axes(x: jax.Array) -> frozenset[str]:

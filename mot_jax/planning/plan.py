@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh
 from mot_jax.config import Config, check
 from mot_jax.cost.describe import table
 from mot_jax.cost.flops import flops_per_token
-from mot_jax.cost.hardware import GPUS, Hardware, Topology, hardware_of, parse_topology, peak_flops
+from mot_jax.cost.hardware import GPUS, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
 from mot_jax.nn.sharding import batch_sharding, make_mesh
@@ -77,6 +77,7 @@ class Plan:
             content["program"] |= {"flops": self.program.flops, "hbm_bytes": self.program.hbm_bytes}
             for collective in content["program"]["collectives"]:
                 members = collective.pop("members")
+                del collective["others"]
                 collective["group_size"] = 2 if collective["kind"] == "collective-permute" else len(members)
             for body, figures in zip(self.program.bodies, content["program"]["bodies"], strict=True):
                 figures |= {"flops": body.flops, "hbm_bytes": body.hbm_bytes, "kernels": len(body.kernels)}
@@ -186,7 +187,7 @@ def plan_training(
         notes += [note] if note else []
     mesh = _mesh(config, devices)
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    hardware = hardware_of(devices[0])
+    hardware, limit = hardware_of(devices[0]), _limit(target, devices[0])
     memory = _state_bytes(state)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -196,9 +197,10 @@ def plan_training(
         traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
         progress(f"compiling it for {topology}: a minute or more for large models")
         try:
-            compiled = traced.lower().compile(compiler_options(devices[0], products))
+            options = compiler_options(devices[0], products) if target.hardware else None
+            compiled = traced.lower().compile(options)
             program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), target.slices)
-            memory |= _program_bytes(compiled.memory_analysis(), _limit(hardware, devices[0]), devices[0].platform)
+            memory |= _program_bytes(compiled.memory_analysis(), limit, devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -207,14 +209,14 @@ def plan_training(
                 rule = "needs more than a core's memory; try 'xla', and attention_kernel = 'xla'"
                 raise UserError(f"model.feed_forward.kernel = {kernel!r}: {rule}") from None
             program = None
-            memory |= _refused_bytes(str(error), _limit(hardware, devices[0]))
+            memory |= _refused_bytes(str(error), limit)
         except UnknownTextError as error:
             raise UserError(
                 f"the text of the compiled program is not understood: {error}; try the versions in requirements.lock"
             ) from error
     seconds = time.perf_counter() - start
     progress(f"compiled it in {seconds:.1f} s")
-    needed, limit = memory["needed"], memory["HBM limit"]
+    needed = memory["needed"]
     fits = program is not None and (needed is None or limit is None or needed <= limit)
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
     peak = peak_flops(devices[0], config.model.dtype)
@@ -320,9 +322,10 @@ def _state_bytes(state: TrainState) -> dict[str, float | None]:
     return {"parameters": size(state.variables), "optimizer": size(state.opt_state)}
 
 
-def _limit(hardware: Hardware | None, device: jax.Device) -> float | None:
-    if hardware:
-        return hardware.hbm_bytes
+def _limit(target: Topology, device: jax.Device) -> float | None:
+    """Bytes that a program may take: of an attached device those that this process may allocate."""
+    if target.hardware:
+        return target.hardware.hbm_bytes
     return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
 
 

@@ -43,7 +43,8 @@ class Collective:
 
     axes: of the mesh; () if no set of axes has these groups; ("slices",) for the separate collectives that XLA creates
     between slices. bytes: per execution and chip. members: the devices of one group, as indices into the mesh; for a
-    permutation, every device that sends, each followed by the one that it sends to. executions: per step.
+    permutation, every device that sends, each followed by the one that it sends to. executions: per step. others: the
+    other groups of devices, which communicate at the same time.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Collective:
     members: tuple[int, ...]
     executions: int
     source: str
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,13 +250,14 @@ class _Reader:
         if opcode == "custom-call" and _target(instruction) in self.free_calls:
             return 0.0
         kind = opcode.removesuffix("-start")
-        if kind in KINDS:
-            return 2 * sum(a.hbm_bytes for operand in operands for a in operand.arrays)
         results = instruction.arrays
         if opcode == "custom-call" and _target(instruction).startswith(("__cublas", "__cudnn")):
             results = tuple(a for a in results if a.dtype != "s8") or results  # the library's workspace
         if opcode.endswith("-start") and opcode != "async-start":  # the result is one of the operation's arrays
-            results = results[:1] if kind == "copy" else results[len(operands) : len(operands) + 1]
+            if kind == "copy":
+                results = results[:1]
+            elif kind != "all-reduce":  # whose start has no array but its results
+                results = results[len(operands) : 2 * len(operands)]
         if kind in ("dynamic-slice", "slice", "gather"):
             return (operands[0].arrays[0].in_hbm + results[0].in_hbm) * results[0].bytes
         if kind == "dynamic-update-slice":
@@ -347,17 +350,19 @@ class _Reader:
             chains.add(chain[0])
         size = sum(a.bytes for operand in computation.operands(instruction) for a in operand.arrays)
         axes: tuple[str, ...]
+        others: list[tuple[int, ...]] = []
         if instruction.opcode == "send":
             axes, members = (SLICES,), tuple(range(0, self.slices * self.places.size, self.places.size))
         elif kind == "collective-permute":
             axes, members = self._permutation(hlo.device_pairs(instruction.attributes))
         else:
             groups = hlo.device_groups(instruction.attributes, self.places.size)
-            members = tuple(int(n) for n in groups[0])
+            members, *others = map(tuple, groups.tolist())
             axes = self.axes.get(_key(groups), ())
         if len(members) > 1:
             size *= len(members) if kind == "all-gather" else 1
-            self.collectives.append(Collective(kind, axes, size, members, executions, instruction.source))
+            source = instruction.source
+            self.collectives.append(Collective(kind, axes, size, members, executions, source, tuple(others)))
 
     def _permutation(self, pairs: list[tuple[int, int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """The axes along which data moves; each device that sends, followed by the one that it sends to."""

@@ -5,9 +5,10 @@ Asynchronous copies, and the memory traffic of collectives, run next to them, so
 bytes / bandwidth. float32 products have a peak of their own.
 
 Collectives within a slice, or of GPUs, take the time of `mot_jax.runtime.network`, by which the order of devices is
-chosen, too. A group of TPUs whose coordinates do not form a box is modeled with one link for each chip, and in an
-uneven group of GPUs the host with most members counts. A permutation of B bytes takes B x hops / bandwidth of one link,
-between the two devices of a chip B / bandwidth of their connection, and between hosts of GPUs B / bandwidth of a port.
+chosen, too; that of their slowest group. A group of TPUs whose coordinates do not form a box is modeled with one link
+for each chip, and in an uneven group of GPUs the host with most members counts. A permutation of B bytes takes B x
+hops / bandwidth of one link, between the two devices of a chip B / bandwidth of their connection, and between hosts of
+GPUs B / bandwidth of a port.
 
 Between slices, where XLA has separate collectives (an all-reduce over both becomes a reduce-scatter in each slice, an
 all-reduce between slices and an all-gather), the same formulas hold for n slices and a chip's share of the data-center
@@ -21,6 +22,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from typing import Any
 
 import jax
 
@@ -57,6 +59,7 @@ class Network:
         self.hosts = [getattr(device, "process_index", 0) for device in devices]
         self.coords = [tuple(device.coords)[:dimensions] if dimensions else () for device in devices]
         self.cores = [getattr(device, "core_on_chip", 0) for device in devices]
+        self._seconds: dict[Any, float] = {}
         self.torus = tuple(max(at) + 1 for at in zip(*self.coords, strict=True)) if dimensions else ()
 
     def seconds(self, collective: Collective) -> float:
@@ -65,10 +68,13 @@ class Network:
         if collective.axes == (SLICES,):
             share = {"all-to-all": (n - 1) / n, "collective-permute": 1.0}.get(kind, ring_share(kind, n))
             return size * share / self.hardware.dcn_bandwidth
-        members = list(collective.members)
-        return self._ici(kind, size, members) if self.torus else self._switches(kind, size, members)
+        key = (kind, size, collective.members, collective.others)
+        if key not in self._seconds:
+            model = self._ici if self.torus else self._switches
+            self._seconds[key] = max(model(kind, size, group) for group in (collective.members, *collective.others))
+        return self._seconds[key]
 
-    def _switches(self, kind: str, size: float, members: list[int]) -> float:
+    def _switches(self, kind: str, size: float, members: tuple[int, ...]) -> float:
         """GPUs: the longer of the transfers in hosts and between them."""
         hosts, n = [self.hosts[member] for member in members], len(members)
         inside, between = self.hardware.link_bandwidth, self.hardware.dcn_bandwidth
@@ -78,13 +84,11 @@ class Network:
         g, h = max(collections.Counter(hosts).values()), len(set(hosts))
         return hosts_seconds(kind, size, h, n, g, inside, between)
 
-    def _ici(self, kind: str, size: float, members: list[int]) -> float:
+    def _ici(self, kind: str, size: float, members: tuple[int, ...]) -> float:
         bandwidth, n = self.hardware.link_bandwidth, len(members)
         if kind == "collective-permute":
-            a, b = members[:2]
-            if self.coords[a] == self.coords[b] and a != b:
-                return size / (CORE_LINKS * bandwidth)
-            return size * self._hops(a, b) / bandwidth
+            hops = max(map(self._hops, members[::2], members[1::2]))
+            return size / bandwidth * (hops or 1 / CORE_LINKS)
         lines = [sorted(set(at)) for at in zip(*(self.coords[m] for m in members), strict=True)]
         cores = len({self.cores[m] for m in members})
         if cores * math.prod(map(len, lines)) != n:
@@ -93,12 +97,13 @@ class Network:
         return torus_seconds(kind, size, n, torus_links(lines, self.torus), bandwidth, cores)
 
     def _hops(self, a: int, b: int) -> int:
+        """Links from chip to chip; 0 between devices of one chip."""
         total = 0
         for x, y, size, closed in zip(
             self.coords[a], self.coords[b], self.torus, self.hardware.rings(self.torus), strict=True
         ):
             total += min(abs(x - y), size - abs(x - y)) if closed else abs(x - y)
-        return max(total, 1)
+        return total
 
 
 def model_times(

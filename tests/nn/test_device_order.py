@@ -102,6 +102,17 @@ def test_the_traffic_of_a_dense_model():
     ]
 
 
+@pytest.mark.parametrize("capacity_factor, sums", [(1.25, 1), (None, 4)])
+def test_the_traffic_of_experts_without_a_capacity_has_a_sum_per_microbatch(capacity_factor, sums):
+    config = load_config("configs/demo.py:token_choice")
+    kind = dataclasses.replace(config.model.feed_forward, capacity_factor=capacity_factor)
+    model, training = config.model, dataclasses.replace(config.training, gradient_accumulation_steps=4)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, feed_forward=kind), training=training)
+    weights = 4 * model.num_blocks * kind.num_experts * 2 * model.d_model * kind.hidden_dim(model.d_ff)
+    traffic = {(kind, axes): size for kind, axes, size in sharding._traffic(config, (2, 1, 4, 1))}
+    assert traffic["all-reduce", (0,)] == sums * weights / 4
+
+
 def test_two_thousand_chips_communicate_as_fast_as_five_hundred():
     """Per chip the work is the same; JAX's order takes 1.7 times as long, on a ring of 16 x 2 chips."""
     times = {}

@@ -92,9 +92,13 @@ def test_a_collective_in_a_scan_is_executed_in_each_iteration():
 
     mesh = mesh_of(data=2, fsdp=4)
     arrays = ((DEPTH, WIDTH, WIDTH), P(None, "fsdp")), ((ROWS, WIDTH), P(("data", "fsdp")))
-    [collective] = read(mesh, gathered, *arrays).collectives
+    program = read(mesh, gathered, *arrays)
+    [collective] = program.collectives
     assert (collective.kind, collective.axes, collective.executions) == ("all-gather", ("fsdp",), DEPTH)
     assert collective.bytes == 4 * WIDTH * WIDTH  # of the whole matrix, which each device receives
+    assert sorted([collective.members, *collective.others]) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    total = program.by_kind()["collective"]
+    assert total["hbm_bytes"] == DEPTH * 4 * WIDTH * WIDTH * (1 + 1 / 4)  # a shard is read, the whole is written
 
 
 def test_an_all_to_all_and_a_permutation():

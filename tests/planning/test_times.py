@@ -118,6 +118,21 @@ def test_two_devices_of_a_chip_share_its_links(kind, members, expected):
     assert Network(HARDWARE["tpu7x"], chips_of_two(4, 4, 8)).seconds(collective) == pytest.approx(expected)
 
 
+def test_a_permutation_takes_as_long_as_its_longest_way():
+    """A shift by one along a line of 8: the last chip sends over all seven links."""
+    shift = tuple(end for a in range(8) for end in (a, (a + 1) % 8))
+    permutation = Collective("collective-permute", ("x",), SIZE, shift, 1, "")
+    assert Network(HARDWARE["v5p"], chips(1, 1, 8)).seconds(permutation) == pytest.approx(7 * SIZE / LINK)
+
+
+def test_a_collective_takes_as_long_as_its_slowest_group():
+    """Three GPUs of eight in each of 3 hosts: the third group spans two of them."""
+    groups = [tuple(range(first, first + 3)) for first in range(0, 24, 3)]
+    devices = [SimpleNamespace(process_index=number // 8) for number in range(24)]
+    gather = Collective("all-gather", ("fsdp",), SIZE, groups[0], 1, "", tuple(groups[1:]))
+    assert Network(HARDWARE["h100"], devices).seconds(gather) == pytest.approx(1 / 2 * SIZE / 2 / 5e10)
+
+
 def test_collectives_between_slices_use_the_data_center_network():
     all_reduce = Collective("all-reduce", ("slices",), SIZE, (0, 64), 1, "")
     assert Network(HARDWARE["v5p"], chips(4, 4, 4) * 2).seconds(all_reduce) == pytest.approx(2 / 2 * SIZE / 6.25e9)
