@@ -13,7 +13,7 @@ from flax import nnx
 from mot_jax.config import ModelConfig
 from mot_jax.nn.initializers import draw
 from mot_jax.nn.kernels import fused_attention
-from mot_jax.nn.sharding import axes_of, product, reshard, spec
+from mot_jax.nn.sharding import axes_of, deferred_axes, product, reshard, spec
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
         config = self.config
         x = x.astype(config.dtype)
         query = product("bsd,dhk->bshk", x, self.query[...])
-        key, value = product("bsd,dchk->cbshk", x, self.key_value[...])
+        key, value = self._keys_and_values(x)
         if self.query_bias is not None and self.key_value_bias is not None:
             query += self.query_bias[...].astype(config.dtype)
             key_bias, value_bias = (self.key_value_bias[i].astype(config.dtype) for i in (0, 1))
@@ -106,6 +106,17 @@ class Attention(nnx.Module):
         if train and config.objective == "causal":
             token_mask = None  # Padding at the end is after all other tokens, which therefore do not attend to it.
         return self._out(self._attend(query, key, value, token_mask, segments if config.document_mask else None), x)
+
+    def _keys_and_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, H_kv, K] of x [B, S, D].
+
+        On a GPU of two products: XLA would copy both out of the result of one, and their gradients into one array.
+        """
+        weights = self.key_value[...]
+        if fused_attention.platform() == "gpu" and not deferred_axes(weights):
+            return product("bsd,dhk->bshk", x, weights[:, 0]), product("bsd,dhk->bshk", x, weights[:, 1])
+        key, value = product("bsd,dchk->cbshk", x, weights)
+        return key, value
 
     def _attend(
         self,

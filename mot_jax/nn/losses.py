@@ -16,6 +16,7 @@ from mot_jax.nn.sharding import (
     replicate,
     reshard,
     scale_gradient,
+    select_by_platform,
     spec,
     sum_leading,
     undeferred,
@@ -143,9 +144,9 @@ def _chunk_loss(part: tuple, head: jax.Array, head_z: float, accuracy: bool) -> 
     """The sums of one chunk, and the gradient of its loss with respect to the logits."""
     hidden, targets, mask = part
     logits = jnp.einsum("nbtsd,dv->nbtsv", hidden, head, preferred_element_type=_wide(hidden))
-    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     target = jax.nn.one_hot(targets, head.shape[1], dtype=logits.dtype)
-    nats = log_z[..., 0] - (logits * target).sum(axis=-1)
+    log_z, target_logits = select_by_platform(_in_one_pass, _in_three_passes, logits, target)
+    nats = log_z[..., 0] - target_logits
     losses, probabilities = nats, jnp.exp(logits - log_z)
     if head_z:
         losses += head_z * log_z[..., 0] ** 2
@@ -153,6 +154,28 @@ def _chunk_loss(part: tuple, head: jax.Array, head_z: float, accuracy: bool) -> 
     correct = jnp.argmax(logits, axis=-1) == targets if accuracy else jnp.zeros_like(mask)
     loss_sum, nats_sum = (jnp.where(mask, value, 0).sum() for value in (losses, nats))
     return LossSums(loss_sum, nats_sum, (mask & correct).sum()), jnp.where(mask[..., None], probabilities - target, 0)
+
+
+def _in_three_passes(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log Z [..., 1], and the logits of the targets [...], of logits and one-hot targets [..., V]."""
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True), (logits * target).sum(axis=-1)
+
+
+def _in_one_pass(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `_in_three_passes`, by one reduction, so that a GPU reads all logits once."""
+
+    def add(a: tuple, b: tuple) -> tuple:
+        maximum = jnp.maximum(a[0], b[0])
+        scaled = (total * jnp.exp(old - maximum) for old, total in ((a[0], a[1]), (b[0], b[1])))
+        return maximum, sum(scaled), a[2] + b[2]
+
+    def reduce(logits: jax.Array, target: jax.Array) -> tuple:
+        zero, lowest = jnp.zeros((), logits.dtype), jnp.finfo(logits.dtype).min.astype(logits.dtype)
+        operands = logits, jnp.ones_like(logits), logits * target
+        return tuple(jax.lax.reduce(operands, (lowest, zero, zero), add, (logits.ndim - 1,)))
+
+    maximum, total, target_logits = reduce(logits, target)
+    return (maximum + jnp.log(total))[..., None], target_logits
 
 
 def _zero(hidden: jax.Array) -> LossSums:

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mot_jax.config import FeedForwardConfig, ModelConfig, check_part
 from mot_jax.nn.attention import Attention, LayerCache
 from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState, make_feed_forward
 from mot_jax.nn.initializers import draw
-from mot_jax.nn.kernels.fused_attention import same_document
+from mot_jax.nn.kernels import fused_attention
 from mot_jax.nn.losses import LossSums, cross_entropy_sum
 from mot_jax.nn.sharding import (
     add_to_sequences,
@@ -88,7 +89,7 @@ class Cache:
         mask = self.token_mask[:, None, :] & (jnp.arange(self.token_mask.shape[1]) <= steps[:, None])
         if document_mask:
             segments = jax.lax.dynamic_slice_in_dim(self.segments, self.step, length, axis=1)
-            mask &= same_document(segments, self.segments)
+            mask &= fused_attention.same_document(segments, self.segments)
         return mask[:, None]
 
 
@@ -205,6 +206,10 @@ class Transformer(nnx.Module):
             else:
                 indices = reshard(context.positions, "sequences", positions)
                 x += look_up(self.position_embedding[...], indices, out_sharding)
+            if fused_attention.platform() == "gpu":
+                # The gradient of the positions is a sum over sequences, for which XLA would make these the innermost
+                # dimension of all activations, and transpose them before and after each product.
+                x = with_layout_constraint(x, Layout((0, 1, 2)))
         x = x.astype(self.config.dtype)
         losses: dict[str, jax.Array] = {}
         metrics: dict[str, jax.Array] = {}

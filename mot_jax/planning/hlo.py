@@ -108,6 +108,7 @@ def parse(text: str) -> Module:
     """Parse the result of `compiled.as_text()`. Raises UnknownTextError."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
+    text = text.replace('": ', '":')  # in the configuration of XLA's backends, JSON, by some versions with spaces
     text = re.sub(r"kernel_metadata=\{\n.*\n\}", "kernel_metadata={}", text)  # the one attribute that spans lines
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line):

@@ -15,7 +15,7 @@ import optax
 from mot_jax.config import LossWeights, ModelConfig, OptimizerConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.nn.feed_forward import FeedForwardContext
-from mot_jax.nn.sharding import defer_gradient_sums, spec, sum_gradients
+from mot_jax.nn.sharding import defer_gradient_sums, select_by_platform, spec, sum_gradients
 from mot_jax.nn.transformer import Params, bind, update_router
 from mot_jax.runs.optimizer import learning_rate, make_optimizer
 from mot_jax.runs.state import TrainState
@@ -123,16 +123,15 @@ def make_train_step(
         params = jax.tree.map(partial(jnp.where, finite), new_params, state.params)
         new_router = update_router(model_config, state.router, statistics)
         router = jax.tree.map(partial(jnp.where, finite), new_router, state.router)
-        # Not from `updates`: XLA fuses this form with the optimizer, which then reads and writes each array once.
-        changes = jax.tree.map(lambda new, old: new.astype(_wide(new.dtype)) - old, params, state.params)
+        update_rms, parameter_rms = select_by_platform(_rms_by_one_sum, _rms_of_change_and_new, params, state.params)
         skipped = state.skipped + ~finite
         skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step - state.skipped),  # the optimizer counts only updates
             "gradient_rms": gradient_rms,
-            "update_rms": _rms(changes),
-            "parameter_rms": _rms(params),
+            "update_rms": update_rms,
+            "parameter_rms": parameter_rms,
             "skipped": skipped,
             "skipped_in_a_row": skipped_in_a_row,
             **metrics,
@@ -187,6 +186,28 @@ def _rms(tree: Params) -> jax.Array:
     """Root mean square of all elements of a tree, computed in float32 or wider."""
     wide = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf.dtype)), tree)
     return optax.tree.norm(wide) / np.sqrt(sum(leaf.size for leaf in jax.tree.leaves(tree)))
+
+
+def _rms_of_change_and_new(new: Params, old: Params) -> tuple[jax.Array, jax.Array]:
+    """Root mean squares of the change of the parameters and of the new parameters."""
+    # Not from the optimizer's updates: XLA fuses this form with it, which then reads and writes each array once.
+    return _rms(jax.tree.map(lambda n, o: n.astype(_wide(n.dtype)) - o, new, old)), _rms(new)
+
+
+def _rms_by_one_sum(new: Params, old: Params) -> tuple[jax.Array, jax.Array]:
+    """As `_rms_of_change_and_new`, for GPUs.
+
+    XLA updates parameters and moments in place by a fusion with one sum, not by one with two: it would copy them all.
+    So the squares of both are the parts of one complex number.
+    """
+
+    def squares(new: jax.Array, old: jax.Array) -> jax.Array:
+        wide = new.astype(_wide(new.dtype))
+        return jax.lax.complex(jnp.square(wide - old), jnp.square(wide)).sum()
+
+    total = sum(jax.tree.leaves(jax.tree.map(squares, new, old)))
+    mean = total / sum(leaf.size for leaf in jax.tree.leaves(new))
+    return jnp.sqrt(mean.real), jnp.sqrt(mean.imag)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -144,6 +144,12 @@ ENTRY %main (x: bf16[8,16], w: bf16[16,32], v: f32[3,32,4], q: bf16[2,6,4,8]) ->
 """  # noqa: E501
 
 
+def test_spaces_in_a_backends_configuration_change_nothing():
+    """XLA of jax 0.12 writes them where it has compiled to machine code."""
+    spaced = GPU.replace('":', '": ').replace('","', '", "')
+    assert spaced != GPU and read_program(hlo.parse(spaced), {"data": 1}) == read_program(hlo.parse(GPU), {"data": 1})
+
+
 def test_products_of_a_gpus_libraries_are_counted_and_told_apart():
     program = read_program(hlo.parse(GPU), {"data": 1})
     kernels = {kernel.name: kernel for kernel in program.bodies[0].kernels}

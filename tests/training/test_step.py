@@ -26,7 +26,9 @@ from mot_jax.config import (
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.tokenizers import ByteTokenizer
 from mot_jax.data.windows import WindowBatch
+from mot_jax.nn import losses, mixing, sharding
 from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.kernels import fused_attention
 from mot_jax.nn.sharding import DEFERRABLE, local_sequences, make_mesh, place_microbatches, place_sequences
 from mot_jax.nn.transformer import Transformer, bind
 from mot_jax.planning import hlo
@@ -129,6 +131,20 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     # The blocks are one scan: its body holds one MoT layer forward, and one backward.
     assert counts["all-to-all"] == (4 if mesh.expert > 1 else 0)
     assert bool(counts["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not counts["collective-permute"]
+
+
+@pytest.mark.parametrize("mesh", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[-2:])])
+def test_programs_for_gpus_train_equally(monkeypatch, tiny, mesh):
+    """Their layouts, attention, loss and metrics, executed on this device, which differ in the order of sums only."""
+    model = dataclasses.replace(tiny.model, attention_kernel="xla")
+    config = dataclasses.replace(tiny, model=model, mesh=MESHES.get(mesh, MeshConfig(data=1)))
+    expected, _ = run(config, 3)
+    monkeypatch.setattr(fused_attention, "platform", lambda: "gpu")
+    for module in (losses, mixing, sharding, step_module):
+        monkeypatch.setattr(module, "select_by_platform", lambda gpu, default, *operands: gpu(*operands))
+    rows, _ = run(config, 3)
+    assert rows != expected
+    assert_close(rows, expected)
 
 
 @pytest.mark.slow
