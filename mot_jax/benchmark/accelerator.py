@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -159,8 +159,8 @@ def step_configs(part: str, config: Config, device: jax.Device) -> dict[str, Con
     """The configs whose steps are compared, by name; the dense baseline is the last one."""
     configs = {MIXTURE: config, "dense": workloads.dense_of_equal_width(config)}
     if part == "step":  # the other models are too large to time both attention kernels
-        auto = {f"{name}, attention_kernel auto": _with_auto_attention(config) for name, config in configs.items()}
-        configs = auto | configs
+        auto = {f"{name}, attention_kernel auto": _with_attention("auto", c) for name, c in configs.items()}
+        configs = auto | {name: _with_attention("xla", c) for name, c in configs.items()}
     kernel = "fused_mixture" if part == "step" else "fused_experts"  # the one that supports the shape of the experts
     fused = with_kernel(kernel, config)
     if kernel_runs_on(fused.model.feed_forward, device):
@@ -174,8 +174,8 @@ def with_kernel(kernel: str, config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=feed_forward))
 
 
-def _with_auto_attention(config: Config) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel="auto"))
+def _with_attention(kernel: Literal["auto", "xla"], config: Config) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention_kernel=kernel))
 
 
 _LABELS = ("shape", "direction", "kind", "config", "size", "kernel", "mesh", "collective")  # of a row of any part

@@ -636,7 +636,7 @@ class ModelConfig(_PlainData):
     """Data type of activations and matrix products. Logits, softmax, norms and the loss are in float32 at least."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the parameters."""
-    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("xla")
+    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = _free("auto")
     """Implementation of attention. `xla`: S x S scores in memory.
     `cudnn`: fused, on NVIDIA GPUs. `splash`: fused, on TPUs.
     `auto`: the platform's fused one if it supports the shapes (splash: from 1,024 positions on), else `xla`."""
