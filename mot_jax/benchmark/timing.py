@@ -40,23 +40,35 @@ class Timings:
 
 
 def in_turns(
-    programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10, advance: Advance = lambda units: None
+    programs: Mapping[str, Callable[[], Callable[[], Any]]],
+    rounds: int = 10,
+    advance: Advance = lambda units: None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timings]:
     """Time each program once per round, in a different order every round, so that disturbances affect all of them.
 
     A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
     first time of each program, which may include compilation, is discarded. After each round, `advance` is called.
+
+    failed: called with the error of a program that JAX's runtime cannot execute, such as for lack of memory; the others
+    continue. None: the error is raised.
     """
     names = list(programs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
         first = round_number % len(names)
-        for name in names[first:] + names[:first]:
-            timed = programs[name]()
-            start = time.perf_counter()
-            jax.block_until_ready(timed())
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
+        for name in [name for name in names[first:] + names[:first] if name in seconds]:
+            try:
+                timed = programs[name]()
+                start = time.perf_counter()
+                jax.block_until_ready(timed())
+                if round_number:
+                    seconds[name].append(time.perf_counter() - start)
+            except jax.errors.JaxRuntimeError as error:
+                if failed is None:
+                    raise
+                del seconds[name]
+                failed(name, error)
         advance(1)
     return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
@@ -81,11 +93,19 @@ def matmul_peak(dtype: str, size: int | None = None) -> float:
     return 2 * size**3 / min(timings.seconds)
 
 
+Buffers = dict[tuple[Any, Any], list[jax.Array]]  # results of previous executions, by shape and dtype
+
+
 class Program:
     """A compiled function of arrays, ready to be timed.
 
-    Each execution writes its results into the buffers of the previous results, so that the time is the program's and
-    not that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
+    Each execution writes its results into the buffers of previous results, so that the time is the program's and not
+    that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
+
+    Args:
+        function: of the arguments.
+        arguments: arrays.
+        buffers: shared by programs that take turns, whose results then need memory once; None: buffers of its own.
 
     Attributes:
         compiled: the executable.
@@ -95,18 +115,18 @@ class Program:
         bytes: read and written by its instructions (`planning.program`). Both are None if its text cannot be parsed.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self._arguments = arguments
-        results = jax.eval_shape(function, *arguments)
-        self._results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+    def __init__(self, function: Callable[..., Any], *arguments: Any, buffers: Buffers | None = None):
+        self._arguments, self._buffers = arguments, {} if buffers is None else buffers
+        results = jax.tree.leaves(jax.eval_shape(function, *arguments))
+        self._results = [(leaf.shape, leaf.dtype) for leaf in results]
 
-        def with_donated_results(arguments: tuple[Any, ...], buffers: Any) -> Any:
+        def with_donated_results(arguments: tuple[Any, ...], buffers: list[jax.Array]) -> Any:
             del buffers
             return function(*arguments)
 
         start = time.perf_counter()
         jitted = jax.jit(with_donated_results, donate_argnums=1, keep_unused=True)
-        self.compiled = jitted.lower(arguments, self._results).compile()
+        self.compiled = jitted.lower(arguments, [jax.ShapeDtypeStruct(*result) for result in self._results]).compile()
         self.seconds_to_compile = time.perf_counter() - start
         self.temporaries = temporaries(self.compiled)
         self.copies: int | None = None
@@ -121,8 +141,14 @@ class Program:
         return self._execute
 
     def _execute(self) -> Any:
-        self._results = self.compiled(self._arguments, self._results)
-        return self._results
+        free = [self._buffers.setdefault(result, []) for result in self._results]
+        buffers = [
+            arrays.pop() if arrays else jnp.zeros(*result) for arrays, result in zip(free, self._results, strict=True)
+        ]
+        results = self.compiled(self._arguments, buffers)
+        for arrays, array in zip(free, jax.tree.leaves(results), strict=True):
+            arrays.append(array)
+        return results
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int | None:

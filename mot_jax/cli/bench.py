@@ -138,6 +138,8 @@ def _layers(arguments: list[str]) -> None:
     _report(options.json, about, rows, layers.COLUMNS, title=title, machine=about, bandwidth=bandwidth)
     if options.plot:
         _write("--plot", options.plot, layers.plot(rows, title))
+    if not all(row.get("ok", True) for row in rows):
+        sys.exit(1)
 
 
 def _check_routing(options: LayersOptions) -> None:

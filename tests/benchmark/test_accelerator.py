@@ -123,6 +123,40 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert "Not measured: RuntimeError: out of memory" in page and "1.0e-07" in page and page in capsys.readouterr().out
 
 
+def test_rows_are_written_as_soon_as_they_are_measured(tmp_path, monkeypatch):
+    """A part that ends with an error, or is killed, has the rows before."""
+
+    def rows():
+        yield ROW
+        written = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]["numerics"]
+        assert written["rows"] == [ROW] and written["not_run"] == "interrupted"
+        raise RuntimeError("out of memory")
+
+    replace_parts(monkeypatch, numerics=rows)
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == ["numerics"]
+    results = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]["numerics"]
+    assert results["rows"] == [ROW] and results["not_run"] == "RuntimeError: out of memory"
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "Incomplete: RuntimeError: out of memory." in page and "1.0e-07" in page
+    replace_parts(monkeypatch, numerics=lambda: [ROW])
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == []
+    assert "Incomplete" not in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_the_layers_of_an_accelerator_are_timed_from_small_to_large(monkeypatch):
+    timed = []
+
+    def bench_layers(shapes, *rest, directions, **options):
+        timed.extend((shape.name, direction) for shape in shapes for direction in directions)
+        return [{"shape": shapes[0].name}], 1.0
+
+    monkeypatch.setattr(accelerator.layers, "bench_layers", bench_layers)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rows = accelerator._measure("layers", Path(), False, math.inf, None, quiet)
+    assert next(rows) == {"shape": "v1"} and timed == [("v1", "forward")]  # the others are not compiled yet
+    assert [row["shape"] for row in rows] == ["v1", *["medium_32e_8"] * 2, *["base_32e"] * 2, *["d2048"] * 2]
+
+
 def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_path, monkeypatch):
     replace_parts(monkeypatch, numerics=lambda: [ROW | {"ok": False}])
     with pytest.raises(SystemExit) as exit_:

@@ -1,8 +1,9 @@
-"""The CPU time that other processes use while programs are timed."""
+"""Programs that take turns, and the CPU time that other processes use meanwhile."""
 
 import os
 import time
 
+import jax
 import pytest
 
 from mot_jax.benchmark import timing
@@ -23,3 +24,24 @@ def test_the_cpu_time_of_other_processes_is_a_share_of_all_cores(tmp_path, monke
     assert timing.share_of_others(readings[0], readings[1]) == pytest.approx(4 / 20)
     assert timing.share_of_others(readings[1], readings[2]) is None  # no time has passed
     assert timing.cpu_times(str(tmp_path / "missing")) is None and timing.share_of_others(None, readings[0]) is None
+
+
+def test_a_program_that_fails_is_left_out_and_the_others_continue():
+    """It fails in the second of four rounds."""
+    calls, failures = {"good": 0, "bad": 0}, []
+
+    def program(name):
+        def run():
+            calls[name] += 1
+            if name == "bad" and calls[name] == 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        return lambda: run
+
+    programs = {name: program(name) for name in calls}
+    timings = timing.in_turns(programs, 3, failed=lambda name, error: failures.append((name, str(error))))
+    assert set(timings) == {"good"} and len(timings["good"].seconds) == 3 and calls == {"good": 4, "bad": 2}
+    assert failures == [("bad", "RESOURCE_EXHAUSTED: Out of memory")]
+    calls["bad"] = 0
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        timing.in_turns(programs, 3)
