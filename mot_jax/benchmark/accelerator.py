@@ -208,7 +208,7 @@ def _calibration(results: dict[str, Any], measured: bool) -> dict[str, Any]:
         for row in content["rows"]
         if row.get("modeled_s")
     ]
-    rows, factors = calibration.calibrate(programs)
+    rows, factors = calibration.calibrate(programs, launch=jax.default_backend() != "cpu")
     by_class = {name: dataclasses.asdict(factor) for name, factor in factors.items()}
     return {"rates": "measured" if measured else "data sheet", "rows": rows, "factors": by_class}
 

@@ -20,6 +20,9 @@ from mot_jax.planning.program import read_program
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runtime.progress import Advance
 
+_SAMPLE_SECONDS = 5e-3  # least time of a sample on an accelerator
+_MOST_CALLS = 1024  # of a sample
+
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
@@ -50,20 +53,23 @@ def in_turns(
     A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
     first time of each program, which may include compilation, is discarded. After each round, `advance` is called.
 
+    On an accelerator a round has as many calls of a short program as take some milliseconds. Each is prepared, all are
+    enqueued, and the last result is awaited, so that dispatch and synchronization are in the time only as far as they
+    are longer than the program.
+
     failed: called with the error of a program that JAX's runtime cannot execute, such as for lack of memory; the others
     continue. None: the error is raised.
     """
-    names = list(programs)
+    names, calls = list(programs), dict[str, int]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
         first = round_number % len(names)
         for name in [name for name in names[first:] + names[:first] if name in seconds]:
             try:
-                timed = programs[name]()
-                start = time.perf_counter()
-                jax.block_until_ready(timed())
                 if round_number:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(_seconds(programs[name], calls[name]))
+                else:
+                    calls[name] = _calls_per_sample(programs[name])
             except jax.errors.JaxRuntimeError as error:
                 if failed is None:
                     raise
@@ -73,8 +79,32 @@ def in_turns(
     return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
 
-def bandwidth(size: int = 2**28) -> float:
-    """Bytes per second at which the first device reads its memory: the best of several sums of `size` bytes."""
+def _seconds(program: Callable[[], Callable[[], Any]], calls: int) -> float:
+    """Seconds of a call."""
+    functions = [program() for _ in range(calls)]
+    start = time.perf_counter()
+    for function in functions:
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_per_sample(program: Callable[[], Callable[[], Any]]) -> int:
+    """Execute a program for the first time, and on an accelerator until a sample takes _SAMPLE_SECONDS."""
+    _seconds(program, 1)
+    calls = 1
+    if jax.default_backend() != "cpu":
+        while calls < _MOST_CALLS and calls * _seconds(program, calls) < _SAMPLE_SECONDS:
+            calls *= 2
+    return calls
+
+
+def bandwidth(size: int | None = None) -> float:
+    """Bytes per second at which the first device reads its memory: the best of several sums of `size` bytes.
+
+    size: much more than the device's caches; None is 2**30, or 2**28 on a CPU.
+    """
+    size = size or (2**28 if jax.default_backend() == "cpu" else 2**30)
     x = jnp.ones(size // 4)
     total = jax.jit(jnp.sum)
     timings = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]

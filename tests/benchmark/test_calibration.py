@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mot_jax.benchmark.calibration import calibrate, fit, seconds_by_class
+from mot_jax.benchmark.calibration import FACTOR_COLUMNS, calibrate, fit, seconds_by_class
 from mot_jax.cost.hardware import HARDWARE
 from mot_jax.planning import hlo
 from mot_jax.planning.program import read_program
@@ -43,6 +43,24 @@ def test_a_class_that_the_measurements_do_not_determine_has_the_overall_ratio():
     factors = fit(modeled, [3.0, 6.0, 9.0])
     assert [factor.factor for factor in factors.values()] == pytest.approx([1.5] * 3, rel=1e-2)
     assert factors["library"].resolution < 0.01 and factors["products"].resolution == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("launch", [12e-6, 0.0])
+def test_the_time_of_a_launch_is_found(launch):
+    """The programs take 2 µs to 3 s without it, so that it is most of the time of the shortest ones."""
+    modeled, measured = programs(40)
+    measured = [seconds + launch for seconds in measured]
+    factors = fit(modeled, measured, launch=True)
+    constant = factors.pop("launch")
+    assert constant.factor == pytest.approx(launch, rel=0.02, abs=1e-7)
+    assert {name: factor.factor for name, factor in factors.items()} == pytest.approx(FACTORS, rel=0.03)
+    assert constant.share == pytest.approx(constant.factor / min(measured))
+    assert not launch or constant.resolution > 0.98
+    rows = [{"name": "", "modeled_s": m, "measured_s": t} for m, t in zip(modeled, measured, strict=True)]
+    assert [row["calibrated_ratio"] for row in calibrate(rows, launch=True)[0]] == pytest.approx([1] * 40, abs=0.03)
+    factor = dict(FACTOR_COLUMNS)["factor"]
+    assert factor({"class": "launch", "factor": 12e-6}) == "12.0 µs"
+    assert factor({"class": "products", "factor": 1.4}) == "1.40"
 
 
 def test_rows_state_the_ratio_before_and_after():

@@ -45,3 +45,24 @@ def test_a_program_that_fails_is_left_out_and_the_others_continue():
     calls["bad"] = 0
     with pytest.raises(jax.errors.JaxRuntimeError):
         timing.in_turns(programs, 3)
+
+
+@pytest.mark.parametrize(("platform", "calls"), [("cpu", 1), ("gpu", 8)])
+def test_a_sample_of_a_short_program_has_several_calls_on_an_accelerator(platform, calls, monkeypatch):
+    """By a clock on which a call takes 0.7 ms and a synchronization 0.3 ms: 8 calls are the first above 5 ms."""
+    clock, prepared, waits = [0.0], [], []
+
+    def advance(seconds):
+        clock[0] += seconds
+
+    def program():
+        prepared.append(len(waits))
+        return lambda: advance(0.7e-3)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.jax, "block_until_ready", lambda result: (waits.append(1), advance(0.3e-3)))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    timings = timing.in_turns({"short": program}, 3)["short"]
+    assert timings.seconds == pytest.approx([0.7e-3 + 0.3e-3 / calls] * 3)
+    first = {1: [1], 8: [1, 1, 2, 4, 8]}[calls]
+    assert [prepared.count(wait) for wait in range(len(waits))] == [*first, calls, calls, calls]
