@@ -107,12 +107,19 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         results[part] |= {"seconds": time.monotonic() - start, "date": about["date"]}
         if any(not row.get("ok", True) for row in results[part]["rows"]):
             failed.append(part)
-        content = {"machine": about, "parts": results, "calibration": _calibration(results, model.measured)}
-        _write(path, content)
-        path.with_suffix(".md").write_text("\n".join(_page(about, results, content["calibration"])) + "\n")
+        _write(path, {"machine": about, "parts": results})
+        try:
+            calibrated = _calibration(results, model.measured)
+        except Exception as error:  # the measured parts are complete
+            progress(traceback.format_exc())
+            calibrated = {"not_run": error_words(error), "rows": [], "factors": {}}
+            failed.append("calibration")
+        _write(path, {"machine": about, "parts": results, "calibration": calibrated})
+        page = "\n".join(_page(about, results, calibrated))
+        path.with_suffix(".md").write_text(page + "\n")
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))
-    print("\n".join(_page(about, results, _calibration(results, model.measured))))
+    print(page)
     progress(f"written: {path} and {path.with_suffix('.md').name}")
     return failed
 
@@ -223,6 +230,8 @@ def _page(about: dict[str, str], results: dict[str, Any], calibrated: dict[str, 
             lines += [f"{state}: {content['not_run']}.", ""] if "not_run" in content else []
             lines += [*markdown({}, content["rows"], columns)[2:], ""] if content["rows"] else []
             lines += [f"Took {content['seconds']:.0f} s on {content['date']}.", ""]
+    if "not_run" in calibrated:
+        lines += ["## Modeled against measured", "", f"Not calibrated: {calibrated['not_run']}.", ""]
     if calibrated["rows"]:
         factors = [{"class": name} | factor for name, factor in calibrated["factors"].items()]
         lines += ["## Modeled against measured", ""]

@@ -71,7 +71,7 @@ def train_on(config: Config, mesh: MeshConfig, steps: int) -> tuple[TrainingProg
 
 COLUMNS: list[Column] = [
     ("mesh", lambda row: row["mesh"]),
-    ("loss of the last step", lambda row: f"{row['losses'][-1]:.5f}"),
+    ("loss of the last step", lambda row: number("loss", 1, ".5f", {"loss": row["losses"][-1]})),
     ("difference", partial(number, "loss_difference", 1, ".1e")),
     ("tolerance", partial(number, "tolerance", 1, ".0e")),
     ("", lambda row: "ok" if row["ok"] else "WRONG"),

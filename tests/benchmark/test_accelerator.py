@@ -209,6 +209,32 @@ def test_a_loss_that_depends_on_the_mesh_is_wrong(monkeypatch):
     assert not any(row["ok"] for row in bench_mesh(SMALL, 3, NO_MODEL, quiet))
 
 
+def test_a_loss_that_is_not_a_number_is_a_dash_in_this_call_and_in_later_ones(tmp_path, monkeypatch):
+    """In JSON it is null."""
+    monkeypatch.setattr(mesh, "train_on", lambda *_: (StubRun(), [math.nan, math.nan]))
+    replace_parts(monkeypatch, mesh=lambda: bench_mesh(SMALL, 3, NO_MODEL, quiet), numerics=lambda: [ROW])
+    for part, failed in (("mesh", ["mesh"]), ("numerics", [])):
+        assert bench_accelerator(str(tmp_path), [part], True, 60, quiet) == failed
+        (line,) = [line for line in next(tmp_path.glob("*.md")).read_text().splitlines() if "| 1 device" in line]
+        assert [cell.strip() for cell in line.split("|")[2:6]] == ["-", "-", "1e-05", "WRONG"]
+    results = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]
+    assert results["mesh"]["rows"][0]["losses"] == [None, None] and results["numerics"]["rows"] == [ROW]
+
+
+def test_an_error_of_the_calibration_loses_no_part(tmp_path, monkeypatch):
+    def fails(*_, **options):
+        raise ValueError("singular")
+
+    row = ROW | {"modeled_s": {"products": 1.0}, "median_s": 2.0}
+    replace_parts(monkeypatch, numerics=lambda: [row])
+    monkeypatch.setattr(accelerator.calibration, "calibrate", fails)
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == ["calibration"]
+    content = json.loads(next(tmp_path.glob("*_small.json")).read_text())
+    assert content["parts"]["numerics"]["rows"] == [row]
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "1.0e-07" in page and "Not calibrated: ValueError: singular." in page
+
+
 def test_parts_for_several_devices_are_left_out_on_one(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert bench_accelerator(str(tmp_path), ["mesh", "collectives"], True, 60, quiet) == []
