@@ -204,16 +204,20 @@ _LABELS = ("shape", "direction", "kind", "config", "size", "kernel", "mesh", "co
 
 
 def _calibration(results: dict[str, Any], measured: bool) -> dict[str, Any]:
-    """Modeled and measured times of all programs with both, and the factors. measured: the rates of the model are."""
+    """Modeled and measured times of all programs with a model, and the factors.
+
+    measured: whether the rates of the model are.
+    """
     programs = [
         {
             "name": ", ".join([part, *(row[name] for name in _LABELS if name in row)]),
             "modeled_s": row["modeled_s"],
             "measured_s": row["median_s"],
         }
+        | {name: row[name] for name in ("not_modeled",) if name in row}
         for part, content in results.items()
         for row in content["rows"]
-        if row.get("modeled_s")
+        if row.get("modeled_s") or "not_modeled" in row
     ]
     rows, factors = calibration.calibrate(programs, launch=jax.default_backend() != "cpu")
     by_class = {name: dataclasses.asdict(factor) for name, factor in factors.items()}

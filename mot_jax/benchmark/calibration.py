@@ -32,8 +32,8 @@ from scipy.optimize import nnls
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, matmul_peak
 from mot_jax.cost.hardware import Hardware, hardware_of
+from mot_jax.errors import error_words
 from mot_jax.planning import hlo
-from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import Program, read_program
 from mot_jax.planning.times import model_times
 
@@ -63,13 +63,10 @@ class Model:
         self.measured = hardware_of(self._device) is None
 
     def seconds(self, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> dict[str, float]:
-        """Modeled seconds of an executable by class of kernel; empty if its text is not understood."""
+        """Modeled seconds of an executable by class of kernel. Raises UnknownTextError."""
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
         shape = {} if mesh is None else dict(mesh.shape)
-        try:
-            program = read_program(hlo.parse(compiled.as_text() or ""), shape)
-        except UnknownTextError:
-            return {}
+        program = read_program(hlo.parse(compiled.as_text() or ""), shape)
         return seconds_by_class(program, self._hardware, self._peak(dtype), devices)
 
     @functools.cached_property
@@ -81,6 +78,14 @@ class Model:
 
     def _peak(self, dtype: str) -> float:
         return self._hardware.bfloat16_peak if dtype == "bfloat16" else self._hardware.float32_peak
+
+
+def modeled(model: Model, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> Row:
+    """A part of a row: `modeled_s`, modeled seconds by class of kernel; with none, the reason as `not_modeled`."""
+    try:
+        return {"modeled_s": model.seconds(compiled, dtype, mesh)}
+    except Exception as error:  # the measured time is valid
+        return {"modeled_s": {}, "not_modeled": error_words(error)}
 
 
 def seconds_by_class(program: Program, hardware: Hardware, peak: float, devices: list[jax.Device]) -> dict[str, float]:
@@ -147,7 +152,11 @@ def fit(modeled: Sequence[Mapping[str, float]], measured: Sequence[float], launc
 
 
 def calibrate(rows: Sequence[Row], launch: bool = False) -> tuple[list[Row], dict[str, Factor]]:
-    """Add modeled, ratio, calibrated and calibrated_ratio to rows with a name, measured_s and modeled_s by class."""
+    """Add modeled, ratio, calibrated and calibrated_ratio to rows with a name, measured_s and modeled_s by class.
+
+    Rows with `not_modeled` are last, without these.
+    """
+    not_modeled = [row for row in rows if "not_modeled" in row]
     rows = [row for row in rows if sum(row["modeled_s"].values()) > 0]
     factors = fit([row["modeled_s"] for row in rows], [row["measured_s"] for row in rows], launch)
     constant = factors[LAUNCH].factor if LAUNCH in factors else 0.0
@@ -158,13 +167,17 @@ def calibrate(rows: Sequence[Row], launch: bool = False) -> tuple[list[Row], dic
         calibrated = constant + sum(factors[name].factor * seconds for name, seconds in classes if seconds)
         ratios = {"ratio": row["measured_s"] / total, "calibrated_ratio": row["measured_s"] / (calibrated or total)}
         table.append(row | {"modeled_total_s": total, "calibrated_s": calibrated} | ratios)
-    return table, factors
+    return table + not_modeled, factors
+
+
+def _by_class(modeled: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * seconds:,.3f}" for name, seconds in modeled.items() if seconds)
 
 
 COLUMNS: list[Column] = [
     ("program", lambda row: row["name"]),
     ("modeled ms", partial(number, "modeled_total_s", 1e3, ",.3f")),
-    ("of it, by class", lambda row: ", ".join(f"{n} {1e3 * s:,.3f}" for n, s in row["modeled_s"].items() if s)),
+    ("of it, by class", lambda row: row.get("not_modeled") or _by_class(row["modeled_s"])),
     ("measured ms", partial(number, "measured_s", 1e3, ",.3f")),
     ("measured / modeled", partial(number, "ratio", 1, ".2f")),
     ("measured / calibrated", partial(number, "calibrated_ratio", 1, ".2f")),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
-from mot_jax.benchmark.calibration import Model
+from mot_jax.benchmark.calibration import Model, modeled
 from mot_jax.benchmark.peers import PEERS, Peer, PeerError
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Buffers, Program, Timings, bandwidth, in_turns
@@ -97,7 +97,7 @@ def bench_layers(
         has_time: Called before each shape and direction; the benchmark ends when it returns False.
         trained: The layer of a run, of whose shape `shapes` consists: its activations and its router. None: random.
         peers: Also time the layers of other packages (`benchmark.peers`).
-        model: If given, rows have `modeled_s`, the modeled seconds by class of kernel.
+        model: If given, rows have `modeled_s`, the modeled seconds by class of kernel (`calibration.modeled`).
 
     Returns:
         Rows, and the measured bandwidth of the memory in bytes/s. A row has shape, direction, kind; dtype, param_dtype;
@@ -105,9 +105,9 @@ def bench_layers(
         peak that the dense layer reached; flops, without recomputation; flops_per_second, peak_share of the measured
         peak, and peak; executed_flops, with empty slots, without recomputation; bytes, the minimum (`cost.layers`), and
         bound_s, these over the measured bandwidth; floor_s, for each pass the larger of that and of FLOPs over the
-        peak; temporaries, program_bytes, copies, compile_s
-        (`timing.Program`). The row of a program that does not run has shape, direction, kind, and the reason; ok is
-        False unless a package is missing or memory does not suffice.
+        peak; temporaries, program_bytes, copies, not_read, compile_s (`timing.Program`). The row of a program that does
+        not run has shape, direction, kind, and the reason; ok is False unless a package is missing or memory does not
+        suffice.
 
     Raises:
         UserError: For an unknown kind.
@@ -128,8 +128,7 @@ def bench_layers(
             timings = _time_programs(shape, direction, programs, absent, buffers, rounds, progress, profile)
             timed = _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
             if model:
-                modeled = {name: model.seconds(program.compiled, dtype) for name, program in programs.items()}
-                timed = [row | {"modeled_s": modeled[row["kind"]]} for row in timed]
+                timed = [row | modeled(model, programs[row["kind"]].compiled, dtype) for row in timed]
             rows += timed
             rows += [{"shape": shape.name, "direction": direction, "kind": n} | why for n, why in absent.items()]
             del programs
@@ -213,6 +212,7 @@ def _timing_rows(
                 "temporaries": program.temporaries,
                 "program_bytes": program.bytes,
                 "copies": program.copies,
+                "not_read": program.not_read,
                 "compile_s": program.seconds_to_compile,
             }
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -143,6 +142,7 @@ class Program:
         temporaries: bytes that XLA allocates in addition to arguments and results; None if it does not report them.
         copies: instructions of the compiled program that copy or transpose (`count_copies`).
         bytes: read and written by its instructions (`planning.program`). Both are None if its text cannot be parsed.
+        not_read: the reason for this, else None.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any, buffers: Buffers | None = None):
@@ -161,10 +161,12 @@ class Program:
         self.temporaries = temporaries(self.compiled)
         self.copies: int | None = None
         self.bytes: float | None = None
-        with contextlib.suppress(UnknownTextError):
+        self.not_read: str | None = None
+        try:
             module = hlo.parse(self.compiled.as_text() or "")
-            self.copies = count_copies(module)
-            self.bytes = read_program(module, {}).hbm_bytes
+            self.copies, self.bytes = count_copies(module), read_program(module, {}).hbm_bytes
+        except UnknownTextError as error:
+            self.not_read = str(error)
 
     def __call__(self) -> Callable[[], Any]:
         """The function that `in_turns` times."""
@@ -190,6 +192,7 @@ def temporaries(compiled: jax.stages.Compiled) -> int | None:
 COPIES = ("copy", "copy-start", "transpose")
 
 
+@hlo.reading()
 def count_copies(module: hlo.Module, min_bytes: int = 4096, opcodes: tuple[str, ...] = COPIES) -> int:
     """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
     computations = module.computations

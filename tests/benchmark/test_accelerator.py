@@ -74,6 +74,19 @@ def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
     assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
 
 
+def test_a_check_that_fails_does_not_stop_the_others(monkeypatch):
+    def fails():
+        raise ValueError("no such instruction\nin line 2")
+
+    table = {("hash", "float32"): fails, ("dense", "float32"): lambda: ROW}
+    monkeypatch.setattr(numerics, "checks", lambda small: table)
+    first, second = numerics.bench_numerics(True, quiet)
+    assert first == {"kind": "hash", "dtype": "float32", "reason": "ValueError: no such instruction", "ok": False}
+    assert second == ROW
+    cells = [text_of(first) for _, text_of in numerics.COLUMNS]
+    assert cells == ["hash", "float32", "-", "-", "-", "-", "ValueError: no such instruction"]
+
+
 def test_attention_is_checked_by_the_fused_kernel_of_the_device(monkeypatch):
     """cuDNN's attention computes in bfloat16 only."""
     monkeypatch.setattr(numerics, "configs_to_check", lambda shape, device: {})

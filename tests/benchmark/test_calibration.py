@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mot_jax.benchmark.calibration import FACTOR_COLUMNS, calibrate, fit, seconds_by_class
+from mot_jax.benchmark.calibration import COLUMNS, FACTOR_COLUMNS, Model, calibrate, fit, modeled, seconds_by_class
 from mot_jax.cost.hardware import HARDWARE
 from mot_jax.planning import hlo
 from mot_jax.planning.program import read_program
@@ -76,6 +76,18 @@ def test_rows_state_the_ratio_before_and_after():
             1, abs=0.02
         )
     assert calibrate([]) == ([], {})
+
+
+def test_a_program_without_a_model_is_marked_and_not_fitted():
+    good = {"name": "good", "modeled_s": {"products": 1.0}, "measured_s": 2.0}
+    compiled = SimpleNamespace(as_text=lambda: "ENTRY %main () -> f32[] {\n  ROOT %x = f32[] add(%y, %y)\n}\n")
+    row = modeled(Model(), compiled, "float32")
+    assert row == {"modeled_s": {}, "not_modeled": "UnknownTextError: KeyError: 'y'"}
+    (first, second), factors = calibrate([{"name": "bad", "measured_s": 9.0} | row, good])
+    assert first["name"] == "good" and first["ratio"] == 2 and second == {"name": "bad", "measured_s": 9.0} | row
+    assert factors["products"].factor == pytest.approx(2)
+    cells = [text_of(second) for _, text_of in COLUMNS]
+    assert cells == ["bad", "-", "UnknownTextError: KeyError: 'y'", "9,000.000", "-", "-"]
 
 
 def test_a_class_whose_factor_would_not_be_positive_has_the_overall_ratio():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark import layers
+from mot_jax.benchmark import layers, timing
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, Timings, count_copies
 from mot_jax.config import CompanionsConfig, ModelConfig, ThresholdConfig
@@ -19,6 +19,7 @@ from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes, p
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
 from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
 
 TINY = SHAPES["tiny"]
 
@@ -148,6 +149,16 @@ def test_a_program_returns_its_results_in_donated_buffers():
         one, two = program()()
         assert one.tolist() == [1, 2] and two.tolist() == [0, 2]
     assert program.seconds_to_compile > 0 and program.copies == 0
+
+
+def test_a_program_whose_text_is_not_understood_is_timed(monkeypatch):
+    def fails(*_):
+        raise UnknownTextError("a new opcode")
+
+    monkeypatch.setattr(timing, "read_program", fails)
+    program = Program(lambda x: x + 1, jnp.arange(2.0))
+    assert (program.copies, program.bytes, program.not_read) == (None, None, "a new opcode")
+    assert program()().tolist() == [1, 2]
 
 
 def test_programs_share_the_buffers_of_their_results():
