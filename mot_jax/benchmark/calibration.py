@@ -51,11 +51,15 @@ CLASSES = {
 Row = dict[str, Any]
 
 
+class NotModeledError(Exception):
+    """Why a program has no modeled time."""
+
+
 class Model:
     """The model of `mot plan` for programs of the attached devices.
 
-    measured: whether the device is not in `cost.hardware`, so that its peak and bandwidth are measured; the network is
-    then as fast as the memory, which holds for virtual CPU devices.
+    measured: whether the device is not in `cost.hardware`, so that its peak and bandwidth are measured. The network of
+    virtual CPU devices is as fast as their memory, that of others is not known.
     """
 
     def __init__(self) -> None:
@@ -63,10 +67,14 @@ class Model:
         self.measured = hardware_of(self._device) is None
 
     def seconds(self, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh | None = None) -> dict[str, float]:
-        """Modeled seconds of an executable by class of kernel. Raises UnknownTextError."""
+        """Modeled seconds of an executable by class of kernel. Raises UnknownTextError and NotModeledError."""
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
         shape = {} if mesh is None else dict(mesh.shape)
         program = read_program(hlo.parse(compiled.as_text() or ""), shape)
+        if program.unknown:
+            raise NotModeledError(f"not understood: {program.unknown[0]}")
+        if program.collectives and self.measured and self._device.platform != "cpu":
+            raise NotModeledError("the network of these devices is not known")
         return seconds_by_class(program, self._hardware, self._peak(dtype), devices)
 
     @functools.cached_property
@@ -84,6 +92,8 @@ def modeled(model: Model, compiled: jax.stages.Compiled, dtype: str, mesh: Mesh 
     """A part of a row: `modeled_s`, modeled seconds by class of kernel; with none, the reason as `not_modeled`."""
     try:
         return {"modeled_s": model.seconds(compiled, dtype, mesh)}
+    except NotModeledError as error:
+        return {"modeled_s": {}, "not_modeled": str(error)}
     except Exception as error:  # the measured time is valid
         return {"modeled_s": {}, "not_modeled": error_words(error)}
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mot_jax.benchmark import calibration
 from mot_jax.benchmark.calibration import COLUMNS, FACTOR_COLUMNS, Model, calibrate, fit, modeled, seconds_by_class
 from mot_jax.cost.hardware import HARDWARE
 from mot_jax.planning import hlo
@@ -170,3 +171,25 @@ def test_modeled_seconds_have_the_class_of_their_kernel():
     slow = dataclasses.replace(h100, float32_peak=1e12)
     by_flops = seconds_by_class(program, slow, 1e12, devices)
     assert by_flops["products"] == pytest.approx(2 * 2 * 1024 * 512 * 256 / 1e12)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_what_is_understood_of_a_program_and_its_devices_is_modeled(platform, monkeypatch):
+    """The FLOPs of the call `other` are not known, nor is the network of GPUs that are not in `cost.hardware`."""
+    monkeypatch.setattr(calibration, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(calibration, "matmul_peak", lambda dtype: 1e30)
+    device = SimpleNamespace(platform=platform, device_kind="new", coords=(), process_index=0)
+    monkeypatch.setattr(calibration.jax, "devices", lambda: [device] * 2)
+    mesh = SimpleNamespace(devices=np.array([device] * 2), shape={"data": 2})
+
+    def of(text):
+        return modeled(Model(), SimpleNamespace(as_text=lambda: text), "float32", mesh)
+
+    assert of(TEXT) == {"modeled_s": {}, "not_modeled": "not understood: FLOPs of the custom call other"}
+    understood = TEXT.replace('="other"', '="__cub$DeviceRadixSort"')
+    if platform == "cpu":
+        assert of(understood)["modeled_s"]["collectives"] == pytest.approx(Z / 1e9)
+    else:
+        assert of(understood) == {"modeled_s": {}, "not_modeled": "the network of these devices is not known"}
+    alone = understood.replace("all-reduce(%s), replica_groups={{0,1}}, to_apply=%sum", "negate(%s)")
+    assert of(alone)["modeled_s"]["products"] == pytest.approx(2 * (X + Y + Z) / 1e9)
