@@ -28,7 +28,7 @@ from mot_jax.cli.parsing import (
 )
 from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
-from mot_jax.runtime import compilation
+from mot_jax.runtime import compilation, distributed
 from mot_jax.runtime.paths import user_path
 
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,...")]
@@ -285,6 +285,7 @@ class AcceleratorOptions:
 def _accelerator(arguments: list[str]) -> None:
     """Run all benchmarks on one attached accelerator, after a comparison of its numbers with the CPU's."""
     options = parse("mot bench accelerator", AcceleratorOptions, arguments)
+    _refuse_several_tasks()
     # The float64 reference needs a CPU device in addition; JAX is not initialized yet.
     platforms = os.environ.get("JAX_PLATFORMS")
     import jax
@@ -296,6 +297,20 @@ def _accelerator(arguments: list[str]) -> None:
     parts = ["headline"] if options.small_headline else options.parts.split(",")
     if bench_accelerator(options.out, parts, options.small, 60.0 * options.minutes, _progress):
         sys.exit(1)
+
+
+def _refuse_several_tasks() -> None:
+    """Raise UserError in a task of a job with several, each of which would use all devices of its host by itself."""
+    command = "mot bench accelerator"
+    command = (
+        f"srun --nodes=1 --ntasks=1 {command}" if "SLURM_JOB_ID" in os.environ else f"{command} in a single process"
+    )
+    try:
+        process = distributed.detect(60)
+    except UserError as error:
+        raise UserError(f"{str(error).partition('; try ')[0]}; try {command}") from None
+    if process is not None and process.total > 1:
+        raise UserError(f"cluster: {process}, each of which would use all devices by itself; try {command}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,25 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert "Not measured: RuntimeError: out of memory" in page and "1.0e-07" in page and page in capsys.readouterr().out
 
 
+def test_a_job_with_several_tasks_is_refused_in_one_line(monkeypatch, capsys):
+    numbers = {"JOB_ID": "4097", "NTASKS": "8", "PROCID": "2", "LOCALID": "2", "STEP_NODELIST": "node07"}
+    for name, value in numbers.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    called = []
+    monkeypatch.setattr(accelerator, "bench_accelerator", lambda *_: called.append(1))
+    for tasks, rule in (("8", "process 2 of 8, each of which"), ("many", "the process cannot be identified")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", "accelerator"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert exit_.value.code == 2 and line.startswith(f"error: cluster: {rule}") and not called
+        assert line.endswith("; try srun --nodes=1 --ntasks=1 mot bench accelerator")
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():  # of that command
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    cli.main(["bench", "accelerator"])
+    assert called
+
+
 def test_rows_are_written_as_soon_as_they_are_measured(tmp_path, monkeypatch):
     """A part that ends with an error, or is killed, has the rows before."""
 
