@@ -202,6 +202,8 @@ def _step(arguments: list[str]) -> None:
         rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, products)
         about = {"topology": options.topology, "chips": "1"} | versions()
         _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
+        for line in dict.fromkeys(f"{row['config']}: {note}" for row in rows for note in row["notes"]):
+            print(line)
         return
     rows, rates = bench_step(configs, rounds, _progress, options.profile)
     about = machine() | {
