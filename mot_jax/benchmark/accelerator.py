@@ -107,21 +107,30 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         results[part] |= {"seconds": time.monotonic() - start, "date": about["date"]}
         if any(not row.get("ok", True) for row in results[part]["rows"]):
             failed.append(part)
-        _write(path, {"machine": about, "parts": results})
-        try:
-            calibrated = _calibration(results, model.measured)
-        except Exception as error:  # the measured parts are complete
-            progress(traceback.format_exc())
-            calibrated = {"not_run": error_words(error), "rows": [], "factors": {}}
-            failed.append("calibration")
-        _write(path, {"machine": about, "parts": results, "calibration": calibrated})
-        page = "\n".join(_page(about, results, calibrated))
-        path.with_suffix(".md").write_text(page + "\n")
+        _report(path, about, results, model.measured)
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))
+    page, error = _report(path, about, results, model.measured)
     print(page)
     progress(f"written: {path} and {path.with_suffix('.md').name}")
+    if error is not None:
+        progress("".join(traceback.format_exception(error)))
+        failed.append("calibration")
     return failed
+
+
+def _report(path: Path, about: dict[str, str], results: dict[str, Any], measured: bool) -> tuple[str, Exception | None]:
+    """Write JSON and Markdown. Returns the Markdown, and the error of the calibration, which both files then lack."""
+    content, error = {"machine": about, "parts": results}, None
+    _write(path, content)
+    try:
+        calibrated = _calibration(results, measured)
+    except Exception as reason:  # the measured parts are complete
+        error, calibrated = reason, {"not_run": error_words(reason), "rows": [], "factors": {}}
+    _write(path, content | {"calibration": calibrated})
+    page = "\n".join(_page(about, results, calibrated))
+    path.with_suffix(".md").write_text(page + "\n")
+    return page, error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
