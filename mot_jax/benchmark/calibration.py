@@ -6,12 +6,12 @@ A program's modeled time is a sum over classes c of kernels, m_c. The factors f_
 
 On accelerators the sum over c also has a constant, *launch*, which is equal for all programs: a short program does not
 take less time than its launch. It has no model, so that its second term is (launch / (f LAUNCH_SECONDS))^2, and it may
-be 0. So every program counts the same, whether it takes a microsecond or a second. f is the median of measured over
-modeled times. The second term decides only where the first does not: a class that takes little of every program gets
-the factor f, and classes that are in the same proportion in every program get the same factor. The *resolution* of a
-factor, the diagonal of the resolution matrix of this least-squares problem, is then near 0 or a fraction; it is near 1
-for a factor that the measurements determine. A class whose best factor is not positive, because of noise or since it
-overlaps with others, gets f with a resolution of 0, and the others are fitted again.
+be 0. Errors are relative, so that every program counts the same, whether it takes a microsecond or a second. f is the
+median of measured over modeled times. The second term decides only where the first does not: a class that takes little
+of every program gets the factor f, and classes that are in the same proportion in every program get the same factor.
+The *resolution* of a factor, the diagonal of the resolution matrix of this least-squares problem, is then near 0 or a
+fraction; it is near 1 for a factor that the measurements determine. A class whose best factor is not positive, because
+of noise or since it overlaps with others, gets f with a resolution of 0, and the others are fitted again.
 """
 
 from __future__ import annotations
