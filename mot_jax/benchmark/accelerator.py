@@ -110,18 +110,19 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
         _report(path, about, results, model.measured)
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))
-    page, error = _report(path, about, results, model.measured)
+    page, fault = _report(path, about, results, model.measured)
     print(page)
     progress(f"written: {path} and {path.with_suffix('.md').name}")
-    if error is not None:
-        progress("".join(traceback.format_exception(error)))
+    if fault is not None:
+        progress("".join(traceback.format_exception(fault)))
         failed.append("calibration")
     return failed
 
 
 def _report(path: Path, about: dict[str, str], results: dict[str, Any], measured: bool) -> tuple[str, Exception | None]:
     """Write JSON and Markdown. Returns the Markdown, and the error of the calibration, which both files then lack."""
-    content, error = {"machine": about, "parts": results}, None
+    content: dict[str, Any] = {"machine": about, "parts": results}
+    error: Exception | None = None
     _write(path, content)
     try:
         calibrated = _calibration(results, measured)
