@@ -78,6 +78,14 @@ def test_the_image_installs_this_package_at_the_versions_of_the_lock():
     assert steps[0][0] == "FROM" and steps[0][1].startswith("python:3.13-")
 
 
+def test_the_image_has_no_file_of_the_empty_package():
+    """It is removed before the real one is copied, and the installed package is imported."""
+    text = re.sub(r"\\\n", "", DOCKERFILE.read_text())
+    first, second = (line for line in text.splitlines() if line.startswith("RUN") and "pip install" in line)
+    assert set(first.split("rm -r ")[1].split()) == {"mot_jax", "mot_jax.egg-info", "build"}
+    assert shlex.split(second.split("&& ")[1]) == ["python", "-I", "-c", "import mot_jax; mot_jax.Config"]
+
+
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 

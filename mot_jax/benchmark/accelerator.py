@@ -2,22 +2,25 @@
 
 All parts but `mesh` and `collectives` use one device.
 
-A part that fails, or for which no time is left, is reported as not measured, and the other parts still run. The files
-are written after each part; several calls on the same day and device add their parts to the same files.
+A part that fails, or for which no time is left, is reported as not measured or incomplete, and the other parts still
+run. The JSON file is written after each row, or shape and direction of the layers, the others after each part; several
+calls on the same day and device add their parts to the same files.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from etils import epath
 
 from mot_jax.benchmark import attention, calibration, decoding, headline, layers, mesh, numerics, step, workloads
 from mot_jax.benchmark.peers import comparable
@@ -27,7 +30,7 @@ from mot_jax.config import Config, MeshConfig, kernel_runs_on
 from mot_jax.cost.layers import DROPLESS, IMPLEMENTATIONS, MIXTURE, SHAPES, paper_shapes
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 from mot_jax.runtime import strict_json
-from mot_jax.runtime.paths import local_path
+from mot_jax.runtime.paths import local_path, replace_file
 
 Progress = Callable[[str], None]
 _TITLES: dict[str, tuple[str, list[Column]]] = {
@@ -85,28 +88,54 @@ def bench_accelerator(out: str, parts: Sequence[str], small: bool, seconds: floa
             results[part] = {"not_run": "no time was left", "rows": []}
         else:
             progress(f"--- {part}, {deadline - start:.0f} s left")
+            results[part] = {"not_run": "interrupted", "rows": [], "seconds": 0.0, "date": about["date"]}
             try:
-                results[part] = {"rows": _measure(part, folder, small, deadline, model, progress)}
+                for row in _measure(part, folder, small, deadline, model, progress):
+                    results[part]["rows"].append(row)
+                    results[part]["seconds"] = time.monotonic() - start
+                    _write(path, {"machine": about, "parts": results})
+                del results[part]["not_run"]
             except ReportedError:
                 raise
             except NotApplicableError as error:
                 progress(f"{part}: {error}")
-                results[part] = {"not_run": str(error), "rows": []}
+                results[part]["not_run"] = str(error)
             except Exception as error:  # the other parts may still succeed
                 progress(traceback.format_exc())
-                results[part] = {"not_run": error_words(error), "rows": []}
+                results[part]["not_run"] = error_words(error)
                 failed.append(part)
         results[part] |= {"seconds": time.monotonic() - start, "date": about["date"]}
         if any(not row.get("ok", True) for row in results[part]["rows"]):
             failed.append(part)
-        content = {"machine": about, "parts": results, "calibration": _calibration(results, model.measured)}
-        path.write_text(strict_json.dumps(content, indent=1) + "\n")
-        path.with_suffix(".md").write_text("\n".join(_page(about, results, content["calibration"])) + "\n")
+        _report(path, about, results, model.measured)
         if results[part]["rows"] and part == "layers":
             path.with_name(f"{path.stem}_layers.png").write_bytes(layers.plot(results[part]["rows"]))
-    print("\n".join(_page(about, results, _calibration(results, model.measured))))
+    page, fault = _report(path, about, results, model.measured)
+    print(page)
     progress(f"written: {path} and {path.with_suffix('.md').name}")
+    if fault is not None:
+        progress("".join(traceback.format_exception(fault)))
+        failed.append("calibration")
     return failed
+
+
+def _report(path: Path, about: dict[str, str], results: dict[str, Any], measured: bool) -> tuple[str, Exception | None]:
+    """Write JSON and Markdown. Returns the Markdown, and the error of the calibration, which both files then lack."""
+    content: dict[str, Any] = {"machine": about, "parts": results}
+    error: Exception | None = None
+    _write(path, content)
+    try:
+        calibrated = _calibration(results, measured)
+    except Exception as reason:  # the measured parts are complete
+        error, calibrated = reason, {"not_run": error_words(reason), "rows": [], "factors": {}}
+    _write(path, content | {"calibration": calibrated})
+    page = "\n".join(_page(about, results, calibrated))
+    path.with_suffix(".md").write_text(page + "\n")
+    return page, error
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    replace_file(epath.Path(path), (strict_json.dumps(content, indent=1) + "\n").encode())
 
 
 class NotApplicableError(Exception):
@@ -115,14 +144,15 @@ class NotApplicableError(Exception):
 
 def _measure(
     part: str, folder: Path, small: bool, deadline: float, model: calibration.Model, progress: Progress
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """The rows of a part, each as soon as it is measured."""
     rounds, on_cpu = 3 if small else 10, jax.default_backend() == "cpu"
     if part == "numerics":
-        return numerics.bench_numerics(small, progress)
-    if part == "attention":
-        return attention.bench_attention(small, rounds, model, progress)
-    if part in ("layers", "peers"):
-        shapes = [SHAPES["tiny"]] if small else paper_shapes(on_cpu)
+        yield from numerics.bench_numerics(small, progress)
+    elif part == "attention":
+        yield from attention.bench_attention(small, rounds, model, progress)
+    elif part in ("layers", "peers"):
+        shapes = [SHAPES["tiny"]] if small else sorted(paper_shapes(on_cpu), key=lambda s: s.tokens * s.d_ff)
         kinds, peers = None, part == "peers"
         if peers:
             kinds = [MIXTURE, "token_choice", DROPLESS]
@@ -130,25 +160,27 @@ def _measure(
         dtype = "float32" if on_cpu else "bfloat16"
         has_time = lambda: time.monotonic() < deadline  # noqa: E731
         options: dict[str, Any] = {"has_time": has_time, "peers": peers, "model": model}
-        return layers.bench_layers(shapes, kinds, dtype, rounds, progress, **options)[0]
-    if part in ("mesh", "collectives"):
+        for shape, direction in itertools.product(shapes, layers.DIRECTIONS):
+            rows, _ = layers.bench_layers([shape], kinds, dtype, rounds, progress, directions=[direction], **options)
+            yield from rows
+    elif part in ("mesh", "collectives"):
         if jax.device_count() == 1:
             raise NotApplicableError("there is one device")
         if part == "mesh":
-            return mesh.bench_mesh(workloads.SMALL if small else workloads.v1_mot(), rounds, model, progress)
-        return mesh.bench_collectives(2**16 if small else 2**27, rounds, model, progress)
-    if part == "headline":
-        return headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
-    if part.startswith("step"):
+            yield from mesh.bench_mesh(workloads.SMALL if small else workloads.v1_mot(), rounds, model, progress)
+        else:
+            yield from mesh.bench_collectives(2**16 if small else 2**27, rounds, model, progress)
+    elif part == "headline":
+        yield from headline.bench_headline(folder / "headline", small, deadline - time.monotonic(), progress)
+    elif part.startswith("step"):
         config = workloads.SMALL if small else STEP_WORKLOADS[part]()
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))
-        return step.bench_step(step_configs(part, config, jax.devices()[0]), rounds, progress, model=model)[0]
-    config = workloads.SMALL if small else workloads.v1_mot()
-    rows: list[dict[str, Any]] = []
-    for batch in (1, 32):
-        if time.monotonic() < deadline and not (small and rows):
-            rows += decoding.bench_decoding(config, [batch], rounds, progress)[0]
-    return rows
+        yield from step.bench_step(step_configs(part, config, jax.devices()[0]), rounds, progress, model=model)[0]
+    else:
+        config = workloads.SMALL if small else workloads.v1_mot()
+        for batch in (1,) if small else (1, 32):
+            if time.monotonic() < deadline:
+                yield from decoding.bench_decoding(config, [batch], rounds, progress)[0]
 
 
 PEER_SHAPE = {True: "cpu_e32", False: "base_32e"}  # whether on a CPU: the shape of the layers of other packages
@@ -182,18 +214,22 @@ _LABELS = ("shape", "direction", "kind", "config", "size", "kernel", "mesh", "co
 
 
 def _calibration(results: dict[str, Any], measured: bool) -> dict[str, Any]:
-    """Modeled and measured times of all programs with both, and the factors. measured: the rates of the model are."""
+    """Modeled and measured times of all programs with a model, and the factors.
+
+    measured: whether the rates of the model are.
+    """
     programs = [
         {
             "name": ", ".join([part, *(row[name] for name in _LABELS if name in row)]),
             "modeled_s": row["modeled_s"],
             "measured_s": row["median_s"],
         }
+        | {name: row[name] for name in ("not_modeled",) if name in row}
         for part, content in results.items()
         for row in content["rows"]
-        if row.get("modeled_s")
+        if row.get("modeled_s") or "not_modeled" in row
     ]
-    rows, factors = calibration.calibrate(programs)
+    rows, factors = calibration.calibrate(programs, launch=jax.default_backend() != "cpu")
     by_class = {name: dataclasses.asdict(factor) for name, factor in factors.items()}
     return {"rates": "measured" if measured else "data sheet", "rows": rows, "factors": by_class}
 
@@ -204,9 +240,12 @@ def _page(about: dict[str, str], results: dict[str, Any], calibrated: dict[str, 
         if part in results:
             content = results[part]
             lines += [f"## {title}", ""]
-            lines += [f"Not measured: {content['not_run']}.", ""] if "not_run" in content else []
+            state = "Incomplete" if content["rows"] else "Not measured"
+            lines += [f"{state}: {content['not_run']}.", ""] if "not_run" in content else []
             lines += [*markdown({}, content["rows"], columns)[2:], ""] if content["rows"] else []
             lines += [f"Took {content['seconds']:.0f} s on {content['date']}.", ""]
+    if "not_run" in calibrated:
+        lines += ["## Modeled against measured", "", f"Not calibrated: {calibrated['not_run']}.", ""]
     if calibrated["rows"]:
         factors = [{"class": name} | factor for name, factor in calibrated["factors"].items()]
         lines += ["## Modeled against measured", ""]

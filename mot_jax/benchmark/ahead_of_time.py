@@ -155,9 +155,9 @@ def memory_of_steps(
     Rows: config, products; needed, bytes of the chip's memory; of these, arguments (parameters, optimizer state, batch)
     and temporaries including the gaps between them; live, the temporaries in use at the peak, on a TPU only, else None;
     ratio and live_ratio, temporaries and live over the baseline's; hbm_bytes of a step, from the compiled program's
-    text; kernel_s, seconds by kernel, None without the device's figures; compile_s. For a step that does not fit,
-    `fits` is False and only `needed` is known, or None if the compiler
-    does not report it.
+    text; kernel_s, seconds by kernel, None without the device's figures and if a part of the program is not understood;
+    unknown, these parts; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only `needed`
+    is known, or None if the compiler does not report it.
     """
     device = devices_of(parse_topology(topology))[0]
     return [row for by in _products(device, products) for row in _memory_of_steps(configs, topology, progress, by)]
@@ -172,7 +172,8 @@ def _memory_of_steps(
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))
         plan = plan_training(config, topology, chips=1, products=products or "triton")
         row: Row = {"config": name, "products": products, "fits": plan.fits, "compile_s": plan.seconds_to_compile}
-        row["kernel_s"] = plan.times and plan.times.compute + plan.times.hbm
+        row |= {"notes": plan.notes, "unknown": plan.program.unknown if plan.program else ()}
+        row["kernel_s"] = plan.times.compute + plan.times.hbm if plan.times and not row["unknown"] else None
         row |= {part: plan.memory.get(part) for part in ("needed", "arguments", "temporaries")}
         row["live"] = plan.memory.get("in use at once")
         rows.append(row | {"hbm_bytes": plan.program and plan.program.hbm_bytes})

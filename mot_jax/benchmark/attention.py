@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.benchmark.calibration import Model
+from mot_jax.benchmark.calibration import Model, modeled
 from mot_jax.benchmark.layers import forward_and_backward
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Program, in_turns
@@ -54,7 +54,7 @@ def bench_attention(small: bool, rounds: int, model: Model, progress: Callable[[
             row: Row = {"size": size, "kernel": kernel, "median_s": timings[kernel].median}
             row |= {"spread": timings[kernel].spread, "ratio_to_xla": timings[kernel].median / timings["xla"].median}
             row |= {"temporaries": program.temporaries, "compile_s": program.seconds_to_compile}
-            rows.append(row | {"modeled_s": model.seconds(program.compiled, "bfloat16")})
+            rows.append(row | modeled(model, program.compiled, "bfloat16"))
     return rows
 
 

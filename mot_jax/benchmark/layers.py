@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from flax import nnx
 from matplotlib.figure import Figure
 
-from mot_jax.benchmark.calibration import Model
+from mot_jax.benchmark.calibration import Model, modeled
 from mot_jax.benchmark.peers import PEERS, Peer, PeerError
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.timing import Program, Timings, bandwidth, in_turns
+from mot_jax.benchmark.timing import Buffers, Program, Timings, bandwidth, in_turns
 from mot_jax.benchmark.trained_layer import TrainedLayer, Variables
 from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
 from mot_jax.cost.layers import DROPLESS, FLOORS, MIXTURE, Shape, layer_cost, layer_parts
@@ -97,7 +97,7 @@ def bench_layers(
         has_time: Called before each shape and direction; the benchmark ends when it returns False.
         trained: The layer of a run, of whose shape `shapes` consists: its activations and its router. None: random.
         peers: Also time the layers of other packages (`benchmark.peers`).
-        model: If given, rows have `modeled_s`, the modeled seconds by class of kernel.
+        model: If given, rows have `modeled_s`, the modeled seconds by class of kernel (`calibration.modeled`).
 
     Returns:
         Rows, and the measured bandwidth of the memory in bytes/s. A row has shape, direction, kind; dtype, param_dtype;
@@ -105,8 +105,9 @@ def bench_layers(
         peak that the dense layer reached; flops, without recomputation; flops_per_second, peak_share of the measured
         peak, and peak; executed_flops, with empty slots, without recomputation; bytes, the minimum (`cost.layers`), and
         bound_s, these over the measured bandwidth; floor_s, for each pass the larger of that and of FLOPs over the
-        peak; temporaries, program_bytes, copies, compile_s
-        (`timing.Program`). The row of a peer that cannot run has shape, direction, kind, and the reason.
+        peak; temporaries, program_bytes, copies, not_read, compile_s (`timing.Program`). The row of a program that does
+        not run has shape, direction, kind, and the reason; ok is False unless a package is missing or memory does not
+        suffice.
 
     Raises:
         UserError: For an unknown kind.
@@ -119,22 +120,47 @@ def bench_layers(
                 progress(f"{shape.name}, {direction}: skipped, no time left")
                 return rows, rate
             progress(f"{shape.name}, {direction}: compiling {len(names) + 2 + peers * len(PEERS)} programs")
+            # On a CPU each program has its own, which are in its caches as far as they fit.
+            buffers: Buffers | None = None if jax.default_backend() == "cpu" else {}
             programs, absent = _compile_programs(
-                shape, names, dtype, param_dtype, direction, progress, trained, PEERS if peers else {}
+                shape, names, dtype, param_dtype, direction, progress, trained, PEERS if peers else {}, buffers
             )
-            progress(f"{shape.name}, {direction}: {rounds} rounds")
-            with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-                timings = in_turns(programs, rounds)
+            timings = _time_programs(shape, direction, programs, absent, buffers, rounds, progress, profile)
             timed = _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
             if model:
-                modeled = {name: model.seconds(program.compiled, dtype) for name, program in programs.items()}
-                timed = [row | {"modeled_s": modeled[row["kind"]]} for row in timed]
+                timed = [row | modeled(model, programs[row["kind"]].compiled, dtype) for row in timed]
             rows += timed
-            rows += [
-                {"shape": shape.name, "direction": direction, "kind": n, "reason": why} for n, why in absent.items()
-            ]
+            rows += [{"shape": shape.name, "direction": direction, "kind": n} | why for n, why in absent.items()]
             del programs
     return rows, rate
+
+
+def _time_programs(
+    shape: Shape,
+    direction: str,
+    programs: dict[str, Program],
+    absent: dict[str, Row],
+    buffers: Buffers | None,
+    rounds: int,
+    progress: Callable[[str], None],
+    profile: str | None,
+) -> dict[str, Timings]:
+    """Time the programs. Those that fail, or have no baseline, are moved from `programs` to `absent`."""
+
+    def failed(name: str, error: Exception) -> None:
+        progress(f"{shape.name}, {name}: {_first_line(error)}")
+        absent[name] = _reason(error)
+        del programs[name]
+        if buffers:
+            buffers.clear()  # they may be results of the execution that has failed
+
+    progress(f"{shape.name}, {direction}: {rounds} rounds")
+    with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
+        timings = in_turns(programs, rounds, failed=failed) if programs else {}
+    if "products" not in programs or not any(name in programs for name in BASELINES):
+        absent |= {name: {"reason": "no dense layer to compare with"} for name in programs}
+        programs.clear()
+    return timings
 
 
 def _timing_rows(
@@ -146,9 +172,11 @@ def _timing_rows(
     timings: dict[str, Timings],
     rate: float,
 ) -> list[Row]:
+    if not programs:
+        return []
     dense = layer_parts(shape, "dense", dtype, param_dtype)[-1]
     peak = dense.of(direction)[0] / timings["products"].median
-    baseline = min(timings[name].median for name in BASELINES)
+    baseline = min(timings[name].median for name in BASELINES if name in programs)
     dense_share = dense.of(direction)[0] / baseline / peak
     least, largest = valid_peak_shares()
     rows = []
@@ -184,6 +212,7 @@ def _timing_rows(
                 "temporaries": program.temporaries,
                 "program_bytes": program.bytes,
                 "copies": program.copies,
+                "not_read": program.not_read,
                 "compile_s": program.seconds_to_compile,
             }
         )
@@ -202,39 +231,56 @@ def _compile_programs(
     progress: Callable[[str], None],
     trained: TrainedLayer | None,
     peers: Mapping[str, Peer],
-) -> tuple[dict[str, Program], dict[str, str]]:
-    """The programs by name, and the reasons why peers are missing."""
+    buffers: Buffers | None,
+) -> tuple[dict[str, Program], dict[str, Row]]:
+    """The programs by name, and the reasons why others are missing."""
     x, dy = (
         jax.random.normal(jax.random.key(seed), (shape.sequences, shape.length, shape.d_model), dtype)
         for seed in (0, 1)
     )
     x = x if trained is None else trained.x.astype(dtype)
-    absent = {}
-    programs = {"products": Program(*_dense_products(shape, dtype, direction))}
     variables_of: dict[str, Variables] = {}  # by kind; all of its implementations share them
-    for name in (*kinds, "dense_flat", *peers):
+
+    def create(name: str) -> Program:
+        if name == "products":
+            return Program(*_dense_products(shape, dtype, direction), buffers=buffers)
+        if name == "dense_flat":
+            forward, variables = _flat_dense(shape, dtype, param_dtype)
+        else:
+            kind = "token_choice" if name in peers else name.partition(":")[0]
+            layer = kind if name in peers else name
+            forward, variables = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind))
+            variables = variables if trained is None else trained.with_router(variables)
+            if name in peers:
+                forward = peers[name].function(shape, dtype)
+            variables_of[kind] = variables
+        if direction == "forward":
+            return Program(forward, variables, x, buffers=buffers)
+        return Program(forward_and_backward(forward), variables, x, dy, buffers=buffers)
+
+    programs: dict[str, Program] = {}
+    absent: dict[str, Row] = {}
+    for name in ("products", *kinds, "dense_flat", *peers):
         try:
-            if name == "dense_flat":
-                forward, variables = _flat_dense(shape, dtype, param_dtype)
-            else:
-                kind = "token_choice" if name in peers else name.partition(":")[0]
-                layer = kind if name in peers else name
-                forward, variables = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind))
-                variables = variables if trained is None else trained.with_router(variables)
-                variables_of[kind] = variables
-                if name in peers:
-                    forward = peers[name].function(shape, dtype)
-            if direction == "forward":
-                programs[name] = Program(forward, variables, x)
-            else:
-                programs[name] = Program(forward_and_backward(forward), variables, x, dy)
-        except PeerError as error:
-            absent[name] = str(error)
-        except (UserError, jax.errors.JaxRuntimeError) as error:  # an unsupported kernel, or out of memory
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            programs[name] = create(name)
+        except UserError as error:  # an unsupported kernel
+            progress(f"{shape.name}, {name}: {_first_line(error)}")
+        except Exception as error:
+            if not isinstance(error, jax.errors.JaxRuntimeError) and name not in peers:
                 raise
-            progress(f"{shape.name}, {name}: {str(error).splitlines()[0]}")
+            progress(f"{shape.name}, {name}: {_first_line(error)}")
+            absent[name] = _reason(error)
     return programs, absent
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _reason(error: Exception) -> Row:
+    """Why a program does not run, as a part of its row."""
+    expected = isinstance(error, PeerError) or "RESOURCE_EXHAUSTED" in str(error)
+    return {"reason": _first_line(error)} | ({} if expected else {"ok": False})
 
 
 def layer_function(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from mot_jax.benchmark.calibration import Model
+from mot_jax.benchmark.calibration import Model, modeled
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.timing import in_turns
@@ -58,7 +58,7 @@ def bench_mesh(config: Config, rounds: int, model: Model, progress: Callable[[st
         row |= {"median_s": timing.median, "spread": timing.spread}
         row["speedup"] = (rows[0]["median_s"] if rows else timing.median) / timing.median
         row |= {"temporaries": run.temporaries, "compile_s": run.seconds_to_compile}
-        rows.append(row | {"modeled_s": model.seconds(run.compiled, config.model.dtype, run.mesh)})
+        rows.append(row | modeled(model, run.compiled, config.model.dtype, run.mesh))
         del run
     return rows
 
@@ -71,7 +71,7 @@ def train_on(config: Config, mesh: MeshConfig, steps: int) -> tuple[TrainingProg
 
 COLUMNS: list[Column] = [
     ("mesh", lambda row: row["mesh"]),
-    ("loss of the last step", lambda row: f"{row['losses'][-1]:.5f}"),
+    ("loss of the last step", lambda row: number("loss", 1, ".5f", {"loss": row["losses"][-1]})),
     ("difference", partial(number, "loss_difference", 1, ".1e")),
     ("tolerance", partial(number, "tolerance", 1, ".0e")),
     ("", lambda row: "ok" if row["ok"] else "WRONG"),
@@ -107,18 +107,17 @@ def bench_collectives(size: int, rounds: int, model: Model, progress: Callable[[
         "collective-permute": (lambda a: jax.lax.ppermute(a, "x", ring), 1.0),
     }
     programs: dict[str, Callable[[], Callable[[], Any]]] = {}
-    modeled = {}
+    times_of: dict[str, Row] = {}
     for kind, (f, _) in kinds.items():
         sharded = jax.shard_map(f, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"), check_vma=False)
         compiled = jax.jit(sharded).lower(x).compile()
-        programs[kind], modeled[kind] = partial(partial, compiled, x), model.seconds(compiled, "bfloat16", mesh)
+        programs[kind], times_of[kind] = partial(partial, compiled, x), modeled(model, compiled, "bfloat16", mesh)
     timings = in_turns(programs, rounds)
     rows = []
     for kind, (_, sent) in kinds.items():
         row: Row = {"collective": kind, "devices": n, "bytes": size, "median_s": timings[kind].median}
         row |= {"spread": timings[kind].spread, "bytes_per_second": sent * size / timings[kind].median}
-        row["modeled_s"] = modeled[kind]
-        rows.append(row)
+        rows.append(row | times_of[kind])
     return rows
 
 

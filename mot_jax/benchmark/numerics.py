@@ -8,6 +8,7 @@ the L2 norm of the difference over that of the reference.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from mot_jax.config import (
     without_kernel,
 )
 from mot_jax.cost.layers import SHAPES, Shape
-from mot_jax.errors import UserError
+from mot_jax.errors import UserError, error_words
 from mot_jax.nn.attention import Attention
 from mot_jax.nn.feed_forward.companions import Summary
 from mot_jax.nn.kernels import fused_attention
@@ -94,12 +95,27 @@ def checks(small: bool) -> dict[tuple[str, str], Callable[[], Row]]:
 
 
 def bench_numerics(small: bool, progress: Callable[[str], None]) -> list[Row]:
-    """Compute a row for each of `checks`. Raises UserError if JAX has no CPU device next to the accelerator."""
+    """Compute a row for each of `checks`; that of a check that fails has kind, dtype, the reason, and ok = False.
+
+    Raises UserError if JAX has no CPU device next to the accelerator.
+    """
+    _cpu()
     rows = []
     for (kind, dtype), check in checks(small).items():
         progress(f"numerics: {kind}, {dtype}")
-        rows.append(check())
+        try:
+            rows.append(check())
+        except Exception as error:  # the others may still succeed
+            progress(traceback.format_exc())
+            rows.append({"kind": kind, "dtype": dtype, "reason": error_words(error), "ok": False})
     return rows
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        raise UserError("JAX_PLATFORMS: must include a CPU device for the reference; try cuda,cpu") from None
 
 
 def _row(kind: str, dtype: str, create: Create, exact: Create, size: tuple[int, ...], trains: bool) -> Row:
@@ -116,11 +132,7 @@ def _errors(create: Create, exact: Create, size: tuple[int, ...], trains: bool, 
 
     create, exact: the layer for a dtype, as it is computed on the accelerator and in the reference.
     """
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:
-        raise UserError("JAX_PLATFORMS: must include a CPU device for the reference; try cuda,cpu") from None
-    generator = np.random.default_rng(0)
+    cpu, generator = _cpu(), np.random.default_rng(0)
     with jax.default_device(cpu):
         forward, variables = create(dtype)
         params, router = jax.tree.map(np.asarray, variables)
@@ -174,5 +186,5 @@ COLUMNS: list[Column] = [
     ("tolerance", partial(number, "tolerance", 1, ".0e")),
     ("error of gradients", partial(number, "gradient_error", 1, ".1e")),
     ("gradient tolerance", partial(number, "gradient_tolerance", 1, ".0e")),
-    ("", lambda row: "ok" if row["ok"] else "WRONG"),
+    ("", lambda row: row.get("reason") or ("ok" if row["ok"] else "WRONG")),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,5 +19,6 @@ def markdown(about: Mapping[str, str], rows: Sequence[dict[str, Any]], columns: 
 
 
 def number(name: str, scale: float, form: str, row: Mapping[str, Any]) -> str:
-    """A value of a row times `scale`, formatted; a dash if it is None or missing."""
-    return "-" if row.get(name) is None else format(row[name] * scale, form)
+    """A value of a row times `scale`, formatted; a dash if it is missing, None, or not a number."""
+    value = row.get(name)
+    return "-" if value is None or math.isnan(value) else format(value * scale, form)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mot_jax.benchmark.calibration import Model
+from mot_jax.benchmark.calibration import Model, modeled
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, matmul_peak, temporaries
 from mot_jax.config import Config, check
@@ -109,7 +109,7 @@ def bench_step(
             }
         )
         if model:
-            rows[-1]["modeled_s"] = model.seconds(run.compiled, dtype, run.mesh)
+            rows[-1] |= modeled(model, run.compiled, dtype, run.mesh)
     return rows, {"peak": devices * peaks[dtype], "bandwidth": devices * rate}
 
 

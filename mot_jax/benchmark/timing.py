@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -19,6 +18,9 @@ from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import read_program
 from mot_jax.runs.checkpoint import versions
 from mot_jax.runtime.progress import Advance
+
+_SAMPLE_SECONDS = 5e-3  # least time of a sample on an accelerator
+_MOST_CALLS = 1024  # of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,29 +42,68 @@ class Timings:
 
 
 def in_turns(
-    programs: Mapping[str, Callable[[], Callable[[], Any]]], rounds: int = 10, advance: Advance = lambda units: None
+    programs: Mapping[str, Callable[[], Callable[[], Any]]],
+    rounds: int = 10,
+    advance: Advance = lambda units: None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timings]:
     """Time each program once per round, in a different order every round, so that disturbances affect all of them.
 
     A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
     first time of each program, which may include compilation, is discarded. After each round, `advance` is called.
+
+    On an accelerator a round has as many calls of a short program as take some milliseconds. Each is prepared, all are
+    enqueued, and the last result is awaited, so that dispatch and synchronization are in the time only as far as they
+    are longer than the program.
+
+    failed: called with the error of a program that JAX's runtime cannot execute, such as for lack of memory; the others
+    continue. None: the error is raised.
     """
-    names = list(programs)
+    names, calls = list(programs), dict[str, int]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(rounds + 1):
         first = round_number % len(names)
-        for name in names[first:] + names[:first]:
-            timed = programs[name]()
-            start = time.perf_counter()
-            jax.block_until_ready(timed())
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
+        for name in [name for name in names[first:] + names[:first] if name in seconds]:
+            try:
+                if round_number:
+                    seconds[name].append(_seconds(programs[name], calls[name]))
+                else:
+                    calls[name] = _calls_per_sample(programs[name])
+            except jax.errors.JaxRuntimeError as error:
+                if failed is None:
+                    raise
+                del seconds[name]
+                failed(name, error)
         advance(1)
     return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
 
-def bandwidth(size: int = 2**28) -> float:
-    """Bytes per second at which the first device reads its memory: the best of several sums of `size` bytes."""
+def _seconds(program: Callable[[], Callable[[], Any]], calls: int) -> float:
+    """Seconds of a call."""
+    functions = [program() for _ in range(calls)]
+    start = time.perf_counter()
+    for function in functions:
+        result = function()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_per_sample(program: Callable[[], Callable[[], Any]]) -> int:
+    """Execute a program for the first time, and on an accelerator until a sample takes _SAMPLE_SECONDS."""
+    _seconds(program, 1)
+    calls = 1
+    if jax.default_backend() != "cpu":
+        while calls < _MOST_CALLS and calls * _seconds(program, calls) < _SAMPLE_SECONDS:
+            calls *= 2
+    return calls
+
+
+def bandwidth(size: int | None = None) -> float:
+    """Bytes per second at which the first device reads its memory: the best of several sums of `size` bytes.
+
+    size: much more than the device's caches; None is 2**30, or 2**28 on a CPU.
+    """
+    size = size or (2**28 if jax.default_backend() == "cpu" else 2**30)
     x = jnp.ones(size // 4)
     total = jax.jit(jnp.sum)
     timings = in_turns({"read": lambda: lambda: total(x)}, rounds=7)["read"]
@@ -81,11 +122,19 @@ def matmul_peak(dtype: str, size: int | None = None) -> float:
     return 2 * size**3 / min(timings.seconds)
 
 
+Buffers = dict[tuple[Any, Any], list[jax.Array]]  # results of previous executions, by shape and dtype
+
+
 class Program:
     """A compiled function of arrays, ready to be timed.
 
-    Each execution writes its results into the buffers of the previous results, so that the time is the program's and
-    not that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
+    Each execution writes its results into the buffers of previous results, so that the time is the program's and not
+    that of allocating memory: on a CPU, allocating a layer's gradients costs up to a tenth of the layer.
+
+    Args:
+        function: of the arguments.
+        arguments: arrays.
+        buffers: shared by programs that take turns, whose results then need memory once; None: buffers of its own.
 
     Attributes:
         compiled: the executable.
@@ -93,36 +142,45 @@ class Program:
         temporaries: bytes that XLA allocates in addition to arguments and results; None if it does not report them.
         copies: instructions of the compiled program that copy or transpose (`count_copies`).
         bytes: read and written by its instructions (`planning.program`). Both are None if its text cannot be parsed.
+        not_read: the reason for this, else None.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self._arguments = arguments
-        results = jax.eval_shape(function, *arguments)
-        self._results = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), results)
+    def __init__(self, function: Callable[..., Any], *arguments: Any, buffers: Buffers | None = None):
+        self._arguments, self._buffers = arguments, {} if buffers is None else buffers
+        results = jax.tree.leaves(jax.eval_shape(function, *arguments))
+        self._results = [(leaf.shape, leaf.dtype) for leaf in results]
 
-        def with_donated_results(arguments: tuple[Any, ...], buffers: Any) -> Any:
+        def with_donated_results(arguments: tuple[Any, ...], buffers: list[jax.Array]) -> Any:
             del buffers
             return function(*arguments)
 
         start = time.perf_counter()
         jitted = jax.jit(with_donated_results, donate_argnums=1, keep_unused=True)
-        self.compiled = jitted.lower(arguments, self._results).compile()
+        self.compiled = jitted.lower(arguments, [jax.ShapeDtypeStruct(*result) for result in self._results]).compile()
         self.seconds_to_compile = time.perf_counter() - start
         self.temporaries = temporaries(self.compiled)
         self.copies: int | None = None
         self.bytes: float | None = None
-        with contextlib.suppress(UnknownTextError):
+        self.not_read: str | None = None
+        try:
             module = hlo.parse(self.compiled.as_text() or "")
-            self.copies = count_copies(module)
-            self.bytes = read_program(module, {}).hbm_bytes
+            self.copies, self.bytes = count_copies(module), read_program(module, {}).hbm_bytes
+        except UnknownTextError as error:
+            self.not_read = str(error)
 
     def __call__(self) -> Callable[[], Any]:
         """The function that `in_turns` times."""
         return self._execute
 
     def _execute(self) -> Any:
-        self._results = self.compiled(self._arguments, self._results)
-        return self._results
+        free = [self._buffers.setdefault(result, []) for result in self._results]
+        buffers = [
+            arrays.pop() if arrays else jnp.zeros(*result) for arrays, result in zip(free, self._results, strict=True)
+        ]
+        results = self.compiled(self._arguments, buffers)
+        for arrays, array in zip(free, jax.tree.leaves(results), strict=True):
+            arrays.append(array)
+        return results
 
 
 def temporaries(compiled: jax.stages.Compiled) -> int | None:
@@ -134,6 +192,7 @@ def temporaries(compiled: jax.stages.Compiled) -> int | None:
 COPIES = ("copy", "copy-start", "transpose")
 
 
+@hlo.reading()
 def count_copies(module: hlo.Module, min_bytes: int = 4096, opcodes: tuple[str, ...] = COPIES) -> int:
     """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
     computations = module.computations

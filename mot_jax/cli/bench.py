@@ -28,7 +28,7 @@ from mot_jax.cli.parsing import (
 )
 from mot_jax.config import check, default_workdir, load_config
 from mot_jax.errors import UserError, error_words
-from mot_jax.runtime import compilation
+from mot_jax.runtime import compilation, distributed
 from mot_jax.runtime.paths import user_path
 
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,...")]
@@ -138,6 +138,8 @@ def _layers(arguments: list[str]) -> None:
     _report(options.json, about, rows, layers.COLUMNS, title=title, machine=about, bandwidth=bandwidth)
     if options.plot:
         _write("--plot", options.plot, layers.plot(rows, title))
+    if not all(row.get("ok", True) for row in rows):
+        sys.exit(1)
 
 
 def _check_routing(options: LayersOptions) -> None:
@@ -200,6 +202,8 @@ def _step(arguments: list[str]) -> None:
         rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, products)
         about = {"topology": options.topology, "chips": "1"} | versions()
         _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
+        for line in dict.fromkeys(f"{row['config']}: {note}" for row in rows for note in row["notes"]):
+            print(line)
         return
     rows, rates = bench_step(configs, rounds, _progress, options.profile)
     about = machine() | {
@@ -283,6 +287,7 @@ class AcceleratorOptions:
 def _accelerator(arguments: list[str]) -> None:
     """Run all benchmarks on one attached accelerator, after a comparison of its numbers with the CPU's."""
     options = parse("mot bench accelerator", AcceleratorOptions, arguments)
+    _refuse_several_tasks()
     # The float64 reference needs a CPU device in addition; JAX is not initialized yet.
     platforms = os.environ.get("JAX_PLATFORMS")
     import jax
@@ -294,6 +299,20 @@ def _accelerator(arguments: list[str]) -> None:
     parts = ["headline"] if options.small_headline else options.parts.split(",")
     if bench_accelerator(options.out, parts, options.small, 60.0 * options.minutes, _progress):
         sys.exit(1)
+
+
+def _refuse_several_tasks() -> None:
+    """Raise UserError in a task of a job with several, each of which would use all devices of its host by itself."""
+    command = "mot bench accelerator"
+    command = (
+        f"srun --nodes=1 --ntasks=1 {command}" if "SLURM_JOB_ID" in os.environ else f"{command} in a single process"
+    )
+    try:
+        process = distributed.detect(60)
+    except UserError as error:
+        raise UserError(f"{str(error).partition('; try ')[0]}; try {command}") from None
+    if process is not None and process.total > 1:
+        raise UserError(f"cluster: {process}, each of which would use all devices by itself; try {command}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,33 @@ Tested with the XLA of jax 0.10 and 0.12 on CPU, with libtpu 0.0.42, and with XL
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
+
+from mot_jax.errors import error_words
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 
 class UnknownTextError(ValueError):
     """The text of a program does not have the expected format."""
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Around code that reads a program: any of its errors is raised as UnknownTextError."""
+    try:
+        yield
+    except UnknownTextError:
+        raise
+    except Exception as error:  # the code expects a format that the text does not have
+        raise UnknownTextError(error_words(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +94,10 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
-        return next(i for i in self.instructions.values() if i.is_root)
+        roots = [i for i in self.instructions.values() if i.is_root]
+        if not roots:
+            raise UnknownTextError(f"no ROOT in {self.name}")
+        return roots[0]
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
@@ -104,6 +122,7 @@ class Module:
     entry: str
 
 
+@reading()
 def parse(text: str) -> Module:
     """Parse the result of `compiled.as_text()`. Raises UnknownTextError."""
     computations: dict[str, Computation] = {}

@@ -96,8 +96,13 @@ def without_cudnn(config: Config) -> tuple[Config, str | None]:
 
 
 def cudnn_installed() -> bool:
-    """Whether the compiler finds cuDNN, in a wheel or among the libraries of the system."""
-    return bool(_version("nvidia-cudnn-cu12") or _version("nvidia-cudnn-cu13") or ctypes.util.find_library("cudnn"))
+    """Whether the compiler finds cuDNN 9, in a wheel for the plugin's CUDA or among the libraries of the system."""
+    try:
+        versions = [_cuda_version("")]
+    except UserError:  # reported with the topology
+        versions = [13, 12]
+    wheel = any(_version(f"nvidia-cudnn-cu{cuda}") for cuda in versions)
+    return wheel or ctypes.util.find_library("cudnn") == "libcudnn.so.9"
 
 
 def _version(distribution: str) -> str | None:

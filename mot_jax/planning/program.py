@@ -126,6 +126,7 @@ class Program:
         return dict(sorted(kinds.items(), key=lambda item: (-item[1]["flops"], -item[1]["hbm_bytes"])))
 
 
+@hlo.reading()
 def read_program(module: Module, mesh_shape: dict[str, int], slices: int = 1, kernels: bool = True) -> Program:
     """Analyze a parsed program.
 

@@ -74,6 +74,19 @@ def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
     assert not any(row["ok"] for row in numerics.bench_numerics(True, quiet))
 
 
+def test_a_check_that_fails_does_not_stop_the_others(monkeypatch):
+    def fails():
+        raise ValueError("no such instruction\nin line 2")
+
+    table = {("hash", "float32"): fails, ("dense", "float32"): lambda: ROW}
+    monkeypatch.setattr(numerics, "checks", lambda small: table)
+    first, second = numerics.bench_numerics(True, quiet)
+    assert first == {"kind": "hash", "dtype": "float32", "reason": "ValueError: no such instruction", "ok": False}
+    assert second == ROW
+    cells = [text_of(first) for _, text_of in numerics.COLUMNS]
+    assert cells == ["hash", "float32", "-", "-", "-", "-", "ValueError: no such instruction"]
+
+
 def test_attention_is_checked_by_the_fused_kernel_of_the_device(monkeypatch):
     """cuDNN's attention computes in bfloat16 only."""
     monkeypatch.setattr(numerics, "configs_to_check", lambda shape, device: {})
@@ -121,6 +134,59 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert {"device", "date", "python", "jax"} <= results["machine"].keys()
     page = next(tmp_path.glob("*.md")).read_text()
     assert "Not measured: RuntimeError: out of memory" in page and "1.0e-07" in page and page in capsys.readouterr().out
+
+
+def test_a_job_with_several_tasks_is_refused_in_one_line(monkeypatch, capsys):
+    numbers = {"JOB_ID": "4097", "NTASKS": "8", "PROCID": "2", "LOCALID": "2", "STEP_NODELIST": "node07"}
+    for name, value in numbers.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    called = []
+    monkeypatch.setattr(accelerator, "bench_accelerator", lambda *_: called.append(1))
+    for tasks, rule in (("8", "process 2 of 8, each of which"), ("many", "the process cannot be identified")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", "accelerator"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert exit_.value.code == 2 and line.startswith(f"error: cluster: {rule}") and not called
+        assert line.endswith("; try srun --nodes=1 --ntasks=1 mot bench accelerator")
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():  # of that command
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    cli.main(["bench", "accelerator"])
+    assert called
+
+
+def test_rows_are_written_as_soon_as_they_are_measured(tmp_path, monkeypatch):
+    """A part that ends with an error, or is killed, has the rows before."""
+
+    def rows():
+        yield ROW
+        written = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]["numerics"]
+        assert written["rows"] == [ROW] and written["not_run"] == "interrupted"
+        raise RuntimeError("out of memory")
+
+    replace_parts(monkeypatch, numerics=rows)
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == ["numerics"]
+    results = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]["numerics"]
+    assert results["rows"] == [ROW] and results["not_run"] == "RuntimeError: out of memory"
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "Incomplete: RuntimeError: out of memory." in page and "1.0e-07" in page
+    replace_parts(monkeypatch, numerics=lambda: [ROW])
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == []
+    assert "Incomplete" not in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_the_layers_of_an_accelerator_are_timed_from_small_to_large(monkeypatch):
+    timed = []
+
+    def bench_layers(shapes, *rest, directions, **options):
+        timed.extend((shape.name, direction) for shape in shapes for direction in directions)
+        return [{"shape": shapes[0].name}], 1.0
+
+    monkeypatch.setattr(accelerator.layers, "bench_layers", bench_layers)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    rows = accelerator._measure("layers", Path(), False, math.inf, None, quiet)
+    assert next(rows) == {"shape": "v1"} and timed == [("v1", "forward")]  # the others are not compiled yet
+    assert [row["shape"] for row in rows] == ["v1", *["medium_32e_8"] * 2, *["base_32e"] * 2, *["d2048"] * 2]
 
 
 def test_a_wrong_number_fails_the_command_and_later_calls_add_their_parts(tmp_path, monkeypatch):
@@ -173,6 +239,32 @@ def test_a_loss_that_depends_on_the_mesh_is_wrong(monkeypatch):
     assert rows["expert 8"]["loss_difference"] == pytest.approx(0.025)
     monkeypatch.setattr(mesh, "train_on", lambda *_: (StubRun(), [math.nan] * 2))
     assert not any(row["ok"] for row in bench_mesh(SMALL, 3, NO_MODEL, quiet))
+
+
+def test_a_loss_that_is_not_a_number_is_a_dash_in_this_call_and_in_later_ones(tmp_path, monkeypatch):
+    """In JSON it is null."""
+    monkeypatch.setattr(mesh, "train_on", lambda *_: (StubRun(), [math.nan, math.nan]))
+    replace_parts(monkeypatch, mesh=lambda: bench_mesh(SMALL, 3, NO_MODEL, quiet), numerics=lambda: [ROW])
+    for part, failed in (("mesh", ["mesh"]), ("numerics", [])):
+        assert bench_accelerator(str(tmp_path), [part], True, 60, quiet) == failed
+        (line,) = [line for line in next(tmp_path.glob("*.md")).read_text().splitlines() if "| 1 device" in line]
+        assert [cell.strip() for cell in line.split("|")[2:6]] == ["-", "-", "1e-05", "WRONG"]
+    results = json.loads(next(tmp_path.glob("*_small.json")).read_text())["parts"]
+    assert results["mesh"]["rows"][0]["losses"] == [None, None] and results["numerics"]["rows"] == [ROW]
+
+
+def test_an_error_of_the_calibration_loses_no_part(tmp_path, monkeypatch):
+    def fails(*_, **options):
+        raise ValueError("singular")
+
+    row = ROW | {"modeled_s": {"products": 1.0}, "median_s": 2.0}
+    replace_parts(monkeypatch, numerics=lambda: [row])
+    monkeypatch.setattr(accelerator.calibration, "calibrate", fails)
+    assert bench_accelerator(str(tmp_path), ["numerics"], True, 60, quiet) == ["calibration"]
+    content = json.loads(next(tmp_path.glob("*_small.json")).read_text())
+    assert content["parts"]["numerics"]["rows"] == [row]
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "1.0e-07" in page and "Not calibrated: ValueError: singular." in page
 
 
 def test_parts_for_several_devices_are_left_out_on_one(tmp_path, monkeypatch):

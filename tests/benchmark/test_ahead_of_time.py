@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from mot_jax import cli
+from mot_jax.benchmark import ahead_of_time
 from mot_jax.benchmark.ahead_of_time import COLUMNS, STEP_COLUMNS, memory_of_steps
 from mot_jax.benchmark.workloads import SMALL, dense_of_equal_width
 
@@ -43,6 +45,28 @@ def test_memory_of_a_step():
     assert (row["config"], row["fits"], row["ratio"]) == ("mot", True, 1)
     assert row["needed"] >= row["arguments"] + row["temporaries"] and row["hbm_bytes"] > row["arguments"]
     assert row["live"] is None and row["live_ratio"] is None  # not reported by the CPU compiler
+
+
+def test_notes_and_unknown_parts_of_a_plan(monkeypatch, tmp_path, capsys):
+    """A time that lacks a part of the program is left blank."""
+
+    def plan(config, *_, **options):
+        dense = config.model.feed_forward.kind == "dense"
+        program = SimpleNamespace(hbm_bytes=8.0, unknown=() if dense else ("FLOPs of the custom call x",))
+        times, notes = SimpleNamespace(compute=1.0, hbm=2.0), () if dense else ("XLA's attention, not cuDNN's",)
+        memory = {"needed": 3, "arguments": 1, "temporaries": 2}
+        return SimpleNamespace(
+            fits=True, seconds_to_compile=1.0, times=times, memory=memory, program=program, notes=notes
+        )
+
+    monkeypatch.setattr(ahead_of_time, "plan_training", plan)
+    file = tmp_path / "rows.json"
+    cli.main(["bench", "step", "configs/demo.py", "--topology", "local:1", "--json", str(file)])
+    mot, dense = json.loads(file.read_text())["rows"]
+    assert (mot["kernel_s"], mot["unknown"]) == (None, ["FLOPs of the custom call x"])
+    assert (dense["kernel_s"], dense["unknown"], dense["notes"]) == (3.0, [], [])
+    assert mot["notes"] == ["XLA's attention, not cuDNN's"]
+    assert capsys.readouterr().out.splitlines()[-1] == "demo: XLA's attention, not cuDNN's"
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mot_jax.benchmark.calibration import calibrate, fit, seconds_by_class
+from mot_jax.benchmark import calibration
+from mot_jax.benchmark.calibration import COLUMNS, FACTOR_COLUMNS, Model, calibrate, fit, modeled, seconds_by_class
 from mot_jax.cost.hardware import HARDWARE
 from mot_jax.planning import hlo
 from mot_jax.planning.program import read_program
@@ -45,6 +46,24 @@ def test_a_class_that_the_measurements_do_not_determine_has_the_overall_ratio():
     assert factors["library"].resolution < 0.01 and factors["products"].resolution == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("launch", [12e-6, 0.0])
+def test_the_time_of_a_launch_is_found(launch):
+    """The programs take 2 µs to 3 s without it, so that it is most of the time of the shortest ones."""
+    modeled, measured = programs(40)
+    measured = [seconds + launch for seconds in measured]
+    factors = fit(modeled, measured, launch=True)
+    constant = factors.pop("launch")
+    assert constant.factor == pytest.approx(launch, rel=0.02, abs=1e-7)
+    assert {name: factor.factor for name, factor in factors.items()} == pytest.approx(FACTORS, rel=0.03)
+    assert constant.share == pytest.approx(constant.factor / min(measured))
+    assert not launch or constant.resolution > 0.98
+    rows = [{"name": "", "modeled_s": m, "measured_s": t} for m, t in zip(modeled, measured, strict=True)]
+    assert [row["calibrated_ratio"] for row in calibrate(rows, launch=True)[0]] == pytest.approx([1] * 40, abs=0.03)
+    factor = dict(FACTOR_COLUMNS)["factor"]
+    assert factor({"class": "launch", "factor": 12e-6}) == "12.0 µs"
+    assert factor({"class": "products", "factor": 1.4}) == "1.40"
+
+
 def test_rows_state_the_ratio_before_and_after():
     modeled, measured = programs(12)
     rows = [
@@ -58,6 +77,18 @@ def test_rows_state_the_ratio_before_and_after():
             1, abs=0.02
         )
     assert calibrate([]) == ([], {})
+
+
+def test_a_program_without_a_model_is_marked_and_not_fitted():
+    good = {"name": "good", "modeled_s": {"products": 1.0}, "measured_s": 2.0}
+    compiled = SimpleNamespace(as_text=lambda: "ENTRY %main () -> f32[] {\n  ROOT %x = f32[] add(%y, %y)\n}\n")
+    row = modeled(Model(), compiled, "float32")
+    assert row == {"modeled_s": {}, "not_modeled": "UnknownTextError: KeyError: 'y'"}
+    (first, second), factors = calibrate([{"name": "bad", "measured_s": 9.0} | row, good])
+    assert first["name"] == "good" and first["ratio"] == 2 and second == {"name": "bad", "measured_s": 9.0} | row
+    assert factors["products"].factor == pytest.approx(2)
+    cells = [text_of(second) for _, text_of in COLUMNS]
+    assert cells == ["bad", "-", "UnknownTextError: KeyError: 'y'", "9,000.000", "-", "-"]
 
 
 def test_a_class_whose_factor_would_not_be_positive_has_the_overall_ratio():
@@ -140,3 +171,25 @@ def test_modeled_seconds_have_the_class_of_their_kernel():
     slow = dataclasses.replace(h100, float32_peak=1e12)
     by_flops = seconds_by_class(program, slow, 1e12, devices)
     assert by_flops["products"] == pytest.approx(2 * 2 * 1024 * 512 * 256 / 1e12)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_what_is_understood_of_a_program_and_its_devices_is_modeled(platform, monkeypatch):
+    """The FLOPs of the call `other` are not known, nor is the network of GPUs that are not in `cost.hardware`."""
+    monkeypatch.setattr(calibration, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(calibration, "matmul_peak", lambda dtype: 1e30)
+    device = SimpleNamespace(platform=platform, device_kind="new", coords=(), process_index=0)
+    monkeypatch.setattr(calibration.jax, "devices", lambda: [device] * 2)
+    mesh = SimpleNamespace(devices=np.array([device] * 2), shape={"data": 2})
+
+    def of(text):
+        return modeled(Model(), SimpleNamespace(as_text=lambda: text), "float32", mesh)
+
+    assert of(TEXT) == {"modeled_s": {}, "not_modeled": "not understood: FLOPs of the custom call other"}
+    understood = TEXT.replace('="other"', '="__cub$DeviceRadixSort"')
+    if platform == "cpu":
+        assert of(understood)["modeled_s"]["collectives"] == pytest.approx(Z / 1e9)
+    else:
+        assert of(understood) == {"modeled_s": {}, "not_modeled": "the network of these devices is not known"}
+    alone = understood.replace("all-reduce(%s), replica_groups={{0,1}}, to_apply=%sum", "negate(%s)")
+    assert of(alone)["modeled_s"]["products"] == pytest.approx(2 * (X + Y + Z) / 1e9)

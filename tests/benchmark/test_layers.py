@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark import layers
+from mot_jax.benchmark import layers, timing
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, Timings, count_copies
 from mot_jax.config import CompanionsConfig, ModelConfig, ThresholdConfig
@@ -19,6 +19,7 @@ from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes, p
 from mot_jax.errors import UserError
 from mot_jax.nn.feed_forward import KINDS
 from mot_jax.planning import hlo
+from mot_jax.planning.hlo import UnknownTextError
 
 TINY = SHAPES["tiny"]
 
@@ -148,6 +149,88 @@ def test_a_program_returns_its_results_in_donated_buffers():
         one, two = program()()
         assert one.tolist() == [1, 2] and two.tolist() == [0, 2]
     assert program.seconds_to_compile > 0 and program.copies == 0
+
+
+def test_a_program_whose_text_is_not_understood_is_timed(monkeypatch):
+    def fails(*_):
+        raise UnknownTextError("a new opcode")
+
+    monkeypatch.setattr(timing, "read_program", fails)
+    program = Program(lambda x: x + 1, jnp.arange(2.0))
+    assert (program.copies, program.bytes, program.not_read) == (None, None, "a new opcode")
+    assert program()().tolist() == [1, 2]
+
+
+def test_programs_share_the_buffers_of_their_results():
+    """A large and a small result, and the same large one: memory for one of each size."""
+    buffers = {}
+    sums = Program(lambda x: (x + 1, x.sum()), jnp.arange(2.0), buffers=buffers)
+    doubles = Program(lambda x: 2 * x, jnp.arange(2.0), buffers=buffers)
+    for _ in range(2):
+        (one, total), two = [array.tolist() for array in sums()()], doubles()().tolist()
+        assert (one, total, two) == ([1, 2], 1, [0, 2])
+    assert sorted((shape, len(arrays)) for (shape, _), arrays in buffers.items()) == [((), 1), ((2,), 1)]
+
+
+@pytest.mark.parametrize("where", ["created", "run"])
+def test_a_program_that_does_not_fit_has_a_row_with_the_reason(where, monkeypatch):
+    """The others have their times. Of results of a failed execution none is used again."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # programs share their buffers
+    messages = {"dense_flat": "RESOURCE_EXHAUSTED: Out of memory\n1 GiB", "mixture_of_tokens": "INTERNAL: no algorithm"}
+
+    class FailingProgram(Program):
+        def __init__(self, function, variables, *rest, **options):
+            super().__init__(function, variables, *rest, **options)
+            flat = isinstance(variables, tuple) and isinstance(variables[0], list)
+            name = "dense_flat" if flat else "mixture_of_tokens" if "controller" in str(variables) else "others"
+            self.message = messages.get(name)
+            if where == "created":
+                self.fail()
+
+        def fail(self):
+            if self.message:
+                raise jax.errors.JaxRuntimeError(self.message)
+
+        def _execute(self):
+            results = super()._execute()
+            if self.message:  # as after a failure on the device
+                jax.tree.map(lambda array: array.delete(), results)
+            self.fail()
+            return results
+
+    monkeypatch.setattr(layers, "Program", FailingProgram)
+    shape = dataclasses.replace(TINY, sequences=4, length=8)
+    rows, _ = bench_layers(
+        [shape], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward_backward"]
+    )
+    *timed, first, second = rows
+    assert [row["kind"] for row in timed] == ["products", "dense"] and timed[1]["ratio_to_dense"] == 1
+    absent = {row["kind"]: row for row in (first, second)}
+    about = {"shape": "tiny", "direction": "forward_backward"}
+    assert absent["dense_flat"] == about | {"kind": "dense_flat", "reason": "RESOURCE_EXHAUSTED: Out of memory"}
+    assert absent["mixture_of_tokens"] == about | {
+        "kind": "mixture_of_tokens",
+        "reason": "INTERNAL: no algorithm",
+        "ok": False,
+    }
+    table = [[text_of(row) for _, text_of in layers.COLUMNS] for row in rows]
+    assert any("dense_flat (RESOURCE_EXHAUSTED: Out of memory)" in cells and "-" in cells for cells in table)
+    assert plot(rows).startswith(b"\x89PNG")
+
+
+def test_without_a_dense_layer_no_program_has_a_ratio(monkeypatch):
+    class FailingProgram(Program):
+        def __init__(self, function, *arguments, **options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(layers, "Program", FailingProgram)
+    rows, _ = bench_layers([TINY], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward"])
+    assert {row["kind"] for row in rows} == {"products", "dense", "mixture_of_tokens", "dense_flat"}
+    assert all("Out of memory" in row["reason"] for row in rows)
+    monkeypatch.setattr(layers, "Program", Program)
+    monkeypatch.setattr(layers, "BASELINES", ())
+    rows, _ = bench_layers([TINY], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward"])
+    assert all(row["reason"] == "no dense layer to compare with" for row in rows) and len(rows) == 4
 
 
 def rows_at(dense_ms: float) -> list[dict]:

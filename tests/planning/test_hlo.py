@@ -52,6 +52,21 @@ def test_text_that_is_not_a_program_is_an_error(text):
         hlo.parse(text)
 
 
+@pytest.mark.parametrize(
+    "line, missing",
+    [
+        ("ROOT %x = f32[4]{0} fusion(%a), kind=kLoop, calls=%gone", "KeyError: 'gone'"),
+        ("ROOT %x = f32[4]{0} dot(%a), lhs_contracting_dims={0}", "ValueError: not enough values"),
+        ("ROOT %x = f32[4]{0} add(%b, %a)", "KeyError: 'b'"),
+        ("%x = f32[4]{0} while(%a), condition=%main, body=%main", "no ROOT"),
+    ],
+)
+def test_errors_while_a_program_is_read_are_of_one_class(line, missing):
+    with pytest.raises(hlo.UnknownTextError, match=missing):
+        text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n  {line}\n}}\n"
+        read_program(hlo.parse(text), {})
+
+
 def convolution(left, right, strides, padding, left_holes, right_holes, groups=1):
     return jax.lax.conv_general_dilated(
         left, right, strides, padding, left_holes, right_holes, ("NHWC", "HWIO", "NHWC"), feature_group_count=groups

@@ -69,6 +69,20 @@ def test_without_cudnn_the_automatic_choice_is_xla_and_the_plan_states_it(instal
     assert nvidia.without_cudnn(with_attention("cudnn"))[1] is None
 
 
+def test_cudnn_is_the_one_for_the_cuda_version_of_the_plugin(install, monkeypatch):
+    """Of two plugins the one for CUDA 13 is in use. A library of the system is for both."""
+    cuda_12 = {"jax-cuda12-plugin": jaxlib.__version__, "jax-cuda12-pjrt": jaxlib.__version__}
+    cuda_12 |= {"nvidia-cuda-nvcc-cu12": "12"}
+    for plugins, fitting, other in ((cuda_12, 12, 13), ({**WHEELS, **COMPILER}, 13, 12)):
+        for cuda, installed in ((fitting, True), (other, False)):
+            install({**cuda_12, **plugins, f"nvidia-cudnn-cu{cuda}": "9.14"})
+            assert nvidia.cudnn_installed() == installed
+        for library, installed in (("libcudnn.so.9", True), ("libcudnn.so.8", False)):
+            install(plugins)
+            monkeypatch.setattr(nvidia.ctypes.util, "find_library", lambda name, library=library: library)
+            assert nvidia.cudnn_installed() == installed
+
+
 def test_every_gpu_has_a_description_of_its_figures():
     assert set(GPUS) == set(nvidia._TARGETS)
     for name, target in nvidia._TARGETS.items():
