@@ -206,7 +206,7 @@ def _rms_by_one_sum(new: Params, old: Params) -> tuple[jax.Array, jax.Array]:
         return jax.lax.complex(jnp.square(wide - old), jnp.square(wide)).sum()
 
     total = sum(jax.tree.leaves(jax.tree.map(squares, new, old)))
-    mean = total / sum(leaf.size for leaf in jax.tree.leaves(new))
+    mean = total / float(sum(leaf.size for leaf in jax.tree.leaves(new)))  # more parameters than an int32 may have
     return jnp.sqrt(mean.real), jnp.sqrt(mean.imag)
 
 

@@ -133,6 +133,19 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     assert bool(counts["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not counts["collective-permute"]
 
 
+def test_a_model_may_have_more_parameters_than_an_int32(tiny):
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=2**31 // tiny.model.d_model))
+    mesh, t = make_mesh(config, jax.devices()[:1]), config.training
+    state = abstract_state(config, mesh)
+    assert sum(leaf.size for leaf in state.variables.values()) > 2**32
+    with jax.set_mesh(mesh):
+        batch = place(mesh, config, batches(config, 1)[0])
+        step = make_train_step(config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+        after, metrics = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert metrics["parameter_rms"].shape == ()
+
+
 @pytest.mark.parametrize("mesh", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[-2:])])
 def test_programs_for_gpus_train_equally(monkeypatch, tiny, mesh):
     """Their layouts, attention, loss and metrics, executed on this device, which differ in the order of sums only."""
