@@ -33,6 +33,7 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
 _FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective is an instruction of its own
+_ASYNC_CALLS = ("async-start", "call-start")  # of a computation, such as a collective on a TPU7x chip's SparseCores
 # Calls without matrix products: of XLA for GPUs, and JAX's random numbers.
 _NO_PRODUCTS = ("__cub$", "__gpu$TopK", "cu_threefry2x32")
 
@@ -218,9 +219,8 @@ class _Reader:
 
     def _inside(self, instruction: Instruction) -> list[Computation]:
         """The computations that a fusion or an asynchronous start executes."""
-        if instruction.opcode not in ("fusion", "async-start"):
-            return []
-        return [self.computations[name] for name in instruction.called("calls")]
+        word = {"fusion": "calls", "async-start": "calls", "call-start": "to_apply"}.get(instruction.opcode)
+        return [self.computations[name] for name in instruction.called(word)] if word else []
 
     def _products(self, computation: Computation, instruction: Instruction) -> dict[str, float]:
         """FLOPs by the dtype of the operands: float32 where one of them is."""
@@ -246,7 +246,7 @@ class _Reader:
 
     def _bytes(self, computation: Computation, instruction: Instruction) -> float:
         opcode, operands = instruction.opcode, computation.operands(instruction)
-        if opcode in _FREE or opcode.endswith(("-done", "async-update")):
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0.0
         if opcode == "custom-call" and _target(instruction) in self.free_calls:
             return 0.0
@@ -254,7 +254,7 @@ class _Reader:
         results = instruction.arrays
         if opcode == "custom-call" and _target(instruction).startswith(("__cublas", "__cudnn")):
             results = tuple(a for a in results if a.dtype != "s8") or results  # the library's workspace
-        if opcode.endswith("-start") and opcode != "async-start":  # the result is one of the operation's arrays
+        if opcode.endswith("-start") and opcode not in _ASYNC_CALLS:  # the result is one of the operation's arrays
             if kind == "copy":
                 results = results[:1]
             elif kind != "all-reduce":  # whose start has no array but its results
@@ -265,7 +265,7 @@ class _Reader:
             return operands[1].arrays[0].hbm_bytes + operands[0].arrays[0].in_hbm * operands[1].arrays[0].bytes
         if opcode == "fusion":
             return self._fusion_bytes(self._inside(instruction)[0], instruction, operands)
-        if opcode == "async-start":
+        if opcode in _ASYNC_CALLS:
             return sum(self._bytes(c, i) for c in self._inside(instruction) for i in c.instructions.values())
         return sum(a.hbm_bytes for operand in operands for a in operand.arrays) + sum(a.hbm_bytes for a in results)
 

@@ -1,4 +1,4 @@
-"""Programs that take turns, and the CPU time that other processes use meanwhile."""
+"""Programs that take turns, and the CPU time that other processes use at the same time."""
 
 import os
 import time

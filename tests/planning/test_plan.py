@@ -199,6 +199,22 @@ def test_a_data_parallel_step_on_a_tpu():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_data_parallel_step_on_chips_of_two_devices():
+    """Their collectives run on SparseCores, and are calls in the text of the program."""
+    config = small_config(data=8)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, d_model=512, num_heads=4))
+    result = plan_training(config, "tpu7x:2x2x1")
+    parameters = sum(count_parameters(config.model).values())
+    assert result.chips == 8 and not result.program.unknown
+    assert 4 * parameters <= collective_bytes(result, "all-reduce", "data") <= 4 * parameters + 100
+    # 2 x 2 chips, no rings: two links, of which each device has 45 GB/s for its half of the bytes.
+    expected = 2 * 3 / 4 * 2 * parameters / (2 * 4.5e10)
+    assert result.times.collectives["all-reduce over data"] == pytest.approx(expected, rel=1e-3)
+    assert result.memory["HBM limit"] == 94.74 * 2**30
+
+
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_skipping_steps_adds_no_pass_over_the_state_on_a_tpu(monkeypatch, optimizer):
     """The step reads and writes as many bytes as one without the check that loss and gradient are finite."""
