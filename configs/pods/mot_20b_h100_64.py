@@ -3,7 +3,7 @@
 Command:    mot train configs/pods/mot_20b_h100_64.py --workdir s3://BUCKET/runs/mot_20b   (launch/slurm.sh)
 Parameters: 20.1 B (1.31 B active)
 Plan:       mot plan configs/pods/mot_20b_h100_64.py --topology h100:8x8
-            55.8 of 71.2 GiB a GPU, 444 ms a step without overlap, 256 with (docs/results/plans.md)
+            52.8 of 71.2 GiB a GPU, 323 ms a step without overlap, 187 with (docs/results/plans.md)
 Here:       not run.
 """
 

@@ -3,7 +3,7 @@
 Command:    mot train configs/pods/mot_base_32e_v5e_256.py --workdir gs://BUCKET/runs/base   (launch/: on every host)
 Parameters: 1.04 B (123.7 M active)
 Plan:       mot plan configs/pods/mot_base_32e_v5e_256.py --topology v5e:16x16
-            5.7 of 15.75 GiB a chip, 63 ms a step without overlap, 34 with (docs/notes/2026-11-26-pods-planned.md)
+            5.6 of 15.75 GiB a chip, 68 ms a step without overlap, 47 with (docs/results/plans.md)
 Here:       not run.
 """
 

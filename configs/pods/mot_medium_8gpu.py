@@ -3,7 +3,7 @@
 Command:    python train.py configs/pods/mot_medium_8gpu.py   (prepare the dataset first: docs/reproduce.md)
 Parameters: 337.4 M (51.4 M active)
 Plan:       mot plan configs/pods/mot_medium_8gpu.py --topology h100:8
-            3.6 of 71.2 GiB a GPU, 18.9 ms a step without overlap, 14.8 with (docs/results/plans.md)
+            2.9 of 71.2 GiB a GPU, 15.5 ms a step without overlap, 11.5 with (docs/results/plans.md)
 Here:       not run.
 """
 
