@@ -1,7 +1,7 @@
 """Tests for an NVIDIA GPU, `pytest -m gpu`: numerics of every kind, the mesh, resuming to the last bit.
 
-On the CPU the same functions run at small sizes, as slow tests, or with `MOT_TEST_DEVICE=cpu pytest -m gpu`. Cases that
-only a GPU has, such as cuDNN's attention, are skipped there.
+On the CPU the same functions run at small sizes, as slow tests, or with `MOT_TEST_DEVICE=cpu pytest -m gpu`; `.ci/run`
+leaves them out. Cases that only a GPU has, such as cuDNN's attention, are skipped there.
 """
 
 from __future__ import annotations
