@@ -101,6 +101,8 @@ def _torus(devices: list[jax.Device]) -> np.ndarray | None:
     """TPUs by their coordinates in the torus and core on the chip; None if these are not those of a whole torus."""
     if devices[0].platform != "tpu":
         return None
+    if devices[0].device_kind != "TPU7x" and any(device.core_on_chip for device in devices):  # v2, v3
+        return None
     dimensions = torus_dimensions(devices[0].device_kind)
     coordinates = np.array([(*device.coords[:dimensions], device.core_on_chip) for device in devices])
     coordinates -= coordinates.min(axis=0)

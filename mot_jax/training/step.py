@@ -206,8 +206,8 @@ def _rms_by_one_sum(new: Params, old: Params) -> tuple[jax.Array, jax.Array]:
         return jax.lax.complex(jnp.square(wide - old), jnp.square(wide)).sum()
 
     total = sum(jax.tree.leaves(jax.tree.map(squares, new, old)))
-    mean = total / float(sum(leaf.size for leaf in jax.tree.leaves(new)))  # more parameters than an int32 may have
-    return jnp.sqrt(mean.real), jnp.sqrt(mean.imag)
+    size = float(sum(leaf.size for leaf in jax.tree.leaves(new)))  # may exceed an int32
+    return jnp.sqrt(total.real / size), jnp.sqrt(total.imag / size)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -144,6 +144,11 @@ def test_the_axis_with_most_traffic_has_both_devices_of_a_chip(size):
     assert len({tuple(device.coords) for device in array[0, 0, :, 0]}) == size / 2
 
 
+def test_older_chips_of_two_cores_have_the_order_of_jax():
+    devices = [SimpleNamespace(**{**vars(device), "device_kind": "TPU v3"}) for device in chips_of_two(2, 2, 1)]
+    assert _torus(chips_of_two(2, 2, 1)).shape == (2, 2, 1, 2) and _torus(devices) is None
+
+
 def test_slices_are_along_the_first_axis_and_alike():
     first, second = chips(4, 4, 4, slice_index=0), chips(4, 4, 4, first=64, slice_index=1)
     traffic = [Traffic("all-to-all", (2,), 1e9), Traffic("all-reduce", (0,), 1e8)]

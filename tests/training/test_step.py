@@ -133,6 +133,16 @@ def test_twenty_steps_on_eight_devices_equal_one_device(tiny, one_device, mesh):
     assert bool(counts["all-gather"]) == (mesh.fsdp * mesh.tensor > 1) and not counts["collective-permute"]
 
 
+def test_one_sum_has_the_metrics_of_two_also_beyond_float32():
+    old = {"a": jnp.arange(6.0), "b": jnp.ones((2, 3))}
+    for scale in (1.0, 1e25):  # the second one overflows the sum of the parameters' squares, not that of the changes
+        new = jax.tree.map(lambda x, scale=scale: x * scale + 1, old)
+        start = jax.tree.map(lambda x: x - 1, new)
+        two, one = (f(new, start) for f in (step_module._rms_of_change_and_new, step_module._rms_by_one_sum))
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+    assert np.isinf(one[1]) and np.isfinite(one[0])
+
+
 def test_a_model_may_have_more_parameters_than_an_int32(tiny):
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, vocab_size=2**31 // tiny.model.d_model))
     mesh, t = make_mesh(config, jax.devices()[:1]), config.training

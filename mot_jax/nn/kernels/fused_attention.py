@@ -40,11 +40,14 @@ def choose_kernel(config: ModelConfig, length: int) -> str:
 def platform() -> str:
     """Return `tpu`, `gpu` or `cpu`: the platform of the mesh, which may consist of target devices, or JAX's default.
 
+    JAX's default is `jax.default_device`, where it is set, or the backend.
+
     A GPU that does not run cuDNN's attention (of AMD, or older than NVIDIA's Ampere) counts as `cpu`. Target GPUs,
     which are not attached, all run it.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    name = device.platform if device else jax.default_backend()
+    default = jax.config.jax_default_device  # a device, or the name of a platform
+    name = device.platform if device else getattr(default, "platform", default) or jax.default_backend()
     if name not in ("gpu", "cuda"):
         return "cpu" if name == "rocm" else name
     attached = [other for other in jax.local_devices() if device is None or other.device_kind == device.device_kind]

@@ -176,6 +176,14 @@ def test_a_config_that_a_kernel_does_not_support_is_refused(fields, message):
     check(dataclasses.replace(Config(), model=dataclasses.replace(model, attention_kernel="auto")))
 
 
+@pytest.mark.parametrize("default", ["cpu", jax.devices("cpu")[0]], ids=["name", "device"])
+def test_the_default_device_of_jax_selects_the_kernel(default, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert fused_attention.platform() == "tpu"
+    with jax.default_device(default):
+        assert fused_attention.platform() == "cpu"
+
+
 @pytest.mark.parametrize("kernel, platform", [("splash", "tpu"), ("cudnn", "gpu")])
 def test_training_on_another_platform_is_refused(kernel, platform):
     model = dataclasses.replace(Config().model, attention_kernel=kernel, dtype="bfloat16")
