@@ -10,8 +10,9 @@ import pkgutil
 
 # A driver's files: of TPUs on older and on newer VMs, of GPUs of NVIDIA, also under WSL and on Jetson, and of AMD. The
 # first CUDA program after a boot may create NVIDIA's devices, of which there is only the driver before.
-_DEVICE_FILES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd")
-_DEVICE_FILES += ("/proc/driver/nvidia*", "/sys/module/nvidia")
+_TPU_FILES = ("/dev/accel*", "/dev/vfio/*")
+_GPU_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd")
+_DEVICE_FILES = (*_TPU_FILES, *_GPU_FILES, "/proc/driver/nvidia*", "/sys/module/nvidia")
 _CUDA_PLUGINS = {"xla_cuda12", "xla_cuda13"}  # of the extras cuda12, cuda13 and cuda-aot
 _VARIABLES = ("TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT")  # set on TPU hosts, or by a user who has one
 _NO_HINTS = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")  # set by importing JAX and libtpu, inherited by processes

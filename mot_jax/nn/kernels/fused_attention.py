@@ -46,7 +46,7 @@ def platform() -> str:
     which are not attached, all run it.
     """
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    default = jax.config.jax_default_device  # a device, or the name of a platform
+    default = getattr(jax.config, "jax_default_device", None)  # a device, or the name of a platform
     name = device.platform if device else getattr(default, "platform", default) or jax.default_backend()
     if name not in ("gpu", "cuda"):
         return "cpu" if name == "rocm" else name
