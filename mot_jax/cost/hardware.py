@@ -10,7 +10,8 @@ are twice these. Bandwidths are bytes per second. Sources:
         and DCN bandwidths. Its one-way 90 GB/s per link on v5p is the bandwidth reached in practice, of the 1,200 GB/s
         that [cloud] gives for six links in both directions (100 each way); the same holds for the other generations.
         It has no TPU7x, whose six links have the same 1,200 GB/s;
-    [libtpu] the available memory that libtpu 0.0.42 reports when a program does not fit, a little less than [cloud];
+    [libtpu] the available memory that libtpu 0.0.42 reports when a program does not fit, for TPU7x libtpu 0.0.50, a
+        little less than [cloud];
     [nvidia] NVIDIA's data sheets of A100, H100, H200 (SXM) and HGX B200: peaks, HBM bandwidth, and NVLink, of which
         they print both directions together; user guides of DGX A100, H100, H200 and B200: one InfiniBand port per GPU,
         of 200 Gb/s in DGX A100 and 400 Gb/s in the others;
@@ -46,7 +47,7 @@ class Hardware(Device):
     dimensions: of the torus; 0 for GPUs, which a switch in each host connects, one link per GPU, and InfiniBand between
     hosts. hbm_bytes: available to programs. link_bandwidth: of one link in one direction; dcn_bandwidth: one chip's
     share of the network between slices, or between hosts of GPUs, in one direction. chips: in the largest slice, or
-    GPUs in a host. cores: devices of a chip, which share it: all other figures are of one device.
+    GPUs in a host. Of a chip with two devices all other figures are those of one device, half of the chip's.
     """
 
     name: str
@@ -56,7 +57,6 @@ class Hardware(Device):
     link_bandwidth: float
     dcn_bandwidth: float
     chips: int
-    cores: int = 1
 
     @property
     def device_kind(self) -> str:
@@ -75,8 +75,8 @@ _DEVICES: tuple[Device, ...] = (
     Hardware(("TPU v5 lite", "TPU v5e"), 197e12, 197e12, "v5e", 2, 15.75 * _GIB, 8.19e11, 4.5e10, 3.1e9, 256),
     Hardware(("TPU v5", "TPU v5p"), 459e12, 459e12, "v5p", 3, 95.74 * _GIB, 2.765e12, 9e10, 6.25e9, 6144),
     Hardware(("TPU v6 lite", "TPU v6e"), 918e12, 918e12, "v6e", 2, 31.25 * _GIB, 1.638e12, 9e10, 12.5e9, 256),
-    # Two devices per chip: half of its figures each.
-    Hardware(("TPU7x",), 1153.5e12, 1153.5e12, "tpu7x", 3, 94.74 * _GIB, 3.69e12, 4.5e10, 6.25e9, 9216, cores=2),
+    # Two devices a chip.
+    Hardware(("TPU7x",), 1153.5e12, 1153.5e12, "tpu7x", 3, 94.74 * _GIB, 3.69e12, 4.5e10, 6.25e9, 9216),
     # [nvidia], [xla]; the bandwidth of B200, too, is from [xla]: data sheets of its systems round it up to 8 TB/s.
     Hardware(("NVIDIA A100-SXM4-80GB",), 312e12, 156e12, "a100", 0, 0.9 * 85100068864, 2.039e12, 3e11, 2.5e10, 8),
     Hardware(("NVIDIA H100 80GB HBM3",), 989e12, 494e12, "h100", 0, 0.9 * 84942979072, 3.35e12, 4.5e11, 5e10, 8),

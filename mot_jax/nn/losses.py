@@ -169,12 +169,9 @@ def _in_one_pass(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.A
         scaled = (total * jnp.exp(old - maximum) for old, total in ((a[0], a[1]), (b[0], b[1])))
         return maximum, sum(scaled), a[2] + b[2]
 
-    def reduce(logits: jax.Array, target: jax.Array) -> tuple:
-        zero, lowest = jnp.zeros((), logits.dtype), jnp.finfo(logits.dtype).min.astype(logits.dtype)
-        operands = logits, jnp.ones_like(logits), logits * target
-        return tuple(jax.lax.reduce(operands, (lowest, zero, zero), add, (logits.ndim - 1,)))
-
-    maximum, total, target_logits = reduce(logits, target)
+    zero, lowest = jnp.zeros((), logits.dtype), jnp.finfo(logits.dtype).min.astype(logits.dtype)
+    operands = logits, jnp.ones_like(logits), logits * target
+    maximum, total, target_logits = jax.lax.reduce(operands, (lowest, zero, zero), add, (logits.ndim - 1,))
     return (maximum + jnp.log(total))[..., None], target_logits
 
 

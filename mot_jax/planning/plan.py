@@ -43,6 +43,7 @@ SMALL = 2**16  # bytes below which collectives share a row
 class Plan:
     """A training step on a topology. All bytes, FLOPs and seconds are for one device and one step.
 
+    chips: number of devices, of which a chip of TPU7x has two.
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
     times also if the device's figures are not known. times_below_peak: with products at SHARE_OF_PEAK of the peak.

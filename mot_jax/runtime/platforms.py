@@ -8,11 +8,12 @@ import importlib.util
 import os
 import pkgutil
 
-# A driver's files: of TPUs on older and on newer VMs, of GPUs of NVIDIA, also under WSL and on Jetson, and of AMD. The
-# first CUDA program after a boot may create NVIDIA's devices, of which there is only the driver before.
-_TPU_FILES = ("/dev/accel*", "/dev/vfio/*")
-_GPU_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap", "/dev/kfd")
-_DEVICE_FILES = (*_TPU_FILES, *_GPU_FILES, "/proc/driver/nvidia*", "/sys/module/nvidia")
+_DEVICE_FILES = (  # of a driver
+    *("/dev/accel*", "/dev/vfio/*"),  # of TPUs on older and on newer VMs
+    *("/dev/nvidia*", "/dev/dxg", "/dev/nvhost*", "/dev/nvmap"),  # of GPUs of NVIDIA, also under WSL and on Jetson
+    *("/proc/driver/nvidia*", "/sys/module/nvidia"),  # before the first CUDA program has created their devices
+    "/dev/kfd",  # of GPUs of AMD
+)
 _CUDA_PLUGINS = {"xla_cuda12", "xla_cuda13"}  # of the extras cuda12, cuda13 and cuda-aot
 _VARIABLES = ("TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT")  # set on TPU hosts, or by a user who has one
 _NO_HINTS = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")  # set by importing JAX and libtpu, inherited by processes
@@ -34,7 +35,7 @@ def skip_absent_accelerators() -> None:
     JAX would otherwise load them, and their search for a TPU and for CUDA's libraries prints errors. Compiling for
     described devices does not depend on the variable. Call it before JAX is imported, which reads the variable then.
     """
-    if (importlib.util.find_spec("libtpu") or _plugins()) and only_cpus():
+    if any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))) and only_cpus():
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
