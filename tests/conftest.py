@@ -7,6 +7,7 @@ environment variable MOT_TEST_DEVICE is `cpu`. Without `-m gpu` they run on the 
 import math
 import os
 import signal
+import time
 
 # Set before JAX is imported. A platform that is set in the environment takes precedence.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,7 +21,9 @@ from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 
 from mot_jax.nn.sharding import AXES
+from mot_jax.runs import state
 from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
+from mot_jax.training import evaluation, trainer
 
 pytest_plugins = ["tiny_run"]
 NVIDIA_DRIVER = "/dev/nvidiactl"
@@ -73,6 +76,18 @@ def compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def traced_functions(request):
+    """Trace and compile training anew around a test that may replace parts of it, or compiles with other options."""
+    changes = {"monkeypatch", "optimized"} & set(request.fixturenames)
+    caches = [trainer._train_step, evaluation._eval_step, state._make_initializer] if changes else []
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.fixture
 def optimized():
     """Compile with all optimizations, as for users: for tests of results to the last bit, or nearly."""
@@ -110,6 +125,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
         jax.config.update("jax_platforms", "cuda,cpu")
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests that begin after the time MOT_TEST_UNTIL, in seconds since 1970: `.ci/run` has a limit."""
+    if time.time() > float(os.environ.get("MOT_TEST_UNTIL", "inf")):
+        pytest.skip("the time MOT_TEST_UNTIL has passed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -46,6 +46,7 @@ def programs() -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_every_block_makes_a_loss_and_gradients(programs):
     assert len(programs) == 4
     for program in programs:

@@ -40,6 +40,7 @@ def test_bytes_of_layers_are_compared_with_dense(tmp_path, capsys):
     assert "needs a TPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_of_a_step():
     [row] = memory_of_steps({"mot": SMALL}, "local:1", lambda line: None)
     assert (row["config"], row["fits"], row["ratio"]) == ("mot", True, 1)

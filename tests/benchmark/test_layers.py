@@ -172,7 +172,7 @@ def test_programs_share_the_buffers_of_their_results():
     assert sorted((shape, len(arrays)) for (shape, _), arrays in buffers.items()) == [((), 1), ((2,), 1)]
 
 
-@pytest.mark.parametrize("where", ["created", "run"])
+@pytest.mark.parametrize("where", [pytest.param("created", marks=pytest.mark.slow), "run"])
 def test_a_program_that_does_not_fit_has_a_row_with_the_reason(where, monkeypatch):
     """The others have their times. Of results of a failed execution none is used again."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # programs share their buffers

@@ -163,6 +163,7 @@ def with_advice(config, by, name, value):
     return with_fields(config, group, **{field: int(value) if value.isdecimal() else value}), by
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(configs(), st.sampled_from([*trainable_kinds()]), st.sampled_from(RULES))
 def test_a_config_is_matched_or_the_advice_of_the_error_works(config, kind, by):

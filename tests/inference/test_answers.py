@@ -67,6 +67,7 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_bad_lines_are_reported_by_number_and_the_others_are_answered(workdir, tmp_path, capsys):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_bytes(b"\n".join(MIXED))
@@ -219,6 +220,7 @@ def test_lines_that_were_removed_are_answered_again(many, small_windows, tmp_pat
     assert capsys.readouterr().err.endswith("\n110 answers, 5 lines failed\n")
 
 
+@pytest.mark.slow
 def test_a_file_of_other_arguments_is_refused_and_left_as_it_is(workdir, tmp_path, capsys):
     prompts, output, mine = (tmp_path / name for name in ("prompts.txt", "answers.jsonl", "mine.jsonl"))
     prompts.write_text("a\nb\n")
@@ -283,6 +285,7 @@ def test_damage_in_the_middle_of_a_file_is_reported(workdir, tmp_path, capsys):
     assert f"line {failed['line']} {failed['error']}; answers before it stay" in error
 
 
+@pytest.mark.slow
 def test_damage_in_an_array_ends_with_an_error_after_the_answers_before_it(workdir, tmp_path, capsys):
     prompts, output = tmp_path / "prompts.json", tmp_path / "a.jsonl"
     prompts.write_text('[{"prompt": "def f"}, {"prompt": "x = 1"}, {"prompt": oops}, {"prompt": "y"}]')

@@ -199,7 +199,8 @@ def model_of(tokenizer) -> LanguageModel:
     return LanguageModel(Config(model=model), params, tokenizer, "grouped", 0)
 
 
-@pytest.mark.parametrize("name", ["pieces.model", pytest.param("metaspace.json", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pieces.model", "metaspace.json"])
 def test_prompt_and_text_are_the_text_of_all_tokens(name, tmp_path):
     """Also where a stop is normalized to nothing, and one of several sequences ends early."""
     tokenizer = tokenizer_of(name, tmp_path)

@@ -115,6 +115,7 @@ def test_the_measured_loss_of_a_mode_is_compared_with_that_of_training(workdir, 
     (workdir / "modes.json").unlink()
 
 
+@pytest.mark.slow
 def test_a_dense_model_has_one_mode(tmp_path, capsys):
     save(tmp_path / "dense", dataclasses.replace(MODEL, feed_forward=DenseConfig()))
     mot("generate", tmp_path / "dense", "--prompt", "x", "--tokens", 2)
@@ -159,6 +160,7 @@ def test_invalid_workdirs_are_errors_of_one_line(workdir, capsys, tmp_path):
     assert "companions.npy: is missing" in error_of(capsys, "generate", other, "--prompt", "x")
 
 
+@pytest.mark.slow
 def test_gaps_are_filled_on_the_command_line(tmp_path, capsys):
     save(tmp_path / "masked", dataclasses.replace(MODEL, objective="masked", vocab_size=258))
     mot("fill", tmp_path / "masked", "--text", "d_f f_", "--mode", "grouped", "--json", tmp_path / "f.json")

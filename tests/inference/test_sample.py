@@ -43,6 +43,7 @@ def end(config: Config, directory: Path, scale: float = 1.0) -> str:
     return (directory / "sample.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_diverged_model_has_no_sample(tiny: Config, tmp_path: Path):
     sample = end(tiny, tmp_path, jnp.nan)
     assert sample.startswith(

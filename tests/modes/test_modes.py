@@ -86,6 +86,7 @@ def test_discrete_runs_with_the_same_parameters():
     assert (hidden_states(discrete(config), params) != hidden_states(config, params)).any()
 
 
+@pytest.mark.slow
 def test_another_group_size_keeps_experts_and_parameters():
     config = config_of(MixingConfig())
     params = init_params(config.model, jax.random.key(0, impl="rbg"))

@@ -181,7 +181,7 @@ EXCHANGES = {
 }
 
 
-FAST = {"experts on all", "groups of many devices"}
+FAST = {"groups of many devices"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in FAST else [pytest.mark.slow]) for c in EXCHANGES])

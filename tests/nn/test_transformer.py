@@ -366,7 +366,7 @@ def v2_density(values: np.ndarray, fan_in: int) -> np.ndarray:
     return np.exp(-0.5 * values**2 / (0.1 / fan_in)) * (abs(values) <= 0.2)
 
 
-@pytest.mark.parametrize("density", [v1_density, v2_density])
+@pytest.mark.parametrize("density", [v1_density, pytest.param(v2_density, marks=pytest.mark.slow)])
 def test_parameters_start_as_in_the_paper(density):
     """Mean, standard deviation and truncation of every parameter (`docs/paper.md`, section 5)."""
     v1 = load_config(Path(__file__).parents[2] / "configs" / "v1.py")

@@ -244,6 +244,7 @@ def test_a_run_moved_to_a_path_that_is_a_pattern_can_be_read(saved, tmp_path):
     assert load_run(tmp_path / "sweep[1]").step == 8
 
 
+@pytest.mark.slow
 def test_a_run_without_manifests_is_refused_and_keeps_its_rows(tiny, tmp_path):
     """More steps without a manifest than one interrupted save leaves behind: they have been lost."""
     workdir = tmp_path / "run"
@@ -312,7 +313,9 @@ def test_a_run_killed_before_its_first_manifest_begins_again(finished, tiny, tmp
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"4.left-out-1", "8", "12"}
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, RetryableError), (errno.EACCES, UserError)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EIO, RetryableError), pytest.param(errno.EACCES, UserError, marks=pytest.mark.slow)]
+)
 def test_a_save_that_fails_ends_the_run_at_the_next_step(tiny, tmp_path, monkeypatch, number, kind):
     """At once, since the steps until the next save would be lost too. The last checkpoint is named."""
     write, failed, steps = manifest.write, threading.Event(), []

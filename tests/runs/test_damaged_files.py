@@ -118,6 +118,7 @@ def test_a_damaged_file_that_is_read(workdir, tmp_path, capsys, name, damage):
         check(command, copy, name, damage, output, capsys)
 
 
+@pytest.mark.slow
 def test_one_changed_token_of_the_companions_is_refused(workdir, tmp_path, capsys):
     assert call("export", workdir, tmp_path, capsys) == (0, [])
     intact = (workdir / "companions.npy").read_bytes()

@@ -71,6 +71,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.slow
 def test_muon_orthogonalizes_each_matrix_of_a_stack():
     """Its first step has the singular vectors of each gradient, and singular values of about 1."""
     params, gradients = arrays(0), arrays(1)

@@ -160,6 +160,7 @@ def test_a_run_that_ends_with_an_error_has_it(tiny, workdir, reports):
             assert (report["state"], report["remark"]) == (state, remark)
 
 
+@pytest.mark.slow
 def test_a_status_that_cannot_be_written_does_not_stop_a_run(tiny, workdir, reports, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -24,7 +24,7 @@ from mot_jax.training.divergence import DivergenceWatch
 
 MESHES = [
     pytest.param(MeshConfig(data=1), id="1 device"),
-    pytest.param(MeshConfig(data=2, expert=4), id="8 devices", marks=pytest.mark.slow),
+    pytest.param(MeshConfig(data=2, expert=4), id="8 devices"),
 ]
 
 
@@ -66,6 +66,7 @@ def saved_steps(workdir: epath.PathLike) -> set[int]:
     return {int(path.name) for path in (epath.Path(workdir) / "checkpoints").iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_that_diverges_leaves_its_last_finite_checkpoint(finished, tiny, tmp_path, capsys, mesh):
     """A learning rate of 1e30 from step 13 on; checkpoints are due at 16, 20 and 24."""

@@ -110,6 +110,7 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
     )
 
 
+@pytest.mark.slow
 def test_all_modes_are_scored_on_the_same_text_printed_and_stored(run, tmp_path, capsys, monkeypatch):
     """In batches limited by the size of the mixtures; without companions, the modes that do not need them.
 

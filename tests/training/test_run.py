@@ -36,6 +36,7 @@ def modification_times(directory: epath.Path) -> dict[str, int]:
 # --- prepare ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prepare_opens_the_text_and_leaves_the_workdir_alone(tiny, tmp_path):
     run = prepare(tiny, tmp_path / "run")
     assert run.config == tiny and run.workdir == epath.Path(tmp_path / "run") and run.mesh.size == 1
