@@ -78,7 +78,7 @@ def compiled_programs():
 
 @pytest.fixture(autouse=True)
 def traced_functions(request):
-    """Trace and compile training anew around a test that may replace parts of it, or compiles with other options."""
+    """Trace and compile training again around a test that may replace parts of it, or compiles with other options."""
     changes = {"monkeypatch", "optimized"} & set(request.fixturenames)
     caches = [trainer._train_step, evaluation._eval_step, state._make_initializer] if changes else []
     for cache in caches:
