@@ -4,6 +4,7 @@
 environment variable MOT_TEST_DEVICE is `cpu`. Without `-m gpu` they run on the CPU as all others.
 """
 
+import functools
 import math
 import os
 import signal
@@ -16,14 +17,15 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it queries over gRPC, and the tests' store has none
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 
 from mot_jax.nn.sharding import AXES
-from mot_jax.runs import state
 from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 from mot_jax.training import evaluation, trainer
+from mot_jax.training.step import make_eval_step, make_train_step
 
 pytest_plugins = ["tiny_run"]
 NVIDIA_DRIVER = "/dev/nvidiactl"
@@ -76,16 +78,35 @@ def compiled_programs():
     jax.clear_caches()
 
 
+@functools.lru_cache(maxsize=8)
+def _train_step(*arguments):
+    return make_train_step(*arguments)
+
+
+@functools.lru_cache(maxsize=8)
+def _eval_step(model, token_bytes):
+    return make_eval_step(model, np.array(token_bytes))
+
+
 @pytest.fixture(autouse=True)
-def traced_functions(request):
-    """Trace and compile training again around a test that may replace parts of it, or compiles with other options."""
-    changes = {"monkeypatch", "optimized"} & set(request.fixturenames)
-    caches = [trainer._train_step, evaluation._eval_step, state._make_initializer] if changes else []
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+def shared_programs(request):
+    """Let equal training runs of a file share their traced and compiled programs.
+
+    Not in tests that may replace parts of the program or compile with other options, nor in those with the fixture
+    `separate_programs`.
+    """
+    if {"monkeypatch", "optimized", "separate_programs"} & set(request.fixturenames):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_train_step", _train_step)
+        patch.setattr(evaluation, "make_eval_step", lambda model, sizes: _eval_step(model, tuple(sizes.tolist())))
+        yield
+
+
+@pytest.fixture
+def separate_programs():
+    """Trace and compile each run of the test by itself, as processes do."""
 
 
 @pytest.fixture
@@ -129,7 +150,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests that begin after the time MOT_TEST_UNTIL, in seconds since 1970: `.ci/run` has a limit."""
-    if time.time() > float(os.environ.get("MOT_TEST_UNTIL", "inf")):
+    if time.time() > float(os.environ.get("MOT_TEST_UNTIL") or "inf"):
         pytest.skip("the time MOT_TEST_UNTIL has passed")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from mot_jax.config import Config, ModelConfig, OptimizerConfig
+from mot_jax.config import Config
 from mot_jax.nn.sharding import parameter_spec, replicate
 from mot_jax.nn.transformer import Params, init_router, init_variables
 from mot_jax.runs.optimizer import make_optimizer, stacked
@@ -49,9 +48,10 @@ class TrainState(NamedTuple):
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
     """Initialize a state; each device computes only its own shards. The values do not depend on the mesh."""
-    with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-        return jax.jit(_initializer(config), out_shardings=shardings)(jax.random.key(config.training.seed))
+    create, key = partial(_create, config), jax.random.key(config.training.seed)
+    with jax.set_mesh(mesh):  # so that JAX traces `create` once, for its shapes and for its values
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, _placed(jax.eval_shape(create, key), mesh))
+        return jax.jit(create, out_shardings=shardings)(key)
 
 
 def create_router(config: Config, mesh: Mesh) -> Params:
@@ -73,7 +73,11 @@ def state_of(content: dict[str, Any]) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    shapes = jax.eval_shape(_initializer(config), jax.random.key(config.training.seed))
+    return _placed(jax.eval_shape(partial(_create, config), jax.random.key(config.training.seed)), mesh)
+
+
+def _placed(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """The shapes of a state with the shardings of its arrays."""
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The optimizer's state of a parameter has the parameter's name and sharding. Factored moments, of the rows or
@@ -88,21 +92,11 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _initializer(config: Config) -> Callable[[jax.Array], TrainState]:
-    """The function of a key that makes the state; the same one for equal models, so that JAX traces it once."""
-    return _make_initializer(config.model, config.training.optimizer, config.training.steps)
-
-
-@lru_cache(maxsize=8)
-def _make_initializer(model: ModelConfig, optimizer: OptimizerConfig, steps: int) -> Callable[[jax.Array], TrainState]:
-    def create(key: jax.Array) -> TrainState:
-        params, router = init_variables(model, key)
-        step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return TrainState(
-            step, params, make_optimizer(optimizer, steps).init(params), skipped, skipped_in_a_row, router
-        )
-
-    return create
+def _create(config: Config, key: jax.Array) -> TrainState:
+    params, router = init_variables(config.model, key)
+    optimizer = make_optimizer(config.training.optimizer, config.training.steps)
+    step, skipped, skipped_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, optimizer.init(params), skipped, skipped_in_a_row, router)
 
 
 def fetch(value: jax.Array) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import sys
@@ -15,8 +14,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mot_jax.config import CompanionsConfig, Config, ModelConfig, to_json
-from mot_jax.data.objectives import Batch, Objective
+from mot_jax.config import CompanionsConfig, Config, to_json
+from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
@@ -40,7 +39,7 @@ from mot_jax.runtime import distributed
 from mot_jax.runtime.compilation import default_tracing
 from mot_jax.runtime.paths import is_io_error
 from mot_jax.runtime.progress import Advance, progress
-from mot_jax.training.step import Evaluation, make_eval_step
+from mot_jax.training.step import make_eval_step
 
 Result = dict[str, float | int]
 
@@ -48,12 +47,6 @@ Result = dict[str, float | int]
 def evaluated_config(config: Config) -> Config:
     """The config with which a model is scored during training: that of inference, in which no token is dropped."""
     return mode_of(trained_mode(config)).change(config)
-
-
-@functools.lru_cache(maxsize=8)
-def _eval_step(model: ModelConfig, token_bytes: tuple[int, ...]) -> Callable[[Params, jax.Array, Batch], Evaluation]:
-    """The evaluation step, which equal evaluations of one process trace and compile once."""
-    return jax.jit(make_eval_step(model, np.array(token_bytes)))
 
 
 def make_evaluation(
@@ -71,7 +64,7 @@ def make_evaluation(
         predicting the most frequent target.
     """
     padding = config.model.vocab_size - tokenizer.vocab_size
-    eval_step = _eval_step(config.model, (*tokenizer.token_bytes.tolist(), *[0] * padding))
+    eval_step = jax.jit(make_eval_step(config.model, np.pad(tokenizer.token_bytes, (0, padding))))
     objective = Objective.of(config, tokenizer)
 
     def evaluate(params: Params, step: jax.Array, limit: int | None) -> Result:

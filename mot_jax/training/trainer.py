@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -21,8 +20,6 @@ from mot_jax.training.run import Run, Start
 from mot_jax.training.step import make_train_step
 
 StepMetrics = dict[str, Any]
-# Runs of one process that differ in their seed or text only are traced and compiled once.
-_train_step = functools.lru_cache(maxsize=4)(make_train_step)
 
 
 class Waits:
@@ -96,7 +93,9 @@ class Trainer:
         begin = time.perf_counter()
         with jax.set_mesh(run.mesh):
             empty = self._place(objective(run.windows.read([-1] * len(rows)), rows))
-            train_step = _train_step(run.config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps)
+            train_step = make_train_step(
+                run.config.model, t.optimizer, t.steps, t.losses, t.gradient_accumulation_steps
+            )
             self._train_step = jax.jit(train_step, donate_argnums=0).lower(self.state, empty).compile()
         self.compile_seconds = time.perf_counter() - begin
         evaluated = evaluated_config(run.config)

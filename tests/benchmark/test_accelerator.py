@@ -50,8 +50,10 @@ OTHERS = (
 OTHERS += ("mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixture_of_tokens", *OTHERS])
+@pytest.mark.parametrize(
+    "kind",
+    ["mixture_of_tokens", *(pytest.param(k, marks=pytest.mark.slow) for k in OTHERS)],
+)
 def test_a_correct_layer_passes_and_a_wrong_one_fails(kind, monkeypatch):
     config = numerics.configs_to_check(numerics.SHAPES["tiny"], SimpleNamespace(platform="tpu", device_kind="TPU v5"))[
         kind

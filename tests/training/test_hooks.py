@@ -15,9 +15,12 @@ from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.training import Hook, train
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "words", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+    ("number", "words", "code"),
+    [
+        (signal.SIGTERM, "SIGTERM", 143),
+        pytest.param(signal.SIGINT, "Ctrl-C", 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_a_checkpoint_and_ends_with_its_exit_code(finished, tiny, tmp_path, capsys, number, words, code):
     class Signal(Hook):

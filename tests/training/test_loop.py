@@ -50,7 +50,7 @@ def test_a_run_writes_all_files_that_the_readme_names(finished, tiny):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_stopped_run_resumes_bit_for_bit(finished, tiny, tmp_path, step):
+def test_a_stopped_run_resumes_bit_for_bit(finished, tiny, tmp_path, step, separate_programs):
     workdir = epath.Path(tmp_path / "run")
     with pytest.raises(StoppedError):
         train(tiny, workdir, [StopAt(step)])

@@ -365,8 +365,7 @@ def poison_loss(monkeypatch, kind: str) -> None:
     monkeypatch.setattr(Transformer, "loss_sum", poisoned)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, microbatches", [("loss", 1), ("gradient", 4)])
+@pytest.mark.parametrize("kind, microbatches", [pytest.param("loss", 1, marks=pytest.mark.slow), ("gradient", 4)])
 def test_a_step_that_is_not_finite_changes_only_counters(tiny, monkeypatch, kind, microbatches):
     """The run is that in which this update is left out, bit for bit. One bad microbatch of several is enough."""
     poison_loss(monkeypatch, kind)
@@ -491,7 +490,7 @@ def test_losses_of_token_choice_are_added_by_their_weights(tiny):
 
 # --- every variant ----------------------------------------------------------------------------------------------------
 
-ON_EIGHT_DEVICES = ("separate controllers", "learnable temperature, per expert", "several")
+ON_EIGHT_DEVICES = ("common base", "learnable temperature, per expert", "several")
 
 
 @pytest.mark.slow
@@ -499,8 +498,7 @@ ON_EIGHT_DEVICES = ("separate controllers", "learnable temperature, per expert",
 def test_every_variant_learns(tiny, name):
     """Twenty steps, a masked model where groups are within sequences; every loss and metric stays finite.
 
-    Variants with parameters of their own on eight devices. `tests/nn/feed_forward/test_variants.py` has every layer
-    there, with its gradients.
+    Some of them on eight devices, on which `tests/nn/feed_forward/test_variants.py` has every layer with its gradients.
     """
     mixing = VARIANTS[name]
     if mixing.annealing != "none":

@@ -67,7 +67,7 @@ class Case:
             its routing group, sequence after sequence. `sequence`: all of its sequence, which a causal model refuses.
         drops: whether some tokens are dropped: their number is then limited by so small a capacity.
         slow: whether only the slow suite has this case. The fast one has Mixture of Tokens, and two kinds that have all
-            parts of the others: router state, drops, warmup, auxiliary losses and a shared expert.
+            parts of the others: router state, drops, warmup, auxiliary losses and a shared expert; some tests fewer.
     """
 
     config: FeedForwardConfig
@@ -132,7 +132,8 @@ def every_case(fast: Container[str]) -> pytest.MarkDecorator:
 
 
 EVERY_CASE = every_case([name for name, case in CASES.items() if not case.slow])
-MIXTURE_FAST = every_case(["mixture_of_tokens"])  # where compilation takes 10 seconds a case
+# Where compilation takes 10 seconds a case:
+TWO_CASES, ONE_CASE = every_case(["mixture_of_tokens", "token_choice, bias"]), every_case(["mixture_of_tokens"])
 
 
 def test_the_table_has_every_kind_that_trains():
@@ -229,7 +230,7 @@ def forward(model: ModelConfig, params: Params, tokens: jax.Array, step: jax.Arr
     return out.hidden.reshape(B * S, -1), out.metrics
 
 
-@MIXTURE_FAST
+@ONE_CASE
 def test_a_token_depends_on_no_token_out_of_its_reach(name):
     """Neither on later tokens, other groups or padding, by a bit; on other sequences only if its case allows it."""
     case, config, tokens = CASES[name], config_of(name), batch_of().inputs
@@ -283,7 +284,7 @@ def test_the_content_of_padding_changes_no_bit_of_a_step(name):
 # --- the training step ------------------------------------------------------------------------------------------------
 
 
-@MIXTURE_FAST
+@TWO_CASES
 def test_microbatches_on_eight_devices_have_the_gradients_of_the_whole_batch_on_one(name):
     """Losses are means over the batch, although the microbatches have different numbers of tokens.
 
@@ -359,7 +360,7 @@ def test_extreme_inputs_have_finite_gradients_and_valid_metrics(name, dtype):
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [p for p in MIXTURE_FAST.args[1] if CASES[p.values[0]].reach != "sequence"])
+@pytest.mark.parametrize("name", [p for p in ONE_CASE.args[1] if CASES[p.values[0]].reach != "sequence"])
 def test_generation_with_a_cache_has_the_probabilities_of_a_whole_pass(name):
     """In the default inference mode, of a trained state."""
     state, config = trained_state(name, 4), config_of(name)
