@@ -1,0 +1,101 @@
+"""A study of recipes of Mixture of Tokens, as small models of Python source: which one wins in time, if any does?
+
+Command: mot bench train configs/studies/recipe.py --workdir runs/recipe
+Here:    has not been run.
+
+Every recipe differs in one respect from `mixture_of_tokens`, the model of `configs/studies/demo.py`: in the blocks that
+mix, in the number of experts and so the cost of mixing, in the width of the shared expert, or in the learning rate of
+the controller. The report has steps, FLOPs and seconds to the loss of the dense model; a recipe wins in time if it
+needs fewer seconds. Groups have 32 sequences in all of them, since the batches of a study must be equal.
+"""
+
+from dataclasses import replace
+
+from mot_jax.benchmark.study import Study
+from mot_jax.config import (
+    Config,
+    DataConfig,
+    DenseConfig,
+    FeedForwardConfig,
+    InitConfig,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+
+GROUP_SIZE, EXPERTS, SHARED = 32, 128, 96
+BATCH, CONTEXT = 32, 64
+
+MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
+    group_size=GROUP_SIZE, num_experts=EXPERTS, shared_expert_dim=SHARED, controller_init_scale=3.0
+)
+
+
+def config(layer: FeedForwardConfig, moe_blocks: tuple[int, ...] = (0, 1, 2), controller_rate: float = 1.0) -> Config:
+    """A model of three blocks with this layer in some of them; the others are dense.
+
+    controller_rate: multiplier of the controller's learning rate.
+    """
+    return Config(
+        model=ModelConfig(
+            num_blocks=3,
+            d_model=96,
+            d_ff=384,
+            num_heads=4,
+            context_length=CONTEXT,
+            feed_forward=layer,
+            moe_blocks="all" if moe_blocks == (0, 1, 2) else moe_blocks,
+            final_norm=True,
+            init=InitConfig(scale=1.0),
+            loss_chunk=32,
+            scan_layers=False,  # a fifth faster on CPUs
+        ),
+        data=DataConfig(
+            corpus=("python_source/site_packages",), validation_windows=1024, shuffle_group_size=GROUP_SIZE
+        ),
+        training=TrainingConfig(
+            steps=1600,
+            batch_size=BATCH,
+            optimizer=OptimizerConfig(
+                learning_rate=5e-3,
+                warmup_steps=50,
+                beta2=0.95,
+                clip_norm=1.0,
+                multipliers=() if controller_rate == 1 else (("controller", controller_rate),),
+            ),
+            log_every=20,
+            validate_every=100,
+            checkpoint_every=200,
+        ),
+        mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more
+    )
+
+
+def get_study() -> Study:
+    """The study."""
+    mot = MIXTURE_OF_TOKENS
+    return Study(
+        title="Recipes of Mixture of Tokens, 1,600 steps on Python source",
+        entrants={
+            "dense": config(DenseConfig()),
+            "mixture_of_tokens": config(mot),
+            "last_two_blocks": config(mot, moe_blocks=(1, 2)),
+            "last_block": config(mot, moe_blocks=(2,)),
+            "experts_32": config(replace(mot, num_experts=32)),
+            "experts_64": config(replace(mot, num_experts=64)),
+            "experts_256": config(replace(mot, num_experts=256)),
+            "no_shared_expert": config(replace(mot, shared_expert_dim=0)),
+            "wide_shared_expert": config(replace(mot, shared_expert_dim=192)),
+            "slow_controller": config(mot, controller_rate=0.3),
+            "fast_controller": config(mot, controller_rate=3.0),
+        },
+        budget_hours=5,
+        seeds=(1, 2, 3),
+        rate_factors=(0.5, 1.0, 2.0),
+        max_extensions=1,
+        horizons=(),
+        flops_per_second=7e10,
+        overhead_seconds=40.0,
+    )
