@@ -38,6 +38,7 @@ PLACES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "launch/README.md": "clusters.md",
+    "models/python/README.md": "model.md",
     "examples/custom_loop.py": "custom_loop.md",
     "examples/mixture_of_tokens.ipynb": "notebook.md",
 }
