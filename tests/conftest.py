@@ -78,9 +78,7 @@ def compiled_programs():
     jax.clear_caches()
 
 
-@functools.lru_cache(maxsize=8)
-def _train_step(*arguments):
-    return make_train_step(*arguments)
+_train_step = functools.lru_cache(maxsize=8)(make_train_step)
 
 
 @functools.lru_cache(maxsize=8)

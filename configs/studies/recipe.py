@@ -10,6 +10,7 @@ needs fewer seconds. Groups have 32 sequences in all of them, since the batches 
 """
 
 from dataclasses import replace
+from typing import Literal
 
 from mot_jax.benchmark.study import Study
 from mot_jax.config import (
@@ -33,11 +34,12 @@ MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
 )
 
 
-def config(layer: FeedForwardConfig, moe_blocks: tuple[int, ...] = (0, 1, 2), controller_rate: float = 1.0) -> Config:
-    """A model of three blocks with this layer in some of them; the others are dense.
-
-    controller_rate: multiplier of the controller's learning rate.
-    """
+def config(
+    layer: FeedForwardConfig,
+    moe_blocks: Literal["all"] | tuple[int, ...] = "all",
+    multipliers: tuple[tuple[str, float], ...] = (),
+) -> Config:
+    """A model of three blocks with this layer in some of them; the others are dense."""
     return Config(
         model=ModelConfig(
             num_blocks=3,
@@ -46,7 +48,7 @@ def config(layer: FeedForwardConfig, moe_blocks: tuple[int, ...] = (0, 1, 2), co
             num_heads=4,
             context_length=CONTEXT,
             feed_forward=layer,
-            moe_blocks="all" if moe_blocks == (0, 1, 2) else moe_blocks,
+            moe_blocks=moe_blocks,
             final_norm=True,
             init=InitConfig(scale=1.0),
             loss_chunk=32,
@@ -59,11 +61,7 @@ def config(layer: FeedForwardConfig, moe_blocks: tuple[int, ...] = (0, 1, 2), co
             steps=1600,
             batch_size=BATCH,
             optimizer=OptimizerConfig(
-                learning_rate=5e-3,
-                warmup_steps=50,
-                beta2=0.95,
-                clip_norm=1.0,
-                multipliers=() if controller_rate == 1 else (("controller", controller_rate),),
+                learning_rate=5e-3, warmup_steps=50, beta2=0.95, clip_norm=1.0, multipliers=multipliers
             ),
             log_every=20,
             validate_every=100,
@@ -88,8 +86,8 @@ def get_study() -> Study:
             "experts_256": config(replace(mot, num_experts=256)),
             "no_shared_expert": config(replace(mot, shared_expert_dim=0)),
             "wide_shared_expert": config(replace(mot, shared_expert_dim=192)),
-            "slow_controller": config(mot, controller_rate=0.3),
-            "fast_controller": config(mot, controller_rate=3.0),
+            "slow_controller": config(mot, multipliers=(("controller", 0.3),)),
+            "fast_controller": config(mot, multipliers=(("controller", 3.0),)),
         },
         budget_hours=5,
         seeds=(1, 2, 3),
