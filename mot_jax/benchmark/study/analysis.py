@@ -8,8 +8,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mot_jax.benchmark.study.plan import HORIZONS, SEEDS, TUNING
-from mot_jax.benchmark.study.statistics import Comparison, Curve, compare, crossing, holm, horizon, loss_at, summary
+from mot_jax.benchmark.study.statistics import (
+    Comparison,
+    Curve,
+    compare,
+    crossing,
+    holm,
+    horizon,
+    loss_at,
+    rate_span,
+    summary,
+)
 
+TOLERANCE = 0.01  # of the lowest loss, for the span of learning rates
 Results = Mapping[str, Any]
 Row = dict[str, Any]
 
@@ -94,6 +105,30 @@ def grid_losses(results: Results, entrant: str) -> dict[float, float]:
     """Return the final losses of those in the grid, by learning rate, increasing."""
     losses, rates = tuning_losses(results, entrant), results["entrants"][entrant]["tuning"]["rates"]
     return {rate: losses[run] for run, rate in rates.items() if run in losses}
+
+
+def stability(results: Results, entrant: str) -> Row:
+    """Return how an entrant reacts to the learning rate and how its gradients vary.
+
+    Returns:
+        span: `RateSpan` of the rates within `TOLERANCE` of the lowest loss.
+        above: the increase of the loss, as a share, at 2 and 4 times the chosen rate, where the grid has them.
+        variation, peak: of the gradient norm, as in the results; mean and maximum over the seeds.
+    """
+    losses, chosen = grid_losses(results, entrant), results["entrants"][entrant]["tuning"]["chosen"]
+    above = {}
+    for factor in (2, 4):
+        rate = next((rate for rate in losses if chosen and math.isclose(rate, factor * chosen)), None)
+        above[factor] = None if rate is None else losses[rate] / losses[chosen] - 1
+    gradients = [run["gradients"] for run in seed_runs(results, entrant).values() if "gradients" in run]
+    variations = [row["variation"] for row in gradients if row["variation"] is not None]
+    peaks = [row["peak"] for row in gradients if row["peak"] is not None]
+    return {
+        "span": rate_span(losses, TOLERANCE),
+        "above": above,
+        "variation": statistics.fmean(variations) if variations else None,
+        "peak": max(peaks, default=None),
+    }
 
 
 def layer_metrics(results: Results, entrant: str) -> dict[str, list[float]]:

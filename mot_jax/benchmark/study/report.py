@@ -14,15 +14,17 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from mot_jax.benchmark.study.analysis import (
+    TOLERANCE,
     analyze,
     curve_of,
     grid_losses,
     layer_metrics,
     seed_runs,
+    stability,
     tuning_losses,
 )
 from mot_jax.benchmark.study.results import FILE, ROWS_FILE, load
-from mot_jax.benchmark.study.statistics import SIGNIFICANCE
+from mot_jax.benchmark.study.statistics import SIGNIFICANCE, RateSpan
 from mot_jax.runtime.paths import make_directory, replace_file
 
 _BOUNDS = ("difference", "low", "high")  # of a comparison
@@ -52,8 +54,9 @@ class Table(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A plot as SVG, with its caption; Markdown has the caption only."""
+    """A plot as SVG: part of the HTML page, and a file of this name next to the Markdown."""
 
+    name: str
     svg: str
     caption: str
 
@@ -62,17 +65,18 @@ Block = Heading | Text | Lines | Code | Table | Plot
 
 
 def write_report(folder: epath.Path, output: epath.Path | None = None) -> list[epath.Path]:
-    """Write the report of the results in a directory, there or in another one. Returns the files.
+    """Write the report of the results in a directory, and its plots, there or in another one. Returns the files.
 
     Raises UserError if there are no results.
     """
     results, output = load(folder), output or folder
     make_directory("--output", output)
     blocks = list(report(results))
-    files = {output / HTML: to_html(results["title"], blocks), output / MARKDOWN: to_markdown(results["title"], blocks)}
-    for path, text in files.items():
-        replace_file(path, text.encode())
-    return list(files)
+    files = {HTML: to_html(results["title"], blocks), MARKDOWN: to_markdown(results["title"], blocks)}
+    files |= {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Plot)}
+    for name, text in files.items():
+        replace_file(output / name, text.encode())
+    return [output / name for name in files]
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -86,6 +90,7 @@ def report(results: Results) -> Iterator[Block]:
     yield from _equal_budgets(results, figures)
     yield from _significance(results, figures)
     yield from _tuning(results)
+    yield from _stability(results)
     yield from _balance(results)
     yield from _costs(results)
     yield from _configs(results)
@@ -132,7 +137,8 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         "dropped; the experts of expert threshold take tokens by their thresholds, as after the warmup. Every "
         "evaluation of a run scores the same windows."
     )
-    yield Plot(_curves_plot(results, ordered, target), "Loss in the evaluated mode, mean over seeds; dashed: target.")
+    caption = "Loss in the evaluated mode, mean over seeds; dashed: target."
+    yield Plot("curves", _curves_plot(results, ordered, target), caption)
 
 
 def _machine_warnings(results: Results) -> Iterator[Block]:
@@ -287,7 +293,7 @@ def _tuning(results: Results) -> Iterator[Block]:
         f"{settings['max_extensions']}). The compared runs have other seeds. Runs: all that tuned the entrant."
     )
     yield from _alternatives(results)
-    yield Plot(_tuning_plot(results), "Final loss over the learning rate; filled: chosen.")
+    yield Plot("tuning", _tuning_plot(results), "Final loss over the learning rate; filled: chosen.")
 
 
 def _alternatives(results: Results) -> Iterator[Block]:
@@ -309,6 +315,43 @@ def _alternatives(results: Results) -> Iterator[Block]:
         "learning rate, with the seed of the tuning, and the one with the lowest final loss was chosen, the entrant's "
         "own among equal ones. Its learning rate was then tuned, with this run as a point of the grid."
     )
+
+
+def _stability(results: Results) -> Iterator[Block]:
+    yield Heading("Stability")
+    table = []
+    for name in results["entrants"]:
+        row = stability(results, name)
+        table.append(
+            [
+                name,
+                _span(row["span"]),
+                *map(_increase, row["above"].values()),
+                "-" if row["variation"] is None else f"{row['variation']:.1%}",
+                "-" if row["peak"] is None else f"{row['peak']:.2f}",
+            ]
+        )
+    columns = ["entrant", f"rates within {TOLERANCE:.0%} of the lowest loss", "loss at 2 x the rate", "at 4 x"]
+    yield Table([*columns, "variation of the gradient norm", "its peak"], table)
+    yield Text(
+        "Rates: the span of learning rates in which the final loss of the tuning runs is close to the lowest one, and "
+        "the ratio of its ends, by linear interpolation in the logarithm of the rate; > where the grid ends inside of "
+        "it. Loss: that of the tuning run at twice and four times the chosen rate, relative to the one at it. "
+        "Variation: standard deviation over mean of the gradient norm, before clipping, in the second half of the "
+        "seeds' runs, mean over seeds. Peak: the largest norm relative to the median of the ten logged steps before "
+        "it, maximum over seeds. Both are of the logged steps only."
+    )
+
+
+def _increase(value: float | None) -> str:
+    return "-" if value is None else "diverged" if math.isinf(value) else f"{value:+.1%}"
+
+
+def _span(span: RateSpan) -> str:
+    if span.low is None or span.high is None:
+        return "-"
+    bound = "> " * (span.open_below or span.open_above)
+    return f"{span.low:.2g} to {span.high:.2g}, x {bound}{span.high / span.low:.1f}"
 
 
 def _balance(results: Results) -> Iterator[Block]:
@@ -581,7 +624,7 @@ def _html_block(block: Block) -> str:
             table_rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
             cells = "".join(f"<tr>{row}</tr>\n" for row in table_rows)
             return f'<div class="table"><table>\n<tr>{head}</tr>\n{cells}</table></div>'
-        case Plot(svg, caption):
+        case Plot(_, svg, caption):
             return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -591,7 +634,7 @@ def _inline(text: str) -> str:
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """The same without plots, of which it has the captions."""
+    """The same as Markdown, with links to the files of its plots."""
     return "\n\n".join([f"# {title}", *map(_markdown_block, blocks)]) + "\n"
 
 
@@ -608,5 +651,5 @@ def _markdown_block(block: Block) -> str:
         case Table(columns, rows):
             cells = [columns, ["---"] * len(columns), *rows]
             return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
-        case Plot(_, caption):
-            return f"*Plot in `{HTML}`: {caption}*"
+        case Plot(name, _, caption):
+            return f"![{caption}]({name}.svg)\n\n*{caption}*"

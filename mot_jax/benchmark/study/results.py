@@ -29,6 +29,7 @@ from mot_jax.runtime.paths import replace_file
 FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 1
 _LAST_PART = 0.1  # of the steps, over which the metrics of layers are averaged
 _EVERY = 50  # steps of whose multiples the training rows are published
+_BEFORE = 10  # logged steps, to whose median a gradient norm is compared
 _TIMES = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
 
 
@@ -149,7 +150,7 @@ def _headline_flops(config: Config, mode: str) -> float:
 
 
 def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """A run, its losses, and the number of its skipped steps. The metrics of layers are those of the seeds' runs."""
+    """A run, its losses, and the number of its skipped steps. Metrics of gradients and layers: of the seeds' runs."""
     outcome = directory.outcome(run.name) or Outcome("not ended", float("nan"), [], [])
     rate = None if run.config is None else run.config.training.optimizer.learning_rate
     row = {"name": run.name, "entrant": run.entrant, "stage": run.stage, "seed": run.seed, "steps": run.steps}
@@ -161,6 +162,7 @@ def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, An
     row["skipped_steps"] = int(skipped[-1]) if skipped else None
     if run.stage == SEEDS and outcome.state == "finished":
         row["layers"] = _layer_metrics(rows, run.steps)
+        row["gradients"] = gradient_metrics(rows, run.steps)
     return row
 
 
@@ -180,6 +182,20 @@ def _layer_metrics(rows: list[Row], steps: int) -> dict[str, float]:
     last = [row for row in rows if row["split"] == "train" and row["step"] > steps * (1 - _LAST_PART)]
     names = {name for row in last for name, value in row.items() if "/" in name and isinstance(value, float)}
     return {name: statistics.fmean(row[name] for row in last if row.get(name) is not None) for name in sorted(names)}
+
+
+def gradient_metrics(rows: list[Row], steps: int) -> dict[str, float | None]:
+    """How much the norm of the gradients, before clipping, varies between the logged training steps.
+
+    variation: standard deviation over mean, in the second half of training.
+    peak: the largest norm relative to the median of the `_BEFORE` logged steps before it.
+    None where too few steps are logged. Steps that were skipped for their norm have none.
+    """
+    logged = {row["step"]: row["gradient_rms"] for row in rows if row["split"] == "train" and row["gradient_rms"]}
+    norms, late = [*logged.values()], [norm for step, norm in logged.items() if step > steps / 2]
+    peaks = [norms[i] / statistics.median(norms[i - _BEFORE : i]) for i in range(_BEFORE, len(norms))]
+    variation = statistics.stdev(late) / statistics.fmean(late) if len(late) > 1 else None
+    return {"variation": variation, "peak": max(peaks, default=None)}
 
 
 def _validations(workdir: epath.Path) -> list[Row]:

@@ -5,6 +5,7 @@ A loss that is missing, since the run has diverged, and a target that is never r
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,51 @@ def horizons_left(shares: Sequence[float], losses: Mapping[float, float], target
 def next_horizon(left: Sequence[float]) -> float:
     """Return the schedule to train next in a bisection of those that are left."""
     return left[len(left) // 2]
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+class RateSpan(NamedTuple):
+    """The learning rates around the best one whose final loss is close to the best.
+
+    Attributes:
+        low, high: its ends; None if there is no finite loss.
+        open_below, open_above: the grid ends inside of it, so that it is at least this long.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    open_below: bool = False
+    open_above: bool = False
+
+
+def rate_span(losses: Mapping[float, float], tolerance: float) -> RateSpan:
+    """Return the span of rates whose loss is at most (1 + tolerance) times the lowest one.
+
+    Between two rates of the grid the loss is interpolated linearly in the logarithm of the rate; next to one that
+    diverged, the span ends at the last rate that did not.
+
+    Args:
+        losses: final losses by learning rate; infinite for a run that diverged.
+        tolerance: 0.01 for one percent.
+    """
+    best = min(losses, key=lambda rate: losses[rate], default=None)
+    if best is None or math.isinf(losses[best]):
+        return RateSpan()
+    limit = losses[best] * (1 + tolerance)
+
+    def end(rates: Sequence[float]) -> tuple[float, bool]:
+        for rate, following in itertools.pairwise(rates):
+            if losses[following] > limit:
+                share = (limit - losses[rate]) / (losses[following] - losses[rate])
+                return rate * (following / rate) ** share, False
+        return rates[-1], True
+
+    rates = sorted(losses)
+    at = rates.index(best)
+    (low, open_below), (high, open_above) = end(rates[at::-1]), end(rates[at:])
+    return RateSpan(low, high, open_below, open_above)
 
 
 # --- comparing losses of several seeds --------------------------------------------------------------------------------

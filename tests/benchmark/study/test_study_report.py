@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.study.analysis import analyze
+from mot_jax.benchmark.study.analysis import analyze, stability
 from mot_jax.benchmark.study.report import report, to_html, to_markdown
+from mot_jax.benchmark.study.results import gradient_metrics
 
 DENSE, MOT, ROUTED = "dense", "mixture_of_tokens", "token_choice"
 # Final losses by entrant and seed: dense 2.0 on average; token choice misses that with seed 2.
@@ -25,6 +26,7 @@ def run(entrant: str, stage: str, seed: int, steps: int, loss: float, rate: floa
     row |= {"machine": 0, "same_text": True, "skipped_steps": 0}
     if stage == "seeds":
         row["layers"] = {"dropped/0": 0.25 * seed, "dropped/1": 0.0, "router_entropy/0": 0.5}
+        row["gradients"] = {"variation": 0.05 * seed, "peak": 1.0 + seed}
     return row
 
 
@@ -148,6 +150,26 @@ def test_losses_at_equal_budgets_are_those_at_an_earlier_step(results):
     assert rows[ROUTED]["loss_at_equal_useful"] == pytest.approx(2.0)
     assert rows[ROUTED]["loss_at_equal_executed"] == pytest.approx(4.0)
     assert rows[ROUTED]["loss_at_equal_time"] == math.inf  # before its first evaluation
+
+
+def test_stability_is_that_of_the_grid_and_of_the_seeds(results):
+    """The losses of the grid are 2.2, 2.0 and 2.1, so that 2.02 is reached at a tenth and a fifth of a factor of 2."""
+    row = stability(results, MOT)
+    assert row["span"].low == pytest.approx(0.01 / 2**0.1) and row["span"].high == pytest.approx(0.01 * 2**0.2)
+    assert row["above"] == {2: pytest.approx(0.05), 4: None}
+    assert row["variation"] == pytest.approx(0.075) and row["peak"] == 3.0
+    text = to_markdown("", list(report(diverge(results, f"{ROUTED}-rate-0.02"))))
+    assert "| mixture_of_tokens | 0.0093 to 0.011, x 1.2 | +5.0% | - | 7.5% | 3.00 |" in text
+    assert "| token_choice | 0.0093 to 0.01, x 1.1 | diverged | - |" in text
+
+
+def test_the_gradient_metrics_of_a_run():
+    """Ten logged norms of 2, then 3, of which the latter are in the second half; a skipped step has none."""
+    norms = [2.0] * 11 + [None, 3.0, 3.0]
+    rows = [{"split": "train", "step": step, "gradient_rms": norm} for step, norm in enumerate(norms, 1)]
+    metrics = gradient_metrics([*rows, {"split": "validation", "step": 14}], 20)
+    assert metrics == {"variation": pytest.approx(3**-0.5 / (8 / 3)), "peak": 1.5}  # of 2, 3, 3
+    assert gradient_metrics(rows[:10], 20) == {"variation": None, "peak": None}
 
 
 def test_a_run_that_diverged_is_a_miss(results):
@@ -288,11 +310,13 @@ def test_the_report_is_rebuilt_from_the_results_alone(results, tmp_path, capsys)
     (tmp_path / "results.json").write_text(json.dumps(results))
     contents = []
     for output, flags in ((tmp_path, []), (tmp_path / "other", ["--output", str(tmp_path / "other")])):
-        files = [output / "report.html", output / "report.md"]
+        files = [output / name for name in ("report.html", "report.md", "curves.svg", "tuning.svg")]
         cli.main(["bench", "report", str(tmp_path), *flags])
         assert capsys.readouterr().out.split() == [str(path) for path in files]
         contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
+    page, markdown, curves, _ = (content.decode() for content in contents[0])
+    assert curves in page and curves.startswith("<svg") and "](curves.svg)" in markdown
 
 
 def test_a_directory_without_results_is_refused_in_one_line(tmp_path, capsys):

@@ -13,6 +13,7 @@ from mot_jax.benchmark.study.statistics import (
     horizons_left,
     loss_at,
     next_horizon,
+    rate_span,
     summary,
 )
 
@@ -104,3 +105,21 @@ def test_a_miss_is_never_left_out_of_a_summary():
     assert summary({1: 3.0, 2: INF, 3: 1.0}) == {"reached": 2, "of": 3, "median": 3.0}
     assert summary({1: 3.0, 2: INF})["median"] == INF
     assert summary({1: 3.0, 2: 1.0}) == {"reached": 2, "of": 2, "median": 2.0, "mean": 2.0, "sd": math.sqrt(2)}
+
+
+@pytest.mark.parametrize(
+    ("losses", "low", "high", "open_below", "open_above"),
+    [
+        ({1.0: 2.2, 2.0: 2.0, 4.0: 2.1}, 2.0 / 2**0.5, 4.0, False, True),  # 2.1 is the limit
+        ({1.0: 2.1, 2.0: 2.0, 4.0: 2.4}, 1.0, 2.0 * 2**0.25, True, False),
+        ({1.0: 2.2, 2.0: 2.0, 4.0: INF}, 2.0 / 2**0.5, 2.0, False, False),
+        ({1.0: INF, 2.0: 2.0}, 2.0, 2.0, False, True),  # the best rate is at the end of the grid
+        ({1.0: INF, 2.0: INF}, None, None, False, False),
+        ({}, None, None, False, False),
+    ],
+)
+def test_the_span_of_rates_ends_where_the_loss_is_five_percent_above_the_lowest(
+    losses, low, high, open_below, open_above
+):
+    span = rate_span(losses, 0.05)
+    assert span == (low and pytest.approx(low), high and pytest.approx(high), open_below, open_above)
