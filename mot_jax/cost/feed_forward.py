@@ -89,13 +89,18 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardCost:
-    """Cost of a layer of one kind. The defaults of the methods are those of a dense layer."""
+    """Cost of a layer of one kind. The defaults of the methods are those of a dense layer.
+
+    tokens: those that a device processes at once, on which the executed FLOPs of experts without a capacity depend;
+    None: these are taken as equal to the useful ones.
+    """
 
     config: FeedForwardConfig
     d_model: int
     d_ff: int
     gated: bool
     context_length: int
+    tokens: int | None = None
 
     def parts(self) -> tuple[Part, ...]:
         """The parts in order of execution."""
@@ -292,6 +297,13 @@ class _TopKCost(FeedForwardCost):
         kind = self.config
         return {"experts_E": kind.num_experts, "expert_dim_F": kind.hidden_dim(self.d_ff), self.k_name: kind.top_k}
 
+    def _rows_of_blocks(self) -> float:
+        """Rows of the blocks of `routing.apply_experts`, of which some are filled in part, over assignments."""
+        if self.tokens is None:
+            return 1.0
+        assignments, experts = self.tokens * self.config.top_k, self.config.num_experts
+        return routing.blocks(assignments, experts) * routing.block_size(assignments, experts) / assignments
+
 
 class TokenChoiceCost(_TopKCost):
     """Router, dispatch to the k chosen experts of each token, experts, combine."""
@@ -313,10 +325,10 @@ class TokenChoiceCost(_TopKCost):
         )
 
     def executed_over_useful(self) -> float:
-        """With a capacity, experts process all their slots, filled or not, and no token that is dropped."""
+        """Experts process all their slots or blocks, filled or not, and with a capacity no token that is dropped."""
         kind, tokens = self.config, self.config.routing_group_tokens
         if kind.capacity_factor is None:
-            return 1.0
+            return self._rows_of_blocks()
         slots = routing.capacity(tokens, kind.top_k, kind.num_experts, kind.capacity_factor) * kind.num_experts
         return slots / (tokens * kind.top_k)
 
@@ -489,6 +501,10 @@ class HashCost(_TopKCost):
             *self._shared(),
         )
 
+    def executed_over_useful(self) -> float:
+        """Experts process all rows of their blocks."""
+        return self._rows_of_blocks()
+
     def final_products(self) -> tuple[str, ...]:
         """The experts' outputs too, whose weights are constants."""
         return _outputs("experts", "shared experts")
@@ -563,16 +579,16 @@ _COSTS: dict[type, type[FeedForwardCost]] = {
 }
 
 
-def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig) -> FeedForwardCost:
+def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig, tokens: int | None = None) -> FeedForwardCost:
     """The cost of a layer with the model's widths; an inference kind has that of the config class that it extends.
 
-    `threshold` has that of `expert_threshold`.
+    `threshold` has that of `expert_threshold`. tokens: as in `FeedForwardCost`.
     """
     if isinstance(kind, ThresholdConfig):
         width, top_k = kind.hidden_dim(model.d_ff), kind.experts_per_token
         kind = ExpertThresholdConfig(kind.num_experts, width, top_k, kind.shared_expert_dim, capacity_factor=None)
     cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
-    return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length)
+    return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length, tokens)
 
 
 def trainable_kinds() -> dict[str, type[FeedForwardCost]]:

@@ -25,10 +25,22 @@ def flops_per_token(config: Config) -> float:
 
 
 def executed_flops_per_token(config: Config) -> float:
-    """FLOPs of training per token that are executed: also for empty slots and dispatch, none for dropped tokens."""
-    model = config.model
-    costs = [feed_forward_cost(model, kind) for kind in model.block_kinds()]
-    return flops_per_token(config) + 3 * sum(cost.executed_flops() - cost.flops() for cost in costs)
+    """FLOPs of training per token that are executed: also for empty slots and dispatch, none for dropped tokens.
+
+    Recomputation is not included. Without a capacity, experts are taken to process a microbatch on one device.
+    """
+    return flops_per_token(config) + 3 * idle_flops(config)
+
+
+def idle_flops(config: Config) -> float:
+    """FLOPs of the forward pass per token that are executed and not useful: those of empty slots and of dispatch."""
+    costs = [feed_forward_cost(config.model, kind, tokens_at_once(config)) for kind in config.model.block_kinds()]
+    return sum(cost.executed_flops() - cost.flops() for cost in costs)
+
+
+def tokens_at_once(config: Config) -> int:
+    """Tokens of a microbatch."""
+    return config.training.batch_size // config.training.gradient_accumulation_steps * config.model.context_length
 
 
 def forward_flops(model: ModelConfig) -> dict[str, float]:
@@ -59,8 +71,8 @@ def recomputed_flops(model: ModelConfig) -> float:
     Feed-forward layers recompute according to `save_for_backward` (`feed_forward.py`), and `remat: attention`
     recomputes the scores. `remat: blocks` replaces both: the whole forward pass of each stack's period is executed
     again, except for the products that end its last block, which no derivative reads. All are counted as executed, with
-    empty slots. A fused attention kernel recomputes scores in addition (`FUSED_ATTENTION`); `attention_kernel: auto`
-    counts as `xla`.
+    empty slots, but without those of partly filled blocks. A fused attention kernel recomputes scores in addition
+    (`FUSED_ATTENTION`); `attention_kernel: auto` counts as `xla`.
     """
     kinds, scores = model.block_kinds(), _scores_flops(model)
     fused = FUSED_ATTENTION.get(model.attention_kernel, 0)

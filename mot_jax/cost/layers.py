@@ -203,7 +203,7 @@ def product_by_product(
 def layer_cost(shape: Shape, config: FeedForwardConfig) -> FeedForwardCost:
     """The cost of a layer per token."""
     model = ModelConfig(1, shape.d_model, shape.d_ff, 1, context_length=shape.length, gated=shape.gated)
-    return feed_forward_cost(model, config)
+    return feed_forward_cost(model, config, shape.tokens)
 
 
 def layer_parts(shape: Shape, kind: str, dtype: str = "bfloat16", param_dtype: str = "float32") -> list[LayerPart]:

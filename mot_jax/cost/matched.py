@@ -25,7 +25,7 @@ import rich.table
 
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, TrainingConfig, check
 from mot_jax.cost.feed_forward import feed_forward_cost, trainable_kinds
-from mot_jax.cost.flops import forward_flops
+from mot_jax.cost.flops import forward_flops, idle_flops, tokens_at_once
 from mot_jax.cost.parameters import count_parameters, parameter_shapes
 from mot_jax.errors import UserError, nearest
 from mot_jax.modes import with_kind
@@ -108,8 +108,8 @@ def rows(config: Config, by: By) -> list[dict[str, Any]]:
 
 def _costs(config: Config, changed: Config, by: By) -> dict[str, Any]:
     model, (field, width) = changed.model, width_of(changed)
-    total, layer = sum(forward_flops(model).values()), feed_forward_cost(model, model.feed_forward)
-    blocks = [feed_forward_cost(model, kind) for kind in model.block_kinds()]
+    total = sum(forward_flops(model).values())
+    layer = feed_forward_cost(model, model.feed_forward, tokens_at_once(changed))
     return {
         "field": field,
         "width": width,
@@ -117,7 +117,7 @@ def _costs(config: Config, changed: Config, by: By) -> dict[str, Any]:
         "layer_flops": layer.flops(),
         "model_flops": total,
         "executed_layer_flops": layer.executed_flops(),
-        "executed_model_flops": total + sum(block.executed_flops() - block.flops() for block in blocks),
+        "executed_model_flops": total + idle_flops(changed),
         "remainder": remainder(config, changed, by),
     }
 

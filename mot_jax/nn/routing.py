@@ -588,21 +588,27 @@ def block_size(assignments: int, num_experts: int) -> int:
     return 2 ** min(7, max(0, round(math.log2(max(assignments, 1) / num_experts))))
 
 
+def blocks(assignments: int, num_experts: int) -> int:
+    """Q: the largest number of blocks that A assignments can occupy, partly filled ones included."""
+    partly_filled = min(assignments, num_experts)
+    return partly_filled + (assignments - partly_filled) // block_size(assignments, num_experts)
+
+
 def _sort_into_blocks(experts: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array, int]:
     """Place assignments [A] in blocks of one expert each.
 
     Returns:
         The slot of each assignment, block x b + row; the assignment in each slot; the expert of each block, int32 [Q];
-        and b. Q is the largest number of blocks that A assignments can occupy, partly filled ones included.
+        and b.
     """
-    a, b = len(experts), block_size(len(experts), num_experts)
-    partly_filled = min(a, num_experts)
-    q = partly_filled + (a - partly_filled) // b
+    a = len(experts)
+    b, q = block_size(a, num_experts), blocks(a, num_experts)
     order = jnp.argsort(experts, stable=True)
     counts = (experts[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
-    blocks = -(-counts // b)
-    ends = jnp.cumsum(blocks)
-    offsets = (ends - blocks) * b - (jnp.cumsum(counts) - counts)  # slot minus index in the sorted order, per expert
+    blocks_of_expert = -(-counts // b)
+    ends = jnp.cumsum(blocks_of_expert)
+    # Slot minus index in the sorted order, per expert.
+    offsets = (ends - blocks_of_expert) * b - (jnp.cumsum(counts) - counts)
     ordered = experts[order]
     slots = jnp.arange(a) + offsets[jnp.minimum(ordered, num_experts - 1)]
     slots = jnp.where(ordered < num_experts, slots, q * b).astype(experts.dtype)

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import jax.extend.core
 import pytest
-from paper_models import CHOICES, PROBE, SAVE_POLICIES, V1, compiled_cost, probe, with_kind
+from paper_models import BATCH, CHOICES, PROBE, SAVE_POLICIES, V1, compiled_cost, probe, with_kind
 
-from mot_jax.config import Config, ExpertChoiceConfig, ReluRoutingConfig, TokenChoiceConfig, TrainingConfig
+from mot_jax.config import Config, ExpertChoiceConfig, HashConfig, ReluRoutingConfig, TokenChoiceConfig, TrainingConfig
 from mot_jax.cost.describe import describe
 from mot_jax.cost.feed_forward import feed_forward_cost
-from mot_jax.cost.flops import flops_per_token, forward_flops, recomputed_flops
+from mot_jax.cost.flops import flops_per_token, forward_flops, idle_flops, recomputed_flops
 from mot_jax.cost.parameters import active_parameters, count_parameters
 from mot_jax.nn.kernels.fused_attention import splash
 
@@ -90,6 +90,22 @@ def test_flops_of_expert_choice_match_the_compiler():
     assert compiled_cost(scanned, backward=True)[0] == pytest.approx(expected, rel=0.02)
     mixture, choice = with_kind(PROBE, 2, 16, expert_dim=96, shared_expert_dim=256), one
     assert active_parameters(dataclasses.replace(mixture, num_blocks=1)) == active_parameters(choice)
+
+
+def test_flops_of_experts_in_blocks_match_the_compiler():
+    """1,024 choices in blocks of 64 rows: 16 + (1,024 - 16) // 64 = 31 blocks, 1.94 times the choices."""
+    hashed, model = (
+        dataclasses.replace(PROBE, num_blocks=1, feed_forward=kind)
+        for kind in (
+            HashConfig(16, top_k=2),
+            TokenChoiceConfig(16, top_k=2, capacity_factor=None, routing_group_tokens=64),
+        )
+    )
+    idle = forward_flops(model)["experts"] * (31 * 64 / 1024 - 1)
+    for of_blocks in (hashed, model):
+        assert idle_flops(Config(of_blocks, training=TrainingConfig(batch_size=BATCH))) == pytest.approx(idle)
+    expected = sum(forward_flops(model).values()) + idle
+    assert compiled_cost(model, backward=False)[0] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(

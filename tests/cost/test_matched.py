@@ -257,12 +257,15 @@ def test_errors_name_the_argument(kind, by, words):
 
 @pytest.mark.slow
 def test_empty_slots_are_executed_but_not_useful():
-    """12 of 128 x 1.25 x 4 / 32 = 20 slots of an expert; of 7 tokens 2 slots, where 1.1 would be even."""
+    """12 of 128 x 1.25 x 4 / 32 = 20 slots of an expert; of 7 tokens 2 slots, where 1.1 would be even.
+
+    Without a capacity, the 2,048 choices of a batch fill at most 10 + (2,048 - 10) // 128 = 25 blocks of 128 rows.
+    """
     config = with_fields(DEMO, "model", feed_forward=DenseConfig(), moe_blocks=(1,))
     for fields, slots in (
         ({"num_experts": 32, "top_k": 4, "routing_group_tokens": 128}, 32 * 20 / 128),
         ({"num_experts": 10, "top_k": 1, "routing_group_tokens": 8}, 10 * 1 / 8),
-        ({"num_experts": 10, "top_k": 1, "routing_group_tokens": 8, "capacity_factor": None}, 1),
+        ({"num_experts": 10, "top_k": 1, "routing_group_tokens": 8, "capacity_factor": None}, 25 * 128 / 2048),
     ):
         kind = TokenChoiceConfig(expert_dim=48, shared_expert_dim=16, **fields)
         row = next(

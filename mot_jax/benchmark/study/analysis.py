@@ -108,27 +108,22 @@ def grid_losses(results: Results, entrant: str) -> dict[float, float]:
 
 
 def stability(results: Results, entrant: str) -> Row:
-    """Return how an entrant reacts to the learning rate and how its gradients vary.
+    """Return how an entrant reacts to the learning rate, and how its gradients vary.
 
     Returns:
         span: `RateSpan` of the rates within `TOLERANCE` of the lowest loss.
-        above: the increase of the loss, as a share, at 2 and 4 times the chosen rate, where the grid has them.
-        variation, peak: of the gradient norm, as in the results; mean and maximum over the seeds.
+        changes: by factor, the change of the loss as a share of it at half, twice and four times the chosen rate; None
+            where the grid ends before.
+        variation: of the gradient norm, as in the results, mean over seeds; None if a seed diverged or has none.
     """
     losses, chosen = grid_losses(results, entrant), results["entrants"][entrant]["tuning"]["chosen"]
-    above = {}
-    for factor in (2, 4):
+    changes = {}
+    for factor in (0.5, 2.0, 4.0):
         rate = next((rate for rate in losses if chosen and math.isclose(rate, factor * chosen)), None)
-        above[factor] = None if rate is None else losses[rate] / losses[chosen] - 1
-    gradients = [run["gradients"] for run in seed_runs(results, entrant).values() if "gradients" in run]
-    variations = [row["variation"] for row in gradients if row["variation"] is not None]
-    peaks = [row["peak"] for row in gradients if row["peak"] is not None]
-    return {
-        "span": rate_span(losses, TOLERANCE),
-        "above": above,
-        "variation": statistics.fmean(variations) if variations else None,
-        "peak": max(peaks, default=None),
-    }
+        changes[factor] = None if rate is None else losses[rate] / losses[chosen] - 1
+    variations = [run.get("gradient_variation") for run in seed_runs(results, entrant).values()]
+    mean = statistics.fmean(variations) if variations and None not in variations else None
+    return {"span": rate_span(losses, TOLERANCE), "changes": changes, "variation": mean}
 
 
 def layer_metrics(results: Results, entrant: str) -> dict[str, list[float]]:

@@ -322,28 +322,21 @@ def _stability(results: Results) -> Iterator[Block]:
     table = []
     for name in results["entrants"]:
         row = stability(results, name)
-        table.append(
-            [
-                name,
-                _span(row["span"]),
-                *map(_increase, row["above"].values()),
-                "-" if row["variation"] is None else f"{row['variation']:.1%}",
-                "-" if row["peak"] is None else f"{row['peak']:.2f}",
-            ]
-        )
-    columns = ["entrant", f"rates within {TOLERANCE:.0%} of the lowest loss", "loss at 2 x the rate", "at 4 x"]
-    yield Table([*columns, "variation of the gradient norm", "its peak"], table)
+        variation = "-" if row["variation"] is None else f"{row['variation']:.1%}"
+        table.append([name, _span(row["span"]), *map(_change, row["changes"].values()), variation])
+    columns = ["entrant", f"rates within {TOLERANCE:.0%} of the lowest loss", "loss at half the rate", "at twice"]
+    yield Table([*columns, "at four times", "variation of the gradient norm"], table)
     yield Text(
-        "Rates: the span of learning rates in which the final loss of the tuning runs is close to the lowest one, and "
-        "the ratio of its ends, by linear interpolation in the logarithm of the rate; > where the grid ends inside of "
-        "it. Loss: that of the tuning run at twice and four times the chosen rate, relative to the one at it. "
-        "Variation: standard deviation over mean of the gradient norm, before clipping, in the second half of the "
-        "seeds' runs, mean over seeds. Peak: the largest norm relative to the median of the ten logged steps before "
-        "it, maximum over seeds. Both are of the logged steps only."
+        f"Rates and losses: of the tuning runs, one seed ({results['settings']['tuning_seed']}), so that they vary by "
+        "as much as the losses of the seeds do. Rates: the span in which the final loss is close to the lowest one, "
+        "and the ratio of its ends, by a monotone cubic over the logarithm of the rate; > where the grid ends inside "
+        "of it. Losses: relative to that at the chosen rate. Variation: RMS difference of successive logged gradient "
+        "norms, before clipping, over the square root of 2 and their mean, in the second half of the seeds' runs, mean "
+        "over seeds; none if a seed diverged."
     )
 
 
-def _increase(value: float | None) -> str:
+def _change(value: float | None) -> str:
     return "-" if value is None else "diverged" if math.isinf(value) else f"{value:+.1%}"
 
 
@@ -394,8 +387,9 @@ def _costs(results: Results) -> Iterator[Block]:
     yield Table(columns, table)
     yield Text(
         "Useful FLOPs: 3 x the forward pass by this project's accounting, with a token's experts only. Executed: with "
-        "empty slots of experts and products that move tokens. By the compiler: XLA's count of the compiled step, with "
-        "the optimizer and recomputation; it counts the body of a scan once. Ratios are to " + settings["target"] + "."
+        "empty slots of experts, also those of blocks that are filled in part, and products that move tokens, without "
+        "recomputation. By the compiler: XLA's count of the compiled step, with the optimizer and recomputation; it "
+        "counts the body of a scan once. Ratios are to " + settings["target"] + "."
     )
     if times is None:
         yield Text("Step times have not been measured: mot bench train measures them after the last run.")
@@ -404,8 +398,9 @@ def _costs(results: Results) -> Iterator[Block]:
         others = "an unknown share" if share is None else f"{share:.1%}"
         yield Text(
             f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
-            f"text, on {_about(times['machine'])}. Other processes used {others} of the CPU time of all cores during "
-            f"the timing; load averages before and after it, with the study's own load: {before:.1f} and {after:.1f}."
+            f"text, on {_about(times['machine'])}, commit {times['commit']}. Other processes used {others} of the CPU "
+            "time of all cores during the timing; load averages before and after it, with the study's own load: "
+            f"{before:.1f} and {after:.1f}."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import statistics
@@ -16,7 +17,7 @@ from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.execute import Directory, Outcome, read_record, workdir_of
 from mot_jax.benchmark.study.plan import SEEDS, Plan, Run, Study
 from mot_jax.benchmark.study.times import read_times
-from mot_jax.config import Config, MixtureOfTokensConfig, to_json
+from mot_jax.config import Config, MixtureOfTokensConfig, TrainingConfig, to_json
 from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.memory import memory_bytes
 from mot_jax.cost.parameters import active_parameters, count_parameters
@@ -29,7 +30,6 @@ from mot_jax.runtime.paths import replace_file
 FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 1
 _LAST_PART = 0.1  # of the steps, over which the metrics of layers are averaged
 _EVERY = 50  # steps of whose multiples the training rows are published
-_BEFORE = 10  # logged steps, to whose median a gradient norm is compared
 _TIMES = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")
 
 
@@ -162,7 +162,7 @@ def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, An
     row["skipped_steps"] = int(skipped[-1]) if skipped else None
     if run.stage == SEEDS and outcome.state == "finished":
         row["layers"] = _layer_metrics(rows, run.steps)
-        row["gradients"] = gradient_metrics(rows, run.steps)
+        row["gradient_variation"] = gradient_variation(rows, run.config.training)
     return row
 
 
@@ -184,18 +184,23 @@ def _layer_metrics(rows: list[Row], steps: int) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in last if row.get(name) is not None) for name in sorted(names)}
 
 
-def gradient_metrics(rows: list[Row], steps: int) -> dict[str, float | None]:
-    """How much the norm of the gradients, before clipping, varies between the logged training steps.
+def gradient_variation(rows: list[Row], training: TrainingConfig) -> float | None:
+    """How much the norm of the gradients, before clipping, varies in the second half of training, without its trend.
 
-    variation: standard deviation over mean, in the second half of training.
-    peak: the largest norm relative to the median of the `_BEFORE` logged steps before it.
-    None where too few steps are logged. Steps that were skipped for their norm have none.
+    The root mean square of the differences of successive logged norms, over the square root of 2, relative to their
+    mean: the standard deviation over the mean if norms are independent. None if fewer than two are logged. Steps that
+    were skipped have no norm, and steps that are logged for an event do not count.
     """
-    logged = {row["step"]: row["gradient_rms"] for row in rows if row["split"] == "train" and row["gradient_rms"]}
-    norms, late = [*logged.values()], [norm for step, norm in logged.items() if step > steps / 2]
-    peaks = [norms[i] / statistics.median(norms[i - _BEFORE : i]) for i in range(_BEFORE, len(norms))]
-    variation = statistics.stdev(late) / statistics.fmean(late) if len(late) > 1 else None
-    return {"variation": variation, "peak": max(peaks, default=None)}
+    norms = [
+        row["gradient_rms"]
+        for row in rows
+        if row["split"] == "train" and row["step"] > training.steps / 2 and row["step"] % training.log_every == 0
+        if row["gradient_rms"]
+    ]
+    if len(norms) < 2:
+        return None
+    squares = [(after - before) ** 2 for before, after in itertools.pairwise(norms)]
+    return math.sqrt(statistics.fmean(squares) / 2) / statistics.fmean(norms)
 
 
 def _validations(workdir: epath.Path) -> list[Row]:

@@ -5,7 +5,6 @@ A loss that is missing, since the run has diverged, and a target that is never r
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -102,29 +101,33 @@ class RateSpan(NamedTuple):
 def rate_span(losses: Mapping[float, float], tolerance: float) -> RateSpan:
     """Return the span of rates whose loss is at most (1 + tolerance) times the lowest one.
 
-    Between two rates of the grid the loss is interpolated linearly in the logarithm of the rate; next to one that
-    diverged, the span ends at the last rate that did not.
+    Between the rates of the grid, the loss is interpolated over the logarithm of the rate by a monotone cubic, which is
+    flat at the best rate (Fritsch and Carlson). Next to a rate that diverged, the span ends at the last one that did
+    not.
 
     Args:
         losses: final losses by learning rate; infinite for a run that diverged.
         tolerance: 0.01 for one percent.
     """
-    best = min(losses, key=lambda rate: losses[rate], default=None)
-    if best is None or math.isinf(losses[best]):
+    rates = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
+    if not rates:
         return RateSpan()
-    limit = losses[best] * (1 + tolerance)
+    best = min(rates, key=lambda rate: losses[rate])
+    ends: list[float] = []
+    if len(rates) > 1:
+        from scipy.interpolate import PchipInterpolator  # here, as below
 
-    def end(rates: Sequence[float]) -> tuple[float, bool]:
-        for rate, following in itertools.pairwise(rates):
-            if losses[following] > limit:
-                share = (limit - losses[rate]) / (losses[following] - losses[rate])
-                return rate * (following / rate) ** share, False
-        return rates[-1], True
-
-    rates = sorted(losses)
-    at = rates.index(best)
-    (low, open_below), (high, open_above) = end(rates[at::-1]), end(rates[at:])
-    return RateSpan(low, high, open_below, open_above)
+        limit = losses[best] * (1 + tolerance)
+        curve = PchipInterpolator([math.log(rate) for rate in rates], [losses[rate] - limit for rate in rates])
+        ends = [math.exp(root) for root in curve.roots(extrapolate=False) if math.isfinite(root)]
+    low = max((end for end in ends if end < best), default=None)
+    high = min((end for end in ends if end > best), default=None)
+    return RateSpan(
+        rates[0] if low is None else low,
+        rates[-1] if high is None else high,
+        low is None and rates[0] == min(losses),
+        high is None and rates[-1] == max(losses),
+    )
 
 
 # --- comparing losses of several seeds --------------------------------------------------------------------------------

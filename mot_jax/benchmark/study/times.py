@@ -15,7 +15,7 @@ from etils import epath
 
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.study import plan as plans
-from mot_jax.benchmark.study.execute import Directory, workdir_of
+from mot_jax.benchmark.study.execute import Directory, commit, workdir_of
 from mot_jax.benchmark.timing import cpu_times, in_turns, machine, share_of_others
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
@@ -69,7 +69,7 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
         }
         for entrant, timing in timings.items()
     }
-    content = {"runs": runs, "machine": machine(), "rounds": _ROUNDS, "rows": rows}
+    content = {"runs": runs, "machine": machine(), "commit": commit(), "rounds": _ROUNDS, "rows": rows}
     content |= {"share_of_others": others, "load_averages": loads}
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
 

@@ -110,10 +110,10 @@ def test_a_miss_is_never_left_out_of_a_summary():
 @pytest.mark.parametrize(
     ("losses", "low", "high", "open_below", "open_above"),
     [
-        ({1.0: 2.2, 2.0: 2.0, 4.0: 2.1}, 2.0 / 2**0.5, 4.0, False, True),  # 2.1 is the limit
-        ({1.0: 2.1, 2.0: 2.0, 4.0: 2.4}, 1.0, 2.0 * 2**0.25, True, False),
-        ({1.0: 2.2, 2.0: 2.0, 4.0: INF}, 2.0 / 2**0.5, 2.0, False, False),
-        ({1.0: INF, 2.0: 2.0}, 2.0, 2.0, False, True),  # the best rate is at the end of the grid
+        ({1.0: 2.8, 2.0: 2.0, 4.0: 2.1, 8.0: 3.0}, "inside", 4.0, False, False),  # 2.1 is the limit
+        ({1.0: 2.09, 2.0: 2.0, 4.0: 2.05}, 1.0, 4.0, True, True),
+        ({1.0: 2.05, 2.0: 2.0, 4.0: INF}, 1.0, 2.0, True, False),
+        ({1.0: INF, 2.0: 2.0}, 2.0, 2.0, False, True),  # the best rate is at an end of the grid
         ({1.0: INF, 2.0: INF}, None, None, False, False),
         ({}, None, None, False, False),
     ],
@@ -122,4 +122,12 @@ def test_the_span_of_rates_ends_where_the_loss_is_five_percent_above_the_lowest(
     losses, low, high, open_below, open_above
 ):
     span = rate_span(losses, 0.05)
-    assert span == (low and pytest.approx(low), high and pytest.approx(high), open_below, open_above)
+    assert 1.0 < span.low < 2.0 if low == "inside" else span.low == pytest.approx(low)
+    assert span.high == pytest.approx(high)
+    assert (span.open_below, span.open_above) == (open_below, open_above)
+
+
+def test_the_span_of_a_parabola_is_its_own():
+    """The loss 2 + x^2 / 5 of x, the binary logarithm of the rate, is 2.1 at the square root of a half; nearly."""
+    span = rate_span({2.0**x: 2 + x**2 / 5 for x in (-2, -1, 0, 1, 2)}, 0.05)
+    assert math.log2(span.high) == pytest.approx(0.5**0.5, rel=0.1) == -math.log2(span.low)
