@@ -17,8 +17,10 @@
 
 set -uo pipefail
 
-config=${1:-configs/v2.py:medium_32e}
-shift || true
+case ${1:-} in
+  "" | -*) config=configs/v2.py:medium_32e ;;
+  *) config=$1 && shift ;;
+esac
 most_restarts=${MOST_RESTARTS:-100}
 
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true \
@@ -43,7 +45,8 @@ fi
 # checkpoint.
 # shellcheck disable=SC2016
 task='trap : TERM; "$@"; code=$?; if [ $code -gt 0 ] && [ $code -lt 50 ]; then exit $((200 + code)); fi; exit $code'
-srun --kill-on-bad-exit=0 --wait=120 "${container[@]}" \
+# Slurm 22.05 to 23.02 does not pass --cpus-per-task of sbatch on to srun.
+srun --kill-on-bad-exit=0 --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "${container[@]}" \
   bash -c "$task" task mot train "$config" ${WORKDIR:+--workdir "$WORKDIR"} "$@"
 code=$?
 if [ $code -gt 200 ]; then code=$((code - 200)); fi

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on all hosts of a TPU VM slice: launch/tpu_vm.sh NAME ZONE CONFIG WORKDIR [--training.steps N ...]
-# Requires this repository in ~/mot_jax on every host, with pip install -c requirements.lock '.[tpu,gcs]'. Each host
-# logs to ~/mot.log.
+# Requires this repository in ~/mot_jax on every host, with pip install -c requirements.lock '.[tpu,gcs]', and mot on the
+# PATH of a shell without login; else set MOT, as in MOT=mot_jax/.venv/bin/mot. Each host logs to ~/mot.log.
 # The command can be repeated: it does nothing on a host where it runs already. launch/README.md explains the flags.
 
 set -euo pipefail
@@ -31,9 +31,10 @@ flags="--xla_enable_async_all_gather=true \
 
 config=$1 workdir=$2
 shift 2
-command=$(printf '%q ' launch/restart.sh mot train "$config" --workdir "$workdir" "$@")
-start="cd ~/mot_jax && export LIBTPU_INIT_ARGS='$flags' && (flock -n 9 || exit 0; nohup $command </dev/null) \
-9>~/mot.lock >>~/mot.log 2>&1 &"
+command=$(printf '%q ' launch/restart.sh "${MOT:-mot}" train "$config" --workdir "$workdir" "$@")
+# All streams of the background shell are redirected: ssh returns when nothing holds its own any more.
+start="{ cd ~/mot_jax && export LIBTPU_INIT_ARGS='$flags' && (flock -n 9 || exit 0; nohup $command </dev/null); } \
+9>~/mot.lock >>~/mot.log 2>&1 </dev/null &"
 
 gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$start"
 echo "started; to follow the log: gcloud compute tpus tpu-vm ssh $name --zone=$zone --worker=0 --command='tail -f mot.log'"

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -412,6 +413,38 @@ def test_tpu_vm_starts_every_host(run):
     assert inner is not None
     check_command(shlex.split(inner[1]))
     assert shlex.split(inner[1])[-1] == "a b"
+
+
+def test_the_start_on_a_tpu_vm_returns_before_training_ends(run, tmp_path):
+    """Nothing that runs in the background holds the output that ssh waits for."""
+    _, (call,), _ = run("tpu_vm.sh", "pod", "us-east5-a", "configs/v2.py:base_32e", "gs://b/run", MOT="tools/mot")
+    remote = shlex.split(call)[8].removeprefix("--command=")
+    home, script = tmp_path / "mot_jax", tmp_path / "mot_jax" / "launch" / "restart.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text('#!/bin/bash\necho "$@"\nsleep 3\ntouch ended\n')
+    script.chmod(0o755)
+    subprocess.run(["bash", "-c", remote], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, timeout=2)
+    assert not (home / "ended").exists()
+    deadline = time.monotonic() + 20
+    while not (home / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (home / "ended").exists()
+    log = (tmp_path / "mot.log").read_text()
+    assert log.endswith("tools/mot train configs/v2.py:base_32e --workdir gs://b/run\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "rest"),
+    [
+        ([], "configs/v2.py:medium_32e", []),
+        (["--training.steps", "100"], "configs/v2.py:medium_32e", ["--training.steps", "100"]),
+        (["configs/v1.py", "--training.steps", "100"], "configs/v1.py", ["--training.steps", "100"]),
+    ],
+)
+def test_slurm_takes_flags_without_a_config_and_passes_the_cores_on(run, arguments, config, rest):
+    _, calls, _ = run("slurm.sh", *arguments, SLURM_JOB_ID="17", SLURM_CPUS_PER_TASK="8")
+    assert "--cpus-per-task=8" in shlex.split(calls[0])
+    assert shlex.split(calls[1]) == ["mot", "train", config, *rest]
 
 
 @pytest.mark.parametrize("index", range(4))

@@ -87,7 +87,9 @@ def bench_step(
         flops, optimizer = flops_per_token(config) * tokens, timings[f"{name}, optimizer"].median
         datasheet_peak = peak_flops(run.mesh.devices.flat[0], dtype)
         adamw = config.training.optimizer.name == "adamw"
-        min_bytes = adamw_bytes(parameters, config.model.param_dtype) if adamw else None
+        min_bytes = (
+            adamw_bytes(parameters, config.model.param_dtype, config.training.optimizer.mu_dtype) if adamw else None
+        )
         rows.append(
             {
                 "config": name,

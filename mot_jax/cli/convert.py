@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Annotated
 
@@ -56,10 +55,10 @@ def export(arguments: list[str]) -> None:
     import jax
 
     from mot_jax.interop.export import export_model
-    from mot_jax.nn.sharding import make_mesh
+    from mot_jax.nn.sharding import host_device, make_mesh
 
-    several = jax.process_count() > 1  # else this process's memory must hold the model, and its devices need not
-    with jax.set_mesh(make_mesh(config, trains=False)) if several else contextlib.nullcontext():
+    several = jax.process_count() > 1  # else this machine's memory must hold the model, and its accelerators need not
+    with jax.set_mesh(make_mesh(config, trains=False)) if several else jax.default_device(host_device()):
         lines = export_model(options.workdir, options.output, options.dtype, options.overwrite, step=options.step)
     for line in lines:
         print(line)

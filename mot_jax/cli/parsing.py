@@ -11,15 +11,25 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
-from mot_jax.config import Config, ModelConfig, check, from_json, identity_changes, leaves, load_config, type_words
+from mot_jax.config import (
+    Config,
+    ModelConfig,
+    check,
+    default_workdir,
+    from_json,
+    identity_changes,
+    leaves,
+    load_config,
+    type_words,
+)
 from mot_jax.config.hints import options as union_members
 from mot_jax.config.renamed import new_flag, new_value
 from mot_jax.errors import ReportedError, UserError, nearest
+from mot_jax.runtime.paths import is_remote, read_file, user_path
 
 Options = TypeVar("Options")
 HELP = ("-h", "--help")
@@ -135,7 +145,7 @@ def parse(prog: str, command: type[Options], arguments: Sequence[str]) -> Option
 
 
 def parse_with_config(
-    prog: str, command: type[Options], arguments: Sequence[str], load: Callable[[str], Config] = load_config
+    prog: str, command: type[Options], arguments: Sequence[str], load: Callable[[str], Config] | None = None
 ) -> tuple[Options, Config]:
     """Parse the arguments of a command whose positional argument, at any place, names a config or a run's directory.
 
@@ -143,8 +153,8 @@ def parse_with_config(
         prog: the command as the user writes it.
         command: the dataclass of its own options; its only positional field is the config or directory.
         arguments: the arguments after the command.
-        load: function from that argument to a Config: `load_config`, or `load_run_config` for a run's directory; no
-            flag may then change a field that is part of the run's identity.
+        load: function from that argument to a Config, `load_run_config` for a run's directory; no flag may then change
+            a field that is part of the run's identity. None: `load_target`.
 
     Returns:
         The command's own options, and the config with the changes by `--group.field VALUE` flags.
@@ -153,12 +163,12 @@ def parse_with_config(
         UserError: with every error of the arguments.
     """
     target, own_arguments, config_flags, faults = _split(prog, command, arguments)
-    loaded = load(target)
+    loaded = (load or load_target)(target)
     check(loaded)
     config = override(prog, loaded, config_flags, flags_of(command), faults)
     options = _build(prog, command, own_arguments)
     check(config)
-    if load is not load_config and (changes := identity_changes(loaded, config)):
+    if load is not None and (changes := identity_changes(loaded, config)):
         raise UserError(*changes)
     return options, config
 
@@ -296,9 +306,20 @@ def is_target(text: str) -> bool:
     """Whether an argument names a config, `FILE.py` or `FILE.py:VARIANT`, or the directory of a run."""
     if re.fullmatch(r".*\.py(:\w+)?", text):
         return True
-    with contextlib.suppress(OSError, ValueError):
-        return (Path(text).expanduser() / "config.json").is_file()
+    with contextlib.suppress(OSError, ValueError, ReportedError):
+        return bool(text) and (user_path("config", text) / "config.json").exists()
     return False
+
+
+def load_target(text: str) -> Config:
+    """The config that an argument names: that of a file, or of a run, which may be on an object store.
+
+    Raises UserError or RetryableError.
+    """
+    if not is_remote(text):
+        return load_config(text)
+    file = user_path("config", default_workdir(text)) / "config.json"
+    return from_json(read_file(file, "try the directory of a run"), str(file))
 
 
 def chunks(flags: Sequence[str]) -> list[list[str]]:
@@ -523,9 +544,7 @@ def _config_for_help(target: str | None) -> Config:
     """The config whose values the help shows as defaults: the named one if it can be loaded, else `Config()`."""
     if target is not None:
         with contextlib.suppress(ReportedError, OSError):
-            if is_target(target) and ".py" not in Path(target).name:
-                return from_json((Path(target).expanduser() / "config.json").read_bytes())
-            return load_config(target)
+            return load_target(target)
     return Config()
 
 

@@ -63,7 +63,7 @@ def transition(arguments: list[str]) -> None:
     from mot_jax.training import transition as tuning
 
     workdir = options.workdir.rstrip("/")
-    output = options.output or f"{workdir}-{options.to}"
+    output = (options.output or f"{workdir}-{options.to}").rstrip("/")
     source, runs = load_run_config(workdir), []
     if options.anneal is not None:
         source = tuning.annealing_config(source, workdir, options.anneal)

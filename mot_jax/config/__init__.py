@@ -1,6 +1,6 @@
 """Experiment configuration: fields, checks, files."""
 
-from mot_jax.config.checks import check, check_part, mixing_errors
+from mot_jax.config.checks import check, check_part, layer_errors, mixing_errors
 from mot_jax.config.fields import (
     CheckpointConfig,
     CompanionsConfig,
@@ -80,6 +80,7 @@ __all__ = [
     "is_corpus_path",
     "kernel_errors",
     "kernel_runs_on",
+    "layer_errors",
     "leaves",
     "load_config",
     "mixing_errors",

@@ -182,7 +182,9 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         if valid != model.moe_blocks:
             rule = f"must be indices of blocks, 0 to {model.num_blocks - 1}"
             yield f"model.moe_blocks = {model.moe_blocks}: {rule}; try {valid}"
-    yield from _KIND_ERRORS[type(model.feed_forward)](model, model.feed_forward)
+    yield from layer_errors(model)
+    if rules := _MODEL_RULES.get(type(model.feed_forward)):
+        yield from rules(model, model.feed_forward)
 
 
 def _checkpoint_errors(checkpoint: CheckpointConfig, training: TrainingConfig) -> Iterator[str]:
@@ -270,10 +272,6 @@ def _dense_errors(model: ModelConfig, kind: DenseConfig) -> Iterator[str]:
 
 
 def _mixture_errors(model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward") -> Iterator[str]:
-    for error in mixing_errors(kind.mixing):
-        yield f"{name}.mixing.{error}"
-    for error in kernel_errors(kind, model.gated):
-        yield f"{name}.{error}"
     if kind.mixing.groups == "within":
         if model.objective == "causal":
             yield (
@@ -281,6 +279,15 @@ def _mixture_errors(model: ModelConfig, kind: MixtureOfTokensConfig, name: str =
                 "model has to predict; must be 'across' there; try 'across'"
             )
         yield from _divisor_errors(f"{name}.group_size", kind.group_size, "model.context_length", model.context_length)
+
+
+def _mixture_layer_errors(
+    model: ModelConfig, kind: MixtureOfTokensConfig, name: str = "model.feed_forward"
+) -> Iterator[str]:
+    for error in mixing_errors(kind.mixing):
+        yield f"{name}.mixing.{error}"
+    for error in kernel_errors(kind, model.gated):
+        yield f"{name}.{error}"
     if width_error := _shared_expert_error(model, kind.shared_expert_dim, name):
         yield width_error
         return
@@ -313,6 +320,7 @@ def _top_k_errors(model: ModelConfig, kind: _WithTopK) -> Iterator[str]:
     name = "model.feed_forward"
     if kind.top_k > kind.num_experts >= 1:
         yield f"{name}.top_k = {kind.top_k}: must be at most {name}.num_experts = {kind.num_experts}; try 1"
+        return
     if kind.shared_expert_dim is None:  # which follows from the other widths
         return
     if error := _shared_expert_error(model, kind.shared_expert_dim, name):
@@ -330,14 +338,18 @@ def _routing_group_errors(model: ModelConfig, kind: TokenChoiceConfig | ExpertTh
         yield f"model.feed_forward.routing_group_tokens = {tokens}: {rule}; try {multiple}"
 
 
-def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
-    name = "model.feed_forward"
+def _token_choice_layer_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
     yield from _top_k_errors(model, kind)
     if kind.balance == "bias" and kind.scores == "softmax":
         rule = "requires scores = 'sigmoid', since softmax scores of many experts are smaller than a step of the bias"
-        yield f"{name}.balance = 'bias': {rule}; try 'loss'"
+        yield f"model.feed_forward.balance = 'bias': {rule}; try 'loss'"
+
+
+def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterator[str]:
+    name = "model.feed_forward"
     yield from _routing_group_errors(model, kind)
     if kind.mixture is not None:
+        yield from _mixture_layer_errors(model, kind.mixture, f"{name}.mixture")
         yield from _mixture_errors(model, kind.mixture, f"{name}.mixture")
         sizes = {field: getattr(kind.mixture, field) for field in ("num_experts", "shared_expert_dim")}
         expected = {field: getattr(kind, field) for field in sizes}
@@ -350,7 +362,7 @@ def _token_choice_errors(model: ModelConfig, kind: TokenChoiceConfig) -> Iterato
                 yield f"{name}.mixture.{field} = {size}: {rule}; try {expected[field]}"
 
 
-def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
+def _expert_threshold_layer_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
     name = "model.feed_forward"
     yield from _top_k_errors(model, kind)
     if kind.shared_expert_dim is None and kind.expert_dim is None:
@@ -358,15 +370,17 @@ def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) ->
             yield f"{name}.top_k = {kind.top_k}: must be below model.d_ff = {model.d_ff}; try 1"
         elif model.d_ff == 1:
             yield f"{name}.shared_expert_dim = None: requires model.d_ff of 2 or more, and it is 1; try 0"
+
+
+def _expert_threshold_errors(model: ModelConfig, kind: ExpertThresholdConfig) -> Iterator[str]:
     yield from _routing_group_errors(model, kind)
     sequences, size = kind.routed_sequences(model.context_length), kind.mixed_sequences
     if size > 1 and max(sequences, size) % min(sequences, size):
         rule = f"must divide the {sequences} sequences of a routing group or be a multiple of them"
-        yield f"{name}.group_size = {size}: {rule}; try {sequences}"
+        yield f"model.feed_forward.group_size = {size}: {rule}; try {sequences}"
 
 
 def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Iterator[str]:
-    yield from _top_k_errors(model, kind)
     if kind.over == "tokens" and model.objective == "causal":
         yield (
             "model.feed_forward.over = 'tokens': whether an expert takes a token depends on later tokens of its "
@@ -383,10 +397,14 @@ def _expert_choice_errors(model: ModelConfig, kind: ExpertChoiceConfig) -> Itera
 
 
 def _hash_errors(model: ModelConfig, kind: HashConfig) -> Iterator[str]:
-    yield from _top_k_errors(model, kind)
     if kind.vocab_size not in (None, model.vocab_size):
         rule = f"must be model.vocab_size = {model.vocab_size}"
         yield f"model.feed_forward.vocab_size = {kind.vocab_size}: {rule}; try None"
+
+
+def _soft_moe_layer_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
+    if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
+        yield error
 
 
 def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
@@ -395,11 +413,23 @@ def _soft_moe_errors(model: ModelConfig, kind: SoftMoEConfig) -> Iterator[str]:
             "model.objective = 'causal': must be 'masked' for soft_moe layers, which mix a token with later tokens of "
             "its sequence; try 'masked'"
         )
-    if error := _shared_expert_error(model, kind.shared_expert_dim, "model.feed_forward"):
-        yield error
 
 
-_KIND_ERRORS: dict[type, Callable[[ModelConfig, Any], Iterator[str]]] = {
+_Rules = dict[type, Callable[[ModelConfig, Any], Iterator[str]]]
+# Rules that need the widths of the model only, and so hold for a layer on its own.
+_LAYER_RULES: _Rules = {
+    MixtureOfTokensConfig: _mixture_layer_errors,
+    CompanionsConfig: _mixture_layer_errors,
+    ThresholdConfig: _mixture_layer_errors,
+    TokenChoiceConfig: _token_choice_layer_errors,
+    ExpertThresholdConfig: _expert_threshold_layer_errors,
+    ExpertChoiceConfig: _top_k_errors,
+    ReluRoutingConfig: _top_k_errors,
+    HashConfig: _top_k_errors,
+    SoftMoEConfig: _soft_moe_layer_errors,
+}
+# Those that need its other fields.
+_MODEL_RULES: _Rules = {
     DenseConfig: _dense_errors,
     MixtureOfTokensConfig: _mixture_errors,
     CompanionsConfig: _mixture_errors,
@@ -407,7 +437,12 @@ _KIND_ERRORS: dict[type, Callable[[ModelConfig, Any], Iterator[str]]] = {
     TokenChoiceConfig: _token_choice_errors,
     ExpertThresholdConfig: _expert_threshold_errors,
     ExpertChoiceConfig: _expert_choice_errors,
-    ReluRoutingConfig: _top_k_errors,
     HashConfig: _hash_errors,
     SoftMoEConfig: _soft_moe_errors,
 }
+
+
+def layer_errors(model: ModelConfig) -> Iterator[str]:
+    """The errors of `model.feed_forward` that depend on the widths of the model only."""
+    if rules := _LAYER_RULES.get(type(model.feed_forward)):
+        yield from rules(model, model.feed_forward)

@@ -101,7 +101,7 @@ class MixingConfig(_PlainData):
     `none`: T is not learned. `scalar`: one θ per layer. `per_expert`: one θ per expert."""
     positive_temperature: bool = True
     """Keep the learned temperature positive.
-    False: `temperature` x (1 + θ), the authors' first form, which can become negative."""
+    False: `temperature` x (1 + θ), the authors' first form, at least 1e-6, where θ has no gradient."""
     separate_temperatures: bool = False
     """Learn one temperature for merge and one for emit."""
     frozen_steps: int = 0

@@ -117,6 +117,8 @@ def default_workdir(name: str | os.PathLike[str]) -> str:
     That is `runs/FILE` for the default variant of a file, `runs/FILE_VARIANT` for the others, and for the config of a
     run the directory of this run.
     """
+    if "://" in os.fspath(name):  # a run on an object store
+        return os.fspath(name).removesuffix("/config.json")
     path, variant = _split(name)
     if (stored := _stored_config(path)) is not None and stored.name == "config.json":
         return str(stored.parent)
@@ -140,7 +142,8 @@ def _stored_config(path: Path) -> Path | None:
 
 def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
     """The parts of `FILE.py` or `FILE.py:VARIANT`."""
-    file, separator, variant = os.fspath(name).rpartition(".py:")
+    name = os.path.expanduser(name)
+    file, separator, variant = name.rpartition(".py:")
     return (Path(file + ".py"), variant) if separator else (Path(name), None)
 
 

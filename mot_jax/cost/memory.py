@@ -115,6 +115,11 @@ def memory_bytes(config: Config) -> dict[str, int]:
     return parts | {"saved for backward": sum(saved.values())}
 
 
-def adamw_bytes(parameters: int, param_dtype: str = "float32") -> float:
-    """Bytes of a one-pass AdamW update: reads gradient, parameter and both moments; writes all but the gradient."""
-    return 7.0 * parameters * jnp.dtype(param_dtype).itemsize
+def adamw_bytes(parameters: int, param_dtype: str = "float32", mu_dtype: str = "float32") -> float:
+    """Bytes of a one-pass AdamW update: reads gradient, parameter and both moments; writes all but the gradient.
+
+    The second moment is in float32 or wider.
+    """
+    nu_dtype = jnp.promote_types(param_dtype, jnp.float32)
+    size, mu, nu = (jnp.dtype(dtype).itemsize for dtype in (param_dtype, mu_dtype, nu_dtype))
+    return float(parameters * (3 * size + 2 * mu + 2 * nu))

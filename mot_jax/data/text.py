@@ -128,7 +128,8 @@ def with_absolute_paths(config: Config) -> Config:
     upcycle_from, transition_from = (
         path if path is None else _absolute(path) for path in (training.upcycle_from, training.transition_from)
     )
-    data = dataclasses.replace(data, corpus=corpus, tokenizer=tokenizer)
+    directory = data.directory and _absolute(data.directory)
+    data = dataclasses.replace(data, corpus=corpus, tokenizer=tokenizer, directory=directory)
     training = dataclasses.replace(training, upcycle_from=upcycle_from, transition_from=transition_from)
     return dataclasses.replace(config, data=data, training=training)
 

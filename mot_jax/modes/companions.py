@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import math
 from functools import partial
 
 import jax
@@ -32,7 +31,7 @@ from mot_jax.errors import UserError, error_words
 from mot_jax.modes.recording import record
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.feed_forward.companions import summarise
-from mot_jax.nn.sharding import axis_size, parameter_spec, replicate, reshard
+from mot_jax.nn.sharding import mixing_multiple, parameter_spec, replicate, reshard
 from mot_jax.nn.transformer import Params, block_places
 from mot_jax.runtime.paths import read_file, replace_file, user_path
 
@@ -127,8 +126,7 @@ def summaries(
     Returns:
         Summaries by parameter name, sharded over the mesh that is set.
     """
-    shards = axis_size("data") * axis_size("fsdp") * axis_size("expert")
-    copies = shards // math.gcd(shards, model.group_size)  # of the group, so that every device has as many sequences
+    copies = mixing_multiple(model.group_size, model.context_length) // model.group_size  # of the group
     tokens, segments = np.tile(companions[:, : model.group_size], (1, copies, 1))
     summary = _summaries(model, kind, params, tokens, segments, jnp.asarray(step))
     mesh = jax.sharding.get_mesh()

@@ -221,9 +221,10 @@ def _softmax(logits, valid, config: MixingConfig, temperature: float | jax.Array
     t = config.temperature if temperature is None else temperature
     valid = jnp.broadcast_to(valid, logits.shape)
     tiny = float(jnp.finfo(logits.dtype).tiny)
-    if config.learned_temperature != "none":
-        # Divided outside of `_masked_softmax`, which has no derivative by T.
+    if jnp.ndim(t) and axis == OVER_EXPERTS:
         weights = _masked_softmax(logits / t, valid, 1.0, axis)
+    elif config.learned_temperature != "none":  # never 0
+        weights = _masked_softmax(logits, valid, t, axis)
     elif isinstance(t, (int, float)):
         weights = _one_hot(logits, valid, axis) if t < tiny else _masked_softmax(logits, valid, t, axis)
     else:
@@ -244,7 +245,8 @@ def _one_hot(values: jax.Array, valid: jax.Array, axis: int) -> jax.Array:
 def _masked_softmax(logits: jax.Array, valid: jax.Array, temperature: jax.typing.ArrayLike, axis: int) -> jax.Array:
     """softmax(logits / temperature) over the valid entries of `axis`, 0 elsewhere.
 
-    Saves only its result for the backward pass. Not differentiable by `temperature`.
+    temperature: a scalar, or [E] if `axis` is not that of the experts. Saves only its result, and the temperature, for
+    the backward pass.
     """
     # The lowest finite number instead of -inf: a group with padding only gives no NaN. The maximum is subtracted before
     # the division, so that neither a huge logit nor a tiny temperature overflows.
@@ -263,7 +265,12 @@ def _masked_softmax_forward(logits, valid, temperature, axis):
 def _masked_softmax_backward(axis, residuals, cotangent):
     weights, temperature = residuals
     weighted = weights * cotangent
-    return (weighted - weights * weighted.sum(axis=axis, keepdims=True)) / temperature, None, None
+    by_logits = (weighted - weights * weighted.sum(axis=axis, keepdims=True)) / temperature
+    # A constant added to the logits of a distribution has the derivative 0, so that log(weights), which is their share
+    # of the temperature but for a constant, takes the place of logits / temperature.
+    logs = jnp.log(jnp.where(weights > 0, weights, 1))
+    by_temperature = -(by_logits * logs).sum(axis=tuple(range(weights.ndim - jnp.ndim(temperature))))
+    return by_logits, None, by_temperature.astype(jnp.result_type(temperature))
 
 
 _masked_softmax.defvjp(_masked_softmax_forward, _masked_softmax_backward)

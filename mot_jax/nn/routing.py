@@ -25,10 +25,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mot_jax.nn.sharding import axes_of, axis_size, num_shards, reshard, spec
+from mot_jax.nn.sharding import axes_of, axis_size, num_shards, product, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
 Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or None) -> hidden layer, of h's shape
+
+
+def router_logits(equation: str, x: jax.Array, controller: jax.Array) -> jax.Array:
+    """The `product` of x, in float32 or wider, and a controller, as precise as x.
+
+    By default, GPUs and TPUs would round both to fewer bits.
+    """
+    return product(equation, x, controller, precision=jax.lax.Precision.HIGHEST)
 
 
 def group_tokens(x: jax.Array, tokens: int) -> jax.Array:

@@ -246,10 +246,18 @@ def batch_multiple(config: Config, mesh: Mesh) -> int:
     return math.lcm(config.group_size, _model_multiple(config.model, sizes))
 
 
+def mixing_multiple(group_size: int, length: int) -> int:
+    """The smallest batch size of sequences of this length whose mixing groups the mesh that is set can bring together.
+
+    A multiple of the group size, and of the devices that shard sequences.
+    """
+    return _mixing_multiple(group_size, length, _sizes())
+
+
 def _model_multiple(model: ModelConfig, sizes: Sizes) -> int:
     """As `batch_multiple`. Devices may exchange sequences of a mixing group, but not of a routing group."""
-    mixing_multiple = _mixing_multiple(model.group_size, model.context_length, sizes)
-    return math.lcm(mixing_multiple, model.sequences_per_routing_group * math.prod(sizes[:3]))
+    multiple = _mixing_multiple(model.group_size, model.context_length, sizes)
+    return math.lcm(multiple, model.sequences_per_routing_group * math.prod(sizes[:3]))
 
 
 def _mixing_multiple(group_size: int, length: int, sizes: Sizes) -> int:
@@ -282,6 +290,10 @@ def _num_whole_group_axes(batch: int, group_size: int, sizes: Sizes) -> int:
 def axis_size(name: str) -> int:
     """The size of an axis of the mesh that is set; 1 without this axis or without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)
+
+
+def _sizes() -> Sizes:
+    return axis_size("data"), axis_size("fsdp"), axis_size("expert"), axis_size("tensor")
 
 
 def num_shards(axes: Axes) -> int:
@@ -361,11 +373,14 @@ def whole_group_axes(x: jax.Array, group_size: int) -> tuple[Axes, Axes]:
     shard the positions instead. With S = 1, as in a decode step, they replicate: devices along them have the same
     groups.
 
+    Where the mesh that is set has none of `AXES` as Explicit axes, nothing is resharded, and any x will do.
+
     Raises:
         AssertionError: if B or S is too small for that, or not divisible.
     """
-    batch_axes, dimension = DIMENSIONS["sequences"], positions_dimension(x.shape[1])
-    sizes = (axis_size("data"), axis_size("fsdp"), axis_size("expert"), axis_size("tensor"))
+    batch_axes, dimension, sizes = DIMENSIONS["sequences"], positions_dimension(x.shape[1]), _sizes()
+    if not _explicit_axes():
+        return batch_axes, ()
     if x.shape[1] == 1:
         return batch_axes[: _num_whole_group_axes(x.shape[0], group_size, sizes)], ()
     count = _num_batch_axes(x.shape[0], x.shape[1], group_size, sizes)
@@ -389,12 +404,14 @@ def product(
     out: PartitionSpec | None = None,
     dtype: Any = None,
     fenced: bool = True,
+    precision: jax.lax.Precision | None = None,
 ) -> jax.Array:
     """einsum(equation, x, weight), computed in x's dtype, of operands with any sharding.
 
     The shards of the weight along `fsdp` are gathered in x's dtype for this product, and once more for the backward
     pass, so that no gathered weight is saved for it. Positions of x that are sharded over `tensor` are gathered if the
-    weight is sharded over `tensor`. Each gradient has the sharding of its operand; that of the weight is reduced
+    weight is sharded over `tensor`. Of a weight that has all experts on every device, each device takes those of its
+    own part of x. Each gradient has the sharding of its operand; that of the weight is reduced
     directly into the weight's shards.
 
     Args:
@@ -404,39 +421,48 @@ def product(
         dtype: of the result; None: x's.
         fenced: whether an optimization barrier keeps the compiler from reusing the gathered weight of the forward pass
             in the backward pass, and so from saving it. False where the caller has such a barrier.
+        precision: of the product and of its gradients; None: that of JAX, which for float32 is less on GPUs and TPUs.
     """
-    return _product(equation, out, dtype, fenced, x, weight)
+    return _product(equation, out, dtype, fenced, precision, x, weight)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _product(
-    equation: str, out: PartitionSpec | None, dtype: Any, fenced: bool, x: jax.Array, weight: jax.Array
+    equation: str,
+    out: PartitionSpec | None,
+    dtype: Any,
+    fenced: bool,
+    precision: jax.lax.Precision | None,
+    x: jax.Array,
+    weight: jax.Array,
 ) -> jax.Array:
     of_x, of_weight, of_y = _subscripts(equation)
-    weight = _gather_fsdp(undeferred(weight).astype(x.dtype))
+    weight = _local_batch(of_weight, _gather_fsdp(undeferred(weight).astype(x.dtype)), of_x, x, of_y)
     x = _align(of_x, x, of_weight, weight, of_y)
-    return jnp.einsum(equation, x, weight, out_sharding=out, preferred_element_type=dtype)
+    return jnp.einsum(equation, x, weight, out_sharding=out, preferred_element_type=dtype, precision=precision)
 
 
-def _product_forward(equation, out, dtype, fenced, x, weight):
-    return _product(equation, out, dtype, fenced, x, weight), (x, weight)
+def _product_forward(equation, out, dtype, fenced, precision, x, weight):
+    return _product(equation, out, dtype, fenced, precision, x, weight), (x, weight)
 
 
 @default_promotion()
-def _product_backward(equation, out, dtype, fenced, residuals, cotangent):
+def _product_backward(equation, out, dtype, fenced, precision, residuals, cotangent):
     x, weight = residuals
     weight_dtype, cotangent = weight.dtype, cotangent.astype(x.dtype)
     if fenced:
         x, weight, cotangent = _fenced_operands(x, weight, cotangent)
     of_x, of_weight, of_y = _subscripts(equation)
-    gathered = _gather_fsdp(undeferred(weight).astype(x.dtype))
+    gathered = _local_batch(of_weight, _gather_fsdp(undeferred(weight).astype(x.dtype)), of_x, x, of_y)
     x_spec, weight_spec = (spec(*axes_of(a)) for a in (x, weight))
     cotangent = _align(of_y, cotangent, of_weight, gathered, of_x)
-    dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", cotangent, gathered, out_sharding=x_spec)
+    dx = jnp.einsum(f"{of_y},{of_weight}->{of_x}", cotangent, gathered, out_sharding=x_spec, precision=precision)
     x = _align(of_x, x, of_weight, gathered, of_y)
-    contract = partial(jnp.einsum, f"{of_x},{of_y}->{of_weight}", x, cotangent)
+    contract = partial(jnp.einsum, f"{of_x},{of_y}->{of_weight}", x, cotangent, precision=precision)
     if not deferred_axes(weight):
-        return dx, contract(out_sharding=weight_spec).astype(weight_dtype)
+        local = _local_batch(of_weight, weight, of_x, x, of_y)
+        dw = contract(out_sharding=spec(*axes_of(local)))
+        return dx, (dw if local is weight else jax.reshard(dw, weight_spec)).astype(weight_dtype)
     axes = dict(zip(of_x + of_y, axes_of(x) + axes_of(cotangent), strict=True))
     summed = frozenset(itertools.chain(*(axes[letter] for letter in axes if letter not in of_weight)))
     dw = contract(out_sharding=PartitionSpec(*(axes[letter] or None for letter in of_weight), unreduced=summed))
@@ -480,6 +506,16 @@ def _subscripts(equation: str) -> tuple[str, str, str]:
 
 def _gather_fsdp(weight: jax.Array) -> jax.Array:
     return reshard(weight, *(tuple(axis for axis in axes if axis != "fsdp") for axes in axes_of(weight)))
+
+
+def _local_batch(of_weight: str, weight: jax.Array, of_x: str, x: jax.Array, of_result: str) -> jax.Array:
+    """Shard the batch dimensions of a product that are sharded in x and not in the weight as in x: a local slice."""
+    of_dimension = dict(zip(of_x, axes_of(x), strict=True))
+    axes = [
+        of_dimension[letter] if letter in of_x and letter in of_result and not own else own
+        for letter, own in zip(of_weight, axes_of(weight), strict=True)
+    ]
+    return weight if axes == axes_of(weight) else reshard(weight, *axes)
 
 
 def _align(of_x: str, x: jax.Array, of_weight: str, weight: jax.Array, of_result: str) -> jax.Array:
@@ -559,7 +595,8 @@ def _as_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
 def sum_gradients(gradients: dict[str, jax.Array], model: ModelConfig) -> dict[str, jax.Array]:
     """Sum partial sums over the devices.
 
-    In `model.dtype` where a step without accumulation does so, which is in products with weights.
+    In `model.dtype` where a step without accumulation does so, which is in products with weights; those of controllers
+    in float32 for every kind.
     """
 
     def total(name: str, gradient: jax.Array) -> jax.Array:
@@ -640,6 +677,14 @@ def parameter_spec(name: str, rank: int) -> PartitionSpec:
     dimensions = PARAMETERS.get(name.rpartition("/")[2], ())
     leading = (None,) * (rank - len(dimensions))
     return PartitionSpec(*leading, *(DIMENSIONS[d] if d else None for d in dimensions))
+
+
+def host_device() -> jax.Device:
+    """A device in the memory of this machine: a CPU, or, if JAX_PLATFORMS leaves CPUs out, its first device."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from mot_jax.config import CheckpointConfig, Config, to_json
 from mot_jax.errors import ReportedError, RetryableError, UserError, error_words
+from mot_jax.nn.sharding import host_device
 from mot_jax.runs import manifest
 from mot_jax.runs.restore import check_saved_config
 from mot_jax.runs.state import TrainState, abstract_state, state_of
@@ -229,12 +230,12 @@ class Checkpoints:
 
 
 def adopt(checkpoint: epath.Path) -> None:
-    """Write the manifest of a checkpoint that has none, after reading all its arrays into the memory of this process.
+    """Write the manifest of a checkpoint that has none, after reading all its arrays into the memory of this machine.
 
     Raises UserError or RetryableError if they cannot be read.
     """
     quieten()
-    checkpoint, device = orbax_path(checkpoint), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    checkpoint, device = orbax_path(checkpoint), jax.sharding.SingleDeviceSharding(host_device())
     try:
         with by_itself():
             leaves = ocp.metadata(checkpoint).metadata

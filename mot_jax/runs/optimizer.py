@@ -38,7 +38,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     For parameters in a flat dictionary by name. A *matrix* is a parameter with two or more dimensions in addition to
     those over which it is stacked (blocks, and experts of a layer). `beta1` is the decay of the first moment, which is
-    stored in `mu_dtype`; all other state is in the dtype of the parameter. Only AdamW uses `beta2` and `epsilon`.
+    stored in `mu_dtype`; all other state and the updates are in float32 or wider. Only AdamW uses `beta2` and
+    `epsilon`.
 
     adamw: both moments. With `decay: all`, as in the paper (`docs/paper.md`, section 5).
     adafactor: the second moment of a matrix with two dimensions of at least 128 (those of attention are split into
@@ -51,15 +52,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     scalar: if it is False, the state keeps its values, and the caller must not apply the updates.
     """
     check_part(config, "training.optimizer.")
-    return _on_any_mesh(
-        optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
-            {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[config.name](config),
-            optax.add_decayed_weights(config.weight_decay, None if config.decay == "all" else _decayed),
-            _multiply(config.multipliers),
-            _keep(optax.scale_by_learning_rate(learning_rate(config, steps))),
-        )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[config.name](config),
+        optax.add_decayed_weights(config.weight_decay, None if config.decay == "all" else _decayed),
+        _multiply(config.multipliers),
+        _keep(optax.scale_by_learning_rate(learning_rate(config, steps))),
     )
+    return _on_any_mesh(_in_float32(optimizer))
+
+
+def _in_float32(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Run an optimizer on gradients and parameters in float32 or wider, which its state and updates then have, too.
+
+    A second moment in bfloat16 would only grow: b2 = 0.999 is rounded to 1 there.
+    """
+
+    def wide(params: Params | None) -> Params | None:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params, *, finite: jax.Array | None = None
+    ) -> tuple[Params, optax.OptState]:
+        return optimizer.update(wide(updates), state, wide(params), finite=finite)
+
+    return optax.GradientTransformationExtraArgs(lambda params: optimizer.init(wide(params)), update)
 
 
 def _on_any_mesh(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

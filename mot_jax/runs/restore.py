@@ -283,11 +283,12 @@ def _kinds(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDty
 
 
 def _placed(kinds: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Arrays with their shardings on a mesh, or on the first device if it is empty."""
+    """Arrays with their shardings on a mesh, or on JAX's default device if it is empty."""
 
     def place(name: str, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = parameter_spec(name, len(shape.shape))
-        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh.empty else NamedSharding(mesh, spec)
+        (device,) = jax.device_put(0).devices()
+        sharding = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     return {name: place(name, shape) for name, shape in kinds.items()}

@@ -112,6 +112,7 @@ def is_connected() -> bool:
 _connected = False  # by `connect`
 _all_exiting = False  # all processes have agreed to end
 _rounds = itertools.count()
+_gathered: dict[str, str] = {}  # in process 0, the key of the last call of `gather`, by the first part of its name
 
 
 def connect(process: Process | None, mesh: MeshConfig, trains: bool = True) -> None:
@@ -216,7 +217,7 @@ def gather(value: Any, name: str | None = None) -> list[Any]:
     """All-gather a JSON value: the values of all processes in their order. Waits for the last process.
 
     Without a name, all processes make their calls in the same order, from one thread. Other threads give each call a
-    name of its own.
+    name of its own, with a part of it before a slash that only one thread uses.
     """
     import jax
 
@@ -227,6 +228,11 @@ def gather(value: Any, name: str | None = None) -> list[Any]:
     client.key_value_set(f"{key}/{index}", json.dumps(value))
     if index == 0:
         texts = [client.blocking_key_value_get(f"{key}/{i}", _FOREVER) for i in range(count)]
+        # All processes have ended their previous call: its keys would only fill the memory of process 0.
+        thread = "" if name is None else name.partition("/")[0]
+        if thread in _gathered:
+            client.key_value_delete(_gathered[thread] + "/")
+        _gathered[thread] = key
         client.key_value_set(key + "/all", f"[{','.join(texts)}]")
     return json.loads(client.blocking_key_value_get(key + "/all", _FOREVER))
 

@@ -7,6 +7,7 @@ in the step in which training stops. `default_hooks` has them in this order.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -122,8 +123,9 @@ class LogHook(Hook):
     def pause(self, trainer: Trainer) -> Iterator[None]:
         """Around work between two steps, whose time does not count as that of training: first writes the last row."""
         self.read_pending(trainer)
+        begin = time.perf_counter()
         yield
-        self._meter.restart(trainer)
+        self._meter.resume(trainer, time.perf_counter() - begin)
 
 
 class ValidateHook(Hook):
@@ -263,6 +265,15 @@ class Meter:
         self._flops_per_token = flops_per_token(config)
         peak = peak_flops(mesh.devices.flat[0], config.model.dtype)
         self._peak_flops = None if peak is None else peak * mesh.size
+        self._paused, self._first_pause = 0.0, math.inf
+
+    def resume(self, trainer: Trainer, seconds: float) -> None:
+        """Begin to measure again after a pause of so many seconds."""
+        if math.isinf(self._first_pause):  # which includes compilation
+            self._first_pause = trainer.step
+        else:
+            self._paused += seconds
+        self.restart(trainer)
 
     def restart(self, trainer: Trainer) -> None:
         """Begin to measure after the current step."""
@@ -276,7 +287,8 @@ class Meter:
 
         Returns:
             tokens_per_second, model_flops_per_second, mfu (only if the peak FLOP/s of the device are known), data_wait
-            (share of the time spent waiting for batches), seconds_left.
+            (share of the time spent waiting for batches), seconds_left: with pauses as since the first one, without
+            the last validation.
         """
         seconds, steps = time.perf_counter() - self._begin, step - self._first_step
         tokens_per_second = steps * self._tokens_per_step / seconds
@@ -285,6 +297,7 @@ class Meter:
         if self._peak_flops is not None:
             speed["mfu"] = flops_per_second / self._peak_flops
         speed["data_wait"] = (trainer.data_wait - self._data_wait) / seconds
-        speed["seconds_left"] = (self._steps - step) * seconds / steps
+        paused = self._paused / (step - self._first_pause) if step > self._first_pause else 0.0
+        speed["seconds_left"] = (self._steps - step) * (seconds / steps + paused)
         self._restart(trainer, step)
         return speed

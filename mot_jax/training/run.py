@@ -91,12 +91,12 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         RetryableError: if only a store or a disk failed, perhaps temporarily.
     """
     with distributed.together() as same:
+        config = with_absolute_paths(config)
         same |= {"config": to_json(config), "workdir": str(workdir)}
         check(config)
         check_logging(config.logging)
         workdir = user_path("workdir", workdir)
         _check_name(workdir)
-        config = with_absolute_paths(config)
         mesh = make_mesh(config)
         _check_workdir(config, workdir)
         origin = _RESUMED if (workdir / "checkpoints").exists() else _origin_of(config)

@@ -131,3 +131,4 @@ def test_optimizer_state(optimizer, per_parameter):
 
 def test_an_adamw_update_reads_four_arrays_and_writes_three():
     assert adamw_bytes(10) == 10 * 4 * (4 + 3)
+    assert adamw_bytes(10, "bfloat16", "bfloat16") == 10 * (3 * 2 + 2 * 2 + 2 * 4)

@@ -15,7 +15,7 @@ from mot_jax.data import text as module
 from mot_jax.data import windows as windows_module
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.order import MixtureOrder, TrainingOrder
-from mot_jax.data.text import open_split, open_text, open_tokenizer, text_warnings
+from mot_jax.data.text import open_split, open_text, open_tokenizer, text_warnings, with_absolute_paths
 from mot_jax.data.tokenizers import train_tokenizer
 from mot_jax.data.windows import JoinedWindows, open_windows
 from mot_jax.errors import UserError
@@ -186,3 +186,12 @@ def test_a_run_with_another_version_of_the_order_is_not_resumed(corpora, tmp_pat
     ) as error:
         check_data(open_text(config).fingerprints, config, tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, stored", [("text", "{cwd}/text"), ("~/t", "{home}/t"), ("gs://b/t", "gs://b/t"), (None, None)]
+)
+def test_the_directory_of_the_text_is_stored_as_an_absolute_path(monkeypatch, tmp_path, given, stored):
+    monkeypatch.chdir(tmp_path)
+    stored = stored and stored.format(cwd=tmp_path, home=Path.home())
+    assert with_absolute_paths(Config(data=DataConfig(directory=given))).data.directory == stored

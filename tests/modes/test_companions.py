@@ -19,7 +19,7 @@ from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, likeliest_tokens, prefill
 from mot_jax.inference.scoring import score
 from mot_jax.modes import MODES, enter
-from mot_jax.modes.companions import choose, load_companions, save_companions
+from mot_jax.modes.companions import choose, load_companions, save_companions, summaries
 from mot_jax.modes.thresholds import Thresholds
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.feed_forward import companions as companions_layer
@@ -145,6 +145,22 @@ def test_modes_on_a_mesh_equal_modes_on_one_device(params, entered, mesh_of, sha
             config, params_of_mode = enter(mode, CONFIG, sharded, 3, COMPANIONS, THRESHOLDS)
             on_mesh = logits(config.model, params_of_mode, place_sequences(mesh, tokens, 8))
             np.testing.assert_allclose(on_mesh, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_summaries_on_a_mesh_that_neither_length_nor_group_divides(mesh_of):
+    """Nine positions and groups of four on eight devices: each has copies of whole groups."""
+    model = dataclasses.replace(MODEL, num_blocks=1, context_length=9, loss_chunk=9)
+    companions = np.concatenate([COMPANIONS, COMPANIONS[..., -1:]], axis=2)
+    params = init_params(model, jax.random.key(0))
+    kind = MODES["companions"].change(Config(model=model)).model.feed_forward
+    expected = summaries(model, params, 3, companions, kind)
+    mesh = mesh_of(data=8)
+    with jax.set_mesh(mesh):
+        sharded = {n: jax.device_put(v, NamedSharding(mesh, parameter_spec(n, v.ndim))) for n, v in params.items()}
+        on_mesh = summaries(model, sharded, 3, companions, kind)
+        assert on_mesh.keys() == expected.keys()
+        for name, value in on_mesh.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 SLOW_PARTS = [("companions", {}), ("sparse", {}), ("companions", {"fsdp": 2, "tensor": 2}), ("sparse", {"expert": 4})]

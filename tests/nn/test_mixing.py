@@ -70,6 +70,27 @@ def test_temperature_divides_the_logits(seed):
     np.testing.assert_allclose(weights_of(logits, MixingConfig(temperature=0.2)), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis, emit", [(1, "merge"), (3, "softmax_over_experts")])
+@pytest.mark.parametrize("shape", [(), (E,)])
+def test_the_gradient_by_a_temperature_is_that_of_the_formula(axis, emit, shape):
+    logits, mask, dy = normal(0, N, G, S, E), some_mask(1)[..., None], normal(2, N, G, S, E)
+    config = MixingConfig(emit=emit)
+
+    def weights(t):
+        merged = mixing.mixing_weights(logits, config, mask[..., 0], t)
+        emitted = mixing.emit_weights(merged, logits, config, mask[..., 0], t)
+        return ((merged if emitted is None else emitted) * dy).sum()
+
+    def formula(t):
+        powers = jnp.where(mask, jnp.exp(logits / t), 0)
+        return (powers / jnp.maximum(powers.sum(axis=axis, keepdims=True), 1e-30) * dy).sum()
+
+    temperature = 0.5 + jnp.abs(normal(3, *shape))
+    gradient = jax.grad(weights)(temperature)
+    np.testing.assert_allclose(gradient, jax.grad(formula)(temperature), rtol=1e-4, atol=1e-5)
+    assert gradient.shape == shape and np.abs(gradient).min() > 1e-3
+
+
 @EVERY_MIXING
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e30])
 def test_gradients_of_the_weights_are_finite(config, scale):

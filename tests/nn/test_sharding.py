@@ -312,6 +312,34 @@ def test_a_mesh_of_other_axes_leaves_the_sharding_to_jax():
             assert sharding.spec("sequences") is None
 
 
+def test_groups_on_a_mesh_of_auto_axes_are_of_any_size():
+    """Sixteen sequences of 7 tokens in groups of 4 on 8 devices, which Explicit axes could not bring together."""
+    layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (16, 7, 16))
+    expected = layer(x).y
+    with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x).y)(layer, x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_device_computes_its_own_experts_of_replicated_weights(mesh_of):
+    """In the forward and the backward pass; the gradients are replicated, as the weights."""
+    layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (32, 4, 16))
+    graph, params = nnx.split(layer)
+
+    def loss(params, x):
+        return jnp.square(nnx.merge(graph, params)(x).y).sum()
+
+    expected, flops = jax.grad(loss)(params, x), {}
+    for name, mesh in (("data", mesh_of(data=8)), ("expert", mesh_of(data=2, expert=4))):
+        with jax.set_mesh(mesh):
+            gradient = jax.jit(jax.grad(loss))
+            placed = sharding.reshard(x, "sequences", None, None)
+            flops[name] = gradient.lower(params, placed).compile().cost_analysis()["flops"]
+            chex.assert_trees_all_close(gradient(params, placed), expected, rtol=1e-4, atol=1e-4)
+    assert flops["expert"] == pytest.approx(flops["data"], rel=0.1)
+
+
 def test_a_wrong_sharding_is_an_error_at_trace_time():
     """A parameter with another sharding than the table's is refused before compilation."""
     config = config_of((2, 1, 4, 1))

@@ -16,7 +16,7 @@ from object_store import open_bucket
 from tiny_run import StopAt, StoppedError, numbers
 
 from mot_jax import cli
-from mot_jax.config import CheckpointConfig, Config, LoggingConfig, to_json
+from mot_jax.config import CheckpointConfig, Config, LoggingConfig, default_workdir, to_json
 from mot_jax.errors import UserError
 from mot_jax.inference.sample import SampleHook
 from mot_jax.interop.export import export_model
@@ -215,6 +215,19 @@ def test_exports_to_and_from_a_store(bucket, tiny, tmp_path):
         load_run(output)
 
 
+def test_the_config_of_a_run_on_a_store_is_that_of_a_command(bucket, tiny, capsys):
+    workdir = bucket / "described"
+    (workdir / "config.json").write_text(to_json(tiny))
+    for name in (workdir, workdir / "config.json"):
+        cli.main(["describe", "--training.batch-size", "64", str(name)])
+        assert "64" in capsys.readouterr().out
+    assert default_workdir(str(workdir)) == default_workdir(str(workdir / "config.json")) == str(workdir)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", str(bucket / "nothing")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and f"{bucket / 'nothing' / 'config.json'}: cannot be read" in line
+
+
 def test_a_missing_bucket_is_one_line(bucket, tiny):
     with pytest.raises(UserError, match=r"^workdir = ..://nobody/run: (cannot be written to|the store refuses)") as e:
         train(tiny, f"{str(bucket)[:5]}nobody/run")
@@ -256,4 +269,6 @@ def test_a_run_stops_is_resumed_and_read_by_commands(bucket, tiny: Config, tmp_p
     assert (workdir / "inspect" / "tokens.png").read_bytes().startswith(b"\x89PNG")
     assert "nothing left to train" not in capsys.readouterr().out
     train(tiny, str(workdir))
+    assert "nothing left to train" in capsys.readouterr().out
+    cli.main(["train", str(workdir)])
     assert "nothing left to train" in capsys.readouterr().out

@@ -125,6 +125,19 @@ def test_moments_dtype_is_of_the_first_moment(name):
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(optimizer.update, params, state, params)[1], state)
 
 
+def test_the_second_moment_of_bfloat16_parameters_decays():
+    """After one gradient of 1, 100 of 0; bfloat16 would round 0.999 to 1."""
+    gradients = jax.tree.map(lambda x: jnp.ones_like(x, "bfloat16"), arrays(0))
+    optimizer = make_optimizer(dataclasses.replace(PLAIN, name="adamw", beta2=0.999), 101)
+    state = optimizer.init(gradients)
+    for gradient in [gradients, *[jax.tree.map(jnp.zeros_like, gradients)] * 100]:
+        _, state = optimizer.update(gradient, state, gradients)
+    moments = jax.tree.leaves(optax.tree.get(state, "nu"))
+    assert len(moments) == len(SHAPES)
+    for moment in moments:
+        np.testing.assert_allclose(moment, 0.001 * 0.999**100, rtol=1e-4)
+
+
 # --- options of all ---------------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,13 @@ def test_the_newest_parameters_on_one_device_without_writing(saved, tiny):
         np.testing.assert_array_equal(value, state.params[name])
 
 
+def test_parameters_are_placed_on_the_default_device(saved):
+    device = jax.devices()[1]
+    with jax.default_device(device):
+        params = load_run(saved[0]).params
+    assert all(value.devices() == {device} for value in params.values())
+
+
 def test_parameters_are_placed_on_the_mesh_that_is_given_or_set(saved, mesh_of):
     workdir, state = saved
     mesh = mesh_of(expert=2)

@@ -525,3 +525,19 @@ def test_a_process_that_never_comes_is_missed_in_one_line(experiment, tmp_path):
     first, second, third = errors(tmp_path / "record", 3)
     assert first == second and re.match(r"error: coordinator = localhost:\d+: process 2 of 3 did not connect", first[0])
     assert third[0].startswith("error: mesh.data = 0") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_service_keeps_the_values_of_the_last_call_only():
+    """Of each thread, in a process of its own, since JAX connects once."""
+    program = f"""
+import jax
+jax.distributed.initialize("localhost:{free_port()}", 1, 0)
+from mot_jax.runtime import distributed
+for i in range(3):
+    assert distributed.gather(i) == [i] == distributed.gather(i, f"manifest/{{i}}/listing")
+print(sorted(key for key, _ in distributed._coordination().client.key_value_dir_get("mot_jax/")))
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    keys = [f"mot_jax/{key}/{end}" for key in ("2", "manifest/2/listing") for end in ("0", "all")]
+    assert out == f"{keys}\n"

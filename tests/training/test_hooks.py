@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
 from tiny_run import numbers
 
+from mot_jax.nn.sharding import make_mesh
 from mot_jax.runs import status
 from mot_jax.runs.checkpoint import Checkpoints
 from mot_jax.training import Hook, train
+from mot_jax.training.hooks import Meter
 
 
 @pytest.mark.parametrize(
@@ -57,3 +61,23 @@ def test_every_row_is_written_before_the_checkpoint_that_follows(tiny, tmp_path,
     train(dataclasses.replace(tiny, training=training), workdir)
     logged = [(3, "train"), (4, "validation"), (6, "train"), (8, "train"), (8, "validation")]
     assert rows == [(3, logged[:1]), (6, logged[:3]), (8, logged)]
+
+
+def test_the_time_left_has_the_pauses_since_the_first_one(tiny, monkeypatch):
+    """A second a step, and pauses after every 20 steps: of 60 seconds, with compilation, and then of 5."""
+    clock, trainer = [0.0], SimpleNamespace(step=0, data_wait=0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    training = dataclasses.replace(tiny.training, steps=100)
+    meter = Meter(dataclasses.replace(tiny, training=training), make_mesh(tiny))
+    meter.restart(trainer)
+    left = {}
+    for step in range(10, 90, 10):
+        clock[0] += 10
+        trainer.step = step
+        left[step] = meter.read(trainer, step)["seconds_left"]
+        if step % 20 == 0:
+            pause = 60.0 if step == 20 else 5.0
+            clock[0] += pause
+            meter.resume(trainer, pause)
+    assert [left[step] for step in (10, 20, 30, 40)] == [90, 80, 70, 60]
+    assert left[50] == pytest.approx(50 + 5 / 30 * 50) and left[80] == pytest.approx(20 + 10 / 60 * 20)

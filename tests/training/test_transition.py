@@ -281,7 +281,7 @@ def test_a_damaged_report_is_one_line_and_not_overwritten(source, tmp_path, cont
 @pytest.mark.slow
 def test_annealing_before_tuning(source, tmp_path, capsys):
     output = tmp_path / "tuned"
-    main(["transition", source[1], "--to", "token_choice", "--steps", "2", "--anneal", "2", "--output", str(output)])
+    main(["transition", source[1], "--to", "token_choice", "--steps", "2", "--anneal", "2", "--output", f"{output}/"])
     out = capsys.readouterr().out
     annealed = f"{output}-annealed"
     assert f"begins as {source[1]} after 6 steps, with example 192" in out

@@ -121,8 +121,9 @@ def stability(results: Results, entrant: str) -> Row:
     for factor in (0.5, 2.0, 4.0):
         rate = next((rate for rate in losses if chosen and math.isclose(rate, factor * chosen)), None)
         changes[factor] = None if rate is None else losses[rate] / losses[chosen] - 1
-    variations = [run.get("gradient_variation") for run in seed_runs(results, entrant).values()]
-    mean = statistics.fmean(variations) if variations and None not in variations else None
+    runs = seed_runs(results, entrant).values()
+    variations = [run["gradient_variation"] for run in runs if run.get("gradient_variation") is not None]
+    mean = statistics.fmean(variations) if variations and len(variations) == len(runs) else None
     return {"span": rate_span(losses, TOLERANCE), "changes": changes, "variation": mean}
 
 

@@ -162,7 +162,7 @@ def _run(directory: Directory, run: Run, record: dict[str, Any]) -> dict[str, An
     row["skipped_steps"] = int(skipped[-1]) if skipped else None
     if run.stage == SEEDS and outcome.state == "finished":
         row["layers"] = _layer_metrics(rows, run.steps)
-        row["gradient_variation"] = gradient_variation(rows, run.config.training)
+        row["gradient_variation"] = run.config and gradient_variation(rows, run.config.training)
     return row
 
 

@@ -24,7 +24,7 @@ from mot_jax.config import ExpertChoiceConfig
 from mot_jax.nn import mixing, routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward, layer_norm, project_in, project_out, value
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, saves_result
-from mot_jax.nn.sharding import axes_of, product, reshard, spec
+from mot_jax.nn.sharding import axes_of, reshard, spec
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -62,7 +62,7 @@ class ExpertChoice(ExpertFeedForward):
         x, mask = x.astype(self.dtype), context.token_mask
         grouped, mask = self._group(x), None if mask is None else self._group(mask)
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = product("ngsd,de->ngse", grouped.astype(wide), self.controller[...])
+        logits = routing.router_logits("ngsd,de->ngse", grouped.astype(wide), self.controller[...])
         probabilities = jax.nn.softmax(logits, axis=-1)
         chosen = routing.choose_tokens(probabilities, self.config.capacity(grouped.shape[1]), mask)
         y = layer_norm(self._apply_experts(grouped, chosen, probabilities), value(self.output_norm))

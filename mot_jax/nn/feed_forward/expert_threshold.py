@@ -21,8 +21,9 @@ from mot_jax.nn.feed_forward.interface import (
     LayerOptions,
     RouterState,
     activate,
+    needs_step,
 )
-from mot_jax.nn.sharding import axes_of, product, reshard
+from mot_jax.nn.sharding import axes_of, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 DECAY = 0.99  # of the moving averages, per step
@@ -60,10 +61,14 @@ class ExpertThreshold(ExpertFeedForward):
         1 being an even share, 0 if no expert has a token; `router_entropy` of the sigmoids over their sum, normalized.
         """
         config, x = self.config, x.astype(self.dtype)
-        logits = product("bsd,de->bse", x.astype(jnp.promote_types(self.dtype, jnp.float32)), self.controller[...])
+        logits = routing.router_logits(
+            "bsd,de->bse", x.astype(jnp.promote_types(self.dtype, jnp.float32)), self.controller[...]
+        )
         mask = None if context.token_mask is None else reshard(context.token_mask, *axes_of(x)[:2])
         taken = logits >= self.thresholds()
-        if context.train and context.step is not None and config.warmup_steps:
+        if context.train and config.warmup_steps:
+            if context.step is None:
+                raise needs_step("warmup_steps", config.warmup_steps)
             along_batch = choose_along_batch(logits, config.group_size, config.tokens_along_batch(), mask)
             taken = jnp.where(context.step < config.warmup_steps, along_batch, taken)
         taken = taken if mask is None else taken & mask[..., None]

@@ -82,8 +82,6 @@ class Hash(ExpertFeedForward):
         if config.vocab_size is None:
             rule = "must be given for a layer on its own, the number of token ids"
             raise UserError(f"vocab_size = None: {rule}; try 257")
-        if config.top_k > config.num_experts:
-            raise UserError(f"top_k = {config.top_k}: must be at most num_experts = {config.num_experts}; try 1")
         self._create_expert_parameters(options, None)
         choices = jnp.arange(config.vocab_size * config.top_k, dtype=jnp.int32) % config.num_experts
         self.table = RouterState(choices.reshape(config.vocab_size, config.top_k))

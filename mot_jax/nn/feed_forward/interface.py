@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mot_jax.config import DenseConfig, InitConfig, ModelConfig, check_part
+from mot_jax.config import DenseConfig, InitConfig, ModelConfig, check_part, layer_errors
 from mot_jax.errors import UserError
 from mot_jax.nn.initializers import draw
+from mot_jax.runtime.compilation import default_promotion
 
 _ARRAYS = ["token_mask", "token_ids", "positions", "step", "key", "loss_counts"]
 
@@ -39,7 +40,8 @@ class FeedForwardContext:
     """int32 [B, S], the number of earlier tokens of each token's text; None: 0 to S - 1 in every sequence."""
 
     step: jax.Array | None = None
-    """int32 scalar, the training step; None after training."""
+    """int32 scalar, the number of training steps so far; None: training has ended. Annealed and frozen temperatures and
+    the warmup of thresholds depend on it, and must have it in training."""
 
     key: jax.Array | None = None
     """A PRNG key."""
@@ -52,6 +54,13 @@ class FeedForwardContext:
 
     train: bool = False
     """Static: whether this is a training step, in which padding is at the ends of sequences only."""
+
+
+def needs_step(field: str, value: Any) -> UserError:
+    """The error of a layer in training whose `field` depends on a step that `FeedForwardContext` lacks."""
+    return UserError(
+        f"{field} = {value!r}: requires the step in training; try FeedForwardContext(step=step, train=True)"
+    )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["y", "losses", "metrics", "statistics"], meta_fields=[])
@@ -130,7 +139,8 @@ class FeedForward(nnx.Module):
         param_dtype: of parameters, in the same way.
         rngs: the stream `params` is used, in the order in which parameters are created.
 
-    Raises UserError for an argument, or a field of the config, that has no such value.
+    Raises UserError for an argument, or a field of the config, that has no such value, and for fields that contradict
+    each other or the widths.
     """
 
     config_type: ClassVar[type]
@@ -167,6 +177,10 @@ class FeedForward(nnx.Module):
         }
         model = dataclasses.replace(_MODEL, **fields)  # which converts NumPy numbers and data types
         check_part(model)
+        kind: Any = self.config
+        if faults := list(layer_errors(dataclasses.replace(model, feed_forward=kind))):
+            # By the names of the config's fields and of the arguments.
+            raise UserError(*(f.replace("model.feed_forward.", "").replace("model.", "") for f in faults))
         self.activation, self.dtype = model.activation, model.dtype
         self._create_parameters(LayerOptions(**{name: getattr(model, name) for name in fields}, rngs=rngs))
 
@@ -217,6 +231,7 @@ class FeedForward(nnx.Module):
         return router
 
 
+@default_promotion()
 def update_router_state(layers: Sequence[FeedForward], statistics: Sequence[Mapping[str, jax.Array]]) -> None:
     """Set the router state of layers in a model other than `mot_jax.Transformer`, once per training step.
 

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import MixtureOfTokensConfig, kernel_errors, mixing_errors
-from mot_jax.errors import UserError
+from mot_jax.config import MixtureOfTokensConfig
 from mot_jax.nn import mixing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward, project_in, project_out, value
 from mot_jax.nn.feed_forward.interface import (
@@ -32,6 +31,7 @@ from mot_jax.nn.feed_forward.interface import (
     FeedForwardOutput,
     LayerOptions,
     activate,
+    needs_step,
     saves_result,
 )
 from mot_jax.nn.kernels.fused_experts_tpu import fused_experts
@@ -51,8 +51,6 @@ class MixtureOfTokens(ExpertFeedForward):
     temperature, emit_temperature: θ of the learned temperatures, scalars or [E], initially 0.
     mixture_norm, output_norm [2, D]: scale and bias of the layer norms of mixtures and of expert outputs.
 
-    Raises UserError for a meaningless combination in `config.mixing`, and for a `config.kernel` that does not support
-    the other fields.
     """
 
     config_type = MixtureOfTokensConfig
@@ -60,10 +58,6 @@ class MixtureOfTokens(ExpertFeedForward):
 
     def _create_parameters(self, options: LayerOptions) -> None:
         config, mixing_config = self.config, self.config.mixing
-        if faults := list(mixing_errors(mixing_config)):
-            raise UserError(*(f"mixing.{fault}" for fault in faults))
-        if faults := list(kernel_errors(config, options.gated)):
-            raise UserError(*faults)
         d, e = options.d_model, config.num_experts
         has_base = mixing_config.controllers == "common_base"
         # As in the authors' code: the sum of controller and base has the variance of one controller.
@@ -177,6 +171,10 @@ class MixtureOfTokens(ExpertFeedForward):
 
     def temperatures(self, context: FeedForwardContext) -> tuple[float | jax.Array, float | jax.Array]:
         """T of merge and of emit, scalars or [E]."""
+        config = self.config.mixing
+        if context.train and context.step is None and (config.annealing != "none" or config.frozen_steps):
+            field = "annealing" if config.annealing != "none" else "frozen_steps"
+            raise needs_step(f"mixing.{field}", getattr(config, field))
         t = mixing.temperature_at_step(self.config.mixing, context.step, value(self.temperature))
         if self.emit_temperature is None:
             return t, t

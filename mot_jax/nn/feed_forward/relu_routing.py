@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mot_jax.config import ReluRoutingConfig
+from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward
 from mot_jax.nn.feed_forward.interface import (
     FeedForwardContext,
@@ -62,7 +63,7 @@ class ReluRouting(ExpertFeedForward):
         """
         mask, x = context.token_mask, x.astype(self.dtype)
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        gates = jax.nn.relu(product("bsd,de->bse", x.astype(wide), self.controller[...]))
+        gates = jax.nn.relu(routing.router_logits("bsd,de->bse", x.astype(wide), self.controller[...]))
         if mask is not None:
             gates = jnp.where(reshard(mask, *axes_of(gates)[:2])[..., None], gates, 0)
         y = self._apply_experts(x, gates)

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 
 from mot_jax.config import SoftMoEConfig
 from mot_jax.errors import UserError
-from mot_jax.nn import mixing
+from mot_jax.nn import mixing, routing
 from mot_jax.nn.feed_forward.experts import ExpertFeedForward
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions
-from mot_jax.nn.sharding import axes_of, product, reshard, spec, undeferred
+from mot_jax.nn.sharding import axes_of, reshard, spec, undeferred
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -98,7 +98,7 @@ class SoftMoE(ExpertFeedForward):
         """x [B, S, D] -> `scale` times the cosines of tokens and controller, [B, S, E, P] in float32 (or wider)."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         controller = self.scale[...].astype(wide) * unit(undeferred(self.controller[...]).astype(wide), axis=0)
-        return product("bsd,dep->bsep", unit(x.astype(wide), axis=-1), controller)
+        return routing.router_logits("bsd,dep->bsep", unit(x.astype(wide), axis=-1), controller)
 
 
 def _metrics(dispatch: jax.Array, combine: jax.Array, mask: jax.Array | None) -> dict[str, jax.Array]:

@@ -22,7 +22,7 @@ from mot_jax.nn import routing
 from mot_jax.nn.feed_forward.companions import Summary
 from mot_jax.nn.feed_forward.interface import FeedForwardContext, FeedForwardOutput, LayerOptions, activate
 from mot_jax.nn.feed_forward.mixture_of_tokens import MixtureOfTokens
-from mot_jax.nn.sharding import axes_of, product, reshard
+from mot_jax.nn.sharding import axes_of, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -65,4 +65,4 @@ def scaled_logits(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardCont
     Computed in float32 (or wider), since a rounded logit may be on the other side of its threshold.
     """
     wide = x.astype(layer.dtype).astype(jnp.promote_types(layer.dtype, jnp.float32))
-    return product("bsd,de->bse", wide, layer.controller[...]) / layer.temperatures(context)[0]
+    return routing.router_logits("bsd,de->bse", wide, layer.controller[...]) / layer.temperatures(context)[0]

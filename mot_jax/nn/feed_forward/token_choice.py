@@ -20,7 +20,7 @@ from mot_jax.nn.feed_forward.interface import (
     RouterState,
     activate,
 )
-from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, product, reshard
+from mot_jax.nn.sharding import DIMENSIONS, axes_of, num_shards, reshard
 from mot_jax.runtime.compilation import default_promotion
 
 
@@ -56,7 +56,9 @@ class TokenChoice(ExpertFeedForward):
         config, mask, x = self.config, context.token_mask, x.astype(self.dtype)
         tokens, length = self._tokens_per_group(x), x.shape[1]
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = routing.group_tokens(product("bsd,de->bse", x.astype(wide), self.controller[...]), tokens)
+        logits = routing.group_tokens(
+            routing.router_logits("bsd,de->bse", x.astype(wide), self.controller[...]), tokens
+        )
         mask = None if mask is None else routing.group_tokens(mask, tokens)
         bias = None if self.balance_bias is None else self.balance_bias[...]
         choices = routing.choose_experts(logits, config.top_k, mask, config.scores, bias)
