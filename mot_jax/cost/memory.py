@@ -24,6 +24,7 @@ from mot_jax.config import Config, DenseConfig, FeedForwardConfig, ModelConfig
 from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import FUSED_ATTENTION
 from mot_jax.cost.parameters import count_parameters, parameter_shapes
+from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.transformer import Block, scan_groups
 from mot_jax.runs.optimizer import make_optimizer
 
@@ -31,15 +32,22 @@ _SCAN_LENGTH = 1_000_003  # of a scan that is only traced; it marks stacked resi
 
 
 @functools.lru_cache(maxsize=64)
-def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> tuple[float, int]:
-    """Bytes that x + sublayer(norm(x)) saves in each block: per sequence, and independent of the batch."""
+def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str, sequences: int) -> tuple[int, int]:
+    """Bytes that x + sublayer(norm(x)) saves in each block: in proportion to a microbatch, and independent of its size.
+
+    Those of experts without a capacity, which process tokens in blocks, are neither, and count as the former.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: Block(model, kind, rngs=nnx.Rngs(params=0))))
     stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((_SCAN_LENGTH, *a.shape), a.dtype), state)
 
     def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, state)
         norm = getattr(block, sublayer + "_norm", lambda x: x)
-        extra = {"segments": jnp.zeros(x.shape[:2], int)} if sublayer == "attention" else {}
+        zeros, extra = jnp.zeros(x.shape[:2], jnp.int32), {}
+        if sublayer == "attention":
+            extra = {"segments": zeros}
+        elif sublayer == "feed_forward":
+            extra = {"context": FeedForwardContext(token_ids=zeros, step=jnp.zeros((), jnp.int32), train=True)}
         out = getattr(block, sublayer)(norm(x), **extra)
         return x + getattr(out, "y", out), None
 
@@ -57,8 +65,9 @@ def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str) -> 
 
     g = feed_forward_cost(model, kind).sequences_per_group()
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # independent of the caller's mesh
-        one, two = size(g), size(2 * g)
-    return (two - one) / g, 2 * one - two
+        one, two, three, total = (size(n) for n in (g, 2 * g, 3 * g, sequences))
+    copies = 2 * one - two if three - two == two - one else 0
+    return total - copies, copies
 
 
 def saved_bytes(model: ModelConfig, sequences: int) -> dict[str, int]:
@@ -83,10 +92,10 @@ def saved_bytes(model: ModelConfig, sequences: int) -> dict[str, int]:
     for period, repeats in scan_groups(model):
         saved: Counter[str] = Counter()
         for kind in period:
-            traced = {"attention": _trace_saved(base, DenseConfig(), "attention")}
-            traced[kind.kind] = _trace_saved(base, kind, "feed_forward")
-            for name, (per_sequence, copies) in traced.items():
-                saved.update({name: round(per_sequence * sequences), "copies of parameters": copies})
+            traced = {"attention": _trace_saved(base, DenseConfig(), "attention", sequences)}
+            traced[kind.kind] = _trace_saved(base, kind, "feed_forward", sequences)
+            for name, (proportional, copies) in traced.items():
+                saved.update({name: proportional, "copies of parameters": copies})
             saved["attention"] += sequences * kernel_bytes
         if model.remat == "blocks":
             saved, largest_period = Counter({"block inputs": hidden}), max(largest_period, saved.total())
@@ -94,7 +103,7 @@ def saved_bytes(model: ModelConfig, sequences: int) -> dict[str, int]:
     if largest_period:
         parts["one period at a time"] = largest_period
     if model.final_norm:
-        parts["final norm"] = round(_trace_saved(base, DenseConfig(), "attention_norm")[0] * sequences)
+        parts["final norm"] = _trace_saved(base, DenseConfig(), "attention_norm", sequences)[0]
     # The loss saves the gradients of its inputs, which its forward pass computes.
     parts["head"] = hidden + model.d_model * model.vocab_size * jnp.dtype(model.param_dtype).itemsize
     return dict(parts)

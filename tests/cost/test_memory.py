@@ -19,7 +19,17 @@ from paper_models import (
     with_kind,
 )
 
-from mot_jax.config import Config, OptimizerConfig, TrainingConfig
+from mot_jax.config import (
+    Config,
+    ExpertChoiceConfig,
+    ExpertThresholdConfig,
+    HashConfig,
+    OptimizerConfig,
+    ReluRoutingConfig,
+    SoftMoEConfig,
+    TokenChoiceConfig,
+    TrainingConfig,
+)
 from mot_jax.cost import memory
 from mot_jax.cost.describe import describe
 from mot_jax.cost.memory import adamw_bytes, memory_bytes, saved_bytes
@@ -87,6 +97,31 @@ def test_bytes_that_each_policy_adds_to_the_mixture():
     kind, mixtures = probe(3, "all").feed_forward, 3 * BATCH * PROBE.context_length * 16 // 4
     assert pre_activations - nothing == mixtures * kind.hidden_dim(PROBE.d_ff) * 4
     assert everything - pre_activations == mixtures * 2 * PROBE.d_model * 4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        TokenChoiceConfig(16, top_k=2, routing_group_tokens=64),
+        TokenChoiceConfig(16, top_k=2, capacity_factor=None, routing_group_tokens=64),
+        ExpertThresholdConfig(16, top_k=2, routing_group_tokens=64, group_size=4),
+        ExpertChoiceConfig(4, 16, top_k=4),
+        ReluRoutingConfig(16, top_k=2),
+        HashConfig(16, top_k=2),
+        SoftMoEConfig(16),
+    ],
+    ids=lambda kind: f"{kind.kind}, {getattr(kind, 'capacity_factor', '')}",
+)
+def test_saved_bytes_of_every_kind(kind):
+    """A training step saves at least the pre-activations of the experts of each token, and no negative number."""
+    model = dataclasses.replace(PROBE, num_blocks=2, objective="masked", feed_forward=kind)
+    saved, tokens = saved_bytes(model, BATCH), BATCH * PROBE.context_length
+    assert min(saved.values()) >= 0
+    per_token = getattr(kind, "top_k", 1) * kind.hidden_dim(PROBE.d_ff)
+    assert saved[kind.kind] >= 2 * 4 * tokens * per_token
+    assert memory_bytes(Config(model, training=TrainingConfig(batch_size=BATCH)))["saved for backward"] == sum(
+        saved.values()
+    )
 
 
 def test_no_copy_of_a_matrix_is_saved_in_another_dtype():
