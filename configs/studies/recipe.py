@@ -4,9 +4,10 @@ Command: mot bench train configs/studies/recipe.py --workdir runs/recipe
 Here:    has not been run.
 
 Every recipe differs in one respect from `mixture_of_tokens`, the model of `configs/studies/demo.py`: in the blocks that
-mix, in the number of experts and so the cost of mixing, in the width of the shared expert, or in the learning rate of
-the controller. The report has steps, FLOPs and seconds to the loss of the dense model; a recipe wins in time if it
-needs fewer seconds. Groups have 32 sequences in all of them, since the batches of a study must be equal.
+mix, in the size of groups, with four experts for each of their sequences, in the number of experts and so the cost of
+mixing, in the width of the shared expert, or in the learning rate of the controller. The report has steps, FLOPs and
+seconds to the loss of the dense model; a recipe wins in time if it needs fewer seconds. All batches have 32 sequences
+of different documents.
 """
 
 from dataclasses import replace
@@ -81,7 +82,8 @@ def get_study() -> Study:
             "mixture_of_tokens": config(mot),
             "last_two_blocks": config(mot, moe_blocks=(1, 2)),
             "last_block": config(mot, moe_blocks=(2,)),
-            "experts_32": config(replace(mot, num_experts=32)),
+            "groups_of_8": config(replace(mot, group_size=8, num_experts=32)),
+            "groups_of_16": config(replace(mot, group_size=16, num_experts=64)),
             "experts_64": config(replace(mot, num_experts=64)),
             "experts_256": config(replace(mot, num_experts=256)),
             "no_shared_expert": config(replace(mot, shared_expert_dim=0)),

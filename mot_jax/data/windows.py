@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import random
 import shutil
+import socket
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -469,7 +471,8 @@ def _write_header(file: BinaryIO, count: int) -> None:
 def _temporary_directory(final: Path) -> Iterator[Path]:
     """A new directory that is renamed to `final` at the end, atomically. Several processes may build the same one."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob("*.building"):
+    # Some shared file systems grant a lock to every host, so that those of other hosts say nothing.
+    for leftover in final.parent.glob(f"*.{glob.escape(socket.gethostname())}.*.building"):
         _remove_if_dead(leftover)
     temporary, lock = _locked_directory(final)
     try:
@@ -486,7 +489,7 @@ def _temporary_directory(final: Path) -> Iterator[Path]:
 def _locked_directory(final: Path) -> tuple[Path, int]:
     """A new directory next to `final`, and the descriptor of its lock, which shows that the directory is in use."""
     while True:
-        temporary = final.parent / f"{final.name}.{uuid.uuid4().hex}.building"
+        temporary = final.parent / f"{final.name}.{socket.gethostname()}.{uuid.uuid4().hex}.building"
         temporary.mkdir()
         lock = os.open(temporary / "lock", os.O_CREAT | os.O_RDWR)
         with contextlib.suppress(OSError):  # without locks, leftovers of interrupted builds are not deleted
