@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.core
@@ -43,11 +44,10 @@ def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str, seq
     def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
         block = nnx.merge(graph, state)
         norm = getattr(block, sublayer + "_norm", lambda x: x)
-        zeros, extra = jnp.zeros(x.shape[:2], jnp.int32), {}
-        if sublayer == "attention":
-            extra = {"segments": zeros}
-        elif sublayer == "feed_forward":
-            extra = {"context": FeedForwardContext(token_ids=zeros, step=jnp.zeros((), jnp.int32), train=True)}
+        zeros = jnp.zeros(x.shape[:2], jnp.int32)
+        context = FeedForwardContext(token_ids=zeros, step=jnp.zeros((), jnp.int32), train=True)
+        inputs: dict[str, dict[str, Any]] = {"attention": {"segments": zeros}, "feed_forward": {"context": context}}
+        extra = inputs.get(sublayer, {})
         out = getattr(block, sublayer)(norm(x), **extra)
         return x + getattr(out, "y", out), None
 
