@@ -17,9 +17,10 @@
 
 set -uo pipefail
 
+config=configs/v2.py:medium_32e
 case ${1:-} in
-  "" | -*) config=configs/v2.py:medium_32e ;;
-  *) config=$1 && shift ;;
+  -*) ;;
+  *) config=${1:-$config} && shift || true ;;
 esac
 most_restarts=${MOST_RESTARTS:-100}
 

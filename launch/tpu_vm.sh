@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on all hosts of a TPU VM slice: launch/tpu_vm.sh NAME ZONE CONFIG WORKDIR [--training.steps N ...]
 # Requires this repository in ~/mot_jax on every host, with pip install -c requirements.lock '.[tpu,gcs]', and mot on the
-# PATH of a shell without login; else set MOT, as in MOT=mot_jax/.venv/bin/mot. Each host logs to ~/mot.log.
+# PATH of a shell without login; else set MOT, as in MOT=.venv/bin/mot for ~/mot_jax/.venv. Each host logs to ~/mot.log.
 # The command can be repeated: it does nothing on a host where it runs already. launch/README.md explains the flags.
 
 set -euo pipefail

@@ -421,10 +421,11 @@ def test_the_start_on_a_tpu_vm_returns_before_training_ends(run, tmp_path):
     remote = shlex.split(call)[8].removeprefix("--command=")
     home, script = tmp_path / "mot_jax", tmp_path / "mot_jax" / "launch" / "restart.sh"
     script.parent.mkdir(parents=True)
-    script.write_text('#!/bin/bash\necho "$@"\nsleep 3\ntouch ended\n')
+    script.write_text('#!/bin/bash\necho "$@"\nuntil [ -e go ]; do sleep 0.05; done\ntouch ended\n')
     script.chmod(0o755)
-    subprocess.run(["bash", "-c", remote], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, timeout=2)
+    subprocess.run(["bash", "-c", remote], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, timeout=20)
     assert not (home / "ended").exists()
+    (home / "go").touch()
     deadline = time.monotonic() + 20
     while not (home / "ended").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -36,6 +36,7 @@ DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
 Row = dict[str, Any]
 _TOKEN_IDS = 256
+_LATE = 2**31 - 1  # a step after every annealing and warmup
 
 
 def valid_peak_shares() -> tuple[float, float]:
@@ -308,7 +309,7 @@ def _networks(shape: Shape) -> dict[str, Any]:
 
 
 def as_function(layer: nnx.Module) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
-    """Split a layer into (variables, x [B, S, D]) -> update [B, S, D] as in training, and its variables.
+    """Split a layer into (variables, x [B, S, D]) -> update [B, S, D] as late in training, and its variables.
 
     The ids of the tokens are 0 to 255, again and again, so that hash layers load all experts evenly.
     """
@@ -317,7 +318,8 @@ def as_function(layer: nnx.Module) -> tuple[Callable[[Variables, jax.Array], jax
 
     def forward(variables: Variables, x: jax.Array) -> jax.Array:
         token_ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % _TOKEN_IDS).reshape(x.shape[:2])
-        return nnx.merge(graph, *variables)(x, FeedForwardContext(token_ids=token_ids, train=True)).y
+        context = FeedForwardContext(token_ids=token_ids, step=jnp.int32(_LATE), train=True)
+        return nnx.merge(graph, *variables)(x, context).y
 
     return forward, (params, router)
 

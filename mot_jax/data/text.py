@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,7 +136,8 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str) -> str:
-    return path if is_remote(path) or not path else str(Path(path).expanduser().absolute())
+    path = os.path.expanduser(path)
+    return path if is_remote(path) or not path or path.startswith("~") else str(Path(path).absolute())
 
 
 def open_tokenizer(config: Config) -> Tokenizer:

@@ -471,7 +471,7 @@ def _write_header(file: BinaryIO, count: int) -> None:
 def _temporary_directory(final: Path) -> Iterator[Path]:
     """A new directory that is renamed to `final` at the end, atomically. Several processes may build the same one."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    # Some shared file systems grant a lock to every host, so that those of other hosts say nothing.
+    # Some shared file systems grant the same lock to several hosts, so that only builds of this host can be tested.
     for leftover in final.parent.glob(f"*.{glob.escape(socket.gethostname())}.*.building"):
         _remove_if_dead(leftover)
     temporary, lock = _locked_directory(final)

@@ -510,10 +510,10 @@ def _gather_fsdp(weight: jax.Array) -> jax.Array:
 
 def _local_batch(of_weight: str, weight: jax.Array, of_x: str, x: jax.Array, of_result: str) -> jax.Array:
     """Shard the batch dimensions of a product that are sharded in x and not in the weight as in x: a local slice."""
-    of_dimension = dict(zip(of_x, axes_of(x), strict=True))
+    in_x = dict(zip(of_x, axes_of(x), strict=True))
     axes = [
-        of_dimension[letter] if letter in of_x and letter in of_result and not own else own
-        for letter, own in zip(of_weight, axes_of(weight), strict=True)
+        in_x[letter] if letter in of_x and letter in of_result and not in_weight else in_weight
+        for letter, in_weight in zip(of_weight, axes_of(weight), strict=True)
     ]
     return weight if axes == axes_of(weight) else reshard(weight, *axes)
 

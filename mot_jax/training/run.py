@@ -91,9 +91,9 @@ def prepare(config: Config, workdir: epath.PathLike) -> Run:
         RetryableError: if only a store or a disk failed, perhaps temporarily.
     """
     with distributed.together() as same:
+        check(config)
         config = with_absolute_paths(config)
         same |= {"config": to_json(config), "workdir": str(workdir)}
-        check(config)
         check_logging(config.logging)
         workdir = user_path("workdir", workdir)
         _check_name(workdir)

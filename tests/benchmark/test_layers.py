@@ -7,17 +7,19 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from mot_jax import cli
 from mot_jax.benchmark import layers, timing
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
 from mot_jax.benchmark.timing import Program, Timings, count_copies
-from mot_jax.config import CompanionsConfig, ModelConfig, ThresholdConfig
+from mot_jax.config import CompanionsConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, ThresholdConfig
 from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes, product_by_product
 from mot_jax.errors import UserError
-from mot_jax.nn.feed_forward import KINDS
+from mot_jax.nn.feed_forward import KINDS, MixtureOfTokens
 from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 
@@ -330,3 +332,11 @@ def test_the_command_writes_json_picture_and_trace(tmp_path, capsys):
     assert {"kind", "shape", "direction", "median_s", "ratio_to_dense", "peak_share"} <= rows[0].keys()
     assert capsys.readouterr().out.count("\n| tiny") == len(rows) == 2 * (2 + len(TINY.kinds()))
     assert files["a.png"].stat().st_size > 1000 and list(files["trace"].rglob("*.xplane.pb"))
+
+
+def test_a_layer_that_depends_on_the_step_is_timed_as_late_in_training():
+    mixing = MixingConfig(annealing="linear", final_temperature=0.5, annealing_steps=(0, 9))
+    layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8, mixing=mixing), rngs=nnx.Rngs(0))
+    forward, variables = layers.as_function(layer)
+    x = jax.random.normal(jax.random.key(0), (4, 3, 16))
+    np.testing.assert_array_equal(forward(variables, x), layer(x).y)

@@ -311,9 +311,9 @@ def test_a_killed_build_leaves_no_incomplete_windows(
     (leftover,) = directories(tmp_path)
     assert leftover.endswith(".building") and socket.gethostname() in leftover
     # Of another host, whose lock this one may be granted although it is held there.
-    (found,) = tmp_path.rglob(leftover)
-    other = found.with_name(leftover.replace(socket.gethostname(), "elsewhere"))
-    shutil.copytree(found, other)
+    (directory,) = tmp_path.rglob(leftover)
+    other = directory.with_name(leftover.replace(socket.gethostname(), "elsewhere"))
+    shutil.copytree(directory, other)
     output, _ = slow_build(tmp_path).communicate(b"\n")
     assert output == b"626\n" and other.exists()
     shutil.rmtree(other)

@@ -398,8 +398,8 @@ def _costs(results: Results) -> Iterator[Block]:
         others = "an unknown share" if share is None else f"{share:.1%}"
         yield Text(
             f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
-            f"text, on {_about(times['machine'])}, commit {times['commit']}. Other processes used {others} of the CPU "
-            "time of all cores during the timing; load averages before and after it, with the study's own load: "
+            f"text, on {_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used "
+            f"{others} of the CPU time of all cores during the timing; load averages before and after it, with the study's own load: "
             f"{before:.1f} and {after:.1f}."
         )
 

@@ -102,17 +102,22 @@ def rate_span(losses: Mapping[float, float], tolerance: float) -> RateSpan:
     """Return the span of rates whose loss is at most (1 + tolerance) times the lowest one.
 
     Between the rates of the grid, the loss is interpolated over the logarithm of the rate by a monotone cubic, which is
-    flat at the best rate (Fritsch and Carlson). Next to a rate that diverged, the span ends at the last one that did
+    flat at the best rate (Fritsch and Carlson). Before a rate that diverged, the span ends at the last one that did
     not.
 
     Args:
         losses: final losses by learning rate; infinite for a run that diverged.
         tolerance: 0.01 for one percent.
     """
-    rates = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
-    if not rates:
+    best = min(losses, key=lambda rate: losses[rate], default=math.nan)
+    if math.isinf(losses.get(best, math.inf)):
         return RateSpan()
-    best = min(rates, key=lambda rate: losses[rate])
+    diverged = [rate for rate, loss in losses.items() if math.isinf(loss)]
+    below, above = (
+        max((r for r in diverged if r < best), default=0.0),
+        min((r for r in diverged if r > best), default=math.inf),
+    )
+    rates = sorted(rate for rate in losses if below < rate < above)
     ends: list[float] = []
     if len(rates) > 1:
         from scipy.interpolate import PchipInterpolator  # here, as below

@@ -50,7 +50,6 @@ class MixtureOfTokens(ExpertFeedForward):
     base_weight, emit_base_weight: scalars, initially 0.5, the weight of a controller against its base.
     temperature, emit_temperature: θ of the learned temperatures, scalars or [E], initially 0.
     mixture_norm, output_norm [2, D]: scale and bias of the layer norms of mixtures and of expert outputs.
-
     """
 
     config_type = MixtureOfTokensConfig

@@ -96,6 +96,11 @@ def results() -> dict:
     }
 
 
+def times_without_commit(results: dict) -> dict:
+    """As they were written before the times had their commit."""
+    return {name: value for name, value in results["times"].items() if name != "commit"}
+
+
 def diverge(results: dict, *names: str) -> dict:
     changed = copy.deepcopy(results)
     for row in changed["runs"]:
@@ -303,6 +308,7 @@ def test_a_report_of_unfinished_runs_is_preliminary(results):
     for row in results["runs"]:
         if row["name"] == f"{DENSE}-seed-2" or row["stage"] == "horizons":
             row |= {"state": "not ended", "loss": None, "curve": [], "trained_curve": []}
+    assert "commit unknown. Other" in to_markdown("", list(report(results | {"times": times_without_commit(results)})))
     results["times"] = None
     text = to_markdown(results["title"], list(report(results)))
     assert "Preliminary: 4 runs have not ended" in text and "runs of dense have not ended" in text

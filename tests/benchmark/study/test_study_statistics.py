@@ -113,6 +113,7 @@ def test_a_miss_is_never_left_out_of_a_summary():
         ({1.0: 2.8, 2.0: 2.0, 4.0: 2.1, 8.0: 3.0}, "inside", 4.0, False, False),  # 2.1 is the limit
         ({1.0: 2.09, 2.0: 2.0, 4.0: 2.05}, 1.0, 4.0, True, True),
         ({1.0: 2.05, 2.0: 2.0, 4.0: INF}, 1.0, 2.0, True, False),
+        ({0.5: 2.0, 1.0: INF, 2.0: 1.9, 4.0: 1.9, 8.0: INF, 16.0: 1.95}, 2.0, 4.0, False, False),
         ({1.0: INF, 2.0: 2.0}, 2.0, 2.0, False, True),  # the best rate is at an end of the grid
         ({1.0: INF, 2.0: INF}, None, None, False, False),
         ({}, None, None, False, False),
