@@ -399,8 +399,8 @@ def _costs(results: Results) -> Iterator[Block]:
         yield Text(
             f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
             f"text, on {_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used "
-            f"{others} of the CPU time of all cores during the timing; load averages before and after it, with the study's own load: "
-            f"{before:.1f} and {after:.1f}."
+            f"{others} of the CPU time of all cores during the timing; load averages before and after it, with the "
+            f"study's own load: {before:.1f} and {after:.1f}."
         )
 
 

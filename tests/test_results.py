@@ -1,0 +1,88 @@
+"""Published results are those of the JSON next to them, and so are the figures that other pages take from them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+
+from mot_jax.benchmark.study.analysis import analyze, stability, tuning_losses
+from mot_jax.benchmark.study.report import write_report
+from mot_jax.benchmark.study.results import load
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+STUDIES = sorted(path.parent for path in RESULTS.glob("*/results.json"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_a_published_report_is_rebuilt_from_its_results(study, tmp_path):
+    """The plots depend on the version of Matplotlib."""
+    write_report(epath.Path(study), epath.Path(tmp_path))
+    assert (study / "report.md").read_text() == (tmp_path / "report.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} <= {path.name for path in study.iterdir()}
+
+
+def loss(entrant: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: f"{figures['entrants'][entrant]['loss']['mean']:.3f}"
+
+
+def as_trained(entrant: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: f"{figures['entrants'][entrant]['trained_loss']['mean']:.3f}"
+
+
+def in_tuning(entrant: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: f"{figures['tuning'][entrant]:.3f}"
+
+
+def at_four_times_the_rate(entrant: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: f"{figures['stability'][entrant]['changes'][4.0]:.1%}".replace("%", " %")
+
+
+# Sentences of pages, with a figure of the demo study in place of each brace.
+CITED: list[tuple[str, str, list[Callable[[dict[str, Any]], str]]]] = [
+    (
+        "README.md",
+        "MoT {} nats, dense {}, token choice {}, hash layers {}",
+        [*map(loss, ("mixture_of_tokens", "dense", "token_choice", "hash"))],
+    ),
+    (
+        "docs/when.md",
+        "{} nats in groups against {} of dense and {} of dense with as many FLOPs",
+        [as_trained("mixture_of_tokens"), loss("dense"), loss("dense_equal_flops")],
+    ),
+    (
+        "docs/when.md",
+        "token choice {} nats, MoT {}; in tuning, one seed, hash layers {}, token choice {}, MoT {}",
+        [
+            *map(loss, ("token_choice", "mixture_of_tokens")),
+            *map(in_tuning, ("hash", "token_choice", "mixture_of_tokens")),
+        ],
+    ),
+    (
+        "docs/when.md",
+        "the loss of MoT is higher by {}, of hash layers by {}, of dense by {}, of token choice by {}",
+        [*map(at_four_times_the_rate, ("mixture_of_tokens", "hash", "dense", "token_choice"))],
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Any]:
+    results = load(epath.Path(RESULTS / "demo"))
+    names = results["entrants"]
+    more = {
+        "stability": {name: stability(results, name) for name in names},
+        "tuning": {name: min(tuning_losses(results, name).values()) for name in names},
+    }
+    return analyze(results) | more
+
+
+@pytest.mark.parametrize(("page", "sentence", "figures"), CITED)
+def test_figures_in_pages_are_those_of_the_demo_study(demo, page, sentence, figures):
+    text = re.sub(r"\s+", " ", (ROOT / page).read_text())
+    assert sentence.format(*(figure(demo) for figure in figures)) in text
