@@ -131,6 +131,10 @@ class FeedForwardCost:
         experts = {*_inputs("experts"), *_outputs("experts")}.intersection(names)
         return (self.executed_over_useful() - 1) * self.product_flops(*experts)
 
+    def runs_in_blocks(self) -> bool:
+        """Whether `routing.apply_experts` runs the experts, whose work is not in proportion to the tokens."""
+        return False
+
     def executed_over_useful(self) -> float:
         """Executed FLOPs of the experts over useful ones: above 1 with empty slots or gates of 0."""
         return 1.0
@@ -324,6 +328,9 @@ class TokenChoiceCost(_TopKCost):
             *self._shared(),
         )
 
+    def runs_in_blocks(self) -> bool:
+        return self.config.capacity_factor is None
+
     def executed_over_useful(self) -> float:
         """Experts process all their slots or blocks, filled or not, and with a capacity no token that is dropped."""
         kind, tokens = self.config, self.config.routing_group_tokens
@@ -357,6 +364,9 @@ class ExpertThresholdCost(TokenChoiceCost):
     """As token choice: thresholds are set so that a token has k experts on average."""
 
     config: ExpertThresholdConfig
+
+    def runs_in_blocks(self) -> bool:
+        return False
 
     def executed_over_useful(self) -> float:
         """Without a capacity, every expert is run on every token."""
@@ -500,6 +510,9 @@ class HashCost(_TopKCost):
             Part("combine", "", {}, sent + x, x + sent),
             *self._shared(),
         )
+
+    def runs_in_blocks(self) -> bool:
+        return True
 
     def executed_over_useful(self) -> float:
         """Experts process all rows of their blocks."""

@@ -21,7 +21,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from flax import nnx
 
-from mot_jax.config import Config, DenseConfig, FeedForwardConfig, HashConfig, ModelConfig, TokenChoiceConfig
+from mot_jax.config import Config, DenseConfig, FeedForwardConfig, ModelConfig
 from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import FUSED_ATTENTION
 from mot_jax.cost.parameters import count_parameters, parameter_shapes
@@ -36,7 +36,7 @@ _SCAN_LENGTH = 1_000_003  # of a scan that is only traced; it marks stacked resi
 def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str, sequences: int) -> tuple[int, int]:
     """Bytes that x + sublayer(norm(x)) saves in each block: in proportion to a microbatch, and independent of its size.
 
-    With token choice without a capacity and hash layers, which process tokens in blocks, all count as the former.
+    Those of experts that run in blocks all count as the former.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: Block(model, kind, rngs=nnx.Rngs(params=0))))
     stack = jax.tree.map(lambda a: jax.ShapeDtypeStruct((_SCAN_LENGTH, *a.shape), a.dtype), state)
@@ -63,11 +63,11 @@ def _trace_saved(model: ModelConfig, kind: FeedForwardConfig, sublayer: str, seq
         stacked = [array for array in arrays if array.shape[:1] == (_SCAN_LENGTH,)]
         return sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in stacked)
 
-    g = feed_forward_cost(model, kind).sequences_per_group()
+    cost = feed_forward_cost(model, kind)
+    g = cost.sequences_per_group()
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # independent of the caller's mesh
         one, two, total = (size(n) for n in (g, 2 * g, sequences))
-    in_blocks = isinstance(kind, HashConfig) or (isinstance(kind, TokenChoiceConfig) and kind.capacity_factor is None)
-    copies = 0 if in_blocks else 2 * one - two
+    copies = 0 if cost.runs_in_blocks() else 2 * one - two
     return total - copies, copies
 
 

@@ -174,10 +174,10 @@ class MixtureOfTokens(ExpertFeedForward):
         if context.train and context.step is None and (config.annealing != "none" or config.frozen_steps):
             field = "annealing" if config.annealing != "none" else "frozen_steps"
             raise needs_step(f"mixing.{field}", getattr(config, field))
-        t = mixing.temperature_at_step(self.config.mixing, context.step, value(self.temperature))
+        t = mixing.temperature_at_step(config, context.step, value(self.temperature))
         if self.emit_temperature is None:
             return t, t
-        return t, mixing.temperature_at_step(self.config.mixing, context.step, value(self.emit_temperature))
+        return t, mixing.temperature_at_step(config, context.step, value(self.emit_temperature))
 
     def _group_mask(self, context: FeedForwardContext) -> jax.Array | None:
         return None if context.token_mask is None else self._group(context.token_mask)
