@@ -1,8 +1,9 @@
-"""The Python of README.md and docs/layer.md runs unchanged, its mixtures agree, and shell commands are found."""
+"""The Python of README.md and docs/layer.md runs unchanged, its mixtures agree; shell commands are found and parsed."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,17 +16,21 @@ from flax import nnx
 
 import mot_jax
 from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli, training
+from mot_jax.cli import parsing
 from mot_jax.config import (
     CompanionsConfig,
     Config,
     ModelConfig,
     SoftMoEConfig,
     ThresholdConfig,
+    load_config,
     mixing_errors,
 )
 from mot_jax.config.files import variants_of
+from mot_jax.errors import UserError
 from mot_jax.modes import MODES, offers
 from mot_jax.nn.feed_forward import KINDS
+from mot_jax.runs import restore
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -141,8 +146,12 @@ def test_the_commands_that_reproduce_the_paper_are_valid(monkeypatch):
     }
 
 
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *ROOT.glob("models/*/*.md"), *ROOT.glob("docs/**/*.md")]
+CURRENT = [page for page in PAGES if "notes" not in page.parts and page.name != "CHANGELOG.md"]  # not those of a date
+
 STUB = """#!/bin/sh
-echo "$(basename "$0") $*" >> "$LOG"
+printf '%s\\t' "$(basename "$0")" "$@" >> "$LOG"
+echo >> "$LOG"
 """
 # Of `python3 -m venv .venv`: the commands that the installation adds are on the PATH only after the activation.
 VENV = """#!/bin/sh
@@ -153,9 +162,51 @@ for name in python pip mot tfds pre-commit mkdocs jupyter; do cp stub .venv/bin/
 """
 
 
+class ParsedError(Exception):
+    """The arguments of a command have been parsed."""
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """parse_only(arguments): the errors of the arguments of `mot`, with the demo's config for a run's directory."""
+
+    def build(*arguments, real=parsing._build):
+        real(*arguments)
+        raise ParsedError
+
+    def load(target):
+        return load_config(target if ".py" in target else "configs/demo.py")
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(parsing, "_build", build)
+    monkeypatch.setattr(parsing, "load_target", load)
+    monkeypatch.setattr(restore, "load_run_config", load)
+
+    def errors(arguments: list[str]) -> list[str]:
+        try:
+            parsing.dispatch("mot", "", cli.COMMANDS, arguments)
+        except UserError as error:
+            return str(error).splitlines()
+        except (ParsedError, SystemExit):
+            return []
+        raise AssertionError(f"{arguments} ran")
+
+    return errors
+
+
+def arguments_of_mot(call: list[str]) -> list[str]:
+    """Those of `mot` in a call of it, of `python train.py`, or of a launcher; none of another program."""
+    if call[:2] == ["python", "train.py"]:
+        return ["train", *call[2:]]
+    return call[call.index("mot") + 1 :] if "mot" in call else []
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
-def test_commands_are_found_in_the_order_in_which_they_are_printed(tmp_path, name):
-    """In a new shell without `mot`; a page of docs/ comes after the first block of the README."""
+def test_commands_are_found_in_the_order_in_which_they_are_printed(tmp_path, parse_only, name):
+    """And their arguments are valid.
+
+    In a new shell without `mot`; a page of docs/ comes after the first block of the README.
+    """
     commands = re.findall(r"^```bash\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
     if name.startswith("docs"):
         commands = re.findall(r"^```bash\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)[:1] + commands
@@ -170,13 +221,20 @@ def test_commands_are_found_in_the_order_in_which_they_are_printed(tmp_path, nam
     shell = [shutil.which("bash"), "-e", "-o", "pipefail", "-c", "".join(commands)]
     result = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    calls = (tmp_path / "log").read_text()
-    assert calls.startswith("pip install ")
-    for config in re.findall(r"\bconfigs/[\w/]+\.py", calls):
-        assert (ROOT / config).exists(), config
+    calls = [line.split("\t")[:-1] for line in (tmp_path / "log").read_text().splitlines()]
+    assert calls[0][:2] == ["pip", "install"]
+    for call in calls:
+        if arguments := arguments_of_mot(call):
+            assert parse_only(arguments) == [], call
 
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("launch/*.md"), *ROOT.glob("docs/**/*.md")]
+@pytest.mark.parametrize("page", sorted(CURRENT), ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_within_sentences_are_parsed(parse_only, page):
+    """Whole ones and names, as `mot generate`; not patterns, as `mot describe [CONFIG]`."""
+    for command in re.findall(r"`((?:mot|python train\.py) [^`]+)`", prose(page)):
+        if not re.search(r"\.\.\.|…|[\[\]|]", command):
+            arguments = arguments_of_mot(["1" if word == "N" else word for word in shlex.split(command)])
+            assert all(" is missing; try " in fault for fault in parse_only(arguments)), command
 
 
 def prose(page: Path) -> str:

@@ -32,11 +32,12 @@ Activate = Callable[[jax.Array, jax.Array | None], jax.Array]  # (h, gate or Non
 
 
 def router_logits(equation: str, x: jax.Array, controller: jax.Array) -> jax.Array:
-    """The `product` of x, in float32 or wider, and a controller, as precise as x.
+    """The `product` of x and a controller, in float32 (or wider).
 
     By default, GPUs and TPUs would round both to fewer bits.
     """
-    return product(equation, x, controller, precision=jax.lax.Precision.HIGHEST)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return product(equation, wide, controller, precision=jax.lax.Precision.HIGHEST)
 
 
 def group_tokens(x: jax.Array, tokens: int) -> jax.Array:

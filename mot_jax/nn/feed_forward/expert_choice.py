@@ -61,8 +61,7 @@ class ExpertChoice(ExpertFeedForward):
         """
         x, mask = x.astype(self.dtype), context.token_mask
         grouped, mask = self._group(x), None if mask is None else self._group(mask)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = routing.router_logits("ngsd,de->ngse", grouped.astype(wide), self.controller[...])
+        logits = routing.router_logits("ngsd,de->ngse", grouped, self.controller[...])
         probabilities = jax.nn.softmax(logits, axis=-1)
         chosen = routing.choose_tokens(probabilities, self.config.capacity(grouped.shape[1]), mask)
         y = layer_norm(self._apply_experts(grouped, chosen, probabilities), value(self.output_norm))

@@ -61,9 +61,7 @@ class ExpertThreshold(ExpertFeedForward):
         1 being an even share, 0 if no expert has a token; `router_entropy` of the sigmoids over their sum, normalized.
         """
         config, x = self.config, x.astype(self.dtype)
-        logits = routing.router_logits(
-            "bsd,de->bse", x.astype(jnp.promote_types(self.dtype, jnp.float32)), self.controller[...]
-        )
+        logits = routing.router_logits("bsd,de->bse", x, self.controller[...])
         mask = None if context.token_mask is None else reshard(context.token_mask, *axes_of(x)[:2])
         taken = logits >= self.thresholds()
         if context.train and config.warmup_steps:

@@ -62,8 +62,7 @@ class ReluRouting(ExpertFeedForward):
         of an expert in the gates above 0, 1 being an even share; `l1_weight`, λ.
         """
         mask, x = context.token_mask, x.astype(self.dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        gates = jax.nn.relu(routing.router_logits("bsd,de->bse", x.astype(wide), self.controller[...]))
+        gates = jax.nn.relu(routing.router_logits("bsd,de->bse", x, self.controller[...]))
         if mask is not None:
             gates = jnp.where(reshard(mask, *axes_of(gates)[:2])[..., None], gates, 0)
         y = self._apply_experts(x, gates)

@@ -64,5 +64,5 @@ def scaled_logits(layer: MixtureOfTokens, x: jax.Array, context: FeedForwardCont
 
     Computed in float32 (or wider), since a rounded logit may be on the other side of its threshold.
     """
-    wide = x.astype(layer.dtype).astype(jnp.promote_types(layer.dtype, jnp.float32))
-    return routing.router_logits("bsd,de->bse", wide, layer.controller[...]) / layer.temperatures(context)[0]
+    logits = routing.router_logits("bsd,de->bse", x.astype(layer.dtype), layer.controller[...])
+    return logits / layer.temperatures(context)[0]

@@ -55,14 +55,11 @@ class TokenChoice(ExpertFeedForward):
         """
         config, mask, x = self.config, context.token_mask, x.astype(self.dtype)
         tokens, length = self._tokens_per_group(x), x.shape[1]
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        logits = routing.group_tokens(
-            routing.router_logits("bsd,de->bse", x.astype(wide), self.controller[...]), tokens
-        )
+        logits = routing.group_tokens(routing.router_logits("bsd,de->bse", x, self.controller[...]), tokens)
         mask = None if mask is None else routing.group_tokens(mask, tokens)
         bias = None if self.balance_bias is None else self.balance_bias[...]
         choices = routing.choose_experts(logits, config.top_k, mask, config.scores, bias)
-        dropped = jnp.zeros((), wide)
+        dropped = jnp.zeros((), logits.dtype)
         if config.capacity_factor is None:
             experts, weights = (routing.ungroup_tokens(a, length) for a in choices[:2])
             act = functools.partial(activate, self.activation)
