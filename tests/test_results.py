@@ -17,6 +17,7 @@ from mot_jax.benchmark.study.results import load
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 STUDIES = sorted(path.parent for path in RESULTS.glob("*/results.json"))
+assert STUDIES
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)

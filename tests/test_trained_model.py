@@ -22,6 +22,17 @@ def test_the_card_has_the_scores_of_every_mode():
     assert rows == [(s["mode"], f"{s['bits_per_byte']:.4f}", f"{s['loss']:.4f}") for s in scores] and len(rows) > 5
 
 
+def test_the_losses_in_the_table_of_the_modes_are_those_of_its_files():
+    page = (MODEL.parents[1] / "docs" / "inference.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([^|]+) \|", page.partition("after 6,000 |")[2], re.MULTILINE))
+    losses = {score["mode"]: score["loss"] for score in read_scores(MODEL)}
+    for mode in ("companions", "sparse", "mean_field", "threshold"):
+        change = losses[mode] / losses["grouped"] - 1
+        assert rows[mode] == f"{change:+.1%}".replace("+", "+ ").replace("-", "\N{MINUS SIGN} ").replace("%", " %"), (
+            mode
+        )
+
+
 def test_its_files_stay_small():
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 12e6
 

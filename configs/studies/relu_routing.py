@@ -7,8 +7,8 @@ Models are those of `configs/studies/demo.py` with fewer experts, since ReLU rou
 step executes 4 times the FLOPs of the dense model, so that its time is not that of a layer that skips experts. Useful
 FLOPs are those of the shared expert and of four experts per token, the number that the L1 loss of the gates aims at.
 
-Two knobs are tuned: the learning rate of every entrant, and the scale of the initial weights of the controller, 1 or 3,
-with one run more for each of the two kinds that have one.
+Two knobs are tuned, with equally many runs for every entrant: the learning rate, and the scale of the initial weights
+of the controller, 1 or 3, or for dense layers biases.
 """
 
 from dataclasses import replace
@@ -76,7 +76,8 @@ def get_study() -> Study:
             "mixture_of_tokens": config(MIXTURE_OF_TOKENS),
             "relu_routing": config(RELU_ROUTING),
         },
-        alternatives={
+        alternatives={  # as many for every entrant
+            "dense": {"no_bias": config(DenseConfig(bias=False))},
             "mixture_of_tokens": {"scale_1": config(replace(MIXTURE_OF_TOKENS, controller_init_scale=1.0))},
             "relu_routing": {"scale_3": config(replace(RELU_ROUTING, controller_init_scale=3.0))},
         },

@@ -71,8 +71,8 @@ class Model:
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
         shape = {} if mesh is None else dict(mesh.shape)
         program = read_program(hlo.parse(compiled.as_text() or ""), shape)
-        if program.unknown:
-            raise NotModeledError(f"not understood: {program.unknown[0]}")
+        if not program.exact:
+            raise NotModeledError(f"not understood: {(program.unknown + program.overcounted)[0]}")
         if program.collectives and self.measured and self._device.platform != "cpu":
             raise NotModeledError("the network of these devices is not known")
         return seconds_by_class(program, self._hardware, self._peak(dtype), devices)

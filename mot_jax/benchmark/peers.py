@@ -52,15 +52,18 @@ class Peer(NamedTuple):
 
 
 def _import(name: str) -> Any:
+    package = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    except ImportError:
-        raise PeerError(_INSTALL) from None
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (package, name)
+        raise PeerError(_INSTALL if absent else f"cannot be imported: {error}".splitlines()[0]) from None
 
 
 def _config(shape: Shape) -> TokenChoiceConfig:
-    config = shape.kinds()["token_choice"]
-    assert isinstance(config, TokenChoiceConfig)
+    config = shape.kinds().get("token_choice")
+    if not isinstance(config, TokenChoiceConfig):
+        raise PeerError("has the parameters of token_choice, which is left out")
     return config
 
 

@@ -9,6 +9,7 @@ dtype reach on the first device in the same run and, if it is known, also to the
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,6 +29,7 @@ from mot_jax.cost.hardware import peak_flops
 from mot_jax.cost.memory import adamw_bytes
 from mot_jax.cost.parameters import count_parameters
 from mot_jax.data.objectives import Batch
+from mot_jax.errors import UserError
 from mot_jax.nn.sharding import local_sequences, make_mesh, place_microbatches
 from mot_jax.runs.optimizer import make_optimizer
 from mot_jax.runs.state import TrainState, create_state
@@ -46,7 +48,7 @@ def bench_step(
     """Time the training steps of several configs.
 
     Args:
-        configs: By name; the last one is the baseline of the ratios.
+        configs: By name; the last one is the baseline of the ratios. Their steps have equally many tokens.
         rounds: Number of timings of each program.
         progress: Receives lines about the progress.
         profile: Directory for a trace of the timed rounds.
@@ -62,10 +64,15 @@ def bench_step(
         compile_s.
 
     Raises:
-        UserError: For an invalid config.
+        UserError: For an invalid config, or for steps of different numbers of tokens.
     """
     for config in configs.values():
         check(config)
+    (name, first), *others = configs.items()
+    for other, config in others:
+        if (tokens := _tokens(config)) != _tokens(first):
+            rule = f"{tokens:,} tokens per step, and those of {name} have {_tokens(first):,}"
+            raise UserError(f"{other}: has {rule}: must be equal; try another training.batch_size")
     runs = {}
     for name, config in configs.items():
         progress(f"{name}: compiling")
@@ -83,13 +90,13 @@ def bench_step(
         config, median = configs[name], timings[name].median
         devices = 1 if run.mesh.devices.flat[0].platform == "cpu" else run.mesh.size  # CPU devices share the cores
         parameters, dtype = sum(count_parameters(config.model).values()), config.model.dtype
-        tokens = config.training.batch_size * config.model.context_length
+        # Those that memory reads and writes: on CPUs those of all devices, otherwise of each device.
+        stored = run.parameters_per_device * (run.mesh.size // devices)
+        tokens = _tokens(config)
         flops, optimizer = flops_per_token(config) * tokens, timings[f"{name}, optimizer"].median
         datasheet_peak = peak_flops(run.mesh.devices.flat[0], dtype)
         adamw = config.training.optimizer.name == "adamw"
-        min_bytes = (
-            adamw_bytes(parameters, config.model.param_dtype, config.training.optimizer.mu_dtype) if adamw else None
-        )
+        min_bytes = adamw_bytes(stored, config.model.param_dtype, config.training.optimizer.mu_dtype) if adamw else None
         rows.append(
             {
                 "config": name,
@@ -105,7 +112,7 @@ def bench_step(
                 "mfu_by_datasheet": None if datasheet_peak is None else flops / median / (devices * datasheet_peak),
                 "optimizer_s": optimizer,
                 "optimizer_share": optimizer / median,
-                "optimizer_bound_s": None if min_bytes is None else min_bytes / (devices * rate),
+                "optimizer_bound_s": None if min_bytes is None else min_bytes / rate,
                 "temporaries": run.temporaries,
                 "compile_s": run.seconds_to_compile,
             }
@@ -113,6 +120,11 @@ def bench_step(
         if model:
             rows[-1] |= modeled(model, run.compiled, dtype, run.mesh)
     return rows, {"peak": devices * peaks[dtype], "bandwidth": devices * rate}
+
+
+def _tokens(config: Config) -> int:
+    """Tokens of a step."""
+    return config.training.batch_size * config.model.context_length
 
 
 class TrainingProgram:
@@ -130,6 +142,8 @@ class TrainingProgram:
         if batch is None:
             rows = len(local_sequences(self.mesh, t.batch_size, t.gradient_accumulation_steps))
             batch = random_batch(config, rows)
+        parameters = jax.tree.leaves(self._state.params)
+        self.parameters_per_device = sum(math.prod(p.sharding.shard_shape(p.shape)) for p in parameters)
         self._batch = place_microbatches(self.mesh, batch, t.batch_size, t.gradient_accumulation_steps)
         with jax.set_mesh(self.mesh):
             start = time.perf_counter()
@@ -191,7 +205,7 @@ COLUMNS: list[Column] = [
     ("M parameters", partial(number, "parameters", 1e-6, ",.1f")),
     ("ms per step", partial(number, "median_s", 1e3, ",.2f")),
     ("spread", partial(number, "spread", 1, ".0%")),
-    ("ratio to dense", partial(number, "ratio_to_dense", 1, ".2f")),
+    ("ratio", partial(number, "ratio_to_dense", 1, ".2f")),
     ("tokens/s", partial(number, "tokens_per_second", 1, ",.0f")),
     ("MFU", partial(number, "mfu", 1, ".1%")),
     ("MFU by data sheet", partial(number, "mfu_by_datasheet", 1, ".1%")),

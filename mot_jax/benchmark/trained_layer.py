@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mot_jax.config import Config
-from mot_jax.cost.feed_forward import flop_matched_kinds
+from mot_jax.config import Config, DenseConfig, FeedForwardConfig, ModelConfig
+from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
 from mot_jax.cost.layers import Shape
+from mot_jax.cost.matched import TOLERANCE
 from mot_jax.data.objectives import Objective
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
@@ -32,11 +34,12 @@ Variables = tuple[Any, Any]  # parameters and router state, which has no gradien
 class TrainedLayer(NamedTuple):
     """A layer of a run.
 
-    shape: its sizes, with the other kinds that have its experts. x: its input [B, S, D], after the layer norm.
-    router: the controller [D, E] and the router state, by name.
+    shape: its sizes, with the other kinds that have its experts. left_out: by name, why another kind is not among
+    them. x: its input [B, S, D], after the layer norm. router: the controller [D, E] and the router state, by name.
     """
 
     shape: Shape
+    left_out: dict[str, str]
     x: jax.Array
     router: dict[str, jax.Array]
     block: int
@@ -94,7 +97,7 @@ def read_trained_layer(run: str, block: int | None = None) -> TrainedLayer:
     router = {name: value for name, value in values.items() if "/" not in name and name not in weights}
     inference = dataclasses.replace(evaluated_config(config).model, scan_layers=False)
     x = _input_of_block(config, inference, params, trained.step, block, workdir)
-    return TrainedLayer(_shape(config, workdir.name, x), x, router, block, trained.step)
+    return TrainedLayer(*_shape(config, workdir.name, x), x, router, block, trained.step)
 
 
 def _input_of_block(config: Config, model: Any, params: Any, step: int, block: int, workdir: Any) -> jax.Array:
@@ -119,20 +122,39 @@ def _input_of_block(config: Config, model: Any, params: Any, step: int, block: i
     return layer_input(params)
 
 
-def _shape(config: Config, name: str, x: jax.Array) -> Shape:
-    """The sizes of the layer, and all kinds with as many experts of its width, without shared experts."""
+def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, str]]:
+    """The sizes of the layer, and all kinds with as many experts of its width, without shared experts.
+
+    The second result has the reason why a kind is left out: batches are not whole groups, or its FLOPs are others.
+    """
     model, (sequences, length, _) = config.model, x.shape
     trained: Any = model.feed_forward
     width, experts, top_k = trained.hidden_dim(model.d_ff), trained.num_experts, getattr(trained, "top_k", None)
     group = getattr(trained, "group_size", None) or max(1, experts // top_k)
+    d_ff = width * top_k if top_k else width * experts // group
+    flops = partial(_expert_flops, dataclasses.replace(model, d_ff=d_ff))
     configs: list[Any] = []
+    left_out: dict[str, str] = {}
     for kind in (flop_matched_kinds(group, experts, length) | {trained.kind: trained}).values():
         fields = {"expert_dim": width, "shared_expert_dim": 0, "flop_matched": False}
         if top_k is not None:
             fields["top_k"] = top_k
+        if kind != trained:
+            fields["routing_group_tokens"] = length
         fields = {name: value for name, value in fields.items() if hasattr(kind, name)}
-        if getattr(kind, "num_experts", experts) == experts:
-            configs.append(dataclasses.replace(kind, **fields))
-    d_ff = width * top_k if top_k else width * experts // group
+        if getattr(kind, "num_experts", experts) != experts:
+            continue
+        kind = dataclasses.replace(kind, **fields)
+        ratio = flops(kind) / flops(DenseConfig())
+        if kind.kind != trained.kind and sequences % kind.mixed_sequences:
+            left_out[kind.kind] = f"groups of {kind.mixed_sequences} sequences do not divide a batch of {sequences}"
+        elif kind.kind != trained.kind and abs(ratio - 1) > TOLERANCE:
+            left_out[kind.kind] = f"its experts, as wide as those of the run, would have {ratio:.2f} times the FLOPs"
+        else:
+            configs.append(kind)
     sizes = (model.d_model, d_ff, group, experts, sequences, length)
-    return Shape(name, *sizes, model.gated, model.activation, tuple(configs))
+    return Shape(name, *sizes, model.gated, model.activation, tuple(configs)), left_out
+
+
+def _expert_flops(model: ModelConfig, kind: FeedForwardConfig) -> float:
+    return feed_forward_cost(model, kind).expert_flops()

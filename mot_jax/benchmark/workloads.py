@@ -17,7 +17,9 @@ from mot_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from mot_jax.cost.matched import with_parameters_of_multipliers
 from mot_jax.cost.parameters import active_parameters
+from mot_jax.modes import with_kind
 
 SMALL = Config(
     model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8)),
@@ -90,13 +92,15 @@ def _training(steps: int, learning_rate: float) -> TrainingConfig:
 def dense_of_equal_width(config: Config) -> Config:
     """The FLOP-matched dense baseline: the same widths, with dense layers of the FLOPs of the experts.
 
-    The paper compares the time of a step with this model. It trains on the same batches.
+    The paper compares the time of a step with this model. It trains on the same batches, without the options of
+    training that belong to the other layer.
     """
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, feed_forward=DenseConfig()),
-        data=dataclasses.replace(config.data, shuffle_group_size=config.group_size),
+    data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
+    training = dataclasses.replace(
+        config.training, transition_from=None, transition_router=TrainingConfig.transition_router
     )
+    dense = with_kind(dataclasses.replace(config, data=data, training=training), DenseConfig())
+    return with_parameters_of_multipliers(dense)
 
 
 def dense_of_equal_active_parameters(config: Config) -> Config:

@@ -32,6 +32,7 @@ from mot_jax.runtime import compilation, distributed
 from mot_jax.runtime.paths import user_path
 
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,...")]
+_PARTS = "numerics,attention,mesh,collectives,step,layers,decoding"  # of `mot bench accelerator`
 RoundsOrNone = Annotated[int | None, AtLeast(3), tyro.conf.arg(metavar="N")]
 
 
@@ -64,8 +65,9 @@ class LayersOptions(JsonOptions):
     """Print FLOPs, least bytes and lower bounds; nothing is run."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
     """Target device, as `v5p:2x2x1` or `h100:1`: compile for it and count bytes; nothing is timed."""
-    products: Literal["both", "triton", "cublas"] = "both"
-    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both."""
+    products: Literal["both", "triton", "cublas"] | None = None
+    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both.
+    None: both."""
     plot: PictureFileOrNone = None
     """File for a picture of the ratios to dense, a PNG."""
     profile: DirectoryOrNone = None
@@ -75,9 +77,14 @@ class LayersOptions(JsonOptions):
 def _layers(arguments: list[str]) -> None:
     """Time one layer of each kind in comparison with the dense one."""
     options = parse("mot bench layers", LayersOptions, arguments)
-    if options.topology and not options.counts:
-        _refuse_timing(options, "kinds", "rounds", "plot", "profile", "routing", "block")
     _check_routing(options)
+    if options.counts:
+        rule = "has no part in --counts, which runs and compiles nothing"
+        _refuse(options, rule, "topology", "products", "kinds", "rounds", "plot", "profile", "routing")
+    elif options.topology:
+        _refuse(options, _COMPILES, "kinds", "rounds", "plot", "profile", "routing", "block")
+    else:
+        _refuse(options, _NEEDS_TOPOLOGY, "products")
     rounds = options.rounds or 20
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
 
@@ -96,7 +103,9 @@ def _layers(arguments: list[str]) -> None:
 
         dtype = options.dtype or "bfloat16"
         shapes = shapes or paper_shapes(on_cpu=False)
-        products = ahead_of_time.PRODUCTS if options.products == "both" else [options.products]
+        products = (
+            ahead_of_time.PRODUCTS if options.products is None or options.products == "both" else [options.products]
+        )
         rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress, products)
         about = {"topology": options.topology, "dtype": str(dtype), "parameters in": options.param_dtype} | versions()
         _report(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
@@ -116,6 +125,8 @@ def _layers(arguments: list[str]) -> None:
         trained = read_trained_layer(options.routing, options.block)
         routing = f"routing of {options.routing}, block {trained.block}, step {trained.step}"
         shapes = [trained.shape]
+        for kind, reason in trained.left_out.items():
+            _progress(f"{kind}: left out, {reason}")
     shapes = shapes or paper_shapes(on_cpu)
     if options.peers:
         from mot_jax.benchmark.peers import comparable
@@ -147,8 +158,6 @@ def _check_routing(options: LayersOptions) -> None:
     run = None if options.routing == "random" else options.routing
     if options.peers and (options.counts or options.topology):
         raise UserError("--peers: has no part in --counts and --topology, which time nothing; try without --peers")
-    if options.counts and options.routing is not None:
-        raise UserError(f"--routing = {options.routing}: has no part in --counts; try without --routing")
     if options.peers and options.routing is None:
         raise UserError("--routing: must be given with --peers, whose times depend on it; try RUN, or random")
     if options.block is not None and run is None:
@@ -164,13 +173,14 @@ class StepOptions(JsonOptions):
     config: ConfigFile
     """Config file: `FILE.py`, or `FILE.py:VARIANT`."""
     against: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
-    """Config to compare with. None: the dense model of the same widths."""
+    """Config to compare with, as it is in its file. None: the dense model of the same widths."""
     rounds: RoundsOrNone = None
     """Number of rounds in which both models take turns. None: 20."""
     topology: Annotated[str | None, tyro.conf.arg(metavar="TOPOLOGY")] = None
     """Target device, as `v5p:2x2x1` or `h100:1`: compile for it and count memory; nothing is timed."""
-    products: Literal["both", "triton", "cublas"] = "both"
-    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both."""
+    products: Literal["both", "triton", "cublas"] | None = None
+    """Matrix products of a program for a target GPU: Triton fusions with default tiles, calls of cuBLAS, or both.
+    None: both."""
     profile: DirectoryOrNone = None
     """Directory for a trace for XProf, which slows the rounds down."""
 
@@ -179,7 +189,9 @@ def _step(arguments: list[str]) -> None:
     """Time the training step of a config in comparison with another one."""
     options, config = parse_with_config("mot bench step", StepOptions, arguments)
     if options.topology:
-        _refuse_timing(options, "rounds", "profile")
+        _refuse(options, _COMPILES, "rounds", "profile")
+    else:
+        _refuse(options, _NEEDS_TOPOLOGY, "products")
     rounds = options.rounds or 20
     from mot_jax.benchmark.step import COLUMNS, bench_step
     from mot_jax.benchmark.timing import machine
@@ -198,7 +210,9 @@ def _step(arguments: list[str]) -> None:
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
-        products = ahead_of_time.PRODUCTS if options.products == "both" else [options.products]
+        products = (
+            ahead_of_time.PRODUCTS if options.products is None or options.products == "both" else [options.products]
+        )
         rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, products)
         about = {"topology": options.topology, "chips": "1"} | versions()
         _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
@@ -210,6 +224,7 @@ def _step(arguments: list[str]) -> None:
         "matrix products": f"{rates['peak'] / 1e9:,.1f} GFLOP/s",
         "memory bandwidth": f"{rates['bandwidth'] / 1e9:.1f} GB/s",
         "rounds": str(rounds),
+        "ratio": f"ms per step compared with {baseline_name}",
     }
     _report(options.json, about, rows, COLUMNS, config=options.config, machine=about, **rates)
 
@@ -272,10 +287,9 @@ class AcceleratorOptions:
 
     out: Directory = "benchmarks/results"
     """Directory for the results as JSON and Markdown."""
-    parts: Annotated[str, tyro.conf.arg(metavar="PART,...")] = (
-        "numerics,attention,mesh,collectives,step,layers,decoding"
-    )
-    """Parts to run, in this order. Further ones are `peers`, `step_base_32e` and `step_d2048`."""
+    parts: Annotated[str | None, tyro.conf.arg(metavar="PART,...")] = None
+    """Parts to run, in this order. None: `numerics,attention,mesh,collectives,step,layers,decoding`. Further ones are
+    `peers`, `step_base_32e` and `step_d2048`."""
     minutes: Positive = 7
     """Minutes after which no part starts and a training run stops."""
     small: Flag = False
@@ -287,6 +301,8 @@ class AcceleratorOptions:
 def _accelerator(arguments: list[str]) -> None:
     """Run all benchmarks on one attached accelerator, after a comparison of its numbers with the CPU's."""
     options = parse("mot bench accelerator", AcceleratorOptions, arguments)
+    if options.small_headline:
+        _refuse(options, "has no part in --small-headline, which trains two models only", "parts")
     _refuse_several_tasks()
     # The float64 reference needs a CPU device in addition; JAX is not initialized yet.
     platforms = os.environ.get("JAX_PLATFORMS")
@@ -296,7 +312,7 @@ def _accelerator(arguments: list[str]) -> None:
         jax.config.update("jax_platforms", f"{platforms},cpu")
     from mot_jax.benchmark.accelerator import bench_accelerator
 
-    parts = ["headline"] if options.small_headline else options.parts.split(",")
+    parts = ["headline"] if options.small_headline else (options.parts or _PARTS).split(",")
     if bench_accelerator(options.out, parts, options.small, 60.0 * options.minutes, _progress):
         sys.exit(1)
 
@@ -337,6 +353,8 @@ def _train(arguments: list[str]) -> None:
     if options.run is not None and (options.dry_run or options.hours is not None):
         other = "--dry-run" if options.dry_run else "--hours"
         raise UserError(f"--run = {options.run}: has no part in {other}, which is about all runs; try without {other}")
+    if options.dry_run:
+        _refuse(options, "has no part in --dry-run, which trains nothing", "hours")
     compilation.enable_cache()  # most runs of an entrant differ in their seed only
     from mot_jax.benchmark.study import execute, load_study, report, results, times
 
@@ -400,10 +418,13 @@ def bench(arguments: list[str]) -> None:
     dispatch("mot bench", about, COMMANDS, arguments)
 
 
-def _refuse_timing(options: object, *names: str) -> None:
-    """Raise UserError for each of these options that is given: with `--topology` nothing is run."""
+_COMPILES = "has no part in --topology, which compiles and runs nothing"
+_NEEDS_TOPOLOGY = "has no part without --topology, since a program that runs has XLA's choice"
+
+
+def _refuse(options: object, rule: str, *names: str) -> None:
+    """Raise UserError with the rule for each of these options that is given."""
     given = [(name, value) for name in names if (value := getattr(options, name)) is not None]
-    rule = "has no part in --topology, which compiles and runs nothing"
     if given:
         raise UserError(*(f"--{name} = {value}: {rule}; try without --{name}" for name, value in given))
 

@@ -112,9 +112,9 @@ def _range_errors(group: Any, path: str = "") -> Iterator[str]:
             if value < 1 and value != -1:
                 yield f"{name} = {value}: must be at least 1, or -1 for all remaining devices; try 1"
         elif name.endswith("preempted_exit_code"):
-            if not 4 <= value <= 255 or value in (127, 130):
-                rule = "must be from 4 to 255, but not 127 or 130"
-                yield f"{name} = {value}: {rule}, since launch/ restarts no run after 0 to 3, 127 and 130; try 143"
+            if not 4 <= value <= 200 or value in (127, 130):
+                rule = "must be from 4 to 200, but not 127 or 130"
+                yield f"{name} = {value}: {rule}, since launch/ restarts no run after the others; try 143"
         elif not minimum <= value <= maximum:
             limit = f"at least {minimum}" if not value >= minimum else f"at most {maximum}"
             yield f"{name} = {value}: must be {limit}; try {min(max(minimum, 1), maximum)}"

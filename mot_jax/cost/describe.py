@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mot_jax.config import Config, check
+from mot_jax.config.kernels import attention_error
 from mot_jax.cost.feed_forward import feed_forward_cost
 from mot_jax.cost.flops import flops_per_token, forward_flops, recomputed_flops
 from mot_jax.cost.memory import memory_bytes, saved_bytes
@@ -83,6 +84,9 @@ def describe(config: Config) -> Description:
     models = {name: dataclasses.replace(m, remat="none", feed_forward=kind) for name, kind in choices.items()}
     models["remat: attention"] = dataclasses.replace(m, remat="attention")
     models["remat: blocks"] = dataclasses.replace(m, remat="blocks")
+    width = m.d_model // m.num_heads
+    if m.attention_kernel == "auto" and not attention_error("cudnn", m.context_length, width, m.dtype):
+        models["attention on a GPU: cudnn"] = dataclasses.replace(m, attention_kernel="cudnn")
     return Description(
         sizes=sizes,
         parameters=counts,

@@ -208,7 +208,7 @@ def _replaced(config: Config, kind: str) -> Config:
         raise UserError(
             f"model.moe_blocks = {model.moe_blocks!r}: must name a block, whose layer is replaced; try 'all'"
         )
-    return _with_parameters_of_multipliers(_with_order(changed, config.group_size))
+    return with_parameters_of_multipliers(_with_order(changed, config.group_size))
 
 
 def _with_order(changed: Config, group_size: int) -> Config:
@@ -220,7 +220,7 @@ def _with_order(changed: Config, group_size: int) -> Config:
     return dataclasses.replace(changed, data=dataclasses.replace(data, shuffle_group_size=group_size))
 
 
-def _with_parameters_of_multipliers(config: Config) -> Config:
+def with_parameters_of_multipliers(config: Config) -> Config:
     """Return the config without multipliers of the learning rate that no parameter has, such as a controller's."""
     optimizer = config.training.optimizer
     if not optimizer.multipliers:

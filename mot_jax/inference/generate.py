@@ -233,32 +233,3 @@ def left_padded(texts: list[np.ndarray], batch_size: int, width: int) -> tuple[n
         tokens[i, width - len(text) :] = text
         token_mask[i, width - len(text) :] = True
     return tokens, token_mask
-
-
-@partial(jax.jit, static_argnames=("config", "vocab_size"))
-def likeliest_tokens(
-    config: ModelConfig,
-    params: Params,
-    step: jax.Array,
-    tokens: jax.Array,
-    token_mask: jax.Array,
-    segments: jax.Array | None,
-    vocab_size: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the most likely token at every position under a masked model, int32 [B, S], and its log-probability.
-
-    Args:
-        step: as in `prefill`.
-        tokens: int32 [B, S], with mask tokens in the gaps.
-        token_mask: bool [B, S], True for non-padding tokens.
-        segments: int32 [B, S], see `Transformer`.
-
-    Returns:
-        Tokens, int32 [B, S], and natural log-probabilities, float32 [B, S], both replicated.
-    """
-    tokens, token_mask = reshard(tokens, "sequences", None), reshard(token_mask, "sequences", None)
-    segments = None if segments is None else reshard(segments, "sequences", None)
-    model = bind(config, params)
-    hidden = model(tokens, FeedForwardContext(token_mask, tokens, step=step), segments).hidden
-    log_probs = jax.nn.log_softmax(model.logits(hidden, vocab_size), axis=-1)
-    return replicate(jnp.argmax(log_probs, axis=-1)), replicate(log_probs.max(axis=-1))

@@ -18,8 +18,8 @@ from mot_jax.config import Config
 from mot_jax.data.text import open_tokenizer
 from mot_jax.data.tokenizers import Tokenizer
 from mot_jax.errors import ReportedError, UserError
-from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, likeliest_tokens, prefill
-from mot_jax.inference.scoring import right_padded, score, scoring_windows
+from mot_jax.inference.generate import Decoding, Sampler, decode, left_padded, prefill
+from mot_jax.inference.scoring import likeliest_tokens, right_padded, score, scoring_windows
 from mot_jax.inference.sequences import GeneratedSequence
 from mot_jax.inference.types import GAP, Continuation, Filled, Likelihood, Prompt
 from mot_jax.modes import default_mode, enter, mode_of, read_files, trained_mode
@@ -117,6 +117,14 @@ class LanguageModel:
         if isinstance(prompts, (str, bytes)) or isinstance(stop, (str, bytes)):
             raise UserError(f"prompts = {prompts!r:.40}, stop = {stop!r:.40}: must be lists of texts; try [...]")
         stops = [_bytes(text) for text in stop]
+        faults = [] if len(prompts) else ["prompt: there must be at least one; try 'def '"]
+        for prompt in prompts:
+            if fault := self.examine_prompt(prompt)[1]:
+                faults.append(f"prompt = {_short(prompt) if len(prompt) else repr('')}: {fault}")
+        if numbers is not None and (len(numbers) != len(prompts) or not all(0 <= n < 2**32 for n in numbers)):
+            rule = f"must be one for each of the {len(prompts)} prompts, at least 0 and below 2^32"
+            faults.append(f"numbers = {_short(np.asarray(numbers))}: {rule}; try None")
+        self.check_options(stop, max_tokens, temperature, top_k, top_p, seed, faults)
         sequences = [
             GeneratedSequence(
                 self.tokenizer,
@@ -126,11 +134,6 @@ class LanguageModel:
             )
             for prompt in prompts
         ]
-        faults = [] if prompts else ["prompt: there must be at least one; try 'def '"]
-        for prompt, sequence in zip(prompts, sequences, strict=True):
-            if fault := self.examine_prompt(sequence.tokens)[1]:
-                faults.append(f"prompt = {_short(prompt) if len(prompt) else repr('')}: {fault}")
-        self.check_options(stop, max_tokens, temperature, top_k, top_p, seed, faults)
         batch_size = self.round_batch_size(max(len(prompts), batch_size or 1))
         all_numbers = np.zeros(batch_size, np.uint32)  # those of absent sequences do not matter
         all_numbers[: len(prompts)] = np.arange(len(prompts)) if numbers is None else numbers
@@ -261,18 +264,27 @@ class LanguageModel:
 
     # --- masked models --------------------------------------------------------------------------------------------
 
-    def fill(self, texts: Sequence[Prompt], gap: str = GAP) -> list[Filled]:
-        """Replace every `gap` in each text by the most likely token, all texts in one batch.
+    def fill(self, texts: Sequence[Prompt], gap: str = GAP, batch_size: int = 32) -> list[Filled]:
+        """Replace every `gap` in each text by the most likely token.
 
         In texts that are token ids, the gaps are the mask tokens, and there may be none.
 
+        Args:
+            batch_size: sequences of a batch, rounded up as by `round_batch_size`. Groups are formed in order of the
+                texts, whatever the size.
+
         Raises:
-            UserError: the model is causal, a text (not token ids) has no gap, or a text is longer than the context.
+            UserError: the model is causal, a text (not token ids) has no gap, a text is longer than the context or has
+                token ids that the tokenizer lacks, or `batch_size` is less than 1.
         """
+        if isinstance(texts, (str, bytes)):
+            raise UserError(f"texts = {texts!r:.40}: must be a list of texts; try [...]")
+        if batch_size < 1:
+            raise UserError(f"batch_size = {batch_size}: must be at least 1; try 32")
         model, tokenizer, errors = self.config.model, self.tokenizer, []
         if model.objective != "masked":
             errors.append("model.objective = 'causal': has no gaps to fill; try `mot generate`")
-        if not texts:
+        if not len(texts):
             errors.append(f"text: there must be at least one; try 'def {gap}ead('")
         if not gap:
             raise UserError("gap = '': must be a mark that stands for a missing token; try '_'")
@@ -285,31 +297,42 @@ class LanguageModel:
                 errors.append(f"text = {_short(text)}: {rule}")
         if errors:
             raise UserError(*errors)
-        batch_size = self.round_batch_size(len(sequences))
-        tokens, token_mask = np.zeros((2, batch_size, model.context_length), np.int32)
+        batch_size = self.round_batch_size(min(batch_size, len(sequences)))
+        filled: list[Filled] = []
+        for first in range(0, len(sequences), batch_size):
+            filled += self._fill_batch(sequences[first : first + batch_size], batch_size)
+        return filled
+
+    def _fill_batch(self, sequences: list[np.ndarray], batch_size: int) -> Iterator[Filled]:
+        model, tokenizer = self.config.model, self.tokenizer
+        tokens, lengths = np.zeros((batch_size, model.context_length), np.int32), np.zeros(batch_size, np.int32)
         for i, sequence in enumerate(sequences):
-            tokens[i, : len(sequence)], token_mask[i, : len(sequence)] = sequence, 1
-        segments = np.cumsum(tokens == tokenizer.end_of_text, axis=1, dtype=np.int32) if model.document_mask else None
+            tokens[i, : len(sequence)], lengths[i] = sequence, len(sequence)
         with self._on_mesh():
             predictions = likeliest_tokens(
-                model, self.params, np.int32(self.step), tokens, token_mask.astype(bool), segments, tokenizer.vocab_size
+                model,
+                self.params,
+                np.int32(self.step),
+                tokens,
+                lengths,
+                vocab_size=tokenizer.vocab_size,
+                end_of_text=tokenizer.end_of_text,
             )
 
         def text_of(tokens: np.ndarray) -> str:
             return tokenizer.decode(tokens).decode(errors="replace")
 
-        filled, predictions = [], jax.device_get(predictions)
+        predictions = jax.device_get(predictions)
         self._check_numbers(predictions[1][: len(sequences)])
         for sequence, likeliest, log_probs in zip(sequences, *predictions, strict=False):
             gaps = np.flatnonzero(sequence == tokenizer.mask_token)
             sequence[gaps] = likeliest[gaps]
             guesses = [(text_of(sequence[i : i + 1]), float(np.exp(log_probs[i]))) for i in gaps]
-            filled.append(Filled(text_of(sequence), guesses))
-        return filled
+            yield Filled(text_of(sequence), guesses)
 
     def _encode_gaps(self, text: Prompt, gap: str) -> np.ndarray:
         if isinstance(text, np.ndarray):
-            return text.astype(np.int32)
+            return self.encode(text)
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         first, *others = (self.encode(piece) for piece in text.split(gap))
         mask = np.array([self.tokenizer.mask_token], np.int32)
@@ -351,8 +374,20 @@ class LanguageModel:
         )
 
     def encode(self, text: Prompt) -> np.ndarray:
-        """Return the tokens of a text, int32 [n]."""
+        """Return the tokens of a text, int32 [n].
+
+        Raises UserError for token ids that the tokenizer, with the mask token of a masked model, does not have.
+        """
         if isinstance(text, np.ndarray):
+            masked = self.config.model.objective == "masked"
+            most = self.tokenizer.mask_token if masked else self.tokenizer.vocab_size - 1
+            if (
+                text.ndim != 1
+                or text.dtype.kind not in "iu"
+                or (text.size and not 0 <= text.min() <= text.max() <= most)
+            ):
+                rule = f"must be token ids, [n] whole numbers from 0 to {most}"
+                raise UserError(f"prompt = {_short(text)}: {rule}; try the text instead of its ids")
             return text.astype(np.int32)
         return self.tokenizer.encode(_bytes(text)).astype(np.int32)
 
@@ -497,4 +532,6 @@ def _bytes(text: str | bytes) -> bytes:
 
 
 def _short(text: Prompt) -> str:
+    if isinstance(text, np.ndarray):
+        return f"{text.dtype}{list(text.shape)} {text.ravel()[:8].tolist()}" + ("" if text.size <= 8 else "...")
     return repr(text if len(text) < 30 else text[:30]) + ("" if len(text) < 30 else "...")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from mot_jax.config import ModelConfig
 from mot_jax.nn.feed_forward import FeedForwardContext
 from mot_jax.nn.sharding import replicate, reshard
-from mot_jax.nn.transformer import Params, bind
+from mot_jax.nn.transformer import Params, Transformer, bind
 
 
 class ScoringWindow(NamedTuple):
@@ -59,6 +59,72 @@ def right_padded(
 
 
 @partial(jax.jit, static_argnames=("config", "vocab_size", "end_of_text"))
+def likeliest_tokens(
+    config: ModelConfig,
+    params: Params,
+    step: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    vocab_size: int,
+    end_of_text: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the most likely token at every position under a masked model, and its log-probability.
+
+    Args:
+        step: int32 scalar, the number of training steps.
+        tokens: int32 [B, S], with mask tokens in the gaps.
+        lengths: int32 [B], the number of tokens of each sequence; a sequence without any is absent.
+        vocab_size: of the tokenizer.
+
+    Returns:
+        Tokens, int32 [B, S], and natural log-probabilities, float32 [B, S], both replicated.
+    """
+    token_mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    model, hidden = _hidden(config, params, step, tokens, token_mask, end_of_text)
+
+    def body(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_probs = jax.nn.log_softmax(model.logits(part, vocab_size), axis=-1)
+        return jnp.argmax(log_probs, axis=-1), log_probs.max(axis=-1)
+
+    return _by_chunks(config, body, hidden)
+
+
+def _hidden(
+    config: ModelConfig,
+    params: Params,
+    step: jax.Array,
+    tokens: jax.Array,
+    token_mask: jax.Array,
+    end_of_text: int,
+) -> tuple[Transformer, jax.Array]:
+    """Run the model on tokens [B, S], in one pass without a cache: the model and its last hidden states [B, S, D]."""
+    segments = jnp.cumsum(token_mask & (tokens == end_of_text), axis=1)
+    tokens, token_mask, segments = (reshard(replicate(a), "sequences", None) for a in (tokens, token_mask, segments))
+    model = bind(config, params)
+    hidden = model(tokens, FeedForwardContext(token_mask, tokens, step=step), segments).hidden
+    return model, reshard(hidden, "sequences", None, None)
+
+
+def _by_chunks(
+    config: ModelConfig, function: Callable[..., tuple[jax.Array, jax.Array]], *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Apply a function of positions to arrays [B, S, ...] for a chunk of positions at a time, whose logits it computes.
+
+    Its results [B, S] are replicated.
+    """
+    batch, length = arrays[0].shape[:2]
+    chunk = math.gcd(config.loss_chunk, length)
+
+    def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        return None, function(*(jax.lax.dynamic_slice_in_dim(a, first, chunk, axis=1) for a in arrays))
+
+    _, chunks = jax.lax.scan(body, None, jnp.arange(0, length, chunk))
+    first, second = (jnp.moveaxis(replicate(a), 0, 1).reshape(batch, length) for a in chunks)
+    return first, second
+
+
+@partial(jax.jit, static_argnames=("config", "vocab_size", "end_of_text"))
 def score(
     config: ModelConfig,
     params: Params,
@@ -87,21 +153,13 @@ def score(
     positions, lengths = jnp.arange(inputs.shape[1]), lengths[:, None]
     token_mask = positions < lengths
     is_scored = token_mask & (positions >= lengths - scored[:, None])
-    segments = jnp.cumsum(token_mask & (inputs == end_of_text), axis=1)
-    inputs, token_mask, segments, targets = (
-        reshard(replicate(a), "sequences", None) for a in (inputs, token_mask, segments, targets)
-    )
-    model = bind(config, params)
-    context = FeedForwardContext(token_mask, inputs, step=step)
-    hidden = reshard(model(inputs, context, segments).hidden, "sequences", None, None)
-    chunk = math.gcd(config.loss_chunk, inputs.shape[1])  # positions whose logits are in memory at one time
+    model, hidden = _hidden(config, params, step, inputs, token_mask, end_of_text)
 
-    def body(_: None, first: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        part, target = (jax.lax.dynamic_slice_in_dim(a, first, chunk, axis=1) for a in (hidden, targets))
+    def body(part: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model.logits(part, vocab_size)
         target_logits = jnp.where(jnp.arange(logits.shape[-1]) == target[..., None], logits, 0).sum(axis=-1)
-        return None, (target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target)
+        return target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
-    _, chunks = jax.lax.scan(body, None, jnp.arange(0, inputs.shape[1], chunk))
-    log_probs, likeliest = (jnp.moveaxis(replicate(a), 0, 1).reshape(inputs.shape) for a in chunks)
+    targets = reshard(replicate(targets), "sequences", None)
+    log_probs, likeliest = _by_chunks(config, body, hidden, targets)
     return jnp.where(is_scored, log_probs, 0), ~is_scored | likeliest

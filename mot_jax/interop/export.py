@@ -118,7 +118,7 @@ def open_output(output: epath.PathLike, overwrite: bool, source: epath.Path) -> 
 
 
 def _is_export_file(name: str) -> bool:
-    return name.removesuffix(".new") in _FILES or bool(_SHARD.match(name))
+    return name.removesuffix(".new") in _FILES or bool(_SHARD.fullmatch(name))
 
 
 def write_export(

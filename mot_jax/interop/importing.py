@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.text import open_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.interop.export import ParameterKinds, copies_of, open_output, write_export
@@ -227,6 +227,9 @@ def _parameter_readers(
         errors.append(f"{path}: tensor {head}: is missing; try model.tie_embeddings = True")
         kinds = {name: kind for name, kind in kinds.items() if name != "head"}
 
+    if not isinstance(model.feed_forward, DenseConfig | MixtureOfTokensConfig):
+        reason = f"{naming.title} has no such layers; try a mixture_of_tokens or dense config"
+        raise UserError(f"model.feed_forward = {model.feed_forward.kind}: {reason}")
     sizes = _sizes(model)
     block_prefixes: dict[str, list[str]] = {}  # by our prefix, in the order of a scanned layer's repeats
     for block, (place, _) in enumerate(block_places(model)):

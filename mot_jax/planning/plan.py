@@ -109,6 +109,7 @@ class Plan:
             [("", "in the program", "executions", "MiB per execution", "MiB"), *self._collective_rows()],
         )
         out += [f"not understood: {description}" for description in self.program.unknown]
+        out += [f"not known: {description}" for description in self.program.overcounted]
         return [*out, *self._time_lines()]
 
     def _largest(self) -> list[tuple[str | float, ...]]:
@@ -137,7 +138,7 @@ class Plan:
     def _time_lines(self) -> list[str]:
         if not (self.times and self.program):
             return ["No modeled time: the peak, memory bandwidth or network of these devices is not known."]
-        t, at_least = self.times, "at least " if self.program.unknown else ""
+        t, bound = self.times, self.program.bound
         parts = {"kernels bound by FLOPs": t.compute, "kernels bound by HBM": t.hbm, **t.collectives}
         rows: list[tuple[str | float, ...]] = [(name, 1e3 * s, f"{s / t.serial:.1%}") for name, s in parts.items()]
         lines = table("Modeled milliseconds", rows)
@@ -147,9 +148,9 @@ class Plan:
             if times:
                 mfu = [f", roofline MFU {share:.1%}" for share in efficiency or ()] or ["", ""]
                 lines += [
-                    f"  without overlap{case}  {at_least}{1e3 * times.serial:,.2f} ms{mfu[0]}; "
+                    f"  without overlap{case}  {bound}{1e3 * times.serial:,.2f} ms{mfu[0]}; "
                     f"largest part: {times.bound}",
-                    f"  full overlap{case}     {at_least}{1e3 * times.overlapped:,.2f} ms{mfu[1]}; "
+                    f"  full overlap{case}     {bound}{1e3 * times.overlapped:,.2f} ms{mfu[1]}; "
                     f"bound by: {times.overlapped_bound}",
                 ]
         return lines
@@ -206,9 +207,10 @@ def plan_training(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if "memory space vmem" in str(error):
-                kernel = getattr(config.model.feed_forward, "kernel", "xla")
-                rule = "needs more than a core's memory; try 'xla', and attention_kernel = 'xla'"
-                raise UserError(f"model.feed_forward.kernel = {kernel!r}: {rule}") from None
+                kernels = {"model.feed_forward.kernel": getattr(config.model.feed_forward, "kernel", "xla")}
+                kernels["model.attention_kernel"] = config.model.attention_kernel
+                field, kernel = next((item for item in kernels.items() if item[1] != "xla"), *kernels.items())
+                raise UserError(f"{field} = {kernel!r}: needs more than a core's memory; try 'xla'") from None
             program = None
             memory |= _refused_bytes(str(error), limit)
         except UnknownTextError as error:
@@ -226,7 +228,7 @@ def plan_training(
         flat = list(mesh.devices.flat)
         times = model_times(program, hardware, peak, flat)
         times_below_peak = model_times(program, hardware, peak, flat, SHARE_OF_PEAK)
-    understood = program is not None and not program.unknown
+    understood = program is not None and program.exact
 
     def efficiency(times: StepTimes | None) -> tuple[float, float] | None:
         return (ideal / times.serial, ideal / times.overlapped) if times and understood else None
@@ -383,7 +385,8 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 def _advice(config: Config) -> list[str]:
     """Changes of the config that reduce the memory of a step."""
     m, t = config.model, config.training
-    advice = ["a larger --mesh.fsdp or --mesh.expert, which split parameters and optimizer state"]
+    axes = "--mesh.fsdp or --mesh.expert" if hasattr(m.feed_forward, "num_experts") else "--mesh.fsdp"
+    advice = [f"a larger {axes}, to split parameters and optimizer state"]
     if getattr(m.feed_forward, "save_for_backward", "nothing") != "nothing":
         advice.append("--model.feed-forward.save-for-backward nothing")
     if m.remat != "blocks":
@@ -392,4 +395,10 @@ def _advice(config: Config) -> list[str]:
     advice.append(
         f"--training.gradient-accumulation-steps {steps}, if a microbatch still has whole groups on every chip"
     )
-    return [*advice, f"--training.batch-size {t.batch_size // 2}", "more devices"]
+    half = t.batch_size // 2
+    try:
+        check(dataclasses.replace(config, training=dataclasses.replace(t, batch_size=half)))
+        advice.append(f"--training.batch-size {half}")
+    except UserError:  # not whole groups, or none
+        pass
+    return [*advice, "more devices"]

@@ -98,12 +98,25 @@ class Program:
     """A compiled program.
 
     bodies: the whole program first. unknown: descriptions of everything that was not understood and is missing from the
-    figures.
+    figures. overcounted: of everything that is in them although a step may not execute it.
     """
 
     bodies: tuple[Body, ...]
     collectives: tuple[Collective, ...]
     unknown: tuple[str, ...]
+    overcounted: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the figures are those of a step."""
+        return not (self.unknown or self.overcounted)
+
+    @property
+    def bound(self) -> str:
+        """How the figures compare with those of a step, in words that precede them; empty if they are exact."""
+        if self.exact:
+            return ""
+        return "about " if self.unknown and self.overcounted else "at least " if self.unknown else "at most "
 
     @property
     def flops(self) -> float:
@@ -160,10 +173,11 @@ class _Reader:
         self.bodies: list[Body] = []
         self.collectives: list[Collective] = []
         self.unknown: dict[str, None] = {}
+        self.overcounted: dict[str, None] = {}
 
     def read(self) -> Program:
         self._body(self.entry, 1, "once a step")
-        return Program(tuple(self.bodies), tuple(self.collectives), tuple(self.unknown))
+        return Program(tuple(self.bodies), tuple(self.collectives), tuple(self.unknown), tuple(self.overcounted))
 
     def _body(self, computation: Computation, executions: int, name: str) -> None:
         place = len(self.bodies)
@@ -179,12 +193,12 @@ class _Reader:
                 trips = self._trips(computation, instruction)
                 if trips is None:
                     self.unknown[f"trip count of {instruction.name} ({instruction.source}): counted once"] = None
-                for body in instruction.called("body"):
+                for body in instruction.called("body") if trips != 0 else ():
                     name = f"{instruction.source or instruction.name} x {trips or 'unknown'}"
                     self._body(self.computations[body], executions * (trips or 1), name)
             elif instruction.opcode in ("call", "conditional"):
                 if instruction.opcode == "conditional":
-                    self.unknown[f"branch taken by {instruction.name}: all branches are counted"] = None
+                    self.overcounted[f"branch taken by {instruction.name}: all branches are counted"] = None
                 words = ("to_apply", "branch_computations", "true_computation", "false_computation")
                 for called in instruction.called(*words):
                     kernels += self._without_loops(self.computations[called], executions)
@@ -340,6 +354,7 @@ class _Reader:
         if kind == "send":  # between slices; each has its `recv`
             match = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             kind = match[1].lower().replace("_", "-") if match else kind
+            kind = "collective-permute" if kind == "one-to-one" else kind if kind in KINDS else "send"
         if kind in ("send", "ragged-all-to-all", "collective-broadcast"):
             self.unknown[f"{instruction.opcode} {instruction.name} ({instruction.source}): not counted"] = None
         if kind not in KINDS:

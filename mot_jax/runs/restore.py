@@ -269,7 +269,7 @@ def newest_step(folder: epath.Path) -> int | None:
 @lru_cache
 def parameter_kinds(model: ModelConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a model's parameters, by name."""
-    return _kinds(jax.eval_shape(partial(init_params, model), jax.random.key(0)))
+    return _kinds(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))  # no device is used
 
 
 @lru_cache

@@ -16,6 +16,8 @@ from mot_jax.benchmark.workloads import dense_of_equal_width
 from mot_jax.config import Config, MeshConfig, MixtureOfTokensConfig, ModelConfig, TrainingConfig, to_json
 from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.memory import adamw_bytes
+from mot_jax.cost.parameters import count_parameters
+from mot_jax.errors import UserError
 from mot_jax.nn.sharding import make_mesh
 
 MODEL = ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
@@ -35,7 +37,7 @@ def test_random_batches_have_the_targets_of_the_objective():
 class StubRun:
     """Replaces the compiled programs: a step of 20 ms and an update of 5 ms."""
 
-    seconds_to_compile, temporaries = 1.0, 1
+    seconds_to_compile, temporaries, parameters_per_device = 1.0, 1, 1000
 
     def __init__(self, config: Config):
         self.mesh = make_mesh(config)
@@ -63,8 +65,24 @@ def test_a_row_for_the_config_and_its_baseline(compiled, monkeypatch):
         assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / measured["peak"])
         assert row["optimizer_share"] == row["optimizer_s"] / row["median_s"] and row["mfu_by_datasheet"] is None
         assert compiled or 0.1 < row["optimizer_share"] < 0.9
-        assert row["optimizer_bound_s"] == adamw_bytes(row["parameters"]) / measured["bandwidth"]
+        stored = row["parameters"] if compiled else 1000
+        assert row["optimizer_bound_s"] == adamw_bytes(stored) / measured["bandwidth"]
     assert rows[0]["flops"] == flops_per_token(CONFIG) * 128
+
+
+def test_steps_of_different_numbers_of_tokens_are_refused():
+    half = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, batch_size=4))
+    rule = "dense: has 64 tokens per step, and those of mot have 128: must be equal"
+    with pytest.raises(UserError, match=rule):
+        bench_step({"mot": CONFIG, "dense": dense_of_equal_width(half)}, 3, lambda line: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "share"), [({"data": 8}, 1), ({"fsdp": 8, "data": 1}, 1 / 8)])
+def test_parameters_of_a_device_are_those_that_the_mesh_replicates_or_shards(axes, share):
+    program = step.TrainingProgram(dataclasses.replace(CONFIG, mesh=MeshConfig(**axes)))
+    total = sum(count_parameters(MODEL).values())
+    assert share * total <= program.parameters_per_device <= 1.2 * share * total
 
 
 @pytest.mark.parametrize(("platform", "times"), [("cpu", 1), ("gpu", 2)])

@@ -11,10 +11,18 @@ import pytest
 from etils import epath
 
 from mot_jax import cli
-from mot_jax.benchmark import layers
-from mot_jax.benchmark.peers import PEERS, comparable
+from mot_jax.benchmark import layers, peers, trained_layer
+from mot_jax.benchmark.peers import PEERS, PeerError, comparable
 from mot_jax.benchmark.trained_layer import read_trained_layer
-from mot_jax.config import DenseConfig, HashConfig, to_json
+from mot_jax.config import (
+    Config,
+    DenseConfig,
+    HashConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+    to_json,
+)
 from mot_jax.cost.layers import SHAPES
 from mot_jax.errors import UserError
 
@@ -92,6 +100,34 @@ def test_the_layer_of_a_run(finished):
         read_trained_layer(str(finished), 2)
 
 
+def kinds_and_reasons(kind, sequences: int, length: int) -> tuple[set[str], dict[str, str]]:
+    config = Config(ModelConfig(d_ff=384, context_length=length, feed_forward=kind))
+    shape, left_out = trained_layer._shape(config, "run", np.zeros((sequences, length, config.model.d_model)))
+    return set(shape.kinds()), left_out
+
+
+def test_kinds_that_cannot_be_compared_with_a_run_are_left_out():
+    """96 positions are no multiple of 64; a batch of 32 has no group of 64; 10 // 4 groups have 5 experts per token."""
+    kinds, left_out = kinds_and_reasons(MixtureOfTokensConfig(4, 8), 8, 96)
+    assert left_out == {} and {"dense", "token_choice", "expert_threshold", "hash"} < kinds
+    kinds, left_out = kinds_and_reasons(TokenChoiceConfig(64, top_k=1, routing_group_tokens=96), 32, 96)
+    assert {"dense", "token_choice", "hash"} <= kinds and not kinds & left_out.keys()
+    assert left_out["mixture_of_tokens"] == "groups of 64 sequences do not divide a batch of 32"
+    kinds, left_out = kinds_and_reasons(TokenChoiceConfig(10, 96, 4, routing_group_tokens=64), 32, 64)
+    assert "token_choice" in kinds and "1.25 times the FLOPs" in left_out["mixture_of_tokens"]
+    kinds, left_out = kinds_and_reasons(MixtureOfTokensConfig(32, 8), 32, 64)
+    assert kinds == {"dense", "mixture_of_tokens"} and "4.00 times the FLOPs" in left_out["token_choice"]
+
+
+def test_a_package_that_cannot_be_imported_is_not_called_missing(monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("from jax import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PeerError, match=r"^cannot be imported: cannot import name 'no_such_name' from 'jax'"):
+        peers._import("broken")
+    with pytest.raises(PeerError, match=r"^not installed: pip install"):
+        peers._import("absent_package.layers")
+
+
 def test_runs_that_have_no_routing(tmp_path, tiny):
     workdir = epath.Path(tmp_path) / "run"
     with pytest.raises(UserError, match=r"--routing: workdir = .*: no such directory"):
@@ -121,6 +157,9 @@ def test_a_run_without_a_controller_is_refused_before_its_weights_are_read(tmp_p
         (["--peers"], "--routing: must be given with --peers"),
         (["--peers", "--counts"], "--peers: has no part in --counts"),
         (["--routing", "random", "--counts"], "--routing = random: has no part in --counts"),
+        (["--counts", "--topology", "local:1"], "--topology = local:1: has no part in --counts"),
+        (["--counts", "--plot", "x.png"], "--plot = x.png: has no part in --counts"),
+        (["--products", "cublas"], "--products = cublas: has no part without --topology"),
         (["--block", "1"], "--block = 1: needs the run that has this block"),
         (["--routing", "run", "--shapes", "v1"], "--shapes = v1: the sizes are those of --routing = run"),
     ],

@@ -1,5 +1,6 @@
 """The benchmarks' models: those of `configs/`, available without a checkout, and their dense baselines."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import mot_jax
 from mot_jax.benchmark import accelerator, workloads
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, check, load_config
+from mot_jax.config.files import variants_of
 from mot_jax.cost.parameters import active_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,6 +42,22 @@ def test_dense_of_equal_width_is_the_dense_variant(name):
     dense = workloads.dense_of_equal_width(load_config(CONFIGS / name))
     expected = load_config(CONFIGS / DENSE[name])
     assert (dense.model, dense.data) == (expected.model, expected.data)
+
+
+@pytest.mark.parametrize(
+    "file", sorted({*CONFIGS.glob("*.py"), *CONFIGS.glob("pods/*.py")}), ids=lambda path: path.name
+)
+def test_dense_of_equal_width_of_every_config_is_valid(file):
+    """Without the auxiliary losses and multipliers that the other layer has."""
+    for name in [f"{file}:{variant}" for variant in variants_of(file)] or [file]:
+        config = load_config(name)
+        optimizer = dataclasses.replace(config.training.optimizer, multipliers=(("controller", 3.0), ("head", 0.5)))
+        training = dataclasses.replace(config.training, optimizer=optimizer)
+        dense = workloads.dense_of_equal_width(dataclasses.replace(config, training=training))
+        check(dense)
+        assert dense.training.optimizer.multipliers == (("head", 0.5),) or isinstance(
+            config.model.feed_forward, DenseConfig
+        )
 
 
 def test_dense_of_equal_active_parameters():

@@ -67,6 +67,14 @@ def test_description_of_a_dense_model(remat):
     assert not any("group" in line or "expert" in line for line in description.lines())
 
 
+def test_attention_that_a_gpu_selects_is_a_row_of_its_own():
+    """In bfloat16 only; its scores are not saved, as with `remat: attention`, but for one sum per row of scores."""
+    model = dataclasses.replace(with_kind(MEDIUM), dtype="bfloat16")
+    policies = describe(Config(model)).policies
+    fused, scores = policies["attention on a GPU: cudnn"], policies["remat: attention"]
+    assert fused[0] == scores[0] and scores[1] < fused[1] < 1.01 * scores[1] < policies["remat: none"][1]
+
+
 def test_an_explicit_expert_dim_follows_no_rule():
     sizes = describe(Config(with_kind(PROBE, 8, 4, expert_dim=32))).sizes
     assert sizes["expert_dim_F"] == 32 and "expert_dim_rule" not in sizes

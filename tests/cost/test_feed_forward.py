@@ -29,8 +29,7 @@ SEPARATE = MixingConfig(emit="softmax", controllers="separate")
 
 def test_every_kind_has_a_cost():
     for kind in KINDS:
-        cost = feed_forward_cost(MODEL, kind())
-        assert cost.flops() == sum(part.flops for part in cost.parts()) > 0
+        assert feed_forward_cost(MODEL, kind()).flops() > 0
     kinds = flop_matched_kinds(4, 8, 64)
     assert {type(config) for config in kinds.values()} == set(KINDS) - {CompanionsConfig, ThresholdConfig}
 

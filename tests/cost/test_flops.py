@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.extend.core
 import pytest
-from paper_models import BATCH, CHOICES, PROBE, SAVE_POLICIES, V1, compiled_cost, probe, with_kind
+from paper_models import BATCH, CHOICES, PROBE, ROUTED, SAVE_POLICIES, V1, compiled_cost, probe, routed, with_kind
 
 from mot_jax.config import Config, ExpertChoiceConfig, HashConfig, ReluRoutingConfig, TokenChoiceConfig, TrainingConfig
 from mot_jax.cost.describe import describe
@@ -76,6 +76,19 @@ def test_rematerialized_flops_match_the_compiler(save_for_backward, remat):
     tolerance = 0.05 if remat == "attention" else 0.02
     expected = recomputed_flops(probe(1, save_for_backward, remat=remat))
     assert difference == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name for name in ROUTED if name != "expert_threshold, unlimited"])
+def test_executed_flops_of_every_kind_match_the_compiler(name, backward):
+    """The kind that is left out has a loop over experts, which the compiler's count has once."""
+    model = routed(name)
+    idle = idle_flops(Config(model, training=TrainingConfig(batch_size=BATCH)))
+    forward, recomputed = sum(forward_flops(model).values()) + idle, recomputed_flops(model)
+    if recomputed:  # partly filled blocks are recomputed, too
+        recomputed *= 1 + idle / forward_flops(model)["experts"]
+    expected = 3 * forward + recomputed if backward else forward
+    assert compiled_cost(model, backward)[0] == pytest.approx(expected, rel=0.01)
 
 
 def test_flops_of_expert_choice_match_the_compiler():

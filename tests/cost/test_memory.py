@@ -10,26 +10,18 @@ from paper_models import (
     MEDIUM,
     PROBE,
     PROBE_MIXTURE,
+    ROUTED,
     SAVE_POLICIES,
     V1,
     abstract_inputs,
     compiled_cost,
     loss_of,
     probe,
+    routed,
     with_kind,
 )
 
-from mot_jax.config import (
-    Config,
-    ExpertChoiceConfig,
-    ExpertThresholdConfig,
-    HashConfig,
-    OptimizerConfig,
-    ReluRoutingConfig,
-    SoftMoEConfig,
-    TokenChoiceConfig,
-    TrainingConfig,
-)
+from mot_jax.config import Config, OptimizerConfig, TrainingConfig
 from mot_jax.cost import memory
 from mot_jax.cost.describe import describe
 from mot_jax.cost.memory import adamw_bytes, memory_bytes, saved_bytes
@@ -62,6 +54,7 @@ def test_saved_bytes_match_the_compiler(save_for_backward, remat):
 @pytest.mark.parametrize(
     "model",
     [
+        *map(routed, ROUTED),
         with_kind(PROBE),
         with_kind(PROBE, **PROBE_MIXTURE),
         dataclasses.replace(with_kind(PROBE, 4, 64, save_for_backward="all"), moe_blocks="last_half", final_norm=True),
@@ -86,7 +79,8 @@ def test_saved_bytes_match_the_residuals(model, dtype):
     residuals = sum(a.size * a.dtype.itemsize for a in leaves if (a.shape, a.dtype) not in parameters)
     residuals += model.d_model * model.vocab_size * 4
     saved = sum(saved_bytes(model, batch).values())
-    assert saved <= residuals <= 1.02 * saved
+    least = 0.98 if model.feed_forward.kind == "soft_moe" else 1  # some residuals have the shape of a parameter
+    assert least * saved <= residuals <= 1.02 * saved
 
 
 def test_bytes_that_each_policy_adds_to_the_mixture():
@@ -99,22 +93,11 @@ def test_bytes_that_each_policy_adds_to_the_mixture():
     assert everything - pre_activations == mixtures * 2 * PROBE.d_model * 4
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        TokenChoiceConfig(16, top_k=2, routing_group_tokens=64),
-        TokenChoiceConfig(16, top_k=2, capacity_factor=None, routing_group_tokens=64),
-        ExpertThresholdConfig(16, top_k=2, routing_group_tokens=64, group_size=4),
-        ExpertChoiceConfig(4, 16, top_k=4),
-        ReluRoutingConfig(16, top_k=2),
-        HashConfig(16, top_k=2),
-        SoftMoEConfig(16),
-    ],
-    ids=lambda kind: f"{kind.kind}, {getattr(kind, 'capacity_factor', '')}",
-)
-def test_saved_bytes_of_every_kind(kind):
+@pytest.mark.parametrize("name", ROUTED)
+def test_saved_bytes_of_every_kind(name):
     """A training step saves at least the pre-activations of the experts of each token, and no negative number."""
-    model = dataclasses.replace(PROBE, num_blocks=2, objective="masked", feed_forward=kind)
+    model = routed(name, 2)
+    kind = model.feed_forward
     saved, tokens = saved_bytes(model, BATCH), BATCH * PROBE.context_length
     assert min(saved.values()) >= 0
     per_token = getattr(kind, "top_k", 1) * kind.hidden_dim(PROBE.d_ff)

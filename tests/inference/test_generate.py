@@ -291,6 +291,11 @@ def test_tokens_are_sampled_by_their_probability():
         ([b"x"], {"stop": [""]}, "stop = ''"),
         ([b"x"], {"seed": -1}, "seed = -1: must be at least 0"),
         ("text", {}, "must be lists of texts"),
+        ([np.array([300])], {}, "prompt = int64[1] [300]: must be token ids, [n] whole numbers from 0 to 256"),
+        ([np.arange(8) - 1], {}, "int64[8] [-1, 0, 1, 2, 3, 4, 5, 6]: must be token ids"),
+        ([np.array([0.5])], {}, "must be token ids"),
+        ([b"x", b"y", b"z"], {"numbers": [5]}, "numbers = int64[1] [5]: must be one for each of the 3 prompts"),
+        ([b"x"], {"numbers": [-1]}, "numbers = int64[1] [-1]: must be one for each of the 1 prompts, at least 0"),
     ],
 )
 def test_bad_options_are_errors_of_one_line(prompts, options, words):
@@ -319,6 +324,36 @@ def test_gaps_are_filled_with_the_likeliest_tokens(kind):
         np.testing.assert_allclose([p for _, p in filled.gaps], probs[i, gaps, likeliest], rtol=1e-4)
         expected = [likeliest[gaps.index(j)] if j in gaps else ord(c) for j, c in enumerate(text)]
         assert filled.text == ByteTokenizer().decode(expected).decode(errors="replace")
+
+
+def test_batches_of_texts_are_filled_as_one_batch():
+    """Groups of 4 are the same, whatever the size of the batches; the last one is not full."""
+    lm = language_model(MASKED)
+    texts = [f"{first}{GAP}x{GAP}" for first in "abcdefghij"]
+    whole, batches = lm.fill(texts), lm.fill(texts, batch_size=3)  # 3 batches of a group
+    assert [row.text for row in whole] == [row.text for row in batches] and len(whole) == 10
+    for one, other in zip(whole, batches, strict=True):
+        np.testing.assert_allclose([p for _, p in one.gaps], [p for _, p in other.gaps], rtol=1e-4)
+    ids = np.array([257, ord("x"), 257])
+    assert len(lm.fill([ids])[0].gaps) == 2 and ids[0] == 257
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        ("a_b", {}, r"texts = 'a_b': must be a list of texts"),
+        (["a_b"], {"batch_size": 0}, "batch_size = 0: must be at least 1; try 32"),
+        ([np.array([258])], {}, r"prompt = int64\[1\] \[258\]: must be token ids, \[n\] whole numbers from 0 to 257"),
+    ],
+)
+def test_arguments_of_fill_are_checked(texts, options, words):
+    with pytest.raises(UserError, match=words):
+        language_model(MASKED).fill(texts, **options)
+
+
+def test_token_ids_of_another_tokenizer_have_no_likelihood():
+    with pytest.raises(UserError, match="must be token ids"):
+        language_model(MODEL).log_likelihoods([(np.array([1]), np.array([60_000]))])
 
 
 @pytest.mark.parametrize("text, words", [("no gap", "has no gap"), (GAP * 25, "has 25 tokens, and the context 24")])

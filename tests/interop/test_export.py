@@ -139,6 +139,11 @@ def test_no_file_is_overwritten_without_the_option(saved, exported, out, tmp_pat
         import_model(out / MODEL, out, overwrite=True)
     with pytest.raises(UserError, match="holds checkpoints, which is not part of an export"):
         export_model(out, saved[0], overwrite=True)
+    backup = out / "model-00001-of-00002.safetensors.bak"  # of the user, not a part of an export
+    backup.write_text("")
+    with pytest.raises(UserError, match=f"holds {backup.name}, which is not part of an export"):
+        export_model(exported, out, overwrite=True)
+    backup.unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; try a new directory"):
         export_model(out, tmp_path / "file")

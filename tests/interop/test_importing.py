@@ -13,7 +13,7 @@ from exports import assert_same, config_of, tensors_of
 from other_projects import AUTHORS, KIND, OTHERS, PORT, authors_tensors, port_tensors
 from safetensors.numpy import save_file
 
-from mot_jax.config import ModelConfig
+from mot_jax.config import HashConfig, ModelConfig, TokenChoiceConfig
 from mot_jax.errors import UserError
 from mot_jax.interop.export import export_model
 from mot_jax.interop.importing import import_model
@@ -71,6 +71,16 @@ def test_import_into_unrolled_and_scanned_layers(tmp_path):
     for scanned in (True, False):
         import_model(file, tmp_path / str(scanned), config_of(dataclasses.replace(AUTHORS, scan_layers=scanned)))
     assert_same(tensors_of(tmp_path / "False"), unroll(AUTHORS, tensors_of(tmp_path / "True"))[1])
+
+
+@pytest.mark.parametrize(
+    "kind", [TokenChoiceConfig(8, routing_group_tokens=7), HashConfig(8)], ids=lambda kind: kind.kind
+)
+def test_tensors_of_a_mixture_are_refused_for_a_model_of_another_kind(tmp_path, kind):
+    file = save(tmp_path / "theirs.safetensors", authors_tensors())
+    rule = f"model.feed_forward = {kind.kind}: .* has no such layers; try a mixture_of_tokens or dense config"
+    with pytest.raises(UserError, match=rule):
+        import_model(file, tmp_path / "ours", config_of(dataclasses.replace(AUTHORS, feed_forward=kind)))
 
 
 def test_float16_becomes_float32_and_nan_is_a_warning(tmp_path):

@@ -16,8 +16,8 @@ from mot_jax.config import Config, MixtureOfTokensConfig, ModelConfig
 from mot_jax.data.objectives import Objective
 from mot_jax.data.windows import WindowBatch
 from mot_jax.errors import UserError
-from mot_jax.inference.generate import Sampler, likeliest_tokens, prefill
-from mot_jax.inference.scoring import score
+from mot_jax.inference.generate import Sampler, prefill
+from mot_jax.inference.scoring import likeliest_tokens, score
 from mot_jax.modes import MODES, enter
 from mot_jax.modes.companions import choose, load_companions, save_companions, summaries
 from mot_jax.modes.thresholds import Thresholds
@@ -218,7 +218,7 @@ def test_temporaries_of_mixtures_are_bounded(monkeypatch, mode):
     sizes, count = {"vocab_size": 257, "end_of_text": 256}, shape(batch_size)
     for program in (
         prefill.lower(model, params, step, *prompts, sampler, step, **sizes, columns=length + 8, filtered=False),
-        likeliest_tokens.lower(model, params, step, *prompts, None, 257),
+        likeliest_tokens.lower(model, params, step, prompts[0], count, **sizes),
         score.lower(model, params, step, shape(batch_size, length + 1), count, count, **sizes),
     ):
         activations = 4 * batch_size * length * model.d_model

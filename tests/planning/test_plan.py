@@ -32,7 +32,7 @@ from mot_jax.cost.parameters import count_parameters
 from mot_jax.errors import UserError
 from mot_jax.planning import hlo
 from mot_jax.planning import plan as module
-from mot_jax.planning.plan import Plan, plan_training
+from mot_jax.planning.plan import Plan, _advice, plan_training
 from mot_jax.planning.program import Program, read_program
 from mot_jax.planning.times import StepTimes, model_times
 from mot_jax.training import step as step_module
@@ -177,6 +177,18 @@ def test_times_that_lack_a_kernel_are_lower_bounds_without_an_mfu():
     assert "without overlap  100.00 ms, roofline MFU 50.0%" in report((), (0.5, 0.5))
     output = report(("FLOPs of the custom call splash",), None)
     assert "without overlap  at least 100.00 ms; largest" in output and "MFU" not in output
+
+
+def test_changes_that_reduce_memory_are_valid_for_the_config():
+    """Half of 32 sequences is not a whole group of 32, and a dense model has no experts to shard."""
+    config = small_config()
+    mixture = dataclasses.replace(config.model, feed_forward=MixtureOfTokensConfig(32, 32))
+    training = dataclasses.replace(config.training, batch_size=32)
+    advice = _advice(dataclasses.replace(config, model=mixture, training=training))
+    assert any("--mesh.expert" in line for line in advice) and not any("batch-size" in line for line in advice)
+    dense = dataclasses.replace(config.model, feed_forward=DenseConfig())
+    advice = _advice(dataclasses.replace(config, model=dense, training=training))
+    assert not any("--mesh.expert" in line for line in advice) and "--training.batch-size 16" in advice
 
 
 # --- with libtpu ------------------------------------------------------------------------------------------------------

@@ -190,4 +190,21 @@ def test_sends_between_slices_are_collectives():
 
 def test_a_send_of_another_kind_is_reported():
     program = read_program(hlo.parse(SLICES.replace("MEGASCALE", "frontend_attributes={}")), {"data": 4}, slices=2)
-    assert len(program.collectives) == 1 and "send" in program.unknown[0]
+    assert len(program.collectives) == 1 and "send" in program.unknown[0] and program.bound == "at least "
+
+
+@pytest.mark.parametrize(("transfer", "kind"), [("ONE_TO_ONE", "collective-permute"), ("NEW_KIND", None)])
+def test_sends_between_slices_are_never_left_out_silently(transfer, kind):
+    attribute = f'frontend_attributes={{_xla_megascale_transfer_type="{transfer}"}}'
+    program = read_program(hlo.parse(SLICES.replace("MEGASCALE", attribute)), {"data": 4}, slices=2)
+    assert [c.kind for c in program.collectives] == ([kind] if kind else []) + ["all-reduce"]
+    assert bool(program.unknown) == (kind is None)
+
+
+def test_all_branches_of_a_conditional_are_counted_and_bound_the_step_from_above():
+    def either(x):
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ x, lambda x: x, x)
+
+    program = read(mesh_of(data=1), either, ((WIDTH, WIDTH), P()))
+    assert program.flops == 2 * WIDTH**3 and not program.unknown
+    assert "all branches are counted" in program.overcounted[0] and program.bound == "at most "

@@ -44,7 +44,12 @@ def analyze(results: Results) -> dict[str, Any]:
     compared = settings["compared"]
     logs = {name: (_logs(crossings[name]), _logs(crossings[compared])) for name in entrants}
     no_test = {} if target is not None else {name: "no target" for name in entrants if name != settings["target"]}
-    logs[settings["target"]] = _logs_to_own_losses(results, by_entrant[settings["target"]], by_entrant[compared])
+    of_target = by_entrant[settings["target"]]
+    if compared == settings["target"]:
+        for name in entrants:
+            logs[name] = _logs_to_own_losses(results, of_target, by_entrant[name])[::-1]
+    else:
+        logs[settings["target"]] = _logs_to_own_losses(results, of_target, by_entrant[compared])
     in_training = {name: {seed: trained_loss(run) for seed, run in runs.items()} for name, runs in by_entrant.items()}
     tests = {
         "loss": _tests({name: (losses[name], losses[compared]) for name in entrants if name != compared}),

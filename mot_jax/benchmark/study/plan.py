@@ -27,6 +27,7 @@ from mot_jax.benchmark.study.statistics import horizons_left, next_horizon
 from mot_jax.config import Config, ModelConfig, check, leaves
 from mot_jax.config.files import call_in_file
 from mot_jax.cost.flops import executed_flops_per_token, flops_per_token
+from mot_jax.data.text import with_absolute_paths
 from mot_jax.errors import RetryableError, UserError, nearest
 from mot_jax.modes import default_mode, trained_mode
 from mot_jax.runtime import strict_json
@@ -470,7 +471,8 @@ def _with(config: Config, rate: float, seed: int, steps: int) -> Config:
     logging = dataclasses.replace(config.logging, tensorboard=False, wandb=False, sample_tokens=0)
     checkpoint = dataclasses.replace(config.checkpoint, max_to_keep=1, keep_every=0, keep_best=0)
     data = dataclasses.replace(config.data, final_validation_windows=config.data.validation_windows)
-    return dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint, data=data)
+    changed = dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint, data=data)
+    return with_absolute_paths(changed)  # as the run stores them
 
 
 # --- identity and cost of a run ---------------------------------------------------------------------------------------

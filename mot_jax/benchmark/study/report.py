@@ -137,7 +137,7 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         "dropped; the experts of expert threshold take tokens by their thresholds, as after the warmup. Every "
         "evaluation of a run scores the same windows."
     )
-    caption = "Loss in the evaluated mode, mean over seeds; dashed: target."
+    caption = "Loss in the evaluated mode, mean over seeds, without entrants of which a seed diverged; dashed: target."
     yield Plot("curves", _curves_plot(results, ordered, target), caption)
 
 
@@ -183,16 +183,22 @@ def _to_target(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 f"{results['entrants'][name]['state_bytes'] / 1e6:,.1f} MB",
             ]
         )
-    columns = ["entrant", "seeds that reach it", "steps", "useful FLOPs", "executed FLOPs", "time"]
-    yield Table([*columns, "own horizon", "state"], table)
+    columns = ["entrant", "seeds that reach it", "steps", "useful FLOPs", "executed FLOPs", "time", "own horizon"]
+    horizon = (
+        " Own horizon: the shortest schedule, as a share of the steps, whose final loss reaches the target, by "
+        f"bisection, with seed {_list(settings['horizon_seeds'])}."
+    )
+    if not settings["horizons"]:
+        columns, horizon = columns[:-1], ""
+        table = [[*row[: len(columns)], row[-1]] for row in table]
+    yield Table([*columns, "state"], table)
     share = f"relative to the whole training of {settings['target']}, {settings['steps']:,} steps"
     yield Text(
         f"Steps, FLOPs and time: {share}; medians over seeds on the curve, where the loss first reaches the target, "
         "between evaluations by linear interpolation. A miss counts as infinite, so that the median is infinite if "
         f"half of the seeds miss. The target is a mean over seeds, so that about half of those of {settings['target']} "
-        "miss it. Own horizon: the shortest schedule, as a share of the steps, whose final loss reaches the target, by "
-        f"bisection, with seed {_list(settings['horizon_seeds'])}. Time: steps times the step time of the trained "
-        "models in turns. State: parameters and optimizer state."
+        f"miss it.{horizon} Time: steps times the step time of the trained models in turns. State: parameters and "
+        "optimizer state."
     )
 
 
@@ -244,12 +250,17 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         )
     columns = ["entrant", "loss", "p", f"than {compared}", "loss as trained", "p", "steps to target, ratio", "p"]
     yield Table([*columns, f"than {compared}"], table)
+    steps = (
+        f"those of each entrant to the loss of {compared} of the same seed, compared with all steps"
+        if compared == settings["target"]
+        else f"all of them, and those of {compared} to its loss of the same seed"
+    )
     yield Text(
         f"Mean differences of the final losses and mean ratios of the steps to the target, entrant and {compared} "
         "paired by seed, with 95 % confidence intervals. Loss: in the evaluated modes; as trained: both in the mode of "
         "training. p: of paired two-sided t-tests of each loss and of the logarithm of the steps, corrected over the "
         f"entrants by Holm's method; significant below {SIGNIFICANCE}. There is no test where a seed misses the "
-        f"target. Steps of {settings['target']}: all of them, and those of {compared} to its loss of the same seed."
+        f"target. Steps of {settings['target']}: {steps}."
     )
 
 
@@ -292,6 +303,12 @@ def _tuning(results: Results) -> Iterator[Block]:
         f"{settings['tuning_seed']}; while the best rate was at an end, the grid was extended by one (limit: "
         f"{settings['max_extensions']}). The compared runs have other seeds. Runs: all that tuned the entrant."
     )
+    by_number: dict[int, list[str]] = {}
+    for name, entrant in results["entrants"].items():
+        by_number.setdefault(len(entrant["candidates"]) or 1, []).append(name)
+    if len(by_number) > 1:
+        numbers = "; ".join(f"{number} of {', '.join(names)}" for number, names in sorted(by_number.items()))
+        yield Text(f"Warning: entrants are tuned unequally, by different numbers of candidates: {numbers}.")
     yield from _alternatives(results)
     yield Plot("tuning", _tuning_plot(results), "Final loss over the learning rate; filled: chosen.")
 
@@ -537,7 +554,7 @@ def _curves_plot(results: Results, names: Sequence[str], target: float | None) -
         means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
         points = [(step, mean) for step, mean in zip(steps, means, strict=True) if math.isfinite(mean)]
         if points:
-            axes.plot(*zip(*points, strict=True), marker=".", color=_color(results, name), label=name)
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, **_style(results, name))
     if target is not None:
         axes.axhline(target, color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel="loss in nats per token")
@@ -552,20 +569,22 @@ def _tuning_plot(results: Results) -> str:
     for name, entrant in results["entrants"].items():
         points = [(rate, loss) for rate, loss in grid_losses(results, name).items() if math.isfinite(loss)]
         if points:
-            color, chosen = (
-                _color(results, name),
+            style, chosen = (
+                _style(results, name),
                 [point for point in points if point[0] == entrant["tuning"]["chosen"]],
             )
-            axes.plot(*zip(*points, strict=True), marker="o", markerfacecolor="white", color=color, label=name)
-            axes.plot([rate for rate, _ in chosen], [loss for _, loss in chosen], "o", color=color)
+            axes.plot(*zip(*points, strict=True), marker="o", markerfacecolor="white", label=name, **style)
+            axes.plot([rate for rate, _ in chosen], [loss for _, loss in chosen], "o", color=style["color"])
             rates |= {rate for rate, _ in points}
     axes.set_xticks(sorted(rates), [f"{rate:.3g}" for rate in sorted(rates)])
     axes.set(xlabel="learning rate", ylabel="final loss in nats per token")
     return _svg(figure, "tuning")
 
 
-def _color(results: Results, entrant: str) -> str:
-    return f"C{[*results['entrants']].index(entrant) % 10}"
+def _style(results: Results, entrant: str) -> dict[str, Any]:
+    """The color and line of an entrant in the plots."""
+    index = [*results["entrants"]].index(entrant)
+    return {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else ":"}
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -21,6 +21,7 @@ from mot_jax.config import Config, MixtureOfTokensConfig, TrainingConfig, to_jso
 from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.memory import memory_bytes
 from mot_jax.cost.parameters import active_parameters, count_parameters
+from mot_jax.errors import UserError
 from mot_jax.modes import is_independent, trained_mode
 from mot_jax.runs.metrics import Row, read_rows
 from mot_jax.runs.scores import read_scores
@@ -69,7 +70,12 @@ def write(directory: Directory, command: str) -> dict[str, Any]:
 
 def load(folder: epath.Path) -> dict[str, Any]:
     """The results in a directory. Raises UserError."""
-    return strict_json.load(folder / FILE, dict, "try the --workdir of mot bench train")
+    advice = "try the --workdir of mot bench train"
+    results = strict_json.load(folder / FILE, dict, advice)
+    if results.get("format") != FORMAT or "study" not in results:
+        found = results.get("format", "no format")
+        raise UserError(f"{folder / FILE}: must be of a study, in format {FORMAT}, and has {found!r}; {advice}")
+    return results
 
 
 def _machine(record: dict[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ tokens. Nothing else should run on the machine; the CPU time of other processes 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,13 +15,14 @@ from etils import epath
 
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.study import plan as plans
-from mot_jax.benchmark.study.execute import Directory, commit, workdir_of
+from mot_jax.benchmark.study.execute import Directory, commit, read_record, workdir_of
 from mot_jax.benchmark.timing import cpu_times, in_turns, machine, share_of_others
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import train_batches
 from mot_jax.data.text import open_text
 from mot_jax.nn.sharding import local_sequences, make_mesh
+from mot_jax.runs.manifest import steps_of
 from mot_jax.runs.restore import load_run_config, load_training
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
@@ -31,30 +32,60 @@ _ROUNDS = 20
 
 
 def timed_runs(directory: Directory) -> dict[str, str]:
-    """The finished run of each entrant whose model is timed: that of the first seed that has not diverged."""
+    """By entrant, the run whose model is timed: of the first seed that has finished and has a checkpoint."""
     runs = {}
     for entrant in directory.study.entrants:
-        for name in plans.seed_runs(directory.study, entrant).values():
-            outcome = directory.outcome(name)
-            if outcome is not None and outcome.state == "finished":
+        for name in _finished(directory, entrant):
+            if steps_of(workdir_of(directory.folder, name) / "checkpoints"):
                 runs[entrant] = name
                 break
     return runs
 
 
+def _finished(directory: Directory, entrant: str) -> list[str]:
+    """The finished runs of an entrant's seeds."""
+    outcomes = {name: directory.outcome(name) for name in plans.seed_runs(directory.study, entrant).values()}
+    return [name for name, outcome in outcomes.items() if outcome is not None and outcome.state == "finished"]
+
+
+def _identities(directory: Directory, runs: Mapping[str, str]) -> dict[str, Any]:
+    """Config and text with which runs were trained, by entrant."""
+    records = {entrant: read_record(workdir_of(directory.folder, name)) for entrant, name in runs.items()}
+    return {
+        entrant: [record.get(key) for key in ("config_hash", "fingerprints")] for entrant, record in records.items()
+    }
+
+
 def read_times(directory: Directory) -> dict[str, Any] | None:
-    """The times that have been measured of these runs; None if there are none."""
+    """The times that have been measured of the runs in the directory.
+
+    None if there are none, if a run has been trained again with another config or text, or if an entrant can be timed
+    and has not been.
+    """
     path = directory.folder / FILE
-    times = strict_json.load(path, dict, f"try rm {path}, and it is measured again") if path.exists() else None
-    return times if times is not None and times.get("runs") == timed_runs(directory) else None
+    if not path.exists():
+        return None
+    times = strict_json.load(path, dict, f"try rm {path}, and it is measured again")
+    runs = times.get("runs", {})
+    same = times.get("identities") == _identities(directory, runs)
+    return times if same and timed_runs(directory).keys() <= runs.keys() else None
 
 
 def measure(directory: Directory, say: Callable[[str], None]) -> None:
-    """Time the step of every entrant's trained model in turns, and write `times.json`."""
+    """Time the step of every entrant's trained model in turns, and write `times.json`.
+
+    Entrants without a checkpoint of a finished run are left out, and nothing is written if there is none.
+    """
     runs, programs = timed_runs(directory), {}
+    for entrant in directory.study.entrants:
+        for name in _finished(directory, entrant)[:1] if entrant not in runs else ():
+            folder = workdir_of(directory.folder, name)
+            say(f"times: {entrant} is not timed: no checkpoint; try mv {folder} {folder}.old, and it is trained again")
     for entrant, name in runs.items():
         say(f"times: compiling the step of {name}")
         programs[entrant] = _program(workdir_of(directory.folder, name))
+    if not programs:
+        return
     say(f"times: {_ROUNDS} rounds")
     before, loads = cpu_times(), [os.getloadavg()[0]]
     timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS)
@@ -69,7 +100,8 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
         }
         for entrant, timing in timings.items()
     }
-    content = {"runs": runs, "machine": machine(), "commit": commit(), "rounds": _ROUNDS, "rows": rows}
+    content: dict[str, Any] = {"runs": runs, "identities": _identities(directory, runs)}
+    content |= {"machine": machine(), "commit": commit(), "rounds": _ROUNDS, "rows": rows}
     content |= {"share_of_others": others, "load_averages": loads}
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
 

@@ -17,9 +17,10 @@ import study_kills
 from etils import epath
 
 from mot_jax import cli
-from mot_jax.benchmark.study import execute, load_study, results
+from mot_jax.benchmark.study import execute, load_study, results, times
 from mot_jax.config import ExpertChoiceConfig, ExpertThresholdConfig, to_json
 from mot_jax.errors import DivergedError, UserError
+from mot_jax.runs import manifest
 from mot_jax.runtime import strict_json
 
 # A study of two kinds and 12 steps: 3 rates, 1 seed and at most one shorter schedule. Its function `alternatives` has
@@ -292,6 +293,48 @@ def test_a_run_is_not_resumed_on_another_machine(tmp_path, data):
     (workdir / "record.json").write_text(json.dumps({"state": "begun", "machine": {"python": "2.7"}}))
     with pytest.raises(UserError, match=r"dense-rate-0.01: was begun on another machine .*python 2.7, now 3"):
         execute.train_run(study, run, lambda steps: None)
+
+
+def checkpoint(workdir: Path) -> None:
+    """Write the files that mark a checkpoint as committed and complete."""
+    (workdir / "checkpoints" / "12").mkdir(parents=True)
+    for name in ("_CHECKPOINT_METADATA", manifest.FILE):
+        (workdir / "checkpoints" / "12" / name).write_text("{}")
+
+
+def test_times_are_of_runs_with_a_checkpoint_and_of_the_configs_with_which_they_were_trained(tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    study.study = dataclasses.replace(study.study, seeds=(1, 2))
+    lines: list[str] = []
+    times.measure(study, lines.append)  # no run has finished: nothing to time
+    assert not (study.folder / "times.json").exists() and lines == []
+    for entrant in ("dense", "mixture_of_tokens"):
+        for rate in (0.005, 0.01, 0.02):
+            record = {"state": "finished", "curve": [[12, 2.0]]}
+            workdir = finished_run(study, f"{entrant}-rate-{rate:g}", 2.0)
+            (workdir / "record.json").write_text(json.dumps(record))
+        for seed in (1, 2):
+            workdir = finished_run(study, f"{entrant}-seed-{seed}", 2.0)
+            (workdir / "record.json").write_text(json.dumps(record | {"config_hash": f"{entrant} {seed}"}))
+    times.measure(study, lines.append)
+    assert not (study.folder / "times.json").exists()
+    assert [line.split(";")[0] for line in lines] == [
+        "times: dense is not timed: no checkpoint",
+        "times: mixture_of_tokens is not timed: no checkpoint",
+    ]
+    runs = study.folder / "runs"
+    checkpoint(Path(runs / "dense-seed-2"))
+    assert times.timed_runs(study) == {"dense": "dense-seed-2"}
+    content = {"runs": times.timed_runs(study), "identities": times._identities(study, times.timed_runs(study))}
+    (study.folder / "times.json").write_text(json.dumps(content))
+    assert times.read_times(study) == content
+    shutil.rmtree(runs / "dense-seed-2" / "checkpoints")  # as in a published archive: the times are still valid
+    assert times.read_times(study) == content
+    record = {"state": "finished", "curve": [[12, 2.0]], "config_hash": "of another layer"}
+    (runs / "dense-seed-2" / "record.json").write_text(json.dumps(record))
+    assert times.read_times(study) is None
+    (study.folder / "times.json").write_text(json.dumps({"runs": {"dense": "dense-seed-2"}}))  # of an earlier version
+    assert times.read_times(study) is None
 
 
 # --- whole studies ----------------------------------------------------------------------------------------------------

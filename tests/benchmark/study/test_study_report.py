@@ -5,12 +5,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from etils import epath
 
 from mot_jax import cli
 from mot_jax.benchmark.study.analysis import analyze, stability
 from mot_jax.benchmark.study.report import report, to_html, to_markdown
-from mot_jax.benchmark.study.results import gradient_variation
+from mot_jax.benchmark.study.results import gradient_variation, load
 from mot_jax.config import TrainingConfig
+from mot_jax.errors import UserError
 
 DENSE, MOT, ROUTED = "dense", "mixture_of_tokens", "token_choice"
 # Final losses by entrant and seed: dense 2.0 on average; token choice misses that with seed 2.
@@ -75,7 +77,14 @@ def results() -> dict:
         for name, value in seconds.items()
     }
     machine = {"device": "1 x cpu", "python": "3.13.0"}
-    settings = {"seeds": [1, 2], "tuning_seed": 0, "horizon_seeds": [1], "max_extensions": 2, "steps": 100}
+    settings = {
+        "seeds": [1, 2],
+        "tuning_seed": 0,
+        "horizon_seeds": [1],
+        "max_extensions": 2,
+        "steps": 100,
+        "horizons": [0.3, 0.5],
+    }
     data = {"corpus": ["a", "b"], "train": "train", "validation": "validation", "tokenizer": "bytes"}
     data |= {"fingerprints": {"train": "f1"}, "train_windows": 50, "epochs": 0.5, "bits_per_nat": 1 / math.log(2)}
     data |= {"validation_filled": 0.25, "warnings": ["warning: text trained on"]}
@@ -145,6 +154,30 @@ def test_losses_as_trained_are_compared_too(results):
     row = analyze(results)["entrants"][ROUTED]
     assert row["trained_loss_test"]["difference"] == pytest.approx(0.85 - 0.5)
     assert row["loss_test"]["difference"] == pytest.approx(0.85)
+
+
+def test_entrants_are_compared_with_the_target_entrant_by_its_own_losses(results):
+    """Of two seeds of dense, one ends above their mean: each entrant's steps are to the loss of the same seed."""
+    before = analyze(results)["entrants"][DENSE]["crossing_test"]
+    results["settings"]["compared"] = DENSE
+    rows = analyze(results)["entrants"]
+    assert rows[DENSE]["crossing_test"] is None
+    assert rows[MOT]["crossing_test"]["difference"] == pytest.approx(-before["difference"])
+    assert rows[ROUTED]["crossing_test"]["reason"] == "1 of 2 seeds miss"
+    assert "to the loss of dense of the same seed" in to_markdown("", list(report(results)))
+
+
+def test_a_study_without_horizons_has_no_column_of_them(results):
+    assert "own horizon" in to_markdown("", list(report(results)))
+    results["settings"]["horizons"] = []
+    assert "horizon" not in to_markdown("", list(report(results))).lower()
+
+
+@pytest.mark.parametrize("content", [{}, {"format": 2, "study": "mine"}, {"format": 1, "rows": []}])
+def test_results_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"results.json: must be of a study, in format 1, and has"):
+        load(epath.Path(tmp_path))
 
 
 def test_losses_at_equal_budgets_are_those_at_an_earlier_step(results):
@@ -281,6 +314,7 @@ def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(r
     assert f"| token_choice | other | {fields} | 9.5000 |  |" in text
     assert "| token_choice | 0.01 | 4 |  | 0.005: 2.2000, 0.01: 2.0000, 0.02: 2.1000 |" in text
     assert "| dense | 0.01 | 3 |" in text and "--run dense-rate-0.01" in text
+    assert "different numbers of candidates: 1 of dense, mixture_of_tokens; 2 of token_choice." in text
     undecided = {"rates": {}, "chosen": None, "complete": False, "at_end": False}
     results["entrants"][ROUTED] |= {"candidate": None, "tuning": undecided}
     text = to_markdown("", list(report(results)))

@@ -65,6 +65,7 @@ class Case:
         reach: the tokens on which a token may depend, itself included. `past`: those of its sequence up to its
             position. `group`: those of all sequences of its group up to its position. `order`: the earlier tokens of
             its routing group, sequence after sequence. `sequence`: all of its sequence, which a causal model refuses.
+        reach_later: the same after the warmup of the layer; None: no other.
         drops: whether some tokens are dropped: their number is then limited by so small a capacity.
         slow: whether only the slow suite has this case. The fast one has Mixture of Tokens, and two kinds that have all
             parts of the others: router state, drops, warmup, auxiliary losses and a shared expert; some tests fewer.
@@ -73,6 +74,7 @@ class Case:
     config: FeedForwardConfig
     reach: Literal["past", "group", "order", "sequence"]
     drops: bool = False
+    reach_later: Literal["past", "order"] | None = None
     slow: bool = False
 
 
@@ -95,10 +97,12 @@ CASES = {
         ),
         "group",
         drops=True,
+        reach_later="past",  # its routing group is its sequence
     ),
     "expert_threshold, unlimited": Case(
         ExpertThresholdConfig(8, top_k=2, capacity_factor=None, routing_group_tokens=32, group_size=8, warmup_steps=2),
         "group",
+        reach_later="past",
         slow=True,
     ),
     "expert_choice": Case(
@@ -209,7 +213,7 @@ def trained_state(name: str, steps: int) -> TrainState:
 # --- dependence on other tokens ---------------------------------------------------------------------------------------
 
 
-def allowed_tokens(case: Case, group_size: int) -> np.ndarray:
+def allowed_tokens(reach: str, group_size: int) -> np.ndarray:
     """bool [B S, B S]: whether the output of the first token may depend on the second one."""
     same_sequence = SEQUENCE[:, None] == SEQUENCE
     same_group = SEQUENCE[:, None] // group_size == SEQUENCE // group_size
@@ -220,7 +224,7 @@ def allowed_tokens(case: Case, group_size: int) -> np.ndarray:
         "order": same_group & np.tri(B * S, dtype=bool),
         "sequence": same_sequence,
     }
-    return allowed[case.reach] & MASK.ravel()
+    return allowed[reach] & MASK.ravel()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -236,14 +240,15 @@ def test_a_token_depends_on_no_token_out_of_its_reach(name):
     case, config, tokens = CASES[name], config_of(name), batch_of().inputs
     state, rng = trained_state(name, 2), np.random.default_rng(0)
     params = state.variables
-    allowed, mask = allowed_tokens(case, config.group_size), MASK.ravel()
+    mask = MASK.ravel()
 
     def outputs(step: int, replaced: np.ndarray) -> np.ndarray:
         other = (tokens + rng.integers(1, 256, size=tokens.shape, dtype="int32")) % 256
         return np.asarray(forward(config.model, params, np.where(replaced.reshape(B, S), other, tokens), step)[0])
 
     drops = depends_on_other_sequences = False
-    for step in (0, 10**6):
+    for step, reach in ((0, case.reach), (10**6, case.reach_later or case.reach)):
+        allowed = allowed_tokens(reach, config.group_size)
         expected, metrics = outputs(step, np.zeros_like(mask)), forward(config.model, params, tokens, step)[1]
         drops |= metrics.get("dropped/00", 0) > 0.1
         for token in rng.choice(np.flatnonzero(mask), 12):
