@@ -16,7 +16,7 @@ from flax import nnx
 
 import mot_jax
 from mot_jax import FeedForwardContext, MixingConfig, MixtureOfTokens, MixtureOfTokensConfig, cli, training
-from mot_jax.cli import parsing
+from mot_jax.cli import bench, convert, data, models, parsing, runs, tuning
 from mot_jax.config import (
     CompanionsConfig,
     Config,
@@ -163,22 +163,28 @@ for name in python pip mot tfds pre-commit mkdocs jupyter; do cp stub .venv/bin/
 
 
 class ParsedError(Exception):
-    """The arguments of a command have been parsed."""
+    """The arguments of a command have been parsed, and the config that they give is valid."""
 
 
 @pytest.fixture
 def parse_only(monkeypatch):
     """parse_only(arguments): the errors of the arguments of `mot`, with the demo's config for a run's directory."""
 
-    def build(*arguments, real=parsing._build):
-        real(*arguments)
-        raise ParsedError
+    def stop_after(parse):
+        def stopped(*arguments):
+            parse(*arguments)
+            raise ParsedError
+
+        return stopped
 
     def load(target):
         return load_config(target if ".py" in target else "configs/demo.py")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(parsing, "_build", build)
+    for command_module in (bench, convert, data, models, runs, tuning):
+        for name in ("parse", "parse_with_config", "parse_with_config_flags"):
+            if hasattr(command_module, name):
+                monkeypatch.setattr(command_module, name, stop_after(getattr(parsing, name)))
     monkeypatch.setattr(parsing, "load_target", load)
     monkeypatch.setattr(restore, "load_run_config", load)
 

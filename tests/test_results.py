@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +84,52 @@ def demo() -> dict[str, Any]:
         "tuning": {name: min(tuning_losses(results, name).values()) for name in names},
     }
     return analyze(results) | more
+
+
+def test_rows_of_metrics_end_with_the_losses_of_the_results(demo):
+    """The last evaluation in the compared mode of each run, in the published rows."""
+    results, last = load(epath.Path(RESULTS / "demo")), {}
+    with gzip.open(RESULTS / "demo" / "rows.jsonl.gz", "rt") as file:
+        for row in map(json.loads, file):
+            if row["split"] == "validation":
+                last[row["run"], row.get("mode", "trained")] = row["step"], row["loss"]
+    for run in results["runs"]:
+        if run["state"] == "finished":
+            mode = results["entrants"][run["entrant"]]["headline_mode"]
+            assert last[run["name"], mode] == (run["steps"], run["loss"]), run["name"]
+
+
+def signed(value: float, digits: str) -> str:
+    return f"{value:+{digits}}".replace("+", "+ ").replace("-", "\N{MINUS SIGN} ").replace("%", " %")
+
+
+def ratio(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else "never" if math.isinf(value) else f"{value:.2f}"
+
+
+def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
+    """The cells of an entrant's row in docs/results/index.md."""
+    row, changes = figures["entrants"][entrant], figures["stability"][entrant]["changes"]
+    test = row["loss_test"]
+    difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({test['holm']:.2g})"
+    shortest = [ratio(tried["shortest"]) for tried in (row["horizon"] or {}).values()]
+    return [
+        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}",
+        f"{row['trained_loss']['mean']:.3f}",
+        difference,
+        ratio(row["steps_to_target"]),
+        "1.00" if entrant == "dense" else ", ".join(shortest),
+        ratio(row["executed_to_target"]),
+        ratio(row["time_ratio"]),
+        ratio(row["time_to_target"]),
+        signed(changes[4.0], ".1%"),
+    ]
+
+
+def test_the_table_of_the_demo_study_has_its_figures(demo):
+    page = (RESULTS / "index.md").read_text()
+    for entrant in demo["entrants"]:
+        assert f"| `{entrant}` | {' | '.join(summary_of(demo, entrant))} |" in page
 
 
 @pytest.mark.parametrize(("page", "sentence", "figures"), CITED)

@@ -7,8 +7,8 @@ Models are those of `configs/studies/demo.py` with fewer experts, since ReLU rou
 step executes 4 times the FLOPs of the dense model, so that its time is not that of a layer that skips experts. Useful
 FLOPs are those of the shared expert and of four experts per token, the number that the L1 loss of the gates aims at.
 
-Two knobs are tuned, with equally many runs for every entrant: the learning rate, and the scale of the initial weights
-of the controller, 1 or 3, or for dense layers biases.
+Two knobs are tuned, with equally many runs for every entrant: the learning rate, and of the kinds with a controller the
+scale of its initial weights, 1 or 3, of dense layers their biases.
 """
 
 from dataclasses import replace

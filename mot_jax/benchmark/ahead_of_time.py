@@ -112,7 +112,7 @@ def _compile_layer(
     seconds, costs = time.perf_counter() - start, compiled.cost_analysis()
     module = hlo.parse(compiled.as_text() or "")
     program, hardware, peak = read_program(module, {}, kernels=not kernel_bytes), hardware_of(device), None
-    if not kernel_bytes:  # whose FLOPs are not in the text
+    if not kernel_bytes and program.exact:  # else FLOPs are not in the text, or may not be those of a run
         peak = peak_flops(device, dtype)
     return {
         "hbm_bytes": program.hbm_bytes + kernel_bytes,
@@ -155,9 +155,9 @@ def memory_of_steps(
     Rows: config, products; needed, bytes of the chip's memory; of these, arguments (parameters, optimizer state, batch)
     and temporaries including the gaps between them; live, the temporaries in use at the peak, on a TPU only, else None;
     ratio and live_ratio, temporaries and live over the baseline's; hbm_bytes of a step, from the compiled program's
-    text; kernel_s, seconds by kernel, None without the device's figures and if a part of the program is not understood;
-    unknown, these parts; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only `needed`
-    is known, or None if the compiler does not report it.
+    text; kernel_s, seconds by kernel, None without the device's figures and unless the plan is exact; unknown,
+    the parts for which it is not; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only
+    `needed` is known, or None if the compiler does not report it.
     """
     device = devices_of(parse_topology(topology))[0]
     return [row for by in _products(device, products) for row in _memory_of_steps(configs, topology, progress, by)]
@@ -172,8 +172,9 @@ def _memory_of_steps(
         config = dataclasses.replace(config, mesh=MeshConfig(data=1))
         plan = plan_training(config, topology, chips=1, products=products or "triton")
         row: Row = {"config": name, "products": products, "fits": plan.fits, "compile_s": plan.seconds_to_compile}
-        row |= {"notes": plan.notes, "unknown": plan.program.unknown if plan.program else ()}
-        row["kernel_s"] = plan.times.compute + plan.times.hbm if plan.times and not row["unknown"] else None
+        unknown = plan.program.unknown + plan.program.overcounted if plan.program else ()
+        row |= {"notes": plan.notes, "unknown": unknown}
+        row["kernel_s"] = plan.times.compute + plan.times.hbm if plan.times and not unknown else None
         row |= {part: plan.memory.get(part) for part in ("needed", "arguments", "temporaries")}
         row["live"] = plan.memory.get("in use at once")
         rows.append(row | {"hbm_bytes": plan.program and plan.program.hbm_bytes})

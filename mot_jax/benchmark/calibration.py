@@ -71,8 +71,10 @@ class Model:
         devices = [self._device] if mesh is None else list(mesh.devices.flat)
         shape = {} if mesh is None else dict(mesh.shape)
         program = read_program(hlo.parse(compiled.as_text() or ""), shape)
-        if not program.exact:
-            raise NotModeledError(f"not understood: {(program.unknown + program.overcounted)[0]}")
+        if program.unknown:
+            raise NotModeledError(f"not understood: {program.unknown[0]}")
+        if program.overcounted:
+            raise NotModeledError(f"not known: {program.overcounted[0]}")
         if program.collectives and self.measured and self._device.platform != "cpu":
             raise NotModeledError("the network of these devices is not known")
         return seconds_by_class(program, self._hardware, self._peak(dtype), devices)

@@ -250,6 +250,8 @@ def _compile_programs(
         else:
             kind = "token_choice" if name in peers else name.partition(":")[0]
             layer = kind if name in peers else name
+            if name in peers and kind not in shape.kinds():
+                raise PeerError(f"has the parameters of {kind}, which is left out")
             forward, variables = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind))
             variables = variables if trained is None else trained.with_router(variables)
             if name in peers:

@@ -61,9 +61,8 @@ def _import(name: str) -> Any:
 
 
 def _config(shape: Shape) -> TokenChoiceConfig:
-    config = shape.kinds().get("token_choice")
-    if not isinstance(config, TokenChoiceConfig):
-        raise PeerError("has the parameters of token_choice, which is left out")
+    config = shape.kinds()["token_choice"]
+    assert isinstance(config, TokenChoiceConfig)
     return config
 
 

@@ -70,9 +70,10 @@ def bench_step(
         check(config)
     (name, first), *others = configs.items()
     for other, config in others:
-        if (tokens := _tokens(config)) != _tokens(first):
-            rule = f"{tokens:,} tokens per step, and those of {name} have {_tokens(first):,}"
-            raise UserError(f"{other}: has {rule}: must be equal; try another training.batch_size")
+        if (tokens := _tokens(first)) != _tokens(config):
+            rule = f"the steps of {name} have {tokens:,} tokens, those of {other} {_tokens(config):,}: must be equal"
+            size = _tokens(config) / first.model.context_length
+            raise UserError(f"{rule}; try --training.batch-size {size:.0f}")
     runs = {}
     for name, config in configs.items():
         progress(f"{name}: compiling")
@@ -205,7 +206,7 @@ COLUMNS: list[Column] = [
     ("M parameters", partial(number, "parameters", 1e-6, ",.1f")),
     ("ms per step", partial(number, "median_s", 1e3, ",.2f")),
     ("spread", partial(number, "spread", 1, ".0%")),
-    ("ratio", partial(number, "ratio_to_dense", 1, ".2f")),
+    ("ratio to the last row", partial(number, "ratio_to_dense", 1, ".2f")),
     ("tokens/s", partial(number, "tokens_per_second", 1, ",.0f")),
     ("MFU", partial(number, "mfu", 1, ".1%")),
     ("MFU by data sheet", partial(number, "mfu_by_datasheet", 1, ".1%")),

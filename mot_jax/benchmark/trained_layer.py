@@ -142,7 +142,8 @@ def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, st
         if kind != trained:
             fields["routing_group_tokens"] = length
         fields = {name: value for name, value in fields.items() if hasattr(kind, name)}
-        if getattr(kind, "num_experts", experts) != experts:
+        if (count := getattr(kind, "num_experts", experts)) != experts:
+            left_out[kind.kind] = f"at its FLOPs, it would have {count} experts, and the run has {experts}"
             continue
         kind = dataclasses.replace(kind, **fields)
         ratio = flops(kind) / flops(DenseConfig())

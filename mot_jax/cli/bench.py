@@ -224,7 +224,6 @@ def _step(arguments: list[str]) -> None:
         "matrix products": f"{rates['peak'] / 1e9:,.1f} GFLOP/s",
         "memory bandwidth": f"{rates['bandwidth'] / 1e9:.1f} GB/s",
         "rounds": str(rounds),
-        "ratio": f"ms per step compared with {baseline_name}",
     }
     _report(options.json, about, rows, COLUMNS, config=options.config, machine=about, **rates)
 

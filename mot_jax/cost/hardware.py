@@ -86,7 +86,6 @@ _DEVICES: tuple[Device, ...] = (
     Device(("NVIDIA H100 PCIe",), 756e12, 378e12),  # NVIDIA H100 data sheet of 2022, PCIe
 )
 HARDWARE = {device.name: device for device in _DEVICES if isinstance(device, Hardware)}
-TPUS = tuple(name for name, hardware in HARDWARE.items() if hardware.dimensions)
 GPUS = tuple(name for name, hardware in HARDWARE.items() if not hardware.dimensions)
 MAX_HOSTS = 1024  # of GPUs: a bound on typing errors
 KNOWN = (

@@ -288,6 +288,11 @@ class LanguageModel:
             errors.append(f"text: there must be at least one; try 'def {gap}ead('")
         if not gap:
             raise UserError("gap = '': must be a mark that stands for a missing token; try '_'")
+        for text in texts:
+            if isinstance(text, np.ndarray) and (fault := self._fault_of_ids(text)):
+                errors.append(f"text = {_short(text)}: {fault}")
+        if errors:
+            raise UserError(*errors)
         sequences = [self._encode_gaps(text, gap) for text in texts]
         for text, sequence in zip(texts, sequences, strict=True):
             if isinstance(text, (str, bytes)) and tokenizer.mask_token not in sequence:
@@ -378,24 +383,27 @@ class LanguageModel:
 
         Raises UserError for token ids that the tokenizer, with the mask token of a masked model, does not have.
         """
-        if isinstance(text, np.ndarray):
-            masked = self.config.model.objective == "masked"
-            most = self.tokenizer.mask_token if masked else self.tokenizer.vocab_size - 1
-            if (
-                text.ndim != 1
-                or text.dtype.kind not in "iu"
-                or (text.size and not 0 <= text.min() <= text.max() <= most)
-            ):
-                rule = f"must be token ids, [n] whole numbers from 0 to {most}"
-                raise UserError(f"prompt = {_short(text)}: {rule}; try the text instead of its ids")
-            return text.astype(np.int32)
-        return self.tokenizer.encode(_bytes(text)).astype(np.int32)
+        if not isinstance(text, np.ndarray):
+            return self.tokenizer.encode(_bytes(text)).astype(np.int32)
+        if fault := self._fault_of_ids(text):
+            raise UserError(f"text = {_short(text)}: {fault}")
+        return text.astype(np.int32)
+
+    def _fault_of_ids(self, ids: np.ndarray) -> str:
+        """Return the rule that token ids break, in words; empty if the model has them all."""
+        masked = self.config.model.objective == "masked"
+        most = max(self.tokenizer.vocab_size - 1, self.tokenizer.mask_token if masked else 0)
+        if ids.ndim == 1 and ids.dtype.kind in "iu" and (not ids.size or 0 <= ids.min() <= ids.max() <= most):
+            return ""
+        return f"must be token ids, [n] whole numbers from 0 to {most}; try the text instead of its ids"
 
     def examine_prompt(self, prompt: Prompt) -> tuple[int, str]:
         """Return the number of tokens, and the rule that the prompt breaks, in words; empty if it can be continued."""
         context = self.config.model.context_length
         if not isinstance(prompt, np.ndarray) and len(prompt) > _MAX_CHARACTERS_PER_TOKEN * context:
             return 0, f"has {len(prompt):,} characters, and the context {context} tokens; try its end"
+        if isinstance(prompt, np.ndarray) and (fault := self._fault_of_ids(prompt)):
+            return 0, fault
         size = len(self.encode(prompt))
         if not size:
             return 0, "is empty; try 'def '"

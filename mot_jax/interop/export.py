@@ -118,7 +118,8 @@ def open_output(output: epath.PathLike, overwrite: bool, source: epath.Path) -> 
 
 
 def _is_export_file(name: str) -> bool:
-    return name.removesuffix(".new") in _FILES or bool(_SHARD.fullmatch(name))
+    written = name.removesuffix(".new")  # of a file that a kill left incomplete
+    return written in _FILES or bool(_SHARD.fullmatch(written))
 
 
 def write_export(

@@ -229,7 +229,7 @@ def _parameter_readers(
 
     if not isinstance(model.feed_forward, DenseConfig | MixtureOfTokensConfig):
         reason = f"{naming.title} has no such layers; try a mixture_of_tokens or dense config"
-        raise UserError(f"model.feed_forward = {model.feed_forward.kind}: {reason}")
+        raise UserError(*errors, f"model.feed_forward = {model.feed_forward.kind}: {reason}")
     sizes = _sizes(model)
     block_prefixes: dict[str, list[str]] = {}  # by our prefix, in the order of a scanned layer's repeats
     for block, (place, _) in enumerate(block_places(model)):

@@ -24,7 +24,7 @@ from mot_jax.cost.flops import flops_per_token
 from mot_jax.cost.hardware import GPUS, Topology, hardware_of, parse_topology, peak_flops
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
-from mot_jax.nn.sharding import batch_sharding, make_mesh
+from mot_jax.nn.sharding import batch_multiple, batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.checkpoints import BANDWIDTH, CheckpointBytes, checkpoint_bytes
 from mot_jax.planning.hlo import UnknownTextError
@@ -209,7 +209,7 @@ def plan_training(
             if "memory space vmem" in str(error):
                 kernels = {"model.feed_forward.kernel": getattr(config.model.feed_forward, "kernel", "xla")}
                 kernels["model.attention_kernel"] = config.model.attention_kernel
-                field, kernel = next((item for item in kernels.items() if item[1] != "xla"), *kernels.items())
+                field, kernel = next((k for k in kernels.items() if k[1] != "xla"), next(iter(kernels.items())))
                 raise UserError(f"{field} = {kernel!r}: needs more than a core's memory; try 'xla'") from None
             program = None
             memory |= _refused_bytes(str(error), limit)
@@ -243,7 +243,7 @@ def plan_training(
         memory=memory,
         fits=fits,
         largest=[] if fits else largest_tensors(traced.jaxpr.jaxpr)[:LARGEST],
-        advice=[] if fits else _advice(config),
+        advice=[] if fits else _advice(config, mesh),
         model_flops=model_flops,
         program=program if fits else None,
         times=times,
@@ -382,7 +382,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             yield from _equations(inner)
 
 
-def _advice(config: Config) -> list[str]:
+def _advice(config: Config, mesh: Mesh) -> list[str]:
     """Changes of the config that reduce the memory of a step."""
     m, t = config.model, config.training
     axes = "--mesh.fsdp or --mesh.expert" if hasattr(m.feed_forward, "num_experts") else "--mesh.fsdp"
@@ -396,9 +396,6 @@ def _advice(config: Config) -> list[str]:
         f"--training.gradient-accumulation-steps {steps}, if a microbatch still has whole groups on every chip"
     )
     half = t.batch_size // 2
-    try:
-        check(dataclasses.replace(config, training=dataclasses.replace(t, batch_size=half)))
+    if half % (batch_multiple(config, mesh) * t.gradient_accumulation_steps) == 0 < half:
         advice.append(f"--training.batch-size {half}")
-    except UserError:  # not whole groups, or none
-        pass
     return [*advice, "more devices"]

@@ -72,7 +72,7 @@ def test_a_row_for_the_config_and_its_baseline(compiled, monkeypatch):
 
 def test_steps_of_different_numbers_of_tokens_are_refused():
     half = dataclasses.replace(CONFIG, training=dataclasses.replace(CONFIG.training, batch_size=4))
-    rule = "dense: has 64 tokens per step, and those of mot have 128: must be equal"
+    rule = "the steps of mot have 128 tokens, those of dense 64: must be equal; try --training.batch-size 4"
     with pytest.raises(UserError, match=rule):
         bench_step({"mot": CONFIG, "dense": dense_of_equal_width(half)}, 3, lambda line: None)
 
@@ -95,6 +95,8 @@ def test_devices_of_a_cpu_share_its_peak(monkeypatch, platform, times):
     monkeypatch.setattr(StubRun, "__init__", lambda self, config: setattr(self, "mesh", mesh))
     (row,), measured = bench_step({"dense": dense_of_equal_width(CONFIG)}, 3, lambda line: None)
     assert measured == {"peak": times * 1e9, "bandwidth": times * 1e8}
+    of_all = 2 // times  # devices whose parameters are in the memory of the bandwidth
+    assert row["optimizer_bound_s"] == adamw_bytes(of_all * 1000) / 1e8
     assert row["mfu"] == pytest.approx(row["flops"] / row["median_s"] / measured["peak"])
 
 

@@ -109,14 +109,18 @@ def kinds_and_reasons(kind, sequences: int, length: int) -> tuple[set[str], dict
 def test_kinds_that_cannot_be_compared_with_a_run_are_left_out():
     """96 positions are no multiple of 64; a batch of 32 has no group of 64; 10 // 4 groups have 5 experts per token."""
     kinds, left_out = kinds_and_reasons(MixtureOfTokensConfig(4, 8), 8, 96)
-    assert left_out == {} and {"dense", "token_choice", "expert_threshold", "hash"} < kinds
+    assert left_out.keys() == {"soft_moe"} and {"dense", "token_choice", "expert_threshold", "hash"} < kinds
     kinds, left_out = kinds_and_reasons(TokenChoiceConfig(64, top_k=1, routing_group_tokens=96), 32, 96)
     assert {"dense", "token_choice", "hash"} <= kinds and not kinds & left_out.keys()
     assert left_out["mixture_of_tokens"] == "groups of 64 sequences do not divide a batch of 32"
     kinds, left_out = kinds_and_reasons(TokenChoiceConfig(10, 96, 4, routing_group_tokens=64), 32, 64)
     assert "token_choice" in kinds and "1.25 times the FLOPs" in left_out["mixture_of_tokens"]
     kinds, left_out = kinds_and_reasons(MixtureOfTokensConfig(32, 8), 32, 64)
-    assert kinds == {"dense", "mixture_of_tokens"} and "4.00 times the FLOPs" in left_out["token_choice"]
+    assert (
+        kinds == {"dense", "mixture_of_tokens"}
+        and "soft_moe" in left_out
+        and "4.00 times the FLOPs" in left_out["token_choice"]
+    )
 
 
 def test_a_package_that_cannot_be_imported_is_not_called_missing(monkeypatch, tmp_path):

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from tokenizer_files import tokenizer_of
+from tokenizer_files import FILES, tokenizer_of
 
 from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, ModelConfig, SoftMoEConfig
 from mot_jax.data.objectives import Batch
-from mot_jax.data.tokenizers import ByteTokenizer
+from mot_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.inference import generate
 from mot_jax.inference.generate import Sampler, left_padded, sample_tokens
@@ -343,12 +343,25 @@ def test_batches_of_texts_are_filled_as_one_batch():
     [
         ("a_b", {}, r"texts = 'a_b': must be a list of texts"),
         (["a_b"], {"batch_size": 0}, "batch_size = 0: must be at least 1; try 32"),
-        ([np.array([258])], {}, r"prompt = int64\[1\] \[258\]: must be token ids, \[n\] whole numbers from 0 to 257"),
+        ([np.array([258])], {}, r"text = int64\[1\] \[258\]: must be token ids, \[n\] whole numbers from 0 to 257"),
     ],
 )
 def test_arguments_of_fill_are_checked(texts, options, words):
     with pytest.raises(UserError, match=words):
         language_model(MASKED).fill(texts, **options)
+
+
+def test_ids_above_a_mask_token_that_is_in_the_vocabulary_are_texts(tmp_path):
+    (tmp_path / "words.json").write_bytes(FILES["words.json"]())
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    lm = language_model(dataclasses.replace(MASKED, vocab_size=tokenizer.vocab_size))
+    lm = dataclasses.replace(lm, tokenizer=tokenizer)
+    last = tokenizer.vocab_size - 1
+    assert tokenizer.mask_token < last
+    (filled,) = lm.fill([np.array([last, tokenizer.mask_token, last])])
+    assert len(filled.gaps) == 1
+    with pytest.raises(UserError, match=f"whole numbers from 0 to {last};"):
+        lm.fill([np.array([last + 1])])
 
 
 def test_token_ids_of_another_tokenizer_have_no_likelihood():

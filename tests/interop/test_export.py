@@ -144,6 +144,11 @@ def test_no_file_is_overwritten_without_the_option(saved, exported, out, tmp_pat
     with pytest.raises(UserError, match=f"holds {backup.name}, which is not part of an export"):
         export_model(exported, out, overwrite=True)
     backup.unlink()
+    incomplete = out / "model-00001-of-00002.safetensors.new"  # of an export that was killed
+    incomplete.write_text("")
+    with pytest.raises(UserError, match="holds an export already"):
+        export_model(exported, out)
+    incomplete.unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; try a new directory"):
         export_model(out, tmp_path / "file")

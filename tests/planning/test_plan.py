@@ -179,16 +179,46 @@ def test_times_that_lack_a_kernel_are_lower_bounds_without_an_mfu():
     assert "without overlap  at least 100.00 ms; largest" in output and "MFU" not in output
 
 
-def test_changes_that_reduce_memory_are_valid_for_the_config():
+def test_changes_that_reduce_memory_are_valid_for_the_config(mesh_of):
     """Half of 32 sequences is not a whole group of 32, and a dense model has no experts to shard."""
     config = small_config()
     mixture = dataclasses.replace(config.model, feed_forward=MixtureOfTokensConfig(32, 32))
     training = dataclasses.replace(config.training, batch_size=32)
-    advice = _advice(dataclasses.replace(config, model=mixture, training=training))
+    advice = _advice(dataclasses.replace(config, model=mixture, training=training), mesh_of(data=1))
     assert any("--mesh.expert" in line for line in advice) and not any("batch-size" in line for line in advice)
     dense = dataclasses.replace(config.model, feed_forward=DenseConfig())
-    advice = _advice(dataclasses.replace(config, model=dense, training=training))
+    config = dataclasses.replace(config, model=dense, training=training)
+    advice = _advice(config, mesh_of(data=1))
     assert not any("--mesh.expert" in line for line in advice) and "--training.batch-size 16" in advice
+    eight = dataclasses.replace(config, training=dataclasses.replace(training, batch_size=8))
+    assert not any("batch-size" in line for line in _advice(eight, mesh_of(data=8)))  # no sequence for half of them
+
+
+@pytest.mark.parametrize(
+    ("attention", "kernel", "line"),
+    [
+        ("splash", "xla", "model.attention_kernel = 'splash'"),
+        ("auto", "fused_mixture", "model.feed_forward.kernel = 'fused_mixture'"),
+    ],
+)
+def test_a_kernel_that_needs_more_than_a_core_has_is_named(monkeypatch, mesh_of, attention, kernel, line):
+    class Traced:
+        def trace(self, *_):
+            return self
+
+        lower = trace
+
+        def compile(self, _):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
+
+    config = small_config()
+    layer = MixtureOfTokensConfig(4, 8, kernel=kernel, save_for_backward="nothing")
+    model = dataclasses.replace(config.model, feed_forward=layer, attention_kernel=attention, context_length=128)
+    monkeypatch.setattr(module, "check", lambda config: None)
+    monkeypatch.setattr(module, "_mesh", lambda config, devices: mesh_of(data=1))
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: Traced())
+    with pytest.raises(UserError, match=f"^{line}: needs more than a core's memory; try 'xla'"):
+        plan_training(dataclasses.replace(config, model=model), "local:1")
 
 
 # --- with libtpu ------------------------------------------------------------------------------------------------------

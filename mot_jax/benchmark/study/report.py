@@ -250,17 +250,21 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         )
     columns = ["entrant", "loss", "p", f"than {compared}", "loss as trained", "p", "steps to target, ratio", "p"]
     yield Table([*columns, f"than {compared}"], table)
-    steps = (
-        f"those of each entrant to the loss of {compared} of the same seed, compared with all steps"
-        if compared == settings["target"]
-        else f"all of them, and those of {compared} to its loss of the same seed"
-    )
+    if compared == settings["target"]:
+        steps = (
+            f"Steps: those in which an entrant reaches the final loss of {compared} with the same seed, over all steps "
+            f"of {compared}; there is no test where a seed does not reach it."
+        )
+    else:
+        steps = (
+            "There is no test of the steps where a seed misses the target. Steps of "
+            f"{settings['target']}: all of them, and those of {compared} to its loss of the same seed."
+        )
     yield Text(
         f"Mean differences of the final losses and mean ratios of the steps to the target, entrant and {compared} "
         "paired by seed, with 95 % confidence intervals. Loss: in the evaluated modes; as trained: both in the mode of "
         "training. p: of paired two-sided t-tests of each loss and of the logarithm of the steps, corrected over the "
-        f"entrants by Holm's method; significant below {SIGNIFICANCE}. There is no test where a seed misses the "
-        f"target. Steps of {settings['target']}: {steps}."
+        f"entrants by Holm's method; significant below {SIGNIFICANCE}. {steps}"
     )
 
 

@@ -72,9 +72,10 @@ def load(folder: epath.Path) -> dict[str, Any]:
     """The results in a directory. Raises UserError."""
     advice = "try the --workdir of mot bench train"
     results = strict_json.load(folder / FILE, dict, advice)
-    if results.get("format") != FORMAT or "study" not in results:
-        found = results.get("format", "no format")
-        raise UserError(f"{folder / FILE}: must be of a study, in format {FORMAT}, and has {found!r}; {advice}")
+    if "study" not in results:
+        raise UserError(f"{folder / FILE}: is not of a study; {advice}")
+    if (found := results.get("format")) != FORMAT:
+        raise UserError(f"{folder / FILE}: has format {found!r}, and this version reads {FORMAT}; {advice}")
     return results
 
 

@@ -164,7 +164,9 @@ def test_entrants_are_compared_with_the_target_entrant_by_its_own_losses(results
     assert rows[DENSE]["crossing_test"] is None
     assert rows[MOT]["crossing_test"]["difference"] == pytest.approx(-before["difference"])
     assert rows[ROUTED]["crossing_test"]["reason"] == "1 of 2 seeds miss"
-    assert "to the loss of dense of the same seed" in to_markdown("", list(report(results)))
+    assert "reaches the final loss of dense with the same seed, over all steps of dense" in to_markdown(
+        "", list(report(results))
+    )
 
 
 def test_a_study_without_horizons_has_no_column_of_them(results):
@@ -173,10 +175,17 @@ def test_a_study_without_horizons_has_no_column_of_them(results):
     assert "horizon" not in to_markdown("", list(report(results))).lower()
 
 
-@pytest.mark.parametrize("content", [{}, {"format": 2, "study": "mine"}, {"format": 1, "rows": []}])
-def test_results_of_another_kind_are_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "is not of a study"),
+        ({"format": 1, "rows": []}, "is not of a study"),
+        ({"format": 2, "study": "mine"}, "has format 2, and this version reads 1"),
+    ],
+)
+def test_results_of_another_kind_are_refused(tmp_path, content, words):
     (tmp_path / "results.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"results.json: must be of a study, in format 1, and has"):
+    with pytest.raises(UserError, match=f"results.json: {words}"):
         load(epath.Path(tmp_path))
 
 
