@@ -53,7 +53,8 @@ def test_notes_and_unknown_parts_of_a_plan(monkeypatch, tmp_path, capsys):
 
     def plan(config, *_, **options):
         dense = config.model.feed_forward.kind == "dense"
-        program = SimpleNamespace(hbm_bytes=8.0, unknown=() if dense else ("FLOPs of the custom call x",))
+        unknown = {"unknown": ("FLOPs of the custom call x",), "overcounted": ("branch taken by y",)}
+        program = SimpleNamespace(hbm_bytes=8.0, **dict.fromkeys(unknown, ()) if dense else unknown)
         times, notes = SimpleNamespace(compute=1.0, hbm=2.0), () if dense else ("XLA's attention, not cuDNN's",)
         memory = {"needed": 3, "arguments": 1, "temporaries": 2}
         return SimpleNamespace(
@@ -64,7 +65,7 @@ def test_notes_and_unknown_parts_of_a_plan(monkeypatch, tmp_path, capsys):
     file = tmp_path / "rows.json"
     cli.main(["bench", "step", "configs/demo.py", "--topology", "local:1", "--json", str(file)])
     mot, dense = json.loads(file.read_text())["rows"]
-    assert (mot["kernel_s"], mot["unknown"]) == (None, ["FLOPs of the custom call x"])
+    assert (mot["kernel_s"], mot["unknown"]) == (None, ["FLOPs of the custom call x", "branch taken by y"])
     assert (dense["kernel_s"], dense["unknown"], dense["notes"]) == (3.0, [], [])
     assert mot["notes"] == ["XLA's attention, not cuDNN's"]
     assert capsys.readouterr().out.splitlines()[-1] == "demo: XLA's attention, not cuDNN's"
