@@ -33,7 +33,7 @@ def mot() -> Config:
     Recipe:     small experts (granularity 4) next to a shared expert of a quarter of the dense width, and a controller
                 whose initial standard deviation is three times the usual one, so that the mixing weights start far
                 from uniform. The model is small, so that many steps fit into the time.
-    Here:       2.086 bits per byte after 1,600 steps (Python 3.13), see the README.
+    Here:       2.086 bits per byte after 1,600 steps (Python 3.13), one seed.
     """
     return Config(
         model=ModelConfig(
@@ -66,7 +66,7 @@ def dense() -> Config:
 
     Command:    python train.py configs/demo.py:dense
     Parameters: 0.4 M (0.4 M active)
-    Here:       2.151 bits per byte after 1,600 steps (Python 3.13), see the README.
+    Here:       2.151 bits per byte after 1,600 steps (Python 3.13), one seed.
     """
     config = mot()
     return dataclasses.replace(
