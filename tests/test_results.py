@@ -39,6 +39,10 @@ def as_trained(entrant: str) -> Callable[[dict[str, Any]], str]:
     return lambda figures: f"{figures['entrants'][entrant]['trained_loss']['mean']:.3f}"
 
 
+def deviation(entrant: str) -> Callable[[dict[str, Any]], str]:
+    return lambda figures: f"{figures['entrants'][entrant]['loss']['sd']:.3f}"
+
+
 def cost(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda figures: f"{figures['entrants']['mixture_of_tokens'][name]:.2f}"
 
@@ -71,6 +75,11 @@ CITED: list[tuple[str, str, list[Callable[[dict[str, Any]], str]]]] = [
     ),
     (
         "docs/when.md",
+        "the standard deviation of its loss is {}, that of token choice {}",
+        [deviation("mixture_of_tokens"), deviation("token_choice")],
+    ),
+    (
+        "docs/when.md",
         "the loss of MoT is higher by {}, of hash layers by {}, of dense by {}, of token choice by {}",
         [*map(at_four_times_the_rate, ("mixture_of_tokens", "hash", "dense", "token_choice"))],
     ),
@@ -97,7 +106,8 @@ def test_rows_of_metrics_end_with_the_losses_of_the_results(demo):
 
 
 def signed(value: float, digits: str) -> str:
-    return f"{value:+{digits}}".replace("+", "+ ").replace("-", "\N{MINUS SIGN} ").replace("%", " %")
+    text = f"{value:+{digits}}".replace("+", "+ ").replace("-", "\N{MINUS SIGN} ").replace("%", " %")
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def ratio(value: float | None) -> str:
@@ -108,10 +118,11 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
     """The cells of an entrant's row in docs/results/index.md."""
     row, changes = figures["entrants"][entrant], figures["stability"][entrant]["changes"]
     test = row["loss_test"]
-    difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({test['holm']:.2g})"
+    p = "" if test is None else f"{test['holm']:.2g}" if test["holm"] >= 1e-4 else "< 0.0001"
+    difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p})"
     shortest = [ratio(tried["shortest"]) for tried in (row["horizon"] or {}).values()]
     return [
-        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}",
+        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
         f"{row['trained_loss']['mean']:.3f}",
         difference,
         ratio(row["steps_to_target"]),
