@@ -92,7 +92,7 @@ def demo() -> dict[str, Any]:
     return analyze(results) | {"stability": {name: stability(results, name) for name in results["entrants"]}}
 
 
-def test_rows_of_metrics_end_with_the_losses_of_the_results(demo):
+def test_rows_of_metrics_end_with_the_losses_of_the_results():
     """The last evaluation in the compared mode of each run, in the published rows."""
     results, last = load(epath.Path(RESULTS / "demo")), {}
     with gzip.open(RESULTS / "demo" / "rows.jsonl.gz", "rt") as file:

@@ -155,8 +155,8 @@ def memory_of_steps(
     Rows: config, products; needed, bytes of the chip's memory; of these, arguments (parameters, optimizer state, batch)
     and temporaries including the gaps between them; live, the temporaries in use at the peak, on a TPU only, else None;
     ratio and live_ratio, temporaries and live over the baseline's; hbm_bytes of a step, from the compiled program's
-    text; kernel_s, seconds by kernel, None without the device's figures and unless the plan is exact; unknown,
-    the parts for which it is not; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only
+    text; kernel_s, seconds by kernel, None without the device's figures and unless the plan is exact; unknown, the
+    parts for which it is not; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only
     `needed` is known, or None if the compiler does not report it.
     """
     device = devices_of(parse_topology(topology))[0]

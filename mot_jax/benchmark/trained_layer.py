@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mot_jax.config import Config, DenseConfig, FeedForwardConfig, ModelConfig
+from mot_jax.config import Config, DenseConfig
 from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
 from mot_jax.cost.layers import Shape
 from mot_jax.cost.matched import TOLERANCE
@@ -132,7 +131,8 @@ def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, st
     width, experts, top_k = trained.hidden_dim(model.d_ff), trained.num_experts, getattr(trained, "top_k", None)
     group = getattr(trained, "group_size", None) or max(1, experts // top_k)
     d_ff = width * top_k if top_k else width * experts // group
-    flops = partial(_expert_flops, dataclasses.replace(model, d_ff=d_ff))
+    of_width = dataclasses.replace(model, d_ff=d_ff)
+    dense_flops = feed_forward_cost(of_width, DenseConfig()).expert_flops()
     configs: list[Any] = []
     left_out: dict[str, str] = {}
     for kind in (flop_matched_kinds(group, experts, length) | {trained.kind: trained}).values():
@@ -146,16 +146,14 @@ def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, st
             left_out[kind.kind] = f"at its FLOPs, it would have {count} experts, and the run has {experts}"
             continue
         kind = dataclasses.replace(kind, **fields)
-        ratio = flops(kind) / flops(DenseConfig())
-        if kind.kind != trained.kind and sequences % kind.mixed_sequences:
+        ratio = feed_forward_cost(of_width, kind).expert_flops() / dense_flops
+        if kind.kind == trained.kind:
+            configs.append(kind)
+        elif sequences % kind.mixed_sequences:
             left_out[kind.kind] = f"groups of {kind.mixed_sequences} sequences do not divide a batch of {sequences}"
-        elif kind.kind != trained.kind and abs(ratio - 1) > TOLERANCE:
+        elif abs(ratio - 1) > TOLERANCE:
             left_out[kind.kind] = f"its experts, as wide as those of the run, would have {ratio:.2f} times the FLOPs"
         else:
             configs.append(kind)
     sizes = (model.d_model, d_ff, group, experts, sequences, length)
     return Shape(name, *sizes, model.gated, model.activation, tuple(configs)), left_out
-
-
-def _expert_flops(model: ModelConfig, kind: FeedForwardConfig) -> float:
-    return feed_forward_cost(model, kind).expert_flops()

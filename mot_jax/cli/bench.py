@@ -103,10 +103,9 @@ def _layers(arguments: list[str]) -> None:
 
         dtype = options.dtype or "bfloat16"
         shapes = shapes or paper_shapes(on_cpu=False)
-        products = (
-            ahead_of_time.PRODUCTS if options.products is None or options.products == "both" else [options.products]
+        rows = ahead_of_time.bytes_of_layers(
+            shapes, options.topology, dtype, options.param_dtype, _progress, _products(options)
         )
-        rows = ahead_of_time.bytes_of_layers(shapes, options.topology, dtype, options.param_dtype, _progress, products)
         about = {"topology": options.topology, "dtype": str(dtype), "parameters in": options.param_dtype} | versions()
         _report(options.json, about, rows, ahead_of_time.COLUMNS, machine=about)
         return
@@ -210,10 +209,7 @@ def _step(arguments: list[str]) -> None:
         from mot_jax.benchmark import ahead_of_time
         from mot_jax.runs.checkpoint import versions
 
-        products = (
-            ahead_of_time.PRODUCTS if options.products is None or options.products == "both" else [options.products]
-        )
-        rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, products)
+        rows = ahead_of_time.memory_of_steps(configs, options.topology, _progress, _products(options))
         about = {"topology": options.topology, "chips": "1"} | versions()
         _report(options.json, about, rows, ahead_of_time.STEP_COLUMNS, config=options.config, machine=about)
         for line in dict.fromkeys(f"{row['config']}: {note}" for row in rows for note in row["notes"]):
@@ -419,6 +415,13 @@ def bench(arguments: list[str]) -> None:
 
 _COMPILES = "has no part in --topology, which compiles and runs nothing"
 _NEEDS_TOPOLOGY = "has no part without --topology, since a program that runs has XLA's choice"
+
+
+def _products(options: LayersOptions | StepOptions) -> Sequence[Literal["triton", "cublas"]]:
+    """The values of `--products` for which a program is compiled."""
+    from mot_jax.benchmark.ahead_of_time import PRODUCTS
+
+    return PRODUCTS if options.products is None or options.products == "both" else [options.products]
 
 
 def _refuse(options: object, rule: str, *names: str) -> None:

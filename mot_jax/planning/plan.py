@@ -207,9 +207,9 @@ def plan_training(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if "memory space vmem" in str(error):
-                kernels = {"model.feed_forward.kernel": getattr(config.model.feed_forward, "kernel", "xla")}
-                kernels["model.attention_kernel"] = config.model.attention_kernel
-                field, kernel = next((k for k in kernels.items() if k[1] != "xla"), next(iter(kernels.items())))
+                field, kernel = "model.feed_forward.kernel", getattr(config.model.feed_forward, "kernel", "xla")
+                if kernel == "xla":
+                    field, kernel = "model.attention_kernel", config.model.attention_kernel
                 raise UserError(f"{field} = {kernel!r}: needs more than a core's memory; try 'xla'") from None
             program = None
             memory |= _refused_bytes(str(error), limit)
