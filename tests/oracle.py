@@ -430,7 +430,7 @@ class ReluRouting:
         add_shared_expert(p, dy, y, d)
         metrics = {
             "gate_l1": gate_sum / len(tokens),
-            "sparsity": 1 - active.sum() / (experts * len(tokens)),
+            "experts_per_token": active.sum() / len(tokens),
             "load_max": experts * active.max() / active.sum(),
             "l1_weight": float(p["l1_weight"]),
         }

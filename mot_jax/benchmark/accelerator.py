@@ -202,7 +202,7 @@ def step_configs(part: str, config: Config, device: jax.Device) -> dict[str, Con
 
 def with_kernel(kernel: str, config: Config) -> Config:
     """`config` with its mixture computed by a fused kernel."""
-    feed_forward = dataclasses.replace(config.model.feed_forward, **IMPLEMENTATIONS[kernel])
+    feed_forward = dataclasses.replace(config.model.feed_forward, **IMPLEMENTATIONS[MIXTURE][kernel])
     return dataclasses.replace(config, model=dataclasses.replace(config.model, feed_forward=feed_forward))
 
 

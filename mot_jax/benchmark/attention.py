@@ -49,7 +49,7 @@ def bench_attention(small: bool, rounds: int, model: Model, progress: Callable[[
             if kernel not in programs:
                 progress(f"attention, {size}: compiling {kernel}")
                 programs[kernel] = _program(config, sequences)
-        timings = in_turns(programs, rounds)
+        timings = in_turns(programs, rounds, f"attention, {size}: timing")
         for kernel, program in programs.items():
             row: Row = {"size": size, "kernel": kernel, "median_s": timings[kernel].median}
             row |= {"spread": timings[kernel].spread, "ratio_to_xla": timings[kernel].median / timings["xla"].median}

@@ -75,10 +75,8 @@ def bench_decoding(
             for name, model in models.items():
                 runs[name] = _Generation(*model, batch)
                 advance(1)
-        progress(f"{batch} texts: {rounds} rounds")
-        with bar(f"{batch} texts: rounds", 2 * (rounds + 1)) as advance:
-            prefill_timings = in_turns({name: run.prefill for name, run in runs.items()}, rounds, advance)
-            decode_timings = in_turns({name: run.decode for name, run in runs.items()}, rounds, advance)
+        prefill_timings = in_turns({n: run.prefill for n, run in runs.items()}, rounds, f"{batch} texts: prompts")
+        decode_timings = in_turns({n: run.decode for n, run in runs.items()}, rounds, f"{batch} texts: decoding")
         for name, (mode_model, mode_params) in models.items():
             size = step_bytes(mode_model, mode_params, batch)
             rows.append(

@@ -34,6 +34,7 @@ from mot_jax.runs.metrics import png
 
 DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
+PRODUCTS = ("products", "expert_products")  # no layers: the dense layer's matrix products, and as many FLOPs of experts
 Row = dict[str, Any]
 _TOKEN_IDS = 256
 _LATE = 2**31 - 1  # a step after every annealing and warmup
@@ -120,7 +121,7 @@ def bench_layers(
             if not has_time():
                 progress(f"{shape.name}, {direction}: skipped, no time left")
                 return rows, rate
-            progress(f"{shape.name}, {direction}: compiling {len(names) + 2 + peers * len(PEERS)} programs")
+            progress(f"{shape.name}, {direction}: compiling {len(names) + 3 + peers * len(PEERS)} programs")
             # On a CPU each program has its own, which are in its caches as far as they fit.
             buffers: Buffers | None = None if jax.default_backend() == "cpu" else {}
             programs, absent = _compile_programs(
@@ -155,9 +156,8 @@ def _time_programs(
         if buffers:
             buffers.clear()  # they may be results of the execution that has failed
 
-    progress(f"{shape.name}, {direction}: {rounds} rounds")
     with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-        timings = in_turns(programs, rounds, failed=failed) if programs else {}
+        timings = in_turns(programs, rounds, f"{shape.name}, {direction}: timing", failed)
     if "products" not in programs or not any(name in programs for name in BASELINES):
         absent |= {name: {"reason": "no dense layer to compare with"} for name in programs}
         programs.clear()
@@ -243,8 +243,8 @@ def _compile_programs(
     variables_of: dict[str, Variables] = {}  # by kind; all of its implementations share them
 
     def create(name: str) -> Program:
-        if name == "products":
-            return Program(*_dense_products(shape, dtype, direction), buffers=buffers)
+        if name in PRODUCTS:
+            return Program(*_matrix_products(shape, dtype, direction, name != "products"), buffers=buffers)
         if name == "dense_flat":
             forward, variables = _flat_dense(shape, dtype, param_dtype)
         else:
@@ -263,7 +263,7 @@ def _compile_programs(
 
     programs: dict[str, Program] = {}
     absent: dict[str, Row] = {}
-    for name in ("products", *kinds, "dense_flat", *peers):
+    for name in (*PRODUCTS, *kinds, "dense_flat", *peers):
         try:
             programs[name] = create(name)
         except UserError as error:  # an unsupported kernel
@@ -357,20 +357,26 @@ def _flat_dense(
     return forward, (kernels, None)
 
 
-def _dense_products(shape: Shape, dtype: str, direction: str) -> tuple[Any, ...]:
-    """The matrix products of the dense layer, independent of each other, and their operands."""
+def _matrix_products(shape: Shape, dtype: str, direction: str, of_experts: bool) -> tuple[Any, ...]:
+    """The matrix products of a layer, independent of each other, and their operands.
+
+    Those of the dense layer, or with as many FLOPs of all experts, each with 1 / G of the tokens.
+    """
     t, d, f = shape.tokens, shape.d_model, shape.d_ff
+    if of_experts:
+        t, f = t // shape.group_size, shape.group_size * f // shape.num_experts
     keys = jax.random.split(jax.random.key(3), 8)
     sizes = [(t, d), (t, f), (d, f), (f, d), (t, d), (t, f), (d, f), (t, f)]
-    arrays = [jax.random.normal(k, s, dtype) for k, s in zip(keys, sizes, strict=True)]
+    stack = (shape.num_experts,) if of_experts else ()
+    arrays = [jax.random.normal(k, stack + s, dtype) for k, s in zip(keys, sizes, strict=True)]
     x, h, w_in, w_out, dy, dh, w_gate, dgate = arrays
 
     def forward(x, h, w_in, w_out, *gate):
         return x @ w_in, h @ w_out, *(x @ w for w in gate)
 
     def all_products(x, h, w_in, w_out, dy, dh, *gate):
-        first = *forward(x, h, w_in, w_out, *gate[:1]), dy @ w_out.T, h.T @ dy, dh @ w_in.T, x.T @ dh
-        return (*first, gate[1] @ gate[0].T, x.T @ gate[1]) if gate else first
+        first = *forward(x, h, w_in, w_out, *gate[:1]), dy @ w_out.mT, h.mT @ dy, dh @ w_in.mT, x.mT @ dh
+        return (*first, gate[1] @ gate[0].mT, x.mT @ gate[1]) if gate else first
 
     if direction == "forward":
         return forward, x, h, w_in, w_out, *([w_gate] if shape.gated else [])
@@ -408,7 +414,7 @@ COLUMNS: list[Column] = [
 def plot(rows: Sequence[Row], title: str | None = None) -> bytes:
     """A PNG of each kind's ratio to dense at each shape, with a panel for each direction; void ones are hatched."""
     rows = [row for row in rows if "reason" not in row]
-    kinds = [k for k in dict.fromkeys(row["kind"] for row in rows) if k not in (*BASELINES, "products")]
+    kinds = [k for k in dict.fromkeys(row["kind"] for row in rows) if k not in (*BASELINES, *PRODUCTS)]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     figure = Figure(figsize=(4.5 * len(directions), 4), layout="constrained")

@@ -78,12 +78,11 @@ def bench_step(
     for name, config in configs.items():
         progress(f"{name}: compiling")
         runs[name] = _TrainingRun(config)
-    progress(f"{rounds} rounds")
     programs: dict[str, Callable[[], Callable[[], Any]]] = {}
     for name, run in runs.items():
         programs |= {name: run.step, f"{name}, optimizer": run.optimizer}
     with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-        timings = in_turns(programs, rounds)
+        timings = in_turns(programs, rounds, "timing")
     *_, baseline = configs
     rate, peaks = bandwidth(), {d: matmul_peak(d) for d in {config.model.dtype for config in configs.values()}}
     rows = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +18,12 @@ from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import read_program
 from mot_jax.runs.checkpoint import versions
-from mot_jax.runtime.progress import Advance
+from mot_jax.runtime.progress import progress
 
 _SAMPLE_SECONDS = 5e-3  # least time of a sample on an accelerator
 _MOST_CALLS = 1024  # of a sample
+_SLOW = 10.0  # times the shortest program
+_LEAST_ROUNDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,28 +47,35 @@ class Timings:
 def in_turns(
     programs: Mapping[str, Callable[[], Callable[[], Any]]],
     rounds: int = 10,
-    advance: Advance = lambda units: None,
+    title: str | None = None,
     failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timings]:
-    """Time each program once per round, in a different order every round, so that disturbances affect all of them.
+    """Time each program once per round, in a random order every round, so that disturbances affect all of them.
+
+    No program always follows the same one, which may leave it cold caches or memory that the system has taken back.
+    The orders are the same in every call with as many programs. A program that takes `_SLOW` times as long as the
+    shortest one disturbs most: after one round, such programs take turns of their own, in a quarter of the rounds.
 
     A program first prepares its inputs, untimed, and returns the function that is timed; its result is awaited. The
-    first time of each program, which may include compilation, is discarded. After each round, `advance` is called.
+    first time of each program, which may include compilation, is discarded.
 
     On an accelerator a round has as many calls of a short program as take some milliseconds. Each is prepared, all are
     enqueued, and the last result is awaited, so that dispatch and synchronization are in the time only as far as they
     are longer than the program.
 
+    title: of the progress that is shown. None: nothing is shown.
+
     failed: called with the error of a program that JAX's runtime cannot execute, such as for lack of memory; the others
     continue. None: the error is raised.
     """
-    names, calls = list(programs), dict[str, int]()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(rounds + 1):
-        first = round_number % len(names)
-        for name in [name for name in names[first:] + names[:first] if name in seconds]:
+    calls: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    orders = random.Random(0)
+
+    def take_turns(names: list[str]) -> None:
+        for name in orders.sample(names, len(names)):
             try:
-                if round_number:
+                if name in calls:
                     seconds[name].append(_seconds(programs[name], calls[name]))
                 else:
                     calls[name] = _calls_per_sample(programs[name])
@@ -74,7 +84,18 @@ def in_turns(
                     raise
                 del seconds[name]
                 failed(name, error)
-        advance(1)
+
+    for _ in range(2):  # the first round is not timed
+        take_turns(list(seconds))
+    shortest = min((times[0] for times in seconds.values()), default=0.0)
+    slow = [name for name, (first,) in seconds.items() if first > _SLOW * shortest]
+    slow_rounds = min(rounds, max(_LEAST_ROUNDS, rounds // 4))
+    fast = [name for name in seconds if name not in slow]
+    for names, number, about in ((fast, rounds, ""), (slow, slow_rounds, ", slow programs")):
+        with progress(f"{title}{about}", number, quiet=title is None or not names, done=1) as advance:
+            for _ in range(number - 1):
+                take_turns([name for name in names if name in seconds])
+                advance(1)
     return {name: Timings(tuple(times)) for name, times in seconds.items()}
 
 

@@ -24,13 +24,17 @@ from mot_jax.cost.feed_forward import Arrays, FeedForwardCost, feed_forward_cost
 from mot_jax.cost.hardware import HARDWARE, peak_flops
 from mot_jax.errors import UserError, nearest
 
-MIXTURE, DROPLESS = MixtureOfTokensConfig.kind, f"{TokenChoiceConfig.kind}:dropless"
-# Further implementations of the mixture, by name: fields of its config.
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "all_saved": {"save_for_backward": "all"},
-    "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
-    "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
+MIXTURE, TOKEN_CHOICE = MixtureOfTokensConfig.kind, TokenChoiceConfig.kind
+# Further implementations of a kind, by name: fields of its config. Token choice has other capacities.
+IMPLEMENTATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    MIXTURE: {
+        "all_saved": {"save_for_backward": "all"},
+        "fused_mixture": {"kernel": "fused_mixture", "save_for_backward": "nothing"},
+        "fused_experts": {"kernel": "fused_experts", "save_for_backward": "all"},
+    },
+    TOKEN_CHOICE: {"dropless": {"capacity_factor": None}, "capacity_1": {"capacity_factor": 1.0}},
 }
+DROPLESS = f"{TOKEN_CHOICE}:dropless"
 FLOORS = {"H100": "h100", "v5p": "v5p"}  # title in tables: key of `hardware.HARDWARE`
 
 
@@ -70,16 +74,14 @@ class Shape:
         return flop_matched_kinds(self.group_size, self.num_experts, self.length)
 
     def implementations(self) -> dict[str, FeedForwardConfig]:
-        """The kinds; the mixture in further implementations, `mixture_of_tokens:NAME`; token choice without a capacity.
+        """The kinds, and further implementations of them, named `KIND:NAME`.
 
-        The latter, `token_choice:dropless`, is comparable with grouped products such as `jax.lax.ragged_dot`.
+        `token_choice:dropless` is comparable with grouped products such as `jax.lax.ragged_dot`.
+        `token_choice:capacity_1` has no slots in excess of the assignments: as many FLOPs in experts as the mixture.
         """
         implementations = dict(self.kinds())
         for kind, config in self.kinds().items():
-            if isinstance(config, MixtureOfTokensConfig):
-                others = {f"{kind}:{name}": fields for name, fields in IMPLEMENTATIONS.items()}
-            else:
-                others = {DROPLESS: {"capacity_factor": None}} if isinstance(config, TokenChoiceConfig) else {}
+            others = {f"{kind}:{name}": fields for name, fields in IMPLEMENTATIONS.get(kind, {}).items()}
             implementations |= {name: dataclasses.replace(config, **fields) for name, fields in others.items()}
         return implementations
 

@@ -206,7 +206,7 @@ def test_a_program_that_does_not_fit_has_a_row_with_the_reason(where, monkeypatc
         [shape], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward_backward"]
     )
     *timed, first, second = rows
-    assert [row["kind"] for row in timed] == ["products", "dense"] and timed[1]["ratio_to_dense"] == 1
+    assert [row["kind"] for row in timed] == [*layers.PRODUCTS, "dense"] and timed[-1]["ratio_to_dense"] == 1
     absent = {row["kind"]: row for row in (first, second)}
     about = {"shape": "tiny", "direction": "forward_backward"}
     assert absent["dense_flat"] == about | {"kind": "dense_flat", "reason": "RESOURCE_EXHAUSTED: Out of memory"}
@@ -227,19 +227,35 @@ def test_without_a_dense_layer_no_program_has_a_ratio(monkeypatch):
 
     monkeypatch.setattr(layers, "Program", FailingProgram)
     rows, _ = bench_layers([TINY], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward"])
-    assert {row["kind"] for row in rows} == {"products", "dense", "mixture_of_tokens", "dense_flat"}
+    assert {row["kind"] for row in rows} == {*layers.PRODUCTS, "dense", "mixture_of_tokens", "dense_flat"}
     assert all("Out of memory" in row["reason"] for row in rows)
     monkeypatch.setattr(layers, "Program", Program)
     monkeypatch.setattr(layers, "BASELINES", ())
     rows, _ = bench_layers([TINY], ["mixture_of_tokens"], "float32", 3, lambda line: None, directions=["forward"])
-    assert all(row["reason"] == "no dense layer to compare with" for row in rows) and len(rows) == 4
+    assert all(row["reason"] == "no dense layer to compare with" for row in rows) and len(rows) == 5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("direction", layers.DIRECTIONS)
+def test_products_of_the_experts_have_the_flops_of_those_of_the_dense_layer(direction, gated):
+    """Counted by the compiler. Expert e multiplies its own weights."""
+    shape = dataclasses.replace(TINY, gated=gated)
+    programs = [layers._matrix_products(shape, "float32", direction, of_experts) for of_experts in (False, True)]
+    flops = [jax.jit(f).lower(*arrays).compile().cost_analysis()["flops"] for f, *arrays in programs]
+    products = (3 if gated else 2) * (1 if direction == "forward" else 3)
+    assert flops == [products * 2 * TINY.tokens * TINY.d_model * TINY.d_ff] * 2
+    function, *arrays = programs[1]
+    assert {array.shape[0] for array in arrays} == {TINY.num_experts}
+    each = [function(*(array[e] for array in arrays)) for e in range(TINY.num_experts)]
+    for result, of_expert in zip(function(*arrays), zip(*each, strict=True), strict=True):
+        np.testing.assert_allclose(result, np.stack(of_expert), rtol=1e-4, atol=1e-4)
 
 
 def rows_at(dense_ms: float) -> list[dict]:
     """Rows of timings in which the products take 1 ms."""
     program = Program(lambda x: x, jnp.zeros(1))
-    names = ("products", "dense", "dense_flat", "mixture_of_tokens")
-    seconds = dict(zip(names, (1.0, 2 * dense_ms, dense_ms, 3.0), strict=True))
+    names = (*layers.PRODUCTS, "dense", "dense_flat", "mixture_of_tokens")
+    seconds = dict(zip(names, (1.0, 1.5, 2 * dense_ms, dense_ms, 3.0), strict=True))
     timings = {name: Timings((1e-3 * s,) * 3) for name, s in seconds.items()}
     return layers._timing_rows(TINY, "forward", "float32", "float32", dict.fromkeys(names, program), timings, 1e9)
 
@@ -247,9 +263,9 @@ def rows_at(dense_ms: float) -> list[dict]:
 def test_ratios_are_over_the_faster_dense_layer_and_void_where_its_rate_is_low_or_impossible():
     good, bad = rows_at(1 / 0.86), rows_at(1 / 0.84)
     for rows, void in ((good, False), (rows_at(1 / 1.09), False), (bad, True), (rows_at(1 / 1.11), True)):
-        assert [row["void"] for row in rows] == [void] * 4
+        assert [row["void"] for row in rows] == [void] * 5
     assert good[-1]["ratio_to_dense"] == pytest.approx(3 * 0.86)
-    assert good[2]["peak_share"] == good[0]["dense_share"] == pytest.approx(0.86)
+    assert good[3]["peak_share"] == good[0]["dense_share"] == pytest.approx(0.86)
     ratio = dict(layers.COLUMNS)["ratio to dense"]
     assert ratio(good[-1]) == "2.58" and ratio(bad[-1]) == "2.52 void"
 
@@ -257,7 +273,7 @@ def test_ratios_are_over_the_faster_dense_layer_and_void_where_its_rate_is_low_o
 def test_one_row_for_each_shape_direction_and_kind():
     shape = dataclasses.replace(TINY, sequences=4, length=8)
     rows, rate = bench_layers([shape], ["mixture_of_tokens"], "float32", 3, lambda line: None)
-    kinds = ["products", "dense", "mixture_of_tokens", "dense_flat"]
+    kinds = [*layers.PRODUCTS, "dense", "mixture_of_tokens", "dense_flat"]
     assert [(row["direction"], row["kind"]) for row in rows] == [(d, k) for d in layers.DIRECTIONS for k in kinds]
     for row in rows:
         assert row["median_s"] > 0 and row["bound_s"] == row["bytes"] / rate and row["floor_s"] >= row["bound_s"] * 0.99
@@ -302,7 +318,8 @@ def test_further_implementations_are_timed_on_devices_that_support_them(monkeypa
     kernels = ["all_saved", "fused_mixture", "fused_experts"]
     for *device, others in (("gpu", "H100", kernels[:1]), ("tpu", "TPU v4", kernels[:1]), ("tpu", "TPU v5", kernels)):
         replace_device(monkeypatch, *device)
-        names = [*(f"mixture_of_tokens:{name}" for name in others), "token_choice:dropless"]
+        names = [*(f"mixture_of_tokens:{name}" for name in others)]
+        names += [f"token_choice:{name}" for name in ("dropless", "capacity_1")]
         assert layers.select_implementations([TINY], None) == kinds + names
 
 
@@ -313,7 +330,7 @@ def test_a_kernel_that_does_not_support_a_shape_is_skipped(monkeypatch):
     lines, shape = [], dataclasses.replace(TINY, num_experts=4)  # not a multiple of 8
     kinds = ["mixture_of_tokens:fused_mixture", "mixture_of_tokens:fused_experts"]
     rows, _ = bench_layers([shape], kinds, "float32", 3, lines.append, directions=["forward_backward"])
-    assert [row["kind"] for row in rows] == ["products", "dense", kinds[1], "dense_flat"]
+    assert [row["kind"] for row in rows] == [*layers.PRODUCTS, "dense", kinds[1], "dense_flat"]
     assert any("requires a multiple of 8 experts" in line for line in lines)
 
 
@@ -328,9 +345,9 @@ def test_the_command_writes_json_picture_and_trace(tmp_path, capsys):
     flags = ["--json", str(files["a.json"]), "--plot", str(files["a.png"]), "--profile", str(files["trace"])]
     cli.main(["bench", "layers", "--shapes", "tiny", "--rounds", "3", *flags])
     rows = json.loads(files["a.json"].read_text())["rows"]
-    assert {row["kind"] for row in rows} == {"products", "dense_flat", *TINY.kinds()}
+    assert {row["kind"] for row in rows} == {*layers.PRODUCTS, "dense_flat", *TINY.kinds()}
     assert {"kind", "shape", "direction", "median_s", "ratio_to_dense", "peak_share"} <= rows[0].keys()
-    assert capsys.readouterr().out.count("\n| tiny") == len(rows) == 2 * (2 + len(TINY.kinds()))
+    assert capsys.readouterr().out.count("\n| tiny") == len(rows) == 2 * (3 + len(TINY.kinds()))
     assert files["a.png"].stat().st_size > 1000 and list(files["trace"].rglob("*.xplane.pb"))
 
 

@@ -47,6 +47,26 @@ def test_a_program_that_fails_is_left_out_and_the_others_continue():
         timing.in_turns(programs, 3)
 
 
+def test_slow_programs_take_turns_of_their_own_in_fewer_rounds(monkeypatch):
+    """By a clock on which one takes 11 times as long as another. The first two rounds have all programs."""
+    clock, order = [0.0], []
+
+    def program(name, seconds):
+        def run():
+            clock[0] += seconds
+            order.append(name)
+
+        return lambda: run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    programs = {name: program(name, seconds) for name, seconds in (("slow", 11.0), ("a", 1.0), ("b", 10.0))}
+    timings = timing.in_turns(programs, 16)
+    assert set(order[:3]) == set(order[3:6]) == set(programs)
+    assert set(order[6:36]) == {"a", "b"} and order[36:] == ["slow"] * 3
+    assert timings["slow"].seconds == (11.0,) * 4 and timings["a"].seconds == (1.0,) * 16
+    assert len(timing.in_turns(programs, 3)["slow"].seconds) == 3
+
+
 @pytest.mark.parametrize(("platform", "calls"), [("cpu", 1), ("gpu", 8)])
 def test_a_sample_of_a_short_program_has_several_calls_on_an_accelerator(platform, calls, monkeypatch):
     """By a clock on which a call takes 0.7 ms and a synchronization 0.3 ms: 8 calls are the first above 5 ms."""

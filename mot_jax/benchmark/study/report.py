@@ -379,8 +379,10 @@ def _balance(results: Results) -> Iterator[Block]:
     yield Table(["entrant", "metric", "by block"], table)
     yield Text(
         "Means over the last tenth of training and over seeds. `dropped`: share of the choices, or of the tokens, "
-        "that no expert processes; `load_max`: load of the fullest expert relative to an even one; entropies are "
-        "relative to uniform weights; `update_ratio`: RMS of the layer's output over that of the residual stream."
+        "that no expert processes; `load_max`: load of the fullest expert relative to an even one; "
+        "`experts_per_token`: number of experts that process a token; entropies are relative to uniform weights; "
+        "`update_ratio`: RMS of the layer's output over that of the residual stream; of ReLU routing, `gate_l1`: sum "
+        "of the gates of a token, and `l1_weight`: weight of the loss of the gates."
     )
 
 

@@ -86,9 +86,8 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
         programs[entrant] = _program(workdir_of(directory.folder, name))
     if not programs:
         return
-    say(f"times: {_ROUNDS} rounds")
     before, loads = cpu_times(), [os.getloadavg()[0]]
-    timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS)
+    timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS, "times")
     others = share_of_others(before, cpu_times())
     loads.append(os.getloadavg()[0])  # with the study's own, as the one before
     rows = {

@@ -58,8 +58,8 @@ class ReluRouting(ExpertFeedForward):
 
         Loss: `relu_l1` = λ Σ_e load_e · mean of gate e over the tokens. In the paper `load` is that of the same batch;
         that of the step before makes the loss a mean over the batch, equal for any number of microbatches. Metrics:
-        `gate_l1`, the sum of a token's gates; `sparsity`, the share of gates that are 0; `load_max`, the largest share
-        of an expert in the gates above 0, 1 being an even share; `l1_weight`, λ.
+        `gate_l1`, the sum of a token's gates; `experts_per_token`, how many of them are above 0, which λ moves to k;
+        `load_max`, the largest share of an expert in these, 1 being an even share; `l1_weight`, λ.
         """
         mask, x = context.token_mask, x.astype(self.dtype)
         gates = jax.nn.relu(routing.router_logits("bsd,de->bse", x, self.controller[...]))
@@ -76,7 +76,7 @@ class ReluRouting(ExpertFeedForward):
         shares = active / jnp.maximum(tokens, 1)
         metrics = {
             "gate_l1": jax.lax.stop_gradient(gates).sum() / jnp.maximum(tokens, 1),
-            "sparsity": 1 - shares.mean(),
+            "experts_per_token": shares.sum(),
             "load_max": (shares.max() + _TINY) / (shares.mean() + _TINY),
             "l1_weight": self.l1_weight[...],
         }
