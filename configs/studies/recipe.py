@@ -88,6 +88,7 @@ def get_study() -> Study:
             "dense_equal_flops": config(DENSE, d_ff=576),
             "mixture_of_tokens": config(MIXTURE_OF_TOKENS),
             "first_block": config(MIXTURE_OF_TOKENS, moe_blocks=(0,)),
+            "first_block_256_experts": config(replace(MIXTURE_OF_TOKENS, num_experts=256), moe_blocks=(0,)),
             "last_block": config(MIXTURE_OF_TOKENS, moe_blocks=(2,)),
             "groups_of_8": config(GROUPS_OF_8),
             "groups_of_8_two_blocks": config(GROUPS_OF_8, moe_blocks=(0, 1)),

@@ -103,7 +103,7 @@ def _compile_layer(
         if config.kernel == "fused_experts":
             kernel_bytes = fused_experts_tpu.layer_bytes(n, shape.group_size, shape.length, e, d, f, dtype, param_dtype)
     layer = nnx.eval_shape(lambda: create_layer(shape, config, dtype=dtype, param_dtype=param_dtype))
-    forward, variables = as_function(layer)
+    forward, variables, _ = as_function(layer)
     x = jax.ShapeDtypeStruct((shape.sequences, shape.length, shape.d_model), dtype)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (variables, x, x))
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,10 +20,12 @@ from mot_jax.errors import UserError
 from mot_jax.inference.generate import Sampler, decode, left_padded, prefill
 from mot_jax.modes import MODES, enter, lacking, offers
 from mot_jax.modes.thresholds import Thresholds, measure
-from mot_jax.nn.transformer import Params, init_variables, unroll
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.transformer import Params, bind, init_variables, unroll, update_router
 from mot_jax.runtime.progress import progress as bar
 
 _MAX_DECODE_STEPS = 32  # of one timing
+_ROUTED_SEQUENCES = 16  # at least, of a training step
 
 Row = dict[str, Any]
 
@@ -54,12 +57,12 @@ def bench_decoding(
         raise UserError(f"model.objective = {config.model.objective!r}: generates no text; try a causal model")
     progress("measuring the bandwidth of the memory")
     rate, length = bandwidth(), config.model.context_length
-    params = _random_variables(config.model)
+    params = random_variables(config.model)
     group = config.model.group_size
     companions = np.random.default_rng(0).integers(0, 256, (2, max(group, 1), length)).astype(np.int32)
     companions[1] = 0  # each sequence is one document
     dense = dense_of_equal_active_parameters(config)
-    models = {"dense": (dense.model, _random_variables(dense.model))}
+    models = {"dense": (dense.model, random_variables(dense.model))}
     thresholds = _thresholds(config, params, companions)
     modes = [mode for mode in MODES if mode != "without" and lacking(mode, config, companions, thresholds) is None]
     with bar("preparing the parameters of the modes", len(modes)) as advance:
@@ -109,10 +112,25 @@ COLUMNS: list[Column] = [
 ]
 
 
-def _random_variables(model: ModelConfig) -> Params:
-    """Initial parameters and router state."""
+def random_variables(model: ModelConfig) -> Params:
+    """Initial parameters, and the router state that a training step on random tokens leaves.
+
+    Before it, thresholds are 0, which half of all experts reach in place of k.
+    """
     params, router = jax.jit(partial(init_variables, model))(jax.random.key(0))
-    return params | router
+    if not router:
+        return params
+    sequences = math.lcm(model.group_size, model.sequences_per_routing_group)
+    shape = (-(-_ROUTED_SEQUENCES // sequences) * sequences, model.context_length)
+    tokens = jax.random.randint(jax.random.key(2), shape, 0, min(model.vocab_size, 256))
+    context = FeedForwardContext(jnp.ones(shape, bool), tokens, step=jnp.int32(2**31 - 1), train=True)
+
+    @jax.jit
+    def after_a_step(params: Params, router: Params) -> Params:
+        out = bind(model, params | router)(tokens, context, jnp.zeros(shape, jnp.int32))
+        return update_router(model, router, out.statistics)
+
+    return params | after_a_step(params, router)
 
 
 def _thresholds(config: Config, params: Params, texts: np.ndarray) -> Thresholds | None:

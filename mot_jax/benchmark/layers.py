@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Buffers, Program, Timings, bandwidth, in_turns
 from mot_jax.benchmark.trained_layer import TrainedLayer, Variables
 from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
-from mot_jax.cost.layers import DROPLESS, FLOORS, MIXTURE, Shape, layer_cost, layer_parts
+from mot_jax.cost.layers import DROPLESS, FLOORS, MIXTURE, TOKEN_IDS, Shape, layer_cost, layer_parts
 from mot_jax.errors import UserError, nearest
-from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, RouterState
+from mot_jax.nn.feed_forward import KINDS, FeedForwardContext, FeedForwardOutput, RouterState, update_router_state
 from mot_jax.nn.feed_forward.interface import activate
 from mot_jax.runs.metrics import png
 
@@ -36,7 +36,7 @@ DIRECTIONS = ("forward", "forward_backward")
 BASELINES = ("dense", "dense_flat")
 PRODUCTS = ("products", "expert_products")  # no layers: the dense layer's matrix products, and as many FLOPs of experts
 Row = dict[str, Any]
-_TOKEN_IDS = 256
+ROUTING = ("dropped", "load_max", "experts_per_token")  # metrics of layers that are printed
 _LATE = 2**31 - 1  # a step after every annealing and warmup
 
 
@@ -107,7 +107,8 @@ def bench_layers(
         peak that the dense layer reached; flops, without recomputation; flops_per_second, peak_share of the measured
         peak, and peak; executed_flops, with empty slots, without recomputation; bytes, the minimum (`cost.layers`), and
         bound_s, these over the measured bandwidth; floor_s, for each pass the larger of that and of FLOPs over the
-        peak; temporaries, program_bytes, copies, not_read, compile_s (`timing.Program`). The row of a program that does
+        peak; temporaries, program_bytes, copies, not_read, compile_s (`timing.Program`); those of the metrics `ROUTING`
+        that the layer has. The row of a program that does
         not run has shape, direction, kind, and the reason; ok is False unless a package is missing or memory does not
         suffice.
 
@@ -124,14 +125,14 @@ def bench_layers(
             progress(f"{shape.name}, {direction}: compiling {len(names) + 3 + peers * len(PEERS)} programs")
             # On a CPU each program has its own, which are in its caches as far as they fit.
             buffers: Buffers | None = None if jax.default_backend() == "cpu" else {}
-            programs, absent = _compile_programs(
+            programs, absent, routing = _compile_programs(
                 shape, names, dtype, param_dtype, direction, progress, trained, PEERS if peers else {}, buffers
             )
             timings = _time_programs(shape, direction, programs, absent, buffers, rounds, progress, profile)
             timed = _timing_rows(shape, direction, dtype, param_dtype, programs, timings, rate)
             if model:
                 timed = [row | modeled(model, programs[row["kind"]].compiled, dtype) for row in timed]
-            rows += timed
+            rows += [row | routing.get(row["kind"], {}) for row in timed]
             rows += [{"shape": shape.name, "direction": direction, "kind": n} | why for n, why in absent.items()]
             del programs
     return rows, rate
@@ -233,14 +234,16 @@ def _compile_programs(
     trained: TrainedLayer | None,
     peers: Mapping[str, Peer],
     buffers: Buffers | None,
-) -> tuple[dict[str, Program], dict[str, Row]]:
-    """The programs by name, and the reasons why others are missing."""
+) -> tuple[dict[str, Program], dict[str, Row], dict[str, Row]]:
+    """The programs by name, the reasons why others are missing, and the metrics `ROUTING` of the layers."""
     x, dy = (
         jax.random.normal(jax.random.key(seed), (shape.sequences, shape.length, shape.d_model), dtype)
         for seed in (0, 1)
     )
     x = x if trained is None else trained.x.astype(dtype)
+    token_ids = None if trained is None else trained.token_ids
     variables_of: dict[str, Variables] = {}  # by kind; all of its implementations share them
+    routing: dict[str, Row] = {}
 
     def create(name: str) -> Program:
         if name in PRODUCTS:
@@ -252,10 +255,17 @@ def _compile_programs(
             layer = kind if name in peers else name
             if name in peers and kind not in shape.kinds():
                 raise PeerError(f"has the parameters of {kind}, which is left out")
-            forward, variables = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind))
-            variables = variables if trained is None else trained.with_router(variables)
+            routed = layer_function(shape, layer, dtype, param_dtype, variables_of.get(kind), token_ids)
+            forward, variables = routed.forward, routed.variables
             if name in peers:
                 forward = peers[name].function(shape, dtype)
+            else:
+                if trained is not None:
+                    variables = trained.with_router(variables)
+                router, metrics = routed.after_a_step(variables, x)
+                if trained is None or kind != trained.kind:
+                    variables = (variables[0], router)
+                routing[name] = {key: float(metrics[key]) for key in ROUTING if key in metrics}
             variables_of[kind] = variables
         if direction == "forward":
             return Program(forward, variables, x, buffers=buffers)
@@ -273,7 +283,7 @@ def _compile_programs(
                 raise
             progress(f"{shape.name}, {name}: {_first_line(error)}")
             absent[name] = _reason(error)
-    return programs, absent
+    return programs, absent, routing
 
 
 def _first_line(error: Exception) -> str:
@@ -287,21 +297,26 @@ def _reason(error: Exception) -> Row:
 
 
 def layer_function(
-    shape: Shape, name: str, dtype: str, param_dtype: str = "float32", variables: Variables | None = None
-) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
-    """A layer as (variables, x [B, S, D]) -> update [B, S, D], and its variables: `variables`, or initialized ones."""
+    shape: Shape,
+    name: str,
+    dtype: str,
+    param_dtype: str = "float32",
+    variables: Variables | None = None,
+    token_ids: jax.Array | None = None,
+) -> LayerFunction:
+    """A layer as functions, with `variables`, or initialized ones."""
 
     def create() -> nnx.Module:
         return create_layer(shape, shape.implementations()[name], dtype=dtype, param_dtype=param_dtype)
 
-    forward, initialized = as_function(create() if variables is None else nnx.eval_shape(create))
-    return forward, initialized if variables is None else variables
+    function = as_function(create() if variables is None else nnx.eval_shape(create), token_ids)
+    return function if variables is None else function._replace(variables=variables)
 
 
 def create_layer(shape: Shape, config: FeedForwardConfig, **options: Any) -> nnx.Module:
     """Initialize a layer. options: further arguments that all kinds take, such as `dtype`."""
     init = InitConfig(distribution="normal", scale=1.0, cut=None)
-    config = config.for_model(ModelConfig(vocab_size=_TOKEN_IDS, context_length=shape.length))
+    config = config.for_model(ModelConfig(vocab_size=shape.vocab_size, context_length=shape.length))
     options = {**_networks(shape), **options}
     return KINDS[type(config)](shape.d_model, shape.d_ff, config, init=init, rngs=nnx.Rngs(params=0), **options)
 
@@ -310,20 +325,43 @@ def _networks(shape: Shape) -> dict[str, Any]:
     return {"gated": shape.gated, "activation": shape.activation}
 
 
-def as_function(layer: nnx.Module) -> tuple[Callable[[Variables, jax.Array], jax.Array], Variables]:
-    """Split a layer into (variables, x [B, S, D]) -> update [B, S, D] as late in training, and its variables.
+class LayerFunction(NamedTuple):
+    """A layer as functions of its variables, as late in training.
 
-    The ids of the tokens are 0 to 255, again and again, so that hash layers load all experts evenly.
+    forward: (variables, x [B, S, D]) -> update [B, S, D]. variables: the parameters, and the router state.
+    after_a_step: (variables, x) -> the router state that a training step on x leaves, such as thresholds that k of E
+    experts reach, and the metrics of the layer with this state.
+    """
+
+    forward: Callable[[Variables, jax.Array], jax.Array]
+    variables: Variables
+    after_a_step: Callable[[Variables, jax.Array], tuple[Any, Mapping[str, jax.Array]]]
+
+
+def as_function(layer: nnx.Module, token_ids: jax.Array | None = None) -> LayerFunction:
+    """Split a layer into functions and variables.
+
+    token_ids: int [B, S], on which hash layers depend. None: 0 to 255, again and again, which load all experts evenly.
     """
     graph, params, *others = nnx.split(layer, nnx.Not(RouterState), RouterState)
     (router,) = others
 
-    def forward(variables: Variables, x: jax.Array) -> jax.Array:
-        token_ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % _TOKEN_IDS).reshape(x.shape[:2])
-        context = FeedForwardContext(token_ids=token_ids, step=jnp.int32(_LATE), train=True)
-        return nnx.merge(graph, *variables)(x, context).y
+    def apply(layer: Any, x: jax.Array) -> FeedForwardOutput:
+        ids = token_ids
+        if ids is None:
+            ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % TOKEN_IDS).reshape(x.shape[:2])
+        return layer(x, FeedForwardContext(token_ids=ids, step=jnp.int32(_LATE), train=True))
 
-    return forward, (params, router)
+    def forward(variables: Variables, x: jax.Array) -> jax.Array:
+        return apply(nnx.merge(graph, *variables), x).y
+
+    @jax.jit
+    def after_a_step(variables: Variables, x: jax.Array) -> tuple[Any, Mapping[str, jax.Array]]:
+        layer: Any = nnx.merge(graph, *variables)
+        update_router_state([layer], [apply(layer, x).statistics])
+        return nnx.state(layer, RouterState), apply(layer, x).metrics
+
+    return LayerFunction(forward, (params, router), after_a_step)
 
 
 def forward_and_backward(
@@ -407,6 +445,9 @@ COLUMNS: list[Column] = [
     ("MB temporaries", partial(number, "temporaries", 1e-6, ",.1f")),
     ("MB read and written", partial(number, "program_bytes", 1e-6, ",.0f")),
     ("copies", partial(number, "copies", 1, "d")),
+    ("dropped", partial(number, "dropped", 1, ".0%")),
+    ("load of the fullest", partial(number, "load_max", 1, ".2f")),
+    ("experts per token", partial(number, "experts_per_token", 1, ".2f")),
     ("s to compile", partial(number, "compile_s", 1, ".1f")),
 ]
 

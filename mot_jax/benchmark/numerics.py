@@ -154,7 +154,7 @@ def _layer(shape: Shape, config: FeedForwardConfig, dtype: str) -> tuple[Forward
     for name, value in vars(layer).items():
         if isinstance(value, Summary):  # initialized to zero
             value[...] = jax.random.normal(jax.random.key(len(name)), value.shape).astype(value.dtype)
-    return as_function(layer)
+    return as_function(layer)[:2]
 
 
 def _attention(config: ModelConfig, dtype: str) -> tuple[Forward, Variables]:

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mot_jax.config import Config, DenseConfig
+from mot_jax.config import Config, DenseConfig, HashConfig
 from mot_jax.cost.feed_forward import feed_forward_cost, flop_matched_kinds
 from mot_jax.cost.layers import Shape
 from mot_jax.cost.matched import TOLERANCE
 from mot_jax.data.objectives import Objective
-from mot_jax.data.pipeline import validation_batches
+from mot_jax.data.pipeline import COUNTED_TOKENS, validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.errors import UserError
 from mot_jax.modes.recording import record
 from mot_jax.nn.feed_forward import FeedForward, FeedForwardContext
+from mot_jax.nn.feed_forward.hash import balanced_table
 from mot_jax.nn.transformer import block_places, unroll
 from mot_jax.runs.restore import check_data, load_run, load_run_config, parameter_kinds
 from mot_jax.runs.status import RESULT
@@ -34,12 +35,15 @@ class TrainedLayer(NamedTuple):
     """A layer of a run.
 
     shape: its sizes, with the other kinds that have its experts. left_out: by name, why another kind is not among
-    them. x: its input [B, S, D], after the layer norm. router: the controller [D, E] and the router state, by name.
+    them. kind: its own. x: its input [B, S, D], after the layer norm, for the tokens token_ids [B, S]. router: by name,
+    the controller [D, E], the router state, and for hash layers the table that is balanced for the validation text.
     """
 
     shape: Shape
     left_out: dict[str, str]
+    kind: str
     x: jax.Array
+    token_ids: jax.Array
     router: dict[str, jax.Array]
     block: int
     step: int
@@ -95,11 +99,18 @@ def read_trained_layer(run: str, block: int | None = None) -> TrainedLayer:
     weights = ("w_in", "w_out", "w_gate")
     router = {name: value for name, value in values.items() if "/" not in name and name not in weights}
     inference = dataclasses.replace(evaluated_config(config).model, scan_layers=False)
-    x = _input_of_block(config, inference, params, trained.step, block, workdir)
-    return TrainedLayer(*_shape(config, workdir.name, x), x, router, block, trained.step)
+    x, token_ids, token_counts = _input_of_block(config, inference, params, trained.step, block, workdir)
+    shape, left_out = _shape(config, workdir.name, x)
+    hash_layer = shape.kinds().get(HashConfig.kind)
+    if isinstance(hash_layer, HashConfig):
+        router["table"] = jnp.asarray(balanced_table(token_counts, hash_layer.num_experts, hash_layer.top_k, block))
+    return TrainedLayer(shape, left_out, kind.kind, x, token_ids, router, block, trained.step)
 
 
-def _input_of_block(config: Config, model: Any, params: Any, step: int, block: int, workdir: Any) -> jax.Array:
+def _input_of_block(
+    config: Config, model: Any, params: Any, step: int, block: int, workdir: Any
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """The layer's input [B, S, D], its tokens [B, S], and how often the validation text has each token id [V]."""
     tokenizer, split = open_tokenizer(config), config.data.validation_split
     check_data({"tokenizer": tokenizer.fingerprint}, config, workdir)
     store_text_once(config, tokenizer, split)
@@ -118,7 +129,9 @@ def _input_of_block(config: Config, model: Any, params: Any, step: int, block: i
         )
         return values["x"][block]
 
-    return layer_input(params)
+    counted = windows.read(np.arange(min(len(windows), max(1, COUNTED_TOKENS // windows.context_length))))
+    counts = np.bincount(counted.tokens[:, :-1][counted.mask], minlength=model.vocab_size)
+    return layer_input(params), jnp.asarray(batch.inputs), counts
 
 
 def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, str]]:
@@ -156,4 +169,4 @@ def _shape(config: Config, name: str, x: jax.Array) -> tuple[Shape, dict[str, st
         else:
             configs.append(kind)
     sizes = (model.d_model, d_ff, group, experts, sequences, length)
-    return Shape(name, *sizes, model.gated, model.activation, tuple(configs)), left_out
+    return Shape(name, *sizes, model.gated, model.activation, tuple(configs), model.vocab_size), left_out

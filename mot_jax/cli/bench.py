@@ -55,8 +55,8 @@ class LayersOptions(JsonOptions):
     rounds: RoundsOrNone = None
     """Number of rounds, in each of which all programs run. None: 20."""
     routing: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
-    """Workdir of a finished run, whose widths, activations and controller are used, or `random`.
-    None: `random`; with `--peers` it must be given."""
+    """Workdir of a finished run, whose widths, activations and controller are used, or `random`. It must be given where
+    layers are timed."""
     block: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Block of the run, whose layer is timed. None: the middle one."""
     peers: Flag = False
@@ -85,6 +85,9 @@ def _layers(arguments: list[str]) -> None:
         _refuse(options, _COMPILES, "kinds", "rounds", "plot", "profile", "routing", "block")
     else:
         _refuse(options, _NEEDS_TOPOLOGY, "products")
+        if options.routing is None:
+            rule = "must be given, since times of layers with experts depend on it"
+            raise UserError(f"--routing: {rule}; try --routing random, or a finished run")
     rounds = options.rounds or 20
     from mot_jax.cost.layers import SHAPES, count_rows, paper_shapes, shape_of
 
@@ -118,7 +121,7 @@ def _layers(arguments: list[str]) -> None:
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     kinds = options.kinds.split(",") if options.kinds else None
     trained, routing = None, "random routing"
-    if options.routing not in (None, "random"):
+    if options.routing and options.routing != "random":
         from mot_jax.benchmark.trained_layer import read_trained_layer
 
         trained = read_trained_layer(options.routing, options.block)
@@ -157,8 +160,6 @@ def _check_routing(options: LayersOptions) -> None:
     run = None if options.routing == "random" else options.routing
     if options.peers and (options.counts or options.topology):
         raise UserError("--peers: has no part in --counts and --topology, which time nothing; try without --peers")
-    if options.peers and options.routing is None:
-        raise UserError("--routing: must be given with --peers, whose times depend on it; try RUN, or random")
     if options.block is not None and run is None:
         raise UserError(f"--block = {options.block}: needs the run that has this block; try with --routing RUN")
     if run is not None and options.shapes:

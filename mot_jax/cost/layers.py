@@ -34,6 +34,7 @@ IMPLEMENTATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     TOKEN_CHOICE: {"dropless": {"capacity_factor": None}, "capacity_1": {"capacity_factor": 1.0}},
 }
+TOKEN_IDS = 256
 DROPLESS = f"{TOKEN_CHOICE}:dropless"
 FLOORS = {"H100": "h100", "v5p": "v5p"}  # title in tables: key of `hardware.HARDWARE`
 
@@ -43,7 +44,7 @@ class Shape:
     """Sizes of one layer and of its input. F = G d_ff / E, by the paper's rule, unless `configs` has other widths.
 
     sequences: number of sequences, each of `length` tokens. gated, activation: those of all networks. configs: the
-    kinds; empty for those with the FLOPs of the dense layer.
+    kinds; empty for those with the FLOPs of the dense layer. vocab_size: number of token ids.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Shape:
     gated: bool = False
     activation: str = "relu"
     configs: tuple[FeedForwardConfig, ...] = ()
+    vocab_size: int = TOKEN_IDS
 
     @property
     def tokens(self) -> int:

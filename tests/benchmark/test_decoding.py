@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mot_jax import cli
-from mot_jax.benchmark.decoding import step_bytes
+from mot_jax.benchmark.decoding import random_variables, step_bytes
 from mot_jax.benchmark.report import markdown
 from mot_jax.benchmark.timing import Timings, in_turns
 from mot_jax.config import (
@@ -23,7 +23,8 @@ from mot_jax.config import (
     to_json,
 )
 from mot_jax.modes import enter
-from mot_jax.nn.transformer import init_params
+from mot_jax.nn.feed_forward import FeedForwardContext
+from mot_jax.nn.transformer import bind, init_params
 
 MODEL = ModelConfig(2, 16, 64, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8))
 
@@ -62,6 +63,18 @@ def test_experts_that_a_decode_step_of_one_sequence_reads(kind, share):
     others = {name: value for name, value in params.items() if "/w_" not in name}
     experts = 4 * sum(value.size for name, value in params.items() if name not in others)
     assert step_bytes(model, params, 1) - step_bytes(model, others, 1) == experts * share > 0
+
+
+def test_random_models_have_thresholds_that_top_k_experts_reach():
+    kind = ExpertThresholdConfig(8, top_k=2, routing_group_tokens=16)
+    model = dataclasses.replace(MODEL, feed_forward=kind)
+    variables = random_variables(model)
+    tokens = np.random.default_rng(0).integers(0, 256, (64, 16)).astype(np.int32)
+    every = FeedForwardContext(np.ones(tokens.shape, bool), tokens)
+    metrics = bind(model, variables)(tokens, every, np.zeros_like(tokens)).metrics
+    reached = [float(value) for name, value in metrics.items() if name.startswith("experts_per_token")]
+    assert len(reached) == 2 and reached == pytest.approx([2, 2], rel=0.2)
+    assert not any(name.endswith(("num_updates", "quantile_average")) for name in random_variables(MODEL))
 
 
 def test_programs_take_turns_and_the_first_round_is_discarded():

@@ -235,6 +235,21 @@ def test_without_a_dense_layer_no_program_has_a_ratio(monkeypatch):
     assert all(row["reason"] == "no dense layer to compare with" for row in rows) and len(rows) == 5
 
 
+def test_a_layer_is_timed_with_the_router_state_of_a_training_step():
+    """Thresholds are such that as many experts process a token as top_k; before any step, about half of all do."""
+    shape = dataclasses.replace(TINY, d_model=64, sequences=32, length=32)
+    x = jax.random.normal(jax.random.key(0), (shape.sequences, shape.length, shape.d_model))
+    layer = layers.layer_function(shape, "expert_threshold", "float32")
+    router, metrics = layer.after_a_step(layer.variables, x)
+    assert metrics["experts_per_token"] == pytest.approx(shape.kinds()["expert_threshold"].top_k, rel=0.05)
+    assert metrics["dropped"] < 0.3
+    params, initial = layer.variables
+    assert jnp.any(layer.forward((params, router), x) != layer.forward((params, initial), x))
+    rows, _ = bench_layers([shape], ["expert_threshold"], "float32", 2, lambda line: None, directions=["forward"])
+    (row,) = (row for row in rows if row["kind"] == "expert_threshold")
+    assert row["experts_per_token"] == pytest.approx(float(metrics["experts_per_token"]), rel=0.05)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("direction", layers.DIRECTIONS)
 def test_products_of_the_experts_have_the_flops_of_those_of_the_dense_layer(direction, gated):
@@ -281,7 +296,7 @@ def test_one_row_for_each_shape_direction_and_kind():
 
 
 def test_forward_backward_is_the_gradient():
-    forward, variables = layers.layer_function(TINY, "mixture_of_tokens", "float32")
+    forward, variables, _ = layers.layer_function(TINY, "mixture_of_tokens", "float32")
     x = jax.random.normal(jax.random.key(0), (4, 2, 32))
 
     def loss(variables, x):
@@ -297,7 +312,7 @@ def test_forward_backward_is_the_gradient():
 def test_unknown_names_are_refused(capsys):
     for flags, message in ((["--shapes", "v2"], "did you mean 'v1'"), (["--kinds", "denser"], "did you mean 'dense'")):
         with pytest.raises(SystemExit):
-            cli.main(["bench", "layers", *flags])
+            cli.main(["bench", "layers", "--routing", "random", *flags])
         assert message in capsys.readouterr().err
     with pytest.raises(UserError):
         layers.select_implementations([TINY], ["companions"])
@@ -343,7 +358,7 @@ def test_default_shapes_of_a_cpu_and_of_accelerators():
 def test_the_command_writes_json_picture_and_trace(tmp_path, capsys):
     files = {name: tmp_path / name for name in ("a.json", "a.png", "trace")}
     flags = ["--json", str(files["a.json"]), "--plot", str(files["a.png"]), "--profile", str(files["trace"])]
-    cli.main(["bench", "layers", "--shapes", "tiny", "--rounds", "3", *flags])
+    cli.main(["bench", "layers", "--routing", "random", "--shapes", "tiny", "--rounds", "3", *flags])
     rows = json.loads(files["a.json"].read_text())["rows"]
     assert {row["kind"] for row in rows} == {*layers.PRODUCTS, "dense_flat", *TINY.kinds()}
     assert {"kind", "shape", "direction", "median_s", "ratio_to_dense", "peak_share"} <= rows[0].keys()
@@ -354,6 +369,6 @@ def test_the_command_writes_json_picture_and_trace(tmp_path, capsys):
 def test_a_layer_that_depends_on_the_step_is_timed_as_late_in_training():
     mixing = MixingConfig(annealing="linear", final_temperature=0.5, annealing_steps=(0, 9))
     layer = MixtureOfTokens(16, 32, MixtureOfTokensConfig(4, 8, mixing=mixing), rngs=nnx.Rngs(0))
-    forward, variables = layers.as_function(layer)
+    forward, variables, _ = layers.as_function(layer)
     x = jax.random.normal(jax.random.key(0), (4, 3, 16))
     np.testing.assert_array_equal(forward(variables, x), layer(x).y)

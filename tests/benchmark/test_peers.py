@@ -34,7 +34,7 @@ def results(peer: str, shape, capacity_factor: float | None):
     config = dataclasses.replace(shape.kinds()["token_choice"], capacity_factor=capacity_factor)
     configs = tuple(config if c.kind == "token_choice" else c for c in shape.configs)
     shape = dataclasses.replace(shape, configs=configs)
-    ours, variables = layers.layer_function(shape, "token_choice", "float32")
+    ours, variables, _ = layers.layer_function(shape, "token_choice", "float32")
     x, dy = (jax.random.normal(jax.random.key(s), (shape.sequences, shape.length, shape.d_model)) for s in (0, 1))
     for forward in (ours, PEERS[peer].function(shape, "float32")):
         yield jax.jit(layers.forward_and_backward(forward))(variables, x, dy)
@@ -101,8 +101,13 @@ def test_the_layer_of_a_run(finished):
     assert (shape.d_model, shape.group_size, shape.num_experts, layer.x.shape) == (16, 4, 8, (32, 16, 16))
     assert shape.kinds()["token_choice"].top_k == 2 and shape.d_ff == 24
     assert np.allclose(layer.x.mean(axis=-1), 0, atol=0.5) and np.std(layer.x) > 0.3  # after a layer norm
-    params, _ = layer.with_router(layers.layer_function(comparable(shape), "token_choice", "float32")[1])
+    params, _ = layer.with_router(layers.layer_function(comparable(shape), "token_choice", "float32").variables)
     assert np.array_equal(params["controller"][...], layer.router["controller"])
+    hash_layer = layers.layer_function(comparable(shape), "hash", "float32", token_ids=layer.token_ids)
+    _, router = layer.with_router(hash_layer.variables)
+    (table,) = (v[...] for v in jax.tree.leaves(router, is_leaf=lambda leaf: hasattr(leaf, "replace")))
+    assert np.array_equal(table, layer.router["table"]) and table.shape == (shape.vocab_size, 2)
+    assert np.bincount(np.asarray(table).ravel()).min() > 0  # all experts have ids
     with pytest.raises(UserError, match=r"--block = 2: has no mixture_of_tokens layer in .*; try one of \[0, 1\]"):
         read_trained_layer(str(finished), 2)
 
@@ -165,7 +170,8 @@ def test_a_run_without_a_controller_is_refused_before_its_weights_are_read(tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--peers"], "--routing: must be given with --peers"),
+        ([], "--routing: must be given, since"),
+        (["--peers"], "--routing: must be given, since"),
         (["--peers", "--counts"], "--peers: has no part in --counts"),
         (["--routing", "random", "--counts"], "--routing = random: has no part in --counts"),
         (["--counts", "--topology", "local:1"], "--topology = local:1: has no part in --counts"),

@@ -6,6 +6,7 @@ tokens. Nothing else should run on the machine; the CPU time of other processes 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,14 +77,15 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
 
     Entrants without a checkpoint of a finished run are left out, and nothing is written if there is none.
     """
-    runs, programs = timed_runs(directory), {}
+    runs, programs, plan = timed_runs(directory), {}, directory.plan()
     for entrant in directory.study.entrants:
         for name in _finished(directory, entrant)[:1] if entrant not in runs else ():
             folder = workdir_of(directory.folder, name)
             say(f"times: {entrant} is not timed: no checkpoint; try mv {folder} {folder}.old, and it is trained again")
     for entrant, name in runs.items():
         say(f"times: compiling the step of {name}")
-        programs[entrant] = _program(workdir_of(directory.folder, name))
+        (config,) = plan.configs(plan.run(name))
+        programs[entrant] = _program(workdir_of(directory.folder, name), config)
     if not programs:
         return
     before, loads = cpu_times(), [os.getloadavg()[0]]
@@ -105,11 +107,13 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
 
 
-def _program(workdir: epath.Path) -> TrainingProgram:
+def _program(workdir: epath.Path, config: Config) -> TrainingProgram:
+    """The step of a run's model, with the study's choice of kernels and of arrays saved for the backward pass."""
     mesh = make_mesh(load_run_config(workdir))
     with jax.set_mesh(mesh):
-        config, state, next_example = load_training(workdir, mesh)
-    return TrainingProgram(config, state, _batch(config, mesh, next_example))
+        stored, state, next_example = load_training(workdir, mesh)
+    batch = _batch(stored, mesh, next_example)
+    return TrainingProgram(dataclasses.replace(stored, model=config.model), state, batch)
 
 
 def _batch(config: Config, mesh: jax.sharding.Mesh, next_example: int) -> Batch:

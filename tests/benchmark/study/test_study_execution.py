@@ -18,6 +18,7 @@ from etils import epath
 
 from mot_jax import cli
 from mot_jax.benchmark.study import execute, load_study, results, times
+from mot_jax.benchmark.study.plan import identity_hash
 from mot_jax.config import ExpertChoiceConfig, ExpertThresholdConfig, to_json
 from mot_jax.errors import DivergedError, UserError
 from mot_jax.runs import manifest
@@ -335,6 +336,24 @@ def test_times_are_of_runs_with_a_checkpoint_and_of_the_configs_with_which_they_
     assert times.read_times(study) is None
     (study.folder / "times.json").write_text(json.dumps({"runs": {"dense": "dense-seed-2"}}))  # of an earlier version
     assert times.read_times(study) is None
+
+
+def test_the_step_is_that_of_the_study_file_where_a_field_may_be_changed(tmp_path, data, monkeypatch):
+    """The arrays that are saved for the backward pass, after the training."""
+    study = directory(write_study(tmp_path, data), tmp_path / "out").study
+    trained = study.entrants["mixture_of_tokens"]
+    assert trained.model.feed_forward.save_for_backward == "pre_activations"
+    model = dataclasses.replace(
+        trained.model, feed_forward=dataclasses.replace(trained.model.feed_forward, save_for_backward="all")
+    )
+    monkeypatch.setattr(times, "load_run_config", lambda workdir: trained)
+    monkeypatch.setattr(times, "load_training", lambda workdir, mesh: (trained, "state", 4))
+    monkeypatch.setattr(times, "_batch", lambda config, mesh, next_example: (config, next_example))
+    monkeypatch.setattr(times, "TrainingProgram", lambda config, state, batch: (config, state, batch))
+    now = dataclasses.replace(trained, model=model)
+    assert identity_hash(now) == identity_hash(trained)
+    program = times._program(tmp_path, now)
+    assert program == (now, "state", (trained, 4))
 
 
 # --- whole studies ----------------------------------------------------------------------------------------------------
