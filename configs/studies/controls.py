@@ -11,8 +11,8 @@ Models, data and batches are those of `configs/studies/demo.py`.
 - `frozen_controller`: the controller keeps its initial weights, since its learning rate is 0. The layers before it can
   still learn to use it, so that this is a control of a learned controller, not of learned mixing weights.
 
-A control has the loss of `mixture_of_tokens` if the 95 % interval of the difference lies within 0.01 nats of zero; if
-it does, the part that it lacks is not the reason for the difference from the dense model. Three learning rates are
+A control has the loss of `mixture_of_tokens` if the 95 % interval of the difference is within 0.01 nats of zero; if it
+does, the part that it lacks is not the reason for the difference from the dense model. Three learning rates are
 tried in place of five. Runs of `mixture_of_tokens` are also runs of the demo study, and those of `dense` its runs
 without biases: their directories may be copied, under the names of this study, once it has begun.
 """

@@ -125,17 +125,22 @@ class Directory:
         if others and not path.exists():  # in this order: another process may begin the study now
             advice = f"try --workdir {self.folder / self.name}"
             raise UserError(f"--workdir = {self.folder}: has files, but no study (no {STUDY_FILE}); {advice}")
-        create_file(path, (strict_json.dumps({"study": self.name}) + "\n").encode())
+        about = {"study": self.name, "title": self.study.title}
+        create_file(path, (strict_json.dumps(about) + "\n").encode())
         self.check_name()
 
     def check_name(self) -> None:
         """Raise UserError if the directory exists and has another study."""
         path = self.folder / STUDY_FILE
         if path.exists():
-            other = strict_json.load(path, dict, "try another --workdir").get("study")
+            about = strict_json.load(path, dict, "try another --workdir")
+            other, title = about.get("study"), about.get("title", self.study.title)
+            advice = f"try --workdir {self.folder}_{self.name}"
             if other != self.name:
-                advice = f"try --workdir {self.folder}_{self.name}"
                 raise UserError(f"--workdir = {self.folder}: has the study {other!r}, not {self.name!r}; {advice}")
+            if title != self.study.title:
+                rule = f"has a study with the title {title!r}, not {self.study.title!r}"
+                raise UserError(f"--workdir = {self.folder}: {rule}; {advice}_2, or that title for the same study")
 
     def plan(self) -> Plan:
         """The runs, from the outcomes so far. Outcomes do not change, so that each is read once."""
@@ -220,7 +225,7 @@ class Directory:
 
 
 def train_study(directory: Directory, hours: float | None) -> Iterator[str]:
-    """Train all runs that have not ended, one after the other. Yields a line after each.
+    """Train all runs that have not ended, one after the other. Yields `notices`, and a line after each run.
 
     Args:
         directory: of the study.
@@ -233,6 +238,7 @@ def train_study(directory: Directory, hours: float | None) -> Iterator[str]:
     plan = directory.plan()
     directory.check_stale(plan)
     check_hours(directory, plan, hours)
+    yield from notices(directory, plan)
     done = 0.0  # in units of a step of the target entrant, as is the work that is left
     while todo := directory.to_train(plan):
         run, ended, begin = todo[0], len(directory.losses()), time.monotonic()
@@ -424,9 +430,17 @@ def dry_run(directory: Directory) -> tuple[list[dict[str, Any]], list[str]]:
     )
     needed = estimate(directory, plan)
     lines.append(f"about {needed:.1f} hours left in all, at most; the budget is {study.budget_hours:g}")
+    return rows, [*lines, *notices(directory, plan)]
+
+
+def notices(directory: Directory, plan: Plan) -> list[str]:
+    """Lines about runs of an earlier version of the study, and about too few seeds."""
+    lines = []
     if others := directory.other_runs(plan):
         lines.append(f"runs in {directory.folder} that the study does not have now: {', '.join(others)}")
-    return rows, lines
+    if warning := plans.few_seeds(len(directory.study.seeds)):
+        lines.append(f"warning: {warning}")
+    return lines
 
 
 COLUMNS: list[Column] = [

@@ -32,6 +32,7 @@ from mot_jax.errors import RetryableError, UserError, nearest
 from mot_jax.modes import default_mode, trained_mode
 from mot_jax.runtime import strict_json
 
+PROTOCOL_SEEDS = 5
 TUNING, SEEDS, HORIZONS = STAGES = ("tuning", "seeds", "horizons")
 
 
@@ -473,6 +474,14 @@ def _with(config: Config, rate: float, seed: int, steps: int) -> Config:
     data = dataclasses.replace(config.data, final_validation_windows=config.data.validation_windows)
     changed = dataclasses.replace(config, training=training, logging=logging, checkpoint=checkpoint, data=data)
     return with_absolute_paths(changed)  # as the run stores them
+
+
+def few_seeds(seeds: int) -> str | None:
+    """Return the warning of a study with fewer seeds than the protocol asks for, else None."""
+    if seeds >= PROTOCOL_SEEDS:
+        return None
+    count = f"{seeds} seed{'s' * (seeds != 1)}"
+    return f"{count}, of {PROTOCOL_SEEDS} or more that the protocol asks for: few differences can be significant"
 
 
 # --- identity and cost of a run ---------------------------------------------------------------------------------------

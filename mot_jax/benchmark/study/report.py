@@ -19,14 +19,17 @@ from mot_jax.benchmark.study.analysis import (
     curve_of,
     grid_losses,
     layer_metrics,
+    runs_all_experts,
     seed_runs,
     stability,
     tuning_losses,
 )
+from mot_jax.benchmark.study.plan import few_seeds
 from mot_jax.benchmark.study.results import FILE, ROWS_FILE, load
 from mot_jax.benchmark.study.statistics import SIGNIFICANCE, RateSpan
 from mot_jax.runtime.paths import make_directory, replace_file
 
+_AT_END = "\N{DAGGER}"
 _BOUNDS = ("difference", "low", "high")  # of a comparison
 HTML, MARKDOWN = "report.html", "report.md"
 Results = Mapping[str, Any]
@@ -71,7 +74,7 @@ def write_report(folder: epath.Path, output: epath.Path | None = None) -> list[e
     """
     results, output = load(folder), output or folder
     make_directory("--output", output)
-    blocks = list(report(results))
+    blocks = [_marked(results, block) for block in report(results)]
     files = {HTML: to_html(results["title"], blocks), MARKDOWN: to_markdown(results["title"], blocks)}
     files |= {f"{block.name}.svg": block.svg for block in blocks if isinstance(block, Plot)}
     for name, text in files.items():
@@ -92,10 +95,19 @@ def report(results: Results) -> Iterator[Block]:
     yield from _tuning(results)
     yield from _stability(results)
     yield from _balance(results)
-    yield from _costs(results)
+    yield from _costs(results, figures)
     yield from _configs(results)
     yield from _conditions(results)
     yield from _refutation(results)
+
+
+def _marked(results: Results, block: Block) -> Block:
+    """Mark the entrants of a table whose best learning rate is at an end of the grid."""
+    if not isinstance(block, Table) or block.columns[0] != "entrant":
+        return block
+    at_end = {name for name, about in results["entrants"].items() if about["tuning"]["at_end"]}
+    rows = [[f"{name} {_AT_END}" if name in at_end else name, *cells] for name, *cells in block.rows]
+    return Table(block.columns, rows)
 
 
 def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
@@ -110,6 +122,8 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     if not_ended := [run["name"] for run in results["runs"] if run["state"] == "not ended"]:
         yield Text(f"Preliminary: {len(not_ended)} runs have not ended, among them {', '.join(not_ended[:3])}.")
     yield from _machine_warnings(results)
+    if warning := few_seeds(seeds):
+        yield Text(f"Warning: {warning}.")
     bits = results["data"].get("bits_per_nat")
     table = []
     ordered = sorted(rows, key=lambda name: rows[name]["loss"]["median"])
@@ -130,6 +144,8 @@ def _summary(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         )
     columns = ["entrant", "evaluated in", "loss", "sd over seeds", "bits per byte", "as trained", "seeds", "parameters"]
     yield Table(columns, table)
+    if any(about["tuning"]["at_end"] for about in results["entrants"].values()):
+        yield Text(f"{_AT_END}: the best learning rate is at an end of the grid, so that a better one may exist.")
     yield Text(
         "Loss: mean over seeds of the last evaluation, in nats per token, in the inference mode of the second column, "
         "one in which no sequence of a batch depends on another, where the entrant has one. As trained: the loss in "
@@ -198,8 +214,13 @@ def _to_target(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         "between evaluations by linear interpolation. A miss counts as infinite, so that the median is infinite if "
         f"half of the seeds miss. The target is a mean over seeds, so that about half of those of {settings['target']} "
         f"miss it.{horizon} Time: steps times the step time of the trained models in turns. State: parameters and "
-        "optimizer state."
+        f"optimizer state.{_without_time(results)}"
     )
+
+
+def _without_time(results: Results) -> str:
+    names = [name for name, about in results["entrants"].items() if runs_all_experts(about)]
+    return f" {_list(names)}: no time, since all experts run on all tokens." if names else ""
 
 
 def _horizon(by_seed: Mapping[Any, Any] | None, is_target: bool) -> str:
@@ -222,6 +243,7 @@ def _equal_budgets(results: Results, figures: dict[str, Any]) -> Iterator[Block]
         f"Mean over seeds of the loss at the step at which an entrant has used the budget of {settings['target']}'s "
         "whole training. An entrant with a more expensive step is read before the end of its schedule, where its "
         "learning rate is still high, which counts against it; one with a cheaper step has its final loss."
+        f"{_without_time(results)}"
     )
 
 
@@ -386,13 +408,13 @@ def _balance(results: Results) -> Iterator[Block]:
     )
 
 
-def _costs(results: Results) -> Iterator[Block]:
+def _costs(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     settings, times, table = results["settings"], results["times"], []
     yield Heading("Cost of a step")
     reference = results["entrants"][settings["target"]]
     for name, about in results["entrants"].items():
         timed = (times or {"rows": {}})["rows"].get(name)
-        base = (times or {"rows": {}})["rows"].get(settings["target"])
+        row = figures["entrants"][name]
         compiler = timed and timed["compiler_flops"]
         table.append(
             [
@@ -403,7 +425,7 @@ def _costs(results: Results) -> Iterator[Block]:
                 f"{compiler / 1e9:,.3f}" if compiler else "-",
                 f"{1e3 * timed['median_s']:,.2f}" if timed else "-",
                 f"{timed['spread']:.0%}" if timed else "-",
-                f"{timed['median_s'] / base['median_s']:.2f}" if timed and base else "-",
+                _interval([row["time_ratio"], *(row["time_interval"] or (None, None))], ".2f"),
             ]
         )
     columns = ["entrant", "GFLOP useful", "ratio", "executed", "by the compiler", "ms", "spread", "ratio"]
@@ -423,7 +445,8 @@ def _costs(results: Results) -> Iterator[Block]:
             f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
             f"text, on {_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used "
             f"{others} of the CPU time of all cores during the timing; load averages before and after it, with the "
-            f"study's own load: {before:.1f} and {after:.1f}."
+            f"study's own load: {before:.1f} and {after:.1f}. Ratios of times: with 95 % intervals, by a bootstrap of "
+            "the rounds."
         )
 
 
@@ -514,7 +537,7 @@ def _refutation(results: Results) -> Iterator[Block]:
             "A longer training or larger models, at which the order of the entrants changes: the study holds for its "
             f"{settings['steps']:,} steps and its sizes only.",
             "An entrant whose tokens depend on later ones: tests/nn/feed_forward/test_every_kind.py has the tests of "
-            "causality, by gradient and by perturbation.",
+            "causality of every kind, by gradient of the layer and by perturbation of the model's tokens.",
             "FLOPs that are counted wrongly: the table of costs has two counts, and tests/cost/ compares the "
             "accounting with the compiler, and the parameters with those that the papers state.",
             "Times on another machine: `mot bench step` compares two configs.",

@@ -10,9 +10,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 Curve = Sequence[tuple[float, float]]  # (step, loss) of each evaluation, by step
 SIGNIFICANCE = 0.05
 _CONFIDENCE = 0.95
+_RESAMPLES = 10_000  # of a bootstrap
+_LEAST_ROUNDS = 5
 
 
 # --- reaching a loss --------------------------------------------------------------------------------------------------
@@ -177,6 +181,20 @@ def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comp
     test = scipy.stats.ttest_rel([sample[seed] for seed in seeds], [reference[seed] for seed in seeds])
     interval = test.confidence_interval(_CONFIDENCE)
     return Comparison(mean, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def ratio_interval(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
+    """Return a bootstrap interval of 95 % of the ratio of two medians, whose values are paired by round.
+
+    It resamples rounds, since a disturbance affects all programs of a round. None unless there are `_LEAST_ROUNDS`
+    pairs, as of programs that took turns in different rounds.
+    """
+    if len(sample) != len(reference) or len(sample) < _LEAST_ROUNDS:
+        return None
+    rounds = np.random.default_rng(0).integers(0, len(sample), (_RESAMPLES, len(sample)))
+    ratios = np.median(np.asarray(sample)[rounds], axis=1) / np.median(np.asarray(reference)[rounds], axis=1)
+    low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:

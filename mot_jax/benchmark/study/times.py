@@ -29,7 +29,7 @@ from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
 FILE = "times.json"
-_ROUNDS = 20
+_ROUNDS = 40
 
 
 def timed_runs(directory: Directory) -> dict[str, str]:
@@ -96,6 +96,7 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
         entrant: {
             "median_s": timing.median,
             "spread": timing.spread,
+            "seconds": [float(f"{seconds:.5g}") for seconds in timing.seconds],
             "compiler_flops": _compiler_flops(programs[entrant].compiled),
             "temporaries": programs[entrant].temporaries,
         }

@@ -132,6 +132,10 @@ def test_a_directory_has_one_study(capsys, tmp_path, data):
     directory(first, out).claim()
     code, (line,) = refusal(capsys, second, "--workdir", str(out))
     assert code == 2 and "has the study 'small', not 'other'" in line
+    (tmp_path / "elsewhere").mkdir()
+    third = write_study(tmp_path / "elsewhere", data, ", title='Mine'")
+    code, (line,) = refusal(capsys, third, "--workdir", str(out))
+    assert code == 2 and ", not 'Mine'; try " in line and line.endswith("_2, or that title for the same study")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     code, (line,) = refusal(capsys, first, "--workdir", str(tmp_path / "full"))

@@ -9,7 +9,8 @@ from etils import epath
 
 from mot_jax import cli
 from mot_jax.benchmark.study.analysis import analyze, stability
-from mot_jax.benchmark.study.report import report, to_html, to_markdown
+from mot_jax.benchmark.study.plan import few_seeds
+from mot_jax.benchmark.study.report import Table, _marked, report, to_html, to_markdown
 from mot_jax.benchmark.study.results import gradient_variation, load
 from mot_jax.config import TrainingConfig
 from mot_jax.errors import UserError
@@ -331,11 +332,47 @@ def test_candidates_are_listed_with_their_losses_and_are_no_points_of_the_grid(r
     assert "without its alternatives while none is chosen, as for token_choice." in text
 
 
+def test_entrants_whose_best_rate_is_at_an_end_of_the_grid_are_marked_in_every_table(results):
+    blocks = list(report(results))
+    marked = [_marked(results, block) for block in blocks]
+    tables = [block for block in marked if isinstance(block, Table) and block.columns[0] == "entrant"]
+    names = [row[0] for table in tables for row in table.rows]
+    assert len(tables) >= 6 and names.count(f"{DENSE} \N{DAGGER}") >= 5 and MOT in names
+    assert DENSE not in names and f"{MOT} \N{DAGGER}" not in names
+    assert "\N{DAGGER}: the best learning rate is at an end" in to_markdown("", blocks)
+    for about in results["entrants"].values():
+        about["tuning"]["at_end"] = False
+    assert "\N{DAGGER}" not in to_markdown("", list(report(results)))
+
+
+def test_few_seeds_are_named(results):
+    assert "Warning: 2 seeds, of 5 or more" in to_markdown("", list(report(results)))
+    assert few_seeds(1).startswith("1 seed, of 5") and few_seeds(5) is None
+
+
+def test_times_of_a_kind_that_runs_all_experts_are_not_compared(results):
+    results["entrants"][ROUTED]["kind"] = "relu_routing"
+    figures = analyze(results)["entrants"]
+    assert figures[ROUTED]["time_ratio"] == pytest.approx(3) and figures[MOT]["time_to_target"] is not None
+    assert figures[ROUTED]["time_to_target"] is None and figures[ROUTED]["loss_at_equal_time"] is None
+    assert figures[ROUTED]["executed_to_target"] is not None
+    assert to_markdown("", list(report(results))).count(f"{ROUTED}: no time, since all experts run on all tokens.") == 2
+
+
+def test_ratios_of_step_times_have_intervals_where_the_times_of_the_rounds_are_known(results):
+    assert analyze(results)["entrants"][MOT]["time_interval"] is None
+    for row in results["times"]["rows"].values():
+        row["seconds"] = [row["median_s"] * factor for factor in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]
+    figures = analyze(results)["entrants"]
+    assert figures[MOT]["time_interval"] == pytest.approx((2, 2)) and figures[DENSE]["time_interval"] is None
+    assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))
+
+
 def test_the_report_names_runs_of_other_machines_and_texts_and_skipped_steps(results):
     text = to_markdown("", list(report(results)))
     assert "skipped steps, whose loss or gradient was not finite: none" in text and "arning: " not in text.replace(
         "warning: text trained on", ""
-    )
+    ).replace("Warning: 2 seeds, of 5", "")
     results["machines"].append({"device": "1 x cpu", "python": "3.11.0"})
     (row,) = [row for row in results["runs"] if row["name"] == f"{MOT}-seed-2"]
     row |= {"machine": 1, "same_text": False, "skipped_steps": 3}

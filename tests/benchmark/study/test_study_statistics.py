@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 from hypothesis import given
@@ -14,6 +15,7 @@ from mot_jax.benchmark.study.statistics import (
     loss_at,
     next_horizon,
     rate_span,
+    ratio_interval,
     summary,
 )
 
@@ -88,6 +90,18 @@ def test_pairs_are_those_of_equal_seeds(pairs):
 def test_a_test_that_cannot_be_made_has_a_reason(sample, reference, reason):
     comparison = compare(sample, reference)
     assert comparison.p is None and comparison.reason == reason
+
+
+def test_the_interval_of_a_ratio_of_medians_pairs_rounds():
+    """Rounds in which the machine is slow for both programs do not widen it."""
+    rng = np.random.default_rng(0)
+    base, slow = rng.normal(1.0, 0.02, 40), np.where(np.arange(40) < 15, 3.0, 1.0)
+    low, high = ratio_interval(list(2 * base * rng.normal(1.0, 0.01, 40)), list(base))
+    assert low < 2.0 < high and high - low < 0.06
+    assert ratio_interval(list(2 * slow), list(slow)) == (2.0, 2.0)
+    low, high = ratio_interval(list(rng.normal(1.0, 0.3, 40)), list(rng.normal(1.0, 0.3, 40)))
+    assert high - low > 0.2
+    assert ratio_interval([1.0] * 4, [1.0] * 4) is None and ratio_interval([1.0] * 10, [1.0] * 40) is None
 
 
 def test_holm_multiplies_by_the_number_of_hypotheses_that_are_left():

@@ -262,6 +262,30 @@ def test_a_token_depends_on_no_token_out_of_its_reach(name):
     assert depends_on_other_sequences == (case.reach in ("group", "order"))
 
 
+@EVERY_CASE
+def test_an_update_has_no_gradient_by_a_token_out_of_its_reach(name):
+    """Of the layer by itself, before and after its warmup."""
+    case, rng, config = CASES[name], np.random.default_rng(0), config_of(name)
+    kind = case.config.for_model(config.model)
+    layer = nnx.jit(lambda: make_feed_forward(config.model, kind, nnx.Rngs(params=jax.random.key(0, impl="rbg"))))()
+    graph, variables = nnx.split(layer)
+    x = rng.normal(size=(B, S, MODEL.d_model)).astype("float32")
+    chosen = rng.choice(np.flatnonzero(MASK), 16, replace=False)
+    cotangents = np.zeros((len(chosen), B * S, MODEL.d_model), "float32")
+    cotangents[np.arange(len(chosen)), chosen] = rng.normal(size=(len(chosen), MODEL.d_model))
+
+    @jax.jit
+    def gradients(step: jax.Array) -> jax.Array:
+        context = FeedForwardContext(jnp.asarray(MASK), jnp.asarray(batch_of().inputs), step=step, train=True)
+        _, pull = jax.vjp(lambda x: nnx.merge(graph, variables)(x, context).y, x)
+        return jax.vmap(pull)(cotangents.reshape(-1, *x.shape))[0]
+
+    for step, reach in ((0, case.reach), (10**6, case.reach_later or case.reach)):
+        reached = np.asarray(gradients(step) != 0).any(axis=-1).reshape(len(chosen), -1)
+        assert not (reached & ~allowed_tokens(reach, config.group_size)[chosen]).any()
+        assert reached[np.arange(len(chosen)), chosen].mean() > 0.5  # others are dropped
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.reach == "sequence"])
 def test_a_kind_that_is_not_causal_is_refused_for_causal_models(name):
     """Its layer, by itself, shows why: updates change with the last token of their sequence."""
