@@ -21,7 +21,7 @@ from mot_jax.config import (
 )
 
 MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
-    group_size=32, num_experts=128, shared_expert_dim=96, controller_init_scale=3.0
+    group_size=32, num_experts=128, shared_expert_dim=96, controller_init_scale=3.0, save_for_backward="all"
 )
 
 

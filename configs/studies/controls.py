@@ -38,7 +38,11 @@ GROUP_SIZE, EXPERTS, SHARED = 32, 128, 96
 BATCH, CONTEXT = 32, 64
 
 MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
-    group_size=GROUP_SIZE, num_experts=EXPERTS, shared_expert_dim=SHARED, controller_init_scale=3.0
+    group_size=GROUP_SIZE,
+    num_experts=EXPERTS,
+    shared_expert_dim=SHARED,
+    controller_init_scale=3.0,
+    save_for_backward="all",
 )
 
 

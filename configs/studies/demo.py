@@ -46,10 +46,16 @@ BATCH, CONTEXT = 32, 64
 ROUTING_GROUP = BATCH * CONTEXT  # a batch: the capacity of an expert is a share of all its tokens
 
 MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
-    group_size=GROUP_SIZE, num_experts=EXPERTS, shared_expert_dim=SHARED, controller_init_scale=3.0
+    group_size=GROUP_SIZE,
+    num_experts=EXPERTS,
+    shared_expert_dim=SHARED,
+    controller_init_scale=3.0,
+    save_for_backward="all",
 )
 # The layer of the paper's article: no shared expert, a controller with the variance 0.1 / D, nearly uniform mixing.
-PAPER = MixtureOfTokensConfig(group_size=GROUP_SIZE, num_experts=EXPERTS, controller_init_scale=0.1**0.5)
+PAPER = MixtureOfTokensConfig(
+    group_size=GROUP_SIZE, num_experts=EXPERTS, controller_init_scale=0.1**0.5, save_for_backward="all"
+)
 # Capacity factor and weight of the load-balancing loss of the paper.
 TOKEN_CHOICE = TokenChoiceConfig(
     num_experts=EXPERTS,
