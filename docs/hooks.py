@@ -40,6 +40,7 @@ PLACES = {
     "launch/README.md": "clusters.md",
     "models/python/README.md": "model.md",
     "examples/custom_loop.py": "custom_loop.md",
+    "examples/own_kind.py": "own_kind.md",
     "examples/mixture_of_tokens.ipynb": "notebook.md",
 }
 SUBCOMMANDS = {"data": cli.data.COMMANDS, "bench": cli.bench.COMMANDS}

@@ -25,6 +25,7 @@ from mot_jax.config import (
 if TYPE_CHECKING:
     from etils import epath
 
+    from mot_jax.cost.register import register_kind
     from mot_jax.inference.language_model import LanguageModel, load
     from mot_jax.nn.feed_forward import (
         Dense,
@@ -70,6 +71,7 @@ __all__ = [
     "Transformer",
     "load",
     "load_config",
+    "register_kind",
     "train",
     "update_router_state",
 ]
@@ -95,6 +97,7 @@ _LAZY = {
     "TokenChoice": "mot_jax.nn.feed_forward",
     "Transformer": "mot_jax.nn.transformer",
     "load": "mot_jax.inference.language_model",
+    "register_kind": "mot_jax.cost.register",
     "update_router_state": "mot_jax.nn.feed_forward",
 }
 

@@ -22,6 +22,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.experimental.compilation_cache import compilation_cache
 
+from mot_jax.config import files, hints
+from mot_jax.cost.feed_forward import COSTS
+from mot_jax.nn.feed_forward import KINDS
 from mot_jax.nn.sharding import AXES
 from mot_jax.runtime.compilation import disable_cache_for_cpu_mesh
 from mot_jax.training import evaluation, trainer
@@ -69,6 +72,19 @@ def restore_compilation_cache():
     if jax.config.jax_enable_compilation_cache != before:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def registered_kinds():
+    """Forget the kinds that a test has registered."""
+    tables = (KINDS, COSTS, hints._ADDED)
+    before = [dict(table) for table in tables]
+    yield
+    if before[-1] != hints._ADDED:
+        for table, content in zip(tables, before, strict=True):
+            table.clear()
+            table.update(content)
+        files._execute.cache_clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,12 +18,14 @@ from mot_jax.planning import hlo
 from mot_jax.planning.hlo import UnknownTextError
 from mot_jax.planning.program import read_program
 from mot_jax.runs.checkpoint import versions
+from mot_jax.runtime import allocator
 from mot_jax.runtime.progress import progress
 
 _SAMPLE_SECONDS = 5e-3  # least time of a sample on an accelerator
 _MOST_CALLS = 1024  # of a sample
 _SLOW = 10.0  # times the shortest program
 _LEAST_ROUNDS = 3
+_LONG = 1.0  # seconds of a program whose temporaries may be a large part of memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ def in_turns(
             try:
                 if name in calls:
                     seconds[name].append(_seconds(programs[name], calls[name]))
+                    if seconds[name][-1] > _LONG:
+                        allocator.release_freed_memory()
                 else:
                     calls[name] = _calls_per_sample(programs[name])
             except jax.errors.JaxRuntimeError as error:

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -296,7 +297,16 @@ def _value_fault(prog: str, config: Config, chunk: list[str], hints: Mapping[str
 
 
 def _tyro(prog: str, config: Config, flags: Sequence[str]) -> Config:
-    return tyro.cli(tyro.conf.AvoidSubcommands[Config], prog=prog, default=config, args=flags)
+    with _registered_kinds():
+        return tyro.cli(tyro.conf.AvoidSubcommands[Config], prog=prog, default=config, args=flags)
+
+
+@contextlib.contextmanager
+def _registered_kinds() -> Iterator[None]:
+    """Accept the config of a kind that a file has registered, and that the type of the field does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"<class .*Config'> does not match any type in Union")
+        yield
 
 
 # --- arguments into flags and values ----------------------------------------------------------------------------------
@@ -560,7 +570,7 @@ def _show_help(prog: str, command: type, config: Config | None = None) -> NoRetu
         shown = dataclasses.make_dataclass("shown", annotations.items())
         shown.__doc__ = command.__doc__
         default = shown(command(**defaults), config)
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(SystemExit), _registered_kinds():
         tyro.cli(shown, prog=prog, default=default, args=["--help"])
     print(ABOUT_DEBUG)
     raise SystemExit(0)

@@ -30,7 +30,7 @@ from mot_jax.config.fields import (
     TokenChoiceConfig,
     TrainingConfig,
 )
-from mot_jax.config.hints import leaves, matches, type_words
+from mot_jax.config.hints import leaves, matches, options, type_words
 from mot_jax.config.kernels import attention_error, kernel_errors
 from mot_jax.config.renamed import new_value
 from mot_jax.errors import UserError
@@ -205,7 +205,7 @@ def _training_errors(training: TrainingConfig, model: ModelConfig) -> Iterator[s
         yield f"training.upcycle_from = {training.upcycle_from!r}: {rule}; try None"
     for name, default in vars(LossWeights()).items():
         if name not in ("head_z", *kind.losses) and (weight := getattr(losses, name)) != default:
-            kinds = " or ".join(k.kind for k in typing.get_args(FeedForwardConfig) if name in k.losses)
+            kinds = " or ".join(k.kind for k in options(FeedForwardConfig) if name in k.losses)
             yield f"training.losses.{name} = {weight}: requires model.feed_forward of kind {kinds}; try {default:g}"
     if losses.mixing_entropy and isinstance(kind, MixtureOfTokensConfig) and not kind.mixing.uses_temperature:
         rule = "model.feed_forward has no softmax mixing weights"

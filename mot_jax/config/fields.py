@@ -121,7 +121,7 @@ class MixingConfig(_PlainData):
 
 
 @dataclasses.dataclass(frozen=True)
-class _FeedForwardKind(_PlainData):
+class FeedForwardKind(_PlainData):
     """Base of the feed-forward kinds: the properties on which batches, losses and inference modes depend.
 
     losses: the fields of `LossWeights` that weight losses of the kind. trained_mode: the inference mode (`modes.MODES`)
@@ -174,7 +174,7 @@ class _FeedForwardKind(_PlainData):
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseConfig(_FeedForwardKind):
+class DenseConfig(FeedForwardKind):
     """A dense feed-forward layer of width `d_ff`."""
 
     kind: ClassVar[str] = "dense"
@@ -183,7 +183,7 @@ class DenseConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureOfTokensConfig(_FeedForwardKind):
+class MixtureOfTokensConfig(FeedForwardKind):
     """A Mixture-of-Tokens layer (`docs/paper.md`, section 2)."""
 
     kind: ClassVar[str] = "mixture_of_tokens"
@@ -266,7 +266,7 @@ class ThresholdConfig(MixtureOfTokensConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenChoiceConfig(_FeedForwardKind):
+class TokenChoiceConfig(FeedForwardKind):
     """A token-choice (top-k routed) mixture of experts (`docs/paper.md`, section 4)."""
 
     kind: ClassVar[str] = "token_choice"
@@ -324,7 +324,7 @@ class TokenChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertThresholdConfig(_FeedForwardKind):
+class ExpertThresholdConfig(FeedForwardKind):
     """A mixture of experts, each of which takes the tokens whose logits reach its threshold (`docs/paper.md`)."""
 
     kind: ClassVar[str] = "expert_threshold"
@@ -394,7 +394,7 @@ class ExpertThresholdConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExpertChoiceConfig(_FeedForwardKind):
+class ExpertChoiceConfig(FeedForwardKind):
     """An expert-choice mixture of experts (`docs/paper.md`, section 5): each expert takes its most probable tokens.
 
     An expert takes capacity_factor top_k G / num_experts tokens, rounded, at least 1 and at most G, of the G tokens of
@@ -449,7 +449,7 @@ class ExpertChoiceConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class ReluRoutingConfig(_FeedForwardKind):
+class ReluRoutingConfig(FeedForwardKind):
     """A sparse mixture of experts with ReLU gates (`docs/paper.md`, section 5). Every expert processes every token."""
 
     kind: ClassVar[str] = "relu_routing"
@@ -480,7 +480,7 @@ class ReluRoutingConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class HashConfig(_FeedForwardKind):
+class HashConfig(FeedForwardKind):
     """A mixture of experts in which a fixed table has the experts of each token id (`docs/paper.md`, section 5)."""
 
     kind: ClassVar[str] = "hash"
@@ -517,7 +517,7 @@ class HashConfig(_FeedForwardKind):
 
 
 @dataclasses.dataclass(frozen=True)
-class SoftMoEConfig(_FeedForwardKind):
+class SoftMoEConfig(FeedForwardKind):
     """A soft mixture of experts (`docs/paper.md`, section 5), for masked models only."""
 
     kind: ClassVar[str] = "soft_moe"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
 import os
 import re
+import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -147,24 +149,40 @@ def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return (Path(file + ".py"), variant) if separator else (Path(name), None)
 
 
-def _load_module(
-    path: Path, name: str = "config", signature: str = "get_config() -> Config", example: str = "configs/demo.py"
-) -> ModuleType:
+def load_module(path: Path, name: str, example: str) -> ModuleType:
+    """Execute a user's Python file, once for each content. Arguments and errors are those of `call_in_file`."""
     if not path.is_file():
         raise UserError(f"{name} = {path}: no such file{_instead_of(path)}")
     try:
-        spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{name} = {path}: must be a Python file; try {example}")
-        module = importlib.util.module_from_spec(spec)
-        # Not by the loader: its bytecode cache misses an edit within a second that does not change the size.
-        exec(compile(path.read_bytes(), path.absolute(), "exec"), vars(module))
+        module = _execute(path.absolute(), path.read_bytes())
     except ReportedError:
         raise
     except Exception as error:
         raise UserError(f"{name} = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+    if module is None:
+        raise UserError(f"{name} = {path}: must be a Python file; try {example}")
+    return module
+
+
+def _load_module(
+    path: Path, name: str = "config", signature: str = "get_config() -> Config", example: str = "configs/demo.py"
+) -> ModuleType:
+    module = load_module(path, name, example)
     if not hasattr(module, signature.partition("(")[0]):
         raise UserError(f"{name} = {path}: must define {signature}")
+    return module
+
+
+@functools.cache
+def _execute(path: Path, source: bytes) -> ModuleType | None:
+    """Execute a file, once for each content; None if it is no Python file."""
+    spec = importlib.util.spec_from_file_location(f"mot_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses with annotations that are strings look it up
+    # Not by the loader: its bytecode cache misses an edit within a second that does not change the size.
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     return module
 
 
@@ -246,7 +264,10 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
         kinds = {c.kind: c for c in classes}
         kind = str(data.pop("kind", None))
         if kind not in kinds:
-            raise UserError(f"{path}.kind = {kind!r}: no such kind{nearest(kind, kinds)}")
+            advice = nearest(kind, kinds)
+            if "did you mean" not in advice:
+                advice += "; try MOT_JAX_KINDS=FILE.py, if a file registers it"
+            raise UserError(f"{path}.kind = {kind!r}: no such kind{advice}")
         classes = [kinds[kind]]
     hints = typing.get_type_hints(classes[0])
     names = [f.name for f in dataclasses.fields(classes[0])]

@@ -8,11 +8,19 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+_ADDED: dict[Any, list[type]] = {}  # members of a union in addition to those of its definition
+
 
 def options(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
+    return (*typing.get_args(hint), *_ADDED.get(hint, ())) if union else (hint,)
+
+
+def add_option(union: Any, option: type) -> None:
+    """Let values of a union, wherever it is a field's type, also be of this type."""
+    if option not in options(union):
+        _ADDED.setdefault(union, []).append(option)
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Matrix products and memory traffic of one feed-forward layer: a class for each kind, listed in `_COSTS`.
+"""Matrix products and memory traffic of one feed-forward layer: a class for each kind, listed in `COSTS`.
 
 A new kind needs one class here; everything else in `mot_jax.cost` reads these classes. The layer's definition is in
 `docs/paper.md`, section 2. Conventions:
@@ -168,9 +168,9 @@ class FeedForwardCost:
         return {}
 
     @classmethod
-    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> FeedForwardConfig:
-        """A config whose experts have the FLOPs of the dense layer (`cost.layers.Shape`)."""
-        raise NotImplementedError
+    def flop_matched(cls, group_size: int, num_experts: int, length: int) -> FeedForwardConfig | None:
+        """A config whose experts have the FLOPs of the dense layer (`cost.layers.Shape`); None: the kind has none."""
+        return None
 
     def _product(self, width: int, per_token: Number = 1) -> Number:
         """FLOPs per token of a product between the widths D and `width`, executed `per_token` times for each token."""
@@ -580,7 +580,7 @@ class SoftMoECost(FeedForwardCost):
         return SoftMoEConfig(experts, max(1, round(length / experts)))
 
 
-_COSTS: dict[type, type[FeedForwardCost]] = {
+COSTS: dict[type, type[FeedForwardCost]] = {
     DenseConfig: DenseCost,
     MixtureOfTokensConfig: MixtureOfTokensCost,
     TokenChoiceConfig: TokenChoiceCost,
@@ -600,16 +600,16 @@ def feed_forward_cost(model: ModelConfig, kind: FeedForwardConfig, tokens: int |
     if isinstance(kind, ThresholdConfig):
         width, top_k = kind.hidden_dim(model.d_ff), kind.experts_per_token
         kind = ExpertThresholdConfig(kind.num_experts, width, top_k, kind.shared_expert_dim, capacity_factor=None)
-    cost = next(_COSTS[base] for base in type(kind).__mro__ if base in _COSTS)
+    cost = next(COSTS[base] for base in type(kind).__mro__ if base in COSTS)
     return cost(kind, model.d_model, model.d_ff, model.gated, model.context_length, tokens)
 
 
 def trainable_kinds() -> dict[str, type[FeedForwardCost]]:
     """The costs of the kinds that train, by the name of the kind."""
-    return {config.kind: cost for config, cost in _COSTS.items()}  # type: ignore[attr-defined]
+    return {config.kind: cost for config, cost in COSTS.items()}  # type: ignore[attr-defined]
 
 
 def flop_matched_kinds(group_size: int, num_experts: int, length: int) -> dict[str, FeedForwardConfig]:
     """The kinds that train, by name, all with the FLOPs of the dense layer in their experts."""
-    configs = (cost.flop_matched(group_size, num_experts, length) for cost in _COSTS.values())
-    return {config.kind: config for config in configs}
+    configs = (cost.flop_matched(group_size, num_experts, length) for cost in COSTS.values())
+    return {config.kind: config for config in configs if config is not None}

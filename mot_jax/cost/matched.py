@@ -189,6 +189,8 @@ def _replaced(config: Config, kind: str) -> Config:
     old, model, training = config.model.feed_forward, config.model, config.training
     group_size, num_experts, top_k = _sizes(config)
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
+    if new is None:
+        raise UserError(f"kind = {kind!r}: its cost has no `flop_matched`, so that it has no equal; try another kind")
     values: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "group_size": group_size}
     # k slots for each token, as k experts process a token of the other kinds.
     values["slots_per_expert"] = max(1, round(top_k * model.context_length / num_experts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 from mot_jax.runtime import platforms
@@ -24,3 +25,12 @@ def retain_freed_memory() -> None:
         return
     for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         mallopt(option, value)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system, also that between blocks in use. Nothing happens where there is no glibc.
+
+    For after large temporary arrays: retained blocks that are split among small ones would let the process grow.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
