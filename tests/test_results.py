@@ -114,13 +114,6 @@ def ratio(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else "never" if math.isinf(value) else f"{value:.2f}"
 
 
-def step_time(row: dict[str, Any]) -> str:
-    text, interval = ratio(row["time_ratio"]), row["time_interval"]
-    if interval is not None:
-        text += f" ({interval[0]:.2f} to {interval[1]:.2f})"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
 def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
     """The cells of an entrant's row in docs/results/index.md."""
     row, changes = figures["entrants"][entrant], figures["stability"][entrant]["changes"]
@@ -135,7 +128,7 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
         ratio(row["steps_to_target"]),
         "1.00" if entrant == "dense" else ", ".join(shortest),
         ratio(row["executed_to_target"]),
-        step_time(row),
+        ratio(row["time_ratio"]),
         ratio(row["time_to_target"]),
         signed(changes[4.0], ".1%"),
     ]
