@@ -169,9 +169,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the files with whole runs first, so that no process is left with one of them at the end."""
+    """Run the properties of all kinds first, which no limit of time should skip, and then the files with whole runs.
+
+    At the end, one of these would leave the other processes without work.
+    """
     if _for_gpus(config) and not os.path.exists(NVIDIA_DRIVER):
         for item in items:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, or MOT_TEST_DEVICE=cpu"))
-    first = ("/runtime/", "/training/", "/runs/")
+    first = ("/test_every_kind.py", "/runtime/", "/training/", "/runs/")
     items.sort(key=lambda item: next((rank for rank, name in enumerate(first) if name in item.nodeid), len(first)))
