@@ -94,6 +94,23 @@ def test_a_missing_package_is_named_and_the_rest_is_timed(monkeypatch, capsys, t
 
 
 @pytest.mark.slow
+def test_all_rows_on_the_routing_of_a_run(finished, monkeypatch, tmp_path):
+    """Thresholds are of a step on the run's batch; hash layers have the run's tokens, whose experts are not even."""
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    monkeypatch.setitem(sys.modules, "maxtext.layers.moe", None)
+    output, kinds = tmp_path / "rows.json", "token_choice:dropless,expert_threshold,hash"
+    flags = ["--peers", "--routing", str(finished), "--kinds", kinds, "--rounds", "3", "--json", str(output)]
+    cli.main(["bench", "layers", *flags])
+    content = json.loads(output.read_text())
+    assert content["title"] == f"routing of {finished}, block 1, step 12, gated experts"
+    rows = {row["kind"]: row for row in content["rows"] if row["direction"] == "forward_backward"}
+    assert all(rows[kind]["median_s"] > 0 for kind in (*kinds.split(","), "jax_ragged_dot", "expert_products", "dense"))
+    assert rows["token_choice:dropless"]["dropped"] == 0 and rows["token_choice:dropless"]["load_max"] > 1
+    assert rows["expert_threshold"]["experts_per_token"] == pytest.approx(2, rel=0.15)  # E / G of the run
+    assert rows["hash"]["load_max"] > 1.05
+
+
+@pytest.mark.slow
 def test_the_layer_of_a_run(finished):
     layer = read_trained_layer(str(finished))
     shape, mixture = layer.shape, layer.shape.kinds()["mixture_of_tokens"]
