@@ -1,7 +1,7 @@
 """A feed-forward kind of your own in one file, which is also a config and a study.
 
 Commands: python train.py examples/own_kind.py --training.steps 100
-          mot bench train examples/own_kind.py --workdir runs/own_kind --dry-run
+          mot bench train examples/own_kind.py --workdir runs/own_kind_study --dry-run
           MOT_JAX_KINDS=examples/own_kind.py mot evaluate runs/own_kind    (commands that read the run, not this file)
 """
 

@@ -275,13 +275,15 @@ def test_an_update_has_no_gradient_by_a_token_out_of_its_reach(name):
     cotangents[np.arange(len(chosen)), chosen] = rng.normal(size=(len(chosen), MODEL.d_model))
 
     @jax.jit
-    def gradients(step: jax.Array) -> jax.Array:
+    def gradient(x: jax.Array, cotangent: jax.Array, step: jax.Array) -> jax.Array:
         context = FeedForwardContext(jnp.asarray(MASK), jnp.asarray(batch_of().inputs), step=step, train=True)
         _, pull = jax.vjp(lambda x: nnx.merge(graph, variables)(x, context).y, x)
-        return jax.vmap(pull)(cotangents.reshape(-1, *x.shape))[0]
+        return pull(cotangent)[0]
 
     for step, reach in ((0, case.reach), (10**6, case.reach_later or case.reach)):
-        reached = np.asarray(gradients(step) != 0).any(axis=-1).reshape(len(chosen), -1)
+        # One at a time: mapped by vmap, those of soft_moe are wrong with jax 0.10.2 on a CPU.
+        gradients = np.array([gradient(x, cotangent, step) for cotangent in cotangents.reshape(-1, *x.shape)])
+        reached = (gradients != 0).any(axis=-1).reshape(len(chosen), -1)
         assert not (reached & ~allowed_tokens(reach, config.group_size)[chosen]).any()
         assert reached[np.arange(len(chosen)), chosen].mean() > 0.5  # others are dropped
 
