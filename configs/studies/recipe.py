@@ -4,7 +4,7 @@ Command: mot bench train configs/studies/recipe.py --workdir runs/recipe
 Here:    has not been run to the end.
 
 Models, data and batches are those of `configs/studies/demo.py`, in which MoT in all three blocks needs 0.78 of dense's
-steps for its loss, and its step takes 1.9 times as long, mostly in small products. Here layers with experts are in one
+steps for its loss, and its step takes 1.8 times as long, mostly in small products. Here layers with experts are in one
 block, and the other two are dense. Chosen after one run of each of these and of others, which gained less: groups of 8
 with 32 experts in all blocks, in the first two and in the first one (docs/results/index.md has their losses).
 

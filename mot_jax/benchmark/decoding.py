@@ -13,7 +13,7 @@ import numpy as np
 
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import bandwidth, in_turns, temporaries
-from mot_jax.benchmark.workloads import dense_of_equal_active_parameters
+from mot_jax.benchmark.workloads import LATE, dense_of_equal_active_parameters
 from mot_jax.config import Config, ModelConfig
 from mot_jax.data.objectives import Batch
 from mot_jax.errors import UserError
@@ -123,7 +123,7 @@ def random_variables(model: ModelConfig) -> Params:
     sequences = math.lcm(model.group_size, model.sequences_per_routing_group)
     shape = (-(-_ROUTED_SEQUENCES // sequences) * sequences, model.context_length)
     tokens = jax.random.randint(jax.random.key(2), shape, 0, min(model.vocab_size, 256))
-    context = FeedForwardContext(jnp.ones(shape, bool), tokens, step=jnp.int32(2**31 - 1), train=True)
+    context = FeedForwardContext(jnp.ones(shape, bool), tokens, step=jnp.int32(LATE), train=True)
 
     @jax.jit
     def after_a_step(params: Params, router: Params) -> Params:

@@ -25,6 +25,7 @@ from mot_jax.benchmark.peers import PEERS, Peer, PeerError
 from mot_jax.benchmark.report import Column, number
 from mot_jax.benchmark.timing import Buffers, Program, Timings, bandwidth, in_turns
 from mot_jax.benchmark.trained_layer import TrainedLayer, Variables
+from mot_jax.benchmark.workloads import LATE
 from mot_jax.config import FeedForwardConfig, InitConfig, ModelConfig, kernel_runs_on
 from mot_jax.cost.layers import DROPLESS, FLOORS, MIXTURE, TOKEN_IDS, Shape, layer_cost, layer_parts
 from mot_jax.errors import UserError, nearest
@@ -37,7 +38,6 @@ BASELINES = ("dense", "dense_flat")
 PRODUCTS = ("products", "expert_products")  # no layers: the dense layer's matrix products, and as many FLOPs of experts
 Row = dict[str, Any]
 ROUTING = ("dropped", "load_max", "experts_per_token")  # metrics of layers that are printed
-_LATE = 2**31 - 1  # a step after every annealing and warmup
 
 
 def valid_peak_shares() -> tuple[float, float]:
@@ -108,9 +108,8 @@ def bench_layers(
         peak, and peak; executed_flops, with empty slots, without recomputation; bytes, the minimum (`cost.layers`), and
         bound_s, these over the measured bandwidth; floor_s, for each pass the larger of that and of FLOPs over the
         peak; temporaries, program_bytes, copies, not_read, compile_s (`timing.Program`); those of the metrics `ROUTING`
-        that the layer has. The row of a program that does
-        not run has shape, direction, kind, and the reason; ok is False unless a package is missing or memory does not
-        suffice.
+        that the layer has. The row of a program that does not run has shape, direction, kind, and the reason; ok is
+        False unless a package is missing or memory does not suffice.
 
     Raises:
         UserError: For an unknown kind.
@@ -350,7 +349,7 @@ def as_function(layer: nnx.Module, token_ids: jax.Array | None = None) -> LayerF
         ids = token_ids
         if ids is None:
             ids = (jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32) % TOKEN_IDS).reshape(x.shape[:2])
-        return layer(x, FeedForwardContext(token_ids=ids, step=jnp.int32(_LATE), train=True))
+        return layer(x, FeedForwardContext(token_ids=ids, step=jnp.int32(LATE), train=True))
 
     def forward(variables: Variables, x: jax.Array) -> jax.Array:
         return apply(nnx.merge(graph, *variables), x).y

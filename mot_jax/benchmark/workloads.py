@@ -25,6 +25,7 @@ SMALL = Config(
     model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8)),
     training=TrainingConfig(batch_size=8),
 )
+LATE = 2**31 - 1  # a step after every annealing and warmup
 _DATA = DataConfig(corpus=("c4/en",), tokenizer="tokenizers/gpt2.json", validation_windows=16_384)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mot_jax.cli import bench, convert, data, models, runs, tuning
 from mot_jax.cli.boundary import boundary
 from mot_jax.cli.parsing import dispatch
-from mot_jax.config.files import load_module
+from mot_jax.config.files import KINDS_VARIABLE, execute_file
 from mot_jax.runtime import allocator, compilation, distributed, platforms
 
 COMMANDS = {
@@ -33,7 +33,6 @@ COMMANDS = {
         convert.export,
     )
 } | {"import": convert.import_}
-KINDS = "MOT_JAX_KINDS"  # variable of the environment: files that register kinds, separated as in PATH
 DEBUG = "--debug"  # accepted by every command, anywhere among the arguments
 MEASURING = ("bench", "plan")  # no compilation cache: they report compile times
 # Commands that retain freed memory, since every step allocates and frees large arrays. Generation does not, and is
@@ -59,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with distributed.ending(), boundary(debug, program, trains=not command.isdisjoint(TRAINING)):
         if set(arguments[:1]) & (COMMANDS.keys() - set(MEASURING)):
             compilation.enable_cache()
-        for path in filter(None, os.environ.get(KINDS, "").split(os.pathsep)):
-            load_module(Path(path), KINDS, "examples/own_kind.py")
+        for path in filter(None, os.environ.get(KINDS_VARIABLE, "").split(os.pathsep)):
+            execute_file(Path(path), KINDS_VARIABLE, "examples/own_kind.py")
         about = "Train, run and benchmark Mixture-of-Tokens language models in JAX."
         dispatch("mot", about, COMMANDS, arguments)
 

@@ -24,6 +24,7 @@ from mot_jax.config.hints import leaves, matches, options
 from mot_jax.config.renamed import new_field
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
+KINDS_VARIABLE = "MOT_JAX_KINDS"  # of the environment: files that register kinds, separated as in PATH
 FORMAT_VERSION = 3
 
 
@@ -149,7 +150,7 @@ def _split(name: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return (Path(file + ".py"), variant) if separator else (Path(name), None)
 
 
-def load_module(path: Path, name: str, example: str) -> ModuleType:
+def execute_file(path: Path, name: str, example: str) -> ModuleType:
     """Execute a user's Python file, once for each content. Arguments and errors are those of `call_in_file`."""
     if not path.is_file():
         raise UserError(f"{name} = {path}: no such file{_instead_of(path)}")
@@ -167,7 +168,7 @@ def load_module(path: Path, name: str, example: str) -> ModuleType:
 def _load_module(
     path: Path, name: str = "config", signature: str = "get_config() -> Config", example: str = "configs/demo.py"
 ) -> ModuleType:
-    module = load_module(path, name, example)
+    module = execute_file(path, name, example)
     if not hasattr(module, signature.partition("(")[0]):
         raise UserError(f"{name} = {path}: must define {signature}")
     return module
@@ -266,7 +267,7 @@ def _decode(data: Any, hint: Any, path: str) -> Any:
         if kind not in kinds:
             advice = nearest(kind, kinds)
             if "did you mean" not in advice:
-                advice += "; try MOT_JAX_KINDS=FILE.py, if a file registers it"
+                advice += f"; try {KINDS_VARIABLE}=FILE.py, if a file registers it"
             raise UserError(f"{path}.kind = {kind!r}: no such kind{advice}")
         classes = [kinds[kind]]
     hints = typing.get_type_hints(classes[0])
