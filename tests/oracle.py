@@ -304,9 +304,12 @@ class ExpertThreshold:
         quantiles, taken, logits = self.quantiles(logits), taken.reshape(-1, count), logits.reshape(-1, count)
         dy, y, d = dy.reshape(x.shape), np.zeros(x.shape), {name: np.zeros(v.shape) for name, v in p.items()}
         dx, placed = d["x"].reshape(x.shape), np.zeros(taken.shape, bool)
-        for t, e in np.argwhere(taken):
+        length, pairs = p["x"].shape[1], np.argwhere(taken)
+        if self.thresholds is None:  # slots are filled position by position
+            pairs = pairs[np.argsort(pairs[:, 0] % length, kind="stable")]
+        for t, e in pairs:
             first = t - t % self.tokens
-            if self.capacity is not None and placed[first:t, e].sum() == self.capacity:
+            if self.capacity is not None and placed[first : first + self.tokens, e].sum() == self.capacity:
                 continue
             placed[t, e] = True
             weight = 1 / (1 + np.exp(-logits[t, e]))

@@ -284,16 +284,22 @@ def assign_slots(experts: jax.Array, num_experts: int, capacity: int) -> Slots:
     experts: int32 [N, T, k], E for no expert, as in `Choices`.
     """
     place = jnp.take_along_axis(
-        _earlier_tokens(_multi_hot(experts, num_experts)), jnp.minimum(experts, num_experts - 1), axis=-1
+        earlier_tokens(_multi_hot(experts, num_experts)), jnp.minimum(experts, num_experts - 1), axis=-1
     )
     of_assignment, of_slot = _place(experts, place, experts < num_experts, num_experts, capacity)
     return Slots(of_assignment, of_slot, of_assignment, None)
 
 
-def fill_slots(chosen: jax.Array, capacity: int) -> Slots:
-    """As `assign_slots`, for tokens with a varying number of experts: chosen is bool [N, T, E]."""
+def fill_slots(chosen: jax.Array, place: jax.Array, capacity: int) -> Slots:
+    """As `assign_slots`, for tokens with a varying number of experts.
+
+    Args:
+        chosen: bool [N, T, E].
+        place: int32 [N, T, E], the number of tokens of the group that get a slot of an expert before this token, such
+            as `earlier_tokens(chosen)`.
+        capacity: C, the number of slots of an expert.
+    """
     num_experts = chosen.shape[-1]
-    place = _earlier_tokens(chosen.astype(jnp.int32))
     of_assignment, of_slot = _place(jnp.arange(num_experts), place, chosen, num_experts, capacity)
     has_slot = of_assignment < num_experts * capacity
     order = jnp.argsort(~has_slot, axis=-1, stable=True)
@@ -301,9 +307,20 @@ def fill_slots(chosen: jax.Array, capacity: int) -> Slots:
     return Slots(of_assignment, of_slot, of_token, has_slot.sum(axis=-1).max())
 
 
-def _earlier_tokens(chosen: jax.Array) -> jax.Array:
-    """The number of earlier tokens of the group that have chosen an expert: int32 [N, T, E], 0 or 1, -> [N, T, E]."""
+def earlier_tokens(chosen: jax.Array) -> jax.Array:
+    """The number of earlier tokens of the group that have chosen an expert: [N, T, E], 0 or 1, -> int32 [N, T, E]."""
+    chosen = chosen.astype(jnp.int32)
     return jnp.cumsum(chosen, axis=1) - chosen
+
+
+def tokens_at_earlier_positions(chosen: jax.Array, length: int) -> jax.Array:
+    """As `earlier_tokens`, of sequences of `length` tokens, T / length of them, in the order of their positions.
+
+    At one position, the order is that of the sequences.
+    """
+    by_sequence = chosen.reshape(len(chosen), -1, length, chosen.shape[-1])
+    at_position = by_sequence.sum(axis=1, dtype=jnp.int32)  # [N, length, E]
+    return (earlier_tokens(at_position)[:, None] + earlier_tokens(by_sequence)).reshape(chosen.shape)
 
 
 def _place(

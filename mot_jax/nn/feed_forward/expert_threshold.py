@@ -39,9 +39,11 @@ class ExpertThreshold(ExpertFeedForward):
     num_updates: the number of steps in it. Divided by 1 - DECAY^num_updates, as in Adam, the average is the threshold.
 
     In the first `warmup_steps` of training, experts choose along the batch instead: at each position those of the G
-    tokens of a group with the largest logits. Both rules are causal. In training with a capacity, tokens without a slot
-    are dropped, and a token depends on earlier tokens of its routing group. Outside of training steps
-    (`FeedForwardContext.train`), thresholds decide and nothing is dropped: a token depends on no other token.
+    tokens of a group with the largest logits. In training with a capacity, tokens without a slot are dropped. Slots are
+    filled in token order, so that a token depends on earlier tokens of its routing group; in the warmup position by
+    position, since the choices of an earlier sequence depend on all sequences of its group. Both rules are causal.
+    Outside of training steps (`FeedForwardContext.train`), thresholds decide and nothing is dropped: a token depends on
+    no other token.
     """
 
     config_type = ExpertThresholdConfig
@@ -63,16 +65,17 @@ class ExpertThreshold(ExpertFeedForward):
         config, x = self.config, x.astype(self.dtype)
         logits = routing.router_logits("bsd,de->bse", x, self.controller[...])
         mask = None if context.token_mask is None else reshard(context.token_mask, *axes_of(x)[:2])
-        taken = logits >= self.thresholds()
+        taken, in_warmup = logits >= self.thresholds(), None
         if context.train and config.warmup_steps:
             if context.step is None:
                 raise needs_step("warmup_steps", config.warmup_steps)
             along_batch = choose_along_batch(logits, config.group_size, config.tokens_along_batch(), mask)
-            taken = jnp.where(context.step < config.warmup_steps, along_batch, taken)
+            in_warmup = context.step < config.warmup_steps
+            taken = jnp.where(in_warmup, along_batch, taken)
         taken = taken if mask is None else taken & mask[..., None]
         weights = jnp.where(taken, jax.nn.sigmoid(logits), 0)
         if context.train and config.capacity_factor is not None:
-            y, placed = self._apply_with_capacity(x, taken, weights)
+            y, placed = self._apply_with_capacity(x, taken, weights, in_warmup)
         else:
             act = functools.partial(activate, self.activation)
             y, placed = routing.sum_all_experts(x, weights, act, *self._expert_parameters()), taken
@@ -87,12 +90,20 @@ class ExpertThreshold(ExpertFeedForward):
         weight = -jnp.expm1(jnp.maximum(self.num_updates[...], 1) * math.log(DECAY))  # 1 - DECAY^num_updates
         return self.quantile_average[...] / weight
 
-    def _apply_with_capacity(self, x: jax.Array, taken: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [B, S, D], taken and weights [B, S, E] -> y [B, S, D], and which of the taken tokens have a slot."""
+    def _apply_with_capacity(
+        self, x: jax.Array, taken: jax.Array, weights: jax.Array, in_warmup: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, S, D], taken and weights [B, S, E] -> y [B, S, D], and which of the taken tokens have a slot.
+
+        in_warmup: bool scalar; None: not.
+        """
         config, length = self.config, x.shape[1]
         tokens, taken, weights = (routing.group_tokens(a, config.routing_group_tokens) for a in (x, taken, weights))
         capacity = routing.capacity(tokens.shape[1], config.top_k, config.num_experts, config.capacity_factor or 0)
-        slots = routing.fill_slots(taken, capacity)
+        place = routing.earlier_tokens(taken)
+        if in_warmup is not None and config.routing_group_tokens > length:
+            place = jnp.where(in_warmup, routing.tokens_at_earlier_positions(taken, length), place)
+        slots = routing.fill_slots(taken, place, capacity)
         y = routing.combine(self._apply_to_slots(routing.dispatch(tokens, slots)), slots, weights)
         placed = slots.of_assignment < capacity * config.num_experts
         return routing.ungroup_tokens(y, length), routing.ungroup_tokens(placed, length)

@@ -93,11 +93,11 @@ CASES = {
     ),
     "expert_threshold": Case(
         ExpertThresholdConfig(
-            8, None, 2, 8, 0.6, routing_group_tokens=16, group_size=8, warmup_steps=1, controller_init_scale=3.0
+            8, None, 2, 8, 0.6, routing_group_tokens=32, group_size=8, warmup_steps=1, controller_init_scale=3.0
         ),
         "group",
         drops=True,
-        reach_later="past",  # its routing group is its sequence
+        reach_later="order",
     ),
     "expert_threshold, unlimited": Case(
         ExpertThresholdConfig(8, top_k=2, capacity_factor=None, routing_group_tokens=32, group_size=8, warmup_steps=2),

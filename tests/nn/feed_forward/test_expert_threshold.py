@@ -170,11 +170,18 @@ def test_equal_logits_go_to_the_first_tokens_in_the_warmup():
 
 def test_slots_are_filled_in_token_order():
     chosen = jnp.asarray([[[1, 0], [1, 1], [1, 1], [0, 1]]], bool)
-    slots = routing.fill_slots(chosen, 2)
+    slots = routing.fill_slots(chosen, routing.earlier_tokens(chosen), 2)
     np.testing.assert_array_equal(slots.of_assignment[0], [[0, 4], [1, 2], [4, 3], [4, 4]])
     np.testing.assert_array_equal(slots.of_slot[0], [[0, 2], [3, 5]])
     np.testing.assert_array_equal(slots.of_token[0], [[0, 4], [1, 2], [3, 4], [4, 4]])
     assert slots.most == 2
+
+
+def test_slots_are_filled_position_by_position_in_the_warmup():
+    """Of two sequences of two tokens, the second token of the first one is after the first token of the second."""
+    chosen = jnp.asarray([[[1, 0], [1, 1], [1, 1], [0, 1]]], bool)
+    place = routing.tokens_at_earlier_positions(chosen, length=2)
+    np.testing.assert_array_equal(jnp.where(chosen, place, -1)[0], [[0, -1], [2, 1], [1, 0], [-1, 2]])
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
