@@ -18,14 +18,14 @@ from jax.sharding import SingleDeviceSharding
 
 from mot_jax.benchmark.layers import as_function, create_layer, forward_and_backward
 from mot_jax.benchmark.report import Column, number
-from mot_jax.benchmark.timing import count_copies, temporaries
+from mot_jax.benchmark.timing import temporaries
 from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MeshConfig, MixtureOfTokensConfig, kernel_runs_on
 from mot_jax.cost.hardware import hardware_of, parse_topology, peak_flops
 from mot_jax.cost.layers import Shape
 from mot_jax.errors import UserError
 from mot_jax.nn.kernels import fused_experts_tpu, fused_mixture_tpu
 from mot_jax.planning import hlo
-from mot_jax.planning.nvidia import Products, compiler_options
+from mot_jax.planning.nvidia import Products, compile_for
 from mot_jax.planning.plan import devices_of, plan_training
 from mot_jax.planning.program import read_program
 from mot_jax.planning.times import model_times
@@ -108,7 +108,7 @@ def _compile_layer(
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (variables, x, x))
     start = time.perf_counter()
     lowered = jax.jit(forward_and_backward(forward), out_shardings=sharding).lower(*arguments)
-    compiled = lowered.compile(compiler_options(device, products or "triton"))
+    compiled = compile_for(device, lowered, products or "triton")
     seconds, costs = time.perf_counter() - start, compiled.cost_analysis()
     module = hlo.parse(compiled.as_text() or "")
     program, hardware, peak = read_program(module, {}, kernels=not kernel_bytes), hardware_of(device), None
@@ -119,8 +119,8 @@ def _compile_layer(
         "kernel_s": model_times(program, hardware, peak, [device]).serial if hardware and peak else None,
         "cost_bytes": costs["bytes accessed"] + kernel_bytes if costs else None,
         "kernel_bytes": kernel_bytes,
-        "copies": count_copies(module),
-        "transposes": count_copies(module, opcodes=("transpose",)),
+        "copies": hlo.count_copies(module),
+        "transposes": hlo.count_copies(module, opcodes=("transpose",)),
         "temporaries": temporaries(compiled),
         "compile_s": seconds,
     }
@@ -155,9 +155,10 @@ def memory_of_steps(
     Rows: config, products; needed, bytes of the chip's memory; of these, arguments (parameters, optimizer state, batch)
     and temporaries including the gaps between them; live, the temporaries in use at the peak, on a TPU only, else None;
     ratio and live_ratio, temporaries and live over the baseline's; hbm_bytes of a step, from the compiled program's
-    text; kernel_s, seconds by kernel, None without the device's figures and unless the plan is exact; unknown, the
-    parts for which it is not; notes, of the plan; compile_s. For a step that does not fit, `fits` is False and only
-    `needed` is known, or None if the compiler does not report it.
+    text; kernel_s, seconds by kernel, None without the device's figures and unless the plan is exact; copies and
+    transposes, numbers of instructions as in `Plan`; unknown, the parts for which it is not exact; notes, of the plan;
+    compile_s. For a step that does not fit, `fits` is False and only `needed` is known, or None if the compiler does
+    not report it.
     """
     device = devices_of(parse_topology(topology))[0]
     return [row for by in _products(device, products) for row in _memory_of_steps(configs, topology, progress, by)]
@@ -176,7 +177,7 @@ def _memory_of_steps(
         row |= {"notes": plan.notes, "unknown": unknown}
         row["kernel_s"] = plan.times.compute + plan.times.hbm if plan.times and not unknown else None
         row |= {part: plan.memory.get(part) for part in ("needed", "arguments", "temporaries")}
-        row["live"] = plan.memory.get("in use at once")
+        row |= {"live": plan.memory.get("in use at once"), "copies": plan.copies, "transposes": plan.transposes}
         rows.append(row | {"hbm_bytes": plan.program and plan.program.hbm_bytes})
     baseline = rows[-1]
 
@@ -197,5 +198,7 @@ STEP_COLUMNS: list[Column] = [
     ("live, ratio to dense", partial(number, "live_ratio", 1, ".2f")),
     ("GB read and written", partial(number, "hbm_bytes", 1e-9, ".1f")),
     ("ms by kernel", partial(number, "kernel_s", 1e3, ".1f")),
+    ("copies", partial(number, "copies", 1, ",.0f")),
+    ("of these, transposes", partial(number, "transposes", 1, ",.0f")),
     ("s to compile", partial(number, "compile_s", 1, ".0f")),
 ]

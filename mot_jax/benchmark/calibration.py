@@ -46,6 +46,7 @@ CLASSES = {
     "cuBLAS product": "products",
     "product": "products",
     "cuDNN attention": "attention",
+    "splash attention": "attention",
     "custom call": "library",
 }
 Row = dict[str, Any]

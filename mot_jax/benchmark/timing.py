@@ -189,7 +189,7 @@ class Program:
         self.not_read: str | None = None
         try:
             module = hlo.parse(self.compiled.as_text() or "")
-            self.copies, self.bytes = count_copies(module), read_program(module, {}).hbm_bytes
+            self.copies, self.bytes = hlo.count_copies(module), read_program(module, {}).hbm_bytes
         except UnknownTextError as error:
             self.not_read = str(error)
 
@@ -212,26 +212,6 @@ def temporaries(compiled: jax.stages.Compiled) -> int | None:
     """Bytes that a program allocates in addition to arguments and results; None if XLA does not report them."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
-
-
-COPIES = ("copy", "copy-start", "transpose")
-
-
-@hlo.reading()
-def count_copies(module: hlo.Module, min_bytes: int = 4096, opcodes: tuple[str, ...] = COPIES) -> int:
-    """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
-    computations = module.computations
-    instructions = (i for computation in computations.values() for i in computation.instructions.values())
-    fused = {name for i in instructions if i.opcode == "fusion" for name in i.called("calls")}
-
-    def copies(instruction: hlo.Instruction) -> bool:
-        if instruction.opcode == "fusion":
-            called = (computations[name] for name in instruction.called("calls"))
-            return any(copies(i) for computation in called for i in computation.instructions.values())
-        return instruction.opcode in opcodes and instruction.arrays[0].bytes >= min_bytes
-
-    not_fused = (computation for name, computation in computations.items() if name not in fused)
-    return sum(copies(i) for computation in not_fused for i in computation.instructions.values())
 
 
 class CpuTimes(NamedTuple):

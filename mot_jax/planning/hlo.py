@@ -276,10 +276,11 @@ def product_flops(instruction: Instruction, operands: list[Instruction]) -> floa
 
 
 def library_flops(instruction: Instruction, operands: list[Instruction], target: str) -> float | None:
-    """FLOPs of a call of cuBLAS, or of cuDNN's attention, from its configuration; None for another target.
+    """FLOPs of a call of cuBLAS or of an attention kernel, of cuDNN or JAX's splash attention; None for another call.
 
-    cuDNN's attention has two products forward and five backward, which recomputes the scores. Under a causal mask those
-    of positions that attend to each other are counted: the kernels leave out the blocks above the diagonal.
+    Those of cuBLAS and cuDNN are in the configuration of the call. cuDNN's attention has two products forward and five
+    backward, which recomputes the scores. Under a causal mask those of positions that attend to each other are counted:
+    the kernels leave out the blocks above the diagonal.
     """
     if target.startswith(("__cublas$gemm", "__cublas$lt$matmul")):
         match = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
@@ -297,7 +298,31 @@ def library_flops(instruction: Instruction, operands: list[Instruction], target:
         pairs = sum(min(query + 1, keys) for query in range(queries)) if causal else queries * keys
         products = 5 if "Backward" in target else 2
         return 2.0 * products * math.prod(batch) * pairs * operands[0].arrays[0].dims[-1]
+    match = re.match(r"splash_mha_(fwd|dq|dkv)_", instruction.name)
+    if match and target == "tpu_custom_call":
+        return _SPLASH_PRODUCTS[match[1]] * _splash_flops([operand.arrays[0] for operand in operands])
     return None
+
+
+# Matrix products of the kernels of splash attention. Both backward ones recompute the scores and the gradient of the
+# attention weights.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def _splash_flops(operands: list[Array]) -> float:
+    """FLOPs of one product of splash attention, for the blocks of scores that the kernel visits.
+
+    Queries and keys are the first operands of four dimensions, [B, H, S, K]. A causal mask is computed in the kernel,
+    from the positions of the queries, int32 [S, 128] or [8, S]; of n x n blocks, n (n + 1) / 2 are visited then. If n
+    is not 1, the first operand, [heads, n, n], has a number for each block.
+    """
+    queries, keys = [array for array in operands if len(array.dims) == 4][:2]
+    length = queries.dims[2]
+    pairs = length * keys.dims[2]
+    if any(array.dims in ((length, 128), (8, length)) for array in operands):
+        blocks = operands[0].dims[-1] if len(operands[0].dims) == 3 else 1
+        pairs = pairs * (blocks + 1) // (2 * blocks)
+    return 2.0 * math.prod(queries.dims[:2]) * pairs * queries.dims[3]
 
 
 def _quoted(text: str) -> list[int]:
@@ -325,3 +350,25 @@ def _window(instruction: Instruction, rank: int) -> list[tuple[int, int, int, in
     columns = [column(*pair) for pair in (("size", "1"), ("stride", "1"), ("pad", "0"))]
     columns += [column("lhs_dilate", "1"), column("rhs_dilate", "1")]
     return list(zip(*columns, strict=True))
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+COPIES = ("copy", "copy-start", "transpose")
+
+
+@reading()
+def count_copies(module: Module, min_bytes: int = 4096, opcodes: tuple[str, ...] = COPIES) -> int:
+    """Instructions of a compiled program that copy or transpose at least `min_bytes`; a fusion counts as one."""
+    computations = module.computations
+    instructions = (i for computation in computations.values() for i in computation.instructions.values())
+    fused = {name for i in instructions if i.opcode == "fusion" for name in i.called("calls")}
+
+    def copies(instruction: Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            called = (computations[name] for name in instruction.called("calls"))
+            return any(copies(i) for computation in called for i in computation.instructions.values())
+        return instruction.opcode in opcodes and instruction.arrays[0].bytes >= min_bytes
+
+    not_fused = (computation for name, computation in computations.items() if name not in fused)
+    return sum(copies(i) for computation in not_fused for i in computation.instructions.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes.util
 import dataclasses
 import importlib.metadata
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -68,11 +69,22 @@ def devices_of_gpus(topology: Topology) -> list[jax.Device]:
         raise UserError(f"--topology = {topology.name}: {rule}; try {INSTALL}") from None
 
 
-def compiler_options(device: jax.Device, products: Products) -> dict[str, Any] | None:
-    """Options of `compile` for this target device; None where it needs none, for which `products` has no meaning."""
-    if device.platform != "gpu":
-        return None
-    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": products == "triton"}
+def compile_for(device: jax.Device, lowered: jax.stages.Lowered, products: Products | None) -> jax.stages.Compiled:
+    """Compile a program for a target device, with `products` if it is a GPU. None: an attached device.
+
+    Raises:
+        UserError: if XLA finds no tiles for a product as a Triton fusion; that of jax 0.10 has some widths without.
+    """
+    if products is None or device.platform != "gpu":
+        return lowered.compile()
+    options: dict[str, Any] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": products == "triton"}
+    try:
+        return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if match := re.search(r"output tile sizes that satisfy hlo: (?:%\S+ = )?([^{(]*)", str(error)):
+            rule = f"XLA of jax {jax.__version__} has no tiles for a product of {match[1].strip()}"
+            raise UserError(f"products = {products!r}: {rule}; try --products cublas, or a newer jax") from None
+        raise
 
 
 def without_cudnn(config: Config) -> tuple[Config, str | None]:

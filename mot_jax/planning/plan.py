@@ -28,7 +28,7 @@ from mot_jax.nn.sharding import batch_multiple, batch_sharding, make_mesh
 from mot_jax.planning import hlo
 from mot_jax.planning.checkpoints import BANDWIDTH, CheckpointBytes, checkpoint_bytes
 from mot_jax.planning.hlo import UnknownTextError
-from mot_jax.planning.nvidia import Products, compiler_options, devices_of_gpus, without_cudnn
+from mot_jax.planning.nvidia import Products, compile_for, devices_of_gpus, without_cudnn
 from mot_jax.planning.program import Collective, Program, read_program
 from mot_jax.planning.times import StepTimes, label, model_times
 from mot_jax.runs.state import TrainState, abstract_state
@@ -47,9 +47,11 @@ class Plan:
     memory: bytes by purpose; `HBM limit` and `needed` are None if unknown. largest: (bytes, description) of tensors of
     the traced program, and advice: changes of the config, if it does not fit. program, times: None if it does not fit;
     times also if the device's figures are not known. times_below_peak: with products at SHARE_OF_PEAK of the peak.
-    efficiency: roofline MFU, that of `times`, without and with overlap; None if the times lack a part of the program
-    that was not understood; efficiency_below_peak: that of `times_below_peak`. notes: about the sharding and the
-    attention of the program. checkpoint: of all devices and of a host.
+    efficiency: roofline MFU, that of `times`, without and with overlap, by the FLOPs of the model, or of the program if
+    it has fewer; None if the times lack a part of the program that was not understood; efficiency_below_peak: that of
+    `times_below_peak`. notes: about the sharding and the attention of the program. checkpoint: of all devices and of a
+    host. copies: the number of instructions of the program that copy or transpose an array, and transposes, of those
+    that transpose; None if it does not fit.
     """
 
     topology: str
@@ -70,6 +72,8 @@ class Plan:
     times_below_peak: StepTimes | None = None
     efficiency_below_peak: tuple[float, float] | None = None
     checkpoint: CheckpointBytes | None = None
+    copies: int | None = None
+    transposes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
@@ -199,9 +203,10 @@ def plan_training(
         traced = jax.jit(train_step, donate_argnums=0).trace(state, batch)
         progress(f"compiling it for {topology}: a minute or more for large models")
         try:
-            options = compiler_options(devices[0], products) if target.hardware else None
-            compiled = traced.lower().compile(options)
-            program = read_program(hlo.parse(compiled.as_text()), dict(mesh.shape), target.slices)
+            compiled = compile_for(devices[0], traced.lower(), products if target.hardware else None)
+            module = hlo.parse(compiled.as_text() or "")
+            program = read_program(module, dict(mesh.shape), target.slices)
+            copies, transposes = hlo.count_copies(module), hlo.count_copies(module, opcodes=("transpose",))
             memory |= _program_bytes(compiled.memory_analysis(), limit, devices[0].platform)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -211,7 +216,7 @@ def plan_training(
                 if kernel == "xla":
                     field, kernel = "model.attention_kernel", config.model.attention_kernel
                 raise UserError(f"{field} = {kernel!r}: needs more than a core's memory; try 'xla'") from None
-            program = None
+            program, copies, transposes = None, None, None
             memory |= _refused_bytes(str(error), limit)
         except UnknownTextError as error:
             raise UserError(
@@ -223,7 +228,9 @@ def plan_training(
     fits = program is not None and (needed is None or limit is None or needed <= limit)
     model_flops = flops_per_token(config) * config.training.batch_size * config.model.context_length / mesh.size
     peak = peak_flops(devices[0], config.model.dtype)
-    ideal, times, times_below_peak = model_flops / (peak or 1), None, None
+    # Kernels of attention skip masked blocks of scores, all of which are the model's.
+    useful = min(model_flops, program.flops) if program else model_flops
+    ideal, times, times_below_peak = useful / (peak or 1), None, None
     if fits and program and hardware and peak:
         flat = list(mesh.devices.flat)
         times = model_times(program, hardware, peak, flat)
@@ -252,6 +259,8 @@ def plan_training(
         times_below_peak=times_below_peak,
         efficiency_below_peak=efficiency(times_below_peak),
         checkpoint=checkpoint_bytes(state.content()),
+        copies=copies,
+        transposes=transposes,
     )
 
 

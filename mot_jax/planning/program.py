@@ -32,7 +32,8 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id"}
 _FREE |= {"replica-id", "add-dependency", "send", "recv"}
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-_FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone"}  # the collective is an instruction of its own
+# The collective is an instruction of its own. The last two, of TPU7x, are libtpu's with jax 0.10.
+_FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 _ASYNC_CALLS = ("async-start", "call-start")  # of a computation, such as a collective on a TPU7x chip's SparseCores
 # Calls without matrix products: of XLA for GPUs, and JAX's random numbers.
 _NO_PRODUCTS = ("__cub$", "__gpu$TopK", "cu_threefry2x32")
@@ -61,9 +62,10 @@ class Collective:
 class Kernel:
     """A kernel, with FLOPs and HBM bytes of one execution.
 
-    kind: `Triton product`, `cuBLAS product`, `cuDNN attention`, `product` (another, with elementwise operations fused
-    into it), `copy`, `collective`, `custom call`, or `other`. dtype: of the operands of its products, in XLA's names;
-    "" without products. overlaps: whether it runs next to other kernels: asynchronous copies, and collectives.
+    kind: `Triton product`, `cuBLAS product`, `cuDNN attention`, `splash attention`, `product` (another, with
+    elementwise operations fused into it), `copy`, `collective`, `custom call`, or `other`. dtype: of the operands of
+    its products, in XLA's names; "" without products. overlaps: whether it runs next to other kernels: asynchronous
+    copies, and collectives.
     """
 
     name: str
@@ -223,7 +225,8 @@ class _Reader:
         if opcode == "custom-call":
             target = _target(instruction)
             libraries = {"__cublas": "cuBLAS product", "__cudnn": "cuDNN attention"}
-            return next((kind for name, kind in libraries.items() if target.startswith(name)), "custom call")
+            other = "splash attention" if flops else "custom call"
+            return next((kind for name, kind in libraries.items() if target.startswith(name)), other)
         if flops:
             return "Triton product" if '"kind":"__triton' in instruction.attributes else "product"
         inside = (i.opcode for c in self._inside(instruction) for i in c.instructions.values())
@@ -247,7 +250,8 @@ class _Reader:
             if flops is None and target not in self.free_calls and not target.startswith(_NO_PRODUCTS):
                 self.unknown[f"FLOPs of the custom call {target}"] = None
         if flops is not None:
-            dtypes = [operand.arrays[0].dtype for operand in operands[:2]]
+            arrays = [operand.arrays[0] for operand in operands]
+            dtypes = [a.dtype for a in arrays if a.dtype[0] in "bf"][:2] or [arrays[0].dtype]
             return {"f32" if "f32" in dtypes else dtypes[0]: flops}
         total: dict[str, float] = {}
         for inside in self._inside(instruction):

@@ -57,9 +57,8 @@ def test_notes_and_unknown_parts_of_a_plan(monkeypatch, tmp_path, capsys):
         program = SimpleNamespace(hbm_bytes=8.0, **dict.fromkeys(unknown, ()) if dense else unknown)
         times, notes = SimpleNamespace(compute=1.0, hbm=2.0), () if dense else ("XLA's attention, not cuDNN's",)
         memory = {"needed": 3, "arguments": 1, "temporaries": 2}
-        return SimpleNamespace(
-            fits=True, seconds_to_compile=1.0, times=times, memory=memory, program=program, notes=notes
-        )
+        counts = {"seconds_to_compile": 1.0, "copies": 5, "transposes": 2}
+        return SimpleNamespace(fits=True, times=times, memory=memory, program=program, notes=notes, **counts)
 
     monkeypatch.setattr(ahead_of_time, "plan_training", plan)
     file = tmp_path / "rows.json"
@@ -67,7 +66,7 @@ def test_notes_and_unknown_parts_of_a_plan(monkeypatch, tmp_path, capsys):
     mot, dense = json.loads(file.read_text())["rows"]
     assert (mot["kernel_s"], mot["unknown"]) == (None, ["FLOPs of the custom call x", "branch taken by y"])
     assert (dense["kernel_s"], dense["unknown"], dense["notes"]) == (3.0, [], [])
-    assert mot["notes"] == ["XLA's attention, not cuDNN's"]
+    assert mot["notes"] == ["XLA's attention, not cuDNN's"] and (mot["copies"], mot["transposes"]) == (5, 2)
     assert capsys.readouterr().out.splitlines()[-1] == "demo: XLA's attention, not cuDNN's"
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from mot_jax import cli
 from mot_jax.benchmark import layers, timing
 from mot_jax.benchmark.layers import COUNT_COLUMNS, bench_layers, plot
-from mot_jax.benchmark.timing import Program, Timings, count_copies
+from mot_jax.benchmark.timing import Program, Timings
 from mot_jax.config import CompanionsConfig, MixingConfig, MixtureOfTokensConfig, ModelConfig, ThresholdConfig
 from mot_jax.cost.flops import forward_flops
 from mot_jax.cost.layers import SHAPES, count_rows, layer_parts, paper_shapes, product_by_product
@@ -138,7 +138,7 @@ def test_the_table_of_the_docs_matches_the_counts():
 def test_copies_are_counted_once_for_each_fusion():
     def copies(function, *shapes):
         arguments = (jax.ShapeDtypeStruct(s, "float32") for s in shapes)
-        return count_copies(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
+        return hlo.count_copies(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
 
     assert copies(lambda x, y: x @ y, (64, 64), (64, 64)) == 0
     assert copies(lambda x: x.T + 0.0, (64, 128)) == 1

@@ -208,7 +208,7 @@ def test_a_kernel_that_needs_more_than_a_core_has_is_named(monkeypatch, mesh_of,
 
         lower = trace
 
-        def compile(self, _):
+        def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.")
 
     config = small_config()

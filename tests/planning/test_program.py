@@ -144,6 +144,29 @@ ENTRY %main (x: bf16[8,16], w: bf16[16,32], v: f32[3,32,4], q: bf16[2,6,4,8]) ->
 """  # noqa: E501
 
 
+SPLASH = """ENTRY %main (q: bf16[2,4,1024,64], k: bf16[2,1,1024,64], mask: s8[1,2,2], s: s32[1024,128]) -> bf16[2,4,1024,64] {
+  %q = bf16[2,4,1024,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,1,1024,64]{3,2,1,0} parameter(1)
+  %mask = s8[1,2,2]{2,1,0:S(1)} parameter(2)
+  %s = s32[1024,128]{1,0} parameter(3)
+  %splash_mha_fwd_residuals.1 = (bf16[2,4,1024,64]{3,2,1,0}, f32[2,4,1024,128]{3,2,1,0}) custom-call(%mask, %mask, %q, %k, %k, %s), custom_call_target="tpu_custom_call"
+  %splash_mha_dq_no_residuals.1 = bf16[2,4,1024,64]{3,2,1,0} custom-call(%q, %k, %k, %q), custom_call_target="tpu_custom_call"
+  %splash_mqa_fwd.1 = bf16[2,4,1024,64]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %out = bf16[2,4,1024,64]{3,2,1,0} get-tuple-element(%splash_mha_fwd_residuals.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_splash_attention_is_counted_by_the_blocks_that_it_visits():
+    program = read_program(hlo.parse(SPLASH), {"data": 1})
+    causal, full = (kernel for kernel in program.bodies[0].kernels if kernel.flops)
+    assert (causal.kind, causal.flops, causal.dtype) == ("splash attention", 2 * 2 * (8 * 3 * 512**2 * 64), "bf16")
+    assert (full.kind, full.flops, full.dtype) == ("splash attention", 3 * 2 * (8 * 1024**2 * 64), "bf16")
+    query, key = 2 * 2 * 4 * 1024 * 64, 2 * 2 * 1024 * 64
+    assert causal.hbm_bytes == 2 * query + 2 * key + 4 * 1024 * 128 + 4 * 2 * 4 * 1024 * 128
+    assert program.unknown == ("FLOPs of the custom call tpu_custom_call",)  # the variant with one head for keys
+
+
 def test_spaces_in_a_backends_configuration_change_nothing():
     """XLA of jax 0.12 writes them where it has compiled to machine code."""
     spaced = GPU.replace('":', '": ').replace('","', '", "')

@@ -240,8 +240,10 @@ def test_cudnn_is_called_with_the_local_shapes(monkeypatch, mesh_of):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("segments, causal", [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("length, width, dtype", [(256, 64, "bfloat16"), (2048, 64, "bfloat16"), (256, 16, "float32")])
-def test_splash_compiles_for_a_v5p(length, width, dtype, monkeypatch):
+def test_splash_compiles_for_a_v5p(length, width, dtype, segments, causal):
+    """A plan has the FLOPs of 9 products (2 forward) for blocks of 512 that are not above the diagonal."""
     from mot_jax.cost.hardware import parse_topology
     from mot_jax.planning import hlo
     from mot_jax.planning.plan import devices_of
@@ -249,13 +251,20 @@ def test_splash_compiles_for_a_v5p(length, width, dtype, monkeypatch):
 
     chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
     q, kv = (jax.ShapeDtypeStruct((2, length, h, width), dtype, sharding=chip) for h in (4, 2))
-    ids = jax.ShapeDtypeStruct((2, length), "int32", sharding=chip)
+    ids = jax.ShapeDtypeStruct((2, length), "int32", sharding=chip) if segments else None
 
     def forward_and_backward(q, k, v, ids, dy):
-        y, pull = jax.vjp(lambda *a: fused_attention.splash(*a, ids, causal=True), q, k, v)
+        y, pull = jax.vjp(lambda *a: fused_attention.splash(*a, ids, causal=causal), q, k, v)
         return y, pull(dy)
 
     text = jax.jit(forward_and_backward, out_shardings=chip).lower(q, kv, kv, ids, q).compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert f"{length},{length}]" not in text
-    assert read_program(hlo.parse(text), {}).hbm_bytes > 0
+    program = read_program(hlo.parse(text), {})
+    visited = {(256, True): 256**2, (2048, True): 10 * 512**2}.get((length, causal), length**2)
+    assert program.unknown == () and program.hbm_bytes > 0
+    assert program.flops == 9 * 2 * (2 * 4) * visited * width
+    kernels = [kernel for body in program.bodies for kernel in body.kernels if kernel.flops]
+    assert [(kernel.kind, kernel.dtype) for kernel in kernels] == 3 * [
+        ("splash attention", {"bfloat16": "bf16"}.get(dtype, "f32"))
+    ]
