@@ -111,7 +111,13 @@ def signed(value: float, digits: str) -> str:
 
 
 def ratio(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else "never" if math.isinf(value) else f"{value:.2f}"
+    return "\N{EN DASH}" if value is None or math.isinf(value) else f"{value:.2f}"
+
+
+def steps_of(row: dict[str, Any]) -> str:
+    """The median of the steps to the target, or the number of seeds that reach it, if most do not."""
+    reached, seeds, median = (row["crossing"][name] for name in ("reached", "of", "median"))
+    return f"{reached} of {seeds} seeds" if math.isinf(median) else ratio(row["steps_to_target"])
 
 
 def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
@@ -125,7 +131,7 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
         f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
         f"{row['trained_loss']['mean']:.3f}",
         difference,
-        ratio(row["steps_to_target"]),
+        steps_of(row),
         "1.00" if entrant == "dense" else ", ".join(shortest),
         ratio(row["executed_to_target"]),
         ratio(row["time_ratio"]),
@@ -137,7 +143,7 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
 def readme_cells(figures: dict[str, Any], entrant: str) -> str:
     """The cells of an entrant's row in README.md."""
     row = figures["entrants"][entrant]
-    costs = [ratio(row[name]) for name in ("steps_to_target", "time_ratio", "time_to_target")]
+    costs = [steps_of(row), ratio(row["time_ratio"]), ratio(row["time_to_target"])]
     return " | ".join([f"{row['loss']['mean']:.3f}", *costs])
 
 

@@ -499,6 +499,12 @@ def identity(config: Config) -> dict[str, Any]:
     return fields
 
 
+def execution(config: Config) -> dict[str, Any]:
+    """Return the fields of the model that change the result of a run by rounding only, and the time of its steps."""
+    fields = ((name, field.metadata.get("resume"), value) for name, field, _, value in leaves(config))
+    return {name: value for name, rule, value in fields if rule == "free" and name.startswith("model.")}
+
+
 def identity_hash(config: Config) -> str:
     """Return a hash of `identity`."""
     return hashlib.sha256(strict_json.dumps(identity(config), sort_keys=True).encode()).hexdigest()

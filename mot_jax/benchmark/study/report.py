@@ -284,9 +284,10 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         )
     yield Text(
         f"Mean differences of the final losses and mean ratios of the steps to the target, entrant and {compared} "
-        "paired by seed, with 95 % confidence intervals. Loss: in the evaluated modes; as trained: both in the mode of "
-        "training. p: of paired two-sided t-tests of each loss and of the logarithm of the steps, corrected over the "
-        f"entrants by Holm's method; significant below {SIGNIFICANCE}. {steps}"
+        "paired by seed, with 95 % confidence intervals, which are not corrected for their number. Loss: in the "
+        "evaluated modes; as trained: both in the mode of training. p: of paired two-sided t-tests of each loss and of "
+        "the logarithm of the steps, corrected over the entrants by Holm's method; significant below "
+        f"{SIGNIFICANCE}. {steps}"
     )
 
 
@@ -464,6 +465,15 @@ def _configs(results: Results) -> Iterator[Block]:
         "All other fields are equal, except for those that only one of the two kinds has and that have their default; "
         f"`{FILE}` has the whole configs. The learning rate is that before tuning; {chosen}."
     )
+    trained = {
+        name: ", ".join(f"{field} = {value}" for field, value in about.get("trained_with", {}).items())
+        for name, about in entrants.items()
+    }
+    if lines := [f"{name}: {fields}" for name, fields in trained.items() if fields]:
+        yield Text(
+            "Runs were trained with other values of these fields, which change results by rounding only, and times:"
+        )
+        yield Lines(lines)
 
 
 def _differences(reference: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

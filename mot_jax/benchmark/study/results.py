@@ -24,6 +24,7 @@ from mot_jax.cost.parameters import active_parameters, count_parameters
 from mot_jax.errors import UserError
 from mot_jax.modes import is_independent, trained_mode
 from mot_jax.runs.metrics import Row, read_rows
+from mot_jax.runs.restore import read_config
 from mot_jax.runs.scores import read_scores
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
@@ -50,7 +51,10 @@ def collect(directory: Directory, command: str) -> dict[str, Any]:
         "machines": machines,
         "commits": _distinct([commit for record in begun for commit in record.get("commits", [])]),
         "data": _data(directory, plan, begun),
-        "entrants": {name: _entrant(study, name, plan.tunings[name]) for name in study.entrants},
+        "entrants": {
+            name: _entrant(study, name, plan.tunings[name]) | {"trained_with": _trained_with(directory, plan, name)}
+            for name in study.entrants
+        },
         "runs": [
             _run(directory, run, records[run.name]) | _origin(records[run.name], machines, begun) for run in plan.runs
         ],
@@ -133,6 +137,17 @@ def _entrant(study: Study, name: str, tuning: plans.Tuning) -> dict[str, Any]:
         "useful_flops": useful,
         "executed_flops": executed,
     }
+
+
+def _trained_with(directory: Directory, plan: Plan, entrant: str) -> dict[str, Any]:
+    """The fields (`plan.execution`) with which an entrant's runs were trained, where the study has other values now."""
+    fields: dict[str, Any] = {}
+    for run in plan.runs:
+        path = workdir_of(directory.folder, run.name) / "config.json"
+        if run.entrant == entrant and run.config and path.exists():
+            then, now = plans.execution(read_config(path)), plans.execution(run.config)
+            fields |= {name: value for name, value in then.items() if value != now.get(name)}
+    return fields
 
 
 def _config(config: Config) -> dict[str, Any]:

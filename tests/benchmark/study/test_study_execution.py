@@ -179,6 +179,18 @@ def test_results_have_the_chosen_candidate(tmp_path, data):
     assert runs == {name: f"{name}-rate-0.01" for name in ("mixture_of_tokens", "mixture_of_tokens-scale_1")}
 
 
+def test_results_have_the_fields_with_which_runs_were_trained_if_the_study_has_other_values(tmp_path, data):
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    for entrant in study.study.entrants:
+        workdir = finished_run(study, f"{entrant}-rate-0.01", 3.0)
+        (workdir / "record.json").write_text(json.dumps({"state": "finished", "curve": [[12, 3.0]]}))
+    path = tmp_path / "out" / "runs" / "mixture_of_tokens-rate-0.01" / "config.json"
+    path.write_text(path.read_text().replace('"pre_activations"', '"nothing"'))
+    entrants = results.collect(study, "")["entrants"]
+    assert entrants["mixture_of_tokens"]["trained_with"] == {"model.feed_forward.save_for_backward": "nothing"}
+    assert entrants["dense"]["trained_with"] == {}
+
+
 def test_results_state_whether_sequences_are_independent_where_they_are_evaluated(tmp_path, data):
     """Expert threshold chooses along the batch in its warmup only, and by thresholds in evaluations."""
     study = directory(write_study(tmp_path, data), tmp_path / "out")
