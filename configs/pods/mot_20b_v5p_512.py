@@ -2,8 +2,8 @@
 
 Command:    mot train configs/pods/mot_20b_v5p_512.py --workdir gs://BUCKET/runs/mot_20b   (launch/: on every host)
 Parameters: 20.1 B (1.31 B active)
-Plan:       mot plan configs/pods/mot_20b_v5p_512.py --topology v5p:8x8x8 --model.attention-kernel xla
-            29.8 of 95.7 GiB a chip, 350 ms a step without overlap, 279 with (docs/results/plans.md)
+Plan:       mot plan configs/pods/mot_20b_v5p_512.py --topology v5p:8x8x8
+            29.1 of 95.7 GiB a chip, 273 ms a step without overlap, 202 with (docs/results/plans.md)
 Here:       not run.
 """
 
