@@ -70,8 +70,8 @@ def bytes_of_layers(
             except UserError as error:
                 rows.append({"shape": shape.name, "kind": kind, "products": by, "refused": str(error)})
                 continue
-            dense = dense or row
-            ratios = {"ratio": "hbm_bytes", "cost_ratio": "cost_bytes"}
+            dense = row if kind == "dense" else dense
+            ratios = {"ratio": "hbm_bytes", "cost_ratio": "cost_bytes"} if dense else {}
             values = {name: row[of] / dense[of] if row[of] else None for name, of in ratios.items()}
             rows.append({"shape": shape.name, "kind": kind, "products": by} | row | values)
     return rows

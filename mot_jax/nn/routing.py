@@ -8,7 +8,8 @@ Dimensions, here and in the layers; B, S, D, E, F as in `mot_jax.nn.mixing`:
 A routing group is T consecutive tokens of the batch, sequence after sequence. Its tokens take the slots of an expert in
 token order, whichever of their choices the expert is, so no later token displaces an earlier one. (With priority for
 first choices, or for probabilities, it would: a token's update would then depend on tokens that a causal model has yet
-to predict.) Assignments without a slot are dropped. Groups are independent; a token depends on earlier tokens of its
+to predict.) Only choices that depend on other sequences, those in the warmup of `expert_threshold`, take slots position
+by position. Assignments without a slot are dropped. Groups are independent; a token depends on earlier tokens of its
 group.
 
 The functions work under NNX, Linen or bare JAX, with or without a mesh; groups are sharded over devices.
@@ -295,8 +296,8 @@ def fill_slots(chosen: jax.Array, place: jax.Array, capacity: int) -> Slots:
 
     Args:
         chosen: bool [N, T, E].
-        place: int32 [N, T, E], the number of tokens of the group that get a slot of an expert before this token, such
-            as `earlier_tokens(chosen)`.
+        place: int32 [N, T, E], the number of tokens of the group that have chosen an expert and come before this one,
+            such as `earlier_tokens(chosen)`.
         capacity: C, the number of slots of an expert.
     """
     num_experts = chosen.shape[-1]

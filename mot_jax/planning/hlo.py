@@ -300,7 +300,7 @@ def library_flops(instruction: Instruction, operands: list[Instruction], target:
         return 2.0 * products * math.prod(batch) * pairs * operands[0].arrays[0].dims[-1]
     match = re.match(r"splash_mha_(fwd|dq|dkv)_", instruction.name)
     if match and target == "tpu_custom_call":
-        return _SPLASH_PRODUCTS[match[1]] * _splash_flops([operand.arrays[0] for operand in operands])
+        return _SPLASH_PRODUCTS[match[1]] * _splash_flops(instruction.name, [operand.arrays[0] for operand in operands])
     return None
 
 
@@ -309,20 +309,23 @@ def library_flops(instruction: Instruction, operands: list[Instruction], target:
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
-def _splash_flops(operands: list[Array]) -> float:
+def _splash_flops(name: str, operands: list[Array]) -> float:
     """FLOPs of one product of splash attention, for the blocks of scores that the kernel visits.
 
-    Queries and keys are the first operands of four dimensions, [B, H, S, K]. A causal mask is computed in the kernel,
-    from the positions of the queries, int32 [S, 128] or [8, S]; of n x n blocks, n (n + 1) / 2 are visited then. If n
-    is not 1, the first operand, [heads, n, n], has a number for each block.
+    The operands are, in this order: figures of the blocks of scores, integers [heads, n, n] for n x n blocks; queries
+    [B, H, S, K] and keys, without B if it is 1; if `name` has `segmented`, the segments of both; if the mask is causal,
+    the positions of the queries, int32 [S, 128] or [8, S]. Of n x n blocks, n (n + 1) / 2 are visited then.
     """
-    queries, keys = [array for array in operands if len(array.dims) == 4][:2]
-    length = queries.dims[2]
-    pairs = length * keys.dims[2]
-    if any(array.dims in ((length, 128), (8, length)) for array in operands):
-        blocks = operands[0].dims[-1] if len(operands[0].dims) == 3 else 1
+    first = next(number for number, array in enumerate(operands) if array.dtype[0] in "bf")
+    queries, keys = operands[first : first + 2]
+    *heads, length, width = queries.dims
+    by_query = [array for array in operands[first:] if array.dims in ((length, 128), (8, length))]
+    of_segments = 2 if "_segmented_" in name and len(heads) == 1 else 0  # else they have B, too
+    pairs = length * keys.dims[-2]
+    if len(by_query) > of_segments:
+        blocks = operands[0].dims[-1] if first else 1
         pairs = pairs * (blocks + 1) // (2 * blocks)
-    return 2.0 * math.prod(queries.dims[:2]) * pairs * queries.dims[3]
+    return 2.0 * math.prod(heads) * pairs * width
 
 
 def _quoted(text: str) -> list[int]:

@@ -259,8 +259,8 @@ def plan_training(
         times_below_peak=times_below_peak,
         efficiency_below_peak=efficiency(times_below_peak),
         checkpoint=checkpoint_bytes(state.content()),
-        copies=copies,
-        transposes=transposes,
+        copies=copies if fits else None,
+        transposes=transposes if fits else None,
     )
 
 

@@ -250,8 +250,10 @@ class _Reader:
             if flops is None and target not in self.free_calls and not target.startswith(_NO_PRODUCTS):
                 self.unknown[f"FLOPs of the custom call {target}"] = None
         if flops is not None:
-            arrays = [operand.arrays[0] for operand in operands]
-            dtypes = [a.dtype for a in arrays if a.dtype[0] in "bf"][:2] or [arrays[0].dtype]
+            dtypes = [operand.arrays[0].dtype for operand in operands]
+            if instruction.opcode == "custom-call" and _target(instruction) == "tpu_custom_call":
+                dtypes = [dtype for dtype in dtypes if dtype[0] in "bf"]  # queries and keys follow on integers
+            dtypes = dtypes[:2]
             return {"f32" if "f32" in dtypes else dtypes[0]: flops}
         total: dict[str, float] = {}
         for inside in self._inside(instruction):

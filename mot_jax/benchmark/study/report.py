@@ -471,7 +471,8 @@ def _configs(results: Results) -> Iterator[Block]:
     }
     if lines := [f"{name}: {fields}" for name, fields in trained.items() if fields]:
         yield Text(
-            "Runs were trained with other values of these fields, which change results by rounding only, and times:"
+            "Runs, or some of them, were trained with other values of these fields, which change results by rounding "
+            "only, and times:"
         )
         yield Lines(lines)
 

@@ -213,15 +213,17 @@ def trained_state(name: str, steps: int) -> TrainState:
 # --- dependence on other tokens ---------------------------------------------------------------------------------------
 
 
-def allowed_tokens(reach: str, group_size: int) -> np.ndarray:
+def allowed_tokens(reach: str, config: Config) -> np.ndarray:
     """bool [B S, B S]: whether the output of the first token may depend on the second one."""
+    group_size, kind = config.group_size, config.model.feed_forward
+    routing_group = np.arange(B * S) // getattr(kind, "routing_group_tokens", B * S)
     same_sequence = SEQUENCE[:, None] == SEQUENCE
     same_group = SEQUENCE[:, None] // group_size == SEQUENCE // group_size
     earlier = POSITION[:, None] >= POSITION
     allowed = {
         "past": same_sequence & earlier,
         "group": same_group & earlier,
-        "order": same_group & np.tri(B * S, dtype=bool),
+        "order": (routing_group[:, None] == routing_group) & np.tri(B * S, dtype=bool),
         "sequence": same_sequence,
     }
     return allowed[reach] & MASK.ravel()
@@ -248,7 +250,7 @@ def test_a_token_depends_on_no_token_out_of_its_reach(name):
 
     drops = depends_on_other_sequences = False
     for step, reach in ((0, case.reach), (10**6, case.reach_later or case.reach)):
-        allowed = allowed_tokens(reach, config.group_size)
+        allowed = allowed_tokens(reach, config)
         expected, metrics = outputs(step, np.zeros_like(mask)), forward(config.model, params, tokens, step)[1]
         drops |= metrics.get("dropped/00", 0) > 0.1
         for token in rng.choice(np.flatnonzero(mask), 12):
@@ -284,7 +286,7 @@ def test_an_update_has_no_gradient_by_a_token_out_of_its_reach(name):
         # One at a time: mapped by vmap, those of soft_moe are wrong with jax 0.10.2 on a CPU.
         gradients = np.array([gradient(x, cotangent, step) for cotangent in cotangents.reshape(-1, *x.shape)])
         reached = (gradients != 0).any(axis=-1).reshape(len(chosen), -1)
-        assert not (reached & ~allowed_tokens(reach, config.group_size)[chosen]).any()
+        assert not (reached & ~allowed_tokens(reach, config)[chosen]).any()
         assert reached[np.arange(len(chosen)), chosen].mean() > 0.5  # others are dropped
 
 

@@ -240,9 +240,11 @@ def test_cudnn_is_called_with_the_local_shapes(monkeypatch, mesh_of):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("segments, causal", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(
+    "batch, segments, causal", [(2, True, True), (2, False, True), (1, True, True), (1, True, False)]
+)
 @pytest.mark.parametrize("length, width, dtype", [(256, 64, "bfloat16"), (2048, 64, "bfloat16"), (256, 16, "float32")])
-def test_splash_compiles_for_a_v5p(length, width, dtype, segments, causal):
+def test_splash_compiles_for_a_v5p(length, width, dtype, batch, segments, causal):
     """A plan has the FLOPs of 9 products (2 forward) for blocks of 512 that are not above the diagonal."""
     from mot_jax.cost.hardware import parse_topology
     from mot_jax.planning import hlo
@@ -250,8 +252,8 @@ def test_splash_compiles_for_a_v5p(length, width, dtype, segments, causal):
     from mot_jax.planning.program import read_program
 
     chip = SingleDeviceSharding(devices_of(parse_topology("v5p:2x2x1"))[0])
-    q, kv = (jax.ShapeDtypeStruct((2, length, h, width), dtype, sharding=chip) for h in (4, 2))
-    ids = jax.ShapeDtypeStruct((2, length), "int32", sharding=chip) if segments else None
+    q, kv = (jax.ShapeDtypeStruct((batch, length, h, width), dtype, sharding=chip) for h in (4, 2))
+    ids = jax.ShapeDtypeStruct((batch, length), "int32", sharding=chip) if segments else None
 
     def forward_and_backward(q, k, v, ids, dy):
         y, pull = jax.vjp(lambda *a: fused_attention.splash(*a, ids, causal=causal), q, k, v)
@@ -263,7 +265,7 @@ def test_splash_compiles_for_a_v5p(length, width, dtype, segments, causal):
     program = read_program(hlo.parse(text), {})
     visited = {(256, True): 256**2, (2048, True): 10 * 512**2}.get((length, causal), length**2)
     assert program.unknown == () and program.hbm_bytes > 0
-    assert program.flops == 9 * 2 * (2 * 4) * visited * width
+    assert program.flops == 9 * 2 * (batch * 4) * visited * width
     kernels = [kernel for body in program.bodies for kernel in body.kernels if kernel.flops]
     assert [(kernel.kind, kernel.dtype) for kernel in kernels] == 3 * [
         ("splash attention", {"bfloat16": "bf16"}.get(dtype, "f32"))
