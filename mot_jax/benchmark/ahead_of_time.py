@@ -108,7 +108,7 @@ def _compile_layer(
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), (variables, x, x))
     start = time.perf_counter()
     lowered = jax.jit(forward_and_backward(forward), out_shardings=sharding).lower(*arguments)
-    compiled = compile_for(device, lowered, products or "triton")
+    compiled = compile_for(device, lowered, products)
     seconds, costs = time.perf_counter() - start, compiled.cost_analysis()
     module = hlo.parse(compiled.as_text() or "")
     program, hardware, peak = read_program(module, {}, kernels=not kernel_bytes), hardware_of(device), None

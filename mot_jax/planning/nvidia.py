@@ -70,7 +70,9 @@ def devices_of_gpus(topology: Topology) -> list[jax.Device]:
 
 
 def compile_for(device: jax.Device, lowered: jax.stages.Lowered, products: Products | None) -> jax.stages.Compiled:
-    """Compile a program for a target device, with `products` if it is a GPU. None: an attached device.
+    """Compile a program for a device.
+
+    products: of a target GPU; without meaning for a TPU. None for an attached device, whose options are the defaults.
 
     Raises:
         UserError: if XLA finds no tiles for a product as a Triton fusion; that of jax 0.10 has some widths without.

@@ -93,11 +93,6 @@ def test_every_gpu_has_a_description_of_its_figures():
         assert f"core_count: {target.multiprocessors}\n" in text and text.count("{") == text.count("}")
 
 
-# --- with XLA's CUDA plugin -------------------------------------------------------------------------------------------
-
-INSTALLED = any(nvidia._version(f"jax-cuda{cuda}-plugin") == jaxlib.__version__ for cuda in (12, 13))
-
-
 def test_a_product_without_tiles_is_reported_with_a_remedy():
     """XLA of jax 0.10 refuses some, such as those of d_model 96; other errors of the compiler remain as they are."""
 
@@ -113,6 +108,9 @@ def test_a_product_without_tiles_is_reported_with_a_remedy():
         nvidia.compile_for(device, Refused(text="INTERNAL: another"), "triton")
 
 
+# --- with XLA's CUDA plugin -------------------------------------------------------------------------------------------
+
+INSTALLED = any(nvidia._version(f"jax-cuda{cuda}-plugin") == jaxlib.__version__ for cuda in (12, 13))
 needs_plugin = pytest.mark.skipif(not INSTALLED, reason="needs the extra cuda-aot")
 
 
