@@ -26,7 +26,7 @@ from mot_jax.cli.parsing import (
     parse,
     parse_with_config,
 )
-from mot_jax.config import check, default_workdir, load_config
+from mot_jax.config import check, default_workdir, load_config, name_of_variant
 from mot_jax.errors import UserError, error_words
 from mot_jax.runtime import compilation, distributed
 from mot_jax.runtime.paths import user_path
@@ -332,7 +332,7 @@ class TrainOptions:
     """Train all runs of a study, or those that are left, and write a report about the comparison."""
 
     study: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="STUDY")]]
-    """Study file, as `configs/studies/smoke.py`, which defines `get_study()`."""
+    """Study file, as `configs/studies/smoke.py`, which defines `get_study()`, or `FILE.py:VARIANT`."""
     workdir: Directory
     """Directory of the study; each run has its own below `runs`."""
     run: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -354,7 +354,7 @@ def _train(arguments: list[str]) -> None:
     compilation.enable_cache()  # most runs of an entrant differ in their seed only
     from mot_jax.benchmark.study import execute, load_study, report, results, times
 
-    study, name = load_study(options.study), Path(options.study).stem
+    study, name = load_study(options.study), name_of_variant(options.study)
     folder = user_path("--workdir", options.workdir)
     directory = execute.Directory(study, name, folder)
     if options.dry_run:

@@ -35,6 +35,7 @@ from mot_jax.config.files import (
     is_corpus_path,
     load_config,
     model_changes,
+    name_of_variant,
     select,
     to_json,
 )
@@ -87,6 +88,7 @@ __all__ = [
     "load_config",
     "mixing_errors",
     "model_changes",
+    "name_of_variant",
     "platform_errors",
     "select",
     "to_json",

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mot_jax.config import fields
 from mot_jax.config.checks import check
@@ -24,6 +24,7 @@ from mot_jax.config.hints import leaves, matches, options
 from mot_jax.config.renamed import new_field
 from mot_jax.errors import ReportedError, UserError, error_words, nearest
 
+T = TypeVar("T")
 KINDS_VARIABLE = "MOT_JAX_KINDS"  # of the environment: files that register kinds, separated as in PATH
 FORMAT_VERSION = 3
 
@@ -37,33 +38,23 @@ def load_config(name: str | os.PathLike[str]) -> Config:
     Raises:
         UserError: the file is missing or broken, or has no such variant.
     """
-    path, variant = _split(name)
+    path, _ = _split(name)
     if (stored := _stored_config(path)) is not None:
         try:
             return from_json(stored.read_bytes(), os.fspath(stored))
         except OSError as error:
             raise UserError(f"config = {stored}: cannot be read ({error.strerror}); use another one") from None
-    module = _load_module(path)
-    if variant is not None and not hasattr(module, "VARIANTS"):
-        raise UserError(f"config = {name}: the file has no VARIANTS; try {path}")
-    try:
-        config = module.get_config() if variant is None else module.get_config(variant)
-    except _VariantError as error:
-        raise UserError(f"config = {name}: {error}; try {path}:{error.nearest}") from None
-    except ReportedError:
-        raise
-    except Exception as error:
-        raise UserError(f"config = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+    config = call_in_file("config", name, "get_config() -> Config", "configs/demo.py")
     if not isinstance(config, Config):
         raise UserError(f"config = {name}: get_config() must return a mot_jax Config, and returned {config!r}")
     return config
 
 
-def select(variants: Mapping[str, Callable[[], Config]], variant: str | None, *, has_default: bool = True) -> Config:
-    """Build one of a config file's `VARIANTS`: the body of its `get_config`.
+def select(variants: Mapping[str, Callable[[], T]], variant: str | None, *, has_default: bool = True) -> T:
+    """Build one of the `VARIANTS` of a config's or a study's file: the body of its `get_config` or `get_study`.
 
     Args:
-        variants: functions that build the configs, by name.
+        variants: functions that build the configs or studies, by name.
         variant: the name of one, or None for the first.
         has_default: False if the variant must be named.
 
@@ -80,7 +71,7 @@ def select(variants: Mapping[str, Callable[[], Config]], variant: str | None, *,
 
 
 class _VariantError(UserError):
-    """A variant that is missing or unknown; `load_config` adds the name of the file."""
+    """A variant that is missing or unknown; `call_in_file` adds the name of the file."""
 
     def __init__(self, variant: str | None, names: list[str]):
         rule = "a variant must be named" if variant is None else f"no variant '{variant}'"
@@ -88,30 +79,42 @@ class _VariantError(UserError):
         self.nearest = difflib.get_close_matches(variant or "", names, n=1, cutoff=0)[0] if variant else names[0]
 
 
-def call_in_file(name: str, path: Path, signature: str, example: str) -> Any:
-    """Call a function without arguments of a user's Python file that is no config, such as a study.
+def call_in_file(argument: str, name: str | os.PathLike[str], signature: str, example: str) -> Any:
+    """Call a function of a user's Python file, `FILE.py` or `FILE.py:VARIANT`: its argument is the variant, if any.
 
     Args:
-        name: of the argument that names the file, for errors.
-        path: of the file.
+        argument: the argument that names the file, for errors.
+        name: of the file, with a variant or without.
         signature: of the function, as `get_study() -> Study`.
         example: a file that has such a function.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing or broken, or has no such variant.
     """
-    module = _load_module(path, name, signature, example)
+    path, variant = _split(name)
+    module = _load_module(path, argument, signature, example)
+    if variant is not None and not hasattr(module, "VARIANTS"):
+        raise UserError(f"{argument} = {name}: the file has no VARIANTS; try {path}")
+    function = getattr(module, signature.partition("(")[0])
     try:
-        return getattr(module, signature.partition("(")[0])()
+        return function() if variant is None else function(variant)
+    except _VariantError as error:
+        raise UserError(f"{argument} = {name}: {error}; try {path}:{error.nearest}") from None
     except ReportedError:
         raise
     except Exception as error:
-        raise UserError(f"{name} = {path}{_place_of(error, path)}: {_load_error(error)}") from error
+        raise UserError(f"{argument} = {path}{_place_of(error, path)}: {_load_error(error)}") from error
 
 
-def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Config]]:
-    """The `VARIANTS` of a config file; empty if it has none."""
-    return dict(getattr(_load_module(Path(path)), "VARIANTS", {}))
+def name_of_variant(name: str | os.PathLike[str]) -> str:
+    """Return `FILE` for `FILE.py`, and `FILE_VARIANT` for `FILE.py:VARIANT`."""
+    path, variant = _split(name)
+    return path.stem if variant is None else f"{path.stem}_{variant}"
+
+
+def variants_of(path: str | os.PathLike[str]) -> dict[str, Callable[[], Any]]:
+    """The `VARIANTS` of a file of configs or studies; empty if it has none."""
+    return dict(getattr(execute_file(Path(path), "config", "configs/demo.py"), "VARIANTS", {}))
 
 
 def default_workdir(name: str | os.PathLike[str]) -> str:
@@ -126,7 +129,7 @@ def default_workdir(name: str | os.PathLike[str]) -> str:
     if (stored := _stored_config(path)) is not None and stored.name == "config.json":
         return str(stored.parent)
     is_default = variant is None or (variant == next(iter(variants_of(path)), None) and _has_default(path))
-    return f"runs/{path.stem}" if is_default else f"runs/{path.stem}_{variant}"
+    return f"runs/{path.stem if is_default else name_of_variant(name)}"
 
 
 def _has_default(path: Path) -> bool:

@@ -34,6 +34,7 @@ def analyze(results: Results) -> dict[str, Any]:
         target: the loss to reach; None if there is none, for the reason `no_target`: runs of the target entrant have
             not ended, or one has diverged, so that their mean is infinite.
         entrants: a row for each.
+        pairs: a row for each of the study's `pairs`, with p-values corrected over them.
     """
     settings, entrants = results["settings"], results["entrants"]
     by_entrant = {name: seed_runs(results, name) for name in entrants}
@@ -66,7 +67,15 @@ def analyze(results: Results) -> dict[str, Any]:
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
         rows[name] = row | _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
-    return {"target": target, "no_target": no_target, "entrants": rows}
+    pairs = [tuple(pair) for pair in settings.get("pairs", ())]
+    by_pair = {
+        measure: _tests({" - ".join(pair): (values[pair[0]], values[pair[1]]) for pair in pairs})
+        for measure, values in (("loss_test", losses), ("trained_loss_test", in_training))
+    }
+    pair_rows = [
+        {"pair": pair} | {measure: tests[" - ".join(pair)] for measure, tests in by_pair.items()} for pair in pairs
+    ]
+    return {"target": target, "no_target": no_target, "entrants": rows, "pairs": pair_rows}
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from mot_jax.benchmark.study.statistics import horizons_left, next_horizon
@@ -54,6 +53,7 @@ class Study:
         horizon_seeds: the seeds with which they are tried.
         target: the entrant whose mean final loss is the target of the others.
         compared: the entrant with which every other is compared in tests.
+        pairs: of entrants, whose final losses are compared in addition.
         flops_per_second: for the estimate of hours before any run has finished; an entrant's finished runs replace it.
         overhead_seconds: time of a run in addition to its steps, mainly for compilation; also for the estimate only.
     """
@@ -69,6 +69,7 @@ class Study:
     horizon_seeds: tuple[int, ...] = (1,)
     target: str = "dense"
     compared: str = "mixture_of_tokens"
+    pairs: tuple[tuple[str, str], ...] = ()
     flops_per_second: float = 1e10
     overhead_seconds: float = 20.0
     alternatives: Mapping[str, Mapping[str, Config]] = dataclasses.field(default_factory=dict)
@@ -163,11 +164,19 @@ class Plan(NamedTuple):
 # --- study files ------------------------------------------------------------------------------------------------------
 
 
-def load_study(path: str | os.PathLike[str]) -> Study:
-    """Load the study of a Python file, which defines `get_study() -> Study`. Raises UserError."""
-    study = call_in_file("STUDY", Path(path), "get_study() -> Study", "configs/studies/smoke.py")
+def load_study(name: str | os.PathLike[str]) -> Study:
+    """Load the study of a Python file.
+
+    The file defines `get_study() -> Study`; or, if it has several, which are named as `FILE.py:VARIANT`,
+    `VARIANTS: dict[str, Callable[[], Study]]` and `get_study(variant: str | None = None) -> Study`, see
+    `mot_jax.config.select`.
+
+    Raises:
+        UserError: the file is missing or broken, has no such variant, or its study compares unequal things.
+    """
+    study = call_in_file("STUDY", name, "get_study() -> Study", "configs/studies/smoke.py")
     if not isinstance(study, Study):
-        raise UserError(f"STUDY = {path}: get_study() must return a Study, and returned {study!r}")
+        raise UserError(f"STUDY = {name}: get_study() must return a Study, and returned {study!r}")
     check_study(study)
     return study
 
@@ -199,6 +208,12 @@ def _own_faults(study: Study) -> Iterator[str]:
     for role in ("target", "compared"):
         if (name := getattr(study, role)) not in study.entrants:
             yield f"{role} = {name!r}: must be an entrant{nearest(name, study.entrants)}"
+    for pair in study.pairs:
+        for name in pair:
+            if name not in study.entrants:
+                yield f"pairs: {name!r} must be an entrant{nearest(name, study.entrants)}"
+        if len(set(pair)) < 2:
+            yield f"pairs: {pair} must be two different entrants; try {('dense', study.compared)}"
     factors = sorted(study.rate_factors)
     if len(factors) < 3 or any(high != 2 * low for low, high in itertools.pairwise(factors)):
         yield f"rate_factors = {study.rate_factors}: must be 3 or more, each twice the one before; try (0.5, 1.0, 2.0)"

@@ -260,11 +260,8 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         table.append(
             [
                 name,
-                _interval([loss[key] for key in _BOUNDS], "+.4f"),
-                _p_value(loss),
-                _verdict(loss, "lower", "higher"),
-                _interval([trained[key] for key in _BOUNDS], "+.4f"),
-                _p_value(trained),
+                *_loss_cells(loss),
+                *_loss_cells(trained)[:2],
                 _interval(factors, ".3f"),
                 _p_value(steps),
                 _verdict(steps, "earlier", "later"),
@@ -289,6 +286,19 @@ def _significance(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         "the logarithm of the steps, corrected over the entrants by Holm's method; significant below "
         f"{SIGNIFICANCE}. {steps}"
     )
+    if pairs := figures["pairs"]:
+        yield Table(
+            ["entrants", "loss", "p", "than the second", "loss as trained", "p", "than the second"],
+            [
+                [" - ".join(row["pair"]), *_loss_cells(row["loss_test"]), *_loss_cells(row["trained_loss_test"])]
+                for row in pairs
+            ],
+        )
+        yield Text("The same for the pairs of the study file, the first less the second; p corrected over these pairs.")
+
+
+def _loss_cells(test: Mapping[str, Any]) -> list[str]:
+    return [_interval([test[key] for key in _BOUNDS], "+.4f"), _p_value(test), _verdict(test, "lower", "higher")]
 
 
 def _verdict(test: Mapping[str, Any], below: str, above: str) -> str:

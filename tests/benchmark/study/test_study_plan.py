@@ -7,11 +7,16 @@ import pytest
 
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.plan import Study, load_study, plan, tune
-from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, check
+from mot_jax.config import Config, ExpertChoiceConfig, TokenChoiceConfig, check, name_of_variant
+from mot_jax.config.files import variants_of
 from mot_jax.errors import RetryableError, UserError
 
 ROOT = Path(__file__).parents[3]
-STUDIES = sorted((ROOT / "configs" / "studies").glob("*.py"))
+STUDIES = [
+    path.relative_to(ROOT).as_posix() + (f":{variant}" if variant else "")
+    for path in sorted((ROOT / "configs" / "studies").glob("*.py"))
+    for variant in variants_of(path) or [None]
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +24,11 @@ def smoke() -> Study:
     return load_study(ROOT / "configs" / "studies" / "smoke.py")
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_study_file_has_its_command_and_time(path):
-    assert isinstance(load_study(path), Study)
-    text = path.read_text()
-    assert f"\nCommand: mot bench train configs/studies/{path.name} --workdir" in text and "\nHere:    " in text
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_its_command_and_time(name):
+    assert isinstance(load_study(ROOT / name), Study)
+    text = (ROOT / name.partition(":")[0]).read_text()
+    assert f"\nCommand: mot bench train {name} --workdir runs/" in text and "\nHere:    " in text
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +308,8 @@ def faulty_studies(study: Study):
     replace = dataclasses.replace
     over_tokens = replace(mot.model, feed_forward=ExpertChoiceConfig(group_size=8, num_experts=16, over="tokens"))
     yield replace(study, target="dens"), "target = 'dens': must be an entrant; did you mean 'dense'?"
+    yield replace(study, pairs=(("dense", "mixture"),)), "pairs: 'mixture' must be an entrant; did you mean 'mixture_of"
+    yield replace(study, pairs=(("dense", "dense"),)), "pairs: .* must be two different entrants; try"
     yield replace(study, seeds=(1, 1)), "seeds = .*must be different numbers"
     yield replace(study, seeds=(0, 1)), "tuning_seed = 0: must not be one of seeds"
     yield replace(study, horizon_seeds=(9,)), r"horizon_seeds = \(9,\): must be among seeds"
@@ -373,6 +380,23 @@ def test_a_broken_study_file_is_refused_in_one_line(tmp_path, text, line):
     with pytest.raises(UserError, match=line) as error:
         load_study(path)
     assert str(error.value).startswith(f"STUDY = {path}")
+
+
+def test_a_study_file_with_variants_has_one_study_for_each(tmp_path):
+    path = tmp_path / "mine.py"
+    smoke = (ROOT / "configs" / "studies" / "smoke.py").read_text().replace("def get_study()", "def small()")
+    select = "from mot_jax.config import select\n\n\ndef get_study(variant=None):\n    "
+    path.write_text(
+        f'{smoke}\n\nVARIANTS = {{"small": small}}\n{select}return select(VARIANTS, variant, has_default=False)\n'
+    )
+    assert load_study(f"{path}:small") == load_study(ROOT / "configs" / "studies" / "smoke.py")
+    assert name_of_variant(f"{path}:small") == "mine_small"
+    for name, line in {path: "a variant must be named", f"{path}:smal": "no variant 'smal'"}.items():
+        with pytest.raises(UserError) as error:
+            load_study(name)
+        assert str(error.value) == f"STUDY = {name}: {line}; the variants are small; try {path}:small"
+    with pytest.raises(UserError, match=f"mine_small.py: no such file; did you mean '{path}:small'"):
+        load_study(tmp_path / "mine_small.py")
 
 
 def test_estimates_replace_flops_by_measured_steps(smoke):

@@ -157,6 +157,20 @@ def test_losses_as_trained_are_compared_too(results):
     assert row["loss_test"]["difference"] == pytest.approx(0.85)
 
 
+def test_pairs_of_the_study_are_compared_and_corrected_among_themselves(results):
+    """Losses of MoT are lower by 0.95 and 0.75: t = 8.5 with 1 degree of freedom, p = 0.075, twice that by Holm."""
+    assert analyze(results)["pairs"] == []
+    results["settings"]["pairs"] = [[MOT, ROUTED]]
+    (row,) = analyze(results)["pairs"]
+    assert row["pair"] == (MOT, ROUTED) and row["loss_test"]["difference"] == pytest.approx(-0.85)
+    assert row["loss_test"]["holm"] == pytest.approx(row["loss_test"]["p"]) == pytest.approx(0.0746, abs=1e-4)
+    results["settings"]["pairs"] += [[DENSE, MOT]]
+    row, other = analyze(results)["pairs"]
+    assert row["loss_test"]["holm"] == pytest.approx(2 * other["loss_test"]["p"]) == other["loss_test"]["holm"]
+    text = to_markdown("", list(report(results)))
+    assert f"| {MOT} - {ROUTED} | -0.8500 (-2.1206 to +0.4206) | 0.075 | not significant | -0.8500" in text
+
+
 def test_entrants_are_compared_with_the_target_entrant_by_its_own_losses(results):
     """Of two seeds of dense, one ends above their mean: each entrant's steps are to the loss of the same seed."""
     before = analyze(results)["entrants"][DENSE]["crossing_test"]
