@@ -66,7 +66,8 @@ def analyze(results: Results) -> dict[str, Any]:
         row |= {"crossings": crossings[name], "crossing": summary(crossings[name])}
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
-        rows[name] = row | _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
+        row |= _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
+        rows[name] = row | {"time_bounds": _time_bounds(row) if compared == settings["target"] else None}
     pairs = [tuple(pair) for pair in settings.get("pairs", ())]
     by_pair = {
         measure: _tests({" - ".join(pair): (values[pair[0]], values[pair[1]]) for pair in pairs})
@@ -240,6 +241,14 @@ def _costs(results: Results, entrant: str, median_crossing: float) -> Row:
     if runs_all_experts(about):
         row["time_to_target"] = None
     return row
+
+
+def _time_bounds(row: Row) -> tuple[float, float] | None:
+    """Return the products of the ends of the 95 % intervals of the ratio of steps, seed by seed, and of step times."""
+    test, interval = row["crossing_test"], row["time_interval"]
+    if row["time_to_target"] is None or test is None or test["low"] is None or interval is None:
+        return None
+    return math.exp(test["low"]) * interval[0], math.exp(test["high"]) * interval[1]
 
 
 def runs_all_experts(entrant: Row) -> bool:

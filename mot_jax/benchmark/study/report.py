@@ -194,7 +194,7 @@ def _to_target(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 _share(row["steps_to_target"]),
                 _share(row["useful_to_target"]),
                 _share(row["executed_to_target"]),
-                _share(row["time_to_target"]),
+                _share(row["time_to_target"]) + _bounds(row["time_bounds"]),
                 _horizon(row["horizon"], name == settings["target"]),
                 f"{results['entrants'][name]['state_bytes'] / 1e6:,.1f} MB",
             ]
@@ -208,14 +208,24 @@ def _to_target(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         columns, horizon = columns[:-1], ""
         table = [[*row[: len(columns)], row[-1]] for row in table]
     yield Table([*columns, "state"], table)
+    bounds = ""
+    if any(row["time_bounds"] for row in figures["entrants"].values()):
+        bounds = (
+            ", in parentheses the products of the lower and of the upper ends of the 95 % intervals of the ratios of "
+            "steps and of step times, both below"
+        )
     share = f"relative to the whole training of {settings['target']}, {settings['steps']:,} steps"
     yield Text(
         f"Steps, FLOPs and time: {share}; medians over seeds on the curve, where the loss first reaches the target, "
         "between evaluations by linear interpolation. A miss counts as infinite, so that the median is infinite if "
         f"half of the seeds miss. The target is a mean over seeds, so that about half of those of {settings['target']} "
-        f"miss it.{horizon} Time: steps times the step time of the trained models in turns. State: parameters and "
-        f"optimizer state.{_without_time(results)}"
+        f"miss it.{horizon} Time: steps times the step time of the trained models in turns{bounds}. State: parameters "
+        f"and optimizer state.{_without_time(results)}"
     )
+
+
+def _bounds(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f" ({bounds[0]:.2f} to {bounds[1]:.2f})"
 
 
 def _without_time(results: Results) -> str:

@@ -380,6 +380,14 @@ def test_ratios_of_step_times_have_intervals_where_the_times_of_the_rounds_are_k
     figures = analyze(results)["entrants"]
     assert figures[MOT]["time_interval"] == pytest.approx((2, 2)) and figures[DENSE]["time_interval"] is None
     assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))
+    assert all(row["time_bounds"] is None for row in figures.values())
+    results["settings"]["compared"] = DENSE
+    figures = analyze(results)["entrants"]
+    steps = figures[MOT]["crossing_test"]
+    assert figures[MOT]["time_bounds"] == pytest.approx((2 * math.exp(steps["low"]), 2 * math.exp(steps["high"])))
+    assert figures[DENSE]["time_bounds"] is None is figures[ROUTED]["time_bounds"]  # of which a seed misses
+    cell = "{:.2f} ({:.2f} to {:.2f})".format(figures[MOT]["time_to_target"], *figures[MOT]["time_bounds"])
+    assert f"| {cell} |" in to_markdown("", list(report(results)))
 
 
 def test_the_report_names_runs_of_other_machines_and_texts_and_skipped_steps(results):
