@@ -86,10 +86,19 @@ CITED: list[tuple[str, str, list[Callable[[dict[str, Any]], str]]]] = [
 ]
 
 
+def figures_of(study: str) -> dict[str, Any]:
+    results = load(epath.Path(RESULTS / study))
+    return analyze(results) | {"stability": {name: stability(results, name) for name in results["entrants"]}}
+
+
 @pytest.fixture(scope="module")
 def demo() -> dict[str, Any]:
-    results = load(epath.Path(RESULTS / "demo"))
-    return analyze(results) | {"stability": {name: stability(results, name) for name in results["entrants"]}}
+    return figures_of("demo")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    return figures_of("recipe")
 
 
 def test_rows_of_metrics_end_with_the_losses_of_the_results():
@@ -114,6 +123,10 @@ def ratio(value: float | None) -> str:
     return "\N{EN DASH}" if value is None or math.isinf(value) else f"{value:.2f}"
 
 
+def p_value(test: dict[str, Any]) -> str:
+    return f"{test['holm']:.2g}" if test["holm"] >= 1e-4 else "< 0.0001"
+
+
 def steps_of(row: dict[str, Any]) -> str:
     """The median of the steps to the target, or the number of seeds that reach it, if most do not."""
     reached, seeds, median = (row["crossing"][name] for name in ("reached", "of", "median"))
@@ -124,8 +137,7 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
     """The cells of an entrant's row in docs/results/index.md."""
     row, changes = figures["entrants"][entrant], figures["stability"][entrant]["changes"]
     test = row["loss_test"]
-    p = "" if test is None else f"{test['holm']:.2g}" if test["holm"] >= 1e-4 else "< 0.0001"
-    difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p})"
+    difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p_value(test)})"
     shortest = [ratio(tried["shortest"]) for tried in (row["horizon"] or {}).values()]
     return [
         f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
@@ -153,10 +165,59 @@ def test_the_table_of_the_readme_has_all_figures_of_the_demo_study(demo):
         assert f" | {readme_cells(demo, entrant)} |\n" in text, entrant
 
 
+def test_the_second_table_of_the_readme_has_figures_of_the_study_of_recipes(recipe):
+    text = (ROOT / "README.md").read_text()
+    for entrant in ("first_block_hash", "first_block_token_choice", "first_block", "dense_equal_flops"):
+        cells = readme_cells(recipe, entrant) + " ({:.2f} to {:.2f})".format(
+            *recipe["entrants"][entrant]["time_bounds"]
+        )
+        assert f" | {cells} |\n" in text, entrant
+
+
 def test_the_table_of_the_demo_study_has_its_figures(demo):
     page = (RESULTS / "index.md").read_text()
     for entrant in demo["entrants"]:
         assert f"| `{entrant}` | {' | '.join(summary_of(demo, entrant))} |" in page
+
+
+def recipe_cells(row: dict[str, Any]) -> str:
+    """The cells of an entrant of the study of recipes in docs/results/index.md."""
+
+    def between(bounds: tuple[float, float] | None) -> str:
+        return "" if bounds is None else " ({:.2f} to {:.2f})".format(*bounds)
+
+    test, loss = (
+        row["loss_test"],
+        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
+    )
+    if test is None:  # the target
+        return f"{loss} | \N{EN DASH} | 1 | 1 | 1 | 1"
+    cells = [
+        loss,
+        f"{signed(test['difference'], '.3f')} ({p_value(test)})",
+        steps_of(row),
+        ratio(row["executed_to_target"]),
+        ratio(row["time_ratio"]) + between(row["time_interval"]),
+        ratio(row["time_to_target"]) + between(row["time_bounds"]),
+    ]
+    return " | ".join(cells)
+
+
+def test_when_to_train_has_the_times_of_the_study_of_recipes(recipe):
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "when.md").read_text())
+    times = [
+        "{:.2f} ({:.2f} to {:.2f})".format(row["time_to_target"], *row["time_bounds"])
+        for row in map(recipe["entrants"].get, ("first_block_hash", "first_block_token_choice", "first_block"))
+        if row
+    ]
+    sentence = "dense's loss after {} and {} of its time; MoT in the first block after {}, undecided"
+    assert sentence.format(*times) in text
+
+
+def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):
+    page = (RESULTS / "index.md").read_text()
+    for entrant, row in recipe["entrants"].items():
+        assert f"| `{entrant}` | {recipe_cells(row)} |" in page, entrant
 
 
 @pytest.mark.parametrize(("page", "sentence", "figures"), CITED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mot_jax.runs.metrics import Row, png
 
@@ -36,8 +37,9 @@ def mixing_curves(rows: list[Row], title: str) -> bytes:
             axes.plot(*zip(*points, strict=True), style, color=color, label=label.format(block))
     left.set(title="normalized entropy of the mixing weights; 1: uniform", ylim=(-0.02, 1.02))
     right.set(title="RMS of the layer's update / RMS of the residual stream", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # few enough for two decades
     right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter("{x:g}")
+    right.yaxis.set_minor_locator(NullLocator())
     figure.suptitle(title)
     for axes in (left, right):
         axes.set(xlabel="step")

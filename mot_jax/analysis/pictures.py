@@ -47,7 +47,7 @@ def weight_maps(shares: dict[int, np.ndarray], labels: list[str], title: str) ->
         selection = f"the {_MAX_EXPERTS} of {experts} experts with the most concentrated weights"
     else:
         selection = f"all {experts} experts"
-    figure.suptitle(f"{title}\n{selection}, sorted by the token with the largest weight")
+    figure.suptitle(f"{title}\n{selection}, sorted by the token with the largest weight", wrap=True)
     return png(figure)
 
 
@@ -75,6 +75,7 @@ def token_table(report: dict[str, Any], group_size: int) -> bytes:
         f"{group_size}\nstep {report['step']}, {report['tokens_read']:,} validation tokens; next to each expert its "
         f"entropy; tokens that occur less than {report['least_count']} times are left out",
         fontsize=10,
+        wrap=True,
     )
     return png(figure)
 

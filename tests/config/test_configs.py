@@ -109,7 +109,7 @@ def test_a_variant_that_is_missing_or_unknown_is_one_line():
         f"try {CONFIGS}/v2.py:medium_32e"
     )
     assert error_of(CONFIGS / "demo.py:").endswith(
-        f"the variants are mot, dense, token_choice, masked; try {CONFIGS}/demo.py:mot"
+        f"the variants are mot, all_blocks, dense, token_choice, masked; try {CONFIGS}/demo.py:mot"
     )
     pod = CONFIGS / "pods" / "mot_medium_8gpu.py"
     assert error_of(f"{pod}:dense") == f"config = {pod}:dense: the file has no VARIANTS; try {pod}"
@@ -235,7 +235,8 @@ BASELINES = {
 def test_a_dense_baseline_differs_in_its_layer_and_trains_on_the_same_batches(name):
     dense, mixture = load_config(CONFIGS / name), load_config(CONFIGS / BASELINES[name])
     assert isinstance(dense.model.feed_forward, DenseConfig)
-    assert dataclasses.replace(dense.model, feed_forward=mixture.model.feed_forward) == mixture.model
+    layer = {name: getattr(mixture.model, name) for name in ("feed_forward", "moe_blocks", "dense_bias")}
+    assert dataclasses.replace(dense.model, **layer) == mixture.model
     assert dense.data.shuffle_group_size == mixture.model.group_size and dense.group_size == mixture.group_size
     for field in ("batch_size", "steps", "seed"):
         assert getattr(dense.training, field) == getattr(mixture.training, field)

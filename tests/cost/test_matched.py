@@ -31,7 +31,7 @@ from mot_jax.cost.matched import matched, remainder, rows, width_of
 from mot_jax.errors import UserError
 from mot_jax.nn.transformer import init_params
 
-DEMO = load_config(str(Path(__file__).parents[2] / "configs/demo.py"))
+DEMO = load_config(str(Path(__file__).parents[2] / "configs/demo.py:all_blocks"))
 COUNTED = {"dense", "mixture_of_tokens", "token_choice", "expert_choice"}  # by `count_by_hand`
 RULES = ("layer_flops", "expert_flops", "parameters")
 
@@ -280,7 +280,7 @@ def test_empty_slots_are_executed_but_not_useful():
 
 
 def test_the_command_prints_all_kinds(capsys, tmp_path):
-    path = str(Path(__file__).parents[2] / "configs/demo.py")
+    path = str(Path(__file__).parents[2] / "configs/demo.py:all_blocks")
     output = tmp_path / "kinds.json"
     cli.main(["describe", "--matched", path, "--json", str(output)])
     written, lines = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
@@ -311,6 +311,6 @@ def test_a_kind_that_cannot_replace_the_layer_has_the_reason(capsys):
 @pytest.mark.parametrize("value", ["layer_flop", ""])
 def test_a_rule_that_does_not_exist_is_one_line(capsys, value):
     with pytest.raises(SystemExit) as end:
-        cli.main(["describe", str(Path(__file__).parents[2] / "configs/demo.py"), f"--matched={value}"])
+        cli.main(["describe", str(Path(__file__).parents[2] / "configs/demo.py:all_blocks"), f"--matched={value}"])
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith(f"error: --matched = {value!r}: must be 'layer_flops' or")

@@ -29,7 +29,7 @@ from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
 FILE = "times.json"
-_ROUNDS = 40
+_ROUNDS = 200
 
 
 def timed_runs(directory: Directory) -> dict[str, str]:
