@@ -66,7 +66,7 @@ register_kind(Bilinear, BilinearCost)
 
 
 def get_config() -> Config:
-    """The demo's model with the kind in all blocks."""
+    """A small model with the kind in all blocks."""
     model = ModelConfig(
         num_blocks=4, d_model=96, d_ff=384, num_heads=4, context_length=64, feed_forward=BilinearConfig(), loss_chunk=32
     )

@@ -39,10 +39,6 @@ def as_trained(entrant: str) -> Callable[[dict[str, Any]], str]:
     return lambda figures: f"{figures['entrants'][entrant]['trained_loss']['mean']:.3f}"
 
 
-def deviation(entrant: str) -> Callable[[dict[str, Any]], str]:
-    return lambda figures: f"{figures['entrants'][entrant]['loss']['sd']:.3f}"
-
-
 def cost(name: str) -> Callable[[dict[str, Any]], str]:
     return lambda figures: f"{figures['entrants']['mixture_of_tokens'][name]:.2f}"
 
@@ -72,11 +68,6 @@ CITED: list[tuple[str, str, list[Callable[[dict[str, Any]], str]]]] = [
         "docs/when.md",
         "hash layers {} nats, token choice {}, with bias balancing {}, MoT {}",
         [*map(loss, ("hash", "token_choice", "token_choice_bias", "mixture_of_tokens"))],
-    ),
-    (
-        "docs/when.md",
-        "the standard deviation of its loss is {}, that of token choice {}",
-        [deviation("mixture_of_tokens"), deviation("token_choice")],
     ),
     (
         "docs/when.md",

@@ -100,7 +100,8 @@ def dense_of_equal_width(config: Config) -> Config:
     training = dataclasses.replace(
         config.training, transition_from=None, transition_router=TrainingConfig.transition_router
     )
-    dense = with_kind(dataclasses.replace(config, data=data, training=training), DenseConfig())
+    kind, model = DenseConfig(config.model.dense_bias), dataclasses.replace(config.model, dense_bias=True)
+    dense = with_kind(dataclasses.replace(config, model=model, data=data, training=training), kind)
     return with_parameters_of_multipliers(dense)
 
 

@@ -108,7 +108,8 @@ def test_the_traffic_of_experts_without_a_capacity_has_a_sum_per_microbatch(capa
     kind = dataclasses.replace(config.model.feed_forward, capacity_factor=capacity_factor)
     model, training = config.model, dataclasses.replace(config.training, gradient_accumulation_steps=4)
     config = dataclasses.replace(config, model=dataclasses.replace(model, feed_forward=kind), training=training)
-    weights = 4 * model.num_blocks * kind.num_experts * 2 * model.d_model * kind.hidden_dim(model.d_ff)
+    blocks = sum(layer == model.feed_forward for layer in model.block_kinds())
+    weights = 4 * blocks * kind.num_experts * 2 * model.d_model * kind.hidden_dim(model.d_ff)
     traffic = {(kind, axes): size for kind, axes, size in sharding._traffic(config, (2, 1, 4, 1))}
     assert traffic["all-reduce", (0,)] == sums * weights / 4
 
