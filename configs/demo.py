@@ -1,4 +1,4 @@
-"""Small models of Python source, trained on two CPU cores in about five minutes each.
+"""Small models of Python source, trained on two CPU cores in three to five minutes each.
 
 `mot` is the default variant. The others are compared with it: they train on the same sequences in the same batches.
 """
