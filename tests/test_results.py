@@ -114,6 +114,10 @@ def ratio(value: float | None) -> str:
     return "\N{EN DASH}" if value is None or math.isinf(value) else f"{value:.2f}"
 
 
+def loss_of(row: dict[str, Any]) -> str:
+    return f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def p_value(test: dict[str, Any]) -> str:
     return f"{test['holm']:.2g}" if test["holm"] >= 1e-4 else "< 0.0001"
 
@@ -131,7 +135,7 @@ def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
     difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p_value(test)})"
     shortest = [ratio(tried["shortest"]) for tried in (row["horizon"] or {}).values()]
     return [
-        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
+        loss_of(row),
         f"{row['trained_loss']['mean']:.3f}",
         difference,
         steps_of(row),
@@ -159,10 +163,9 @@ def test_the_table_of_the_readme_has_all_figures_of_the_demo_study(demo):
 def test_the_second_table_of_the_readme_has_figures_of_the_study_of_recipes(recipe):
     text = (ROOT / "README.md").read_text()
     for entrant in ("first_block_hash", "first_block_token_choice", "first_block", "dense_equal_flops"):
-        cells = readme_cells(recipe, entrant) + " ({:.2f} to {:.2f})".format(
-            *recipe["entrants"][entrant]["time_bounds"]
-        )
-        assert f" | {cells} |\n" in text, entrant
+        row = recipe["entrants"][entrant]
+        cells = readme_cells(recipe, entrant).rpartition(" | ")[0]
+        assert f" | {cells} | {time_of(row)} |\n" in text, entrant
 
 
 def test_the_table_of_the_demo_study_has_its_figures(demo):
@@ -171,38 +174,32 @@ def test_the_table_of_the_demo_study_has_its_figures(demo):
         assert f"| `{entrant}` | {' | '.join(summary_of(demo, entrant))} |" in page
 
 
+def with_bounds(value: float | None, bounds: tuple[float, float] | None) -> str:
+    return ratio(value) + ("" if bounds is None else " ({:.2f} to {:.2f})".format(*bounds))
+
+
+def time_of(row: dict[str, Any]) -> str:
+    return with_bounds(row["time_to_target"], row["time_bounds"])
+
+
 def recipe_cells(row: dict[str, Any]) -> str:
     """The cells of an entrant of the study of recipes in docs/results/index.md."""
-
-    def between(bounds: tuple[float, float] | None) -> str:
-        return "" if bounds is None else " ({:.2f} to {:.2f})".format(*bounds)
-
-    test, loss = (
-        row["loss_test"],
-        f"{row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f}".replace(" ", "\N{NO-BREAK SPACE}"),
-    )
+    test, step = row["loss_test"], with_bounds(row["time_ratio"], row["time_interval"])
     if test is None:  # the target
-        return f"{loss} | \N{EN DASH} | 1 | 1 | 1 | 1"
-    cells = [
-        loss,
-        f"{signed(test['difference'], '.3f')} ({p_value(test)})",
-        steps_of(row),
-        ratio(row["executed_to_target"]),
-        ratio(row["time_ratio"]) + between(row["time_interval"]),
-        ratio(row["time_to_target"]) + between(row["time_bounds"]),
-    ]
-    return " | ".join(cells)
+        return f"{loss_of(row)} | \N{EN DASH} | 1 | 1 | 1 | 1"
+    difference = f"{signed(test['difference'], '.3f')} ({p_value(test)})"
+    return " | ".join([loss_of(row), difference, steps_of(row), ratio(row["executed_to_target"]), step, time_of(row)])
 
 
-def test_when_to_train_has_the_times_of_the_study_of_recipes(recipe):
+def test_when_to_train_has_figures_of_the_study_of_recipes(recipe):
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "when.md").read_text())
-    times = [
-        "{:.2f} ({:.2f} to {:.2f})".format(row["time_to_target"], *row["time_bounds"])
-        for row in map(recipe["entrants"].get, ("first_block_hash", "first_block_token_choice", "first_block"))
-        if row
-    ]
+    entrants = ("first_block_hash", "first_block_token_choice", "first_block")
     sentence = "dense's loss after {} and {} of its time; MoT in the first block after {}, undecided"
-    assert sentence.format(*times) in text
+    assert sentence.format(*(time_of(recipe["entrants"][name]) for name in entrants)) in text
+    changes = [recipe["stability"][name]["changes"] for name in ("first_block", "dense")]
+    rates = [signed(change[factor], ".1%") for factor in (2.0, 0.5) for change in changes]
+    sentence = "at twice the best rate {} against {}, at half of it {} against {}"
+    assert sentence.format(*rates).replace("\N{NO-BREAK SPACE}", " ") in text
 
 
 def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):

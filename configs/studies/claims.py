@@ -71,7 +71,7 @@ def config(layer: FeedForwardConfig, d_ff: int = 384, objective: Literal["causal
             batch_size=BATCH,
             optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, beta2=0.95, clip_norm=1.0),
             log_every=20,
-            validate_every=STEPS // 2,  # with companions, an evaluation may take as long as a hundred steps
+            validate_every=STEPS // 2,  # an evaluation with companions costs several times its forward pass
             checkpoint_every=200,
         ),
         mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more

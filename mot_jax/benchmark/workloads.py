@@ -17,9 +17,8 @@ from mot_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from mot_jax.cost.matched import with_parameters_of_multipliers
+from mot_jax.cost.matched import with_other_layer
 from mot_jax.cost.parameters import active_parameters
-from mot_jax.modes import with_kind
 
 SMALL = Config(
     model=ModelConfig(1, 16, 32, 2, context_length=16, loss_chunk=16, feed_forward=MixtureOfTokensConfig(4, 8)),
@@ -97,12 +96,7 @@ def dense_of_equal_width(config: Config) -> Config:
     training that belong to the other layer.
     """
     data = dataclasses.replace(config.data, shuffle_group_size=config.group_size)
-    training = dataclasses.replace(
-        config.training, transition_from=None, transition_router=TrainingConfig.transition_router
-    )
-    kind, model = DenseConfig(config.model.dense_bias), dataclasses.replace(config.model, dense_bias=True)
-    dense = with_kind(dataclasses.replace(config, model=model, data=data, training=training), kind)
-    return with_parameters_of_multipliers(dense)
+    return with_other_layer(dataclasses.replace(config, data=data), DenseConfig())
 
 
 def dense_of_equal_active_parameters(config: Config) -> Config:

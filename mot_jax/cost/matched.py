@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import rich.console
 import rich.table
 
-from mot_jax.config import Config, DenseConfig, MixtureOfTokensConfig, TrainingConfig, check
+from mot_jax.config import Config, DenseConfig, FeedForwardConfig, MixtureOfTokensConfig, TrainingConfig, check
 from mot_jax.cost.feed_forward import feed_forward_cost, trainable_kinds
 from mot_jax.cost.flops import forward_flops, idle_flops, tokens_at_once
 from mot_jax.cost.parameters import count_parameters, parameter_shapes
@@ -186,7 +186,7 @@ def _nearest(config: Config, kind: str, by: By) -> Config:
 
 def _replaced(config: Config, kind: str) -> Config:
     """Return `config` with a layer of another kind, and with the fields outside of the model that this requires."""
-    old, model, training = config.model.feed_forward, config.model, config.training
+    old, model = config.model.feed_forward, config.model
     group_size, num_experts, top_k = _sizes(config)
     new = trainable_kinds()[kind].flop_matched(group_size, num_experts, model.context_length)
     if new is None:
@@ -199,18 +199,30 @@ def _replaced(config: Config, kind: str) -> Config:
     values |= {name: getattr(old, name) for name in _COMMON_FIELDS if hasattr(old, name)}
     fields = {field.name for field in dataclasses.fields(new)}
     new = dataclasses.replace(new, **{name: value for name, value in values.items() if name in fields})
-    # The biases of dense layers: those of a dense model, or of the blocks outside `moe_blocks`.
-    if isinstance(new, DenseConfig):
-        new, model = DenseConfig(model.dense_bias), dataclasses.replace(model, dense_bias=True)
-    elif isinstance(old, DenseConfig):
-        model = dataclasses.replace(model, dense_bias=old.bias)
-    training = dataclasses.replace(training, transition_from=None, transition_router=TrainingConfig.transition_router)
-    changed = with_kind(dataclasses.replace(config, model=model, training=training), new)
+    changed = with_other_layer(config, new)
     if all(type(a) is type(b) for a, b in zip(model.block_kinds(), changed.model.block_kinds(), strict=True)):
         raise UserError(
             f"model.moe_blocks = {model.moe_blocks!r}: must name a block, whose layer is replaced; try 'all'"
         )
-    return with_parameters_of_multipliers(_with_order(changed, config.group_size))
+    return _with_order(changed, config.group_size)
+
+
+def with_other_layer(config: Config, kind: FeedForwardConfig) -> Config:
+    """Return `config` with a layer of another kind in place of its own, trained from initial values.
+
+    It has no option of training that belongs to the old layer. Dense layers have the biases that those outside of
+    `moe_blocks` have, and these, next to a new kind, have the biases of the dense layers that it replaces.
+    """
+    old, model = config.model.feed_forward, config.model
+    if isinstance(kind, DenseConfig):
+        kind, model = DenseConfig(model.dense_bias), dataclasses.replace(model, dense_bias=True)
+    elif isinstance(old, DenseConfig):
+        model = dataclasses.replace(model, dense_bias=old.bias)
+    training = dataclasses.replace(
+        config.training, transition_from=None, transition_router=TrainingConfig.transition_router
+    )
+    changed = with_kind(dataclasses.replace(config, model=model, training=training), kind)
+    return with_parameters_of_multipliers(changed)
 
 
 def _with_order(changed: Config, group_size: int) -> Config:

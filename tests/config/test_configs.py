@@ -235,8 +235,9 @@ BASELINES = {
 def test_a_dense_baseline_differs_in_its_layer_and_trains_on_the_same_batches(name):
     dense, mixture = load_config(CONFIGS / name), load_config(CONFIGS / BASELINES[name])
     assert isinstance(dense.model.feed_forward, DenseConfig)
-    layer = {name: getattr(mixture.model, name) for name in ("feed_forward", "moe_blocks", "dense_bias")}
-    assert dataclasses.replace(dense.model, **layer) == mixture.model
+    assert dense.model.feed_forward.bias == mixture.model.dense_bias
+    layer, bias = mixture.model.feed_forward, mixture.model.dense_bias
+    assert dataclasses.replace(dense.model, feed_forward=layer, dense_bias=bias) == mixture.model
     assert dense.data.shuffle_group_size == mixture.model.group_size and dense.group_size == mixture.group_size
     for field in ("batch_size", "steps", "seed"):
         assert getattr(dense.training, field) == getattr(mixture.training, field)
