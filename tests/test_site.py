@@ -63,6 +63,12 @@ def test_the_page_of_the_api_has_every_public_name(hooks):
     )
 
 
+def test_the_navigation_has_every_page_outside_the_lab_notes():
+    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if not page.startswith("notes/")} <= set(listed)
+
+
 @pytest.mark.parametrize(
     ("markdown", "source", "path", "expected"),
     [
