@@ -1,0 +1,120 @@
+"""A study of batches of half the size, as small models of Python source.
+
+Command: mot bench train configs/studies/half_batch.py --workdir runs/half_batch
+Here:    trains, and has not been run to the end.
+
+The models of `configs/studies/recipe.py`, on as many tokens of the same corpus, in twice as many steps of 16 sequences
+in place of 32. Warmup, weight decay per step and the decay of the second moment are those of the larger batch per
+token. A group of Mixture of Tokens cannot be larger than a batch: it has 16 sequences, and 64 experts of the same width
+in place of 128, so that mixing costs half as much. (128 experts of half the width would be the other choice.) Token
+choice and hash layers have as many experts as before; capacity and balance of token choice are of 1,024 tokens.
+
+Questions, with rules set before the runs:
+
+1. Does halving the batch lower the dense model's loss as much as experts do? Final losses of both studies on the whole
+   validation split (`mot evaluate`, with companions for Mixture of Tokens, since the windows that a study scores depend
+   on the size of a group), paired by seed, as 97 % of the windows of two runs of a seed are the same. It does so if the
+   95 % interval of the difference between dense with 16 sequences and Mixture of Tokens in the first block with 32 is
+   within 0.015 nats of zero, or all below zero; it does not if it is all above zero; else it is undecided. This is at
+   equal tokens, not at equal time.
+2. Do layers with experts have a lower loss than dense ones, and save time, with this batch? The tests of the report;
+   and time is saved if the product of the upper ends of the 95 % intervals of steps and of step times is below 1. There
+   is no wider dense model here, which the other study has.
+"""
+
+from typing import Literal
+
+from mot_jax.benchmark.study import Study
+from mot_jax.config import (
+    Config,
+    DataConfig,
+    DenseConfig,
+    FeedForwardConfig,
+    HashConfig,
+    InitConfig,
+    LossWeights,
+    MeshConfig,
+    MixtureOfTokensConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenChoiceConfig,
+    TrainingConfig,
+)
+
+GROUP_SIZE, EXPERTS, PER_TOKEN, SHARED = 16, 128, 4, 96
+BATCH, CONTEXT, STEPS = 16, 64, 3200
+
+MIXTURE_OF_TOKENS = MixtureOfTokensConfig(
+    group_size=GROUP_SIZE,
+    num_experts=EXPERTS // 2,  # four for each sequence of a group, as with larger groups
+    shared_expert_dim=SHARED,
+    controller_init_scale=3.0,
+    save_for_backward="all",
+)
+TOKEN_CHOICE = TokenChoiceConfig(
+    num_experts=EXPERTS,
+    top_k=PER_TOKEN,
+    shared_expert_dim=SHARED,
+    capacity_factor=1.25,
+    routing_group_tokens=BATCH * CONTEXT,
+)
+HASH = HashConfig(num_experts=EXPERTS, top_k=PER_TOKEN, shared_expert_dim=SHARED, w_out_init_scale=2.0)
+
+
+def config(
+    layer: FeedForwardConfig,
+    moe_blocks: Literal["all"] | tuple[int, ...] = (0,),
+    losses: LossWeights = LossWeights(),
+) -> Config:
+    """A model of three blocks with this layer in some of them; the others are dense, without biases."""
+    return Config(
+        model=ModelConfig(
+            num_blocks=3,
+            d_model=96,
+            d_ff=384,
+            num_heads=4,
+            context_length=CONTEXT,
+            feed_forward=layer,
+            moe_blocks=moe_blocks,
+            dense_bias=moe_blocks == "all",
+            final_norm=True,
+            init=InitConfig(scale=1.0),
+            loss_chunk=32,
+            scan_layers=False,  # a fifth faster on CPUs
+        ),
+        data=DataConfig(
+            corpus=("python_source/site_packages",), validation_windows=1024, shuffle_group_size=GROUP_SIZE
+        ),
+        training=TrainingConfig(
+            steps=STEPS,
+            batch_size=BATCH,
+            optimizer=OptimizerConfig(
+                learning_rate=5e-3, warmup_steps=100, beta2=0.975, weight_decay=0.05, clip_norm=1.0
+            ),
+            losses=losses,
+            log_every=40,
+            validate_every=200,
+            checkpoint_every=400,
+        ),
+        mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more
+    )
+
+
+def get_study() -> Study:
+    """The study."""
+    return Study(
+        title="Batches of half the size, 3,200 steps on Python source",
+        entrants={
+            "dense": config(DenseConfig(bias=False), moe_blocks="all"),
+            "first_block": config(MIXTURE_OF_TOKENS),
+            "first_block_token_choice": config(TOKEN_CHOICE, losses=LossWeights(load_balancing=0.01)),
+            "first_block_hash": config(HASH),
+        },
+        compared="dense",
+        budget_hours=4,
+        rate_factors=(0.5, 1.0, 2.0),
+        max_extensions=1,
+        horizons=(),
+        flops_per_second=7e10,
+        overhead_seconds=100.0,
+    )
