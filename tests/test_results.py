@@ -129,7 +129,7 @@ def steps_of(row: dict[str, Any]) -> str:
 
 
 def summary_of(figures: dict[str, Any], entrant: str) -> list[str]:
-    """The cells of an entrant's row in docs/results/index.md."""
+    """The cells of an entrant's row in docs/results/demo.md."""
     row, changes = figures["entrants"][entrant], figures["stability"][entrant]["changes"]
     test = row["loss_test"]
     difference = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p_value(test)})"
@@ -169,7 +169,7 @@ def test_the_second_table_of_the_readme_has_figures_of_the_study_of_recipes(reci
 
 
 def test_the_table_of_the_demo_study_has_its_figures(demo):
-    page = (RESULTS / "index.md").read_text()
+    page = (RESULTS / "demo.md").read_text()
     for entrant in demo["entrants"]:
         assert f"| `{entrant}` | {' | '.join(summary_of(demo, entrant))} |" in page
 
@@ -183,7 +183,7 @@ def time_of(row: dict[str, Any]) -> str:
 
 
 def recipe_cells(row: dict[str, Any]) -> str:
-    """The cells of an entrant of the study of recipes in docs/results/index.md."""
+    """The cells of an entrant's row in docs/results/recipe.md."""
     test, step = row["loss_test"], with_bounds(row["time_ratio"], row["time_interval"])
     if test is None:  # the target
         return f"{loss_of(row)} | \N{EN DASH} | 1 | 1 | 1 | 1"
@@ -203,7 +203,7 @@ def test_when_to_train_has_figures_of_the_study_of_recipes(recipe):
 
 
 def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):
-    page = (RESULTS / "index.md").read_text()
+    page = (RESULTS / "recipe.md").read_text()
     for entrant, row in recipe["entrants"].items():
         assert f"| `{entrant}` | {recipe_cells(row)} |" in page, entrant
 

@@ -1,7 +1,7 @@
 """A study of small causal models of Python source: dense, Mixture of Tokens in two recipes, and the sparse baselines.
 
 Command: mot bench train configs/studies/demo.py --workdir runs/demo_study
-Here:    complete, see docs/results/index.md.
+Here:    complete, see docs/results/demo.md.
 
 The experts that process a token, with a shared one, have the FLOPs of a dense layer of width 384: the paper's rule.
 Mixing and routers are not in it: the layer of Mixture of Tokens has 1.5 times these FLOPs, most sparse ones 1.17 times.

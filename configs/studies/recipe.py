@@ -2,12 +2,12 @@
 
 Command: mot bench train configs/studies/recipe.py --workdir runs/recipe
 Here:    in time, hash layers in the first block win (0.75 of dense's), token choice there is better than dense (0.88),
-         Mixture of Tokens there undecided (0.94, 0.88 to 1.02); five seeds (docs/results/index.md).
+         Mixture of Tokens there undecided (0.94, 0.88 to 1.02); five seeds (docs/results/recipe.md).
 
 Models, data and batches are those of `configs/studies/demo.py`, in which MoT in all three blocks needs 0.78 of dense's
 steps for its loss, and its step takes 1.8 times as long, mostly in small products. Here layers with experts are in one
 block, and the other two are dense. Chosen after one run of each of these and of others, which gained less: groups of 8
-with 32 experts in all blocks, in the first two and in the first one (docs/results/index.md has their losses).
+with 32 experts in all blocks, in the first two and in the first one (docs/results/recipe.md has their losses).
 
 A recipe wins in time if the upper ends of the 95 % intervals of its steps and of its step time, both relative to
 dense's, have a product below 1. `dense_equal_flops` is a wider dense model, which has to be beaten as well; hash layers
