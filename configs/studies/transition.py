@@ -1,4 +1,4 @@
-"""A study of token choice from the start, for a comparison with Mixture of Tokens that is tuned to token choice.
+r"""A study of token choice from the start, for a comparison with Mixture of Tokens that is tuned to token choice.
 
 Command: mot bench train configs/studies/transition.py --workdir runs/transition
 Here:    trains, and has not been run to the end.
@@ -8,15 +8,17 @@ Is a token-choice model better trained as such, or as Mixture of Tokens with a s
 step of Mixture of Tokens takes 1.24 times the dense model's time there, one of token choice 1.25, so that 1,600 steps
 of the first and 160 of the second take as long as 1,760 of either, within the intervals of these times.
 
-This study trains both kinds for 1,760 steps. The third model is tuned, from copies of the `first_block-seed-N` runs of
-the other study, since `mot transition` scores its source again:
+This study trains both kinds for 1,760 steps. The other two models begin as the `first_block-seed-N` runs of the other
+study; `mot transition` takes a copy, since it scores its source again:
 
-    mot transition FIRST_BLOCK_SEED_N --to token_choice --steps 160 --windows 1024 --output tuned-N
+    mot transition first_block-seed-N --to token_choice --steps 160 --windows 1024 --output tuned-N
+    mot train configs/studies/transition.py --training.transition-from first_block-seed-N --training.seed N \
+        --workdir continued-N
 
-All are scored on the same 1,024 windows, token choice without a limit of capacity, Mixture of Tokens with companions.
-The tuned model reads the same 160 batches as the others in their last steps. Its learning rate decays twice, from 0.4
-of that of the run in the tuning, and to a lower end: 0.0002 in place of 0.0005. So Mixture of Tokens is also continued
-in the same way, as Mixture of Tokens, for 160 steps, which separates the kind from this schedule.
+The tuned models read the same 160 batches as the others in their last steps. Their learning rate decays twice, from 0.4
+of the rate of the run in the tuning, and to a lower end: 0.0002 in place of 0.0005. The continued models (`get_config`)
+are Mixture of Tokens with the same 160 batches and rates, which separates the kind from this schedule. All are scored
+on the same 1,024 windows, token choice without a limit of capacity, Mixture of Tokens with companions.
 
 Rule, set before the runs: one of two ways has the lower loss if a paired t-test over the five seeds is significant,
 with Holm's correction for two tests, tuned against token choice from the start, and tuned against continued.
@@ -56,7 +58,13 @@ TOKEN_CHOICE = TokenChoiceConfig(
 )
 
 
-def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Config:
+def config(
+    layer: FeedForwardConfig,
+    losses: LossWeights = LossWeights(),
+    steps: int = 1760,
+    learning_rate: float = 5e-3,
+    warmup_steps: int = 50,
+) -> Config:
     """A model of three blocks with this layer in the first one; the others are dense, without biases."""
     return Config(
         model=ModelConfig(
@@ -74,19 +82,29 @@ def config(layer: FeedForwardConfig, losses: LossWeights = LossWeights()) -> Con
             scan_layers=False,  # a fifth faster on CPUs
         ),
         data=DataConfig(
-            corpus=("python_source/site_packages",), validation_windows=1024, shuffle_group_size=GROUP_SIZE
+            corpus=("python_source/site_packages",),
+            validation_windows=1024,
+            final_validation_windows=1024,
+            shuffle_group_size=GROUP_SIZE,
         ),
         training=TrainingConfig(
-            steps=1760,
+            steps=steps,
             batch_size=BATCH,
-            optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50, beta2=0.95, clip_norm=1.0),
+            optimizer=OptimizerConfig(
+                learning_rate=learning_rate, warmup_steps=warmup_steps, beta2=0.95, clip_norm=1.0
+            ),
             losses=losses,
             log_every=20,
-            validate_every=110,
-            checkpoint_every=220,
+            validate_every=steps // 16,
+            checkpoint_every=steps // 8,
         ),
         mesh=MeshConfig(data=1, expert=1),  # one device, also where there are more
     )
+
+
+def get_config() -> Config:
+    """Mixture of Tokens that continues a run for as many steps as `mot transition` tunes it, at the same rates."""
+    return config(MIXTURE_OF_TOKENS, steps=160, learning_rate=2e-3, warmup_steps=5)
 
 
 def get_study() -> Study:
