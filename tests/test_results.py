@@ -16,6 +16,7 @@ from etils import epath
 from mot_jax.benchmark.study.analysis import analyze, stability
 from mot_jax.benchmark.study.report import write_report
 from mot_jax.benchmark.study.results import load
+from mot_jax.benchmark.study.statistics import compare, holm, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -206,6 +207,82 @@ def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):
     page = (RESULTS / "recipe.md").read_text()
     for entrant, row in recipe["entrants"].items():
         assert f"| `{entrant}` | {recipe_cells(row)} |" in page, entrant
+
+
+def difference(test: dict[str, Any]) -> str:
+    """A difference of losses with its 95 % interval."""
+    low, high = (signed(test[name], ".3f") for name in ("low", "high"))
+    return f"{signed(test['difference'], '.3f')} ({low} to {high})"
+
+
+def control_cells(row: dict[str, Any]) -> str:
+    """The cells of an entrant's row in docs/results/controls.md."""
+    test, trained = row["loss_test"], f"{row['trained_loss']['mean']:.3f}"
+    compared = "\N{EN DASH}" if test is None else f"{signed(test['difference'], '.3f')} ({p_value(test)})"
+    costs = [row["executed_to_target"], row["time_ratio"], row["time_to_target"]]
+    return " | ".join([loss_of(row), trained, compared, steps_of(row), *map(ratio, costs)])
+
+
+def control_sentences(figures: dict[str, Any]) -> list[str]:
+    rows, (without_experts, dense) = figures["entrants"], (row["loss_test"] for row in figures["pairs"])
+    frozen = compare(rows["frozen_controller"]["losses"], rows["dense"]["losses"])._asdict()
+    return [
+        f"the difference from `shared_expert_only` is {difference(without_experts)} nats",
+        f"It is worse than dense by {difference(dense)}",
+        f"the difference from dense is {difference(frozen)}",
+        f"that of the learned one from dense {difference(opposite(rows['dense']['loss_test']))}",
+        f"the difference from the learned one is {difference(rows['frozen_controller']['loss_test'])}",
+        f"with nothing else, the loss is higher by {difference(rows['shared_expert_only']['loss_test'])}",
+    ]
+
+
+def opposite(test: dict[str, Any]) -> dict[str, Any]:
+    """The test of the difference with the other sign."""
+    return test | {"difference": -test["difference"], "low": -test["high"], "high": -test["low"]}
+
+
+def test_the_page_of_the_controls_has_its_figures():
+    page, figures = (RESULTS / "controls.md").read_text(), figures_of("controls")
+    for entrant, row in figures["entrants"].items():
+        assert f"| `{entrant}` | {control_cells(row)} |" in page, entrant
+    for sentence in control_sentences(figures):
+        assert sentence in re.sub(r"[ \n]+", " ", page), sentence
+
+
+def transition_rows() -> dict[str, str]:
+    """The rows of docs/results/transition.md, by model, and its sentence about the models that are continued."""
+    study, recipes = figures_of("transition")["entrants"], figures_of("recipe")["entrants"]
+    scores = json.loads((RESULTS / "transition" / "tuned.json").read_text())["seeds"]
+
+    def scored(model: str, mode: str) -> dict[int, float]:
+        return {int(seed): by_model[model][mode] for seed, by_model in scores.items()}
+
+    start, tuned = study["token_choice"]["losses"], scored("tuned", "token_choice")
+    continued = scored("continued", "companions")
+    models = {
+        "Mixture of Tokens, tuned to token choice | 1,600 + 160": tuned,
+        "token choice from the start | 1,760": start,
+        "Mixture of Tokens, continued | 1,600 + 160": continued,
+        "Mixture of Tokens from the start | 1,760": study["mixture_of_tokens"]["losses"],
+        "token choice from the start | 1,600": recipes["first_block_token_choice"]["losses"],
+        "Mixture of Tokens from the start | 1,600": scored("before", "companions"),
+    }
+    tests = {"start": compare(tuned, start), "continued": compare(tuned, continued)}
+    corrected = holm({name: test.p for name, test in tests.items()})
+    rows = {}
+    for model, losses in models.items():
+        compared = "\N{EN DASH}" if losses is start else difference(compare(losses, start)._asdict())
+        p = f", p = {p_value({'holm': corrected['start']})}" if losses is tuned else ""
+        rows[model] = f"{loss_of({'loss': summary(losses)})} | {compared}{p} |"
+    p = p_value({"holm": corrected["continued"]})
+    return rows | {"sentence": f"{difference(tests['continued']._asdict())}, p = {p}".replace("= <", "<")}
+
+
+def test_the_page_of_the_transition_has_its_figures():
+    page, rows = (RESULTS / "transition.md").read_text(), transition_rows()
+    assert rows.pop("sentence") in re.sub(r"[ \n]+", " ", page)
+    for model, cells in rows.items():
+        assert f"| {model} | {cells}".replace("= <", "<") in page, model
 
 
 @pytest.mark.parametrize(("page", "sentence", "figures"), CITED)
