@@ -209,6 +209,23 @@ def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):
         assert f"| `{entrant}` | {recipe_cells(row)} |" in page, entrant
 
 
+def test_the_page_of_sizes_has_the_figures_of_its_studies():
+    page = (RESULTS / "scale.md").read_text()
+    for study in sorted(RESULTS.glob("scale_*")):
+        for entrant, row in figures_of(study.name)["entrants"].items():
+            assert f"| `{entrant}` | {recipe_cells(row)} |" in page, (study.name, entrant)
+
+
+def test_pages_have_the_times_of_the_smaller_size():
+    rows = figures_of("scale_d64")["entrants"]
+    mixture, hashed, routed = (rows[f"first_block{kind}"] for kind in ("", "_hash", "_token_choice"))
+    times = f"MoT {time_of(mixture)}, hash layers {ratio(hashed['time_to_target'])}, token choice {time_of(routed)}"
+    assert times in (RESULTS / "index.md").read_text()
+    page = re.sub(r"\s+", " ", (ROOT / "docs" / "when.md").read_text())
+    hashed_time = f"{ratio(hashed['time_to_target'])} for hash layers"
+    assert f"it is {time_of(mixture)} for MoT, {hashed_time} and {time_of(routed)} for token choice" in page
+
+
 def difference(test: dict[str, Any]) -> str:
     """A difference of losses with its 95 % interval."""
     low, high = (signed(test[name], ".3f") for name in ("low", "high"))
