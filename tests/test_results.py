@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,14 @@ def test_the_page_of_the_transition_has_its_figures():
     assert rows.pop("sentence") in re.sub(r"[ \n]+", " ", page)
     for model, cells in rows.items():
         assert f"| {model} | {cells}".replace("= <", "<") in page, model
+
+
+def test_the_note_on_decoding_has_the_losses_of_the_scored_models():
+    page = (ROOT / "docs" / "notes" / "2026-12-01-decoding-first-block.md").read_text()
+    scores = json.loads((RESULTS / "transition" / "tuned.json").read_text())["seeds"].values()
+    for mode in ("grouped", "companions", "sparse", "mean_field", "token_choice", "threshold", "discrete"):
+        losses = [seed["tuned" if mode == "token_choice" else "before"][mode] for seed in scores]
+        assert re.search(rf"^\| `{mode}`[^|]*\| {statistics.fmean(losses):.3f} \|", page, re.MULTILINE), mode
 
 
 @pytest.mark.parametrize(("page", "sentence", "figures"), CITED)
