@@ -62,6 +62,17 @@ def test_every_block_makes_a_loss_and_gradients(programs):
         assert float(program["value"]) == pytest.approx(np.log(256), rel=0.3)
 
 
+@pytest.mark.slow
+def test_the_example_of_the_page_on_generation_continues_a_text():
+    """With the trained model of the repository in place of the demo's run."""
+    (block,) = blocks(DOCS / "generate.md")
+    assert block.count('"runs/demo"') == 2
+    names: dict = {}
+    exec(block.replace('"runs/demo"', repr(str(ROOT / "models" / "python"))), names)
+    answer = names["answer"]
+    assert len(answer.text) > 0 and len(answer.log_probs) >= len(answer.text)
+
+
 def test_the_step_of_the_sparse_example_updates_its_router_state(programs):
     """From 0, by the rate towards an even load, minus the mean of the changes."""
     layer = programs[1]["model"].experts
