@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from mot_jax.benchmark.study.plan import HORIZONS, SEEDS, TUNING
@@ -17,8 +17,8 @@ from mot_jax.benchmark.study.statistics import (
     horizon,
     loss_at,
     rate_span,
-    ratio_interval,
     summary,
+    time_ratio,
 )
 from mot_jax.config import ReluRoutingConfig
 
@@ -66,7 +66,8 @@ def analyze(results: Results) -> dict[str, Any]:
         row |= {"crossings": crossings[name], "crossing": summary(crossings[name])}
         row["horizon"] = None if target is None else _horizons(results, name, target)
         row |= {f"{measure}_test": by_name.get(name) for measure, by_name in tests.items()}
-        row |= _costs(results, name, row["crossing"]["median"]) | _equal_budgets(results, name)
+        costs = _costs(results, name, row["crossing"]["median"])
+        row |= costs | _equal_budgets(results, name, costs)
         rows[name] = row | {"time_bounds": _time_bounds(row) if compared == settings["target"] else None}
     pairs = [tuple(pair) for pair in settings.get("pairs", ())]
     by_pair = {
@@ -229,9 +230,8 @@ def _costs(results: Results, entrant: str, median_crossing: float) -> Row:
     if times is not None and {entrant, settings["target"]} <= times["rows"].keys():
         timed, base = times["rows"][entrant], times["rows"][settings["target"]]
         row["step_seconds"] = timed["median_s"]
-        row["time_ratio"] = timed["median_s"] / base["median_s"]
-        if entrant != settings["target"]:
-            row["time_interval"] = ratio_interval(timed.get("seconds", ()), base.get("seconds", ()))
+        row["time_ratio"], interval = time_ratio(timed["seconds"], base["seconds"])
+        row["time_interval"] = None if entrant == settings["target"] else interval
     share = median_crossing / settings["steps"]
     row["useful_ratio"] = about["useful_flops"] / reference["useful_flops"]
     row["executed_ratio"] = about["executed_flops"] / reference["executed_flops"]
@@ -256,29 +256,18 @@ def runs_all_experts(entrant: Row) -> bool:
     return bool(entrant["kind"] == ReluRoutingConfig.kind)
 
 
-def _equal_budgets(results: Results, entrant: str) -> Row:
+def _equal_budgets(results: Results, entrant: str, row: Row) -> Row:
     """Return mean losses at the useful and executed FLOPs and the seconds of the target entrant's whole training.
 
     They are those of the curve at an earlier step, where the learning rate has not yet decayed to its end.
+
+    row: the costs of a step, of `_costs`.
     """
-    settings, curves = results["settings"], [curve_of(run) for run in seed_runs(results, entrant).values()]
-    costs: dict[str, Callable[[str], float | None]] = {
-        "useful": lambda name: results["entrants"][name]["useful_flops"],
-        "executed": lambda name: results["entrants"][name]["executed_flops"],
-        "time": lambda name: _step_seconds(results, name),
-    }
-    row: Row = {}
-    for cost, of in costs.items():
-        per_step, reference = of(entrant), of(settings["target"])
-        if per_step is None or reference is None or not curves:
-            row[f"loss_at_equal_{cost}"] = None
-            continue
-        step = settings["steps"] * reference / per_step
-        row[f"loss_at_equal_{cost}"] = statistics.fmean(loss_at(curve, step) for curve in curves)
-    return row
-
-
-def _step_seconds(results: Results, entrant: str) -> float | None:
-    rows = (results["times"] or {"rows": {}})["rows"]
-    known = entrant in rows and not runs_all_experts(results["entrants"][entrant])
-    return rows[entrant]["median_s"] if known else None
+    steps, curves = results["settings"]["steps"], [curve_of(run) for run in seed_runs(results, entrant).values()]
+    losses: Row = {}
+    for cost in ("useful", "executed", "time"):
+        ratio = row[f"{cost}_ratio"]
+        known = curves and ratio is not None and not (cost == "time" and runs_all_experts(results["entrants"][entrant]))
+        mean = statistics.fmean(loss_at(curve, steps / ratio) for curve in curves) if known else None
+        losses[f"loss_at_equal_{cost}"] = mean
+    return losses

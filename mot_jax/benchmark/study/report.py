@@ -463,12 +463,27 @@ def _costs(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
         share, (before, after) = times["share_of_others"], times["load_averages"]
         others = "an unknown share" if share is None else f"{share:.1%}"
         yield Text(
-            f"Step times: medians of {times['rounds']} rounds in turns, of the trained models on a batch of their "
-            f"text, on {_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used "
-            f"{others} of the CPU time of all cores during the timing; load averages before and after it, with the "
-            f"study's own load: {before:.1f} and {after:.1f}. Ratios of times: with 95 % intervals, by a bootstrap of "
-            "the rounds."
+            f"Step times: medians of {_rounds(times)}, of the trained models on a batch of their text, on "
+            f"{_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used {others} of "
+            "the CPU time of all cores during the timing; load averages before and after it, with the study's own "
+            f"load: {before:.1f} and {after:.1f}. {_ratios(times)}"
         )
+
+
+def _rounds(times: Mapping[str, Any]) -> str:
+    rounds = f"{times['rounds']} rounds in turns"
+    return rounds if times["sittings"] == 1 else f"{times['sittings']} sittings of {rounds}"
+
+
+def _ratios(times: Mapping[str, Any]) -> str:
+    """The definition of the ratios of times, below their table."""
+    if times["sittings"] == 1:
+        rounds = "Ratios of times: with 95 % intervals, by a bootstrap of the rounds"
+        return f"{rounds}, which does not have the difference between sittings."
+    return (
+        "Ratios of times: geometric means of those of the sittings, each with models that are loaded and compiled "
+        "anew, with 95 % intervals by a t distribution over the logarithms."
+    )
 
 
 def _configs(results: Results) -> Iterator[Block]:

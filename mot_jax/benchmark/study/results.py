@@ -29,7 +29,7 @@ from mot_jax.runs.scores import read_scores
 from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
-FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 1
+FILE, ROWS_FILE, FORMAT = "results.json", "rows.jsonl.gz", 2
 _LAST_PART = 0.1  # of the steps, over which the metrics of layers are averaged
 _EVERY = 50  # steps of whose multiples the training rows are published
 _TIMES = ("tokens_per_second", "model_flops_per_second", "data_wait", "seconds_left", "mfu")

@@ -183,13 +183,29 @@ def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comp
     return Comparison(mean, float(interval.low), float(interval.high), float(test.pvalue))
 
 
-def ratio_interval(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
-    """Return a bootstrap interval of 95 % of the ratio of two medians, whose values are paired by round.
+def time_ratio(
+    sample: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the ratio of two times, and its interval of 95 %, from the seconds of each round, by sitting.
 
-    It resamples rounds, since a disturbance affects all programs of a round. None unless there are `_LEAST_ROUNDS`
-    pairs, as of programs that took turns in different rounds.
+    The ratio of a sitting is that of the medians. Of several sittings it is their geometric mean, with an interval by a
+    t distribution over the logarithms. The interval of one sitting is a bootstrap of its rounds, since a disturbance
+    affects all programs of a round; it does not have the difference between sittings, and is None unless there are
+    `_LEAST_ROUNDS` rounds of both programs.
     """
-    if len(sample) != len(reference) or len(sample) < _LEAST_ROUNDS:
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(sample, reference, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], _of_rounds(sample[0], reference[0])
+    import scipy.stats  # here, since it takes more than a second, and only reports have tests
+
+    logarithms = np.log(ratios)
+    half = scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, len(ratios) - 1) * scipy.stats.sem(logarithms)
+    ratio, low, high = np.exp(logarithms.mean() + half * np.array([0, -1, 1]))
+    return float(ratio), (float(low), float(high))
+
+
+def _of_rounds(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
+    if len(sample) != len(reference) or len(sample) < _LEAST_ROUNDS:  # programs that took turns in different rounds
         return None
     rounds = np.random.default_rng(0).integers(0, len(sample), (_RESAMPLES, len(sample)))
     ratios = np.median(np.asarray(sample)[rounds], axis=1) / np.median(np.asarray(reference)[rounds], axis=1)

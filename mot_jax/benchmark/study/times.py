@@ -2,13 +2,19 @@
 
 Routing depends on the state and on the tokens, and with it the time of kinds whose experts process a varying number of
 tokens. Nothing else should run on the machine; the CPU time of other processes during the timing is recorded.
+
+Programs take their turns in several sittings, each with models that are loaded and compiled anew, in another order. The
+ratio of two times differs more between sittings than within one, as the place of the arrays in memory and the load of
+the host differ, so that an interval of the rounds of one sitting would be too narrow.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +23,7 @@ from etils import epath
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.study import plan as plans
 from mot_jax.benchmark.study.execute import Directory, commit, read_record, workdir_of
-from mot_jax.benchmark.timing import cpu_times, in_turns, machine, share_of_others
+from mot_jax.benchmark.timing import Timings, cpu_times, in_turns, machine, share_of_others
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import train_batches
@@ -29,7 +35,7 @@ from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
 FILE = "times.json"
-_ROUNDS = 200
+_SITTINGS, _ROUNDS = 8, 25
 
 
 def timed_runs(directory: Directory) -> dict[str, str]:
@@ -60,8 +66,8 @@ def _identities(directory: Directory, runs: Mapping[str, str]) -> dict[str, Any]
 def read_times(directory: Directory) -> dict[str, Any] | None:
     """The times that have been measured of the runs in the directory.
 
-    None if there are none, if a run has been trained again with another config or text, or if an entrant can be timed
-    and has not been.
+    None if there are none, if they have no sittings, as those of earlier versions, if a run has been trained again with
+    another config or text, or if an entrant can be timed and has not been.
     """
     path = directory.folder / FILE
     if not path.exists():
@@ -69,7 +75,7 @@ def read_times(directory: Directory) -> dict[str, Any] | None:
     times = strict_json.load(path, dict, f"try rm {path}, and it is measured again")
     runs = times.get("runs", {})
     same = times.get("identities") == _identities(directory, runs)
-    return times if same and timed_runs(directory).keys() <= runs.keys() else None
+    return times if same and "sittings" in times and timed_runs(directory).keys() <= runs.keys() else None
 
 
 def measure(directory: Directory, say: Callable[[str], None]) -> None:
@@ -77,35 +83,43 @@ def measure(directory: Directory, say: Callable[[str], None]) -> None:
 
     Entrants without a checkpoint of a finished run are left out, and nothing is written if there is none.
     """
-    runs, programs, plan = timed_runs(directory), {}, directory.plan()
+    runs, plan = timed_runs(directory), directory.plan()
     for entrant in directory.study.entrants:
         for name in _finished(directory, entrant)[:1] if entrant not in runs else ():
             folder = workdir_of(directory.folder, name)
             say(f"times: {entrant} is not timed: no checkpoint; try mv {folder} {folder}.old, and it is trained again")
-    for entrant, name in runs.items():
-        say(f"times: compiling the step of {name}")
-        (config,) = plan.configs(plan.run(name))
-        programs[entrant] = _program(workdir_of(directory.folder, name), config)
-    if not programs:
+    if not runs:
         return
-    before, loads = cpu_times(), [os.getloadavg()[0]]
-    timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS, "times")
+    seconds: dict[str, list[tuple[float, ...]]] = {entrant: [] for entrant in runs}
+    costs: dict[str, dict[str, Any]] = {}
+    before, loads, orders = cpu_times(), [os.getloadavg()[0]], random.Random(0)
+    for sitting in range(_SITTINGS):
+        title = f"times, sitting {sitting + 1} of {_SITTINGS}"
+        say(f"{title}: compiling {len(runs)} training steps")
+        programs = {}
+        for entrant in orders.sample(list(runs), len(runs)):
+            (config,) = plan.configs(plan.run(runs[entrant]))
+            programs[entrant] = _program(workdir_of(directory.folder, runs[entrant]), config)
+        for entrant, timing in in_turns({entrant: p.step for entrant, p in programs.items()}, _ROUNDS, title).items():
+            seconds[entrant].append(timing.seconds)
+        for entrant, program in programs.items():
+            flops = _compiler_flops(program.compiled)
+            costs[entrant] = {"compiler_flops": flops, "temporaries": program.temporaries}
+        del programs, program  # before the next ones are loaded
     others = share_of_others(before, cpu_times())
     loads.append(os.getloadavg()[0])  # with the study's own, as the one before
-    rows = {
-        entrant: {
-            "median_s": timing.median,
-            "spread": timing.spread,
-            "seconds": [float(f"{seconds:.5g}") for seconds in timing.seconds],
-            "compiler_flops": _compiler_flops(programs[entrant].compiled),
-            "temporaries": programs[entrant].temporaries,
-        }
-        for entrant, timing in timings.items()
-    }
     content: dict[str, Any] = {"runs": runs, "identities": _identities(directory, runs)}
-    content |= {"machine": machine(), "commit": commit(), "rounds": _ROUNDS, "rows": rows}
+    content |= {"machine": machine(), "commit": commit(), "sittings": _SITTINGS, "rounds": _ROUNDS}
+    content["rows"] = {entrant: _row(seconds[entrant]) | costs[entrant] for entrant in runs}
     content |= {"share_of_others": others, "load_averages": loads}
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
+
+
+def _row(sittings: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The times of a program: of all sittings, and the seconds of each."""
+    timings = Timings(tuple(itertools.chain(*sittings)))
+    seconds = [[float(f"{value:.5g}") for value in sitting] for sitting in sittings]
+    return {"median_s": timings.median, "spread": timings.spread, "seconds": seconds}
 
 
 def _program(workdir: epath.Path, config: Config) -> TrainingProgram:

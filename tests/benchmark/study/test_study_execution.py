@@ -2,13 +2,16 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -343,6 +346,9 @@ def test_times_are_of_runs_with_a_checkpoint_and_of_the_configs_with_which_they_
     checkpoint(Path(runs / "dense-seed-2"))
     assert times.timed_runs(study) == {"dense": "dense-seed-2"}
     content = {"runs": times.timed_runs(study), "identities": times._identities(study, times.timed_runs(study))}
+    (study.folder / "times.json").write_text(json.dumps(content))  # of an earlier version, without sittings
+    assert times.read_times(study) is None
+    content["sittings"] = 8
     (study.folder / "times.json").write_text(json.dumps(content))
     assert times.read_times(study) == content
     shutil.rmtree(runs / "dense-seed-2" / "checkpoints")  # as in a published archive: the times are still valid
@@ -350,8 +356,53 @@ def test_times_are_of_runs_with_a_checkpoint_and_of_the_configs_with_which_they_
     record = {"state": "finished", "curve": [[12, 2.0]], "config_hash": "of another layer"}
     (runs / "dense-seed-2" / "record.json").write_text(json.dumps(record))
     assert times.read_times(study) is None
-    (study.folder / "times.json").write_text(json.dumps({"runs": {"dense": "dense-seed-2"}}))  # of an earlier version
-    assert times.read_times(study) is None
+
+
+class Sleep:
+    """A program of so many seconds, in place of a training step."""
+
+    compiled, temporaries = None, 8
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def step(self):
+        return lambda: time.sleep(self.seconds)
+
+
+def test_each_sitting_loads_the_models_anew(tmp_path, data, monkeypatch):
+    """One of the two models is slow in the third sitting."""
+    study = directory(write_study(tmp_path, data), tmp_path / "out")
+    runs = {"dense": "dense-seed-1", "mixture_of_tokens": "mixture_of_tokens-seed-1"}
+    loaded: list[str] = []
+
+    def program(workdir, config):
+        loaded.append(workdir.name)
+        slow = workdir.name == "mixture_of_tokens-seed-1" and loaded.count(workdir.name) == 3
+        return Sleep(5e-3 if slow else 1e-3)
+
+    plan = types.SimpleNamespace(run=lambda name: name, configs=lambda run: [None])
+    monkeypatch.setattr(study, "plan", lambda: plan)
+    monkeypatch.setattr(times, "timed_runs", lambda directory: runs)
+    monkeypatch.setattr(times, "_finished", lambda directory, entrant: [])
+    monkeypatch.setattr(times, "_program", program)
+    monkeypatch.setattr(times, "_compiler_flops", lambda compiled: 7.0)
+    monkeypatch.setattr(times, "_ROUNDS", 3)
+    study.folder.mkdir(parents=True)
+    lines: list[str] = []
+    times.measure(study, lines.append)
+    content = json.loads((study.folder / "times.json").read_text())
+    assert sorted(loaded) == sorted([*runs.values()] * 8) and loaded[:2] != loaded[2:4]
+    assert content["sittings"] == 8 and content["rounds"] == 3 and len(lines) == 8
+    rows = content["rows"]
+    assert rows.keys() == runs.keys()
+    assert [[len(sitting) for sitting in row["seconds"]] for row in rows.values()] == [[3] * 8] * 2
+    row = rows["mixture_of_tokens"]
+    assert row["compiler_flops"] == 7.0 and row["temporaries"] == 8
+    assert row["median_s"] == pytest.approx(statistics.median(itertools.chain(*row["seconds"])), rel=1e-3)
+    medians = [statistics.median(sitting) for sitting in row["seconds"]]
+    assert medians.index(max(medians)) == 2 and max(medians) > 5e-3
+    assert times.read_times(study) is not None
 
 
 def test_the_step_is_that_of_the_study_file_where_a_field_may_be_changed(tmp_path, data, monkeypatch):
@@ -382,6 +433,7 @@ def command(study: str, out: Path) -> list[str]:
 def results_without_times(out: Path) -> dict:
     content = json.loads((out / "results.json").read_text())
     assert content["times"]["rows"].keys() == {"dense", "mixture_of_tokens"}
+    assert {len(row["seconds"]) for row in content["times"]["rows"].values()} == {content["times"]["sittings"]} == {8}
     return study_kills.results(out)
 
 

@@ -74,7 +74,7 @@ def results() -> dict:
     }
     seconds = {DENSE: 0.1, MOT: 0.2, ROUTED: 0.3}
     timed = {
-        name: {"median_s": value, "spread": 0.05, "compiler_flops": 1e9, "temporaries": 1}
+        name: {"median_s": value, "spread": 0.05, "seconds": [[value]], "compiler_flops": 1e9, "temporaries": 1}
         for name, value in seconds.items()
     }
     machine = {"device": "1 x cpu", "python": "3.13.0"}
@@ -90,7 +90,7 @@ def results() -> dict:
     data |= {"fingerprints": {"train": "f1"}, "train_windows": 50, "epochs": 0.5, "bits_per_nat": 1 / math.log(2)}
     data |= {"validation_filled": 0.25, "warnings": ["warning: text trained on"]}
     return {
-        "format": 1,
+        "format": 2,
         "study": "mine",
         "title": "Three <kinds> & more",
         "command": "mot bench train mine.py --workdir out",
@@ -101,7 +101,7 @@ def results() -> dict:
         "entrants": entrants,
         "runs": runs,
         "other_runs": [],
-        "times": {"rows": timed, "rounds": 20, "machine": machine, "commit": "def", "runs": {}}
+        "times": {"rows": timed, "sittings": 1, "rounds": 20, "machine": machine, "commit": "def", "runs": {}}
         | {"share_of_others": 0.034, "load_averages": [1.9, 1.8]},
     }
 
@@ -194,8 +194,8 @@ def test_a_study_without_horizons_has_no_column_of_them(results):
     ("content", "words"),
     [
         ({}, "is not of a study"),
-        ({"format": 1, "rows": []}, "is not of a study"),
-        ({"format": 2, "study": "mine"}, "has format 2, and this version reads 1"),
+        ({"format": 2, "rows": []}, "is not of a study"),
+        ({"format": 1, "study": "mine"}, "has format 1, and this version reads 2"),
     ],
 )
 def test_results_of_another_kind_are_refused(tmp_path, content, words):
@@ -373,10 +373,14 @@ def test_times_of_a_kind_that_runs_all_experts_are_not_compared(results):
     assert to_markdown("", list(report(results))).count(f"{ROUTED}: no time, since all experts run on all tokens.") == 2
 
 
-def test_ratios_of_step_times_have_intervals_where_the_times_of_the_rounds_are_known(results):
+def test_ratios_of_step_times_have_intervals_where_there_are_several_sittings_or_rounds(results):
     assert analyze(results)["entrants"][MOT]["time_interval"] is None
     for row in results["times"]["rows"].values():
-        row["seconds"] = [row["median_s"] * factor for factor in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]
+        row["seconds"] = [[row["median_s"] * factor] for factor in (0.9, 1.0, 1.1)]
+    assert analyze(results)["entrants"][MOT]["time_interval"] == pytest.approx((2, 2))
+    assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))
+    for row in results["times"]["rows"].values():
+        row["seconds"] = [[row["median_s"] * factor for factor in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]]
     figures = analyze(results)["entrants"]
     assert figures[MOT]["time_interval"] == pytest.approx((2, 2)) and figures[DENSE]["time_interval"] is None
     assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))

@@ -15,8 +15,8 @@ from mot_jax.benchmark.study.statistics import (
     loss_at,
     next_horizon,
     rate_span,
-    ratio_interval,
     summary,
+    time_ratio,
 )
 
 INF = math.inf
@@ -96,12 +96,24 @@ def test_the_interval_of_a_ratio_of_medians_pairs_rounds():
     """Rounds in which the machine is slow for both programs do not widen it."""
     rng = np.random.default_rng(0)
     base, slow = rng.normal(1.0, 0.02, 40), np.where(np.arange(40) < 15, 3.0, 1.0)
-    low, high = ratio_interval(list(2 * base * rng.normal(1.0, 0.01, 40)), list(base))
-    assert low < 2.0 < high and high - low < 0.06
-    assert ratio_interval(list(2 * slow), list(slow)) == (2.0, 2.0)
-    low, high = ratio_interval(list(rng.normal(1.0, 0.3, 40)), list(rng.normal(1.0, 0.3, 40)))
+    ratio, (low, high) = time_ratio([2 * base * rng.normal(1.0, 0.01, 40)], [base])
+    assert low < 2.0 < high and high - low < 0.06 and low < ratio < high
+    assert time_ratio([2 * slow], [slow]) == (2.0, (2.0, 2.0))
+    ratio, (low, high) = time_ratio([rng.normal(1.0, 0.3, 40)], [rng.normal(1.0, 0.3, 40)])
     assert high - low > 0.2
-    assert ratio_interval([1.0] * 4, [1.0] * 4) is None and ratio_interval([1.0] * 10, [1.0] * 40) is None
+    assert time_ratio([[1.0] * 4], [[1.0] * 4]) == (1.0, None)
+    assert time_ratio([[1.0] * 10], [[1.0] * 40]) == (1.0, None)
+
+
+def test_the_interval_of_a_ratio_of_several_sittings_contains_their_differences():
+    """Their logarithms have a mean of log 1.2 and a standard error of 0.1 / sqrt(3); t of 2 degrees of freedom."""
+    sittings = [[1.2 * math.exp(shift)] * 9 for shift in (-0.1, 0.0, 0.1)]
+    ratio, interval = time_ratio(sittings, [[1.0] * 9] * 3)
+    assert ratio == pytest.approx(1.2)
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert interval == pytest.approx((1.2 * math.exp(-half), 1.2 * math.exp(half)))
+    slow_in_turns_of_their_own = [sitting[:4] for sitting in sittings]
+    assert time_ratio(slow_in_turns_of_their_own, [[1.0] * 9] * 3) == (ratio, interval)
 
 
 def test_holm_multiplies_by_the_number_of_hypotheses_that_are_left():
