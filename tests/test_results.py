@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from etils import epath
 
-from mot_jax.benchmark.study.analysis import analyze, stability
+from mot_jax.benchmark.study.analysis import analyze, curve_of, final_loss, seed_runs, stability
 from mot_jax.benchmark.study.report import write_report
 from mot_jax.benchmark.study.results import load
-from mot_jax.benchmark.study.statistics import compare, holm, summary
+from mot_jax.benchmark.study.statistics import compare, crossing, holm, summary, time_ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -197,10 +197,25 @@ def recipe_cells(row: dict[str, Any]) -> str:
     return " | ".join([*cells, steps_of(row), ratio(row["executed_to_target"]), step, time_of(row)])
 
 
+def time_against(study: str, entrant: str, reference: str) -> str:
+    """The time in which an entrant reaches dense's loss of the same seed, as a share of that of another entrant."""
+    results = load(epath.Path(RESULTS / study))
+    targets = {seed: final_loss(run) for seed, run in seed_runs(results, "dense").items()}
+    logs = []
+    for name in (entrant, reference):
+        steps = {seed: crossing(curve_of(run), targets[seed]) for seed, run in seed_runs(results, name).items()}
+        logs.append({seed: math.log(step) for seed, step in steps.items()})
+    test, rows = compare(*logs), results["times"]["rows"]
+    step, bounds = time_ratio(rows[entrant]["seconds"], rows[reference]["seconds"])
+    assert test.low is not None and test.high is not None and bounds is not None
+    products = math.exp(test.low) * bounds[0], math.exp(test.high) * bounds[1]
+    return with_bounds(math.exp(test.difference) * step, products)
+
+
 def test_when_to_train_has_figures_of_the_study_of_recipes(recipe):
     text = re.sub(r"\s+", " ", (ROOT / "docs" / "when.md").read_text())
     entrants = ("first_block_hash", "first_block_token_choice", "first_block")
-    sentence = "dense's loss after {} and {} of its time; MoT in the first block after {}, undecided"
+    sentence = "dense's loss after {} of its time, token choice there after {}, MoT after {}"
     assert sentence.format(*(time_of(recipe["entrants"][name]) for name in entrants)) in text
     changes = [recipe["stability"][name]["changes"] for name in ("first_block", "dense")]
     rates = [signed(change[factor], ".1%") for factor in (2.0, 0.5) for change in changes]
@@ -212,6 +227,14 @@ def test_the_table_of_the_study_of_recipes_has_its_figures(recipe):
     page = (RESULTS / "recipe.md").read_text()
     for entrant, row in recipe["entrants"].items():
         assert f"| `{entrant}` | {recipe_cells(row)} |" in page, entrant
+    text = re.sub(r"[ \n]+", " ", page)
+    for name, sentence in (
+        ("first_block_hash", "loss in {} of its time on two CPU cores, and in {} of that of the wider"),
+        ("first_block_token_choice", "in {} of the time, and in {} of the wider model's"),
+        ("first_block", "in {} ({}) of the time, and in {} of the wider model's"),
+    ):
+        times = time_of(recipe["entrants"][name])[:-1].split(" (")[: sentence.count("{}") - 1]
+        assert sentence.format(*times, time_against("recipe", name, "dense_equal_flops")) in text
 
 
 def test_the_page_of_sizes_has_the_figures_of_its_studies():
@@ -219,6 +242,8 @@ def test_the_page_of_sizes_has_the_figures_of_its_studies():
     for study in sorted(RESULTS.glob("scale_*")):
         for entrant, row in figures_of(study.name)["entrants"].items():
             assert f"| `{entrant}` | {recipe_cells(row)} |" in page, (study.name, entrant)
+    mixture, hashed = (time_against("scale_d64", f"first_block{kind}", "dense_equal_flops") for kind in ("", "_hash"))
+    assert f"model, seed by seed, in {mixture} and {hashed}" in re.sub(r"[ \n]+", " ", page)
 
 
 def test_pages_have_the_times_of_the_smaller_size():

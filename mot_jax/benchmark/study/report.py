@@ -482,7 +482,7 @@ def _ratios(times: Mapping[str, Any]) -> str:
         return f"{rounds}, which does not have the difference between sittings."
     return (
         "Ratios of times: geometric means of those of the sittings, each with models that are loaded and compiled "
-        "anew, with 95 % intervals by a t distribution over the logarithms."
+        "again, with 95 % intervals by a t distribution over the logarithms."
     )
 
 

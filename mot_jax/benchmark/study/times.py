@@ -3,9 +3,9 @@
 Routing depends on the state and on the tokens, and with it the time of kinds whose experts process a varying number of
 tokens. Nothing else should run on the machine; the CPU time of other processes during the timing is recorded.
 
-Programs take their turns in several sittings, each with models that are loaded and compiled anew, in another order. The
-ratio of two times differs more between sittings than within one, as the place of the arrays in memory and the load of
-the host differ, so that an interval of the rounds of one sitting would be too narrow.
+Programs take their turns in several sittings, each with models that are loaded and compiled again, in another order.
+The ratio of two times differs more between sittings than within one, as the place of the arrays in memory and the load
+of the host differ, so that an interval of the rounds of one sitting would be too narrow.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ class Sleep:
         return lambda: time.sleep(self.seconds)
 
 
-def test_each_sitting_loads_the_models_anew(tmp_path, data, monkeypatch):
+def test_each_sitting_loads_the_models_again(tmp_path, data, monkeypatch):
     """One of the two models is slow in the third sitting."""
     study = directory(write_study(tmp_path, data), tmp_path / "out")
     runs = {"dense": "dense-seed-1", "mixture_of_tokens": "mixture_of_tokens-seed-1"}
