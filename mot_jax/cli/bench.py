@@ -341,16 +341,20 @@ class TrainOptions:
     """Print the runs with their FLOPs and estimated hours; nothing is trained."""
     hours: Annotated[float | None, tyro.conf.arg(metavar="N")] = None
     """Allowed hours of the runs that are left. None: the budget of the study."""
+    times: Flag = False
+    """Time the training steps once more: several sittings, at different hours, give the ratios of times an interval."""
 
 
 def _train(arguments: list[str]) -> None:
     """Train the runs of a study, and report the comparison."""
     options = parse("mot bench train", TrainOptions, arguments)
-    if options.run is not None and (options.dry_run or options.hours is not None):
-        other = "--dry-run" if options.dry_run else "--hours"
+    if options.run is not None and (options.dry_run or options.times or options.hours is not None):
+        other = "--dry-run" if options.dry_run else "--times" if options.times else "--hours"
         raise UserError(f"--run = {options.run}: has no part in {other}, which is about all runs; try without {other}")
     if options.dry_run:
         _refuse(options, "has no part in --dry-run, which trains nothing", "hours")
+        if options.times:
+            raise UserError("--times: has no part in --dry-run, which runs nothing; try without --times")
     compilation.enable_cache()  # most runs of an entrant differ in their seed only
     from mot_jax.benchmark.study import execute, load_study, report, results, times
 
@@ -370,7 +374,7 @@ def _train(arguments: list[str]) -> None:
     for line in execute.train_study(directory, options.hours):
         print(line, flush=True)
         results.write(directory, command)
-    if times.read_times(directory) is None:
+    if options.times or times.read_times(directory) is None:
         times.measure(directory, _progress)
     results.write(directory, command)
     for path in report.write_report(folder):

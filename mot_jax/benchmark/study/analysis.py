@@ -229,7 +229,7 @@ def _costs(results: Results, entrant: str, median_crossing: float) -> Row:
     row: Row = {"step_seconds": None, "time_ratio": None, "time_interval": None}
     if times is not None and {entrant, settings["target"]} <= times["rows"].keys():
         timed, base = times["rows"][entrant], times["rows"][settings["target"]]
-        row["step_seconds"] = timed["median_s"]
+        row["step_seconds"] = statistics.median(map(statistics.median, timed["seconds"]))
         row["time_ratio"], interval = time_ratio(timed["seconds"], base["seconds"])
         row["time_interval"] = None if entrant == settings["target"] else interval
     share = median_crossing / settings["steps"]

@@ -43,7 +43,7 @@ from mot_jax.training import Hook, Trainer, train
 from mot_jax.training.evaluation import Result, make_evaluation
 
 STUDY_FILE, RECORD = "study.json", "record.json"
-_SAME_MACHINE = ("device", "processor", "python", "jax", "jaxlib")  # on which a run is resumed, of its record
+_SAME_MACHINE = ("device", "processor", "python", "jax", "jaxlib")  # on which a run is resumed, and all are timed
 _SHOWN = 8  # stale runs in an error
 
 
@@ -319,14 +319,14 @@ class StudyHook(Hook):
         about["validation_filled"] = filled_share(run.validation_windows.documents, run.config.group_size)
         about["warnings"] = text_warnings(run.config, run.tokenizer)
         about["environment"] = {n: v for n, v in sorted(os.environ.items()) if n == "XLA_FLAGS" or n.startswith("JAX_")}
-        start = {"time": _now(), "step": trainer.step}
+        start = {"time": now(), "step": trainer.step}
         add_to_record(run.workdir, about | {"starts": [*record.get("starts", []), start]})
         self._advance(trainer.step)
         begin, first = time.monotonic(), trainer.step
         yield
         if trainer.step > first:
             seconds = (time.monotonic() - begin) / (trainer.step - first)
-            add_to_record(run.workdir, {"seconds_per_step": seconds, "end": _now()})
+            add_to_record(run.workdir, {"seconds_per_step": seconds, "end": now()})
 
     def after_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self._advance(1)
@@ -347,20 +347,25 @@ class StudyHook(Hook):
         add_to_record(run.workdir, {"curve": [*before, [trainer.step, result["loss"]]]})
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, in seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def changes_of_machine(before: Mapping[str, Any]) -> str:
+    """The fields, of a machine and its versions, in which this one differs from an earlier one; else empty."""
+    here = machine()
+    return "; ".join(
+        f"{key} {before.get(key)}, now {here.get(key)}" for key in _SAME_MACHINE if before.get(key) != here.get(key)
+    )
 
 
 def _check_machine(name: str, record: Mapping[str, Any]) -> None:
     """Raise UserError if a run that has begun would be resumed on another machine, whose numbers differ."""
     begun = record.get("machine")
-    if begun is None or record.get("state") != "begun":
-        return
-    now = machine()
-    changes = [f"{key} {begun.get(key)}, now {now.get(key)}" for key in _SAME_MACHINE if begun.get(key) != now.get(key)]
-    if changes:
+    if begun is not None and record.get("state") == "begun" and (changes := changes_of_machine(begun)):
         advice = "resume it there, or move its directory away, and it is trained again"
-        raise UserError(f"{name}: was begun on another machine ({'; '.join(changes)}); {advice}")
+        raise UserError(f"{name}: was begun on another machine ({changes}); {advice}")
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from mot_jax.benchmark.study.analysis import (
 )
 from mot_jax.benchmark.study.plan import few_seeds
 from mot_jax.benchmark.study.results import FILE, ROWS_FILE, load
-from mot_jax.benchmark.study.statistics import SIGNIFICANCE, RateSpan
+from mot_jax.benchmark.study.statistics import SIGNIFICANCE, RateSpan, time_ratio
 from mot_jax.runtime.paths import make_directory, replace_file
 
 _AT_END = "\N{DAGGER}"
@@ -444,12 +444,11 @@ def _costs(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
                 f"{about['useful_flops'] / reference['useful_flops']:.2f}",
                 f"{about['executed_flops'] / 1e9:,.3f}",
                 f"{compiler / 1e9:,.3f}" if compiler else "-",
-                f"{1e3 * timed['median_s']:,.2f}" if timed else "-",
-                f"{timed['spread']:.0%}" if timed else "-",
+                f"{1e3 * row['step_seconds']:,.2f}" if timed else "-",
                 _interval([row["time_ratio"], *(row["time_interval"] or (None, None))], ".2f"),
             ]
         )
-    columns = ["entrant", "GFLOP useful", "ratio", "executed", "by the compiler", "ms", "spread", "ratio"]
+    columns = ["entrant", "GFLOP useful", "ratio", "executed", "by the compiler", "ms", "ratio"]
     yield Table(columns, table)
     yield Text(
         "Useful FLOPs: 3 x the forward pass by this project's accounting, with a token's experts only. Executed: with "
@@ -459,30 +458,30 @@ def _costs(results: Results, figures: dict[str, Any]) -> Iterator[Block]:
     )
     if times is None:
         yield Text("Step times have not been measured: mot bench train measures them after the last run.")
-    else:
-        share, (before, after) = times["share_of_others"], times["load_averages"]
-        others = "an unknown share" if share is None else f"{share:.1%}"
-        yield Text(
-            f"Step times: medians of {_rounds(times)}, of the trained models on a batch of their text, on "
-            f"{_about(times['machine'])}, commit {times.get('commit', 'unknown')}. Other processes used {others} of "
-            "the CPU time of all cores during the timing; load averages before and after it, with the study's own "
-            f"load: {before:.1f} and {after:.1f}. {_ratios(times)}"
-        )
-
-
-def _rounds(times: Mapping[str, Any]) -> str:
-    rounds = f"{times['rounds']} rounds in turns"
-    return rounds if times["sittings"] == 1 else f"{times['sittings']} sittings of {rounds}"
-
-
-def _ratios(times: Mapping[str, Any]) -> str:
-    """The definition of the ratios of times, below their table."""
-    if times["sittings"] == 1:
-        rounds = "Ratios of times: with 95 % intervals, by a bootstrap of the rounds"
-        return f"{rounds}, which does not have the difference between sittings."
-    return (
-        "Ratios of times: geometric means of those of the sittings, each with models that are loaded and compiled "
-        "again, with 95 % intervals by a t distribution over the logarithms."
+        return
+    sittings, advice = times["sittings"], ""
+    if len(sittings) == 1:
+        advice = " One sitting gives no interval; mot bench train with --times adds another one."
+    commits = ", ".join(dict.fromkeys(sitting["commit"] for sitting in sittings))
+    yield Text(
+        f"Step times: medians of sittings of {times['rounds']} rounds, in which the trained models take turns on a "
+        f"batch of their text; ms: the median sitting. On {_about(sittings[-1]['machine'])}, commit {commits}. Ratios: "
+        "geometric means of those of the sittings, below, with 95 % intervals by a t distribution over the "
+        f"logarithms.{advice}"
+    )
+    rows = {name: row["seconds"] for name, row in times["rows"].items()}
+    others = [name for name in rows if name != settings["target"]] if settings["target"] in rows else []
+    table = []
+    for i, sitting in enumerate(sittings):
+        share, (before, after) = sitting["share_of_others"], sitting["load_averages"]
+        base = rows.get(settings["target"])
+        ratios = [f"{time_ratio([rows[name][i]], [base[i]])[0]:.3f}" for name in others] if base else []
+        load = ["-" if share is None else f"{share:.1%}", f"{before:.1f}, {after:.1f}"]
+        table.append([sitting["start"], *ratios, *load])
+    yield Table(["sitting", *others, "CPU time of others", "load"], table)
+    yield Text(
+        f"Ratios to {settings['target']} by sitting; the share of the CPU time of all cores that other processes used; "
+        "load averages before and after it, with the study's own load."
     )
 
 

@@ -10,13 +10,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 Curve = Sequence[tuple[float, float]]  # (step, loss) of each evaluation, by step
 SIGNIFICANCE = 0.05
 _CONFIDENCE = 0.95
-_RESAMPLES = 10_000  # of a bootstrap
-_LEAST_ROUNDS = 5
 
 
 # --- reaching a loss --------------------------------------------------------------------------------------------------
@@ -186,31 +182,16 @@ def compare(sample: Mapping[int, float], reference: Mapping[int, float]) -> Comp
 def time_ratio(
     sample: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
 ) -> tuple[float, tuple[float, float] | None]:
-    """Return the ratio of two times, and its interval of 95 %, from the seconds of each round, by sitting.
+    """Return the ratio of two times from the seconds of each round by sitting, and its interval of 95 %.
 
-    The ratio of a sitting is that of the medians. Of several sittings it is their geometric mean, with an interval by a
-    t distribution over the logarithms. The interval of one sitting is a bootstrap of its rounds, since a disturbance
-    affects all programs of a round; it does not have the difference between sittings, and is None unless there are
-    `_LEAST_ROUNDS` rounds of both programs.
+    It is the geometric mean over the sittings of the ratio of the medians. The interval is that of a t distribution
+    over their logarithms; one sitting has none.
     """
-    ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(sample, reference, strict=True)]
-    if len(ratios) == 1:
-        return ratios[0], _of_rounds(sample[0], reference[0])
-    import scipy.stats  # here, since it takes more than a second, and only reports have tests
-
-    logarithms = np.log(ratios)
-    half = scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, len(ratios) - 1) * scipy.stats.sem(logarithms)
-    ratio, low, high = np.exp(logarithms.mean() + half * np.array([0, -1, 1]))
-    return float(ratio), (float(low), float(high))
-
-
-def _of_rounds(sample: Sequence[float], reference: Sequence[float]) -> tuple[float, float] | None:
-    if len(sample) != len(reference) or len(sample) < _LEAST_ROUNDS:  # programs that took turns in different rounds
-        return None
-    rounds = np.random.default_rng(0).integers(0, len(sample), (_RESAMPLES, len(sample)))
-    ratios = np.median(np.asarray(sample)[rounds], axis=1) / np.median(np.asarray(reference)[rounds], axis=1)
-    low, high = np.quantile(ratios, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return float(low), float(high)
+    logs = [{i: math.log(statistics.median(s)) for i, s in enumerate(sittings)} for sittings in (sample, reference)]
+    test = compare(*logs)
+    assert test.difference is not None
+    interval = None if test.low is None or test.high is None else (math.exp(test.low), math.exp(test.high))
+    return math.exp(test.difference), interval
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -3,17 +3,14 @@
 Routing depends on the state and on the tokens, and with it the time of kinds whose experts process a varying number of
 tokens. Nothing else should run on the machine; the CPU time of other processes during the timing is recorded.
 
-Programs take their turns in several sittings, each with models that are loaded and compiled again, in another order.
-The ratio of two times differs more between sittings than within one, as the place of the arrays in memory and the load
-of the host differ, so that an interval of the rounds of one sitting would be too narrow.
+A *sitting* is a number of rounds in one process. The ratio of two times differs more between processes and hours than
+the rounds of one sitting suggest, so that only several sittings give an interval. Each has the models of another seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,12 +19,13 @@ from etils import epath
 
 from mot_jax.benchmark.step import TrainingProgram
 from mot_jax.benchmark.study import plan as plans
-from mot_jax.benchmark.study.execute import Directory, commit, read_record, workdir_of
-from mot_jax.benchmark.timing import Timings, cpu_times, in_turns, machine, share_of_others
+from mot_jax.benchmark.study.execute import Directory, changes_of_machine, commit, now, read_record, workdir_of
+from mot_jax.benchmark.timing import cpu_times, in_turns, machine, share_of_others
 from mot_jax.config import Config
 from mot_jax.data.objectives import Batch, Objective
 from mot_jax.data.pipeline import train_batches
 from mot_jax.data.text import open_text
+from mot_jax.errors import UserError
 from mot_jax.nn.sharding import local_sequences, make_mesh
 from mot_jax.runs.manifest import steps_of
 from mot_jax.runs.restore import load_run_config, load_training
@@ -35,17 +33,17 @@ from mot_jax.runtime import strict_json
 from mot_jax.runtime.paths import replace_file
 
 FILE = "times.json"
-_SITTINGS, _ROUNDS = 8, 25
+_ROUNDS = 50
 
 
-def timed_runs(directory: Directory) -> dict[str, str]:
-    """By entrant, the run whose model is timed: of the first seed that has finished and has a checkpoint."""
+def timed_runs(directory: Directory, sitting: int) -> dict[str, str]:
+    """By entrant, the run that is timed: of the seeds that have finished and have a checkpoint, one after the other."""
     runs = {}
     for entrant in directory.study.entrants:
-        for name in _finished(directory, entrant):
-            if steps_of(workdir_of(directory.folder, name) / "checkpoints"):
-                runs[entrant] = name
-                break
+        folders = {name: workdir_of(directory.folder, name) for name in _finished(directory, entrant)}
+        stored = [name for name, folder in folders.items() if steps_of(folder / "checkpoints")]
+        if stored:
+            runs[entrant] = stored[sitting % len(stored)]
     return runs
 
 
@@ -63,63 +61,91 @@ def _identities(directory: Directory, runs: Mapping[str, str]) -> dict[str, Any]
     }
 
 
-def read_times(directory: Directory) -> dict[str, Any] | None:
-    """The times that have been measured of the runs in the directory.
-
-    None if there are none, if they have no sittings, as those of earlier versions, if a run has been trained again with
-    another config or text, or if an entrant can be timed and has not been.
-    """
+def _stored(directory: Directory) -> list[dict[str, Any]]:
+    """All sittings so far."""
     path = directory.folder / FILE
     if not path.exists():
+        return []
+    content = strict_json.load(path, dict, f"try rm {path}, and times are measured again")
+    return list(content.get("sittings", []))
+
+
+def _valid(directory: Directory, sittings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sittings that have all entrants that can be timed, with the config and the text of the runs now."""
+    entrants = timed_runs(directory, 0).keys()
+    return [
+        sitting
+        for sitting in sittings
+        if sitting["identities"] == _identities(directory, sitting["runs"]) and entrants <= sitting["runs"].keys()
+    ]
+
+
+def read_times(directory: Directory) -> dict[str, Any] | None:
+    """The step times of the entrants, a row of each with the seconds by sitting. None if there is no sitting.
+
+    A sitting does not count if a run has been trained again with another config or text, or if it lacks an entrant that
+    can be timed now.
+    """
+    sittings = _valid(directory, _stored(directory))
+    if not sittings:
         return None
-    times = strict_json.load(path, dict, f"try rm {path}, and it is measured again")
-    runs = times.get("runs", {})
-    same = times.get("identities") == _identities(directory, runs)
-    return times if same and "sittings" in times and timed_runs(directory).keys() <= runs.keys() else None
+    about = ("start", "runs", "machine", "commit", "share_of_others", "load_averages")
+    rows = {}
+    for entrant in sittings[-1]["runs"]:
+        of_sittings = [sitting["rows"][entrant] for sitting in sittings]
+        rows[entrant] = of_sittings[-1] | {"seconds": [row["seconds"] for row in of_sittings]}
+    return {
+        "rounds": _ROUNDS,
+        "sittings": [{key: sitting[key] for key in about} for sitting in sittings],
+        "rows": rows,
+    }
 
 
 def measure(directory: Directory, say: Callable[[str], None]) -> None:
-    """Time the step of every entrant's trained model in turns, and write `times.json`.
+    """Time the step of every entrant's trained model in turns, and add the sitting to `times.json`.
 
     Entrants without a checkpoint of a finished run are left out, and nothing is written if there is none.
+
+    Raises UserError if there are sittings of another machine.
     """
-    runs, plan = timed_runs(directory), directory.plan()
+    stored, plan = _stored(directory), directory.plan()
+    valid = _valid(directory, stored)
+    if valid and (changes := changes_of_machine(valid[-1]["machine"])):
+        path = directory.folder / FILE
+        raise UserError(f"{path}: has sittings of another machine ({changes}); try there, or mv {path} {path}.old")
+    runs, programs = timed_runs(directory, len(valid)), {}
     for entrant in directory.study.entrants:
         for name in _finished(directory, entrant)[:1] if entrant not in runs else ():
             folder = workdir_of(directory.folder, name)
             say(f"times: {entrant} is not timed: no checkpoint; try mv {folder} {folder}.old, and it is trained again")
-    if not runs:
+    for entrant, name in runs.items():
+        say(f"times: loading {name}")
+        (config,) = plan.configs(plan.run(name))
+        programs[entrant] = _program(workdir_of(directory.folder, name), config)
+    if not programs:
         return
-    seconds: dict[str, list[tuple[float, ...]]] = {entrant: [] for entrant in runs}
-    costs: dict[str, dict[str, Any]] = {}
-    before, loads, orders = cpu_times(), [os.getloadavg()[0]], random.Random(0)
-    for sitting in range(_SITTINGS):
-        title = f"times, sitting {sitting + 1} of {_SITTINGS}"
-        say(f"{title}: compiling {len(runs)} training steps")
-        programs = {}
-        for entrant in orders.sample(list(runs), len(runs)):
-            (config,) = plan.configs(plan.run(runs[entrant]))
-            programs[entrant] = _program(workdir_of(directory.folder, runs[entrant]), config)
-        for entrant, timing in in_turns({entrant: p.step for entrant, p in programs.items()}, _ROUNDS, title).items():
-            seconds[entrant].append(timing.seconds)
-        for entrant, program in programs.items():
-            flops = _compiler_flops(program.compiled)
-            costs[entrant] = {"compiler_flops": flops, "temporaries": program.temporaries}
-        del programs, program  # before the next ones are loaded
+    start, before, loads = now(), cpu_times(), [os.getloadavg()[0]]
+    title = f"times, sitting {len(valid) + 1}"
+    timings = in_turns({entrant: program.step for entrant, program in programs.items()}, _ROUNDS, title)
     others = share_of_others(before, cpu_times())
     loads.append(os.getloadavg()[0])  # with the study's own, as the one before
-    content: dict[str, Any] = {"runs": runs, "identities": _identities(directory, runs)}
-    content |= {"machine": machine(), "commit": commit(), "sittings": _SITTINGS, "rounds": _ROUNDS}
-    content["rows"] = {entrant: _row(seconds[entrant]) | costs[entrant] for entrant in runs}
-    content |= {"share_of_others": others, "load_averages": loads}
+    rows = {
+        entrant: {
+            "seconds": [float(f"{seconds:.5g}") for seconds in timing.seconds],
+            "compiler_flops": _compiler_flops(programs[entrant].compiled),
+            "temporaries": programs[entrant].temporaries,
+        }
+        for entrant, timing in timings.items()
+    }
+    sitting: dict[str, Any] = {
+        "start": start,
+        "runs": runs,
+        "identities": _identities(directory, runs),
+        "machine": machine(),
+    }
+    sitting |= {"commit": commit(), "share_of_others": others, "load_averages": loads, "rows": rows}
+    content = {"sittings": [*stored, sitting]}
     replace_file(directory.folder / FILE, (strict_json.dumps(content, indent=1) + "\n").encode())
-
-
-def _row(sittings: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The times of a program: of all sittings, and the seconds of each."""
-    timings = Timings(tuple(itertools.chain(*sittings)))
-    seconds = [[float(f"{value:.5g}") for value in sitting] for sitting in sittings]
-    return {"median_s": timings.median, "spread": timings.spread, "seconds": seconds}
 
 
 def _program(workdir: epath.Path, config: Config) -> TrainingProgram:

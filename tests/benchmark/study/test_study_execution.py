@@ -2,12 +2,10 @@
 
 import dataclasses
 import gzip
-import itertools
 import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -123,6 +121,10 @@ def test_a_run_whose_rate_is_not_chosen_can_be_retried_later(capsys, tmp_path, d
     assert code == 75 and "try again after dense-rate-0.005, dense-rate-0.01, dense-rate-0.02" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--dry-run")
     assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --dry-run")
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-seed-1", "--times")
+    assert code == 2 and line.startswith("error: --run = dense-seed-1: has no part in --times")
+    code, (line,) = refusal(capsys, study, "--workdir", str(out), "--dry-run", "--times")
+    assert code == 2 and line.startswith("error: --times: has no part in --dry-run")
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "mixture_of_tokens-seed-1-steps-6")
     assert code == 75 and "whether the study has this run is not decided yet" in line
     code, (line,) = refusal(capsys, study, "--workdir", str(out), "--run", "dense-rate-0.02.")
@@ -344,65 +346,59 @@ def test_times_are_of_runs_with_a_checkpoint_and_of_the_configs_with_which_they_
     ]
     runs = study.folder / "runs"
     checkpoint(Path(runs / "dense-seed-2"))
-    assert times.timed_runs(study) == {"dense": "dense-seed-2"}
-    content = {"runs": times.timed_runs(study), "identities": times._identities(study, times.timed_runs(study))}
-    (study.folder / "times.json").write_text(json.dumps(content))  # of an earlier version, without sittings
+    assert times.timed_runs(study, 0) == times.timed_runs(study, 1) == {"dense": "dense-seed-2"}
     assert times.read_times(study) is None
-    content["sittings"] = 8
-    (study.folder / "times.json").write_text(json.dumps(content))
-    assert times.read_times(study) == content
+    timed = {"dense": "dense-seed-2"}
+    row = {"seconds": [0.1], "compiler_flops": None, "temporaries": 1}
+    sitting = {"runs": timed, "identities": times._identities(study, timed), "rows": {"dense": row}}
+    about = dict.fromkeys(("start", "machine", "commit", "share_of_others", "load_averages"))
+    (study.folder / "times.json").write_text(json.dumps({"sittings": [sitting | about] * 2}))
+    content = times.read_times(study)
+    assert content["rows"] == {"dense": row | {"seconds": [[0.1], [0.1]]}} and len(content["sittings"]) == 2
     shutil.rmtree(runs / "dense-seed-2" / "checkpoints")  # as in a published archive: the times are still valid
     assert times.read_times(study) == content
+    checkpoint(Path(runs / "mixture_of_tokens-seed-1"))  # can be timed, and has not been
+    assert times.read_times(study) is None
+    shutil.rmtree(runs / "mixture_of_tokens-seed-1" / "checkpoints")
     record = {"state": "finished", "curve": [[12, 2.0]], "config_hash": "of another layer"}
     (runs / "dense-seed-2" / "record.json").write_text(json.dumps(record))
     assert times.read_times(study) is None
+    checkpoint(Path(runs / "dense-seed-1"))
+    checkpoint(Path(runs / "dense-seed-2"))
+    assert [times.timed_runs(study, i)["dense"][-1] for i in range(4)] == ["1", "2", "1", "2"]
 
 
-class Sleep:
-    """A program of so many seconds, in place of a training step."""
-
-    compiled, temporaries = None, 8
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def step(self):
-        return lambda: time.sleep(self.seconds)
-
-
-def test_each_sitting_loads_the_models_again(tmp_path, data, monkeypatch):
-    """One of the two models is slow in the third sitting."""
+def test_each_call_adds_a_sitting_of_the_same_machine(tmp_path, data, monkeypatch):
     study = directory(write_study(tmp_path, data), tmp_path / "out")
-    runs = {"dense": "dense-seed-1", "mixture_of_tokens": "mixture_of_tokens-seed-1"}
+    program = types.SimpleNamespace(compiled=None, temporaries=8, step=lambda: lambda: None)
+    plan = types.SimpleNamespace(run=lambda name: name, configs=lambda run: [None])
     loaded: list[str] = []
 
-    def program(workdir, config):
+    def load(workdir, config):
         loaded.append(workdir.name)
-        slow = workdir.name == "mixture_of_tokens-seed-1" and loaded.count(workdir.name) == 3
-        return Sleep(5e-3 if slow else 1e-3)
+        return program
 
-    plan = types.SimpleNamespace(run=lambda name: name, configs=lambda run: [None])
     monkeypatch.setattr(study, "plan", lambda: plan)
-    monkeypatch.setattr(times, "timed_runs", lambda directory: runs)
+    monkeypatch.setattr(times, "timed_runs", lambda directory, sitting: {"dense": f"dense-seed-{sitting}"})
     monkeypatch.setattr(times, "_finished", lambda directory, entrant: [])
-    monkeypatch.setattr(times, "_program", program)
+    monkeypatch.setattr(times, "_program", load)
     monkeypatch.setattr(times, "_compiler_flops", lambda compiled: 7.0)
-    monkeypatch.setattr(times, "_ROUNDS", 3)
     study.folder.mkdir(parents=True)
-    lines: list[str] = []
-    times.measure(study, lines.append)
-    content = json.loads((study.folder / "times.json").read_text())
-    assert sorted(loaded) == sorted([*runs.values()] * 8) and loaded[:2] != loaded[2:4]
-    assert content["sittings"] == 8 and content["rounds"] == 3 and len(lines) == 8
-    rows = content["rows"]
-    assert rows.keys() == runs.keys()
-    assert [[len(sitting) for sitting in row["seconds"]] for row in rows.values()] == [[3] * 8] * 2
-    row = rows["mixture_of_tokens"]
-    assert row["compiler_flops"] == 7.0 and row["temporaries"] == 8
-    assert row["median_s"] == pytest.approx(statistics.median(itertools.chain(*row["seconds"])), rel=1e-3)
-    medians = [statistics.median(sitting) for sitting in row["seconds"]]
-    assert medians.index(max(medians)) == 2 and max(medians) > 5e-3
-    assert times.read_times(study) is not None
+    for number in (1, 2):
+        times.measure(study, lambda line: None)
+        content = times.read_times(study)
+        assert [sitting["runs"] for sitting in content["sittings"]] == [
+            {"dense": f"dense-seed-{i}"} for i in range(number)
+        ]
+        row = content["rows"]["dense"]
+        assert [len(seconds) for seconds in row["seconds"]] == [content["rounds"]] * number
+        assert row["compiler_flops"] == 7.0 and row["temporaries"] == 8
+    assert loaded == ["dense-seed-0", "dense-seed-1"]
+    stored = json.loads((study.folder / "times.json").read_text())
+    stored["sittings"][-1]["machine"]["processor"] = "an abacus"
+    (study.folder / "times.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"times.json: has sittings of another machine \(processor an abacus, now "):
+        times.measure(study, lambda line: None)
 
 
 def test_the_step_is_that_of_the_study_file_where_a_field_may_be_changed(tmp_path, data, monkeypatch):
@@ -433,7 +429,7 @@ def command(study: str, out: Path) -> list[str]:
 def results_without_times(out: Path) -> dict:
     content = json.loads((out / "results.json").read_text())
     assert content["times"]["rows"].keys() == {"dense", "mixture_of_tokens"}
-    assert {len(row["seconds"]) for row in content["times"]["rows"].values()} == {content["times"]["sittings"]} == {8}
+    assert len(content["times"]["sittings"]) == 1
     return study_kills.results(out)
 
 

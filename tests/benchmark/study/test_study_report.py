@@ -72,11 +72,8 @@ def results() -> dict:
         }
         for name in FINAL
     }
-    seconds = {DENSE: 0.1, MOT: 0.2, ROUTED: 0.3}
-    timed = {
-        name: {"median_s": value, "spread": 0.05, "seconds": [[value]], "compiler_flops": 1e9, "temporaries": 1}
-        for name, value in seconds.items()
-    }
+    seconds = {DENSE: [0.09, 0.1, 0.12], MOT: [0.2, 0.2, 0.2], ROUTED: [0.3, 0.3, 0.3]}
+    timed = {name: {"seconds": [of], "compiler_flops": 1e9, "temporaries": 1} for name, of in seconds.items()}
     machine = {"device": "1 x cpu", "python": "3.13.0"}
     settings = {
         "seeds": [1, 2],
@@ -101,14 +98,13 @@ def results() -> dict:
         "entrants": entrants,
         "runs": runs,
         "other_runs": [],
-        "times": {"rows": timed, "sittings": 1, "rounds": 20, "machine": machine, "commit": "def", "runs": {}}
-        | {"share_of_others": 0.034, "load_averages": [1.9, 1.8]},
+        "times": {"rows": timed, "sittings": [sitting("2026-12-01T04:00:00Z")], "rounds": 20},
     }
 
 
-def times_without_commit(results: dict) -> dict:
-    """As they were written before the times had their commit."""
-    return {name: value for name, value in results["times"].items() if name != "commit"}
+def sitting(start: str) -> dict:
+    about = {"start": start, "machine": {"device": "1 x cpu", "python": "3.13.0"}, "commit": "def", "runs": {}}
+    return about | {"share_of_others": 0.034, "load_averages": [1.9, 1.8]}
 
 
 def diverge(results: dict, *names: str) -> dict:
@@ -302,7 +298,7 @@ def test_the_page_is_complete_in_itself(results):
         "at an end of the grid",
         "companions, 3.0 x the FLOPs",
         "1 of 2 seeds miss",
-        "commit def. Other processes used 3.4% of the CPU time",
+        "commit def. Ratios: geometric means",
     ):
         assert part in page.text
 
@@ -373,22 +369,30 @@ def test_times_of_a_kind_that_runs_all_experts_are_not_compared(results):
     assert to_markdown("", list(report(results))).count(f"{ROUTED}: no time, since all experts run on all tokens.") == 2
 
 
-def test_ratios_of_step_times_have_intervals_where_there_are_several_sittings_or_rounds(results):
+def test_ratios_of_step_times_have_an_interval_over_several_sittings(results):
+    """Medians of 0.2 over 0.1 and 0.21 over 0.1 s: a mean of 2.05, and t of one degree of freedom."""
     assert analyze(results)["entrants"][MOT]["time_interval"] is None
-    for row in results["times"]["rows"].values():
-        row["seconds"] = [[row["median_s"] * factor] for factor in (0.9, 1.0, 1.1)]
-    assert analyze(results)["entrants"][MOT]["time_interval"] == pytest.approx((2, 2))
-    assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))
-    for row in results["times"]["rows"].values():
-        row["seconds"] = [[row["median_s"] * factor for factor in (0.9, 0.95, 1.0, 1.0, 1.05, 1.1)]]
+    text = to_markdown("", list(report(results)))
+    assert "One sitting gives no interval" in text and "| 200.00 | 2.00 |" in text
+    assert "| 2026-12-01T04:00:00Z | 2.000 | 3.000 | 3.4% | 1.9, 1.8 |" in text
+    times = results["times"]
+    times["sittings"].append(sitting("2026-12-01T05:00:00Z"))
+    for name, seconds in ((DENSE, [0.1]), (MOT, [0.21]), (ROUTED, [0.3])):
+        times["rows"][name]["seconds"].append(seconds)
     figures = analyze(results)["entrants"]
-    assert figures[MOT]["time_interval"] == pytest.approx((2, 2)) and figures[DENSE]["time_interval"] is None
-    assert "| 2.00 (2.00 to 2.00) |" in to_markdown("", list(report(results)))
+    mean, half = math.sqrt(2 * 2.1), 12.706 * math.log(2.1 / 2) / 2
+    assert figures[MOT]["time_ratio"] == pytest.approx(mean) and figures[DENSE]["time_interval"] is None
+    low, high = figures[MOT]["time_interval"]
+    assert (low, high) == pytest.approx((mean * math.exp(-half), mean * math.exp(half)), rel=1e-4)
+    text = to_markdown("", list(report(results)))
+    assert f"| {mean:.2f} ({low:.2f} to {high:.2f}) |" in text and "One sitting" not in text
+    assert "| 2026-12-01T05:00:00Z | 2.100 | 3.000 |" in text
     assert all(row["time_bounds"] is None for row in figures.values())
     results["settings"]["compared"] = DENSE
     figures = analyze(results)["entrants"]
     steps = figures[MOT]["crossing_test"]
-    assert figures[MOT]["time_bounds"] == pytest.approx((2 * math.exp(steps["low"]), 2 * math.exp(steps["high"])))
+    products = low * math.exp(steps["low"]), high * math.exp(steps["high"])
+    assert figures[MOT]["time_bounds"] == pytest.approx(products)
     assert figures[DENSE]["time_bounds"] is None is figures[ROUTED]["time_bounds"]  # of which a seed misses
     cell = "{:.2f} ({:.2f} to {:.2f})".format(figures[MOT]["time_to_target"], *figures[MOT]["time_bounds"])
     assert f"| {cell} |" in to_markdown("", list(report(results)))
@@ -414,7 +418,6 @@ def test_a_report_of_unfinished_runs_is_preliminary(results):
     for row in results["runs"]:
         if row["name"] == f"{DENSE}-seed-2" or row["stage"] == "horizons":
             row |= {"state": "not ended", "loss": None, "curve": [], "trained_curve": []}
-    assert "commit unknown. Other" in to_markdown("", list(report(results | {"times": times_without_commit(results)})))
     results["times"] = None
     text = to_markdown(results["title"], list(report(results)))
     assert "Preliminary: 4 runs have not ended" in text and "runs of dense have not ended" in text
