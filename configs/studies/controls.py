@@ -11,6 +11,8 @@ Models, data and batches are those of `configs/studies/demo.py`.
 - `shared_expert_only`: the dense layer of the shared expert's width, with no other experts.
 - `frozen_controller`: the controller keeps its initial weights, since its learning rate is 0. The layers before it can
   still learn to use it, so that this is a control of a learned controller, not of learned mixing weights.
+- `no_shared_expert`: experts only, with all of the width of the dense layer. `paper_mixture` of the demo study also
+  lacks the shared expert, and has another scale of the controller.
 
 A control has the loss of `mixture_of_tokens` if the 95 % interval of the difference is within 0.015 nats of zero (the
 gain over dense layers is 0.05 in the demo study), and another one if the difference is significant; else it is
@@ -91,6 +93,7 @@ def get_study() -> Study:
             "uniform_mixing": config(replace(MIXTURE_OF_TOKENS, mixing=MixingConfig(merge="uniform"))),
             "shared_expert_only": config(DenseConfig(bias=False), d_ff=SHARED),
             "frozen_controller": config(MIXTURE_OF_TOKENS, multipliers=(("controller", 0.0),)),
+            "no_shared_expert": config(replace(MIXTURE_OF_TOKENS, shared_expert_dim=0)),
         },
         pairs=(("uniform_mixing", "shared_expert_only"), ("uniform_mixing", "dense")),
         budget_hours=4,
