@@ -146,6 +146,15 @@ def recipe_cells(row: Row) -> list[str]:
     return [*cells, steps_of(row), ratio(row["executed_to_target"]), step, time_of(row)]
 
 
+def stability_cells(figures: Row, name: str) -> list[str]:
+    """The cells of an entrant in docs/results/stability.md."""
+    of = figures["stability"][name]
+    span = f"{of['span'].high / of['span'].low:.1f}"
+    span = f"> {span}" if of["span"].open_below or of["span"].open_above else span
+    changes = ["\N{EN DASH}" if change is None else signed(change, ".1%") for change in of["changes"].values()]
+    return [span, *changes, f"{figures['entrants'][name]['loss']['sd']:.3f}", f"{of['variation']:.1%}".replace("%", " %")]
+
+
 def line(*cells: str) -> str:
     """A row of a table, or its last cells."""
     return f"| {' | '.join(cells)} |"
@@ -163,6 +172,7 @@ def of_demo(figures: Row) -> Texts:
         cells = [loss_with_deviation(row), trained_loss_of(row), compared_of(row), steps_of(row)]
         cells += ["1.00" if name == "dense" else ", ".join(shortest), ratio(row["executed_to_target"])]
         yield "docs/results/demo.md", line(f"`{name}`", *cells, *costs[1:], signed(changes[name][4.0], ".1%"))
+        yield "docs/results/stability.md", line(f"`{name}`", *stability_cells(figures, name))
     loss, mixture = {name: loss_of(row) for name, row in rows.items()}, rows["mixture_of_tokens"]
     rivals = f"token choice {loss['token_choice']}, hash layers {loss['hash']} nats"
     yield "docs/results/index.md", f"MoT {loss['mixture_of_tokens']}, dense {loss['dense']}, {rivals}"
@@ -185,6 +195,7 @@ def of_recipe(figures: Row) -> Texts:
     rows, changes = figures["entrants"], {name: of["changes"] for name, of in figures["stability"].items()}
     for name, row in rows.items():
         yield "docs/results/recipe.md", line(f"`{name}`", *recipe_cells(row))
+        yield "docs/results/stability.md", line(f"`{name}`", *stability_cells(figures, name))
     for name in ("first_block_hash", "first_block_token_choice", "first_block", "dense_equal_flops"):
         row = rows[name]
         yield "README.md", line(loss_of(row), steps_of(row), ratio(row["time_ratio"]), time_of(row))
