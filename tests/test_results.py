@@ -152,7 +152,12 @@ def stability_cells(figures: Row, name: str) -> list[str]:
     span = f"{of['span'].high / of['span'].low:.1f}"
     span = f"> {span}" if of["span"].open_below or of["span"].open_above else span
     changes = ["\N{EN DASH}" if change is None else signed(change, ".1%") for change in of["changes"].values()]
-    return [span, *changes, f"{figures['entrants'][name]['loss']['sd']:.3f}", f"{of['variation']:.1%}".replace("%", " %")]
+    return [
+        span,
+        *changes,
+        f"{figures['entrants'][name]['loss']['sd']:.3f}",
+        f"{of['variation']:.1%}".replace("%", " %"),
+    ]
 
 
 def line(*cells: str) -> str:
