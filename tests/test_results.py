@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 from etils import epath
 
 from mot_jax.benchmark.study.analysis import analyze, curve_of, final_loss, seed_runs, stability
@@ -137,6 +138,17 @@ def time_against(study: str, entrant: str, reference: str) -> str:
     )
 
 
+def corrected_upper_bound(study: str, entrant: str, number: int) -> str:
+    """The upper bound of the time to the target with a correction (Bonferroni's) for a number of entrants."""
+    row, rows = figures_of(study)["entrants"][entrant], results_of(study)["times"]["rows"]
+    seeds, sittings, bound = row["loss"]["of"], len(rows[entrant]["seconds"]), 0.0
+    step = [math.log(end) for end in row["time_interval"]]
+    for low, high, size in ((row["crossing_test"]["low"], row["crossing_test"]["high"], seeds), (*step, sittings)):
+        wider = scipy.stats.t.ppf(1 - 0.025 / number, size - 1) / scipy.stats.t.ppf(0.975, size - 1)
+        bound += (low + high) / 2 + wider * (high - low) / 2
+    return f"{math.exp(bound):.2f}"
+
+
 def recipe_cells(row: Row) -> list[str]:
     """The cells of an entrant of the studies of recipes and of sizes."""
     cells = [loss_with_deviation(row), compared_of(row)]
@@ -227,6 +239,14 @@ def of_recipe(figures: Row) -> Texts:
     yield page, f"MoT needs {time} of the time in the study of recipes"
     twice, half = ([signed(changes[name][factor], ".1%") for name in ("first_block", "dense")] for factor in (2.0, 0.5))
     yield page, f"at twice the best rate {' against '.join(twice)}, at half of it {' against '.join(half)}"
+    yield from of_group_sizes()
+
+
+def of_group_sizes() -> Texts:
+    losses = json.loads((RESULTS / "recipe" / "group_sizes.json").read_text())["losses"]
+    for model, by_size in losses.items():
+        means = [f"{statistics.fmean(by_size[size].values()):.3f}" for size in ("8", "16", "32", "64")]
+        yield "docs/inference.md", line(f"`{model}`", *means)
 
 
 def of_scale_d64(figures: Row) -> Texts:

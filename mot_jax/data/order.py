@@ -203,3 +203,12 @@ def validation_order(documents: np.ndarray, group_size: int) -> np.ndarray:
 def filled_share(documents: np.ndarray, group_size: int) -> float:
     """The fraction of the places in the groups of `validation_order` that hold a window."""
     return len(documents) / validation_order(documents, group_size).size
+
+
+def fill_warnings(documents: np.ndarray, split: str, group_size: int, advice: str) -> list[str]:
+    """A warning if less than half of the places in the groups of a split hold a window, so that groups are smaller."""
+    filled = filled_share(documents, group_size)
+    if filled >= 0.5:
+        return []
+    reason = f"their sequences come from different documents, and the split {split!r} has too few long ones"
+    return [f"warning: groups of {group_size} are filled to {filled:.0%}: {reason}; try {advice}"]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mot_jax.config import CompanionsConfig, Config, to_json
 from mot_jax.data.objectives import Objective
+from mot_jax.data.order import fill_warnings
 from mot_jax.data.pipeline import validation_batches
 from mot_jax.data.text import open_split, open_tokenizer, store_text_once
 from mot_jax.data.tokenizers import Tokenizer
@@ -149,6 +150,10 @@ def _evaluate(
             check_data({"validation": windows.fingerprint}, config, workdir)
         same |= {f"text of the {split} split": windows.fingerprint}
         read_scores(workdir)
+    advice = "a smaller --group-size, or --split with more text"
+    if distributed.is_first():
+        for line in fill_warnings(windows.documents, split, config.group_size, advice):
+            print(line, file=sys.stderr)
     scores, files, reasons = [], {}, {}
     with jax.set_mesh(mesh):
         run = load_run(workdir, mesh, step)

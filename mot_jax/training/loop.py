@@ -13,7 +13,7 @@ from etils import epath
 
 from mot_jax.config import Config
 from mot_jax.cost.parameters import count_parameters
-from mot_jax.data.order import filled_share
+from mot_jax.data.order import fill_warnings
 from mot_jax.data.text import text_warnings
 from mot_jax.runs import owner
 from mot_jax.runs.checkpoint import versions
@@ -36,7 +36,6 @@ from mot_jax.training.run import (
 )
 from mot_jax.training.trainer import Hook, Trainer
 
-_FILLED = 0.5  # the share of filled places in validation groups below which a warning is printed
 _SHOWN = 3  # continuations of sample.txt printed at the end; the file has those of the whole group
 
 
@@ -137,15 +136,9 @@ def _summary(run: Run) -> list[str]:
         f"{epochs:.1f} epochs"
     ]
     lines += text_warnings(config, run.tokenizer)
-    filled = filled_share(run.validation_windows.documents, config.group_size)
-    if filled < _FILLED:
-        lines.append(
-            f"warning: validation groups are filled to {filled:.0%}: the sequences of a group come from different "
-            f"documents; data.validation_split = {config.data.validation_split!r} has too few long ones to score the "
-            "model as it is trained; try one of more text, as data.train_split = 'train[:90%]', "
-            "data.validation_split = 'train[90%:]'"
-        )
-    return lines
+    data = config.data
+    advice = "one with more text, as data.train_split = 'train[:90%]', data.validation_split = 'train[90%:]'"
+    return lines + fill_warnings(run.validation_windows.documents, data.validation_split, config.group_size, advice)
 
 
 def _report(run: Run, console: Console) -> Row:

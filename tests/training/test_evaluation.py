@@ -21,6 +21,8 @@ from mot_jax.analysis.inspect import inspect
 from mot_jax.config import Config, DenseConfig, MixingConfig, to_json
 from mot_jax.data.build import build, spec_from_files
 from mot_jax.data.corpora import open_corpus
+from mot_jax.data.order import filled_share
+from mot_jax.data.text import open_split, open_tokenizer
 from mot_jax.errors import UserError
 from mot_jax.modes import MODES
 from mot_jax.modes.companions import load_companions, save_companions
@@ -108,6 +110,18 @@ def test_the_command_scores_other_groups_and_modes(run, tmp_path, capsys, flags,
         and "sequences influence each other" in output
         and "perplexity" in output
     )
+
+
+def test_groups_that_the_split_cannot_fill_are_named(run, capsys):
+    """Of the longest document no two windows share a group, so that there are as many groups as it has windows."""
+    config, workdir, _ = run
+    cli.main(["evaluate", str(workdir), "--group-size", "2", "--windows", "8"])
+    assert "warning" not in capsys.readouterr().err
+    windows = open_split(config, "validation", open_tokenizer(config))
+    filled = filled_share(windows.documents, 64)
+    assert filled < 0.5
+    cli.main(["evaluate", str(workdir), "--group-size", "64", "--windows", "8"])
+    assert f"warning: groups of 64 are filled to {filled:.0%}: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

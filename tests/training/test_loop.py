@@ -92,7 +92,7 @@ def test_a_vocabulary_larger_than_the_tokenizers_writes_no_unknown_token(tiny, t
     train(one_document, tmp_path / "run", [SampleHook()])
     assert (tmp_path / "run" / "sample.txt").exists()
     output = capsys.readouterr().out
-    assert "warning: validation groups are filled to 25%" in output
+    assert "warning: groups of 4 are filled to 25%" in output
     advice = dict(re.findall(r"data\.(\w+) = '(train\S+)'", output))  # which helps
     assert set(advice) == {"train_split", "validation_split"}
     assert filled_share(open_split(short, advice["validation_split"], open_tokenizer(short)).documents, 4) > 0.9
