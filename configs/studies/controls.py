@@ -1,8 +1,8 @@
 """A study of controls of Mixture of Tokens, as small models of Python source: do its learned mixing weights matter?
 
 Command: mot bench train configs/studies/controls.py --workdir runs/controls
-Here:    uniform mixing has the loss of no experts but the shared one, a frozen controller two thirds of the gain
-         (docs/results/controls.md).
+Here:    uniform mixing has the loss of no experts but the shared one, a frozen controller two thirds of the gain, no
+         shared expert three quarters (docs/results/controls.md).
 
 Models, data and batches are those of `configs/studies/demo.py`.
 

@@ -1,7 +1,7 @@
 """A study of recipes of Mixture of Tokens, as small models of Python source: which one wins in time, if any does?
 
 Command: mot bench train configs/studies/recipe.py --workdir runs/recipe
-Here:    in the first block, hash layers (0.73 of dense's time), token choice (0.87) and Mixture of Tokens (0.91) win;
+Here:    in the first block, hash layers (0.73 of dense's time), token choice (0.88) and Mixture of Tokens (0.92) win;
          five seeds (docs/results/recipe.md).
 
 Models, data and batches are those of `configs/studies/demo.py`, in which MoT in all three blocks needs 0.78 of dense's

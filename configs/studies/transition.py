@@ -5,7 +5,7 @@ Here:    1.472 nats from the start, 1.486 by tuning, five seeds (docs/results/tr
 
 Is a token-choice model better trained as such, or as Mixture of Tokens with a short tuning to token choice
 (`mot transition`)? The models are those of `configs/studies/recipe.py`, with experts in the first of three blocks. A
-step of Mixture of Tokens takes 1.19 times the dense model's time there, one of token choice 1.24, so that 1,600 steps
+step of Mixture of Tokens takes 1.21 times the dense model's time there, one of token choice 1.25, so that 1,600 steps
 of the first and 160 of the second take about as long as 1,760 of either.
 
 This study trains both kinds for 1,760 steps. The other two models begin as the `first_block-seed-N` runs of the other
