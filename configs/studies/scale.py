@@ -2,7 +2,7 @@
 
 Command: mot bench train configs/studies/scale.py:d64 --workdir runs/scale_d64
 Command: mot bench train configs/studies/scale.py:d128 --workdir runs/scale_d128
-Here:    d64: hash layers and Mixture of Tokens save time, more than at d_model 96 (docs/results/scale.md); d128 has been begun.
+Here:    d64: hash layers and Mixture of Tokens save time, more than at d_model 96 (docs/results/scale.md). d128: begun.
 
 The models of `configs/studies/recipe.py` have d_model 96, and are the size between these two. Kinds, data and batches
 are the same. The widths of all layers are in proportion to d_model, and so is the inverse square of the bound of the
