@@ -11,9 +11,10 @@ choice and hash layers have as many experts as before; capacity and balance of t
 
 Questions, with rules set before the runs:
 
-1. Does halving the batch lower the dense model's loss as much as experts do? Final losses of both studies on the whole
-   validation split (`mot evaluate`, with companions for Mixture of Tokens, since the windows that a study scores depend
-   on the size of a group), paired by seed, as 97 % of the windows of two runs of a seed are the same. It does so if the
+1. Does halving the batch lower the dense model's loss as much as experts do? Final losses of both studies, paired by
+   seed: those of `configs/studies/recipe.py` are published (docs/results/recipe), of Mixture of Tokens with companions.
+   The windows that a study scores depend on the size of a group, and 97 % are the same; the shift of the loss between
+   the two sets is measured with the five dense models of this study, and subtracted. Halving the batch does so if the
    95 % interval of the difference between dense with 16 sequences and Mixture of Tokens in the first block with 32 is
    within 0.015 nats of zero, or all below zero; it does not if it is all above zero; else it is undecided. This is at
    equal tokens, not at equal time.
