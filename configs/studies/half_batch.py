@@ -11,13 +11,13 @@ choice and hash layers have as many experts as before; capacity and balance of t
 
 Questions, with rules set before the runs:
 
-1. Does halving the batch lower the dense model's loss as much as experts do? Final losses of both studies, paired by
-   seed: those of `configs/studies/recipe.py` are published (docs/results/recipe), of Mixture of Tokens with companions.
-   The windows that a study scores depend on the size of a group, and 97 % are the same; the shift of the loss between
-   the two sets is measured with the five dense models of this study, and subtracted. Halving the batch does so if the
-   95 % interval of the difference between dense with 16 sequences and Mixture of Tokens in the first block with 32 is
-   within 0.015 nats of zero, or all below zero; it does not if it is all above zero; else it is undecided. This is at
-   equal tokens, not at equal time.
+1. Does halving the batch lower the dense model's loss as much as experts do? D is the loss of dense with 16 sequences,
+   scored on the 1,024 windows of the other study (of groups of 32; about 5 % differ from those here), minus the loss
+   with companions of Mixture of Tokens in the first block with 32, as published in docs/results/recipe; its mean over
+   the seeds has a 95 % interval, paired by seed. If the upper end is below 0.015, halving does as much, within 0.015;
+   else, if the lower end is above 0, it does not; else it is undecided. If a shift of 0.007 in either direction, which
+   another processor may cause, changes the outcome, the five runs of `recipe.py:first_block` are trained again here,
+   and their losses replace those published. This is at equal tokens, not at equal time.
 2. Do layers with experts have a lower loss than dense ones, and save time, with this batch? The tests of the report;
    and time is saved if the product of the upper ends of the 95 % intervals of steps and of step times is below 1. There
    is no wider dense model here, which the other study has.
